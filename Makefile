@@ -1,0 +1,38 @@
+# Everything runs in .venv, which the first target that needs it creates.
+PYTHON ?= python3
+TORCH  ?= 2.13.0
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test lint types sizes clean
+.DEFAULT_GOAL := test
+
+# torch first: installed alone it takes the CPU build where the index offers one, so that no later
+# package pulls in CUDA. A CUDA build of torch brings its own triton; a CPU build brings none.
+$(READY): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "madpo needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q torch==$(TORCH) -c constraints.txt numpy
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install -q triton==3.6.0
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(READY)  ## train MADPO on real preference data: two ZeRO-3 ranks, evaluation, export, report
+	$(BIN)/madpo demo
+
+test: $(READY) lint types  ## the whole suite
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/pyright
+
+sizes:  ## lines per file, longest first
+	@git ls-files '*.py' | xargs wc -l | sort -rn | head -20
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,15 @@
+"""Map the top-level folders onto one import package: `kernels/` is imported as `madpo.kernels`."""
+
+from setuptools import find_namespace_packages, setup
+
+FOLDERS = ("launch", "trainer", "kernels", "configs", "slurm")
+
+setup(
+    package_dir={f"madpo.{folder}": folder for folder in FOLDERS},
+    packages=[
+        f"madpo.{package}"
+        for folder in FOLDERS
+        for package in find_namespace_packages(include=[folder, f"{folder}.*"], exclude=["*__pycache__*"])
+    ],
+    package_data={"madpo.configs": ["*.yaml"], "madpo.slurm": ["*.sbatch"]},
+)

@@ -1,0 +1,204 @@
+"""The whole configuration: one strict schema, read from YAML with dotted overrides.
+
+Key names are TRL's where TRL has one. An unknown key, a duplicate key or a value out of range is a
+ValueError that names the key, the value and what is allowed, all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from madpo.trainer import strict_yaml
+from madpo.trainer.deepspeed_keys import DEEPSPEED_KEYS, OWNED_DEEPSPEED_KEYS
+from madpo.trainer.objectives.base import Objective
+from madpo.trainer.objectives.registry import OBJECTIVES, ObjectiveParams
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values are immutable and finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    model_name_or_path: str | None = Field(None, description="weights to start from: folder or hub name")
+    model_revision: str | None = None
+    init_config: dict[str, Any] | None = Field(
+        None, description="build from scratch instead: `model_type` and that family's config values"
+    )
+    ref_model_name_or_path: str | None = Field(
+        None, description="frozen reference; null is the model that training starts from"
+    )
+    tokenizer_name_or_path: str | None = Field(None, description="null: beside the model")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
+
+
+class DataConfig(Section):
+    dataset_name: str = Field(
+        description="a .jsonl or .parquet file, a folder of <split>.jsonl/.parquet, or a hub name"
+    )
+    dataset_config: str | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str | None = Field(None, description="held-out split; null: no evaluation")
+    max_length: int = Field(1024, ge=2, description="tokens of prompt + one completion")
+    append_eos: Literal["auto", "always", "never"] = Field(
+        "auto", description="auto: plain text yes, conversations no (their template ends them)"
+    )
+    on_bad_row: Literal["error", "drop"] = Field("error", description="a row that cannot be read")
+    dataset_num_proc: int | None = Field(None, ge=1, description="processes that tokenise")
+    cache_dir: str = Field("~/.cache/madpo", description="where tokenised data is kept")
+
+
+class OptimConfig(Section):
+    lr: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="on matrices only, not on norms and biases")
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of all steps; or warmup_steps")
+
+
+class TrainConfig(Section):
+    global_batch_size: int = Field(64, ge=1, description="groups (prompts) per step, over all ranks")
+    micro_batch_tokens: int = Field(16384, ge=2, description="packed tokens per forward and rank")
+    num_train_epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="ends the run earlier than the epochs")
+    bf16: bool = True
+    logging_steps: int = Field(10, ge=1)
+    eval_steps: int | None = Field(None, ge=1, description="null: only at the end")
+    save_steps: int | None = Field(None, ge=1, description="null: only at the end")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
+    export: bool = Field(True, description="write a Hugging Face model folder at the end")
+    head_rows: int = Field(4096, ge=1, description="rows of logits that the loss head keeps at once")
+
+
+class LaunchConfig(Section):
+    num_processes: int | Literal["auto"] = Field(
+        "auto", description="ranks on this machine; auto: one per GPU, without a GPU two"
+    )
+    timeout_minutes: float = Field(30.0, gt=0, description="a collective that hangs longer fails")
+
+    @field_validator("num_processes")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1, or auto")
+        return value
+
+
+class Config(Section):
+    output_dir: str = Field(description="the run folder")
+    seed: int = Field(42, ge=0, lt=2**32)
+    model: ModelConfig
+    data: DataConfig
+    objective: ObjectiveParams
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    launch: LaunchConfig = LaunchConfig()
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed to DeepSpeed")
+
+    @property
+    def objective_entry(self) -> Objective:
+        return OBJECTIVES[self.objective.loss_type]
+
+    @model_validator(mode="after")
+    def _validate(self) -> Self:
+        validate(self)
+        return self
+
+
+def validate(config: Config) -> None:
+    """The checks that look at more than one key. Raises ValueError."""
+    model, optim, train = config.model, config.optim, config.train
+    if (model.model_name_or_path is None) == (model.init_config is None):
+        raise ValueError("model: set one of model_name_or_path (weights) and init_config (from scratch)")
+    if model.init_config is not None:
+        if "model_type" not in model.init_config:
+            raise ValueError("model.init_config: model_type is missing, for example llama")
+        if model.tokenizer_name_or_path is None:
+            raise ValueError("model.tokenizer_name_or_path: a model from scratch needs a tokenizer")
+        if config.objective_entry.needs_reference and model.ref_model_name_or_path is None:
+            raise ValueError(
+                f"model.ref_model_name_or_path: {config.objective.loss_type} needs a reference, and a "
+                "model from scratch is none; name a trained model, or train with loss_type nll first"
+            )
+    if optim.warmup_steps and optim.warmup_ratio:
+        raise ValueError("optim: set warmup_steps or warmup_ratio, not both")
+    completions = 2 if config.objective_entry.item == "edge" else 1
+    if train.micro_batch_tokens < completions * config.data.max_length:
+        raise ValueError(
+            f"train.micro_batch_tokens: {train.micro_batch_tokens} cannot hold one group of {completions} "
+            f"completion(s) of data.max_length {config.data.max_length}; set it to at least "
+            f"{completions * config.data.max_length}"
+        )
+    for key in config.deepspeed:
+        if key in OWNED_DEEPSPEED_KEYS:
+            raise ValueError(f"deepspeed.{key}: madpo sets this itself; use {OWNED_DEEPSPEED_KEYS[key]}")
+        if key not in DEEPSPEED_KEYS:
+            allowed = DEEPSPEED_KEYS - OWNED_DEEPSPEED_KEYS.keys()
+            raise ValueError(f"deepspeed.{key}: unknown key{strict_yaml.nearest(key, allowed)}")
+    zero = config.deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ValueError(f"deepspeed.zero_optimization: a mapping, got {zero!r}")
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, check everything. Raises ValueError."""
+    tree = strict_yaml.override(strict_yaml.read(path), overrides)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_explain(error)}") from None
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML; `load` of it gives the same config."""
+    tree = config.model_dump(mode="json", by_alias=True)
+    return yaml.safe_dump(tree, sort_keys=False, width=100)
+
+
+def _explain(error: ValidationError) -> str:
+    """Every problem on its own line: key, what is wrong, what is allowed."""
+    lines = [_explain_one(item) for item in error.errors()]
+    return lines[0] if len(lines) == 1 else f"{len(lines)} problems\n" + "\n".join(f"  {x}" for x in lines)
+
+
+def _explain_one(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    if location[:1] == ["objective"] and location[1:2] and location[1] in OBJECTIVES:
+        del location[1]  # pydantic names the chosen parameter class in the path
+    key, kind, value = ".".join(location), item["type"], item["input"]
+    prefix = f"{key}: " if key else ""
+    if kind == "extra_forbidden":
+        return f"{prefix}unknown key{strict_yaml.nearest(location[-1], _known_keys(item['loc']))}"
+    if kind == "missing":
+        return f"{prefix}is required"
+    if kind == "union_tag_not_found":
+        return f"{prefix}loss_type is required; one of {', '.join(OBJECTIVES)}"
+    if kind == "union_tag_invalid":
+        tag = str(item["ctx"]["tag"])
+        return f"objective.loss_type: unknown objective {tag!r}{strict_yaml.nearest(tag, OBJECTIVES)}"
+    if kind == "value_error" and (not key or isinstance(value, dict | BaseModel)):
+        return prefix + item["msg"].removeprefix("Value error, ")
+    return f"{prefix}{item['msg'].removeprefix('Value error, ')} (got {value!r})"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """The keys that are allowed where `location` points to an unknown one."""
+    node: type[BaseModel] = Config
+    parents = list(location[:-1])
+    if parents[:1] == ["objective"]:
+        node = OBJECTIVES[str(parents[1])].params
+    elif parents:
+        annotation = Config.model_fields[str(parents[0])].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        node = annotation
+    return [field.alias or name for name, field in node.model_fields.items()]

@@ -1,0 +1,303 @@
+"""A data set as token groups on disk: read, checked, tokenised once, cached by content.
+
+Every rank calls `load_groups`; a file lock lets one of them do the work and the others wait without
+holding a collective open, however long it takes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import xxhash
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from madpo.trainer.config import DataConfig
+from madpo.trainer.data.formats import layout_of, parse_json_line, to_group
+from madpo.trainer.data.tokenise import TokenGroup, TokenRules, tokenise
+from madpo.trainer.objectives.base import Item, Objective
+
+FORMAT_VERSION = 1
+"""Part of the cache key; raise it when the same rows would give other tokens."""
+
+FEATURES = datasets.Features(
+    {
+        "prompt": datasets.Sequence(datasets.Value("int32")),
+        "completions": datasets.Sequence(datasets.Sequence(datasets.Value("int32"))),
+        "winners": datasets.Sequence(datasets.Value("int32")),
+        "losers": datasets.Sequence(datasets.Value("int32")),
+        "margins": datasets.Sequence(datasets.Value("float64")),
+        "num_tokens": datasets.Value("int32"),
+        "num_completion_tokens": datasets.Value("int32"),
+        "num_sequences": datasets.Value("int32"),
+        "num_edges": datasets.Value("int32"),
+        "num_margins": datasets.Value("int32"),
+        "boundary_cut": datasets.Value("int32"),
+        "truncated": datasets.Value("int32"),
+        "problem": datasets.Value("string"),
+        "unreadable": datasets.Value("bool"),
+        "row": datasets.Value("int64"),
+    }
+)
+
+
+class GroupDataset:
+    """Token groups by index, memory-mapped, with the counts that batches are planned from."""
+
+    def __init__(self, table: datasets.Dataset, name: str) -> None:
+        self.name = name
+        self._table = table
+        self.lengths = _column(table, "num_tokens")  # (G,) packed tokens
+        self.completion_tokens = _column(table, "num_completion_tokens")  # (G,)
+        self.sequences = _column(table, "num_sequences")  # (G,)
+        self.edges = _column(table, "num_edges")  # (G,)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> TokenGroup:
+        row = self._table[int(index)]
+        edges = list(zip(row["winners"], row["losers"], row["margins"], strict=True))
+        return TokenGroup(row["prompt"], row["completions"], edges)
+
+    def require(self, objective: Objective, loss_type: str) -> None:
+        """Raise ValueError unless the groups hold what the objective needs."""
+        if objective.item is Item.EDGE and not self.edges.all():
+            raise ValueError(
+                f"{self.name}: objective {loss_type} compares completions; give columns prompt, chosen "
+                "and rejected, or use loss_type nll"
+            )
+        missing = np.flatnonzero(_column(self._table, "num_margins") < self.edges)
+        if objective.needs_margin and len(missing):
+            raise ValueError(
+                f"{self.name}: {len(missing)} of {len(self)} rows have no margin, which objective "
+                f"{loss_type} needs; give a `margin` column (score of chosen minus score of rejected) or "
+                "use loss_type dpo"
+            )
+
+
+def _column(table: datasets.Dataset, name: str) -> np.ndarray:
+    return np.asarray(table.with_format("numpy")[name][:])
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from: `rows` holds either columns or one raw JSON line per row."""
+
+    name: str
+    rows: datasets.Dataset
+    fingerprint: str
+    unit: str  # how a row is named in messages: "{name}:{line}" or "{name} row {index}"
+
+    def where(self, row: int) -> str:
+        return f"{self.name}:{row}" if self.unit == "line" else f"{self.name} row {row}"
+
+
+def load_groups(
+    data: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[GroupDataset, dict[str, Any]]:
+    """The groups of one split and a report of what was read, cut and dropped.
+
+    Raises ValueError for a missing file or split, unknown columns, an unreadable row (unless
+    `on_bad_row: drop`), and a split in which nothing can be trained on.
+    """
+    cache = Path(data.cache_dir).expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    rules = TokenRules(data.max_length, data.append_eos)
+    with FileLock(cache / "lock"):
+        source = open_source(data, split, cache)
+        identity = (FORMAT_VERSION, source.fingerprint, tokenizer_identity(tokenizer), asdict(rules))
+        path = cache / f"groups-{xxhash.xxh3_128_hexdigest(repr(identity))}"
+        if not path.is_dir():
+            _tokenise_all(source, tokenizer, rules, data.dataset_num_proc, path)
+        table = datasets.load_from_disk(str(path))
+    assert isinstance(table, datasets.Dataset)
+    report = _report(source, table)
+    _refuse_unreadable(source, table, data.on_bad_row)
+    usable = np.flatnonzero(_column(table, "problem") == "")
+    if not len(usable):
+        raise ValueError(
+            f"{source.name}: none of {len(table)} rows can be trained on: {report['dropped']}; "
+            f"data.max_length is {data.max_length}"
+        )
+    return GroupDataset(table.select(usable), source.name), report
+
+
+def open_source(data: DataConfig, split: str, cache: Path) -> Source:
+    """Find the rows of a split: a file, a folder of `<split>.jsonl|.parquet`, or a hub name."""
+    path = Path(data.dataset_name).expanduser()
+    if path.is_dir():
+        found = [path / f"{split}{suffix}" for suffix in (".jsonl", ".parquet")]
+        files = [file for file in found if file.is_file()] or sorted(path.glob(f"{split}-*.parquet"))
+        if not files:
+            raise ValueError(
+                f"{path}: no split {split!r}; expected {split}.jsonl, {split}.parquet or {split}-*.parquet, "
+                f"found {sorted(file.name for file in path.iterdir())[:20]}"
+            )
+    elif path.suffix in (".jsonl", ".parquet"):
+        if not path.is_file():
+            raise ValueError(f"data.dataset_name: {path}: no such file")
+        files = [path]
+    else:
+        return _open_hub(data, split)
+    content = xxhash.xxh3_128()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                content.update(block)
+    fingerprint = content.hexdigest()
+    if files[0].suffix == ".jsonl":
+        rows = datasets.Dataset.from_generator(
+            _lines,
+            gen_kwargs={"path": str(files[0])},
+            cache_dir=str(cache / "lines"),
+            fingerprint=fingerprint,
+        )
+        if not len(rows):
+            raise ValueError(f"{files[0]}: the file has no rows")
+        return Source(str(files[0]), rows, fingerprint, "line")
+    rows = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=str(cache / "rows"))
+    return Source(str(files[0]), rows, fingerprint, "row")  # type: ignore[arg-type]
+
+
+def _open_hub(data: DataConfig, split: str) -> Source:
+    try:
+        rows = datasets.load_dataset(data.dataset_name, data.dataset_config, split=split)
+    except Exception as error:
+        raise ValueError(
+            f"data.dataset_name: {data.dataset_name!r} is no local file or folder, and loading it by "
+            f"name failed: {type(error).__name__}: {error}"
+        ) from error
+    assert isinstance(rows, datasets.Dataset)
+    return Source(f"{data.dataset_name}[{split}]", rows, rows._fingerprint, "row")
+
+
+def _lines(path: str) -> Iterator[dict[str, Any]]:
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            if raw.strip():
+                yield {"line": number, "raw": raw}
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything in a tokenizer that decides which tokens come out."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = (
+        type(tokenizer).__name__,
+        backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items())),
+        repr(sorted(tokenizer.special_tokens_map.items())),
+        repr(tokenizer.chat_template),
+    )
+    return xxhash.xxh3_128_hexdigest("\0".join(parts))
+
+
+@dataclass(frozen=True)
+class _RowTokeniser:
+    """Picklable, so that several processes can tokenise."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rules: TokenRules
+    layout: str
+    raw_lines: bool
+
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        number = row["line"] if self.raw_lines else index
+        try:
+            fields = parse_json_line(row["raw"]) if self.raw_lines else row
+            group = tokenise(to_group(fields, self.layout), self.tokenizer, self.rules)
+        except ValueError as error:
+            group = TokenGroup([], [], [], problem=str(error))
+            return {**_columns(group), "unreadable": True, "row": number}
+        return {**_columns(group), "unreadable": False, "row": number}
+
+
+def _columns(group: TokenGroup) -> dict[str, Any]:
+    return {
+        "prompt": group.prompt,
+        "completions": group.completions,
+        "winners": [winner for winner, _, _ in group.edges],
+        "losers": [loser for _, loser, _ in group.edges],
+        "margins": [margin for _, _, margin in group.edges],
+        "num_tokens": len(group.prompt) + sum(map(len, group.completions)),
+        "num_completion_tokens": sum(map(len, group.completions)),
+        "num_sequences": len(group.completions),
+        "num_edges": len(group.edges),
+        "num_margins": sum(margin is not None for _, _, margin in group.edges),
+        "boundary_cut": group.boundary_cut,
+        "truncated": group.truncated,
+        "problem": group.problem,
+    }
+
+
+def _tokenise_all(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TokenRules,
+    num_proc: int | None,
+    path: Path,
+) -> None:
+    raw_lines = source.unit == "line"
+    columns = source.rows.column_names
+    try:
+        if raw_lines:
+            columns = list(parse_json_line(source.rows[0]["raw"]))
+        layout = layout_of(columns)
+    except ValueError as error:
+        raise ValueError(f"{source.where(source.rows[0].get('line', 0))}: {error}") from None
+    table = source.rows.map(
+        _RowTokeniser(tokenizer, rules, layout, raw_lines),
+        with_indices=True,
+        remove_columns=source.rows.column_names,
+        features=FEATURES,
+        num_proc=num_proc,
+        new_fingerprint=path.name.removeprefix("groups-"),
+        load_from_cache_file=False,
+        keep_in_memory=len(source.rows) < 100_000 and num_proc is None,
+        desc=f"tokenising {source.name}",
+    )
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    table.save_to_disk(str(partial))
+    os.replace(partial, path)
+
+
+def _refuse_unreadable(source: Source, table: datasets.Dataset, on_bad_row: str) -> None:
+    bad = np.flatnonzero(_column(table, "unreadable"))
+    if len(bad) and on_bad_row == "error":
+        first = table[int(bad[0])]
+        more = f" ({len(bad)} such rows of {len(table)})" if len(bad) > 1 else ""
+        raise ValueError(
+            f"{source.where(first['row'])}: {first['problem']}{more}; "
+            "mend the row, or set data.on_bad_row=drop to train without it"
+        )
+
+
+def _report(source: Source, table: datasets.Dataset) -> dict[str, Any]:
+    problems = _column(table, "problem")
+    unreadable = _column(table, "unreadable")
+    usable = problems == ""
+    reasons = np.where(unreadable, "unreadable", problems)[~usable]
+    margins = pc.list_flatten(table.data.column("margins"))
+    report: dict[str, Any] = {
+        "source": source.name,
+        "rows": len(table),
+        "groups": int(usable.sum()),
+        "dropped": {str(r): int(n) for r, n in zip(*np.unique(reasons, return_counts=True), strict=True)},
+        "tokens": int(_column(table, "num_tokens")[usable].sum()),
+        "truncated_completions": int(_column(table, "truncated")[usable].sum()),
+        "groups_with_moved_boundary": int((_column(table, "boundary_cut")[usable] > 0).sum()),
+    }
+    if len(margins) - margins.null_count:
+        report["margin_min"] = pc.min(margins).as_py()
+        report["margin_mean"] = pc.mean(margins).as_py()
+        report["margin_max"] = pc.max(margins).as_py()
+    return report

@@ -1,0 +1,147 @@
+"""Token groups -> packed batches: rows without padding, and the table that tells what sees what.
+
+For a group with prompt p (length a) and completions c1 .. ck the packed row is p c1 .. ck. Position
+ids restart at a for every completion. A completion attends to the prompt and to itself, never to a
+sibling. A scored row is the position that predicts a completion token; the prompt's last position
+predicts the first token of every completion, so it appears k times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from madpo.trainer.data.tokenise import TokenGroup
+
+
+class Segment(NamedTuple):
+    """Queries [start, end) attend causally to themselves and to keys [prompt_start, prompt_end)."""
+
+    start: int
+    end: int
+    prompt_start: int
+    prompt_end: int  # equal to prompt_start for a prompt, which sees itself only
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Whole groups in one row. Tensors live on a device; counts and the segment table on the host."""
+
+    input_ids: Tensor  # (N,)
+    position_ids: Tensor  # (N,)
+    rows: Tensor  # (M,) index into N of the position that predicts each target
+    targets: Tensor  # (M,)
+    seq_lengths: Tensor  # (S,) scored rows of each sequence
+    winners: Tensor  # (E,) index into S
+    losers: Tensor  # (E,)
+    margins: Tensor  # (E,) NaN where the data set has none
+    segments: tuple[Segment, ...]
+    lengths: tuple[int, ...]  # seq_lengths on the host
+    group_sequences: tuple[int, ...]  # (G,) completions of each group
+    group_edges: tuple[int, ...]  # (G,) edges of each group
+    scale: float = 1.0  # factor on the sum of item losses
+    is_filler: bool = False  # keeps a rank in step that has no groups left; counts for nothing
+
+    def to(self, device: torch.device | str) -> Self:
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+
+def pack(groups: Sequence[TokenGroup], scale: float = 1.0, is_filler: bool = False) -> PackedBatch:
+    """Pack whole groups into one row, in the order given."""
+    ids: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    segments: list[Segment] = []
+    lengths: list[int] = []
+    edges: list[tuple[int, int, float]] = []
+    for group in groups:
+        prompt_start, first = len(ids), len(lengths)
+        ids += group.prompt
+        positions += range(len(group.prompt))
+        prompt_end = len(ids)
+        segments.append(Segment(prompt_start, prompt_end, prompt_start, prompt_start))
+        for completion in group.completions:
+            start = len(ids)
+            ids += completion
+            positions += range(len(group.prompt), len(group.prompt) + len(completion))
+            segments.append(Segment(start, len(ids), prompt_start, prompt_end))
+            rows += [prompt_end - 1, *range(start, len(ids) - 1)]
+            targets += completion
+            lengths.append(len(completion))
+        edges += [(first + w, first + l, math.nan if m is None else m) for w, l, m in group.edges]
+    winners, losers, margins = zip(*edges, strict=True) if edges else ((), (), ())
+    long = torch.int64
+    return PackedBatch(
+        input_ids=torch.tensor(ids, dtype=long),
+        position_ids=torch.tensor(positions, dtype=long),
+        rows=torch.tensor(rows, dtype=long),
+        targets=torch.tensor(targets, dtype=long),
+        seq_lengths=torch.tensor(lengths, dtype=long),
+        winners=torch.tensor(winners, dtype=long),
+        losers=torch.tensor(losers, dtype=long),
+        margins=torch.tensor(margins, dtype=torch.float64),
+        segments=tuple(segments),
+        lengths=tuple(lengths),
+        group_sequences=tuple(len(group.completions) for group in groups),
+        group_edges=tuple(len(group.edges) for group in groups),
+        scale=scale,
+        is_filler=is_filler,
+    )
+
+
+def filler() -> PackedBatch:
+    """A smallest batch with weight zero, for a rank without groups: every rank must run the same
+    number of forward and backward passes, or ZeRO-3's collectives hang."""
+    return pack([TokenGroup([0], [[0]], [])], scale=0.0, is_filler=True)
+
+
+def plan_micro_batches(
+    lengths: np.ndarray,  # (B,) packed tokens of each group of the step
+    budget: int,
+    world_size: int,
+) -> list[list[list[int]]]:
+    """Spread a step's groups over ranks and micro-batches: [rank][micro] -> positions into `lengths`.
+
+    The fewest micro-batches (the same number on every rank) whose tokens stay within `budget`; the
+    longest groups are placed first, each into the emptiest bin, so that ranks finish together.
+    Deterministic. Raises ValueError if one group exceeds the budget.
+    """
+    if len(lengths) and lengths.max() > budget:
+        raise ValueError(
+            f"train.micro_batch_tokens: {budget} cannot hold a group of {lengths.max()} tokens; "
+            "raise it, or lower data.max_length"
+        )
+    order = np.argsort(-lengths, kind="stable")
+    micro_batches = max(1, -(-int(lengths.sum()) // (budget * world_size)))
+    while True:
+        bins = _fill(lengths, order, budget, micro_batches * world_size)
+        if bins is not None:
+            return [bins[rank::world_size] for rank in range(world_size)]
+        micro_batches += 1
+
+
+def _fill(
+    lengths: np.ndarray, order: np.ndarray, budget: int, num_bins: int
+) -> list[list[int]] | None:
+    loads = np.zeros(num_bins, dtype=np.int64)
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    for index in order:
+        target = int(loads.argmin())
+        if loads[target] + lengths[index] > budget:
+            return None
+        loads[target] += lengths[index]
+        bins[target].append(int(index))
+    return [sorted(positions) for positions in bins]

@@ -1,0 +1,121 @@
+"""Text groups -> token groups: chat template, prompt boundary, end of sequence, truncation."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from madpo.trainer.data.formats import Text, TextGroup
+
+
+@dataclass(frozen=True)
+class TokenRules:
+    """Everything besides the tokenizer that decides which tokens come out; part of the cache key."""
+
+    max_length: int
+    append_eos: Literal["auto", "always", "never"] = "auto"
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """A prompt and its completions as token ids. Edges are (winner, loser, margin or None)."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+    edges: list[tuple[int, int, float | None]]
+    boundary_cut: int = 0  # prompt tokens that merged into the completion and moved there
+    truncated: int = 0  # completions that lost their end
+    problem: str = ""  # why the group cannot be trained on; empty: it can
+
+
+def tokenise(
+    group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules
+) -> TokenGroup:
+    """Tokens of one group.
+
+    A completion starts where the tokens of prompt + completion leave those of the prompt alone: at
+    their longest common prefix, and the same place for every completion of the group. Completions
+    are cut to `max_length` at their end; a group whose prompt fills `max_length`, or whose two sides
+    of an edge become equal, cannot be trained on and says so in `problem`.
+    """
+    prompt_only = _encode_prompt(group, tokenizer)
+    wholes = [_encode_whole(group, x, tokenizer, rules) for x in group.completions]
+    start = min(_common_prefix(prompt_only, whole) for whole in wholes)
+    if start == 0 and not group.prompt and len(wholes) == 1:
+        start = 1  # plain text without BOS: the first token predicts the rest, as in any language model
+    prompt = wholes[0][:start]
+    room = rules.max_length - start
+    completions = [whole[start : start + max(room, 0)] for whole in wholes]
+    edges = group.edges
+    problem = ""
+    if start == 0:
+        problem = "prompt and completion share no leading token"
+    elif any(len(whole) == start for whole in wholes):
+        problem = "a completion has no tokens"
+    elif room < 1:
+        problem = "prompt fills max_length"
+    elif any(completions[winner] == completions[loser] for winner, loser, _ in edges):
+        problem = "chosen and rejected are the same tokens"
+    return TokenGroup(
+        prompt,
+        completions,
+        edges,
+        boundary_cut=max(len(prompt_only) - start, 0),
+        truncated=sum(len(whole) > rules.max_length for whole in wholes),
+        problem=problem,
+    )
+
+
+def _encode_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if isinstance(group.prompt, str):
+        return _encode_text(group.prompt, tokenizer)
+    # A prompt that ends with the assistant's own words is continued, any other is answered.
+    continued = group.prompt[-1]["role"] == "assistant" and group.completions[0][0]["role"] == "assistant"  # type: ignore[index]
+    return _encode_messages(
+        group.prompt,
+        tokenizer,
+        add_generation_prompt=not continued,
+        continue_final_message=continued,
+    )
+
+
+def _encode_whole(
+    group: TextGroup, completion: Text, tokenizer: PreTrainedTokenizerBase, rules: TokenRules
+) -> list[int]:
+    if isinstance(group.prompt, str):
+        assert isinstance(completion, str)
+        ids = _encode_text(group.prompt + completion, tokenizer)
+    else:
+        assert not isinstance(completion, str)
+        ids = _encode_messages(group.prompt + completion, tokenizer)
+    append = rules.append_eos == "always" or (
+        rules.append_eos == "auto" and not group.conversational
+    )
+    if append and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+        ids = [*ids, tokenizer.eos_token_id]
+    return ids
+
+
+def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Plain text is data: a special token spelled out in it stays text."""
+    ids: list[int] = tokenizer(text, split_special_tokens=True)["input_ids"]  # type: ignore[assignment]
+    # A tokenizer that closes every text with EOS would close the prompt too; append_eos decides.
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _encode_messages(messages: Any, tokenizer: PreTrainedTokenizerBase, **options: bool) -> list[int]:
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the data set holds conversations and the tokenizer has no chat template; "
+            "use an instruction-tuned tokenizer (model.tokenizer_name_or_path) or plain text columns"
+        )
+    encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    return encoded["input_ids"]  # type: ignore[index,return-value]
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+    return sum(1 for _ in shared)

@@ -1,0 +1,62 @@
+"""The top-level keys of a DeepSpeed config. DeepSpeed ignores unknown ones silently, so we check.
+
+Nested blocks are checked by DeepSpeed itself. A test holds this list against DeepSpeed's sources.
+"""
+
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_tokens",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_tokens",
+    "managed_gradient_accumulation": "train.global_batch_size and train.micro_batch_tokens",
+    "gradient_clipping": "optim.max_grad_norm",
+    "optimizer": "the optim section",
+    "scheduler": "optim.lr_scheduler_type",
+    "bf16": "train.bf16",
+    "fp16": "train.bf16",
+    "gradient_allreduce_op": "nothing: the loss is a mean over the global batch",
+    "prescale_gradients": "nothing: the loss is a mean over the global batch",
+    "gradient_predivide_factor": "nothing: the loss is a mean over the global batch",
+    "steps_per_print": "train.logging_steps",
+}
+"""Keys that would contradict the rest of the config -> what to set instead."""
+
+DEEPSPEED_KEYS = frozenset(OWNED_DEEPSPEED_KEYS) | {
+    "activation_checkpointing",
+    "aio",
+    "amp",
+    "autotuning",
+    "checkpoint",
+    "communication_data_type",
+    "comms_logger",
+    "compile",
+    "csv_monitor",
+    "curriculum_learning",
+    "data_efficiency",
+    "data_types",
+    "dataloader_drop_last",
+    "disable_allgather",
+    "disable_python_gc",
+    "dump_state",
+    "elasticity",
+    "flops_profiler",
+    "hybrid_engine",
+    "log_level",
+    "memory_breakdown",
+    "nebula",
+    "pipeline",
+    "quantize_training",
+    "seq_parallel_communication_data_type",
+    "sequence_parallel_size",
+    "sparse_attention",
+    "tensor_parallel",
+    "tensorboard",
+    "timers",
+    "torch_autocast",
+    "use_data_before_expert_parallelism",
+    "wandb",
+    "wall_clock_breakdown",
+    "weight_quantization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+}

@@ -1,0 +1,57 @@
+"""The process group: DeepSpeed's, gloo without a GPU and NCCL with one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as torch_dist
+
+from madpo.trainer.data.loader import Shard
+
+
+def init(timeout_minutes: float) -> Shard:
+    """Join the process group that the launcher's environment variables describe."""
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        # Serves inference only; building it takes a compiler, a minute and a lock that can go stale.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    if "MASTER_ADDR" not in os.environ:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    return Shard(torch_dist.get_rank(), torch_dist.get_world_size())
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def barrier() -> None:
+    torch_dist.barrier()
+
+
+def die_with_parent() -> None:
+    """Ask Linux to terminate this process when its launcher dies, which launchers do not do."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]

@@ -1,0 +1,28 @@
+"""Direct Preference Optimisation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+
+from madpo.trainer.objectives.base import Objective, Outcome, Params, Scored
+
+
+class DPOParams(Params):
+    loss_type: Literal["dpo"] = "dpo"
+    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference")
+
+
+def dpo(scored: Scored, params: DPOParams) -> Outcome:
+    """L = -log sigmoid(beta * D), D = log-ratio of the winner minus log-ratio of the loser.
+
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7. Returns one loss per edge, (E,).
+    """
+    logratios = scored.logratios
+    delta = logratios[scored.winners] - logratios[scored.losers]
+    return Outcome(-F.logsigmoid(params.beta * delta))
+
+
+OBJECTIVE = Objective(dpo, DPOParams)

@@ -1,0 +1,89 @@
+"""YAML as a user means it: duplicate keys are errors, `1e-6` is a float, dotted overrides."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that rejects duplicate keys and reads floats as YAML 1.2 does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is not text; quote it", key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands twice; remove one", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_StrictLoader.add_constructor(
+    "tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node, deep=True)
+)
+# YAML 1.1, which PyYAML follows, wants a dot in every float, so `1e-6` would be a string.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse(text: str, origin: str) -> Any:
+    """The value of a YAML text. ValueError names `origin` and the line."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{origin}:{mark.line + 1}" if mark else origin
+        raise ValueError(f"{where}: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{origin}: {error}") from None
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. ValueError names the file and line."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    value = parse(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a config is a mapping of sections, got {type(value).__name__}")
+    return value
+
+
+def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """A copy of `tree` with `a.b=value` assignments applied; values are YAML, a mapping replaces."""
+    tree = dict(tree)
+    for assignment in assignments:
+        path, separator, text = assignment.partition("=")
+        keys = path.split(".")
+        if not separator or not all(keys):
+            raise ValueError(f"override {assignment!r}: write section.key=value, as in optim.lr=2e-6")
+        node = tree
+        for depth, key in enumerate(keys[:-1]):
+            child = node.get(key)
+            if child is not None and not isinstance(child, dict):
+                where = ".".join(keys[: depth + 1])
+                raise ValueError(f"override {assignment!r}: {where} is a value, not a section")
+            node[key] = dict(child or {})
+            node = node[key]
+        node[keys[-1]] = parse(text, f"override {assignment!r}")
+    return tree
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`, did you mean 'x'?` when one of the known words is close, else the list of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f", did you mean {close[0]!r}?" if close else f"; known here: {', '.join(known)}"
