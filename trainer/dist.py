@@ -5,13 +5,25 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as torch_dist
 
-from madpo.trainer.data.loader import Shard
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of every step is this process's."""
+
+    rank: int
+    world_size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
 
 
 def init(timeout_minutes: float) -> Shard:
@@ -42,6 +54,12 @@ def barrier() -> None:
     torch_dist.barrier()
 
 
+def leave() -> None:
+    """Leave the process group."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
 def die_with_parent() -> None:
     """Ask Linux to terminate this process when its launcher dies, which launchers do not do."""
     if sys.platform == "linux":
@@ -50,8 +68,6 @@ def die_with_parent() -> None:
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]

@@ -116,7 +116,7 @@ def load_groups(
     with FileLock(cache / "lock"):
         source = open_source(data, split, cache)
         identity = (FORMAT_VERSION, source.fingerprint, tokenizer_identity(tokenizer), asdict(rules))
-        path = cache / f"groups-{xxhash.xxh3_128_hexdigest(repr(identity))}"
+        path = cache / f"groups-{xxhash.xxh3_128_hexdigest(repr(identity).encode())}"
         if not path.is_dir():
             _tokenise_all(source, tokenizer, rules, data.dataset_num_proc, path)
         table = datasets.load_from_disk(str(path))
@@ -197,7 +197,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
         repr(sorted(tokenizer.special_tokens_map.items())),
         repr(tokenizer.chat_template),
     )
-    return xxhash.xxh3_128_hexdigest("\0".join(parts))
+    return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
 
 @dataclass(frozen=True)

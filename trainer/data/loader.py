@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.packing import PackedBatch, filler, pack, plan_micro_batches
+from madpo.trainer.dist import Shard
 from madpo.trainer.objectives.base import Item
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Which part of every step is this rank's."""
-
-    rank: int
-    world_size: int
 
 
 def step_batches(

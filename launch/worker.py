@@ -1,0 +1,60 @@
+"""The entry of one rank, the same under `deepspeed`, `torchrun` and alone.
+
+    deepspeed --hostfile hosts --module madpo.launch.worker CONFIG [section.key=value ...]
+    torchrun --nproc-per-node 8 -m madpo.launch.worker CONFIG [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+
+EXIT_USAGE = 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one stage on this rank; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m madpo.launch.worker")
+    parser.add_argument("--task", choices=("train", "evaluate", "export"), default="train")
+    parser.add_argument("--local_rank", type=int, help="passed by the deepspeed launcher, not used")
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        _run(args)
+    except ValueError as error:
+        if os.environ.get("MADPO_DEBUG"):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USAGE
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    from madpo.trainer import dist
+    from madpo.trainer.config import load
+
+    config = load(args.config, args.overrides)
+    dist.die_with_parent()
+    shard = dist.init(config.launch.timeout_minutes)
+    if args.task == "train":
+        from madpo.trainer.stages.train import run_training
+
+        run_training(config, shard, shlex.join(["madpo", "train", args.config, *args.overrides]))
+    elif args.task == "evaluate":
+        from madpo.trainer.stages.evaluate import run_evaluation
+
+        run_evaluation(config, shard)
+    else:
+        from madpo.trainer.stages.export import run_export
+
+        run_export(config, shard)
+    dist.leave()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

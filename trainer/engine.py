@@ -1,0 +1,99 @@
+"""The DeepSpeed engine: its config from ours, and one optimiser step of any number of micro-batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from madpo.trainer.config import Config, OptimConfig
+from madpo.trainer.data.packing import PackedBatch
+from madpo.trainer.metrics import Meter, add_batch
+
+
+def deepspeed_config(config: Config, training: bool = True) -> dict[str, Any]:
+    """DeepSpeed's configuration. The user's `deepspeed` block comes last and fills or replaces."""
+    zero = {
+        "stage": 3,
+        "overlap_comm": torch.cuda.is_available(),
+        "contiguous_gradients": True,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
+    user = dict(config.deepspeed)
+    zero |= user.pop("zero_optimization", {})
+    out: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: micro-batches are packed to a budget
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.max_grad_norm,
+        "steps_per_print": 10**9,
+        "bf16": {"enabled": config.train.bf16},
+        "zero_optimization": zero,
+        **user,
+    }
+    if training:
+        out["optimizer"] = {
+            "type": "AdamW",
+            "params": {
+                "lr": config.optim.lr,
+                "betas": [config.optim.adam_beta1, config.optim.adam_beta2],
+                "eps": config.optim.adam_epsilon,
+                "weight_decay": config.optim.weight_decay,
+                # torch's own AdamW compiles nothing and resumes bit for bit.
+                "torch_adam": True,
+            },
+        }
+    return out
+
+
+def build_engine(config: Config, module: nn.Module, training: bool = True) -> Any:
+    """A DeepSpeed engine around the module. Without `training` it has no optimiser."""
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        config=deepspeed_config(config, training),
+        model_parameters=parameter_groups(module, config.optim) if training else None,
+    )
+    return engine
+
+
+def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Trainable parameters, matrices with weight decay and vectors (norms, biases) without."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    # A parameter that ZeRO-3 has partitioned keeps its real shape in ds_shape.
+    is_matrix = [len(getattr(parameter, "ds_shape", parameter.shape)) > 1 for parameter in trainable]
+    groups = [
+        {
+            "params": [p for p, matrix in zip(trainable, is_matrix, strict=True) if matrix is wanted],
+            "weight_decay": decay,
+        }
+        for wanted, decay in ((True, optim.weight_decay), (False, 0.0))
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def train_step(
+    engine: Any, batches: Sequence[PackedBatch], learning_rate: float, meter: Meter
+) -> None:
+    """Forward and backward of every micro-batch, then one optimiser update."""
+    module, device = engine.module, engine.device
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    for index, batch in enumerate(batches):
+        engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+        batch = batch.to(device)
+        loss, logps, ref_logps = engine(batch)
+        engine.backward(loss)
+        add_batch(meter, batch, logps, ref_logps, module.head.objective, module.head.params)
+    engine.step()
+
+
+def grad_norm(engine: Any) -> float:
+    """The norm of the last step's gradient over all ranks, before clipping."""
+    norm = engine.get_global_grad_norm()
+    return float(norm.item() if isinstance(norm, Tensor) else norm)

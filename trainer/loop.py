@@ -1,0 +1,129 @@
+"""The training loop and the evaluation, each one function that reads top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from madpo.trainer.config import Config
+from madpo.trainer.data.dataset import GroupDataset
+from madpo.trainer.data.loader import evaluation_batches, step_batches
+from madpo.trainer.data.order import DataOrder
+from madpo.trainer.dist import Shard
+from madpo.trainer.engine import grad_norm, train_step
+from madpo.trainer.metrics import Meter, add_batch
+from madpo.trainer.schedule import learning_rate
+from madpo.trainer.state import TrainState
+
+Record = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is, known before it starts."""
+
+    total_groups: int
+    total_steps: int
+
+
+def plan_run(config: Config, num_groups: int) -> Plan:
+    """Epochs of groups in steps of the global batch; the last step may be smaller."""
+    train = config.train
+    groups = math.ceil(train.num_train_epochs * num_groups)
+    steps = math.ceil(groups / train.global_batch_size)
+    if train.max_steps is not None and train.max_steps < steps:
+        steps = train.max_steps
+        groups = steps * train.global_batch_size
+    return Plan(groups, steps)
+
+
+def train(
+    config: Config,
+    engine: Any,
+    groups: GroupDataset,
+    held_out: GroupDataset | None,
+    shard: Shard,
+    state: TrainState,
+    on_record: Callable[[Record], None],
+    on_save: Callable[[], None],
+) -> None:
+    """Train from `state` to the end of the plan. `on_record` gets every logged line, on all ranks."""
+    item, settings = config.objective_entry.item, config.train
+    plan = plan_run(config, len(groups))
+    order = DataOrder(len(groups), config.seed)
+    meter = Meter(engine.device)
+    logged_at, logged = time.perf_counter(), dataclasses.replace(state)
+    engine.train()
+
+    while state.step < plan.total_steps:
+        count = min(settings.global_batch_size, plan.total_groups - state.consumed)
+        indices = order.take(state.consumed, count)
+        batches = step_batches(groups, indices, item, settings.micro_batch_tokens, shard)
+
+        rate = learning_rate(config.optim, state.step, plan.total_steps)
+        train_step(engine, batches, rate, meter)
+        state.step += 1
+        state.consumed += count
+        state.num_tokens += int(groups.lengths[indices].sum())
+        is_last = state.step == plan.total_steps
+
+        if is_last or state.step % settings.logging_steps == 0:
+            record = meter.reduce()
+            seconds = time.perf_counter() - logged_at
+            record |= {
+                "grad_norm": grad_norm(engine),
+                "learning_rate": rate,
+                "num_tokens": state.num_tokens,
+                "tokens_per_second": (state.num_tokens - logged.num_tokens) / seconds,
+                "step_time": seconds / (state.step - logged.step),
+            }
+            on_record(_stamped(record, state, len(groups)))
+            logged_at, logged = time.perf_counter(), dataclasses.replace(state)
+
+        if held_out is not None and (is_last or _due(state.step, settings.eval_steps)):
+            paused = time.perf_counter()
+            record = evaluate(config, engine, held_out, shard)
+            on_record(_stamped(record, state, len(groups)))
+            engine.train()
+            logged_at += time.perf_counter() - paused
+
+        if is_last or _due(state.step, settings.save_steps):
+            paused = time.perf_counter()
+            on_save()
+            logged_at += time.perf_counter() - paused
+
+
+def evaluate(config: Config, engine: Any, groups: GroupDataset, shard: Shard) -> Record:
+    """Metrics over all groups, names prefixed with `eval_`. Leaves the engine in evaluation mode."""
+    engine.eval()
+    meter = Meter(engine.device)
+    head = engine.module.head
+    settings = config.train
+    batches = evaluation_batches(
+        groups,
+        config.objective_entry.item,
+        settings.global_batch_size,
+        settings.micro_batch_tokens,
+        shard,
+    )
+    with torch.no_grad():
+        for batch in batches:
+            batch = batch.to(engine.device)
+            _, logps, ref_logps = engine(batch)
+            add_batch(meter, batch, logps, ref_logps, head.objective, head.params)
+    return {f"eval_{name}": value for name, value in meter.reduce().items()}
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _stamped(record: Record, state: TrainState, num_groups: int) -> Record:
+    stamp = {"step": state.step, "time": time.time(), "epoch": round(state.epoch(num_groups), 4)}
+    return {**stamp, **record}

@@ -1,0 +1,35 @@
+"""Evaluation of a model on the held-out split, without training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from madpo.trainer import checkpoint, loop
+from madpo.trainer.config import Config
+from madpo.trainer.dist import Shard
+from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.progress import metrics_table
+from madpo.trainer.stages.setup import load_data, start_engine
+
+
+def run_evaluation(config: Config, shard: Shard) -> None:
+    """Evaluate the newest checkpoint of `output_dir`, or the starting model if there is none.
+
+    Writes `evaluation.json` into the run folder and prints a table. Raises ValueError.
+    """
+    folder = Path(config.output_dir)
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config, tokenizer, training=False)
+    assert data.held_out is not None
+    tag = checkpoint.latest(folder / "checkpoints")
+    engine = start_engine(config, tokenizer, training=tag is not None)
+    if tag:
+        checkpoint.load(engine, folder / "checkpoints", tag)
+    record = loop.evaluate(config, engine, data.held_out, shard)
+    if shard.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        result = {"model": tag or config.model.model_name_or_path, **record}
+        (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+        print(metrics_table({str(result["model"]): record}), flush=True)
+    engine.destroy()

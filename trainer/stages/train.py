@@ -1,0 +1,85 @@
+"""Training, from whatever the run folder holds to a finished run: any objective, any world size."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from madpo.trainer import checkpoint, loop
+from madpo.trainer.config import Config, dump
+from madpo.trainer.dist import Shard, barrier
+from madpo.trainer.metrics import MetricsFile
+from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.progress import Progress
+from madpo.trainer.stages.export import export_model
+from madpo.trainer.stages.setup import load_data, start_engine
+from madpo.trainer.state import TrainState
+
+
+def run_training(config: Config, shard: Shard, command: str) -> None:
+    """Train, evaluate, checkpoint and export into `output_dir`; continue a run that is there.
+
+    Raises ValueError for a config, model or data set that cannot be trained.
+    """
+    folder = Path(config.output_dir)
+    checkpoints = folder / "checkpoints"
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config, tokenizer, training=True)
+    assert data.train is not None
+    engine = start_engine(config, tokenizer, training=True)
+
+    tag = checkpoint.latest(checkpoints)
+    state = checkpoint.load(engine, checkpoints, tag) if tag else TrainState()
+    plan = loop.plan_run(config, len(data.train))
+    progress = Progress(plan.total_steps) if shard.is_main else None
+    metrics = None
+    if shard.is_main and progress is not None:
+        _describe_run(folder, config, data.report, command, shard)
+        metrics = MetricsFile(folder / "metrics.jsonl", state.step)
+        progress.announce(config, data.report, state, shard, engine.device)
+    barrier()
+
+    def on_record(record: loop.Record) -> None:
+        if metrics is not None and progress is not None:
+            metrics.write(record)
+            progress.show(record)
+
+    def on_save() -> None:
+        checkpoint.save(engine, checkpoints, state, shard, config.train.save_total_limit)
+
+    loop.train(config, engine, data.train, data.held_out, shard, state, on_record, on_save)
+    if metrics is not None and progress is not None:
+        metrics.close()
+        progress.close()
+    if config.train.export:
+        export_model(engine, tokenizer, config, folder / "model", shard, state)
+    engine.destroy()
+
+
+def _describe_run(
+    folder: Path, config: Config, report: dict[str, Any], command: str, shard: Shard
+) -> None:
+    """config.yaml, data_report.json and run.json: what ran, on what, and how to repeat it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump(config))
+    (folder / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
+    on_gpu = torch.cuda.is_available()
+    run = {
+        "command": command,
+        "world_size": shard.world_size,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "host_cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {
+            name: version(name) for name in ("madpo", "torch", "deepspeed", "transformers", "datasets")
+        },
+        "started": time.time(),
+    }
+    (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
