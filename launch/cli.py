@@ -77,13 +77,11 @@ def report(
 
 
 @app.command()
-def demo(
-    folder: Annotated[Path, typer.Option(help="where the runs go")] = Path("runs/demo"),
-) -> None:
-    """Fetch real preference data and train, evaluate, export and report a small model on it."""
+def demo() -> None:
+    """Fetch real preference data; train, evaluate, export and report on it in runs/demo."""
     from madpo.launch.demo import run_demo
 
-    raise typer.Exit(run_demo(folder))
+    raise typer.Exit(run_demo())
 
 
 def set_aside(folder: Path) -> None:

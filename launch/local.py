@@ -38,6 +38,7 @@ def command_line(task: Task, config: str, overrides: Sequence[str], ranks: int) 
         *("--num_accelerators", str(ranks)),
         *("--master_port", str(free_port())),
         "--no_local_rank",
+        *("--log_level", "error"),
         *("--module", "madpo.launch.worker"),
         *("--task", task),
         config,

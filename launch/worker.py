@@ -35,9 +35,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     from madpo.trainer import dist
     from madpo.trainer.config import load
 
+    disable_progress_bar()
     config = load(args.config, args.overrides)
     dist.die_with_parent()
     shard = dist.init(config.launch.timeout_minutes)

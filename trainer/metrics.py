@@ -19,6 +19,7 @@ from torch import Tensor
 from madpo.trainer.data.packing import PackedBatch
 from madpo.trainer.head import scored_batch
 from madpo.trainer.objectives.base import Item, Objective, Params, Scored
+from madpo.trainer.run_folder import metrics_lines
 
 WITH_EXTREMA = frozenset({"madpo/weight"})
 """Metrics logged as name_mean, name_min and name_max instead of a mean alone."""
@@ -119,9 +120,10 @@ def _add_pairs(meter: Meter, scored: Scored, beta: float) -> None:
 class MetricsFile:
     """`metrics.jsonl`: one line per log step, on disk before the call returns."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, folder: Path, resume_step: int) -> None:
         """Continue after `resume_step`: lines of later steps belong to work that is done again."""
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
+        path = folder / "metrics.jsonl"
+        kept = [line for line in metrics_lines(folder) if json.loads(line)["step"] <= resume_step]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept))
         os.replace(partial, path)
@@ -134,8 +136,3 @@ class MetricsFile:
     def close(self) -> None:
         self._file.close()
 
-
-def _lines(path: Path) -> list[str]:
-    """Whole lines only: a run that was killed may leave half of its last one."""
-    text = path.read_text() if path.exists() else ""
-    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +14,7 @@ from madpo.trainer import checkpoint
 from madpo.trainer.config import Config, dump
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.run_folder import last_evaluation
 from madpo.trainer.stages.setup import start_engine
 from madpo.trainer.state import TrainState
 
@@ -86,7 +86,7 @@ def model_card(config: Config, run: Path, state: TrainState) -> str:
     base = config.model.model_name_or_path or "a model built from scratch"
     rows = [
         (name.removeprefix("eval_"), value)
-        for name, value in _last_evaluation(run).items()
+        for name, value in last_evaluation(run).items()
         if name.startswith("eval_")
     ]
     table = "\n".join(f"| {name} | {value:.4f} |" for name, value in rows)
@@ -99,8 +99,3 @@ def model_card(config: Config, run: Path, state: TrainState) -> str:
         f"## Configuration\n\n```yaml\n{dump(config)}```\n"
     )
 
-
-def _last_evaluation(run: Path) -> dict[str, Any]:
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((r for line in reversed(lines) if "eval_loss" in (r := json.loads(line))), {})

@@ -42,7 +42,7 @@ def run_training(config: Config, shard: Shard, command: str) -> None:
     metrics = None
     if shard.is_main and progress is not None:
         _describe_run(folder, config, data.report, command, shard)
-        metrics = MetricsFile(folder / "metrics.jsonl", state.step)
+        metrics = MetricsFile(folder, state.step)
         progress.announce(config, data.report, state, shard, engine.device)
     barrier()
 

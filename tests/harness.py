@@ -1,0 +1,189 @@
+"""What tests share: tiny models and data, and ranks as forked processes under DeepSpeed and gloo."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+
+from madpo.trainer.config import Config
+from madpo.trainer.data.rated_sentences import train_tokenizer
+from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.dist import free_port
+
+WORDS = "the a one film book was is very good bad fine dull warm cold plot actor story and but not".split()
+
+
+def make_tokenizer(folder: Path) -> None:
+    train_tokenizer([" ".join(WORDS)] * 4, 300, folder)
+
+
+def sentence(random: np.random.Generator, low: int = 2, high: int = 9) -> str:
+    return " ".join(random.choice(WORDS, size=random.integers(low, high)))
+
+
+def write_pairs(path: Path, count: int, seed: int = 0) -> Path:
+    """Preference pairs of random words, lengths and margins."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        rows.append(
+            {
+                "prompt": f"{index} {sentence(random)}:",
+                "chosen": f" good {sentence(random)}",
+                "rejected": f" bad {sentence(random, 2, 14)}",
+                "margin": round(float(random.normal(1.0, 2.0)), 3),
+            }
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "vocab_size": 311,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def save_model(folder: Path, tokenizer: Path, seed: int, tied: bool = False) -> Path:
+    """A tiny random Llama with its tokenizer; large weights, so that models differ."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(**LLAMA, tie_word_embeddings=tied, initializer_range=0.15)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
+
+
+def make_config(folder: Path, tree: dict[str, Any]) -> Config:
+    """A config with test defaults: fp32, two processes, small persistent parameters partitioned."""
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "model": {},
+        "data": {"cache_dir": str(folder / "cache"), "max_length": 64},
+        "objective": {"loss_type": "dpo"},
+        "optim": {"lr": 1e-3},
+        "train": {
+            "bf16": False,
+            "global_batch_size": 8,
+            "micro_batch_tokens": 256,
+            "logging_steps": 1,
+        },
+        "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+    }
+    for section, values in tree.items():
+        keep = isinstance(values, dict) and section != "objective"
+        defaults[section] = {**defaults.get(section, {}), **values} if keep else values
+    return Config.model_validate(defaults)
+
+
+def random_groups(count: int, seed: int = 0, completions: int = 2, vocab: int = 300) -> list[TokenGroup]:
+    random = np.random.default_rng(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return random.integers(3, vocab, random.integers(low, high)).tolist()
+
+    groups = []
+    for _ in range(count):
+        edges = [(0, i, float(random.normal())) for i in range(1, completions)]
+        groups.append(TokenGroup(ids(1, 12), [ids(1, 20) for _ in range(completions)], edges))
+    return groups
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the truth."""
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    """Call `function(shard, *args)` on forked gloo ranks; their results in rank order.
+
+    Raises AssertionError with the traceback of the first rank that fails, and leaves no process.
+    """
+    # Imported before the fork, so that no rank pays for it.
+    import deepspeed.runtime.zero.muon.original_muon
+    import torch._inductor.compile_fx  # noqa: F401
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    context = mp.get_context("fork")
+    port = free_port()
+    pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+    processes = [
+        context.Process(target=_rank, args=(rank, world_size, port, pipes[rank][1], function, args))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        return _collect([receiver for receiver, _ in pipes], processes, timeout)
+    finally:
+        for process in processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _collect(receivers: Sequence[Connection], processes: Sequence[Any], timeout: float) -> list[Any]:
+    results = []
+    for rank, receiver in enumerate(receivers):
+        if not receiver.poll(timeout):
+            for process in processes:
+                process.kill()
+            raise AssertionError(f"rank {rank} gave no result in {timeout} s")
+        ok, value = receiver.recv()
+        if not ok:
+            for process in processes:
+                process.kill()
+            raise AssertionError(f"rank {rank} failed:\n{value}")
+        results.append(value)
+    return results
+
+
+def _rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    result: Connection,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    from madpo.trainer import dist
+
+    try:
+        shard = dist.init(1.0)
+        result.send((True, function(shard, *args)))
+        dist.leave()
+    except BaseException:
+        result.send((False, traceback.format_exc()))
+        os._exit(1)
+    os._exit(0)
