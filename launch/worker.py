@@ -35,12 +35,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    import datasets
     from transformers.utils.logging import disable_progress_bar
 
     from madpo.trainer import dist
     from madpo.trainer.config import load
 
     disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     config = load(args.config, args.overrides)
     dist.die_with_parent()
     shard = dist.init(config.launch.timeout_minutes)

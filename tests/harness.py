@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -152,7 +153,7 @@ def _collect(receivers: Sequence[Connection], processes: Sequence[Any], timeout:
             for process in processes:
                 process.kill()
             raise AssertionError(f"rank {rank} gave no result in {timeout} s")
-        ok, value = receiver.recv()
+        ok, value = pickle.loads(receiver.recv_bytes())
         if not ok:
             for process in processes:
                 process.kill()
@@ -181,9 +182,14 @@ def _rank(
 
     try:
         shard = dist.init(1.0)
-        result.send((True, function(shard, *args)))
+        _send(result, True, function(shard, *args))
         dist.leave()
     except BaseException:
-        result.send((False, traceback.format_exc()))
+        _send(result, False, traceback.format_exc())
         os._exit(1)
     os._exit(0)
+
+
+def _send(pipe: Connection, ok: bool, value: Any) -> None:
+    """Plain pickle: multiprocessing's own would share tensors' memory, which dies with the rank."""
+    pipe.send_bytes(pickle.dumps((ok, value)))

@@ -31,8 +31,9 @@ def init(timeout_minutes: float) -> Shard:
     import deepspeed
 
     if not torch.cuda.is_available():
-        # Serves inference only; building it takes a compiler, a minute and a lock that can go stale.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
+        # The one op that would be compiled here serves inference only. Without this, every start
+        # probes the compiler for all ops and builds that one under a lock that can go stale.
+        deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
     if "MASTER_ADDR" not in os.environ:

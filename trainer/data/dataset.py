@@ -48,6 +48,7 @@ FEATURES = datasets.Features(
         "row": datasets.Value("int64"),
     }
 )
+LINES = datasets.Features({"line": datasets.Value("int64"), "raw": datasets.Value("binary")})
 
 
 class GroupDataset:
@@ -156,14 +157,16 @@ def open_source(data: DataConfig, split: str, cache: Path) -> Source:
                 content.update(block)
     fingerprint = content.hexdigest()
     if files[0].suffix == ".jsonl":
+        if next(_lines(str(files[0])), None) is None:
+            raise ValueError(f"{files[0]}: the file has no rows")
         rows = datasets.Dataset.from_generator(
             _lines,
+            features=LINES,
             gen_kwargs={"path": str(files[0])},
             cache_dir=str(cache / "lines"),
             fingerprint=fingerprint,
         )
-        if not len(rows):
-            raise ValueError(f"{files[0]}: the file has no rows")
+        assert isinstance(rows, datasets.Dataset)
         return Source(str(files[0]), rows, fingerprint, "line")
     rows = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=str(cache / "rows"))
     return Source(str(files[0]), rows, fingerprint, "row")  # type: ignore[arg-type]

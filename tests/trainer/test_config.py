@@ -1,0 +1,127 @@
+"""The schema is strict and its errors say where, what and what to do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import deepspeed
+import pytest
+
+from madpo.trainer import strict_yaml
+from madpo.trainer.config import Config, dump, load
+from madpo.trainer.deepspeed_keys import DEEPSPEED_KEYS
+from madpo.trainer.engine import deepspeed_config
+
+MINIMAL = """
+output_dir: runs/x
+model: {model_name_or_path: some/model}
+data: {dataset_name: pairs.jsonl}
+objective: {loss_type: madpo}
+"""
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    file = tmp_path / "config.yaml"
+    file.write_text(MINIMAL)
+    return file
+
+
+def test_defaults_and_dotted_overrides(path):
+    config = load(path, ["objective.beta=0.05", "optim.lr=2e-6", "train.bf16=false"])
+    assert (config.objective.beta, config.optim.lr, config.train.bf16) == (0.05, 2e-6, False)
+    assert config.objective.c_min == 0.25
+    assert config.train.global_batch_size == 64
+
+
+def test_an_override_can_replace_a_block(path):
+    config = load(path, ["objective={loss_type: dpo, beta: 1e-1}"])
+    assert config.objective.model_dump() == {"loss_type": "dpo", "beta": 0.1}
+
+
+def test_dump_and_load_give_the_same_config(path, tmp_path):
+    config = load(path, ["objective.lambda=2", "deepspeed.zero_optimization.stage=2"])
+    (tmp_path / "resolved.yaml").write_text(dump(config))
+    assert load(tmp_path / "resolved.yaml") == config
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.name)
+def test_every_shipped_config_resolves(file):
+    assert isinstance(load(file), Config)
+
+
+ERRORS = [
+    (["optim.lrr=1"], r"optim\.lrr: unknown key, did you mean 'lr'\?"),
+    (["objective.bta=1"], r"objective\.bta: unknown key, did you mean 'beta'\?"),
+    (["modle.x=1"], r"modle: unknown key, did you mean 'model'\?"),
+    (["optim.lr=-1"], r"optim\.lr: Input should be greater than 0 \(got -1\)"),
+    (["optim.lr=.nan"], r"optim\.lr: Input should be a finite number"),
+    (["objective.loss_type=madop"], r"unknown objective 'madop', did you mean 'madpo'"),
+    (["objective={}"], r"objective: loss_type is required; one of dpo, madpo, nll"),
+    (["objective.c_min=1"], r"objective\.c_min: Input should be less than 1 \(got 1\)"),
+    (["data={}"], r"data\.dataset_name: is required"),
+    (["optim.warmup_steps=3", "optim.warmup_ratio=0.1"], r"warmup_steps or warmup_ratio, not both"),
+    (["train.micro_batch_tokens=100"], r"set it to at least 2048$"),
+    (["model.model_name_or_path=null"], r"set one of model_name_or_path"),
+    (["model={init_config: {model_type: llama}, tokenizer_name_or_path: t}"], r"needs a reference"),
+    (["model={init_config: {}, tokenizer_name_or_path: t}"], r"model_type is missing"),
+    (["launch.num_processes=0"], r"must be at least 1, or auto"),
+    (["deepspeed.zero_optimisation.stage=3"], r"unknown key, did you mean 'zero_optimization'\?"),
+    (["deepspeed.gradient_clipping=1"], r"madpo sets this itself; use optim\.max_grad_norm"),
+    (["optim.lr"], r"write section\.key=value"),
+    (["output_dir.x=1"], r"output_dir is a value, not a section"),
+    (["optim.lr=[1"], r"override 'optim\.lr=\[1'"),
+]
+
+
+@pytest.mark.parametrize("overrides, message", ERRORS, ids=[" ".join(o) for o, _ in ERRORS])
+def test_errors_name_the_key_and_the_remedy(path, overrides, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load(path, overrides)
+    assert "validation error" not in str(caught.value), "pydantic's own wording"
+
+
+def test_all_problems_are_reported_at_once(path):
+    with pytest.raises(ValueError, match="3 problems") as caught:
+        load(path, ["optim.lr=0", "modle=1", "objective.bta=2"])
+    assert all(key in str(caught.value) for key in ("optim.lr", "modle", "objective.bta"))
+
+
+def test_duplicate_keys_are_refused_with_their_line(tmp_path):
+    (tmp_path / "c.yaml").write_text("a: 1\nb:\n  x: 1\n  x: 2\n")
+    with pytest.raises(ValueError, match=r"c\.yaml:4: key 'x' stands twice"):
+        strict_yaml.read(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("1e-6", 1e-6), ("2E+3", 2000.0), ("-1e2", -100.0), ("1.5e-3", 1.5e-3), ("12", 12), ("e5", "e5"), ("'1e-6'", "1e-6")],
+)
+def test_floats_are_read_as_people_write_them(text, value):
+    got = strict_yaml.parse(text, "test")
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("text", ["!!python/object/apply:os.system ['true']", "a: [", "\tx: 1", "1: 2"])
+def test_odd_yaml_is_refused(text):
+    with pytest.raises(ValueError, match="test"):
+        strict_yaml.parse(text, "test")
+
+
+def test_deepspeed_block_is_passed_through(path):
+    config = load(path, ["deepspeed={zero_optimization: {stage3_prefetch_bucket_size: 7}, dump_state: true}"])
+    got = deepspeed_config(config)
+    assert got["zero_optimization"]["stage"] == 3
+    assert got["zero_optimization"]["stage3_prefetch_bucket_size"] == 7
+    assert got["dump_state"] is True
+    assert got["gradient_clipping"] == config.optim.max_grad_norm
+
+
+def test_deepspeed_keys_are_those_of_the_installed_deepspeed():
+    sources = "\n".join(
+        file.read_text(errors="ignore") for file in Path(deepspeed.__file__).parent.rglob("*.py")
+    )
+    for key in DEEPSPEED_KEYS:
+        assert re.search(rf"[\"']{key}[\"']", sources), f"DeepSpeed does not know {key!r}"

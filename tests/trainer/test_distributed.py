@@ -1,0 +1,216 @@
+"""ZeRO-3 on gloo ranks against plain PyTorch, and against itself for other world sizes and splits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import make_config, relative_error, run_ranks, save_model, write_pairs
+
+from madpo.trainer.config import Config
+from madpo.trainer.data.loader import step_batches
+from madpo.trainer.data.order import DataOrder
+from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.engine import train_step
+from madpo.trainer.metrics import Meter
+from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.objectives.base import Item
+from madpo.trainer.objectives.madpo import madpo_weight
+from madpo.trainer.stages.setup import load_data, start_engine
+
+pytestmark = pytest.mark.ranks
+
+BATCH = 7  # odd, so that ranks and micro-batches hold different numbers of pairs
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def config(request, tmp_path, tokenizer_folder) -> Config:
+    model = save_model(tmp_path / "policy", tokenizer_folder, seed=1, tied=request.param)
+    reference = save_model(tmp_path / "reference", tokenizer_folder, seed=2, tied=request.param)
+    return make_config(
+        tmp_path,
+        {
+            "model": {"model_name_or_path": str(model), "ref_model_name_or_path": str(reference)},
+            "data": {"dataset_name": str(write_pairs(tmp_path / "pairs.jsonl", 40))},
+            "objective": {"loss_type": "madpo", "tau": 2.0},
+            "optim": {"lr": 1e-3, "max_grad_norm": 1.0, "weight_decay": 0.01},
+            "train": {"global_batch_size": BATCH},
+        },
+    )
+
+
+def zero3_steps(shard, config: Config, steps: int) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """(loss, full gradients of the policy) of every step."""
+    from deepspeed.utils import safe_get_full_grad
+
+    tokenizer = load_tokenizer(config.model)
+    groups = load_data(config, tokenizer, training=True).train
+    assert groups is not None
+    engine = start_engine(config, tokenizer, training=True)
+    order = DataOrder(len(groups), config.seed)
+    names = {name: p for name, p in engine.module.policy.named_parameters()}
+    gradients: dict[str, torch.Tensor] = {}
+    engine_step = engine.step
+
+    def step_and_keep_gradients() -> None:
+        for name, parameter in names.items():
+            gradients[name] = safe_get_full_grad(parameter).clone()
+        engine_step()
+
+    engine.step = step_and_keep_gradients
+    out = []
+    for step in range(steps):
+        meter = Meter(engine.device)
+        indices = order.take(step * BATCH, BATCH)
+        budget = config.train.micro_batch_tokens
+        batches = step_batches(groups, indices, Item.EDGE, budget, shard)
+        train_step(engine, batches, config.optim.lr, meter)
+        out.append((meter.reduce()["loss"], dict(gradients)))
+    engine.destroy()
+    return out if shard.is_main else []
+
+
+def plain_steps(config: Config, steps: int) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """The same in ordinary PyTorch: padded Hugging Face forward, log-softmax, autograd, AdamW."""
+    from transformers import AutoModelForCausalLM
+
+    assert config.model.model_name_or_path and config.model.ref_model_name_or_path
+    policy: Any = AutoModelForCausalLM.from_pretrained(config.model.model_name_or_path)
+    reference: Any = AutoModelForCausalLM.from_pretrained(config.model.ref_model_name_or_path)
+    groups = load_data(config, load_tokenizer(config.model), training=True).train
+    assert groups is not None
+    order = DataOrder(len(groups), config.seed)
+    matrices = [p for p in policy.parameters() if p.ndim > 1]
+    vectors = [p for p in policy.parameters() if p.ndim == 1]
+    decay = config.optim.weight_decay
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=config.optim.lr,
+    )
+    out = []
+    for step in range(steps):
+        batch = [groups[index] for index in order.take(step * BATCH, BATCH)]
+        logps = padded_logps(policy, batch).view(-1, 2)
+        with torch.no_grad():
+            ref_logps = padded_logps(reference, batch).view(-1, 2)
+        ratios = logps - ref_logps
+        margins = torch.tensor([group.edges[0][2] for group in batch])
+        weight = madpo_weight(margins, 4, 0.25, 1, config.objective.tau)
+        loss = (-F.logsigmoid(0.1 * (ratios[:, 0] - ratios[:, 1])) * weight).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        out.append((loss.item(), {n: p.grad.clone() for n, p in policy.named_parameters()}))
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm)
+        optimizer.step()
+    return out
+
+
+def padded_logps(model: Any, batch: list[TokenGroup]) -> torch.Tensor:
+    """(sequences,) log-probs of every completion, prompt repeated, right-padded, all logits."""
+    rows = [(group.prompt, completion) for group in batch for completion in group.completions]
+    longest = max(len(prompt) + len(completion) for prompt, completion in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    labels = torch.full((len(rows), longest), -100)
+    for row, (prompt, completion) in enumerate(rows):
+        end = len(prompt) + len(completion)
+        ids[row, :end] = torch.tensor(prompt + completion)
+        labels[row, len(prompt) : end] = torch.tensor(completion)
+    present = torch.arange(longest) < torch.tensor([len(p) + len(c) for p, c in rows])[:, None]
+    logits = model(input_ids=ids, attention_mask=present.long()).logits[:, :-1]
+    targets = labels[:, 1:]
+    logps = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return torch.where(targets == -100, 0.0, logps).sum(1)
+
+
+def compare(got, want, tolerance=1e-5):
+    for step, ((loss, gradients), (true_loss, true_gradients)) in enumerate(zip(got, want, strict=True)):
+        assert loss == pytest.approx(true_loss, rel=tolerance), f"loss of step {step}"
+        flat = [torch.cat([g[n].flatten() for n in sorted(true_gradients)]) for g in (gradients, true_gradients)]
+        assert relative_error(*flat) < tolerance, f"gradient of step {step}"
+
+
+def test_two_zero3_ranks_equal_plain_pytorch(config):
+    want = plain_steps(config, 10)
+    got = run_ranks(2, zero3_steps, config, 10)[0]
+    assert want[0][0] != pytest.approx(want[-1][0], rel=1e-2), "the run must move for this to prove anything"
+    compare(got, want)
+
+
+def test_first_gradients_of_every_parameter_equal_plain_pytorch(config):
+    want = plain_steps(config, 1)[0][1]
+    got = run_ranks(2, zero3_steps, config, 1)[0][0][1]
+    assert got.keys() == want.keys()
+    for name in want:
+        assert relative_error(got[name], want[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("world_size, budget", [(1, 512), (1, 128), (2, 200), (4, 512), (4, 128)])
+def test_same_batch_same_loss_and_gradients(config, world_size, budget):
+    """For any number of ranks, any split into micro-batches, and ranks without a group."""
+    if config.model.model_name_or_path and "policy" not in config.model.model_name_or_path:
+        pytest.fail("unexpected model")
+    want = run_ranks(1, zero3_steps, with_budget(config, 4096), 2)[0]
+    got = run_ranks(world_size, zero3_steps, with_budget(config, budget), 2)[0]
+    compare(got, want)
+
+
+def with_budget(config: Config, budget: int) -> Config:
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"micro_batch_tokens": budget})}
+    )
+
+
+def first_loss(shard, config: Config) -> dict[str, float]:
+    tokenizer = load_tokenizer(config.model)
+    groups = load_data(config, tokenizer, training=True).train
+    assert groups is not None
+    engine = start_engine(config, tokenizer, training=True)
+    meter = Meter(engine.device)
+    batches = step_batches(groups, np.arange(BATCH), Item.EDGE, 256, shard)
+    train_step(engine, batches, 1e-3, meter)
+    engine.destroy()
+    return meter.reduce()
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "activation-checkpointing"])
+def test_step_zero_with_policy_as_reference(config, bf16, checkpointing):
+    """The margin is exactly 0 and the loss ln 2."""
+    model = config.model.model_copy(
+        update={"ref_model_name_or_path": None, "gradient_checkpointing": checkpointing}
+    )
+    start = config.model_copy(
+        update={
+            "model": model,
+            "objective": config.objective.model_copy(update={"margin_scale": 1e-9}),
+            "train": config.train.model_copy(update={"bf16": bf16}),
+        }
+    )
+    record = run_ranks(2, first_loss, start)[0]
+    assert record["rewards/margins"] == 0.0
+    assert record["kl"] == 0.0
+    assert record["rewards/accuracies"] == 0.0
+    assert record["loss"] == pytest.approx(np.log(2), abs=1e-8)
+
+
+def test_activation_checkpointing_changes_nothing(config):
+    want = run_ranks(2, zero3_steps, config, 2)[0]
+    model = config.model.model_copy(update={"gradient_checkpointing": True})
+    got = run_ranks(2, zero3_steps, config.model_copy(update={"model": model}), 2)[0]
+    compare(got, want, tolerance=1e-6)
+
+
+def test_no_reference_parameter_is_trained(config, tmp_path: Path):
+    module = run_ranks(1, trainable_names, config)[0]
+    assert module and all(name.startswith("policy.") for name in module)
+
+
+def trainable_names(shard, config: Config) -> list[str]:
+    engine = start_engine(config, load_tokenizer(config.model), training=True)
+    names = [name for name, p in engine.module.named_parameters() if p.requires_grad]
+    engine.destroy()
+    return names

@@ -1,0 +1,119 @@
+"""Packed, prefix-sharing, padding-free scores equal the plain padded Hugging Face forward."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from harness import random_groups, relative_error
+
+from madpo.trainer.data.packing import pack
+from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.model import prefix_attention
+from madpo.trainer.model.policy import scored_hidden
+from madpo.trainer.model.prefix_attention import SegmentTable
+from madpo.trainer.objectives.base import segment_sum
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 307,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "llama": transformers.LlamaConfig(**SIZES),
+    "qwen2": transformers.Qwen2Config(**SIZES),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=12),
+    "mistral-window": transformers.MistralConfig(**SIZES, sliding_window=9, head_dim=12),
+    "gemma2-softcap-window": transformers.Gemma2Config(
+        **SIZES, head_dim=12, sliding_window=7, query_pre_attn_scalar=12
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    prefix_attention.register()
+
+
+def packed_logps(model: Any, groups: list[TokenGroup]) -> torch.Tensor:
+    batch = pack(groups)
+    hidden = scored_hidden(model, batch, SegmentTable(batch.segments))
+    logits = model.lm_head(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    tokens = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+    return segment_sum(tokens, batch.seq_lengths)
+
+
+def padded_logps(model: Any, groups: list[TokenGroup]) -> torch.Tensor:
+    out = []
+    for group in groups:
+        for completion in group.completions:
+            ids = torch.tensor([group.prompt + completion + [0] * 5])
+            mask = torch.tensor([[1] * (ids.shape[1] - 5) + [0] * 5])
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+            first = len(group.prompt) - 1
+            rows = logits[first : first + len(completion)].log_softmax(-1)
+            out.append(rows.gather(1, torch.tensor(completion)[:, None]).double().sum())
+    return torch.stack(out)
+
+
+def mixed_groups() -> list[TokenGroup]:
+    """One, two and seven completions; a prompt of one token; a completion of one token."""
+    one, seven = random_groups(2, 1, completions=1), random_groups(1, 2, completions=7)
+    short = TokenGroup([5], [[7], [9, 11, 13]], [(0, 1, None)])
+    return [*random_groups(3), *one, short, *seven]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_and_gradients_equal_the_padded_forward(family):
+    config = copy.deepcopy(FAMILIES[family])
+    groups = mixed_groups()
+    eager: Any = transformers.AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), attn_implementation="eager"
+    )
+    packed: Any = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=prefix_attention.NAME
+    )
+    packed.load_state_dict(eager.state_dict())
+    weights = torch.randn(sum(len(group.completions) for group in groups), dtype=torch.float64)
+    want, got = padded_logps(eager, groups), packed_logps(packed, groups)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    (want * weights).sum().backward()
+    (got * weights).sum().backward()
+    truth = dict(eager.named_parameters())
+    for name, parameter in packed.named_parameters():
+        assert relative_error(parameter.grad, truth[name].grad) < 1e-5, name
+
+
+def test_nothing_leaks_between_completions_or_groups():
+    model: Any = transformers.AutoModelForCausalLM.from_config(
+        FAMILIES["llama"], attn_implementation=prefix_attention.NAME
+    )
+    groups = random_groups(3)
+    with torch.no_grad():
+        before = packed_logps(model, groups)
+        changed = [(token + 1) % 300 for token in groups[1].completions[0]]
+        groups[1].completions[0] = changed
+        after = packed_logps(model, groups)
+    same = torch.tensor([True, True, False, True, True, True])
+    assert torch.equal(before[same], after[same])
+    assert before[2] != after[2]
+
+
+def test_the_segment_table_is_demanded():
+    model: Any = transformers.AutoModelForCausalLM.from_config(
+        FAMILIES["llama"], attn_implementation=prefix_attention.NAME
+    )
+    with pytest.raises(ValueError, match="segments"):
+        model(input_ids=torch.tensor([[5, 6, 7]]))
