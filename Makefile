@@ -29,7 +29,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 types: $(READY)
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 sizes:  ## lines per file, longest first
 	@git ls-files '*.py' | xargs wc -l | sort -rn | head -20

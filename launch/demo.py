@@ -45,7 +45,14 @@ def run_demo() -> int:
         shutil.rmtree(FOLDER / name, ignore_errors=True)
     for task, config, *overrides in COMMANDS:
         print(f"\n$ madpo {shlex.join([task, f'configs/{config}', *overrides])}", flush=True)
-        command = [sys.executable, "-m", "madpo.launch.cli", task, str(CONFIGS / config), *overrides]
+        command = [
+            sys.executable,
+            "-m",
+            "madpo.launch.cli",
+            task,
+            str(CONFIGS / config),
+            *overrides,
+        ]
         status = subprocess.run(command, check=False).returncode
         if status:
             return status
@@ -61,7 +68,9 @@ def _summarise(seconds: float) -> None:
     for title, name in RUNS.items():
         record = last_evaluation(FOLDER / name)
         columns[title] = {row: record[row] for row in TABLE_ROWS if row in record}
-    print("\nHeld-out pairs, made of sentences that no run has trained on; MADPO and DPO after equal steps:\n")
+    print(
+        "\nHeld-out pairs, made of sentences that no run has trained on; MADPO and DPO after equal steps:\n"
+    )
     print(metrics_table(columns))
     report = write_report([FOLDER / RUNS[name] for name in ("MADPO", "DPO")], FOLDER / "report.html")
     print(f"\nmodel   {FOLDER / RUNS['MADPO'] / 'model'}")

@@ -50,7 +50,9 @@ def environment(ranks: int) -> dict[str, str]:
     """The environment of the ranks: cores shared out, and on a CPU DeepSpeed told so."""
     import torch
 
-    env = dict(os.environ)
+    from madpo.trainer.dist import LAUNCHER_PID
+
+    env = os.environ | {LAUNCHER_PID: str(os.getpid())}
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     # One build folder per Python environment: DeepSpeed's shared default is rebuilt by each in turn.

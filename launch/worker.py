@@ -1,7 +1,7 @@
 """The entry of one rank, the same under `deepspeed`, `torchrun` and alone.
 
-    deepspeed --hostfile hosts --module madpo.launch.worker CONFIG [section.key=value ...]
-    torchrun --nproc-per-node 8 -m madpo.launch.worker CONFIG [section.key=value ...]
+deepspeed --hostfile hosts --module madpo.launch.worker CONFIG [section.key=value ...]
+torchrun --nproc-per-node 8 -m madpo.launch.worker CONFIG [section.key=value ...]
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _run(args: argparse.Namespace) -> None:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     config = load(args.config, args.overrides)
-    dist.die_with_parent()
+    dist.die_with_launcher()
     shard = dist.init(config.launch.timeout_minutes)
     if args.task == "train":
         from madpo.trainer.stages.train import run_training

@@ -21,7 +21,9 @@ from madpo.trainer.data.rated_sentences import train_tokenizer
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.dist import free_port
 
-WORDS = "the a one film book was is very good bad fine dull warm cold plot actor story and but not".split()
+WORDS = (
+    "the a one film book was is very good bad fine dull warm cold plot actor story and but not".split()  # noqa: SIM905
+)
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -106,7 +108,9 @@ def random_groups(count: int, seed: int = 0, completions: int = 2, vocab: int = 
 
     groups = []
     for _ in range(count):
-        edges = [(0, i, float(random.normal())) for i in range(1, completions)]
+        edges: list[tuple[int, int, float | None]] = [
+            (0, i, float(random.normal())) for i in range(1, completions)
+        ]
         groups.append(TokenGroup(ids(1, 12), [ids(1, 20) for _ in range(completions)], edges))
     return groups
 
@@ -122,7 +126,6 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     Raises AssertionError with the traceback of the first rank that fails, and leaves no process.
     """
     # Imported before the fork, so that no rank pays for it.
-    import deepspeed.runtime.zero.muon.original_muon
     import torch._inductor.compile_fx  # noqa: F401
     from deepspeed.utils import logger
 

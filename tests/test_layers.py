@@ -66,7 +66,17 @@ def test_imports_point_down(path):
 
 
 def test_kernels_import_torch_and_triton_only():
-    allowed = {"torch", "triton", "madpo", "__future__", "collections", "dataclasses", "typing", "math", "enum"}
+    allowed = {
+        "torch",
+        "triton",
+        "madpo",
+        "__future__",
+        "collections",
+        "dataclasses",
+        "typing",
+        "math",
+        "enum",
+    }
     for path in (ROOT / "kernels").rglob("*.py"):
         assert {module.split(".")[0] for module in imports(path)} <= allowed, path
 

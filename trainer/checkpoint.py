@@ -52,5 +52,7 @@ def load(engine: Any, root: Path, tag: str, training: bool = True) -> TrainState
         load_lr_scheduler_states=False,
     )
     if path is None:
-        raise ValueError(f"{root / tag}: the checkpoint could not be loaded; remove it, or train with --fresh")
+        raise ValueError(
+            f"{root / tag}: the checkpoint could not be loaded; remove it, or train with --fresh"
+        )
     return TrainState.load(root / tag / STATE_FILE)

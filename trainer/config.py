@@ -26,16 +26,18 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    model_name_or_path: str | None = Field(None, description="weights to start from: folder or hub name")
+    model_name_or_path: str | None = Field(
+        default=None, description="weights to start from: folder or hub name"
+    )
     model_revision: str | None = None
     init_config: dict[str, Any] | None = Field(
-        None, description="build from scratch instead: `model_type` and that family's config values"
+        default=None, description="build from scratch instead: `model_type` and that family's config values"
     )
     ref_model_name_or_path: str | None = Field(
-        None, description="frozen reference; null is the model that training starts from"
+        default=None, description="frozen reference; null is the model that training starts from"
     )
-    tokenizer_name_or_path: str | None = Field(None, description="null: beside the model")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in backward")
+    tokenizer_name_or_path: str | None = Field(default=None, description="null: beside the model")
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations in backward")
 
 
 class DataConfig(Section):
@@ -44,47 +46,47 @@ class DataConfig(Section):
     )
     dataset_config: str | None = None
     dataset_train_split: str = "train"
-    dataset_test_split: str | None = Field(None, description="held-out split; null: no evaluation")
-    max_length: int = Field(1024, ge=2, description="tokens of prompt + one completion")
+    dataset_test_split: str | None = Field(default=None, description="held-out split; null: no evaluation")
+    max_length: int = Field(default=1024, ge=2, description="tokens of prompt + one completion")
     append_eos: Literal["auto", "always", "never"] = Field(
-        "auto", description="auto: plain text yes, conversations no (their template ends them)"
+        default="auto", description="auto: plain text yes, conversations no (their template ends them)"
     )
-    on_bad_row: Literal["error", "drop"] = Field("error", description="a row that cannot be read")
-    dataset_num_proc: int | None = Field(None, ge=1, description="processes that tokenise")
-    cache_dir: str = Field("~/.cache/madpo", description="where tokenised data is kept")
+    on_bad_row: Literal["error", "drop"] = Field(default="error", description="a row that cannot be read")
+    dataset_num_proc: int | None = Field(default=None, ge=1, description="processes that tokenise")
+    cache_dir: str = Field(default="~/.cache/madpo", description="where tokenised data is kept")
 
 
 class OptimConfig(Section):
-    lr: float = Field(1e-6, gt=0)
-    weight_decay: float = Field(0.0, ge=0, description="on matrices only, not on norms and biases")
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
+    lr: float = Field(default=1e-6, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="on matrices only, not on norms and biases")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, ge=0, description="0: no clipping")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="share of all steps; or warmup_steps")
+    warmup_steps: int = Field(default=0, ge=0)
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1, description="share of all steps; or warmup_steps")
 
 
 class TrainConfig(Section):
-    global_batch_size: int = Field(64, ge=1, description="groups (prompts) per step, over all ranks")
-    micro_batch_tokens: int = Field(16384, ge=2, description="packed tokens per forward and rank")
-    num_train_epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, ge=1, description="ends the run earlier than the epochs")
+    global_batch_size: int = Field(default=64, ge=1, description="groups (prompts) per step, over all ranks")
+    micro_batch_tokens: int = Field(default=16384, ge=2, description="packed tokens per forward and rank")
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    max_steps: int | None = Field(default=None, ge=1, description="ends the run earlier than the epochs")
     bf16: bool = True
-    logging_steps: int = Field(10, ge=1)
-    eval_steps: int | None = Field(None, ge=1, description="null: only at the end")
-    save_steps: int | None = Field(None, ge=1, description="null: only at the end")
-    save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
-    export: bool = Field(True, description="write a Hugging Face model folder at the end")
-    head_rows: int = Field(4096, ge=1, description="rows of logits that the loss head keeps at once")
+    logging_steps: int = Field(default=10, ge=1)
+    eval_steps: int | None = Field(default=None, ge=1, description="null: only at the end")
+    save_steps: int | None = Field(default=None, ge=1, description="null: only at the end")
+    save_total_limit: int = Field(default=2, ge=1, description="checkpoints kept")
+    export: bool = Field(default=True, description="write a Hugging Face model folder at the end")
+    head_rows: int = Field(default=4096, ge=1, description="rows of logits that the loss head keeps at once")
 
 
 class LaunchConfig(Section):
     num_processes: int | Literal["auto"] = Field(
-        "auto", description="ranks on this machine; auto: one per GPU, without a GPU two"
+        default="auto", description="ranks on this machine; auto: one per GPU, without a GPU two"
     )
-    timeout_minutes: float = Field(30.0, gt=0, description="a collective that hangs longer fails")
+    timeout_minutes: float = Field(default=30.0, gt=0, description="a collective that hangs longer fails")
 
     @field_validator("num_processes")
     @classmethod
@@ -96,10 +98,10 @@ class LaunchConfig(Section):
 
 class Config(Section):
     output_dir: str = Field(description="the run folder")
-    seed: int = Field(42, ge=0, lt=2**32)
+    seed: int = Field(default=42, ge=0, lt=2**32)
     model: ModelConfig
     data: DataConfig
-    objective: ObjectiveParams
+    objective: ObjectiveParams  # pyright: ignore[reportInvalidTypeForm]
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     launch: LaunchConfig = LaunchConfig()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import socket
 import sys
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as torch_dist
+
+LAUNCHER_PID = "MADPO_LAUNCHER_PID"
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,24 @@ def leave() -> None:
         torch_dist.destroy_process_group()
 
 
-def die_with_parent() -> None:
-    """Ask Linux to terminate this process when its launcher dies, which launchers do not do."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+def die_with_launcher() -> None:
+    """Terminate this process when what started it dies, which launchers do not see to themselves.
+
+    The parent is watched by the kernel. `madpo train` stands further up, behind the deepspeed
+    command, and leaves its process id in LAUNCHER_PID for a thread to wait on. Linux only.
+    """
+    if sys.platform != "linux":
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if LAUNCHER_PID in os.environ:
+        launcher = os.pidfd_open(int(os.environ[LAUNCHER_PID]))
+        threading.Thread(target=_terminate_after, args=(launcher,), daemon=True).start()
+
+
+def _terminate_after(pidfd: int) -> None:
+    select.select([pidfd], [], [])
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def free_port() -> int:

@@ -54,10 +54,11 @@ def build_engine(config: Config, module: nn.Module, training: bool = True) -> An
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    groups: Any = parameter_groups(module, config.optim) if training else None
     engine, *_ = deepspeed.initialize(
         model=module,
         config=deepspeed_config(config, training),
-        model_parameters=parameter_groups(module, config.optim) if training else None,
+        model_parameters=groups,
     )
     return engine
 
@@ -77,9 +78,7 @@ def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def train_step(
-    engine: Any, batches: Sequence[PackedBatch], learning_rate: float, meter: Meter
-) -> None:
+def train_step(engine: Any, batches: Sequence[PackedBatch], learning_rate: float, meter: Meter) -> None:
     """Forward and backward of every micro-batch, then one optimiser update."""
     module, device = engine.module, engine.device
     for group in engine.optimizer.param_groups:

@@ -88,6 +88,4 @@ def scored_batch(
     ref_token_logps: Tensor | None,  # (M,)
 ) -> Scored:
     """What the objective sees of a whole batch, for metrics."""
-    return Scored(
-        token_logps, ref_token_logps, batch.seq_lengths, batch.winners, batch.losers, batch.margins
-    )
+    return Scored(token_logps, ref_token_logps, batch.seq_lengths, batch.winners, batch.losers, batch.margins)

@@ -135,4 +135,3 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
-

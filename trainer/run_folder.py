@@ -1,13 +1,13 @@
 """What a run leaves in its folder, by name, and how to read it back.
 
-    config.yaml       the resolved configuration
-    run.json          the command, the versions, the hardware
-    data_report.json  what was read, cut and dropped
-    metrics.jsonl     one line per log step and evaluation
-    evaluation.json   the result of `madpo evaluate`
-    checkpoints/      weights, optimiser and state to resume from
-    model/            the exported model
-    report.html
+config.yaml       the resolved configuration
+run.json          the command, the versions, the hardware
+data_report.json  what was read, cut and dropped
+metrics.jsonl     one line per log step and evaluation
+evaluation.json   the result of `madpo evaluate`
+checkpoints/      weights, optimiser and state to resume from
+model/            the exported model
+report.html
 """
 
 from __future__ import annotations

@@ -66,6 +66,7 @@ def test_waves_equal_the_whole(name, softcap, max_rows):
     )
     loss.backward()
     for got, expected in zip((loss, logps, ref_logps, leaf.grad, weight_leaf.grad), want, strict=True):
+        assert got is not None
         torch.testing.assert_close(got.detach(), expected.detach(), atol=1e-11, rtol=1e-11)
 
 
@@ -96,6 +97,7 @@ def test_error_is_within_what_torch_itself_loses(dtype):
     loss.backward()
     assert leaf.grad is not None and weight_leaf.grad is not None
     assert leaf.grad.dtype == dtype and weight_leaf.grad.dtype == dtype
+    assert torch_leaf.grad is not None and torch_weight.grad is not None
     floor = 1e-6
     for got, theirs, truth, factor in (
         (loss, torch_loss, want[0], 2),

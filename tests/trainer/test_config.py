@@ -97,7 +97,15 @@ def test_duplicate_keys_are_refused_with_their_line(tmp_path):
 
 @pytest.mark.parametrize(
     "text, value",
-    [("1e-6", 1e-6), ("2E+3", 2000.0), ("-1e2", -100.0), ("1.5e-3", 1.5e-3), ("12", 12), ("e5", "e5"), ("'1e-6'", "1e-6")],
+    [
+        ("1e-6", 1e-6),
+        ("2E+3", 2000.0),
+        ("-1e2", -100.0),
+        ("1.5e-3", 1.5e-3),
+        ("12", 12),
+        ("e5", "e5"),
+        ("'1e-6'", "1e-6"),
+    ],
 )
 def test_floats_are_read_as_people_write_them(text, value):
     got = strict_yaml.parse(text, "test")

@@ -40,7 +40,11 @@ def preference(**fields: Any) -> TextGroup:
 
 
 def test_plain_text_gets_bos_and_eos_and_completions_start_after_the_prompt(tokenizer):
-    group = tokenise(preference(prompt="a film:", chosen=" good", rejected=" bad plot"), tokenizer, TokenRules(64))
+    group = tokenise(
+        preference(prompt="a film:", chosen=" good", rejected=" bad plot"),
+        tokenizer,
+        TokenRules(64),
+    )
     assert group.prompt[0] == tokenizer.bos_token_id
     assert tokenizer.decode(group.prompt[1:]) == "a film:"
     assert [tokenizer.decode(c) for c in group.completions] == [" good<eos>", " bad plot<eos>"]
@@ -49,8 +53,9 @@ def test_plain_text_gets_bos_and_eos_and_completions_start_after_the_prompt(toke
 
 def test_append_eos_is_explicit(tokenizer):
     group = preference(prompt="a:", chosen=" good", rejected=" bad")
-    for rule, ends in (("auto", True), ("always", True), ("never", False)):
-        tokens = tokenise(group, tokenizer, TokenRules(64, rule))
+    rules = {TokenRules(64): True, TokenRules(64, "always"): True, TokenRules(64, "never"): False}
+    for rule, ends in rules.items():
+        tokens = tokenise(group, tokenizer, rule)
         assert (tokens.completions[0][-1] == tokenizer.eos_token_id) is ends
 
 
@@ -128,15 +133,27 @@ def test_pairs_that_become_equal_by_truncation_are_refused(tokenizer):
 
 BAD_FIELDS = [
     ({"prompt": "a", "chosen": "", "rejected": "b"}, "chosen is empty"),
-    ({"prompt": "a", "chosen": 7, "rejected": "b"}, "chosen: expected text or a list of messages, got 7"),
+    (
+        {"prompt": "a", "chosen": 7, "rejected": "b"},
+        "chosen: expected text or a list of messages, got 7",
+    ),
     ({"prompt": "a", "chosen": "b", "rejected": None}, "rejected: expected text"),
     ({"chosen": "b", "rejected": "c"}, "prompt is missing"),
     ({"prompt": "a", "chosen": [], "rejected": "c"}, "chosen: expected text or a list"),
-    ({"prompt": "a", "chosen": [{"role": "user"}], "rejected": "c"}, "a message needs text under role"),
+    (
+        {"prompt": "a", "chosen": [{"role": "user"}], "rejected": "c"},
+        "a message needs text under role",
+    ),
     ({"prompt": "a", "chosen": "b", "rejected": [user("c")]}, "all be text or all be lists"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"}, "margin: expected a finite number"),
+    (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "1"},
+        "margin: expected a finite number",
+    ),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": True}, "margin: expected a finite"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("inf")}, "margin: expected a finite"),
+    (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("inf")},
+        "margin: expected a finite",
+    ),
 ]
 
 

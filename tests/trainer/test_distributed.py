@@ -52,13 +52,15 @@ def zero3_steps(shard, config: Config, steps: int) -> list[tuple[float, dict[str
     assert groups is not None
     engine = start_engine(config, tokenizer, training=True)
     order = DataOrder(len(groups), config.seed)
-    names = {name: p for name, p in engine.module.policy.named_parameters()}
+    names = dict(engine.module.policy.named_parameters())
     gradients: dict[str, torch.Tensor] = {}
     engine_step = engine.step
 
     def step_and_keep_gradients() -> None:
         for name, parameter in names.items():
-            gradients[name] = safe_get_full_grad(parameter).clone()
+            gradient = safe_get_full_grad(parameter)
+            assert gradient is not None
+            gradients[name] = gradient.clone()
         engine_step()
 
     engine.step = step_and_keep_gradients
@@ -129,7 +131,9 @@ def padded_logps(model: Any, batch: list[TokenGroup]) -> torch.Tensor:
 def compare(got, want, tolerance=1e-5):
     for step, ((loss, gradients), (true_loss, true_gradients)) in enumerate(zip(got, want, strict=True)):
         assert loss == pytest.approx(true_loss, rel=tolerance), f"loss of step {step}"
-        flat = [torch.cat([g[n].flatten() for n in sorted(true_gradients)]) for g in (gradients, true_gradients)]
+        flat = [
+            torch.cat([g[n].flatten() for n in sorted(true_gradients)]) for g in (gradients, true_gradients)
+        ]
         assert relative_error(*flat) < tolerance, f"gradient of step {step}"
 
 
@@ -159,9 +163,7 @@ def test_same_batch_same_loss_and_gradients(config, world_size, budget):
 
 
 def with_budget(config: Config, budget: int) -> Config:
-    return config.model_copy(
-        update={"train": config.train.model_copy(update={"micro_batch_tokens": budget})}
-    )
+    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_tokens": budget})})
 
 
 def first_loss(shard, config: Config) -> dict[str, float]:

@@ -34,7 +34,7 @@ def example() -> Scored:
 
 def test_dpo_golden_value(example):
     entry = OBJECTIVES["dpo"]
-    loss = entry.function(example, entry.params(beta=0.1)).losses
+    loss = entry.function(example, entry.params.model_validate({"beta": 0.1})).losses
     assert loss.shape == (1,)
     assert loss.item() == pytest.approx(0.6302581947, abs=1e-10)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.13)), abs=1e-14)
@@ -112,24 +112,24 @@ def test_madpo_weight_stays_finite_and_bounded_for_extreme_margins(dtype):
 
 def test_madpo_is_the_weighted_dpo_loss_and_reports_its_weight(example):
     madpo, dpo = OBJECTIVES["madpo"], OBJECTIVES["dpo"]
-    outcome = madpo.function(example, madpo.params(beta=0.1))
-    plain = dpo.function(example, dpo.params(beta=0.1)).losses
+    outcome = madpo.function(example, madpo.params())
+    plain = dpo.function(example, dpo.params()).losses
     assert outcome.stats["madpo/weight"].item() == pytest.approx(1.4131288472, abs=1e-9)
     assert outcome.losses.item() == pytest.approx(1.4131288472 * plain.item(), abs=1e-9)
 
 
 def test_madpo_margin_scale_multiplies_the_margin(example):
     entry = OBJECTIVES["madpo"]
-    outcome = entry.function(example, entry.params(margin_scale=6))
+    outcome = entry.function(example, entry.params.model_validate({"margin_scale": 6}))
     assert outcome.stats["madpo/weight"].item() == pytest.approx(1.0497731664, abs=1e-9)
 
 
 def test_madpo_parameters():
     assert MADPOParams().c_min == 0.25
-    assert MADPOParams(**{"lambda": 2.0}).steepness == 2.0
+    assert MADPOParams.model_validate({"lambda": 2.0}).steepness == 2.0
     for bad in ({"c_max": 1.0}, {"c_min": 1.0}, {"tau": 0.0}, {"lambda": 0.0}, {"beta": math.inf}):
         with pytest.raises(ValueError):
-            MADPOParams(**bad)
+            MADPOParams.model_validate(bad)
 
 
 def test_nll_is_one_loss_per_token():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -67,7 +68,7 @@ def test_plan_places_every_group_once_within_the_budget(world_size):
         assert len(plan) == world_size
         assert len({len(rank) for rank in plan}) == 1, "every rank runs the same number of passes"
         bins = [positions for rank in plan for positions in rank]
-        assert sorted(sum(bins, [])) == list(range(len(lengths)))
+        assert sorted(itertools.chain.from_iterable(bins)) == list(range(len(lengths)))
         assert all(lengths[positions].sum() <= 128 for positions in bins)
 
 

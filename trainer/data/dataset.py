@@ -16,7 +16,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow.compute as pc
 import xxhash
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
@@ -116,7 +115,12 @@ def load_groups(
     rules = TokenRules(data.max_length, data.append_eos)
     with FileLock(cache / "lock"):
         source = open_source(data, split, cache)
-        identity = (FORMAT_VERSION, source.fingerprint, tokenizer_identity(tokenizer), asdict(rules))
+        identity = (
+            FORMAT_VERSION,
+            source.fingerprint,
+            tokenizer_identity(tokenizer),
+            asdict(rules),
+        )
         path = cache / f"groups-{xxhash.xxh3_128_hexdigest(repr(identity).encode())}"
         if not path.is_dir():
             _tokenise_all(source, tokenizer, rules, data.dataset_num_proc, path)
@@ -289,7 +293,8 @@ def _report(source: Source, table: datasets.Dataset) -> dict[str, Any]:
     unreadable = _column(table, "unreadable")
     usable = problems == ""
     reasons = np.where(unreadable, "unreadable", problems)[~usable]
-    margins = pc.list_flatten(table.data.column("margins"))
+    margins = table.data.column("margins").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    margins = margins[~np.isnan(margins)]
     report: dict[str, Any] = {
         "source": source.name,
         "rows": len(table),
@@ -299,8 +304,7 @@ def _report(source: Source, table: datasets.Dataset) -> dict[str, Any]:
         "truncated_completions": int(_column(table, "truncated")[usable].sum()),
         "groups_with_moved_boundary": int((_column(table, "boundary_cut")[usable] > 0).sum()),
     }
-    if len(margins) - margins.null_count:
-        report["margin_min"] = pc.min(margins).as_py()
-        report["margin_mean"] = pc.mean(margins).as_py()
-        report["margin_max"] = pc.max(margins).as_py()
+    if len(margins):
+        report["margin_min"], report["margin_max"] = float(margins.min()), float(margins.max())
+        report["margin_mean"] = float(margins.mean())
     return report

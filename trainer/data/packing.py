@@ -81,7 +81,10 @@ def pack(groups: Sequence[TokenGroup], scale: float = 1.0, is_filler: bool = Fal
             rows += [prompt_end - 1, *range(start, len(ids) - 1)]
             targets += completion
             lengths.append(len(completion))
-        edges += [(first + w, first + l, math.nan if m is None else m) for w, l, m in group.edges]
+        edges += [
+            (first + winner, first + loser, math.nan if margin is None else margin)
+            for winner, loser, margin in group.edges
+        ]
     winners, losers, margins = zip(*edges, strict=True) if edges else ((), (), ())
     long = torch.int64
     return PackedBatch(
@@ -133,9 +136,7 @@ def plan_micro_batches(
         micro_batches += 1
 
 
-def _fill(
-    lengths: np.ndarray, order: np.ndarray, budget: int, num_bins: int
-) -> list[list[int]] | None:
+def _fill(lengths: np.ndarray, order: np.ndarray, budget: int, num_bins: int) -> list[list[int]] | None:
     loads = np.zeros(num_bins, dtype=np.int64)
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     for index in order:

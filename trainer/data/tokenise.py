@@ -31,9 +31,7 @@ class TokenGroup:
     problem: str = ""  # why the group cannot be trained on; empty: it can
 
 
-def tokenise(
-    group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules
-) -> TokenGroup:
+def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> TokenGroup:
     """Tokens of one group.
 
     A completion starts where the tokens of prompt + completion leave those of the prompt alone: at
@@ -91,9 +89,7 @@ def _encode_whole(
     else:
         assert not isinstance(completion, str)
         ids = _encode_messages(group.prompt + completion, tokenizer)
-    append = rules.append_eos == "always" or (
-        rules.append_eos == "auto" and not group.conversational
-    )
+    append = rules.append_eos == "always" or (rules.append_eos == "auto" and not group.conversational)
     if append and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
     return ids
@@ -106,7 +102,7 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def _encode_messages(messages: Any, tokenizer: PreTrainedTokenizerBase, **options: bool) -> list[int]:
+def _encode_messages(messages: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
     if tokenizer.chat_template is None:
         raise ValueError(
             "the data set holds conversations and the tokenizer has no chat template; "

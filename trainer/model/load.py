@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -75,19 +76,18 @@ def _from_scratch(
     config = AutoConfig.for_model(
         values.pop("model_type"), **{"vocab_size": len(tokenizer), **special, **values}
     )
-    built = AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation=prefix_attention.NAME
-    )
+    built = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=prefix_attention.NAME)
     _disable_dropout(built)
     return built
 
 
 def _disable_dropout(model: PreTrainedModel) -> None:
     """Noise in either model would be noise in the margin between them."""
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
+        elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
 
 

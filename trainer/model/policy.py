@@ -73,7 +73,7 @@ def scored_hidden(model: PreTrainedModel, batch: PackedBatch, table: SegmentTabl
 
 def output_weight(model: PreTrainedModel) -> nn.Parameter:
     """(V, H): the weight of the output embeddings. Raises ValueError for heads that do more."""
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ValueError(f"{type(model).__name__}: the output head is {type(head).__name__}, not a Linear")
     if head.bias is not None:
@@ -81,6 +81,6 @@ def output_weight(model: PreTrainedModel) -> nn.Parameter:
     for key in ("logit_scale", "logits_scaling", "output_multiplier"):
         if getattr(model.config, key, None) not in (None, 1, 1.0):
             raise ValueError(f"{type(model).__name__}: scaled logits (config.{key}) are not supported")
-    return head.weight
-
-
+    weight = head.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight

@@ -74,9 +74,7 @@ def prefix_attention(
         mask = segments.mask(q.shape[2], k.shape[2], sliding_window, query.device)
         if softcap is None:
             out.append(
-                F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped
-                )
+                F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
             )
         else:
             out.append(_softcapped(q, k, v, mask, scale, softcap))

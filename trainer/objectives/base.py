@@ -1,4 +1,4 @@
-"""What an objective is: a pure function of small vectors, its parameters, and what it needs, declared as data.
+"""What an objective is: a pure function of small vectors, and what it needs, declared as data.
 
 An objective sees the log-probabilities of whole groups (a prompt with its completions) and returns
 one loss per *item*. What an item is, an edge, a sequence or a token, is declared too: the loss of an
@@ -25,11 +25,9 @@ class Item(StrEnum):
 
 
 class Params(BaseModel):
-    """Base of every objective's parameters: strict, immutable, finite."""
+    """Base of every objective's parameters: strict, immutable, finite. Each adds its `loss_type`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    loss_type: str
 
 
 @dataclass(frozen=True)

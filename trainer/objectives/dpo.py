@@ -12,7 +12,7 @@ from madpo.trainer.objectives.base import Objective, Outcome, Params, Scored
 
 class DPOParams(Params):
     loss_type: Literal["dpo"] = "dpo"
-    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference")
+    beta: float = Field(default=0.1, gt=0, description="strength of the pull to the reference")
 
 
 def dpo(scored: Scored, params: DPOParams) -> Outcome:

@@ -15,12 +15,12 @@ from madpo.trainer.objectives.base import Objective, Outcome, Params, Scored
 
 class MADPOParams(Params):
     loss_type: Literal["madpo"] = "madpo"
-    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference")
-    c_max: float = Field(4.0, gt=1, description="amplification limit, above 1")
-    c_min: float | None = Field(None, gt=0, lt=1, description="dampening limit; null is 1 / c_max")
-    steepness: float = Field(1.0, gt=0, alias="lambda", description="steepness of the transition")
-    tau: float = Field(7.0, gt=0, description="margin at which the weight crosses 1")
-    margin_scale: float = Field(1.0, gt=0, description="multiplies the margins of the data set")
+    beta: float = Field(default=0.1, gt=0, description="strength of the pull to the reference")
+    c_max: float = Field(default=4.0, gt=1, description="amplification limit, above 1")
+    c_min: float | None = Field(default=None, gt=0, lt=1, description="dampening limit; null is 1 / c_max")
+    steepness: float = Field(default=1.0, gt=0, alias="lambda", description="steepness of the transition")
+    tau: float = Field(default=7.0, gt=0, description="margin at which the weight crosses 1")
+    margin_scale: float = Field(default=1.0, gt=0, description="multiplies the margins of the data set")
 
     @model_validator(mode="after")
     def _resolve_c_min(self) -> Self:

@@ -98,4 +98,3 @@ def model_card(config: Config, run: Path, state: TrainState) -> str:
         f"{state.num_tokens} tokens.\n{held_out}\n"
         f"## Configuration\n\n```yaml\n{dump(config)}```\n"
     )
-

@@ -41,5 +41,3 @@ def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: b
     with partitioned_loading(deepspeed_config(config, training)):
         module = build_module(config, tokenizer)
     return build_engine(config, module, training)
-
-

@@ -63,9 +63,7 @@ def run_training(config: Config, shard: Shard, command: str) -> None:
     engine.destroy()
 
 
-def _describe_run(
-    folder: Path, config: Config, report: dict[str, Any], command: str, shard: Shard
-) -> None:
+def _describe_run(folder: Path, config: Config, report: dict[str, Any], command: str, shard: Shard) -> None:
     """config.yaml, data_report.json and run.json: what ran, on what, and how to repeat it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump(config))

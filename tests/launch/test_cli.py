@@ -1,0 +1,96 @@
+"""The command line: quick, clear about mistakes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from madpo.launch.cli import set_aside
+from madpo.launch.local import command_line, count_processes
+from madpo.trainer.config import LaunchConfig
+
+CONFIG = """
+output_dir: OUT
+model: {model_name_or_path: nowhere}
+data: {dataset_name: nowhere.jsonl}
+objective: {loss_type: dpo}
+"""
+
+
+def madpo(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "madpo.launch.cli", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    file = tmp_path / "c.yaml"
+    file.write_text(CONFIG.replace("OUT", str(tmp_path / "run")))
+    return file
+
+
+def test_help_fits_a_screen_and_names_the_commands():
+    done = madpo("--help")
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) < 40
+    for command in ("train", "evaluate", "export", "config", "report", "demo"):
+        assert command in done.stdout
+
+
+def test_help_needs_no_torch_and_answers_in_half_a_second():
+    code = (
+        "import sys, time; start = time.perf_counter()\n"
+        "from madpo.launch.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules)\n"
+        "print('SECONDS', time.perf_counter() - start)\n"
+    )
+    seconds = []
+    for _ in range(3):  # the best of three: other tests may hold both cores
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert "SECONDS" in done.stdout
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+def test_config_prints_what_a_run_would_use(path):
+    done = madpo("config", str(path), "objective.beta=0.05")
+    assert done.returncode == 0
+    assert "beta: 0.05" in done.stdout and "global_batch_size: 64" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["config", "train", "evaluate", "export"])
+def test_a_mistake_ends_in_one_line_and_status_2(path, command):
+    done = madpo(command, str(path), "optim.lrr=1")
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"error: {path}: optim.lrr: unknown key, did you mean 'lr'?"
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert count_processes(LaunchConfig()) == 2
+    with pytest.raises(ValueError, match="4 ranks need as many GPUs, this machine has 2"):
+        count_processes(LaunchConfig(num_processes=4))
+
+
+def test_the_launcher_gets_the_overrides_as_they_are():
+    line = command_line("train", "c.yaml", ["objective={loss_type: dpo}"], 3)
+    assert line[0].endswith("deepspeed")
+    assert line[-2:] == ["c.yaml", "objective={loss_type: dpo}"]
+    assert line[line.index("--num_accelerators") + 1] == "3"
+
+
+def test_fresh_sets_the_earlier_run_aside(tmp_path):
+    for number in (1, 2):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "metrics.jsonl").write_text(str(number))
+        set_aside(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert [(tmp_path / f"run.old-{n}" / "metrics.jsonl").read_text() for n in (1, 2)] == ["1", "2"]
+    set_aside(tmp_path / "never")

@@ -1,0 +1,228 @@
+"""The report holds what the runs' files say, escaped, in one page that fetches nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from madpo.trainer.report import read_metrics, write_report
+
+pytest.importorskip("matplotlib")
+
+
+def make_run(folder: Path, steps: int = 12, weights: bool = True, **files: str) -> Path:
+    """A run folder whose values are functions of the step; `files`: config, run or data_report."""
+    folder.mkdir(parents=True)
+    lines: list[dict[str, float]] = []
+    for step in range(1, steps + 1):
+        line = {
+            "step": step,
+            "time": 1000.0 + 60 * step,
+            "epoch": step / steps,
+            "loss": 0.7 - 0.01 * step,
+            "grad_norm": 1.0 + 0.1 * step,
+            "learning_rate": 1e-4 / step,
+            "num_tokens": 1234 * step,
+            "tokens_per_second": 8000.0 + step,
+            "rewards/accuracies": 0.5 + 0.01 * step,
+            "rewards/margins": 0.1 * step,
+            "rewards/chosen": 0.03 * step,
+            "rewards/rejected": -0.07 * step,
+            "kl": 0.001 * step,
+        }
+        if weights:
+            line |= {
+                "madpo/weight_mean": 1.04,
+                "madpo/weight_min": 0.8,
+                "madpo/weight_max": 1.2 + 0.001 * step,
+            }
+        lines.append(line)
+        if step % 4 == 0:
+            lines.append({"step": step, "time": 1001.0 + 60 * step, "eval_loss": 0.71 - 0.01 * step})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "config.yaml").write_text(files.get("config", "seed: 42\n"))
+    for name in ("run", "data_report"):
+        if name in files:
+            (folder / f"{name}.json").write_text(files[name])
+    return folder
+
+
+def write_lines(path: Path, *lines: dict[str, Any]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def page_of(*runs: Path) -> str:
+    return write_report(runs, runs[0] / "report.html").read_text(encoding="utf-8")
+
+
+def charts_of(page: str) -> dict[str, str]:
+    """Title of each chart -> its HTML."""
+    figures = re.findall(r"<figure>.*?</figure>", page, flags=re.DOTALL)
+    return {re.findall("<h3>(.*?)</h3>", figure)[0]: figure for figure in figures}
+
+
+def cells_of(page: str, name: str) -> list[str]:
+    """The cells of the table row that starts with `name`."""
+    found = re.search(rf"<tr><th>(?:<[^>]*>)*{re.escape(name)}(?:</span>)?</th>(.*)</tr>", page)
+    assert found, f"no row {name}"
+    return re.findall("<td>(.*?)</td>", found[1])
+
+
+def test_read_metrics_skips_a_torn_last_line(tmp_path):
+    path = write_lines(tmp_path / "metrics.jsonl", {"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4})
+    whole = path.read_text()
+    for end in range(len(whole.splitlines()[0]) + 2, len(whole) - 1):
+        path.write_text(whole[:end])
+        assert read_metrics(path) == [{"step": 1, "loss": 0.5}]
+    path.write_text(whole[:-1])
+    assert read_metrics(path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4}]
+
+
+@pytest.mark.parametrize("broken", ['{"step": 2, "lo', "", "[1, 2]", '{"loss": 1.0}', "7"])
+def test_read_metrics_names_a_broken_line(tmp_path, broken):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 3}}\n')
+    with pytest.raises(ValueError, match=re.escape(f"{path}:2: ")):
+        read_metrics(path)
+
+
+@pytest.mark.parametrize("content", [None, "", '{"step": 1, "lo'])
+def test_without_metrics_the_error_says_what_to_do(tmp_path, content):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    expected = re.escape(str(tmp_path / "metrics.jsonl")) + ": no metrics; name the folder of a run"
+    with pytest.raises(ValueError, match=expected):
+        write_report([tmp_path], tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_an_unreadable_run_json_is_named(tmp_path, content):
+    run = make_run(tmp_path / "run", run=content)
+    with pytest.raises(ValueError, match=re.escape(f"{run / 'run.json'}: ")):
+        page_of(run)
+
+
+def test_without_matplotlib_the_error_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=re.escape("pip install 'madpo[report]'")):
+        page_of(make_run(tmp_path / "run"))
+
+
+def test_a_run_that_was_cut_off_is_reported_into_a_new_folder(tmp_path):
+    run = make_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')
+    output = tmp_path / "new" / "folder" / "out.html"
+    assert write_report([run], output) == output
+    assert cells_of(output.read_text(encoding="utf-8"), "step") == ["12"]
+
+
+def test_page_fetches_nothing(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    page = page_of(*runs)
+    links = set(re.findall(r"https?://[^\s\"'<>)]*", page))
+    assert links <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert not re.search(r"<(script|link|img|iframe|image|object|base)\b|\bsrc\s*=|@import", page)
+    assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', page))
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
+
+
+def test_ids_are_unique_and_every_reference_has_its_target(tmp_path):
+    page = page_of(make_run(tmp_path / "a"), make_run(tmp_path / "b", steps=8))
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert ids and len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]*)"', page) + re.findall(r"url\(#([^)]*)\)", page)) <= set(ids)
+
+
+def test_same_input_gives_the_same_bytes(tmp_path):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
+    assert page_of(*runs) == page_of(*runs)
+
+
+def test_runs_share_charts_with_a_legend_by_folder_name(tmp_path):
+    page = page_of(make_run(tmp_path / "first"), make_run(tmp_path / "second", weights=False))
+    charts = charts_of(page)
+    assert "first</span>" in charts["Loss"] and "second</span>" in charts["Loss"]
+    assert "second</span>" not in charts["MADPO weights"]
+    assert cells_of(page, "loss") == ["0.58", "0.58"]
+    assert cells_of(page, "madpo/weight_mean") == ["1.04", ""]
+
+
+def test_runs_of_one_folder_name_are_told_apart_by_path(tmp_path):
+    page = page_of(make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run"))
+    assert len(cells_of(page, str(tmp_path / "a" / "run"))) == 4
+    assert cells_of(page, "loss") == ["0.58", "0.58"]
+
+
+def test_one_run_has_a_legend_only_where_training_and_evaluation_meet(tmp_path):
+    charts = charts_of(page_of(make_run(tmp_path / "run")))
+    assert "training</span>" in charts["Loss"] and "held out</span>" in charts["Loss"]
+    assert "<span>" not in charts["Margin"]
+    assert "chosen</span>" in charts["Rewards"] and "rejected</span>" in charts["Rewards"]
+
+
+def test_charts_are_those_that_have_data(tmp_path):
+    everything = charts_of(page_of(make_run(tmp_path / "madpo")))
+    assert len(everything) == 9
+    without = charts_of(page_of(make_run(tmp_path / "dpo", weights=False)))
+    assert everything.keys() - without.keys() == {"MADPO weights"}
+    write_lines(tmp_path / "sft" / "metrics.jsonl", {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0})
+    assert list(charts_of(page_of(tmp_path / "sft"))) == ["Loss"]
+
+
+def test_values_that_are_not_finite_and_single_points_are_drawn(tmp_path):
+    write_lines(
+        tmp_path / "run" / "metrics.jsonl",
+        {"step": 1, "loss": math.nan, "grad_norm": math.inf, "kl": 0.5},
+        {"step": 2, "loss": 1.0, "grad_norm": 1.0},
+    )
+    assert list(charts_of(page_of(tmp_path / "run"))) == ["Loss", "KL", "Gradient norm"]
+
+
+def test_tables_show_facts_and_the_last_value_of_every_metric(tmp_path):
+    facts = {
+        "command": "madpo train configs/demo.yaml",
+        "started": 1000.0,
+        "versions": {"torch": "2.13.0"},
+    }
+    data = {"train": {"rows": 10531, "dropped": {"too long": 3}}, "test": {"rows": 1218}}
+    run = make_run(tmp_path / "demo", run=json.dumps(facts), data_report=json.dumps(data))
+    page = page_of(run)
+    assert cells_of(page, "demo") == ["12", "1", "14,808", "0:12:01"]
+    assert cells_of(page, "learning_rate") == ["8.333e-06"]
+    assert cells_of(page, "eval_loss") == ["0.59"]
+    assert "<pre>madpo train configs/demo.yaml</pre>" in page
+    assert cells_of(page, "versions: torch") == ["2.13.0"]
+    assert cells_of(page, "started") == ["1970-01-01 00:16 UTC"]
+    assert cells_of(page, "rows") == ["10,531", "1,218"]
+    assert cells_of(page, "dropped: too long") == ["3", ""]
+    assert "<pre>seed: 42\n</pre>" in page
+
+
+def test_a_flat_data_report_has_one_column(tmp_path):
+    page = page_of(make_run(tmp_path / "run", data_report='{"rows": 5, "dropped": {"empty": 1}}'))
+    assert cells_of(page, "rows") == ["5"]
+    assert cells_of(page, "dropped: empty") == ["1"]
+
+
+def test_text_from_files_is_escaped(tmp_path):
+    evil = "<script>alert('$x$ {y} & \"z\"')</script>"
+    run = make_run(
+        tmp_path / "_<b>$run$",
+        config=f"name: {evil}\n",
+        run=json.dumps({"command": evil, "device": evil, evil: evil}),
+        data_report=json.dumps({evil: {evil: evil}}),
+    )
+    write_lines(run / "metrics.jsonl", {"step": 1, "loss": 1.0, evil: 2.0})
+    page = page_of(run, make_run(tmp_path / "other"))
+    assert "<script" not in page and "<b>" not in page
+    assert page.count("&lt;script&gt;") == 9
+    assert "_&lt;b&gt;$run$</span>" in charts_of(page)["Loss"]

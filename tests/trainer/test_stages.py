@@ -1,0 +1,263 @@
+"""Whole runs on forked ranks: metrics, evaluation, resume, export."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import LLAMA, make_config, run_ranks, save_model, write_pairs
+
+from madpo.trainer.config import Config
+from madpo.trainer.stages.evaluate import run_evaluation
+from madpo.trainer.stages.export import run_export
+from madpo.trainer.stages.train import run_training
+
+pytestmark = pytest.mark.ranks
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_clock(record: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in record.items() if k not in ("time", "tokens_per_second", "step_time")}
+
+
+@pytest.fixture
+def config(tmp_path, tokenizer_folder) -> Config:
+    model = save_model(tmp_path / "start", tokenizer_folder, seed=1)
+    write_pairs(tmp_path / "pairs" / "train.jsonl", 21)
+    write_pairs(tmp_path / "pairs" / "test.jsonl", 11, seed=9)
+    return make_config(
+        tmp_path,
+        {
+            "model": {"model_name_or_path": str(model)},
+            "data": {"dataset_name": str(tmp_path / "pairs"), "dataset_test_split": "test"},
+            "objective": {"loss_type": "madpo", "tau": 2.0},
+            "optim": {"lr": 3e-3, "warmup_steps": 2},
+            "train": {"num_train_epochs": 2, "eval_steps": 3, "save_steps": 3},
+        },
+    )
+
+
+def changed(config: Config, **sections: Any) -> Config:
+    tree = config.model_dump(by_alias=True)
+    for section, values in sections.items():
+        tree[section] = {**tree[section], **values} if isinstance(values, dict) else values
+    return Config.model_validate(tree)
+
+
+def train(shard, config: Config) -> None:
+    run_training(config, shard, "madpo train test.yaml")
+
+
+TRL_NAMES = {
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "epoch",
+    "num_tokens",
+    "logps/chosen",
+    "logps/rejected",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+}
+OUR_NAMES = {
+    "step",
+    "time",
+    "kl",
+    "tokens_per_second",
+    "step_time",
+    "madpo/weight_mean",
+    "madpo/weight_min",
+    "madpo/weight_max",
+    "logps/accuracies",
+    "logps/accuracies_per_token",
+}
+
+
+def test_a_run_learns_and_leaves_everything_behind(config):
+    run_ranks(2, train, config)
+    folder = Path(config.output_dir)
+    lines = records(folder)
+    training = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "eval_loss" in line]
+    # 21 groups, 2 epochs, 8 a step: 5 full steps and one of two groups.
+    assert [line["step"] for line in training] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in evaluations] == [3, 6]
+    assert training[-1]["epoch"] == 2.0
+    assert set(training[0]) == TRL_NAMES | OUR_NAMES
+    first, last = training[0], training[-1]
+    assert first["rewards/margins"] == 0.0 and first["kl"] == 0.0
+    assert first["loss"] == pytest.approx(math.log(2) * first["madpo/weight_mean"], rel=1e-6)
+    assert last["rewards/accuracies"] > 0.9 and last["rewards/margins"] > 0
+    assert first["madpo/weight_min"] <= first["madpo/weight_mean"] <= first["madpo/weight_max"]
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+    for name in ("config.yaml", "run.json", "data_report.json"):
+        assert (folder / name).stat().st_size
+    assert json.loads((folder / "run.json").read_text())["world_size"] == 2
+
+
+def test_metrics_are_those_of_the_global_batch(config, tmp_path):
+    """Whatever the number of ranks, ranks without a group and filler batches included."""
+    runs = []
+    for world_size in (1, 2, 4):
+        run = changed(
+            config,
+            output_dir=str(tmp_path / f"run{world_size}"),
+            train={"max_steps": 2, "export": False},
+        )
+        run_ranks(world_size, train, run)
+        runs.append([without_clock(line) for line in records(Path(run.output_dir))])
+    for other in runs[1:]:
+        for one, two in zip(runs[0], other, strict=True):
+            assert one.keys() == two.keys()
+            for name in one:
+                assert two[name] == pytest.approx(one[name], rel=2e-5, abs=1e-6), name
+
+
+def test_resume_is_bitwise_the_run_that_was_not_cut_off(config, tmp_path):
+    whole = changed(config, output_dir=str(tmp_path / "whole"))
+    run_ranks(2, train, whole)
+
+    # The same run, cut off after the checkpoint of step 3: later files and metrics are gone or torn.
+    cut = changed(config, output_dir=str(tmp_path / "cut"))
+    shutil.copytree(whole.output_dir, cut.output_dir)
+    folder = Path(cut.output_dir)
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    shutil.rmtree(folder / "model")
+    (folder / "checkpoints" / "latest").write_text("step-00000003")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    run_ranks(2, train, cut)
+
+    want, got = ([without_clock(line) for line in records(Path(run.output_dir))] for run in (whole, cut))
+    assert got == want
+    assert model_bytes(cut) == model_bytes(whole)
+
+
+def model_bytes(config: Config) -> bytes:
+    return (Path(config.output_dir) / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_finished_run_is_left_as_it_is(config):
+    run = changed(config, train={"max_steps": 1})
+    run_ranks(2, train, run)
+    before = (Path(run.output_dir) / "metrics.jsonl").read_bytes()
+    run_ranks(2, train, run)
+    assert (Path(run.output_dir) / "metrics.jsonl").read_bytes() == before
+
+
+def test_only_the_newest_checkpoints_are_kept(config):
+    run_ranks(1, train, changed(config, train={"save_steps": 1, "save_total_limit": 2, "export": False}))
+    checkpoints = Path(config.output_dir) / "checkpoints"
+    assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-00000005", "step-00000006"]
+    assert (checkpoints / "latest").read_text() == "step-00000006"
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_the_export_loads_in_transformers_and_scores_like_the_run(
+    config, tmp_path, tokenizer_folder, tied, bf16
+):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = save_model(tmp_path / "start", tokenizer_folder, seed=1, tied=tied)
+    run = changed(config, model={"model_name_or_path": str(model)}, train={"max_steps": 3, "bf16": bf16})
+    run_ranks(2, train, run)
+    folder = Path(run.output_dir) / "model"
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert loaded.config._attn_implementation in ("sdpa", "eager")
+    assert loaded.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
+    start: Any = AutoModelForCausalLM.from_pretrained(model)
+    assert not torch.equal(loaded.lm_head.weight.float(), start.lm_head.weight)
+
+    rows = [json.loads(line) for line in (tmp_path / "pairs" / "test.jsonl").read_text().splitlines()]
+    total = 0.0
+    with torch.no_grad():
+        for row in rows:
+            prompt = tokenizer(row["prompt"])["input_ids"]
+            ids = tokenizer(row["prompt"] + row["chosen"])["input_ids"] + [tokenizer.eos_token_id]
+            logps = loaded(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
+            picked = logps.gather(1, torch.tensor(ids[1:])[:, None])[len(prompt) - 1 :]
+            total += picked.sum().item()
+    logged = records(Path(run.output_dir))[-1]["eval_logps/chosen"]
+    assert logged == pytest.approx(total / len(rows), rel=3e-3 if bf16 else 1e-5)
+    card = (folder / "README.md").read_text()
+    assert "madpo" in card and "rewards/accuracies" in card
+
+
+def test_evaluation_and_export_of_a_checkpoint_agree_with_training(config):
+    run_ranks(2, train, config)
+    folder = Path(config.output_dir)
+    trained = records(folder)[-1]
+    exported = model_bytes(config)
+    shutil.rmtree(folder / "model")
+    run_ranks(2, evaluate_and_export, config)
+    evaluated = json.loads((folder / "evaluation.json").read_text())
+    assert evaluated["model"] == "step-00000006"
+    for name in ("eval_loss", "eval_rewards/accuracies", "eval_kl"):
+        assert evaluated[name] == pytest.approx(trained[name], rel=1e-6)
+    assert model_bytes(config) == exported
+
+
+def evaluate_and_export(shard, config: Config) -> None:
+    run_evaluation(config, shard)
+    run_export(config, shard)
+
+
+def test_evaluation_of_the_start_gives_a_margin_of_zero(config):
+    run_ranks(2, evaluate_only, config)
+    record = json.loads((Path(config.output_dir) / "evaluation.json").read_text())
+    assert record["eval_rewards/margins"] == 0.0 and record["eval_kl"] == 0.0
+
+
+def evaluate_only(shard, config: Config) -> None:
+    run_evaluation(config, shard)
+
+
+def test_supervised_warm_up_from_scratch(config, tmp_path, tokenizer_folder):
+    rows = [{"prompt": "film:", "completion": " good plot and warm story"}] * 30
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = make_config(
+        tmp_path,
+        {
+            "output_dir": str(tmp_path / "sft"),
+            "model": {
+                "init_config": {**LLAMA, "tie_word_embeddings": True},
+                "tokenizer_name_or_path": str(tokenizer_folder),
+            },
+            "data": {"dataset_name": str(path)},
+            "objective": {"loss_type": "nll"},
+            "optim": {"lr": 1e-2},
+            "train": {"num_train_epochs": 3},
+        },
+    )
+    run_ranks(2, train, run)
+    losses = [line["loss"] for line in records(Path(run.output_dir))]
+    assert losses[0] == pytest.approx(math.log(LLAMA["vocab_size"]), rel=0.05)
+    assert losses[-1] < losses[0] - 1
+    assert (Path(run.output_dir) / "model" / "config.json").is_file()
+
+
+def test_fails_clearly_when_model_and_tokenizer_do_not_belong_together(config, tmp_path):
+    from madpo.trainer.data.rated_sentences import train_tokenizer
+
+    train_tokenizer(
+        ["many different words: " + " ".join(f"w{i}x{i * 7}" for i in range(400))],
+        900,
+        tmp_path / "big",
+    )
+    run = changed(config, model={"tokenizer_name_or_path": str(tmp_path / "big")})
+    with pytest.raises(AssertionError, match=r"the tokenizer has .* tokens and the model only 311"):
+        run_ranks(1, train, run)

@@ -1,0 +1,299 @@
+"""`report.html`: charts and tables of one run or several, in one file that needs no network."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from html import escape
+from importlib.util import find_spec
+from io import StringIO
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+EVAL = "eval_"
+GREY, PALE = "#5b6372", "#c3c8d0"
+COLOURS = ("#2f6db5", "#d9772b", "#3a9168", "#8a5fb0", "#b8435a", "#6b7280")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What one chart shows; it is left out where no run has one of its metrics."""
+
+    title: str
+    note: str
+    metrics: tuple[str, ...]  # the first is drawn solid, the second dashed
+    guide: float | None = None  # value of a horizontal line
+    limits: tuple[float, float] | None = None
+    band: tuple[str, str] | None = None  # metrics of the shaded range
+
+
+REWARDS, WEIGHTS = ("rewards/chosen", "rewards/rejected"), ("madpo/weight_min", "madpo/weight_max")
+CHARTS = (
+    Chart("Loss", "mean of the objective", ("loss",)),
+    Chart("Accuracy", "share of pairs ranked as labelled", ("rewards/accuracies",), 0.5, (0, 1)),
+    Chart("Margin", "reward of chosen minus reward of rejected", ("rewards/margins",), 0.0),
+    Chart("Rewards", "β · log(policy / reference) of the completions", REWARDS, 0.0),
+    Chart("MADPO weights", "mean and range; 1 is DPO", ("madpo/weight_mean",), 1.0, band=WEIGHTS),
+    Chart("KL", "estimated distance from the reference, per token", ("kl",)),
+    Chart("Throughput", "tokens per second on all devices together", ("tokens_per_second",)),
+    Chart("Learning rate", "as scheduled", ("learning_rate",)),
+    Chart("Gradient norm", "before clipping", ("grad_norm",)),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds."""
+
+    name: str
+    colour: str
+    records: list[dict[str, float]]
+    config: str
+    data: dict[str, Any]
+    facts: dict[str, Any]
+
+    def series(self, *metrics: str) -> list[list[float]]:
+        """The steps, then the values of each metric, of the lines that have all the metrics."""
+        names = ("step", *metrics)
+        rows = [record for record in self.records if all(name in record for name in names)]
+        return [[row[name] for row in rows] for name in names]
+
+    def final(self, evaluation: bool) -> dict[str, float]:
+        """The last value of every metric of training, or of evaluation; not the time."""
+        last = {name: value for record in self.records for name, value in record.items()}
+        names = (name for name in last if name.startswith(EVAL) == evaluation and name != "time")
+        return {name: last[name] for name in names}
+
+
+def write_report(runs: Sequence[Path], output: Path) -> Path:
+    """Write the report of the run folders, overlaid on the same charts, and return its path.
+
+    Raises ValueError if matplotlib or a run's metrics are missing, or a file cannot be read.
+    """
+    if find_spec("matplotlib") is None:
+        raise ValueError("report needs matplotlib: pip install 'madpo[report]'")
+    loaded = _load_runs(runs)
+    page = PAGE.format(
+        title=escape(" · ".join(run.name for run in loaded)),
+        css=CSS,
+        facts=_facts_table(loaded),
+        figures="".join(_figure(chart, loaded) for chart in CHARTS),
+        numbers="".join(
+            _object_table(title, {run.name: run.final(evaluation) for run in loaded})
+            for title, evaluation in (("Training", False), ("Held out", True))
+        ),
+        details="".join(_details(run) for run in loaded),
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page, encoding="utf-8")
+    return output
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The records of a metrics.jsonl, without a last line that is only half written.
+
+    Raises ValueError if there is none, or naming the line that is not an object with a step.
+    """
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}:{number}: {error}; mend or remove the line") from error
+        if not isinstance(record, dict) or "step" not in record:
+            raise ValueError(f"{path}:{number}: not an object with a step; mend or remove the line")
+        records.append(record)
+    if not records:
+        raise ValueError(f"{path}: no metrics; name the folder of a run that has logged a step")
+    return records
+
+
+def _load_runs(folders: Sequence[Path]) -> list[Run]:
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    runs = []
+    for name, folder, colour in zip(names, folders, cycle(COLOURS), strict=False):
+        records = read_metrics(folder / "metrics.jsonl")
+        path = folder / "config.yaml"
+        config = path.read_text(encoding="utf-8") if path.is_file() else ""
+        data, facts = (_read_object(folder / file) for file in ("data_report.json", "run.json"))
+        runs.append(Run(name, colour, records, config, data, facts))
+    return runs
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; mend or remove it") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a JSON object; mend or remove it")
+    return found
+
+
+def _figure(chart: Chart, runs: Sequence[Run]) -> str:
+    """The chart as HTML, or nothing if there is nothing to show."""
+    shown = [*chart.metrics, *(EVAL + metric for metric in chart.metrics)]
+    having = [run for run in runs if any(run.series(metric)[0] for metric in shown)]
+    if not having:
+        return ""
+    legend, drawing = _legend(chart, having, len(runs) == 1), _svg(chart, having)
+    return f"<figure><h3>{chart.title}</h3><p>{chart.note}</p><p>{legend}</p>{drawing}</figure>\n"
+
+
+def _legend(chart: Chart, runs: Sequence[Run], alone: bool) -> str:
+    """Colours of the runs and marks of what differs within a run; empty if there is one curve."""
+    evaluated = any(run.series(EVAL + metric)[0] for run in runs for metric in chart.metrics)
+    colour = runs[0].colour if alone else GREY
+    keys = [] if alone else [_key("solid", run.colour, run.name) for run in runs]
+    if len(chart.metrics) > 1:
+        marks = zip(("solid", "dashed"), chart.metrics, strict=True)
+        keys += [_key(mark, colour, metric.rpartition("/")[2]) for mark, metric in marks]
+    elif alone and evaluated:
+        keys.append(_key("solid", colour, "training"))
+    return "".join([*keys, _key("dot", colour, "held out")] if evaluated else keys)
+
+
+def _key(mark: str, colour: str, label: str) -> str:
+    return f'<span><i class="{mark}" style="color:{colour}"></i>{escape(label)}</span>'
+
+
+def _svg(chart: Chart, runs: Sequence[Run]) -> str:
+    """The drawing. Its text stays text, in the page's font; its ids are unique to the chart."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    style: Any = {"svg.hashsalt": chart.title, "svg.fonttype": "none", "font.size": 9}
+    with matplotlib.rc_context(style), StringIO() as file:
+        figure = Figure(figsize=(5.4, 2.6), layout="constrained")
+        axes = figure.add_subplot(xmargin=0.02)
+        axes.set_xlabel("step", color=GREY)
+        axes.tick_params(color=PALE, labelcolor=GREY)
+        axes.grid(color=PALE, alpha=0.4)
+        axes.spines[:].set_color(PALE)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if chart.guide is not None:
+            axes.axhline(chart.guide, color=GREY, linewidth=0.7, linestyle=(0, (2, 2)))
+        for run in runs:
+            _draw(axes, chart, run)
+        axes.set_ylim(chart.limits)
+        figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
+        drawing = re.sub(r"(?s)^.*?(?=<svg)|<metadata>.*</metadata>", "", file.getvalue())
+    return re.sub(r'<g id="[^"]*"', "<g", drawing)
+
+
+def _draw(axes: Axes, chart: Chart, run: Run) -> None:
+    if chart.band:
+        steps, low, high = run.series(*chart.band)
+        axes.fill_between(steps, low, high, color=run.colour, alpha=0.13, linewidth=0)
+    for metric, dashed in zip(chart.metrics, (False, True), strict=False):
+        steps, values = run.series(metric)
+        line, marker = (0, (3, 1.5)) if dashed else "-", "." if len(steps) == 1 else ""
+        axes.plot(steps, values, color=run.colour, linestyle=line, marker=marker, linewidth=1.3)
+        steps, values = run.series(EVAL + metric)
+        fill, edge = ("white", run.colour) if dashed else (run.colour, "white")
+        axes.plot(steps, values, "o", color=fill, markeredgecolor=edge, markersize=6.5, zorder=3)
+
+
+def _facts_table(runs: Sequence[Run]) -> str:
+    rows = []
+    for run in runs:
+        final, (_, times) = run.final(evaluation=False), run.series("time")
+        begun = min(run.facts.get("started", times[0]), times[0]) if times else 0
+        wall = str(timedelta(seconds=round(times[-1] - begun))) if times else ""
+        numbers = [_text(final.get(name)) for name in ("step", "epoch", "num_tokens")]
+        rows.append([_key("solid", run.colour, run.name), *numbers, wall])
+    return _table(["run", "steps", "epochs", "tokens", "wall time"], rows)
+
+
+def _details(run: Run) -> str:
+    """How to repeat a run, on what it ran, and on which data."""
+    facts = {"command": "", **run.facts}
+    command = escape(str(facts.pop("command")))
+    if "started" in facts:
+        facts["started"] = f"{datetime.fromtimestamp(facts['started'], UTC):%Y-%m-%d %H:%M} UTC"
+    by_split = all(isinstance(value, dict) for value in run.data.values())
+    tables = {"Environment": {"": facts}, "Data": run.data if by_split else {"": run.data}}
+    return f"""<h2>{escape(run.name)}</h2>
+{f"<h3>To repeat this run</h3><pre>{command}</pre>" if command else ""}
+<div class="side">{"".join(_object_table(title, found) for title, found in tables.items())}</div>
+<details><summary>Configuration</summary><pre>{escape(run.config or "not recorded")}</pre></details>
+"""
+
+
+def _object_table(title: str, columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """A titled table with a row per name and a column per object; inner objects are flattened."""
+    flat = [_flatten(column) for column in columns.values()]
+    names = dict.fromkeys(name for column in flat for name in column)
+    rows = [[escape(name), *(_text(column.get(name)) for column in flat)] for name in names]
+    table = _table(["", *map(escape, columns)], rows)
+    return f"<div><h3>{title}</h3>{table}</div>" if rows else ""
+
+
+def _flatten(found: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in found.items():
+        name = prefix + key
+        flat |= _flatten(value, f"{name}: ") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are HTML already."""
+    lines = ["".join(f"<th>{cell}</th>" for cell in head)] if any(head) else []
+    lines += [f"<th>{first}</th>" + "".join(f"<td>{x}</td>" for x in rest) for first, *rest in rows]
+    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    return f'<div class="scroll"><table>\n{body}</table></div>'
+
+
+def _text(value: Any) -> str:
+    """A value as HTML: whole numbers in full, others to four digits, nothing for None."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() or abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if type(value) is int else escape("" if value is None else str(value))
+
+
+CSS = """
+body { margin: 0 auto; max-width: 1100px; padding: 2.5rem 1.25rem 4rem; background: #fff;
+  color: #1f2430; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 1.25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2.75rem 0 .75rem; } h3 { font-size: .95rem; margin: 0; }
+p, th { margin: 0; color: #5b6372; } table { border-collapse: collapse; font-size: .87rem; }
+.grid { display: grid; gap: 1.25rem; margin: 1.5rem 0;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
+.side { display: flex; flex-wrap: wrap; gap: 1.5rem 4rem; margin: 1.25rem 0; }
+.side > div { max-width: 100%; } .scroll, pre { overflow-x: auto; }
+figure { display: flex; flex-direction: column; margin: 0; padding: .9rem 1rem .5rem;
+  border: 1px solid #e3e6ea; border-radius: 8px; font-size: .8rem; }
+svg { width: 100%; height: auto; margin-top: auto; } svg text { font-family: inherit !important; }
+i { display: inline-block; width: 1.3em; margin: 0 .45em .22em 0; border-top: 2.5px solid; }
+i.dashed { border-top-style: dashed; } span { display: inline-block; margin-right: 1.1em; }
+i.dot { width: 0; border: .28em solid; border-radius: 50%; margin-bottom: .05em; }
+th, td { border-bottom: 1px solid #eceef1; padding: .3rem 1.5rem .3rem 0; white-space: nowrap;
+  text-align: right; font-weight: 400; font-variant-numeric: tabular-nums; }
+th:first-child { text-align: left; } summary { cursor: pointer; font-weight: 600; }
+pre { background: #f5f6f8; border-radius: 6px; padding: .75rem 1rem; margin: .5rem 0 0;
+  font: .83rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+"""
+
+PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Training report: {title}</title><style>{css}</style>
+<p>Training report</p><h1>{title}</h1>{facts}
+<div class="grid">{figures}</div>
+<h2>Final numbers</h2><div class="side">{numbers}</div>
+{details}</html>
+"""
