@@ -39,7 +39,10 @@ def train(
         set_aside(folder)
     status = local.run("train", config, overrides or [], resolved.launch)
     if status == 0:
-        report([folder], None)
+        try:
+            report([folder], None)
+        except ValueError as error:
+            print(f"no report: {error}", file=sys.stderr)
         if resolved.train.export:
             print(f"model  {folder / 'model'}")
     raise typer.Exit(status)

@@ -37,6 +37,9 @@ class ModelConfig(Section):
         default=None, description="frozen reference; null is the model that training starts from"
     )
     tokenizer_name_or_path: str | None = Field(default=None, description="null: beside the model")
+    attention: Literal["sdpa", "flash"] = Field(
+        default="sdpa", description="kernel of the packed attention; flash needs the flash-attn package"
+    )
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in backward")
 
 

@@ -106,6 +106,23 @@ def test_a_prompt_repeated_in_chosen_and_rejected_is_taken_off():
     assert group.completions[0] == [assistant("good")]
 
 
+def test_ultrafeedback_repeats_the_prompt_as_text_and_has_scores():
+    shared = [user("film?")]
+    row = {
+        "prompt": "film?",
+        "chosen": [*shared, assistant("good")],
+        "rejected": [*shared, assistant("bad")],
+        "score_chosen": 8.5,
+        "score_rejected": 6,
+    }
+    group = to_group(row, "preference")
+    assert group.prompt == shared
+    assert group.edges == [(0, 1, 2.5)]
+    assert to_group(row | {"margin": 0.0}, "preference").edges == [(0, 1, 0.0)]
+    with pytest.raises(ValueError, match="score_chosen: expected a finite number"):
+        to_group(row | {"score_chosen": float("nan")}, "preference")
+
+
 def test_supervised_layouts():
     assert layout_of(["prompt", "completion", "id"]) == "prompt-completion"
     assert to_group({"prompt": "a", "completion": "b"}, "prompt-completion").completions == ["b"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from madpo.trainer.model.policy import scored_hidden
 from madpo.trainer.model.prefix_attention import SegmentTable
 from madpo.trainer.objectives.base import segment_sum
 
+NAME = prefix_attention.NAMES["sdpa"]
 SIZES: dict[str, Any] = {
     "vocab_size": 307,
     "hidden_size": 48,
@@ -82,9 +85,7 @@ def test_log_probs_and_gradients_equal_the_padded_forward(family):
     eager: Any = transformers.AutoModelForCausalLM.from_config(
         copy.deepcopy(config), attn_implementation="eager"
     )
-    packed: Any = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation=prefix_attention.NAME
-    )
+    packed: Any = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
     packed.load_state_dict(eager.state_dict())
     weights = torch.randn(sum(len(group.completions) for group in groups), dtype=torch.float64)
     want, got = padded_logps(eager, groups), packed_logps(packed, groups)
@@ -97,9 +98,7 @@ def test_log_probs_and_gradients_equal_the_padded_forward(family):
 
 
 def test_nothing_leaks_between_completions_or_groups():
-    model: Any = transformers.AutoModelForCausalLM.from_config(
-        FAMILIES["llama"], attn_implementation=prefix_attention.NAME
-    )
+    model: Any = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"], attn_implementation=NAME)
     groups = random_groups(3)
     with torch.no_grad():
         before = packed_logps(model, groups)
@@ -112,8 +111,62 @@ def test_nothing_leaks_between_completions_or_groups():
 
 
 def test_the_segment_table_is_demanded():
-    model: Any = transformers.AutoModelForCausalLM.from_config(
-        FAMILIES["llama"], attn_implementation=prefix_attention.NAME
-    )
+    model: Any = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"], attn_implementation=NAME)
     with pytest.raises(ValueError, match="segments"):
         model(input_ids=torch.tensor([[5, 6, 7]]))
+
+
+def varlen_in_plain_torch(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    softmax_scale,
+    causal,
+    window_size,
+    softcap,
+):
+    """flash_attn_varlen_func as its documentation defines it: causal at the bottom right."""
+    assert causal and max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    out = []
+    for i in range(len(cu_seqlens_q) - 1):
+        rows, columns = slice(*cu_seqlens_q[i : i + 2]), slice(*cu_seqlens_k[i : i + 2])
+        scores = torch.einsum("qhd,khd->hqk", q[rows], k[columns]) * softmax_scale
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        queries, keys = scores.shape[1:]
+        distance = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)
+        hidden = distance < 0
+        if window_size[0] >= 0:
+            hidden |= distance > window_size[0]
+        scores = scores.masked_fill(hidden, float("-inf"))
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[columns]))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_varlen_call_describes_the_same_attention(family, monkeypatch):
+    """The arguments for flash-attn, which runs on GPUs only, checked against its documented meaning."""
+    stand_in = types.ModuleType("flash_attn")
+    stand_in.flash_attn_varlen_func = varlen_in_plain_torch  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
+    models: list[Any] = [
+        transformers.AutoModelForCausalLM.from_config(
+            copy.deepcopy(FAMILIES[family]), attn_implementation=prefix_attention.NAMES[name]
+        )
+        for name in ("sdpa", "flash")
+    ]
+    models[1].load_state_dict(models[0].state_dict())
+    groups = mixed_groups()
+    with torch.no_grad():
+        want, got = (packed_logps(model, groups) for model in models)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
+
+
+def test_flash_without_its_package_says_what_to_install():
+    with pytest.raises(ValueError, match=r"pip install 'madpo\[flash-attn\]'"):
+        prefix_attention.require("flash")

@@ -1,8 +1,9 @@
 """Rows of a data set -> text groups: one prompt, its completions, and the edges that compare them.
 
 Accepted columns, TRL's names:
-    preference   prompt, chosen, rejected, optional margin     text, or lists of messages;
-                 without `prompt`, the common leading messages of two conversations are the prompt
+    preference   prompt, chosen, rejected     text, or lists of messages; conversations may leave out
+                 `prompt` or repeat it as text: their common leading messages are the prompt
+                 margin, or score_chosen and score_rejected (also chosen_score and rejected_score)
     supervised   prompt, completion   or   messages   or   text
 """
 
@@ -72,7 +73,8 @@ def to_group(row: dict[str, Any], layout: str) -> TextGroup:
 
 def _preference(row: dict[str, Any]) -> TextGroup:
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-    if row.get("prompt") is not None:
+    conversations = not isinstance(chosen, str) and not isinstance(rejected, str)
+    if row.get("prompt") is not None and not (conversations and isinstance(row["prompt"], str)):
         prompt = _text(row, "prompt", may_be_empty=True)
         if not isinstance(prompt, str) and not isinstance(chosen, str):
             chosen, rejected = (_without_prefix(x, prompt) for x in (chosen, rejected))
@@ -80,7 +82,7 @@ def _preference(row: dict[str, Any]) -> TextGroup:
         prompt, chosen, rejected = _split_conversations(chosen, rejected)
     if len({isinstance(x, str) for x in (prompt, chosen, rejected)}) > 1:
         raise ValueError("prompt, chosen and rejected must all be text or all be lists of messages")
-    return TextGroup(prompt, [chosen, rejected], [(0, 1, _margin(row.get("margin")))])
+    return TextGroup(prompt, [chosen, rejected], [(0, 1, _margin(row))])
 
 
 def _without_prefix(completion: Text, prompt: Messages) -> Text:
@@ -119,11 +121,23 @@ def _text(row: dict[str, Any], field: str, may_be_empty: bool = False) -> Text:
     raise ValueError(f"{field}: expected text or a list of messages, got {value!r:.80}")
 
 
-def _margin(value: Any) -> float | None:
-    if value is None:
-        return None
+SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
+
+
+def _margin(row: dict[str, Any]) -> float | None:
+    """The margin column, else the difference of a pair of score columns, else None."""
+    if row.get("margin") is not None:
+        return _finite(row, "margin")
+    for chosen, rejected in SCORES:
+        if row.get(chosen) is not None and row.get(rejected) is not None:
+            return _finite(row, chosen) - _finite(row, rejected)
+    return None
+
+
+def _finite(row: dict[str, Any], field: str) -> float:
+    value = row[field]
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"margin: expected a finite number, got {value!r}")
+        raise ValueError(f"{field}: expected a finite number, got {value!r}")
     return float(value)
 
 

@@ -32,17 +32,19 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWithReference:
     """Policy, reference where the objective needs one, and head. Raises ValueError for a model that
     cannot be loaded or does not fit its tokenizer."""
-    prefix_attention.register()
     entry, model = config.objective_entry, config.model
+    prefix_attention.register()
+    prefix_attention.require(model.attention)
+    attention = prefix_attention.NAMES[model.attention]
     dtype = torch.bfloat16 if config.train.bf16 else torch.float32
     torch.manual_seed(config.seed)
-    policy = _from_scratch(model, tokenizer, dtype) if model.init_config else None
-    policy = policy or _pretrained(model.model_name_or_path, model.model_revision, dtype)
+    policy = _from_scratch(model, tokenizer, dtype, attention) if model.init_config else None
+    policy = policy or _pretrained(model.model_name_or_path, model.model_revision, dtype, attention)
     reference = None
     if entry.needs_reference:
         named = model.ref_model_name_or_path
         revision = None if named else model.model_revision
-        reference = _pretrained(named or model.model_name_or_path, revision, dtype)
+        reference = _pretrained(named or model.model_name_or_path, revision, dtype, attention)
         _same_vocabulary(policy, reference)
     if len(tokenizer) > policy.config.vocab_size:
         raise ValueError(
@@ -54,11 +56,13 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
     return PolicyWithReference(policy, reference, entry, config.objective, config.train.head_rows)
 
 
-def _pretrained(name: str | None, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+def _pretrained(
+    name: str | None, revision: str | None, dtype: torch.dtype, attention: str
+) -> PreTrainedModel:
     assert name is not None
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, attn_implementation=prefix_attention.NAME
+            name, revision=revision, dtype=dtype, attn_implementation=attention
         )
     except (OSError, ValueError) as error:
         hint = "" if Path(name).exists() else " (no such folder, and no model of that name on the hub)"
@@ -68,7 +72,7 @@ def _pretrained(name: str | None, revision: str | None, dtype: torch.dtype) -> P
 
 
 def _from_scratch(
-    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, attention: str
 ) -> PreTrainedModel:
     assert model.init_config is not None
     values = dict(model.init_config)
@@ -76,7 +80,7 @@ def _from_scratch(
     config = AutoConfig.for_model(
         values.pop("model_type"), **{"vocab_size": len(tokenizer), **special, **values}
     )
-    built = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=prefix_attention.NAME)
+    built = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     _disable_dropout(built)
     return built
 

@@ -1,16 +1,20 @@
 """Attention over packed groups: the prompt once, every completion sees the prompt and itself.
 
-Registered in transformers' attention interface under NAME, so that unmodified models use it; the
+Registered in transformers' attention interface under NAMES, so that unmodified models use it; the
 segment table travels as the keyword `segments` through the model's forward. Exact: a completion's
 queries meet the prompt's keys and their own, causal and aligned at the bottom right, and the
 prompt's gradient collects from all its completions. Sliding windows, soft-capping and grouped
-queries are handled. This is SDPA per segment, the slow and exact form.
+queries are handled.
+
+Two back-ends: SDPA per segment, which runs anywhere and is the truth for tests, and one call of
+flash-attn's variable-length kernel with the keys gathered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +24,19 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from madpo.trainer.data.packing import Segment
 
-NAME = "prefix_sharing"
+NAMES = {"sdpa": "prefix_sharing", "flash": "prefix_sharing_varlen"}
+"""The config's `model.attention` -> the name in transformers' attention interface, which takes a name
+that holds "sdpa" or "flash" for one of its own and checks the model for it."""
+
+
+class VarlenIndex(NamedTuple):
+    """The segments as flash-attn's variable-length call wants them."""
+
+    keys: Tensor  # (K,) positions of the keys, segment after segment: its prompt's, then its own
+    query_offsets: Tensor  # (segments + 1,) int32
+    key_offsets: Tensor  # (segments + 1,) int32
+    max_queries: int
+    max_keys: int
 
 
 class SegmentTable:
@@ -29,6 +45,25 @@ class SegmentTable:
     def __init__(self, segments: Sequence[Segment]) -> None:
         self.segments = tuple(segments)
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+        self._varlen: VarlenIndex | None = None
+
+    def varlen(self, device: torch.device) -> VarlenIndex:
+        """Offsets and key positions, built from the host's table without a synchronisation."""
+        if self._varlen is None:
+            keys: list[int] = []
+            queries, key_counts = [0], [0]
+            for start, end, prompt_start, prompt_end in self.segments:
+                keys += [*range(prompt_start, prompt_end), *range(start, end)]
+                queries.append(end)
+                key_counts.append(len(keys))
+            self._varlen = VarlenIndex(
+                torch.tensor(keys).to(device, non_blocking=True),
+                torch.tensor(queries, dtype=torch.int32).to(device, non_blocking=True),
+                torch.tensor(key_counts, dtype=torch.int32).to(device, non_blocking=True),
+                max(segment.end - segment.start for segment in self.segments),
+                max(s.end - s.start + s.prompt_end - s.prompt_start for s in self.segments),
+            )
+        return self._varlen
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
         """(queries, keys) bool, True where a query may look; query i stands at keys - queries + i."""
@@ -43,7 +78,7 @@ class SegmentTable:
         return self._masks[shape]
 
 
-def prefix_attention(
+def sdpa_prefix_attention(
     module: nn.Module,
     query: Tensor,  # (1, heads, N, head_dim)
     key: Tensor,  # (1, kv_heads, N, head_dim)
@@ -57,12 +92,7 @@ def prefix_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:  # (1, N, heads, head_dim)
     """Attention of every segment of a packed row. Called by transformers' attention layers."""
-    if segments is None:
-        raise ValueError(
-            f"attention {NAME!r} needs the segment table: call the model with segments=SegmentTable(...)"
-        )
-    assert query.shape[0] == 1, "a packed batch is one row"
-    assert not dropout, "attention dropout is off in preference training"
+    segments = _checked(segments, query, dropout)
     grouped = query.shape[1] != key.shape[1]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = []
@@ -97,7 +127,62 @@ def _softcapped(
     return weights.to(q.dtype) @ v
 
 
+def flash_prefix_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, heads, N, head_dim)
+    key: Tensor,  # (1, kv_heads, N, head_dim)
+    value: Tensor,  # (1, kv_heads, N, head_dim)
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segments: SegmentTable | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:  # (1, N, heads, head_dim)
+    """The same by one call of flash-attn's variable-length kernel (flash-attn 2.1 or newer)."""
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    index = _checked(segments, query, dropout).varlen(query.device)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, head_dim)
+    out = flash_attn_varlen_func(
+        q.contiguous(),
+        k.index_select(0, index.keys),
+        v.index_select(0, index.keys),
+        cu_seqlens_q=index.query_offsets,
+        cu_seqlens_k=index.key_offsets,
+        max_seqlen_q=index.max_queries,
+        max_seqlen_k=index.max_keys,
+        softmax_scale=scaling,
+        causal=True,  # aligned at the bottom right when a segment has more keys than queries
+        window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
+        softcap=softcap or 0.0,
+    )
+    return out[None], None
+
+
+def _checked(segments: SegmentTable | None, query: Tensor, dropout: float) -> SegmentTable:
+    if segments is None:
+        raise ValueError(
+            "attention over packed groups needs the segment table: call the model with "
+            "segments=SegmentTable(...)"
+        )
+    assert query.shape[0] == 1, "a packed batch is one row"
+    assert not dropout, "attention dropout is off in preference training"
+    return segments
+
+
 def register() -> None:
-    """Make NAME known to transformers; its mask function builds nothing, the table says it all."""
-    AttentionInterface.register(NAME, prefix_attention)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+    """Make NAMES known to transformers; their mask function builds nothing, the table says it all."""
+    for name, function in zip(NAMES.values(), (sdpa_prefix_attention, flash_prefix_attention), strict=True):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+
+
+def require(attention: str) -> None:
+    """Raise ValueError if the back-end's package is missing."""
+    if attention == "flash" and find_spec("flash_attn") is None:
+        raise ValueError(
+            "model.attention: flash needs the flash-attn package: pip install 'madpo[flash-attn]', "
+            "or set model.attention=sdpa"
+        )
