@@ -113,6 +113,7 @@ class PreferenceLossRefFunction(torch.autograd.Function):
         if args.ref_weight is not None:
             ref_head = _Head(args.ref_weight.to(exact), args.softcap)
         logps = torch.empty(len(hidden), dtype=exact, device=hidden.device)
+        normalisers = torch.empty_like(logps)
         ref_logps = torch.empty_like(logps) if ref_head else logps.new_empty(0)
         d_hidden = torch.zeros_like(hidden) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=exact) if need_weight else None
@@ -122,10 +123,10 @@ class PreferenceLossRefFunction(torch.autograd.Function):
             kept = None
             for rows in _chunks(wave.rows, args.max_rows):
                 kept = head.logits(hidden[rows])
-                logps[rows] = target_logps(kept, args.targets[rows])
+                logps[rows], normalisers[rows] = target_logps(kept, args.targets[rows])
                 if ref_head and args.ref_hidden is not None:
                     ref_logits = ref_head.logits(args.ref_hidden[rows])
-                    ref_logps[rows] = target_logps(ref_logits, args.targets[rows])
+                    ref_logps[rows], _ = target_logps(ref_logits, args.targets[rows])
             wave_ref = ref_logps[wave.rows] if ref_head else None
             wave_loss, slopes = _differentiate(args, logps[wave.rows], wave_ref, wave)
             loss += wave_loss
@@ -135,7 +136,7 @@ class PreferenceLossRefFunction(torch.autograd.Function):
             for rows in _chunks(wave.rows, args.max_rows):
                 logits = kept if one_chunk and kept is not None else head.logits(hidden[rows])
                 slope = slopes[rows.start - wave.rows.start : rows.stop - wave.rows.start]
-                d_logits = head.d_logits_(logits, args.targets[rows], slope)
+                d_logits = head.d_logits_(logits, normalisers[rows], args.targets[rows], slope)
                 if d_hidden is not None:
                     d_hidden[rows] = (d_logits @ head.weight).to(hidden.dtype)
                 if d_weight is not None:
@@ -173,9 +174,10 @@ def _chunks(rows: slice, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, rows.stop))
 
 
-def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(logits)[target] of every row: (m, V), (m,) -> (m,)."""
-    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+def target_logps(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax(logits)[target] of every row, and its logsumexp: (m, V), (m,) -> (m,), (m,)."""
+    normalisers = logits.logsumexp(1)
+    return logits.gather(1, targets[:, None])[:, 0] - normalisers, normalisers
 
 
 @dataclass(frozen=True)
@@ -190,9 +192,9 @@ class _Head:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
 
-    def d_logits_(self, logits: Tensor, targets: Tensor, slopes: Tensor) -> Tensor:
+    def d_logits_(self, logits: Tensor, normalisers: Tensor, targets: Tensor, slopes: Tensor) -> Tensor:
         """slope * (1[v = target] - softmax), times the soft-cap's derivative; uses up `logits`."""
         capped = None if self.softcap is None else 1 - (logits / self.softcap).square()
-        d = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_().mul_(-slopes[:, None])
+        d = logits.sub_(normalisers[:, None]).exp_().mul_(-slopes[:, None])
         d.scatter_add_(1, targets[:, None], slopes[:, None])
         return d if capped is None else d.mul_(capped)

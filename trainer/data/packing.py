@@ -22,7 +22,10 @@ from madpo.trainer.data.tokenise import TokenGroup
 
 
 class Segment(NamedTuple):
-    """Queries [start, end) attend causally to themselves and to keys [prompt_start, prompt_end)."""
+    """Queries [start, end) attend causally to themselves and to keys [prompt_start, prompt_end).
+
+    The segments of a batch tile its row in order, and a prompt is a segment of its own.
+    """
 
     start: int
     end: int

@@ -44,6 +44,12 @@ class SegmentTable:
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self.segments = tuple(segments)
+        self.lengths = [segment.end - segment.start for segment in self.segments]
+        index = {segment.start: number for number, segment in enumerate(self.segments)}
+        # The number of the segment that is the prompt of each segment; None for a prompt.
+        self.prompts = [
+            index[s.prompt_start] if s.prompt_end > s.prompt_start else None for s in self.segments
+        ]
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
         self._varlen: VarlenIndex | None = None
 
@@ -60,7 +66,7 @@ class SegmentTable:
                 torch.tensor(keys).to(device, non_blocking=True),
                 torch.tensor(queries, dtype=torch.int32).to(device, non_blocking=True),
                 torch.tensor(key_counts, dtype=torch.int32).to(device, non_blocking=True),
-                max(segment.end - segment.start for segment in self.segments),
+                max(self.lengths),
                 max(s.end - s.start + s.prompt_end - s.prompt_start for s in self.segments),
             )
         return self._varlen
@@ -95,12 +101,13 @@ def sdpa_prefix_attention(
     segments = _checked(segments, query, dropout)
     grouped = query.shape[1] != key.shape[1]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    # Split, not slice: the backward of a slice fills a whole row for every segment.
+    queries, keys, values = (x.split(segments.lengths, dim=2) for x in (query, key, value))
     out = []
-    for start, end, prompt_start, prompt_end in segments.segments:
-        q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
-        if prompt_end > prompt_start:
-            k = torch.cat((key[:, :, prompt_start:prompt_end], k), dim=2)
-            v = torch.cat((value[:, :, prompt_start:prompt_end], v), dim=2)
+    for q, k, v, prompt in zip(queries, keys, values, segments.prompts, strict=True):
+        if prompt is not None:
+            k = torch.cat((keys[prompt], k), dim=2)
+            v = torch.cat((values[prompt], v), dim=2)
         mask = segments.mask(q.shape[2], k.shape[2], sliding_window, query.device)
         if softcap is None:
             out.append(
