@@ -58,6 +58,8 @@ def _wave(start: tuple[int, int, int], end: tuple[int, int, int]) -> Wave:
 class HeadArgs:
     """Everything that is not differentiated."""
 
+    need_hidden: bool
+    need_weight: bool
     targets: Tensor  # (M,)
     waves: Sequence[Wave]
     wave_loss: WaveLoss
@@ -87,7 +89,10 @@ def preference_loss_ref(
     gradient, to `hidden` and `weight`. Logits and sums are float32 (float64 for float64 inputs), the
     gradient of the weight is accumulated in that type and rounded once.
     """
+    training = torch.is_grad_enabled()  # an autograd Function cannot tell: it runs without gradients
     args = HeadArgs(
+        training and hidden.requires_grad,
+        training and weight.requires_grad,
         targets,
         waves,
         wave_loss,
@@ -106,7 +111,6 @@ class PreferenceLossRefFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, args: HeadArgs) -> Any:
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         head = _Head(weight.to(exact), args.softcap)
         ref_head = None
@@ -115,8 +119,8 @@ class PreferenceLossRefFunction(torch.autograd.Function):
         logps = torch.empty(len(hidden), dtype=exact, device=hidden.device)
         normalisers = torch.empty_like(logps)
         ref_logps = torch.empty_like(logps) if ref_head else logps.new_empty(0)
-        d_hidden = torch.zeros_like(hidden) if need_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=exact) if need_weight else None
+        d_hidden = torch.zeros_like(hidden) if args.need_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=exact) if args.need_weight else None
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
 
         for wave in args.waves:
@@ -130,7 +134,7 @@ class PreferenceLossRefFunction(torch.autograd.Function):
             wave_ref = ref_logps[wave.rows] if ref_head else None
             wave_loss, slopes = _differentiate(args, logps[wave.rows], wave_ref, wave)
             loss += wave_loss
-            if not (need_hidden or need_weight):
+            if not (args.need_hidden or args.need_weight):
                 continue
             one_chunk = wave.rows.stop - wave.rows.start <= args.max_rows
             for rows in _chunks(wave.rows, args.max_rows):

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from madpo.trainer.errors import UserError
+
 EXIT_USAGE = 2
 
 app = typer.Typer(
@@ -41,7 +43,7 @@ def train(
     if status == 0:
         try:
             report([folder], None)
-        except ValueError as error:
+        except UserError as error:
             print(f"no report: {error}", file=sys.stderr)
         if resolved.train.export:
             print(f"model  {folder / 'model'}")
@@ -109,7 +111,7 @@ def main() -> None:
     """The console script: errors of the user end in one line and status 2."""
     try:
         app()
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from madpo.trainer.config import LaunchConfig
+from madpo.trainer.errors import UserError
 
 Task = Literal["train", "evaluate", "export"]
 
@@ -23,19 +24,43 @@ def count_processes(launch: LaunchConfig) -> int:
     if launch.num_processes == "auto":
         return gpus or min(2, os.cpu_count() or 1)
     if gpus and launch.num_processes > gpus:
-        raise ValueError(
+        raise UserError(
             f"launch.num_processes: {launch.num_processes} ranks need as many GPUs, this machine has {gpus}"
         )
     return launch.num_processes
+
+
+def visible_gpus() -> list[str]:
+    """The numbers in CUDA_VISIBLE_DEVICES on a machine with GPUs, else [].
+
+    Raises ValueError for names of GPUs, which the launcher cannot be told of.
+    """
+    import torch
+
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not setting or not torch.cuda.device_count():
+        return []
+    gpus = [gpu.strip() for gpu in setting.split(",")]
+    if not all(gpu.isdigit() for gpu in gpus):
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES is {setting}; the deepspeed launcher takes numbers only, use those, or "
+            "start the ranks with torchrun"
+        )
+    return gpus
 
 
 def command_line(task: Task, config: str, overrides: Sequence[str], ranks: int) -> list[str]:
     """The deepspeed command that runs a task on `ranks` ranks of this machine."""
     from madpo.trainer.dist import free_port
 
+    which = ["--num_accelerators", str(ranks)]
+    if visible := visible_gpus():
+        # Given a number, the launcher takes the first GPUs whatever CUDA_VISIBLE_DEVICES says.
+        which = ["--include", f"localhost:{','.join(visible[:ranks])}"]
     return [
-        str(Path(sys.executable).with_name("deepspeed")),
-        *("--num_accelerators", str(ranks)),
+        *(sys.executable, "-m", "deepspeed.launcher.runner"),
+        *("--hostfile", os.devnull),  # this machine only, whatever the cluster's default file says
+        *which,
         *("--master_port", str(free_port())),
         "--no_local_rank",
         *("--log_level", "error"),
@@ -53,6 +78,8 @@ def environment(ranks: int) -> dict[str, str]:
     from madpo.trainer.dist import LAUNCHER_PID
 
     env = os.environ | {LAUNCHER_PID: str(os.getpid())}
+    if visible_gpus():
+        del env["CUDA_VISIBLE_DEVICES"]  # the command line names them
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     # One build folder per Python environment: DeepSpeed's shared default is rebuilt by each in turn.

@@ -10,6 +10,9 @@ import argparse
 import os
 import shlex
 import sys
+import time
+
+from madpo.trainer.errors import UserError
 
 EXIT_USAGE = 2
 
@@ -25,13 +28,18 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         _run(args)
-    except ValueError as error:
-        if os.environ.get("MADPO_DEBUG"):
-            raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    except UserError as error:
+        _show(error)
         return EXIT_USAGE
     return 0
+
+
+def _show(error: UserError) -> None:
+    """Print an error that most often all ranks have, once per node; and one that a single rank has."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(5)  # when the node's first rank failed too, the launcher ends this one meanwhile
+    rank = os.environ.get("RANK", "0")
+    print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
 
 
 def _run(args: argparse.Namespace) -> None:

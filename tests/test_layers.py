@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
+    "madpo.trainer.errors",
     "madpo.kernels",
     "madpo.trainer.objectives",
     "madpo.trainer.strict_yaml",

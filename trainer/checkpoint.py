@@ -1,28 +1,74 @@
 """Checkpoints: DeepSpeed's shards of weights and optimiser, and the run state beside them.
 
 `checkpoints/step-00000010/` is named in `checkpoints/latest` only after every rank has written its
-part, so that a run killed while saving resumes from the checkpoint before.
+part, so that a run killed while saving resumes from the checkpoint before. What is resumed from is
+rank 0's decision, and every rank must see the same folder.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from madpo.trainer.dist import Shard, barrier
+from madpo.trainer.config import Config
+from madpo.trainer.data.dataset import GroupDataset
+from madpo.trainer.dist import Shard, barrier, from_main, refuse_if_any
 from madpo.trainer.state import TrainState
 
 STATE_FILE = "train_state.json"
+MAY_CHANGE = (
+    "output_dir",
+    "launch.",
+    "deepspeed",
+    "data.cache_dir",
+    "data.dataset_name",  # the fingerprint of its content counts
+    "data.dataset_num_proc",
+    "data.dataset_test_split",
+    "data.on_bad_row",
+    "model.attention",
+    "model.gradient_checkpointing",
+    "train.micro_batch_tokens",
+    "train.head_rows",
+    "train.logging_steps",
+    "train.eval_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+    "train.export",
+)
+"""Config keys, or their beginnings, that may differ between a run and its continuation."""
 
 
-def save(engine: Any, root: Path, state: TrainState, shard: Shard, keep: int) -> None:
-    """Write a checkpoint on all ranks, commit it, and delete all but the newest `keep`."""
+def identity(config: Config, groups: GroupDataset | None) -> dict[str, Any]:
+    """What must not change between a run and its continuation, as dotted keys."""
+    out: dict[str, Any] = {}
+    for section, values in config.model_dump(mode="json", by_alias=True).items():
+        flat = values if isinstance(values, dict) else {"": values}
+        out |= {f"{section}.{key}".rstrip("."): value for key, value in flat.items()}
+    out = {key: value for key, value in out.items() if not key.startswith(MAY_CHANGE)}
+    if groups is not None:
+        out["data (content)"] = f"{len(groups)} groups, {groups.fingerprint}"
+    return out
+
+
+def model_identity(config: Config) -> dict[str, Any]:
+    """The part of the identity that says which weights fit."""
+    return {key: value for key, value in identity(config, None).items() if key.startswith("model.")}
+
+
+def save(engine: Any, root: Path, state: TrainState, run: dict[str, Any], shard: Shard, keep: int) -> None:
+    """Write a checkpoint on all ranks, commit it, and delete older ones but the newest `keep`.
+
+    `run` is the identity that a continuation is compared with.
+    """
     tag = f"step-{state.step:08d}"
     engine.save_checkpoint(str(root), tag=tag, save_latest=False, exclude_frozen_parameters=True)
     if shard.is_main:
-        state.save(root / tag / STATE_FILE)
+        content = {"state": dataclasses.asdict(state), "run": run}
+        (root / tag / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
     barrier()
     if shard.is_main:
         partial = root / "latest.partial"
@@ -31,28 +77,47 @@ def save(engine: Any, root: Path, state: TrainState, shard: Shard, keep: int) ->
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, root / "latest")
-        for old in sorted(root.glob("step-*"))[:-keep]:
+        for old in sorted(path for path in root.glob("step-*") if path.name <= tag)[:-keep]:
             shutil.rmtree(old)
     barrier()
 
 
-def latest(root: Path) -> str | None:
-    """The tag of the newest committed checkpoint, or None."""
+def latest(root: Path, run: dict[str, Any]) -> str | None:
+    """The tag of the newest committed checkpoint, or None; the same on all ranks.
+
+    Raises ValueError if a rank cannot see it, or it is of another run: one of the keys in `run` had
+    another value there.
+    """
     pointer = root / "latest"
-    return pointer.read_text().strip() if pointer.is_file() else None
+    tag = from_main(pointer.read_text().strip() if pointer.is_file() else None)
+    if tag is None:
+        return None
+    refuse_if_any(_problem(root / tag, run))
+    return tag
 
 
-def load(engine: Any, root: Path, tag: str, training: bool = True) -> TrainState:
-    """Restore weights, and the optimiser when training. Raises ValueError if that fails."""
+def _problem(folder: Path, run: dict[str, Any]) -> str | None:
+    path = folder / STATE_FILE
+    if not path.is_file():
+        return f"{folder}: rank 0 resumes from here, but it cannot be read; output_dir must be shared storage"
+    then = json.loads(path.read_text())["run"]
+    changed = [key for key in run if key not in then or then[key] != run[key]]
+    if not changed:
+        return None
+    lines = "".join(f"\n  {key}: {then.get(key)!r} there, {run[key]!r} now" for key in changed)
+    return (
+        f"{folder} is a checkpoint of another run:{lines}\nset it back to continue that run; or train "
+        "with --fresh, or into another output_dir"
+    )
+
+
+def load(engine: Any, root: Path, tag: str) -> TrainState:
+    """Restore weights and optimiser. Raises ValueError on all ranks if one of them cannot."""
     path, _ = engine.load_checkpoint(
         str(root),
         tag=tag,
         load_module_strict=False,  # the frozen reference is not in it
-        load_optimizer_states=training,
         load_lr_scheduler_states=False,
     )
-    if path is None:
-        raise ValueError(
-            f"{root / tag}: the checkpoint could not be loaded; remove it, or train with --fresh"
-        )
-    return TrainState.load(root / tag / STATE_FILE)
+    refuse_if_any(None if path else f"{root / tag}: the checkpoint cannot be loaded; train with --fresh")
+    return TrainState(**json.loads((root / tag / STATE_FILE).read_text())["state"])

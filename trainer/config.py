@@ -15,14 +15,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from madpo.trainer import strict_yaml
 from madpo.trainer.deepspeed_keys import DEEPSPEED_KEYS, OWNED_DEEPSPEED_KEYS
+from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Objective
 from madpo.trainer.objectives.registry import OBJECTIVES, ObjectiveParams
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values are immutable and finite."""
+    """Base of every section: unknown keys are errors, values are of their type, immutable and finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class ModelConfig(Section):
@@ -75,7 +78,7 @@ class TrainConfig(Section):
     global_batch_size: int = Field(default=64, ge=1, description="groups (prompts) per step, over all ranks")
     micro_batch_tokens: int = Field(default=16384, ge=2, description="packed tokens per forward and rank")
     num_train_epochs: float = Field(default=1.0, gt=0)
-    max_steps: int | None = Field(default=None, ge=1, description="ends the run earlier than the epochs")
+    max_steps: int | None = Field(default=None, ge=1, description="in place of num_train_epochs")
     bf16: bool = True
     logging_steps: int = Field(default=10, ge=1)
     eval_steps: int | None = Field(default=None, ge=1, description="null: only at the end")
@@ -95,7 +98,7 @@ class LaunchConfig(Section):
     @classmethod
     def _positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
-            raise ValueError("must be at least 1, or auto")
+            raise UserError("must be at least 1, or auto")
         return value
 
 
@@ -124,35 +127,43 @@ def validate(config: Config) -> None:
     """The checks that look at more than one key. Raises ValueError."""
     model, optim, train = config.model, config.optim, config.train
     if (model.model_name_or_path is None) == (model.init_config is None):
-        raise ValueError("model: set one of model_name_or_path (weights) and init_config (from scratch)")
+        raise UserError("model: set one of model_name_or_path (weights) and init_config (from scratch)")
     if model.init_config is not None:
         if "model_type" not in model.init_config:
-            raise ValueError("model.init_config: model_type is missing, for example llama")
+            raise UserError("model.init_config: model_type is missing, for example llama")
         if model.tokenizer_name_or_path is None:
-            raise ValueError("model.tokenizer_name_or_path: a model from scratch needs a tokenizer")
+            raise UserError("model.tokenizer_name_or_path: a model from scratch needs a tokenizer")
         if config.objective_entry.needs_reference and model.ref_model_name_or_path is None:
-            raise ValueError(
+            raise UserError(
                 f"model.ref_model_name_or_path: {config.objective.loss_type} needs a reference, and a "
                 "model from scratch is none; name a trained model, or train with loss_type nll first"
             )
+    if model.ref_model_name_or_path is not None and not config.objective_entry.needs_reference:
+        raise UserError(f"model.ref_model_name_or_path: {config.objective.loss_type} uses no reference")
+    if model.attention == "flash" and not train.bf16:
+        raise UserError("model.attention: flash computes in bf16; set train.bf16=true or attention=sdpa")
+    if config.data.dataset_test_split == config.data.dataset_train_split:
+        raise UserError("data.dataset_test_split: it is the training split; held-out data must be other data")
+    if train.eval_steps is not None and config.data.dataset_test_split is None:
+        raise UserError("train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split")
     if optim.warmup_steps and optim.warmup_ratio:
-        raise ValueError("optim: set warmup_steps or warmup_ratio, not both")
+        raise UserError("optim: set warmup_steps or warmup_ratio, not both")
     completions = 2 if config.objective_entry.item == "edge" else 1
     if train.micro_batch_tokens < completions * config.data.max_length:
-        raise ValueError(
+        raise UserError(
             f"train.micro_batch_tokens: {train.micro_batch_tokens} cannot hold one group of {completions} "
             f"completion(s) of data.max_length {config.data.max_length}; set it to at least "
             f"{completions * config.data.max_length}"
         )
     for key in config.deepspeed:
         if key in OWNED_DEEPSPEED_KEYS:
-            raise ValueError(f"deepspeed.{key}: madpo sets this itself; use {OWNED_DEEPSPEED_KEYS[key]}")
+            raise UserError(f"deepspeed.{key}: madpo sets this itself; use {OWNED_DEEPSPEED_KEYS[key]}")
         if key not in DEEPSPEED_KEYS:
             allowed = DEEPSPEED_KEYS - OWNED_DEEPSPEED_KEYS.keys()
-            raise ValueError(f"deepspeed.{key}: unknown key{strict_yaml.nearest(key, allowed)}")
+            raise UserError(f"deepspeed.{key}: unknown key{strict_yaml.nearest(key, allowed)}")
     zero = config.deepspeed.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise ValueError(f"deepspeed.zero_optimization: a mapping, got {zero!r}")
+    if not isinstance(zero, dict) or zero.get("stage", 3) not in (1, 2, 3):
+        raise UserError(f"deepspeed.zero_optimization: a mapping with stage 1, 2 or 3, got {zero!r}")
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -161,7 +172,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(f"{path}: {_explain(error)}") from None
+        raise UserError(f"{path}: {_explain(error)}") from None
 
 
 def dump(config: Config) -> str:

@@ -11,9 +11,12 @@ import sys
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
+
+from madpo.trainer.errors import UserError
 
 LAUNCHER_PID = "MADPO_LAUNCHER_PID"
 
@@ -31,9 +34,13 @@ class Shard:
 
 
 def init(timeout_minutes: float) -> Shard:
-    """Join the process group that the launcher's environment variables describe."""
+    """Join the process group that the launcher's environment variables describe; without any, alone.
+
+    Raises ValueError if there are other processes and nothing says how to find them.
+    """
     import deepspeed
 
+    _check_launcher()
     if not torch.cuda.is_available():
         # The one op that would be compiled here serves inference only. Without this, every start
         # probes the compiler for all ops and builds that one under a lock that can go stale.
@@ -48,11 +55,31 @@ def init(timeout_minutes: float) -> Shard:
     return Shard(torch_dist.get_rank(), torch_dist.get_world_size())
 
 
-def device() -> torch.device:
-    """This rank's device."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+def _check_launcher() -> None:
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        if "RANK" not in os.environ and int(os.environ.get(name, "1")) > 1:
+            raise UserError(
+                f"{name} is {os.environ[name]} and RANK is not set: every process would train alone into "
+                "the same folder; start torchrun on each node, as slurm/train.sbatch does"
+            )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError("WORLD_SIZE is set and MASTER_ADDR is not; start ranks with torchrun or deepspeed")
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    torch_dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def refuse_if_any(problem: str | None) -> None:
+    """Raise ValueError on all ranks if one of them has a problem, so that none is left waiting."""
+    problems: list[str | None] = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(problems, problem)
+    for rank, text in enumerate(problems):
+        if text:
+            raise UserError(text if rank == 0 else f"rank {rank}: {text}")
 
 
 def barrier() -> None:

@@ -30,6 +30,8 @@ def deepspeed_config(config: Config, training: bool = True) -> dict[str, Any]:
         "gradient_clipping": config.optim.max_grad_norm,
         "steps_per_print": 10**9,
         "bf16": {"enabled": config.train.bf16},
+        # Gradients of micro-batches are summed in fp32; DeepSpeed would sum them in the model's dtype.
+        "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
         **user,
     }

@@ -17,6 +17,7 @@ from madpo.trainer.data.loader import evaluation_batches, step_batches
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.dist import Shard
 from madpo.trainer.engine import grad_norm, train_step
+from madpo.trainer.errors import UserError
 from madpo.trainer.metrics import Meter, add_batch
 from madpo.trainer.schedule import learning_rate
 from madpo.trainer.state import TrainState
@@ -33,14 +34,13 @@ class Plan:
 
 
 def plan_run(config: Config, num_groups: int) -> Plan:
-    """Epochs of groups in steps of the global batch; the last step may be smaller."""
+    """Epochs of groups in steps of the global batch, of which the last may be smaller; or max_steps."""
     train = config.train
-    groups = math.ceil(train.num_train_epochs * num_groups)
-    steps = math.ceil(groups / train.global_batch_size)
-    if train.max_steps is not None and train.max_steps < steps:
-        steps = train.max_steps
-        groups = steps * train.global_batch_size
-    return Plan(groups, steps)
+    if train.max_steps is not None:
+        return Plan(train.max_steps * train.global_batch_size, train.max_steps)
+    # Rounded first: 0.07 epochs of 100 groups are 7, not the 8 that 7.000000000000001 would make.
+    groups = math.ceil(round(train.num_train_epochs * num_groups, 6))
+    return Plan(groups, math.ceil(groups / train.global_batch_size))
 
 
 def train(
@@ -57,12 +57,13 @@ def train(
     item, settings = config.objective_entry.item, config.train
     plan = plan_run(config, len(groups))
     order = DataOrder(len(groups), config.seed)
-    meter = Meter(engine.device)
+    meter = Meter()
     logged_at, logged = time.perf_counter(), dataclasses.replace(state)
     engine.train()
 
     while state.step < plan.total_steps:
         count = min(settings.global_batch_size, plan.total_groups - state.consumed)
+        assert count > 0, "the plan and the state disagree"
         indices = order.take(state.consumed, count)
         batches = step_batches(groups, indices, item, settings.micro_batch_tokens, shard)
 
@@ -73,7 +74,9 @@ def train(
         state.num_tokens += int(groups.lengths[indices].sum())
         is_last = state.step == plan.total_steps
 
-        if is_last or state.step % settings.logging_steps == 0:
+        saves = is_last or _due(state.step, settings.save_steps)
+        # A checkpoint closes a log line too, so that a resumed run logs the same numbers.
+        if saves or _due(state.step, settings.logging_steps):
             record = meter.reduce()
             seconds = time.perf_counter() - logged_at
             record |= {
@@ -83,6 +86,7 @@ def train(
                 "tokens_per_second": (state.num_tokens - logged.num_tokens) / seconds,
                 "step_time": seconds / (state.step - logged.step),
             }
+            _refuse_non_finite(record, state.step)
             on_record(_stamped(record, state, len(groups)))
             logged_at, logged = time.perf_counter(), dataclasses.replace(state)
 
@@ -93,7 +97,7 @@ def train(
             engine.train()
             logged_at += time.perf_counter() - paused
 
-        if is_last or _due(state.step, settings.save_steps):
+        if saves:
             paused = time.perf_counter()
             on_save()
             logged_at += time.perf_counter() - paused
@@ -102,7 +106,7 @@ def train(
 def evaluate(config: Config, engine: Any, groups: GroupDataset, shard: Shard) -> Record:
     """Metrics over all groups, names prefixed with `eval_`. Leaves the engine in evaluation mode."""
     engine.eval()
-    meter = Meter(engine.device)
+    meter = Meter()
     head = engine.module.head
     settings = config.train
     batches = evaluation_batches(
@@ -118,6 +122,15 @@ def evaluate(config: Config, engine: Any, groups: GroupDataset, shard: Shard) ->
             _, logps, ref_logps = engine(batch)
             add_batch(meter, batch, logps, ref_logps, head.objective, head.params)
     return {f"eval_{name}": value for name, value in meter.reduce().items()}
+
+
+def _refuse_non_finite(record: Record, step: int) -> None:
+    """Stop before such weights reach a checkpoint. Every rank has the same record, so all stop."""
+    if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+        raise UserError(
+            f"step {step}: loss is {record['loss']}, gradient norm {record['grad_norm']}; the run stops, its "
+            "last checkpoint is sound. Lower optim.lr, or look at the data of the last steps"
+        )
 
 
 def _due(step: int, every: int | None) -> bool:

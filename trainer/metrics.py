@@ -28,8 +28,7 @@ WITH_EXTREMA = frozenset({"madpo/weight"})
 class Meter:
     """Sums, counts and extrema of named values, in float64 on the device, without a host sync."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}  # name -> (4,) sum, count, -min, max
 
     def add(self, name: str, values: Tensor) -> None:
@@ -118,7 +117,7 @@ def _add_pairs(meter: Meter, scored: Scored, beta: float) -> None:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one line per log step, on disk before the call returns."""
+    """`metrics.jsonl`: one line per log step, handed to the system before the call returns."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         """Continue after `resume_step`: lines of later steps belong to work that is done again."""

@@ -14,6 +14,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from madpo.trainer.errors import UserError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -78,7 +80,7 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
     Raises ValueError if matplotlib or a run's metrics are missing, or a file cannot be read.
     """
     if find_spec("matplotlib") is None:
-        raise ValueError("report needs matplotlib: pip install 'madpo[report]'")
+        raise UserError("report needs matplotlib: pip install 'madpo[report]'")
     loaded = _load_runs(runs)
     page = PAGE.format(
         title=escape(" · ".join(run.name for run in loaded)),
@@ -109,12 +111,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         except ValueError as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}:{number}: {error}; mend or remove the line") from error
+            raise UserError(f"{path}:{number}: {error}; mend or remove the line") from error
         if not isinstance(record, dict) or "step" not in record:
-            raise ValueError(f"{path}:{number}: not an object with a step; mend or remove the line")
+            raise UserError(f"{path}:{number}: not an object with a step; mend or remove the line")
         records.append(record)
     if not records:
-        raise ValueError(f"{path}: no metrics; name the folder of a run that has logged a step")
+        raise UserError(f"{path}: no metrics; name the folder of a run that has logged a step")
     return records
 
 
@@ -136,9 +138,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes()) if path.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; mend or remove it") from error
+        raise UserError(f"{path}: {error}; mend or remove it") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: not a JSON object; mend or remove it")
+        raise UserError(f"{path}: not a JSON object; mend or remove it")
     return found
 
 

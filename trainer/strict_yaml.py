@@ -6,13 +6,18 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
+from madpo.trainer.errors import UserError
+
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that rejects duplicate keys and reads floats as YAML 1.2 does."""
+    """SafeLoader that rejects duplicate keys and reads scalars as YAML 1.2 does: `no` is text, `010`
+    is ten, `1:30` is text, `1e-6` is a float."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # pyright: ignore
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = True) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -30,11 +35,20 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_StrictLoader.add_constructor("tag:yaml.org,2002:map", _StrictLoader.construct_mapping)
-# YAML 1.1, which PyYAML follows, wants a dot in every float, so `1e-6` would be a string.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+_SCALARS = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
 )
+for _tag, _pattern, _first in _SCALARS:
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})$"), _first)
+_StrictLoader.add_constructor("tag:yaml.org,2002:map", _StrictLoader.construct_mapping)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(str(node.value)))
 
 
 def parse(text: str, origin: str) -> Any:
@@ -44,19 +58,19 @@ def parse(text: str, origin: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{origin}:{mark.line + 1}" if mark else origin
-        raise ValueError(f"{where}: {error.problem}") from None
+        raise UserError(f"{where}: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{origin}: {error}") from None
+        raise UserError(f"{origin}: {error}") from None
 
 
 def read(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. ValueError names the file and line."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     value = parse(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: a config is a mapping of sections, got {type(value).__name__}")
+        raise UserError(f"{path}: a config is a mapping of sections, got {type(value).__name__}")
     return value
 
 
@@ -67,13 +81,13 @@ def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]
         path, separator, text = assignment.partition("=")
         keys = path.split(".")
         if not separator or not all(keys):
-            raise ValueError(f"override {assignment!r}: write section.key=value, as in optim.lr=2e-6")
+            raise UserError(f"override {assignment!r}: write section.key=value, as in optim.lr=2e-6")
         node = tree
         for depth, key in enumerate(keys[:-1]):
             child = node.get(key)
             if child is not None and not isinstance(child, dict):
                 where = ".".join(keys[: depth + 1])
-                raise ValueError(f"override {assignment!r}: {where} is a value, not a section")
+                raise UserError(f"override {assignment!r}: {where} is a value, not a section")
             node[key] = dict(child or {})
             node = node[key]
         node[keys[-1]] = parse(text, f"override {assignment!r}")

@@ -164,3 +164,18 @@ def test_logits_are_never_kept_for_more_rows_than_the_budget(monkeypatch):
         ref_weight=ref_weight,
     )
     assert max(seen) == 5
+
+
+def test_no_gradient_work_in_evaluation(monkeypatch):
+    from madpo.kernels import preference_loss_ref as module
+
+    monkeypatch.setattr(module._Head, "d_logits_", lambda *args: pytest.fail("a gradient was formed"))
+    hidden, weight, _, _, targets = inputs(torch.float32)
+    with torch.no_grad():
+        preference_loss_ref(
+            hidden.requires_grad_(),
+            weight.requires_grad_(),
+            targets,
+            plan_waves(LENGTHS, (2, 2, 2, 2), (1, 1, 1, 1), 5),
+            lambda lp, ref, wave: -lp.sum(),
+        )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from madpo.launch.cli import set_aside
-from madpo.launch.local import command_line, count_processes
+from madpo.launch.local import command_line, count_processes, environment
 from madpo.trainer.config import LaunchConfig
 
 CONFIG = """
@@ -79,9 +79,21 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         count_processes(LaunchConfig(num_processes=4))
 
 
+def test_the_visible_gpus_are_the_ones_that_are_used(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
+    line = command_line("train", "c.yaml", [], 2)
+    assert line[line.index("--include") + 1] == "localhost:2,5"
+    assert "--num_accelerators" not in line
+    assert "CUDA_VISIBLE_DEVICES" not in environment(2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8a1f")
+    with pytest.raises(ValueError, match="takes numbers only"):
+        command_line("train", "c.yaml", [], 1)
+
+
 def test_the_launcher_gets_the_overrides_as_they_are():
     line = command_line("train", "c.yaml", ["objective={loss_type: dpo}"], 3)
-    assert line[0].endswith("deepspeed")
+    assert "deepspeed.launcher.runner" in line
     assert line[-2:] == ["c.yaml", "objective={loss_type: dpo}"]
     assert line[line.index("--num_accelerators") + 1] == "3"
 

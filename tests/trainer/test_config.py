@@ -71,6 +71,14 @@ ERRORS = [
     (["deepspeed.zero_optimisation.stage=3"], r"unknown key, did you mean 'zero_optimization'\?"),
     (["deepspeed.gradient_clipping=1"], r"madpo sets this itself; use optim\.max_grad_norm"),
     (["optim.lr"], r"write section\.key=value"),
+    (["optim.lr=true"], r"optim\.lr: Input should be a valid number \(got True\)"),
+    (["train.max_steps='64'"], r"train\.max_steps: Input should be a valid integer"),
+    (["train.bf16=no"], r"train\.bf16: Input should be a valid boolean \(got 'no'\)"),
+    (["deepspeed.tensor_parallel.autotp_size=2"], r"madpo sets this itself"),
+    (["deepspeed.zero_optimization.stage=0"], r"stage 1, 2 or 3"),
+    (["model.attention=flash", "train.bf16=false"], r"flash computes in bf16"),
+    (["train.eval_steps=5"], r"nothing to evaluate on"),
+    (["objective={loss_type: nll}", "model.ref_model_name_or_path=x"], r"nll uses no reference"),
     (["output_dir.x=1"], r"output_dir is a value, not a section"),
     (["optim.lr=[1"], r"override 'optim\.lr=\[1'"),
 ]
@@ -105,6 +113,12 @@ def test_duplicate_keys_are_refused_with_their_line(tmp_path):
         ("12", 12),
         ("e5", "e5"),
         ("'1e-6'", "1e-6"),
+        ("010", 10),
+        ("1:30", "1:30"),
+        ("no", "no"),
+        ("true", True),
+        ("", None),
+        (".5", 0.5),
     ],
 )
 def test_floats_are_read_as_people_write_them(text, value):

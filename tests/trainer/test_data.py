@@ -106,6 +106,40 @@ def test_a_prompt_repeated_in_chosen_and_rejected_is_taken_off():
     assert group.completions[0] == [assistant("good")]
 
 
+def test_null_keys_of_parquet_messages_and_a_system_message_change_nothing():
+    prompt = [user("film?")]
+    chosen = [{"role": "system", "content": "be kind"}, {**user("film?"), "name": None}, assistant("good")]
+    rejected = [*chosen[:2], assistant("bad")]
+    group = preference(prompt=prompt, chosen=chosen, rejected=rejected)
+    assert group.prompt == [{"role": "system", "content": "be kind"}, user("film?")]
+    assert group.completions == [[assistant("good")], [assistant("bad")]]
+
+
+def test_words_of_the_user_are_never_trained_on():
+    with pytest.raises(ValueError, match="a completion has the roles assistant, user, assistant"):
+        preference(
+            prompt=[user("a")], chosen=[assistant("b"), user("c"), assistant("d")], rejected=[assistant("e")]
+        )
+    with pytest.raises(ValueError, match="at least two messages"):
+        to_group({"messages": [assistant("a")]}, "messages")
+
+
+def test_a_prompt_that_ends_in_the_assistants_words_is_continued(tokenizer):
+    tokenizer.chat_template = CHAT
+    prompt = [user("film?"), assistant("It is")]
+    group = preference(prompt=prompt, chosen=[assistant(" good")], rejected=[assistant(" bad")])
+    tokens = tokenise(group, tokenizer, TokenRules(64))
+    assert tokenizer.decode(tokens.prompt) == "<user>film?</user><assistant>It is"
+    assert tokenizer.decode(tokens.completions[0]) == " good</assistant>"
+
+
+def test_supervised_training_on_pairs_uses_the_chosen_completion():
+    row = {"prompt": "a:", "chosen": " good", "rejected": " bad", "margin": 1.0}
+    assert to_group(row, layout_of(row, supervised=True), supervised=True) == TextGroup("a:", [" good"], [])
+    assert layout_of({"chosen", "rejected", "messages"}, supervised=True) == "messages"
+    assert layout_of({"chosen", "rejected", "messages"}) == "preference"
+
+
 def test_ultrafeedback_repeats_the_prompt_as_text_and_has_scores():
     shared = [user("film?")]
     row = {
@@ -239,7 +273,7 @@ def test_a_missing_margin_is_refused_when_the_objective_needs_it(tmp_path, token
     )
     groups, _ = load_groups(config.data, "train", tokenizer)
     with pytest.raises(ValueError, match="1 of 4 rows have no margin"):
-        groups.require(config.objective_entry, "madpo")
+        groups.require(config.objective_entry, "madpo", 4096)
 
 
 def test_supervised_rows_are_refused_by_pairwise_objectives(tmp_path, tokenizer):
@@ -248,7 +282,7 @@ def test_supervised_rows_are_refused_by_pairwise_objectives(tmp_path, tokenizer)
     config = config_for(tmp_path, path)
     groups, _ = load_groups(config.data, "train", tokenizer)
     with pytest.raises(ValueError, match="compares completions"):
-        groups.require(config.objective_entry, "dpo")
+        groups.require(config.objective_entry, "dpo", 4096)
 
 
 def test_the_report_counts_what_was_cut_and_dropped(tmp_path, tokenizer):
@@ -287,6 +321,44 @@ def test_missing_files_and_splits_say_what_is_there(tmp_path, tokenizer):
     write_pairs(tmp_path / "set" / "train.jsonl", 2)
     with pytest.raises(ValueError, match=r"no split 'test'.*found \['train\.jsonl'\]"):
         load_groups(config_for(tmp_path, tmp_path / "set").data, "test", tokenizer)
+
+
+def test_training_rows_are_never_held_out(tmp_path, tokenizer):
+    path = write_pairs(tmp_path / "pairs.jsonl", 3)
+    with pytest.raises(ValueError, match="is a single file, so 'test' would be its training rows"):
+        load_groups(config_for(tmp_path, path).data, "test", tokenizer)
+    with pytest.raises(ValueError, match="it is the training split"):
+        config_for(tmp_path, path, dataset_test_split="train")
+
+
+def test_a_split_that_stands_there_twice_is_refused(tmp_path, tokenizer):
+    write_pairs(tmp_path / "set" / "train.jsonl", 2)
+    (tmp_path / "set" / "train.parquet").touch()
+    with pytest.raises(ValueError, match="stands there twice"):
+        load_groups(config_for(tmp_path, tmp_path / "set").data, "train", tokenizer)
+
+
+ODD_ROWS = [
+    '{"prompt": "a", "chosen": "\\ud800", "rejected": "c"}',
+    '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1' + "0" * 400 + "}",
+    '{"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1e308, "score_rejected": -1e308}',
+    '{"prompt": ' + "[" * 100_000,
+    '{"prompt": [{"role": "tool", "content": "x"}], "chosen": [{"role": "assistant", "content": "x"}], '
+    '"rejected": [{"role": "assistant", "content": "y"}]}',
+]
+
+
+@pytest.mark.parametrize(
+    "line", ODD_ROWS, ids=["surrogate", "huge", "infinite-difference", "deep", "template"]
+)
+def test_odd_rows_end_with_file_and_line_and_can_be_dropped(tmp_path, tokenizer, line):
+    tokenizer.chat_template = CHAT + "{% if messages[0]['role'] == 'tool' %}{{ 1 / 0 }}{% endif %}"
+    path = write_pairs(tmp_path / "pairs.jsonl", 3)
+    path.write_text(line + "\n" + path.read_text())
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:1: "):
+        load_groups(config_for(tmp_path, path).data, "train", tokenizer)
+    groups, _ = load_groups(config_for(tmp_path, path, on_bad_row="drop").data, "train", tokenizer)
+    assert len(groups) == 3
 
 
 def test_parquet_and_folders_give_the_same_groups_as_jsonl(tmp_path, tokenizer):

@@ -66,8 +66,9 @@ def zero3_steps(shard, config: Config, steps: int) -> list[tuple[float, dict[str
     engine.step = step_and_keep_gradients
     out = []
     for step in range(steps):
-        meter = Meter(engine.device)
-        indices = order.take(step * BATCH, BATCH)
+        meter = Meter()
+        size = config.train.global_batch_size
+        indices = order.take(step * size, size)
         budget = config.train.micro_batch_tokens
         batches = step_batches(groups, indices, Item.EDGE, budget, shard)
         train_step(engine, batches, config.optim.lr, meter)
@@ -154,12 +155,30 @@ def test_first_gradients_of_every_parameter_equal_plain_pytorch(config):
 
 @pytest.mark.parametrize("world_size, budget", [(1, 512), (1, 128), (2, 200), (4, 512), (4, 128)])
 def test_same_batch_same_loss_and_gradients(config, world_size, budget):
-    """For any number of ranks, any split into micro-batches, and ranks without a group."""
-    if config.model.model_name_or_path and "policy" not in config.model.model_name_or_path:
-        pytest.fail("unexpected model")
+    """For any number of ranks and any split into micro-batches."""
     want = run_ranks(1, zero3_steps, with_budget(config, 4096), 2)[0]
     got = run_ranks(world_size, zero3_steps, with_budget(config, budget), 2)[0]
     compare(got, want)
+
+
+def test_ranks_without_a_group_stay_in_step_and_count_for_nothing(config):
+    few = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 3})})
+    want = run_ranks(1, few_steps, few)[0]
+    results = run_ranks(4, few_steps, few)
+    assert sum(fillers for _, fillers in results) == 2
+    compare(results[0][0], want[0])
+
+
+def few_steps(shard, config: Config) -> tuple[Any, int]:
+    """Two steps of three groups, and how many filler batches this rank ran."""
+    groups = load_data(config, load_tokenizer(config.model), training=True).train
+    assert groups is not None
+    fillers = 0
+    for step in range(2):
+        indices = DataOrder(len(groups), config.seed).take(step * 3, 3)
+        batches = step_batches(groups, indices, Item.EDGE, 256, shard)
+        fillers += sum(batch.is_filler for batch in batches)
+    return zero3_steps(shard, config, 2), fillers
 
 
 def with_budget(config: Config, budget: int) -> Config:
@@ -171,7 +190,7 @@ def first_loss(shard, config: Config) -> dict[str, float]:
     groups = load_data(config, tokenizer, training=True).train
     assert groups is not None
     engine = start_engine(config, tokenizer, training=True)
-    meter = Meter(engine.device)
+    meter = Meter()
     batches = step_batches(groups, np.arange(BATCH), Item.EDGE, 256, shard)
     train_step(engine, batches, 1e-3, meter)
     engine.destroy()

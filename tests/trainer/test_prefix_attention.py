@@ -15,7 +15,7 @@ from harness import random_groups, relative_error
 from madpo.trainer.data.packing import pack
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.model import prefix_attention
-from madpo.trainer.model.policy import scored_hidden
+from madpo.trainer.model.policy import refuse_unless_packing_is_exact, scored_hidden
 from madpo.trainer.model.prefix_attention import SegmentTable
 from madpo.trainer.objectives.base import segment_sum
 
@@ -170,3 +170,33 @@ def test_the_varlen_call_describes_the_same_attention(family, monkeypatch):
 def test_flash_without_its_package_says_what_to_install():
     with pytest.raises(ValueError, match=r"pip install 'madpo\[flash-attn\]'"):
         prefix_attention.require("flash")
+
+
+def small(config: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_check_at_start_passes_models_that_pack_exactly(family):
+    refuse_unless_packing_is_exact(small(copy.deepcopy(FAMILIES[family])), torch.device("cpu"))
+
+
+def test_the_check_at_start_refuses_layers_that_carry_a_state():
+    config = transformers.MambaConfig(vocab_size=307, hidden_size=32, num_hidden_layers=2, state_size=4)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="packed scores differ from single ones"):
+        refuse_unless_packing_is_exact(model, torch.device("cpu"))
+
+
+def test_attention_sinks_are_refused():
+    model = small(
+        transformers.GptOssConfig(
+            **SIZES,
+            head_dim=12,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            layer_types=["full_attention"] * 3,
+        )
+    )
+    with pytest.raises(ValueError, match="attention uses s_aux"):
+        refuse_unless_packing_is_exact(model, torch.device("cpu"))

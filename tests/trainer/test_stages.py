@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from harness import LLAMA, make_config, run_ranks, save_model, write_pairs
 
 from madpo.trainer.config import Config
@@ -141,6 +143,109 @@ def test_resume_is_bitwise_the_run_that_was_not_cut_off(config, tmp_path):
     want, got = ([without_clock(line) for line in records(Path(run.output_dir))] for run in (whole, cut))
     assert got == want
     assert model_bytes(cut) == model_bytes(whole)
+
+
+def test_metrics_resume_with_intervals_that_do_not_meet(config, tmp_path):
+    """A checkpoint at step 3 between log lines at 2 and 4."""
+    whole = changed(config, output_dir=str(tmp_path / "whole"), train={"logging_steps": 2})
+    run_ranks(2, train, whole)
+    cut = changed(whole, output_dir=str(tmp_path / "cut"))
+    shutil.copytree(whole.output_dir, cut.output_dir)
+    (Path(cut.output_dir) / "checkpoints" / "latest").write_text("step-00000003")
+    run_ranks(2, train, cut)
+    want, got = ([without_clock(x) for x in records(Path(run.output_dir))] for run in (whole, cut))
+    assert [line["step"] for line in want if "loss" in line] == [2, 3, 4, 6]
+    assert got == want
+
+
+def test_a_leftover_of_a_later_step_never_costs_the_committed_checkpoint(config):
+    run = changed(config, train={"save_steps": 1, "save_total_limit": 1, "export": False})
+    run_ranks(1, train, run)
+    checkpoints = Path(run.output_dir) / "checkpoints"
+    shutil.copytree(checkpoints / "step-00000006", checkpoints / "step-00000009")
+    (checkpoints / "step-00000006").rename(checkpoints / "step-00000003")
+    state = json.loads((checkpoints / "step-00000003" / "train_state.json").read_text())
+    state["state"] |= {"step": 3, "consumed": 24}
+    (checkpoints / "step-00000003" / "train_state.json").write_text(json.dumps(state))
+    (checkpoints / "latest").write_text("step-00000003")
+    run_ranks(1, train, run)
+    tag = (checkpoints / "latest").read_text()
+    assert tag == "step-00000006" and (checkpoints / tag).is_dir()
+
+
+CHANGES = [
+    ({"objective": {"loss_type": "dpo"}}, r"objective\.loss_type: 'madpo' there, 'dpo' now"),
+    ({"optim": {"lr": 1e-4}}, r"optim\.lr: 0\.003 there, 0\.0001 now"),
+    ({"train": {"global_batch_size": 4}}, r"train\.global_batch_size: 8 there, 4 now"),
+    ({"data": {"max_length": 32}}, r"data\.max_length: 64 there, 32 now"),
+    ({"seed": 1}, r"seed: 42 there, 1 now"),
+]
+
+
+@pytest.mark.parametrize("change, message", CHANGES, ids=[str(change) for change, _ in CHANGES])
+def test_a_changed_config_is_refused_and_the_run_left_alone(config, change, message):
+    run_ranks(2, train, changed(config, train={"max_steps": 1, "export": False}))
+    before = (Path(config.output_dir) / "config.yaml").read_text()
+    other = changed(config, train={"max_steps": 1, "export": False})
+    if "objective" in change:
+        other = Config.model_validate(other.model_dump(by_alias=True) | change)
+    else:
+        other = changed(other, **change)
+    with pytest.raises(AssertionError, match=message):
+        run_ranks(2, train, other)
+    assert (Path(config.output_dir) / "config.yaml").read_text() == before
+
+
+def test_changed_data_is_refused(config, tmp_path):
+    run_ranks(1, train, changed(config, train={"max_steps": 1, "export": False}))
+    write_pairs(tmp_path / "pairs" / "train.jsonl", 21, seed=5)
+    with pytest.raises(AssertionError, match=r"data \(content\)"):
+        run_ranks(1, train, changed(config, train={"max_steps": 1, "export": False}))
+
+
+def test_things_that_change_no_number_may_change(config):
+    run_ranks(2, train, changed(config, train={"max_steps": 1, "export": False}))
+    free = {"max_steps": 1, "export": False, "micro_batch_tokens": 512, "logging_steps": 3}
+    run_ranks(2, train, changed(config, train=free))
+
+
+def private_disk(shard, config: Config, folder: str) -> None:
+    """Every rank with an output folder of its own, as on nodes that share no storage."""
+    train(shard, changed(config, output_dir=f"{folder}/disk{shard.rank}"))
+
+
+def test_ranks_that_see_different_folders_are_refused(config, tmp_path):
+    first = changed(config, train={"max_steps": 1, "export": False})
+    run_ranks(1, train, changed(first, output_dir=str(tmp_path / "disk0")))
+    with pytest.raises(AssertionError, match="output_dir must be shared storage"):
+        run_ranks(2, private_disk, first, str(tmp_path))
+
+
+def test_two_runs_cannot_share_a_folder(config):
+    lock = FileLock(Path(config.output_dir) / ".lock")
+    Path(config.output_dir).mkdir()
+    with lock, pytest.raises(AssertionError, match="another run is training into"):
+        run_ranks(2, train, config)
+
+
+def test_a_non_finite_gradient_stops_the_run_before_its_checkpoint(config):
+    with pytest.raises(AssertionError, match=r"loss is .*, gradient norm .*; the run stops"):
+        run_ranks(2, explode, changed(config, train={"save_steps": 1}))
+    assert not (Path(config.output_dir) / "checkpoints" / "latest").exists()
+
+
+def explode(shard, config: Config) -> None:
+    """The gradient of one rank becomes NaN."""
+    from madpo.trainer import engine
+
+    original = engine.PackedBatch.to
+
+    def poisoned(batch, device):
+        scale = math.nan if shard.rank == 1 else batch.scale
+        return dataclasses.replace(original(batch, device), scale=scale)
+
+    setattr(engine.PackedBatch, "to", poisoned)  # noqa: B010
+    train(shard, config)
 
 
 def model_bytes(config: Config) -> bytes:

@@ -16,13 +16,16 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import xxhash
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config import DataConfig
 from madpo.trainer.data.formats import layout_of, parse_json_line, to_group
+from madpo.trainer.data.packing import check_budget
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, tokenise
+from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Item, Objective
 
 FORMAT_VERSION = 1
@@ -53,8 +56,9 @@ LINES = datasets.Features({"line": datasets.Value("int64"), "raw": datasets.Valu
 class GroupDataset:
     """Token groups by index, memory-mapped, with the counts that batches are planned from."""
 
-    def __init__(self, table: datasets.Dataset, name: str) -> None:
+    def __init__(self, table: datasets.Dataset, name: str, fingerprint: str) -> None:
         self.name = name
+        self.fingerprint = fingerprint  # of the rows and everything that made tokens of them
         self._table = table
         self.lengths = _column(table, "num_tokens")  # (G,) packed tokens
         self.completion_tokens = _column(table, "num_completion_tokens")  # (G,)
@@ -69,16 +73,17 @@ class GroupDataset:
         edges = list(zip(row["winners"], row["losers"], row["margins"], strict=True))
         return TokenGroup(row["prompt"], row["completions"], edges)
 
-    def require(self, objective: Objective, loss_type: str) -> None:
-        """Raise ValueError unless the groups hold what the objective needs."""
+    def require(self, objective: Objective, loss_type: str, budget: int) -> None:
+        """Raise ValueError unless the groups hold what the objective needs and fit the token budget."""
+        check_budget(self.lengths, budget)
         if objective.item is Item.EDGE and not self.edges.all():
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: objective {loss_type} compares completions; give columns prompt, chosen "
                 "and rejected, or use loss_type nll"
             )
         missing = np.flatnonzero(_column(self._table, "num_margins") < self.edges)
         if objective.needs_margin and len(missing):
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: {len(missing)} of {len(self)} rows have no margin, which objective "
                 f"{loss_type} needs; give a `margin` column (score of chosen minus score of rejected) or "
                 "use loss_type dpo"
@@ -103,7 +108,7 @@ class Source:
 
 
 def load_groups(
-    data: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase
+    data: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase, supervised: bool = False
 ) -> tuple[GroupDataset, dict[str, Any]]:
     """The groups of one split and a report of what was read, cut and dropped.
 
@@ -112,7 +117,7 @@ def load_groups(
     """
     cache = Path(data.cache_dir).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
-    rules = TokenRules(data.max_length, data.append_eos)
+    rules = TokenRules(data.max_length, data.append_eos, supervised)
     with FileLock(cache / "lock"):
         source = open_source(data, split, cache)
         identity = (
@@ -130,11 +135,11 @@ def load_groups(
     _refuse_unreadable(source, table, data.on_bad_row)
     usable = np.flatnonzero(_column(table, "problem") == "")
     if not len(usable):
-        raise ValueError(
+        raise UserError(
             f"{source.name}: none of {len(table)} rows can be trained on: {report['dropped']}; "
             f"data.max_length is {data.max_length}"
         )
-    return GroupDataset(table.select(usable), source.name), report
+    return GroupDataset(table.select(usable), source.name, path.name), report
 
 
 def open_source(data: DataConfig, split: str, cache: Path) -> Source:
@@ -142,16 +147,27 @@ def open_source(data: DataConfig, split: str, cache: Path) -> Source:
     path = Path(data.dataset_name).expanduser()
     if path.is_dir():
         found = [path / f"{split}{suffix}" for suffix in (".jsonl", ".parquet")]
-        files = [file for file in found if file.is_file()] or sorted(path.glob(f"{split}-*.parquet"))
+        files = [file for file in found if file.is_file()]
+        shards = sorted(path.glob(f"{split}-*.parquet"))
+        if len(files) + bool(shards) > 1:
+            raise UserError(f"{path}: split {split!r} stands there twice: {[x.name for x in files + shards]}")
+        files = files or shards
         if not files:
-            raise ValueError(
+            raise UserError(
                 f"{path}: no split {split!r}; expected {split}.jsonl, {split}.parquet or {split}-*.parquet, "
                 f"found {sorted(file.name for file in path.iterdir())[:20]}"
             )
     elif path.suffix in (".jsonl", ".parquet"):
         if not path.is_file():
-            raise ValueError(f"data.dataset_name: {path}: no such file")
+            raise UserError(f"data.dataset_name: {path}: no such file")
+        if split != data.dataset_train_split:
+            raise UserError(
+                f"data.dataset_test_split: {path} is a single file, so {split!r} would be its training rows; "
+                f"put {data.dataset_train_split}{path.suffix} and {split}{path.suffix} into a folder"
+            )
         files = [path]
+    elif path.is_file():
+        raise UserError(f"data.dataset_name: {path}: a file must be .jsonl or .parquet")
     else:
         return _open_hub(data, split)
     content = xxhash.xxh3_128()
@@ -162,7 +178,7 @@ def open_source(data: DataConfig, split: str, cache: Path) -> Source:
     fingerprint = content.hexdigest()
     if files[0].suffix == ".jsonl":
         if next(_lines(str(files[0])), None) is None:
-            raise ValueError(f"{files[0]}: the file has no rows")
+            raise UserError(f"{files[0]}: the file has no rows")
         rows = datasets.Dataset.from_generator(
             _lines,
             features=LINES,
@@ -180,7 +196,7 @@ def _open_hub(data: DataConfig, split: str) -> Source:
     try:
         rows = datasets.load_dataset(data.dataset_name, data.dataset_config, split=split)
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"data.dataset_name: {data.dataset_name!r} is no local file or folder, and loading it by "
             f"name failed: {type(error).__name__}: {error}"
         ) from error
@@ -220,9 +236,11 @@ class _RowTokeniser:
         number = row["line"] if self.raw_lines else index
         try:
             fields = parse_json_line(row["raw"]) if self.raw_lines else row
-            group = tokenise(to_group(fields, self.layout), self.tokenizer, self.rules)
-        except ValueError as error:
-            group = TokenGroup([], [], [], problem=str(error))
+            text = to_group(fields, self.layout, self.rules.supervised)
+            group = tokenise(text, self.tokenizer, self.rules)
+        except Exception as error:  # a chat template, for one, raises what it likes
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            group = TokenGroup([], [], [], problem=f"{kind}{error}")
             return {**_columns(group), "unreadable": True, "row": number}
         return {**_columns(group), "unreadable": False, "row": number}
 
@@ -253,13 +271,7 @@ def _tokenise_all(
     path: Path,
 ) -> None:
     raw_lines = source.unit == "line"
-    columns = source.rows.column_names
-    try:
-        if raw_lines:
-            columns = list(parse_json_line(source.rows[0]["raw"]))
-        layout = layout_of(columns)
-    except ValueError as error:
-        raise ValueError(f"{source.where(source.rows[0].get('line', 0))}: {error}") from None
+    layout = _layout(source, rules.supervised)
     table = source.rows.map(
         _RowTokeniser(tokenizer, rules, layout, raw_lines),
         with_indices=True,
@@ -277,12 +289,26 @@ def _tokenise_all(
     os.replace(partial, path)
 
 
+def _layout(source: Source, supervised: bool) -> str:
+    """The layout of the columns; JSON lines have those of the first line that can be read."""
+    if source.unit != "line":
+        return layout_of(source.rows.column_names, supervised)
+    problem = None
+    row: Any
+    for row in source.rows:
+        try:
+            return layout_of(parse_json_line(row["raw"]), supervised)
+        except UserError as error:
+            problem = problem or f"{source.where(row['line'])}: {error}"
+    raise UserError(str(problem))
+
+
 def _refuse_unreadable(source: Source, table: datasets.Dataset, on_bad_row: str) -> None:
     bad = np.flatnonzero(_column(table, "unreadable"))
     if len(bad) and on_bad_row == "error":
         first = table[int(bad[0])]
         more = f" ({len(bad)} such rows of {len(table)})" if len(bad) > 1 else ""
-        raise ValueError(
+        raise UserError(
             f"{source.where(first['row'])}: {first['problem']}{more}; "
             "mend the row, or set data.on_bad_row=drop to train without it"
         )
@@ -293,7 +319,8 @@ def _report(source: Source, table: datasets.Dataset) -> dict[str, Any]:
     unreadable = _column(table, "unreadable")
     usable = problems == ""
     reasons = np.where(unreadable, "unreadable", problems)[~usable]
-    margins = table.data.column("margins").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    every = table.data.column("margins").combine_chunks().filter(pa.array(usable))
+    margins = every.flatten().to_numpy(zero_copy_only=False)
     margins = margins[~np.isnan(margins)]
     report: dict[str, Any] = {
         "source": source.name,

@@ -10,10 +10,12 @@ Accepted columns, TRL's names:
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from madpo.trainer.errors import UserError
 
 Messages = list[dict[str, Any]]
 Text = str | Messages
@@ -40,85 +42,95 @@ LAYOUTS = (
 )
 
 
-def layout_of(columns: Iterable[str]) -> str:
-    """The layout that a data set's columns have. Raises ValueError that lists what was found."""
+def layout_of(columns: Iterable[str], supervised: bool = False) -> str:
+    """The layout that a data set's columns have; supervised training prefers the supervised ones.
+
+    Raises ValueError that lists what was found.
+    """
     columns = set(columns)
-    for name, needed in LAYOUTS:
+    for name, needed in LAYOUTS[1:] + LAYOUTS[:1] if supervised else LAYOUTS:
         if needed <= columns:
             return name
     known = "; ".join(" + ".join(sorted(needed)) for _, needed in LAYOUTS)
-    raise ValueError(f"columns {sorted(columns)} are no known layout; give one of: {known}")
+    raise UserError(f"columns {sorted(columns)} are no known layout; give one of: {known}")
 
 
-def to_group(row: dict[str, Any], layout: str) -> TextGroup:
-    """One row as a group. Raises ValueError that names the field, what it holds and what it should."""
+def to_group(row: dict[str, Any], layout: str, supervised: bool = False) -> TextGroup:
+    """One row as a group. Supervised training keeps the chosen completion of a preference row.
+
+    Raises ValueError that names the field, what it holds and what it should.
+    """
     if layout == "preference":
-        return _preference(row)
+        group = _preference(row)
+        return TextGroup(group.prompt, group.completions[:1], []) if supervised else group
     if layout == "prompt-completion":
-        prompt = _text(row, "prompt")
-        completion = _text(row, "completion")
-        if isinstance(prompt, str) != isinstance(completion, str):
-            raise ValueError("prompt and completion must both be text or both be lists of messages")
-        return TextGroup(prompt, [completion], [])
+        prompt, completion = _text(row, "prompt"), _text(row, "completion")
+        return TextGroup(prompt, _same_kind(prompt, completion), [])
     if layout == "messages":
         messages = _text(row, "messages")
-        if isinstance(messages, str) or messages[-1]["role"] != "assistant":
-            raise ValueError("messages: a list of messages that ends with the assistant's")
-        return TextGroup(messages[:-1], [messages[-1:]], [])
+        if isinstance(messages, str) or len(messages) < 2:
+            raise UserError("messages: a list of at least two messages, the last one the assistant's")
+        return TextGroup(messages[:-1], _same_kind(messages[:-1], messages[-1:]), [])
     text = _text(row, "text")
     if not isinstance(text, str):
-        raise ValueError("text: expected text; put conversations in a `messages` column")
+        raise UserError("text: expected text; put conversations in a `messages` column")
     return TextGroup("", [text], [])
 
 
 def _preference(row: dict[str, Any]) -> TextGroup:
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-    conversations = not isinstance(chosen, str) and not isinstance(rejected, str)
-    if row.get("prompt") is not None and not (conversations and isinstance(row["prompt"], str)):
-        prompt = _text(row, "prompt", may_be_empty=True)
-        if not isinstance(prompt, str) and not isinstance(chosen, str):
-            chosen, rejected = (_without_prefix(x, prompt) for x in (chosen, rejected))
-    else:
+    prompt = _text(row, "prompt", may_be_empty=True) if row.get("prompt") is not None else None
+    if (
+        isinstance(chosen, list)
+        and isinstance(rejected, list)
+        and not (isinstance(prompt, list) and chosen[0]["role"] == "assistant")
+    ):
+        # Whole conversations; a prompt column beside them says again how they begin.
         prompt, chosen, rejected = _split_conversations(chosen, rejected)
-    if len({isinstance(x, str) for x in (prompt, chosen, rejected)}) > 1:
-        raise ValueError("prompt, chosen and rejected must all be text or all be lists of messages")
-    return TextGroup(prompt, [chosen, rejected], [(0, 1, _margin(row))])
+    if prompt is None:
+        raise UserError("prompt is missing; only conversations (lists of messages) may leave it out")
+    return TextGroup(prompt, _same_kind(prompt, chosen, rejected), [(0, 1, _margin(row))])
 
 
-def _without_prefix(completion: Text, prompt: Messages) -> Text:
-    """UltraFeedback-style sets repeat the prompt's messages inside chosen and rejected."""
-    if isinstance(completion, str) or completion[: len(prompt)] != prompt:
-        return completion
-    if len(completion) == len(prompt):
-        raise ValueError("chosen or rejected holds nothing but the prompt")
-    return completion[len(prompt) :]
-
-
-def _split_conversations(chosen: Text, rejected: Text) -> tuple[Messages, Messages, Messages]:
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        raise ValueError("prompt is missing; only conversations (lists of messages) may leave it out")
+def _split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
+    """The prompt is what both conversations begin with."""
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     shared = min(shared, len(chosen) - 1, len(rejected) - 1)
     if shared == 0:
-        raise ValueError("prompt is missing, and chosen and rejected do not start with the same message")
+        raise UserError("chosen and rejected do not start with the same message, and no prompt fits")
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _same_kind(prompt: Text, *completions: Text) -> list[Text]:
+    """The completions, if they and the prompt are all text or all messages of the assistant."""
+    if len({isinstance(x, str) for x in (prompt, *completions)}) > 1:
+        raise UserError("prompt and completions must all be text or all be lists of messages")
+    for completion in completions:
+        roles = [] if isinstance(completion, str) else [message["role"] for message in completion]
+        if any(role in ("user", "system") for role in roles) or roles[-1:] not in ([], ["assistant"]):
+            raise UserError(
+                f"a completion has the roles {', '.join(roles)}; everything in it is trained on, so it "
+                "must be the assistant's and end with the assistant; move the rest into the prompt"
+            )
+    return list(completions)
 
 
 def _text(row: dict[str, Any], field: str, may_be_empty: bool = False) -> Text:
     value = row.get(field)
     if isinstance(value, str):
         if not value and not may_be_empty:
-            raise ValueError(f"{field} is empty")
+            raise UserError(f"{field} is empty")
         return value
     if isinstance(value, list) and value:
         for message in value:
             ok = isinstance(message, dict) and isinstance(message.get("role"), str)
             if not ok or not isinstance(message.get("content"), str):
-                raise ValueError(f"{field}: a message needs text under role and content, got {message!r:.80}")
-        return value
-    raise ValueError(f"{field}: expected text or a list of messages, got {value!r:.80}")
+                raise UserError(f"{field}: a message needs text under role and content, got {message!r:.80}")
+        # Parquet gives every message every key, null where it has none.
+        return [{k: v for k, v in message.items() if v is not None} for message in value]
+    raise UserError(f"{field}: expected text or a list of messages, got {value!r:.80}")
 
 
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
@@ -130,14 +142,15 @@ def _margin(row: dict[str, Any]) -> float | None:
         return _finite(row, "margin")
     for chosen, rejected in SCORES:
         if row.get(chosen) is not None and row.get(rejected) is not None:
-            return _finite(row, chosen) - _finite(row, rejected)
+            return _finite({"margin": _finite(row, chosen) - _finite(row, rejected)}, "margin")
     return None
 
 
 def _finite(row: dict[str, Any], field: str) -> float:
     value = row[field]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{field}: expected a finite number, got {value!r}")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not abs(value) <= sys.float_info.max:
+        raise UserError(f"{field}: expected a finite number, got {value!r}")
     return float(value)
 
 
@@ -153,11 +166,13 @@ def parse_json_line(raw: bytes) -> dict[str, Any]:
         )
     except UnicodeDecodeError as error:
         hint = "; it looks like UTF-16, convert it with iconv" if raw[:2] in _UTF16 else ""
-        raise ValueError(f"not UTF-8 ({error.reason}){hint}") from None
+        raise UserError(f"not UTF-8 ({error.reason}){hint}") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno} of {raw[:60]!r}") from None
+        raise UserError(f"not JSON: {error.msg} at column {error.colno} of {raw[:60]!r}") from None
+    except RecursionError:
+        raise UserError("not JSON that can be read: nested too deeply") from None
     if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+        raise UserError(f"expected a JSON object, got {type(row).__name__}")
     return row
 
 
@@ -168,9 +183,9 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
+        raise UserError(f"key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
     return row
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number that can be trained on")
+    raise UserError(f"{name} is not a number that can be trained on")

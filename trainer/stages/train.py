@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from madpo.trainer import checkpoint, loop
 from madpo.trainer.config import Config, dump
-from madpo.trainer.dist import Shard, barrier
+from madpo.trainer.dist import Shard, barrier, refuse_if_any
 from madpo.trainer.metrics import MetricsFile
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.progress import Progress
@@ -33,9 +34,10 @@ def run_training(config: Config, shard: Shard, command: str) -> None:
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, training=True)
     assert data.train is not None
+    lock = claim(folder, shard)
+    run = checkpoint.identity(config, data.train)
+    tag = checkpoint.latest(checkpoints, run)
     engine = start_engine(config, tokenizer, training=True)
-
-    tag = checkpoint.latest(checkpoints)
     state = checkpoint.load(engine, checkpoints, tag) if tag else TrainState()
     plan = loop.plan_run(config, len(data.train))
     progress = Progress(plan.total_steps) if shard.is_main else None
@@ -52,7 +54,7 @@ def run_training(config: Config, shard: Shard, command: str) -> None:
             progress.show(record)
 
     def on_save() -> None:
-        checkpoint.save(engine, checkpoints, state, shard, config.train.save_total_limit)
+        checkpoint.save(engine, checkpoints, state, run, shard, config.train.save_total_limit)
 
     loop.train(config, engine, data.train, data.held_out, shard, state, on_record, on_save)
     if metrics is not None and progress is not None:
@@ -61,11 +63,25 @@ def run_training(config: Config, shard: Shard, command: str) -> None:
     if config.train.export:
         export_model(engine, tokenizer, config, folder / "model", shard, state)
     engine.destroy()
+    lock.release()
+
+
+def claim(folder: Path, shard: Shard) -> FileLock:
+    """Hold the run folder for this run. Raises ValueError on all ranks if another run holds it."""
+    lock = FileLock(folder / ".lock", timeout=0)
+    problem = None
+    if shard.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            problem = f"output_dir: another run is training into {folder}; stop it, or use another folder"
+    refuse_if_any(problem)
+    return lock
 
 
 def _describe_run(folder: Path, config: Config, report: dict[str, Any], command: str, shard: Shard) -> None:
     """config.yaml, data_report.json and run.json: what ran, on what, and how to repeat it."""
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump(config))
     (folder / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
     on_gpu = torch.cuda.is_available()
