@@ -86,8 +86,6 @@ def environment(ranks: int) -> dict[str, str]:
     env.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     if not torch.cuda.is_available():
         env.setdefault("DS_ACCELERATOR", "cpu")
-        # gloo in torch 2.13 warns at every collective about a rename that DeepSpeed has to follow.
-        env.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     return env
 
 

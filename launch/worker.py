@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import time
+import warnings
 
 from madpo.trainer.errors import UserError
 
@@ -49,6 +50,8 @@ def _run(args: argparse.Namespace) -> None:
     from madpo.trainer import dist
     from madpo.trainer.config import load
 
+    # torch 2.13 warns at every collective about a rename that DeepSpeed has yet to follow.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
