@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,27 +41,28 @@ def run_training(config: Config, shard: Shard, command: str) -> None:
     tag = checkpoint.latest(checkpoints, run)
     engine = start_engine(config, tokenizer, training=True)
     state = checkpoint.load(engine, checkpoints, tag) if tag else TrainState()
-    plan = loop.plan_run(config, len(data.train))
-    progress = Progress(plan.total_steps) if shard.is_main else None
-    metrics = None
-    if shard.is_main and progress is not None:
-        _describe_run(folder, config, data.report, command, shard)
-        metrics = MetricsFile(folder, state.step)
-        progress.announce(config, data.report, state, shard, engine.device)
-    barrier()
 
-    def on_record(record: loop.Record) -> None:
-        if metrics is not None and progress is not None:
-            metrics.write(record)
-            progress.show(record)
+    with ExitStack() as cleanup:
+        sinks: list[Callable[[loop.Record], None]] = []
+        if shard.is_main:
+            _describe_run(folder, config, data.report, command, shard)
+            metrics = MetricsFile(folder, state.step)
+            cleanup.callback(metrics.close)
+            progress = Progress(loop.plan_run(config, len(data.train)).total_steps)
+            cleanup.callback(progress.close)
+            progress.announce(config, data.report, state, shard, engine.device)
+            sinks = [metrics.write, progress.show]
+        barrier()
 
-    def on_save() -> None:
-        checkpoint.save(engine, checkpoints, state, run, shard, config.train.save_total_limit)
+        def on_record(record: loop.Record) -> None:
+            for sink in sinks:
+                sink(record)
 
-    loop.train(config, engine, data.train, data.held_out, shard, state, on_record, on_save)
-    if metrics is not None and progress is not None:
-        metrics.close()
-        progress.close()
+        def on_save() -> None:
+            checkpoint.save(engine, checkpoints, state, run, shard, config.train.save_total_limit)
+
+        loop.train(config, engine, data.train, data.held_out, shard, state, on_record, on_save)
+
     if config.train.export:
         export_model(engine, tokenizer, config, folder / "model", shard, state)
     engine.destroy()
