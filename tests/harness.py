@@ -117,7 +117,8 @@ def random_groups(count: int, seed: int = 0, completions: int = 2, vocab: int = 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """Norm of the difference over the norm of the truth."""
-    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm().clamp_min(1e-30))
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:

@@ -42,9 +42,9 @@ MAY_CHANGE = (
 """Config keys, or their beginnings, that may differ between a run and its continuation."""
 
 
-def identity(config: Config, groups: GroupDataset | None) -> dict[str, Any]:
+def identity(config: Config, shard: Shard, groups: GroupDataset | None = None) -> dict[str, Any]:
     """What must not change between a run and its continuation, as dotted keys."""
-    out: dict[str, Any] = {}
+    out: dict[str, Any] = {"number of ranks": shard.world_size}
     for section, values in config.model_dump(mode="json", by_alias=True).items():
         flat = values if isinstance(values, dict) else {"": values}
         out |= {f"{section}.{key}".rstrip("."): value for key, value in flat.items()}
@@ -54,9 +54,10 @@ def identity(config: Config, groups: GroupDataset | None) -> dict[str, Any]:
     return out
 
 
-def model_identity(config: Config) -> dict[str, Any]:
+def model_identity(config: Config, shard: Shard) -> dict[str, Any]:
     """The part of the identity that says which weights fit."""
-    return {key: value for key, value in identity(config, None).items() if key.startswith("model.")}
+    parts = ("model.", "number of ranks")
+    return {key: value for key, value in identity(config, shard).items() if key.startswith(parts)}
 
 
 def save(engine: Any, root: Path, state: TrainState, run: dict[str, Any], shard: Shard, keep: int) -> None:

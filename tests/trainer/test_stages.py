@@ -203,6 +203,14 @@ def test_changed_data_is_refused(config, tmp_path):
         run_ranks(1, train, changed(config, train={"max_steps": 1, "export": False}))
 
 
+def test_another_number_of_ranks_is_refused(config):
+    run_ranks(1, train, changed(config, train={"max_steps": 1, "export": False}))
+    with pytest.raises(AssertionError, match=r"number of ranks: 1 there, 2 now"):
+        run_ranks(2, train, changed(config, train={"max_steps": 1, "export": False}))
+    with pytest.raises(AssertionError, match=r"number of ranks: 1 there, 2 now"):
+        run_ranks(2, evaluate_only, config)
+
+
 def test_things_that_change_no_number_may_change(config):
     run_ranks(2, train, changed(config, train={"max_steps": 1, "export": False}))
     free = {"max_steps": 1, "export": False, "micro_batch_tokens": 512, "logging_steps": 3}
@@ -216,7 +224,7 @@ def private_disk(shard, config: Config, folder: str) -> None:
 
 def test_ranks_that_see_different_folders_are_refused(config, tmp_path):
     first = changed(config, train={"max_steps": 1, "export": False})
-    run_ranks(1, train, changed(first, output_dir=str(tmp_path / "disk0")))
+    run_ranks(2, train, changed(first, output_dir=str(tmp_path / "disk0")))
     with pytest.raises(AssertionError, match="output_dir must be shared storage"):
         run_ranks(2, private_disk, first, str(tmp_path))
 

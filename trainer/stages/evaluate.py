@@ -22,7 +22,7 @@ def run_evaluation(config: Config, shard: Shard) -> None:
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, training=False)
     assert data.held_out is not None
-    tag = checkpoint.latest(folder / "checkpoints", checkpoint.model_identity(config))
+    tag = checkpoint.latest(folder / "checkpoints", checkpoint.model_identity(config, shard))
     engine = start_engine(config, tokenizer, training=tag is not None)
     if tag:
         checkpoint.load(engine, folder / "checkpoints", tag)

@@ -23,7 +23,7 @@ from madpo.trainer.state import TrainState
 def run_export(config: Config, shard: Shard) -> None:
     """Export the newest checkpoint of `output_dir`. Raises ValueError if there is none."""
     folder = Path(config.output_dir)
-    tag = checkpoint.latest(folder / "checkpoints", checkpoint.model_identity(config))
+    tag = checkpoint.latest(folder / "checkpoints", checkpoint.model_identity(config, shard))
     if tag is None:
         raise UserError(f"{folder / 'checkpoints'}: no checkpoint to export; train first")
     tokenizer = load_tokenizer(config.model)

@@ -37,7 +37,7 @@ def run_training(config: Config, shard: Shard, command: str) -> None:
     data = load_data(config, tokenizer, training=True)
     assert data.train is not None
     lock = claim(folder, shard)
-    run = checkpoint.identity(config, data.train)
+    run = checkpoint.identity(config, shard, data.train)
     tag = checkpoint.latest(checkpoints, run)
     engine = start_engine(config, tokenizer, training=True)
     state = checkpoint.load(engine, checkpoints, tag) if tag else TrainState()
