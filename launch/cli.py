@@ -21,7 +21,7 @@ app = typer.Typer(
 
 ConfigPath = Annotated[str, typer.Argument(help="YAML file", metavar="CONFIG")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="as in optim.lr=2e-6", metavar="[SECTION.KEY=VALUE]...")
+    list[str] | None, typer.Argument(help="as in optim.lr=2e-6", metavar="SECTION.KEY=VALUE")
 ]
 
 
@@ -29,7 +29,7 @@ Overrides = Annotated[
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    fresh: Annotated[bool, typer.Option(help="set an earlier run in output_dir aside")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="set an earlier run in output_dir aside")] = False,
 ) -> None:
     """Train on this machine's GPUs (without one: on the CPU); continues a run that was cut off."""
     from madpo.launch import local

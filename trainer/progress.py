@@ -64,6 +64,7 @@ class Progress:
                 TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=20),
                 TimeElapsedColumn(),
+                TextColumn("eta"),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[metrics]}"),
                 console=self._console,

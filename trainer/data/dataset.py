@@ -118,7 +118,8 @@ def load_groups(
     cache = Path(data.cache_dir).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
     rules = TokenRules(data.max_length, data.append_eos, supervised)
-    with FileLock(cache / "lock"):
+    lock = f"lock-{xxhash.xxh3_64_hexdigest(data.dataset_name.encode())}"
+    with FileLock(cache / lock):
         source = open_source(data, split, cache)
         identity = (
             FORMAT_VERSION,
