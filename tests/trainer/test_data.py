@@ -361,6 +361,11 @@ def test_odd_rows_end_with_file_and_line_and_can_be_dropped(tmp_path, tokenizer,
     assert len(groups) == 3
 
 
+def test_a_name_that_is_nowhere_says_what_was_tried(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"'no/such-set' is no local file or folder, and loading it by name"):
+        load_groups(config_for(tmp_path, Path("no/such-set")).data, "train", tokenizer)
+
+
 def test_parquet_and_folders_give_the_same_groups_as_jsonl(tmp_path, tokenizer):
     import datasets
 
