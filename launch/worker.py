@@ -56,20 +56,20 @@ def _run(args: argparse.Namespace) -> None:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     config = load(args.config, args.overrides)
+    dist.check_launcher()
     dist.die_with_launcher()
-    shard = dist.init(config.launch.timeout_minutes)
     if args.task == "train":
         from madpo.trainer.stages.train import run_training
 
-        run_training(config, shard, shlex.join(["madpo", "train", args.config, *args.overrides]))
+        run_training(config, shlex.join(["madpo", "train", args.config, *args.overrides]))
     elif args.task == "evaluate":
         from madpo.trainer.stages.evaluate import run_evaluation
 
-        run_evaluation(config, shard)
+        run_evaluation(config)
     else:
         from madpo.trainer.stages.export import run_export
 
-        run_export(config, shard)
+        run_export(config)
     dist.leave()
 
 

@@ -36,11 +36,10 @@ class Shard:
 def init(timeout_minutes: float) -> Shard:
     """Join the process group that the launcher's environment variables describe; without any, alone.
 
-    Raises ValueError if there are other processes and nothing says how to find them.
+    Does nothing in a process that has joined already.
     """
     import deepspeed
 
-    _check_launcher()
     if not torch.cuda.is_available():
         # The one op that would be compiled here serves inference only. Without this, every start
         # probes the compiler for all ops and builds that one under a lock that can go stale.
@@ -55,7 +54,8 @@ def init(timeout_minutes: float) -> Shard:
     return Shard(torch_dist.get_rank(), torch_dist.get_world_size())
 
 
-def _check_launcher() -> None:
+def check_launcher() -> None:
+    """Raise ValueError if there are other processes and nothing says how to find them."""
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
         if "RANK" not in os.environ and int(os.environ.get(name, "1")) > 1:
             raise UserError(

@@ -12,6 +12,7 @@ import pytest
 from madpo.launch.cli import set_aside
 from madpo.launch.local import command_line, count_processes, environment
 from madpo.trainer.config import LaunchConfig
+from madpo.trainer.dist import check_launcher
 
 CONFIG = """
 output_dir: OUT
@@ -106,3 +107,20 @@ def test_fresh_sets_the_earlier_run_aside(tmp_path):
     assert not (tmp_path / "run").exists()
     assert [(tmp_path / f"run.old-{n}" / "metrics.jsonl").read_text() for n in (1, 2)] == ["1", "2"]
     set_aside(tmp_path / "never")
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"SLURM_NTASKS": "4"}, "every process would train alone"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR is not"),
+    ],
+)
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch, variables, message):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    check_launcher()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        check_launcher()

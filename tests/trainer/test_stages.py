@@ -55,7 +55,7 @@ def changed(config: Config, **sections: Any) -> Config:
 
 
 def train(shard, config: Config) -> None:
-    run_training(config, shard, "madpo train test.yaml")
+    run_training(config, "madpo train test.yaml")
 
 
 TRL_NAMES = {
@@ -324,8 +324,8 @@ def test_evaluation_and_export_of_a_checkpoint_agree_with_training(config):
 
 
 def evaluate_and_export(shard, config: Config) -> None:
-    run_evaluation(config, shard)
-    run_export(config, shard)
+    run_evaluation(config)
+    run_export(config)
 
 
 def test_evaluation_of_the_start_gives_a_margin_of_zero(config):
@@ -335,7 +335,7 @@ def test_evaluation_of_the_start_gives_a_margin_of_zero(config):
 
 
 def evaluate_only(shard, config: Config) -> None:
-    run_evaluation(config, shard)
+    run_evaluation(config)
 
 
 def test_supervised_warm_up_from_scratch(config, tmp_path, tokenizer_folder):

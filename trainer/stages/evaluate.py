@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from madpo.trainer import checkpoint, loop
+from madpo.trainer import checkpoint, dist, loop
 from madpo.trainer.config import Config
-from madpo.trainer.dist import Shard
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.progress import metrics_table
 from madpo.trainer.stages.setup import load_data, start_engine
 
 
-def run_evaluation(config: Config, shard: Shard) -> None:
+def run_evaluation(config: Config) -> None:
     """Evaluate the newest checkpoint of `output_dir`, or the starting model if there is none.
 
     Writes `evaluation.json` into the run folder and prints a table. Raises ValueError.
@@ -22,6 +21,7 @@ def run_evaluation(config: Config, shard: Shard) -> None:
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, training=False)
     assert data.held_out is not None
+    shard = dist.init(config.launch.timeout_minutes)
     tag = checkpoint.latest(folder / "checkpoints", checkpoint.model_identity(config, shard))
     engine = start_engine(config, tokenizer, training=tag is not None)
     if tag:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer import checkpoint
+from madpo.trainer import checkpoint, dist
 from madpo.trainer.config import Config, dump
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.errors import UserError
@@ -20,8 +20,9 @@ from madpo.trainer.stages.setup import start_engine
 from madpo.trainer.state import TrainState
 
 
-def run_export(config: Config, shard: Shard) -> None:
+def run_export(config: Config) -> None:
     """Export the newest checkpoint of `output_dir`. Raises ValueError if there is none."""
+    shard = dist.init(config.launch.timeout_minutes)
     folder = Path(config.output_dir)
     tag = checkpoint.latest(folder / "checkpoints", checkpoint.model_identity(config, shard))
     if tag is None:

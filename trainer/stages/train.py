@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from madpo.trainer import checkpoint, loop
+from madpo.trainer import checkpoint, dist, loop
 from madpo.trainer.config import Config, dump
 from madpo.trainer.dist import Shard, barrier, refuse_if_any
 from madpo.trainer.metrics import MetricsFile
@@ -26,16 +26,18 @@ from madpo.trainer.stages.setup import load_data, start_engine
 from madpo.trainer.state import TrainState
 
 
-def run_training(config: Config, shard: Shard, command: str) -> None:
+def run_training(config: Config, command: str) -> None:
     """Train, evaluate, checkpoint and export into `output_dir`; continue a run that is there.
 
-    Raises ValueError for a config, model or data set that cannot be trained.
+    Data comes before the process group: tokenising may take longer than a collective waits, and may
+    fork. Raises ValueError for a config, model or data set that cannot be trained.
     """
     folder = Path(config.output_dir)
     checkpoints = folder / "checkpoints"
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, training=True)
     assert data.train is not None
+    shard = dist.init(config.launch.timeout_minutes)
     lock = claim(folder, shard)
     run = checkpoint.identity(config, shard, data.train)
     tag = checkpoint.latest(checkpoints, run)
