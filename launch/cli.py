@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import EXIT_USAGE, UserError
 
-EXIT_USAGE = 2
+if TYPE_CHECKING:
+    from madpo.launch.local import Task
 
 app = typer.Typer(
     help="Train language models on preferences: MADPO, DPO and their relatives, with ZeRO-3.",
@@ -99,12 +100,12 @@ def set_aside(folder: Path) -> None:
         print(f"the earlier run is now {target}")
 
 
-def _run_task(task: str, config: str, overrides: list[str] | None) -> None:
+def _run_task(task: Task, config: str, overrides: list[str] | None) -> None:
     from madpo.launch import local
     from madpo.trainer.config import load
 
     resolved = load(config, overrides or [])
-    raise typer.Exit(local.run(task, config, overrides or [], resolved.launch))  # type: ignore[arg-type]
+    raise typer.Exit(local.run(task, config, overrides or [], resolved.launch))
 
 
 def main() -> None:

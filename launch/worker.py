@@ -13,9 +13,7 @@ import sys
 import time
 import warnings
 
-from madpo.trainer.errors import UserError
-
-EXIT_USAGE = 2
+from madpo.trainer.errors import EXIT_USAGE, UserError
 
 
 def main(argv: list[str] | None = None) -> int:

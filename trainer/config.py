@@ -148,7 +148,7 @@ def validate(config: Config) -> None:
         raise UserError("train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split")
     if optim.warmup_steps and optim.warmup_ratio:
         raise UserError("optim: set warmup_steps or warmup_ratio, not both")
-    completions = 2 if config.objective_entry.item == "edge" else 1
+    completions = 1 if config.objective_entry.supervised else 2
     if train.micro_batch_tokens < completions * config.data.max_length:
         raise UserError(
             f"train.micro_batch_tokens: {train.micro_batch_tokens} cannot hold one group of {completions} "

@@ -1,4 +1,6 @@
-"""The one error that users are meant to see."""
+"""The one error that users are meant to see, and the exit status that goes with it."""
+
+EXIT_USAGE = 2
 
 
 class UserError(ValueError):

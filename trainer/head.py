@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 from madpo.kernels.preference_loss_ref import Wave, plan_waves, preference_loss_ref
@@ -50,7 +48,7 @@ class PreferenceHead(nn.Module):
             hidden,
             self.weight,
             batch.targets,
-            waves_of(batch, self.max_rows),
+            plan_waves(batch.lengths, batch.group_sequences, batch.group_edges, self.max_rows),
             wave_loss,
             scale=batch.scale,
             max_rows=self.max_rows,
@@ -60,17 +58,16 @@ class PreferenceHead(nn.Module):
         )
 
 
-def waves_of(batch: PackedBatch, max_rows: int) -> Sequence[Wave]:
-    return plan_waves(batch.lengths, batch.group_sequences, batch.group_edges, max_rows)
+WHOLE = Wave(slice(0, None), slice(0, None), slice(0, None))
 
 
 def scored_wave(
     batch: PackedBatch,
     token_logps: Tensor,  # (m,) of the wave's rows
     ref_token_logps: Tensor | None,  # (m,)
-    wave: Wave,
+    wave: Wave = WHOLE,
 ) -> Scored:
-    """What the objective sees of one wave: indices of sequences count from the wave's first."""
+    """What the objective sees of one wave, or of the whole batch: sequences count from the first."""
     first = wave.sequences.start
     return Scored(
         token_logps,
@@ -80,12 +77,3 @@ def scored_wave(
         batch.losers[wave.edges] - first,
         batch.margins[wave.edges],
     )
-
-
-def scored_batch(
-    batch: PackedBatch,
-    token_logps: Tensor,  # (M,)
-    ref_token_logps: Tensor | None,  # (M,)
-) -> Scored:
-    """What the objective sees of a whole batch, for metrics."""
-    return Scored(token_logps, ref_token_logps, batch.seq_lengths, batch.winners, batch.losers, batch.margins)

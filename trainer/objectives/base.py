@@ -58,6 +58,11 @@ class Scored:
         """(S,) log pi(y|x) - log pi_ref(y|x)."""
         return self.logps - self.ref_logps
 
+    @cached_property
+    def deltas(self) -> Tensor:
+        """(E,) log-ratio of the winner minus log-ratio of the loser: the implicit margin without beta."""
+        return self.logratios[self.winners] - self.logratios[self.losers]
+
 
 @dataclass(frozen=True)
 class Outcome:

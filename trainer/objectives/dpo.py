@@ -20,9 +20,7 @@ def dpo(scored: Scored, params: DPOParams) -> Outcome:
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7. Returns one loss per edge, (E,).
     """
-    logratios = scored.logratios
-    delta = logratios[scored.winners] - logratios[scored.losers]
-    return Outcome(-F.logsigmoid(params.beta * delta))
+    return Outcome(-F.logsigmoid(params.beta * scored.deltas))
 
 
 OBJECTIVE = Objective(dpo, DPOParams)

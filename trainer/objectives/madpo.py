@@ -60,8 +60,6 @@ def madpo(scored: Scored, params: MADPOParams) -> Outcome:
     Source: Rho 2025 (arXiv 2510.05342). Returns one loss per edge, (E,).
     """
     assert params.c_min is not None
-    logratios = scored.logratios
-    delta = logratios[scored.winners] - logratios[scored.losers]
     weight = madpo_weight(
         scored.margins.double() * params.margin_scale,
         params.c_max,
@@ -69,7 +67,7 @@ def madpo(scored: Scored, params: MADPOParams) -> Outcome:
         params.steepness,
         params.tau,
     )
-    return Outcome(-F.logsigmoid(params.beta * delta) * weight, {"madpo/weight": weight})
+    return Outcome(-F.logsigmoid(params.beta * scored.deltas) * weight, {"madpo/weight": weight})
 
 
 OBJECTIVE = Objective(madpo, MADPOParams, needs_margin=True)
