@@ -45,6 +45,21 @@ def whole(name, hidden, weight, ref_hidden, ref_weight, targets, softcap):
     return loss.detach(), policy.detach(), reference, hidden.grad, weight.grad
 
 
+def in_waves(name, hidden, weight, ref_hidden, ref_weight, targets, max_rows, scale=1.0, softcap=None):
+    return preference_loss_ref(
+        hidden,
+        weight,
+        targets,
+        plan_waves(LENGTHS, (2, 2, 2, 2), (1, 1, 1, 1), max_rows),
+        lambda lp, ref, wave: objective_sum(name, lp, ref, wave.sequences, wave.edges),
+        scale=scale,
+        max_rows=max_rows,
+        softcap=softcap,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+    )
+
+
 @pytest.mark.parametrize("max_rows", [1, 4, 12, 1000], ids="rows{}".format)
 @pytest.mark.parametrize("softcap", [None, 2.5], ids=["plain", "softcap"])
 @pytest.mark.parametrize("name", ["dpo", "madpo", "nll"])
@@ -52,17 +67,8 @@ def test_waves_equal_the_whole(name, softcap, max_rows):
     hidden, weight, ref_hidden, ref_weight, targets = inputs(torch.float64)
     want = whole(name, hidden, weight, ref_hidden, ref_weight, targets, softcap)
     leaf, weight_leaf = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss, logps, ref_logps = preference_loss_ref(
-        leaf,
-        weight_leaf,
-        targets,
-        plan_waves(LENGTHS, (2, 2, 2, 2), (1, 1, 1, 1), max_rows),
-        lambda lp, ref, wave: objective_sum(name, lp, ref, wave.sequences, wave.edges),
-        scale=0.25,
-        max_rows=max_rows,
-        softcap=softcap,
-        ref_hidden=ref_hidden,
-        ref_weight=ref_weight,
+    loss, logps, ref_logps = in_waves(
+        name, leaf, weight_leaf, ref_hidden, ref_weight, targets, max_rows, scale=0.25, softcap=softcap
     )
     loss.backward()
     for got, expected in zip((loss, logps, ref_logps, leaf.grad, weight_leaf.grad), want, strict=True):
@@ -84,16 +90,7 @@ def test_error_is_within_what_torch_itself_loses(dtype):
     )
     torch_loss.backward()
     leaf, weight_leaf = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss, _, _ = preference_loss_ref(
-        leaf,
-        weight_leaf,
-        targets,
-        plan_waves(LENGTHS, (2, 2, 2, 2), (1, 1, 1, 1), 12),
-        lambda lp, ref, wave: objective_sum("madpo", lp, ref, wave.sequences, wave.edges),
-        scale=0.25,
-        ref_hidden=ref_hidden,
-        ref_weight=ref_weight,
-    )
+    loss, _, _ = in_waves("madpo", leaf, weight_leaf, ref_hidden, ref_weight, targets, 12, scale=0.25)
     loss.backward()
     assert leaf.grad is not None and weight_leaf.grad is not None
     assert leaf.grad.dtype == dtype and weight_leaf.grad.dtype == dtype
@@ -113,16 +110,7 @@ def test_gradients_only_where_they_are_wanted(needs):
     want = whole("dpo", hidden, weight, ref_hidden, ref_weight, targets, None)
     hidden.requires_grad_(needs[0])
     weight.requires_grad_(needs[1])
-    loss, _, _ = preference_loss_ref(
-        hidden,
-        weight,
-        targets,
-        plan_waves(LENGTHS, (2, 2, 2, 2), (1, 1, 1, 1), 12),
-        lambda lp, ref, wave: objective_sum("dpo", lp, ref, wave.sequences, wave.edges),
-        scale=0.25,
-        ref_hidden=ref_hidden,
-        ref_weight=ref_weight,
-    )
+    loss, _, _ = in_waves("dpo", hidden, weight, ref_hidden, ref_weight, targets, 12, scale=0.25)
     torch.testing.assert_close(loss.detach(), want[0])
     if any(needs):
         (3 * loss).backward()
