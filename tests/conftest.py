@@ -1,19 +1,26 @@
-"""One thread per process, because ranks are forked and OpenMP's pool does not survive a fork."""
+"""One thread per process, because ranks are forked and OpenMP's pool does not survive a fork.
+
+With MADPO_TEST_GPU=1 (`make test-gpu`) the kernels run on the GPU; otherwise under Triton's interpreter.
+"""
 
 import os
 
+ON_GPU = os.environ.get("MADPO_TEST_GPU") == "1"
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["DS_ACCELERATOR"] = "cpu"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+if not ON_GPU:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import interpreter
 
-from pathlib import Path
+    interpreter.install()
 
-import pytest
-import torch
-from harness import make_tokenizer
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -21,6 +28,8 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE of 300 tokens."""
+    from harness import make_tokenizer
+
     folder = tmp_path_factory.mktemp("tokenizer")
     make_tokenizer(folder)
     return folder

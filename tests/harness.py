@@ -115,12 +115,6 @@ def random_groups(count: int, seed: int = 0, completions: int = 2, vocab: int = 
     return groups
 
 
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the truth."""
-    got, want = got.detach().double(), want.detach().double()
-    return float((got - want).norm() / want.norm().clamp_min(1e-30))
-
-
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
     """Call `function(shard, *args)` on forked gloo ranks; their results in rank order.
 

@@ -75,6 +75,9 @@ def test_kernels_import_torch_and_triton_only():
         "collections",
         "dataclasses",
         "typing",
+        "functools",
+        "itertools",
+        "os",
         "math",
         "enum",
     }
@@ -88,7 +91,8 @@ def test_only_the_head_calls_kernels():
         for path in (ROOT / "trainer").rglob("*.py")
         if any(module.startswith("madpo.kernels") for module in imports(path))
     }
-    assert callers == {"trainer/head.py"}
+    # The objectives' base names the data class that says which loss the kernels form.
+    assert callers == {"trainer/head.py", "trainer/objectives/base.py"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -49,7 +49,7 @@ def test_the_wheel_holds_everything_and_runs_outside_the_checkout(tmp_path):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"madpo"}
     for name in (
         "launch/worker.py",
-        "kernels/preference_loss_ref.py",
+        "kernels/preference_loss.py",
         "configs/demo.yaml",
         "slurm/train.sbatch",
     ):

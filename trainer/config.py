@@ -85,7 +85,10 @@ class TrainConfig(Section):
     save_steps: int | None = Field(default=None, ge=1, description="null: only at the end")
     save_total_limit: int = Field(default=2, ge=1, description="checkpoints kept")
     export: bool = Field(default=True, description="write a Hugging Face model folder at the end")
-    head_rows: int = Field(default=4096, ge=1, description="rows of logits that the loss head keeps at once")
+    head_gib: float = Field(default=2.0, gt=0, description="GiB of logits that the loss head keeps at once")
+    head_impl: Literal["auto", "triton", "torch"] = Field(
+        default="auto", description="of the loss head; auto: triton on GPUs, torch on CPUs"
+    )
 
 
 class LaunchConfig(Section):

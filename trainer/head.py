@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
 from torch import Tensor, nn
 
-from madpo.kernels.preference_loss_ref import Wave, plan_waves, preference_loss_ref
+from madpo.kernels.layout import Groups, Span
+from madpo.kernels.preference_loss import Reference, preference_loss
+from madpo.kernels.steps import Impl
+from madpo.kernels.transform import IDENTITY, LogitTransform
 from madpo.trainer.data.packing import PackedBatch
 from madpo.trainer.objectives.base import Objective, Params, Scored
+
+__all__ = ["Impl", "LogitTransform", "OutputHead", "PreferenceHead", "scored_span"]
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """How a model turns hidden states into logits."""
+
+    weight: nn.Parameter  # (V, H)
+    bias: nn.Parameter | None = None  # (V,)
+    transform: LogitTransform = IDENTITY
 
 
 class PreferenceHead(nn.Module):
@@ -17,20 +34,22 @@ class PreferenceHead(nn.Module):
 
     def __init__(
         self,
-        weight: nn.Parameter,  # (V, H)
-        ref_weight: nn.Parameter | None,  # (V, H)
+        policy: OutputHead,
+        reference: OutputHead | None,
         objective: Objective,
         params: Params,
-        max_rows: int,
-        softcap: float | None = None,
+        budget_bytes: int,
+        impl: Impl = "auto",
     ) -> None:
         super().__init__()
-        self.weight = weight
-        self.ref_weight = ref_weight
+        assert reference is None or reference.transform == policy.transform
+        self.weight, self.bias, self.transform = policy.weight, policy.bias, policy.transform
+        self.ref_weight = reference.weight if reference else None
+        self.ref_bias = reference.bias if reference else None
         self.objective = objective
         self.params = params
-        self.max_rows = max_rows
-        self.softcap = softcap
+        self.budget_bytes = budget_bytes
+        self.impl: Impl = impl
 
     def forward(
         self,
@@ -39,41 +58,42 @@ class PreferenceHead(nn.Module):
         batch: PackedBatch,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(loss (), token_logps (M,), ref_token_logps (M,) or None)."""
-
-        def wave_loss(logps: Tensor, ref_logps: Tensor | None, wave: Wave) -> Tensor:
-            scored = scored_wave(batch, logps, ref_logps, wave)
-            return self.objective.function(scored, self.params).losses.sum()
-
-        return preference_loss_ref(
+        epilogue = self.objective.epilogue
+        out = preference_loss(
             hidden,
             self.weight,
             batch.targets,
-            plan_waves(batch.lengths, batch.group_sequences, batch.group_edges, self.max_rows),
-            wave_loss,
+            Groups(batch.lengths, batch.group_sequences, batch.group_edges, batch.winners, batch.losers),
+            epilogue(batch.margins, self.params) if epilogue else partial(self._span_loss, batch),
+            Reference(ref_hidden, self.ref_weight, self.ref_bias) if ref_hidden is not None else None,
+            bias=self.bias,
+            transform=self.transform,
             scale=batch.scale,
-            max_rows=self.max_rows,
-            softcap=self.softcap,
-            ref_hidden=ref_hidden,
-            ref_weight=self.ref_weight,
+            budget_bytes=self.budget_bytes,
+            impl=self.impl,
         )
+        return out.loss, out.token_logps, out.ref_token_logps
+
+    def _span_loss(self, batch: PackedBatch, logps: Tensor, ref_logps: Tensor | None, span: Span) -> Tensor:
+        return self.objective.function(scored_span(batch, logps, ref_logps, span), self.params).losses.sum()
 
 
-WHOLE = Wave(slice(0, None), slice(0, None), slice(0, None))
+WHOLE = Span(*(slice(0, None),) * 4)
 
 
-def scored_wave(
+def scored_span(
     batch: PackedBatch,
-    token_logps: Tensor,  # (m,) of the wave's rows
+    token_logps: Tensor,  # (m,) of the span's rows
     ref_token_logps: Tensor | None,  # (m,)
-    wave: Wave = WHOLE,
+    span: Span = WHOLE,
 ) -> Scored:
-    """What the objective sees of one wave, or of the whole batch: sequences count from the first."""
-    first = wave.sequences.start
+    """What the objective sees of some whole groups, or of the whole batch; sequences count from the first."""
+    first = span.sequences.start
     return Scored(
         token_logps,
         ref_token_logps,
-        batch.seq_lengths[wave.sequences],
-        batch.winners[wave.edges] - first,
-        batch.losers[wave.edges] - first,
-        batch.margins[wave.edges],
+        batch.seq_lengths[span.sequences],
+        batch.winners[span.edges] - first,
+        batch.losers[span.edges] - first,
+        batch.margins[span.edges],
     )

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from madpo.trainer.data.packing import PackedBatch
-from madpo.trainer.head import scored_wave
+from madpo.trainer.head import scored_span
 from madpo.trainer.objectives.base import Item, Objective, Params, Scored
 from madpo.trainer.run_folder import metrics_lines
 
@@ -85,7 +85,7 @@ def add_batch(
     """Fold one micro-batch's metrics into the meter."""
     keep = 0 if batch.is_filler else None
     with torch.no_grad():
-        scored = scored_wave(batch, token_logps, ref_token_logps)
+        scored = scored_span(batch, token_logps, ref_token_logps)
         outcome = objective.function(scored, params)
         meter.add("loss", outcome.losses[:keep])
         for name, values in outcome.stats.items():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import make_config, relative_error, run_ranks, save_model, write_pairs
+from harness import make_config, run_ranks, save_model, write_pairs
+from kernel_cases import relative_error
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.loader import step_batches
@@ -18,8 +19,7 @@ from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.engine import train_step
 from madpo.trainer.metrics import Meter
 from madpo.trainer.model.load import load_tokenizer
-from madpo.trainer.objectives.base import Item
-from madpo.trainer.objectives.madpo import madpo_weight
+from madpo.trainer.objectives.base import Item, MarginWeight
 from madpo.trainer.stages.setup import load_data, start_engine
 
 pytestmark = pytest.mark.ranks
@@ -102,7 +102,7 @@ def plain_steps(config: Config, steps: int) -> list[tuple[float, dict[str, torch
             ref_logps = padded_logps(reference, batch).view(-1, 2)
         ratios = logps - ref_logps
         margins = torch.tensor([group.edges[0][2] for group in batch])
-        weight = madpo_weight(margins, 4, 0.25, 1, config.objective.tau)
+        weight = MarginWeight(4, 0.25, 1, config.objective.tau)(margins)
         loss = (-F.logsigmoid(0.1 * (ratios[:, 0] - ratios[:, 1])) * weight).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -143,6 +143,14 @@ def test_two_zero3_ranks_equal_plain_pytorch(config):
     got = run_ranks(2, zero3_steps, config, 10)[0]
     assert want[0][0] != pytest.approx(want[-1][0], rel=1e-2), "the run must move for this to prove anything"
     compare(got, want)
+
+
+@pytest.mark.parametrize("gib", [2.0, 1e-5], ids=["one-wave", "waves-and-slabs"])
+def test_the_triton_head_under_zero3_equals_plain_pytorch(config, gib):
+    """The kernels, interpreted, inside two real ZeRO-3 ranks."""
+    update = {"head_impl": "triton", "head_gib": gib}
+    triton = config.model_copy(update={"train": config.train.model_copy(update=update)})
+    compare(run_ranks(2, zero3_steps, triton, 2)[0], plain_steps(config, 2))
 
 
 def test_first_gradients_of_every_parameter_equal_plain_pytorch(config):

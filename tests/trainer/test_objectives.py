@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from madpo.trainer.objectives.base import Item, Scored, segment_sum
-from madpo.trainer.objectives.madpo import MADPOParams, madpo_weight
+from madpo.kernels.edge_loss import edge_loss_ref
+from madpo.trainer.objectives.base import Item, MarginWeight, Scored, segment_sum
+from madpo.trainer.objectives.madpo import MADPOParams
 from madpo.trainer.objectives.registry import OBJECTIVES
 
 
@@ -85,7 +86,7 @@ GOLDEN_WEIGHTS = [
 @pytest.mark.parametrize("parameters, golden", GOLDEN_WEIGHTS, ids=["c2-tau2", "c4-tau7"])
 def test_madpo_weight_golden_values(parameters, golden):
     margins = torch.tensor(list(golden), dtype=torch.float64)
-    weights = madpo_weight(margins, **parameters)
+    weights = MarginWeight(**parameters)(margins)
     torch.testing.assert_close(
         weights, torch.tensor(list(golden.values()), dtype=torch.float64), atol=1e-9, rtol=0
     )
@@ -95,19 +96,19 @@ def test_madpo_weight_by_hand():
     """c(1) at c_max 4, c_min 1/4, tau 7: 0.25 + 3.75 / (1 + 4 e^-6) = 3.96318; w = s(c) / s(1)."""
     c = 0.25 + 3.75 / (1 + 4 * math.exp(-6))
     by_hand = (1 / (1 + math.exp(-c))) / (1 / (1 + math.exp(-1)))
-    got = madpo_weight(torch.tensor([1.0], dtype=torch.float64), 4, 0.25, 1, 7)
+    got = MarginWeight(4, 0.25, 1, 7)(torch.tensor([1.0], dtype=torch.float64))
     assert got.item() == pytest.approx(by_hand, abs=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_madpo_weight_stays_finite_and_bounded_for_extreme_margins(dtype):
     margins = torch.tensor([-1e4, -200.0, -103.5, -7.0, 0.0, 7.0, 200.0, 1e4], dtype=dtype)
-    weights = madpo_weight(margins, 4, 0.25, 1, 7)
+    weights = MarginWeight(4, 0.25, 1, 7)(margins)
     assert weights.isfinite().all()
     assert ((weights > 0) & (weights < 2)).all()
     assert weights[:4].tolist() == [1, 1, 1, 1]
     # A cap below the extreme margins, so that the ratio itself is formed there.
-    assert madpo_weight(margins, 4, 0.25, 1, 2e4).isfinite().all()
+    assert MarginWeight(4, 0.25, 1, 2e4)(margins).isfinite().all()
 
 
 def test_madpo_is_the_weighted_dpo_loss_and_reports_its_weight(example):
@@ -157,3 +158,24 @@ def test_segment_sum_keeps_empty_sequences_and_sums_in_float64():
     sums = segment_sum(values, torch.tensor([3, 0, 1]))
     assert sums.dtype == torch.float64
     assert sums.tolist() == [1.0, 0.0, 5.0]
+
+
+@pytest.mark.parametrize("name", [name for name, entry in OBJECTIVES.items() if entry.epilogue])
+def test_what_the_kernels_form_is_what_the_objective_says(name):
+    """The objective as data for the kernels, against the objective as a function."""
+    entry = OBJECTIVES[name]
+    lengths = torch.tensor([3, 1, 0, 5, 2, 4])
+    tokens = torch.randn(2, 15, dtype=torch.float64) * 3
+    margins = torch.tensor([-7.5, -0.5, 8.0], dtype=torch.float64)
+    scored = Scored(tokens[0], tokens[1], lengths, torch.tensor([0, 3, 4]), torch.tensor([1, 2, 5]), margins)
+    params = entry.params()
+    assert entry.epilogue is not None
+    got = edge_loss_ref(
+        scored.logps,
+        scored.ref_logps,
+        lengths,
+        scored.winners,
+        scored.losers,
+        entry.epilogue(margins, params),
+    )
+    torch.testing.assert_close(got, entry.function(scored, params).losses, rtol=1e-12, atol=1e-12)

@@ -10,12 +10,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from harness import random_groups, relative_error
+from harness import random_groups
+from kernel_cases import relative_error
 
 from madpo.trainer.data.packing import pack
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.model import prefix_attention
-from madpo.trainer.model.policy import refuse_unless_packing_is_exact, scored_hidden
+from madpo.trainer.model.policy import (
+    output_head,
+    refuse_unless_head_is_known,
+    refuse_unless_packing_is_exact,
+    scored_hidden,
+)
 from madpo.trainer.model.prefix_attention import SegmentTable
 from madpo.trainer.objectives.base import segment_sum
 
@@ -40,6 +46,10 @@ FAMILIES = {
     "gemma2-softcap-window": transformers.Gemma2Config(
         **SIZES, head_dim=12, sliding_window=7, query_pre_attn_scalar=12
     ),
+    "phi-bias": transformers.PhiConfig(**SIZES),
+    "cohere-scale": transformers.CohereConfig(**SIZES, logit_scale=0.25),
+    "granite-scaling": transformers.GraniteConfig(**SIZES, logits_scaling=4.0),
+    "hyperclovax-scaling": transformers.HyperCLOVAXConfig(**SIZES, logits_scaling=4.0, head_dim=12),
 }
 
 
@@ -51,9 +61,7 @@ def _registered():
 def packed_logps(model: Any, groups: list[TokenGroup]) -> torch.Tensor:
     batch = pack(groups)
     hidden = scored_hidden(model, batch, SegmentTable(batch.segments))
-    logits = model.lm_head(hidden)
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    logits = output_head(model).transform(model.lm_head(hidden))
     tokens = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
     return segment_sum(tokens, batch.seq_lengths)
 
@@ -179,6 +187,18 @@ def small(config: Any) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_check_at_start_passes_models_that_pack_exactly(family):
     refuse_unless_packing_is_exact(small(copy.deepcopy(FAMILIES[family])), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_check_at_start_passes_heads_that_are_known(family):
+    refuse_unless_head_is_known(small(copy.deepcopy(FAMILIES[family])), torch.device("cpu"))
+
+
+def test_the_check_at_start_refuses_a_head_that_does_something_else():
+    config = copy.deepcopy(FAMILIES["llama"])
+    config.logit_scale = 2.0  # which a Llama ignores
+    with pytest.raises(ValueError, match="its logits differ from those of its output weight"):
+        refuse_unless_head_is_known(small(config), torch.device("cpu"))
 
 
 def test_the_check_at_start_refuses_layers_that_carry_a_state():

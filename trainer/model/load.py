@@ -56,7 +56,10 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
         )
     if model.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return PolicyWithReference(policy, reference, entry, config.objective, config.train.head_rows)
+    budget_bytes = int(config.train.head_gib * 2**30)
+    return PolicyWithReference(
+        policy, reference, entry, config.objective, budget_bytes, config.train.head_impl
+    )
 
 
 def _pretrained(

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from madpo.trainer.data.packing import PackedBatch, pack
+from madpo.trainer.data.packing import PackedBatch, Segment, pack
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
-from madpo.trainer.head import PreferenceHead
+from madpo.trainer.head import Impl, LogitTransform, OutputHead, PreferenceHead
 from madpo.trainer.model.prefix_attention import SegmentTable
 from madpo.trainer.objectives.base import Objective, Params
 
@@ -29,7 +29,8 @@ class PolicyWithReference(nn.Module):
         reference: PreTrainedModel | None,
         objective: Objective,
         params: Params,
-        max_rows: int,
+        budget_bytes: int,
+        impl: Impl = "auto",
     ) -> None:
         super().__init__()
         assert (reference is not None) or not objective.needs_reference
@@ -37,14 +38,12 @@ class PolicyWithReference(nn.Module):
         self.reference = reference
         if reference is not None:
             reference.requires_grad_(False).eval()
-        self.head = PreferenceHead(
-            output_weight(policy),
-            None if reference is None else output_weight(reference),
-            objective,
-            params,
-            max_rows,
-            softcap=getattr(policy.config, "final_logit_softcapping", None),
-        )
+        head, ref_head = output_head(policy), None if reference is None else output_head(reference)
+        if ref_head is not None and ref_head.transform != head.transform:
+            raise UserError(
+                f"policy and reference treat their logits differently: {head.transform}, {ref_head.transform}"
+            )
+        self.head = PreferenceHead(head, ref_head, objective, params, budget_bytes, impl)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -74,19 +73,49 @@ def scored_hidden(model: PreTrainedModel, batch: PackedBatch, table: SegmentTabl
     return output.last_hidden_state[0].index_select(0, batch.rows)
 
 
-def output_weight(model: PreTrainedModel) -> nn.Parameter:
-    """(V, H): the weight of the output embeddings. Raises ValueError for heads that do more."""
+def output_head(model: PreTrainedModel) -> OutputHead:
+    """What the model does after its last hidden states, as far as its config tells.
+
+    Raises ValueError for an output head that is no linear layer. `refuse_unless_head_is_known` finds out
+    whether there is more to it.
+    """
     head: Any = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UserError(f"{type(model).__name__}: the output head is {type(head).__name__}, not a Linear")
-    if head.bias is not None:
-        raise UserError(f"{type(model).__name__}: an output head with a bias is not supported")
-    for key in ("logit_scale", "logits_scaling", "output_multiplier"):
-        if getattr(model.config, key, None) not in (None, 1, 1.0):
-            raise UserError(f"{type(model).__name__}: scaled logits (config.{key}) are not supported")
-    weight = head.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
+    assert isinstance(head.weight, nn.Parameter)
+    config: Any = model.config
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    # One family multiplies by what the others divide by.
+    scale *= scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return OutputHead(head.weight, head.bias, LogitTransform(scale, softcap))
+
+
+@torch.no_grad()
+def refuse_unless_head_is_known(model: PreTrainedModel, device: torch.device) -> None:
+    """Raise ValueError for a model whose logits are not `output_head` of its hidden states."""
+    ids = torch.arange(min(model.config.vocab_size, 16), device=device)[None]
+    inputs: dict[str, Any] = {
+        "input_ids": ids,
+        "position_ids": torch.arange(ids.shape[1], device=device)[None],
+        "use_cache": False,
+        "segments": SegmentTable((Segment(0, ids.shape[1], 0, 0),)),
+    }
+    hidden = model.base_model(**inputs).last_hidden_state
+    head: Any = model.get_output_embeddings()
+    ours = output_head(model).transform(head(hidden).float())
+    theirs = model(**inputs).logits.float()
+    error = float((ours - theirs).norm() / theirs.norm())
+    if not error < _tolerance(model):
+        raise UserError(
+            f"{type(model).__name__}: its logits differ from those of its output weight, bias, soft-cap and "
+            f"scale by {error:.2g} (relative); the loss head does not know what else it does"
+        )
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    return 1e-3 if model.dtype == torch.float32 else 0.1
 
 
 @torch.no_grad()
@@ -109,8 +138,7 @@ def refuse_unless_packing_is_exact(model: PreTrainedModel, device: torch.device)
     packed = hidden(pack(groups))
     single = torch.cat([hidden(pack([group])) for group in alone])
     error = float((packed - single).norm() / single.norm())
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    if not error < tolerance:
+    if not error < _tolerance(model):
         raise UserError(
             f"{type(model).__name__}: packed scores differ from single ones by {error:.2g} (relative); a "
             "model whose layers carry a state along the sequence cannot share a row between groups"

@@ -16,6 +16,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from madpo.kernels.edge_loss import EdgeLoss, MarginWeight
+
+__all__ = ["EdgeLoss", "Item", "MarginWeight", "Objective", "Outcome", "Params", "Scored", "segment_sum"]
+
 
 class Item(StrEnum):
     """The unit that the loss is averaged over."""
@@ -81,6 +85,8 @@ class Objective:
     item: Item = Item.EDGE
     needs_reference: bool = True
     needs_margin: bool = False
+    epilogue: Callable[..., EdgeLoss] | None = None
+    """(margins (E,), params) -> the same losses as data, for the kernels to form; None: by autograd."""
 
     @property
     def supervised(self) -> bool:

@@ -6,8 +6,9 @@ from typing import Literal
 
 import torch.nn.functional as F
 from pydantic import Field
+from torch import Tensor
 
-from madpo.trainer.objectives.base import Objective, Outcome, Params, Scored
+from madpo.trainer.objectives.base import EdgeLoss, Objective, Outcome, Params, Scored
 
 
 class DPOParams(Params):
@@ -23,4 +24,8 @@ def dpo(scored: Scored, params: DPOParams) -> Outcome:
     return Outcome(-F.logsigmoid(params.beta * scored.deltas))
 
 
-OBJECTIVE = Objective(dpo, DPOParams)
+def epilogue(margins: Tensor, params: DPOParams) -> EdgeLoss:
+    return EdgeLoss(beta=params.beta)
+
+
+OBJECTIVE = Objective(dpo, DPOParams, epilogue=epilogue)

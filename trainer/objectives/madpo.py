@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, Self
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from madpo.trainer.objectives.base import Objective, Outcome, Params, Scored
+from madpo.trainer.objectives.base import EdgeLoss, MarginWeight, Objective, Outcome, Params, Scored
 
 
 class MADPOParams(Params):
@@ -28,29 +26,11 @@ class MADPOParams(Params):
             object.__setattr__(self, "c_min", 1.0 / self.c_max)
         return self
 
-
-def madpo_weight(
-    margins: Tensor,  # (E,) reward of the winner minus reward of the loser
-    c_max: float,
-    c_min: float,
-    steepness: float,
-    tau: float,
-) -> Tensor:  # (E,)
-    """The weight of a pair as a function of its reward margin h.
-
-        c(m) = c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) * exp(steepness * (m - tau)))
-        w(h) = sigmoid(c(|h|) h) / sigmoid(h)   where h > -tau,   1 elsewhere
-
-    Formed in log space: the ratio of two sigmoids underflows to 0 / 0 below h = -103 in float32, and
-    a mask that multiplies would turn that into NaN.
-
-    Source: Rho 2025 (arXiv 2510.05342) and the author's `MADPOLoss`.
-    """
-    c = c_min + (c_max - c_min) * torch.sigmoid(
-        -(steepness * (margins.abs() - tau) + math.log((c_max - 1) / (1 - c_min)))
-    )
-    weight = torch.exp(F.logsigmoid(c * margins) - F.logsigmoid(margins))
-    return torch.where(margins > -tau, weight, torch.ones_like(weight))
+    @property
+    def weight(self) -> MarginWeight:
+        """The weight of a pair as a function of its margin, with the equation."""
+        assert self.c_min is not None
+        return MarginWeight(self.c_max, self.c_min, self.steepness, self.tau, self.margin_scale)
 
 
 def madpo(scored: Scored, params: MADPOParams) -> Outcome:
@@ -59,15 +39,12 @@ def madpo(scored: Scored, params: MADPOParams) -> Outcome:
     h is the data set's margin, a constant; D is DPO's log-ratio difference.
     Source: Rho 2025 (arXiv 2510.05342). Returns one loss per edge, (E,).
     """
-    assert params.c_min is not None
-    weight = madpo_weight(
-        scored.margins.double() * params.margin_scale,
-        params.c_max,
-        params.c_min,
-        params.steepness,
-        params.tau,
-    )
+    weight = params.weight(scored.margins.double())
     return Outcome(-F.logsigmoid(params.beta * scored.deltas) * weight, {"madpo/weight": weight})
 
 
-OBJECTIVE = Objective(madpo, MADPOParams, needs_margin=True)
+def epilogue(margins: Tensor, params: MADPOParams) -> EdgeLoss:
+    return EdgeLoss(beta=params.beta, margins=margins, margin_weight=params.weight)
+
+
+OBJECTIVE = Objective(madpo, MADPOParams, needs_margin=True, epilogue=epilogue)

@@ -13,7 +13,7 @@ from madpo.trainer.engine import build_engine, deepspeed_config
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import build_module
 from madpo.trainer.model.partition import partitioned_loading
-from madpo.trainer.model.policy import refuse_unless_packing_is_exact
+from madpo.trainer.model.policy import refuse_unless_head_is_known, refuse_unless_packing_is_exact
 
 
 @dataclass(frozen=True)
@@ -47,4 +47,5 @@ def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: b
     for model in (module.policy, module.reference):
         if model is not None:
             refuse_unless_packing_is_exact(model, engine.device)
+            refuse_unless_head_is_known(model, engine.device)
     return engine

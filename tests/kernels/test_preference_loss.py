@@ -1,0 +1,317 @@
+"""The preference head against float64, in both implementations, on every path through it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernel_cases import (
+    CASES,
+    DEVICE,
+    DTYPES,
+    IMPLS,
+    ROW_BYTES,
+    Case,
+    H,
+    V,
+    madpo,
+    make_inputs,
+    relative_error,
+    run,
+    run_ref,
+)
+
+from madpo.kernels.edge_loss import EdgeLoss, edge_loss_ref
+from madpo.kernels.layout import Groups
+from madpo.kernels.preference_loss import Reference, preference_loss
+from madpo.kernels.reference import preference_loss_ref
+
+FLOOR = 1e-6
+
+
+def assert_as_good_as_torch(got, truth, torch_loses):
+    """Outputs within twice, gradients within three times what torch loses in the same dtype."""
+    for name, want in truth.items():
+        ours, theirs = got[name], torch_loses[name]
+        if want is None:
+            assert ours is None, name
+            continue
+        factor = 3 if name.startswith("d_") else 2
+        allowed = factor * relative_error(theirs, want) + FLOOR
+        error = relative_error(ours, want)
+        assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", CASES)
+def test_error_is_within_what_torch_itself_loses(name, impl, dtype):
+    case = CASES[name]
+    inputs = make_inputs(dtype, bias=case.bias)
+    got = run(inputs, case, impl)
+    assert_as_good_as_torch(got, run_ref(inputs, case, torch.float64), run_ref(inputs, case, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["madpo", "two_waves", "slabs"])
+def test_wide_logits_lose_nothing(name, dtype):
+    """Whatever the inputs' type, log-probs and loss are those of float32."""
+    case = CASES[name]
+    case = Case(case.loss, case.options, case.bias, case.budget_bytes if dtype == torch.float32 else 2**31)
+    inputs = make_inputs(dtype, bias=case.bias)
+    got, truth = run(inputs, case, "triton"), run_ref(inputs, case, torch.float64)
+    for key in ("loss", "token_logps", "ref_token_logps"):
+        assert relative_error(got[key], truth[key]) < 1e-6, key
+
+
+def test_narrow_logits_are_used_only_where_wide_ones_do_not_fit():
+    inputs = make_inputs(torch.bfloat16)
+    truth = run_ref(inputs, Case(madpo()), torch.float64)["token_logps"]
+    wide = run(inputs, Case(madpo(), budget_bytes=41 * ROW_BYTES), "triton")["token_logps"]
+    narrow = run(inputs, Case(madpo(), budget_bytes=21 * ROW_BYTES), "triton")["token_logps"]
+    slabs = run(inputs, Case(madpo(), budget_bytes=20 * ROW_BYTES), "triton")["token_logps"]
+    assert relative_error(wide, truth) < 1e-6
+    assert relative_error(slabs[-41:], truth[-41:]) < 1e-6
+    assert 1e-5 < relative_error(narrow[-41:], truth[-41:]) < 1e-2
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("lengths", [(0, 0), (0, 3), (1, 1), (5, 0, 0, 5), (1030, 1)], ids=str)
+def test_empty_one_token_and_long_completions(lengths, impl):
+    inputs = make_inputs(lengths=lengths, vocab_size=37)
+    inputs = type(inputs)(**{**vars(inputs), "reference": Reference()})
+    case = Case(EdgeLoss(beta=0.3, length_normalised=True))
+    got = run(inputs, case, impl)
+    assert_as_good_as_torch(got, run_ref(inputs, case, torch.float64), run_ref(inputs, case, torch.float32))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_groups(impl):
+    inputs = make_inputs(lengths=())
+    got = run(inputs, Case(EdgeLoss(beta=0.3)), impl)
+    assert got["loss"] == 0 and not got["d_weight"].any() and got["d_hidden"].shape == (0, H)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("margin", [0.0, 7.0, -7.0, 1e4, -1e4, 88.0, -6.999])
+def test_margins_at_the_edges(margin, impl):
+    inputs = make_inputs(lengths=(3, 2))
+    weight = madpo().margin_weight
+    margins = torch.tensor([margin], device=DEVICE, dtype=torch.float64)
+    case = Case(EdgeLoss(beta=0.3, margins=margins, margin_weight=weight))
+    got, truth = run(inputs, case, impl), run_ref(inputs, case, torch.float64)
+    for name, want in truth.items():
+        if want is not None:
+            assert relative_error(got[name], want) < 5e-6, name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_saturated_pairs_have_no_gradient_and_are_not_read(impl):
+    """A slope of exactly 0 gives exact zeros, even where a row's logits overflowed to infinity."""
+    inputs = make_inputs()
+    sums = vectorised = torch.zeros(8, dtype=torch.float64, device=DEVICE)
+    vectorised[0::2] = -1e5
+    inputs = type(inputs)(**{**vars(inputs), "reference": Reference(logps=sums)})
+    got = run(inputs, Case(EdgeLoss(beta=0.3)), impl)
+    assert got["loss"] == 0 and not got["d_hidden"].any() and not got["d_weight"].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_saturated_the_wrong_way_is_linear(impl):
+    inputs = make_inputs()
+    sums = torch.zeros(8, dtype=torch.float64, device=DEVICE)
+    sums[0::2] = 1e5
+    inputs = type(inputs)(**{**vars(inputs), "reference": Reference(logps=sums)})
+    case = Case(EdgeLoss(beta=0.3))
+    got, truth = run(inputs, case, impl), run_ref(inputs, case, torch.float64)
+    for name in ("loss", "d_hidden", "d_weight"):
+        assert relative_error(got[name], truth[name]) < 2e-6, name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("cached", ["token_logps", "logps", "none"])
+def test_cached_reference(cached, impl):
+    inputs = make_inputs()
+    tokens = torch.randn(len(inputs.targets), device=DEVICE) - 5
+    sums = torch.stack([x.double().sum() for x in tokens.split(inputs.groups.lengths)])
+    reference = {"token_logps": Reference(token_logps=tokens), "logps": Reference(logps=sums)}.get(cached)
+    inputs = type(inputs)(**{**vars(inputs), "reference": reference or Reference()})
+    case = CASES["dpo"]
+    assert_as_good_as_torch(
+        run(inputs, case, impl), run_ref(inputs, case, torch.float64), run_ref(inputs, case, torch.float32)
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("budget", [2**31, 48 * ROW_BYTES, 9 * ROW_BYTES], ids=["whole", "waves", "slabs"])
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
+def test_gradients_only_where_they_are_wanted(needs, budget, impl):
+    inputs = make_inputs()
+    case = Case(madpo(), budget_bytes=budget)
+    got, truth = run(inputs, case, impl, needs), run_ref(inputs, case, torch.float64)
+    for name, needed in zip(("d_hidden", "d_weight"), needs, strict=True):
+        if needed:
+            assert relative_error(got[name], truth[name]) < 5e-6
+        else:
+            assert got[name] is None
+    assert relative_error(got["loss"], truth["loss"]) < FLOOR
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_gradient_work_in_evaluation(impl, monkeypatch):
+    from madpo.kernels import preference_loss as module
+
+    monkeypatch.setattr(module._Head, "form_gradients", lambda *args: pytest.fail("a gradient was formed"))
+    with torch.no_grad():
+        run(make_inputs(), CASES["madpo"], impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["madpo", "two_waves", "slabs"])
+def test_two_runs_agree_bit_for_bit(name, impl):
+    inputs = make_inputs(torch.bfloat16, bias=CASES[name].bias)
+    first, second = (run(inputs, CASES[name], impl) for _ in range(2))
+    for key, value in first.items():
+        assert value is None or torch.equal(value, second[key]), key
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_upstream_gradient_scales(impl):
+    inputs = make_inputs()
+    hidden, weight = inputs.hidden.clone().requires_grad_(), inputs.weight.clone().requires_grad_()
+    out = preference_loss(hidden, weight, inputs.targets, inputs.groups, madpo(), impl=impl)
+    (3 * out.loss).backward()
+    want = run(type(inputs)(**{**vars(inputs), "reference": Reference()}), Case(madpo()), impl)
+    torch.testing.assert_close(hidden.grad, 3 * want["d_hidden"])
+    torch.testing.assert_close(weight.grad, 3 * want["d_weight"])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_backward_works_once(impl):
+    inputs = make_inputs(lengths=(2, 2))
+    hidden = inputs.hidden.requires_grad_()
+    out = preference_loss(hidden, inputs.weight, inputs.targets, inputs.groups, CASES["dpo"].loss, impl=impl)
+    out.loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward works once"):
+        out.loss.backward()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("budget", [2**31, 30 * ROW_BYTES, 9 * ROW_BYTES], ids=["whole", "waves", "slabs"])
+def test_a_ranked_list_has_many_edges_for_one_completion(budget, impl):
+    """Seven completions and their 21 edges, beside a group of three; more edges than a block holds."""
+    count = 10
+    lengths = (3, 1, 4, 1, 5, 9, 2, 6, 0, 3, 2, 2, 7)
+    first = [(w, x) for w in range(count) for x in range(w + 1, count)]
+    edges = torch.tensor([*first, (10, 11), (10, 12), (11, 12)], device=DEVICE)
+    groups = Groups(lengths, (count, 3), (len(first), 3), edges[:, 0], edges[:, 1])
+    inputs = make_inputs(lengths=(*lengths, 0))
+    inputs = type(inputs)(**{**vars(inputs), "groups": groups})
+    case = Case(EdgeLoss(beta=0.3, length_normalised=True), budget_bytes=budget)
+    assert_as_good_as_torch(
+        run(inputs, case, impl), run_ref(inputs, case, torch.float64), run_ref(inputs, case, torch.float32)
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("budget", [2**31, 48 * ROW_BYTES, 9 * ROW_BYTES], ids=["whole", "waves", "slabs"])
+def test_any_objective_takes_the_same_path(budget, impl):
+    """An objective of token log-probs, differentiated by autograd, against float64."""
+    inputs = make_inputs()
+
+    def objective(logps, ref_logps, span):
+        return (-logps.exp() * (logps - ref_logps).tanh()).sum()
+
+    results = {}
+    for dtype in (torch.float32, torch.float64):
+        narrowed = inputs.to(dtype)
+        leaves = narrowed.hidden.requires_grad_(), narrowed.weight.requires_grad_()
+        args = (*leaves, inputs.targets, inputs.groups, objective, narrowed.reference)
+        if dtype == torch.float64:
+            loss = preference_loss_ref(*args, scale=0.5)[0]
+        else:
+            loss = preference_loss(*args, scale=0.5, budget_bytes=budget, impl=impl).loss
+        loss.backward()
+        results[dtype] = (loss, *(leaf.grad for leaf in leaves))
+    for got, want in zip(results[torch.float32], results[torch.float64], strict=True):
+        assert relative_error(got, want) < 2e-6
+
+
+def test_the_edge_loss_in_float64_matches_its_gradient():
+    """The twin itself, by finite differences."""
+    groups = Groups.pairs((2, 3, 1, 4), "cpu")
+    lengths = torch.tensor(groups.lengths)
+    offsets = torch.randn(2, dtype=torch.float64)
+    for curve in ("sigmoid", "ipo"):
+        loss = EdgeLoss(beta=0.3, curve=curve, positive=0.9, negative=0.1, offsets=offsets)
+        logps = torch.randn(4, dtype=torch.float64, requires_grad=True)
+        check = lambda x, loss=loss: edge_loss_ref(x, None, lengths, groups.winners, groups.losers, loss)  # noqa: E731
+        assert torch.autograd.gradcheck(check, logps)
+
+
+def test_same_policy_and_reference_have_a_margin_of_exactly_zero():
+    inputs = make_inputs(torch.bfloat16)
+    same = Reference(inputs.hidden.clone(), inputs.weight.clone())
+    for budget in (2**31, 48 * ROW_BYTES, 9 * ROW_BYTES):
+        out = preference_loss(
+            inputs.hidden,
+            inputs.weight,
+            inputs.targets,
+            inputs.groups,
+            EdgeLoss(beta=0.3),
+            same,
+            budget_bytes=budget,
+            impl="triton",
+        )
+        assert out.ref_token_logps is not None and torch.equal(out.token_logps, out.ref_token_logps)
+        assert float(out.loss) == pytest.approx(4 * torch.tensor(2.0).log().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [-1, V, -100])
+def test_a_target_outside_the_vocabulary_shows(bad):
+    inputs = make_inputs(lengths=(2, 2))
+    inputs.targets[1] = bad
+    for budget in (2**31, ROW_BYTES):
+        got = run(inputs, Case(EdgeLoss(beta=0.3), budget_bytes=budget), "triton")
+        assert got["loss"].isnan()
+
+
+def test_contradicting_arguments_are_refused():
+    inputs = make_inputs(lengths=(2, 2))
+    args = inputs.hidden, inputs.weight
+    loss = EdgeLoss(beta=0.3)
+    with pytest.raises(ValueError, match="lengths sum to 4, but 3 are needed"):
+        preference_loss(*args, inputs.targets[:3], inputs.groups, loss)
+    with pytest.raises(ValueError, match="hidden and weight come together"):
+        preference_loss(*args, inputs.targets, inputs.groups, loss, Reference(hidden=inputs.hidden))
+    with pytest.raises(ValueError, match="give one of them"):
+        twice = Reference(token_logps=torch.zeros(4), logps=torch.zeros(2))
+        preference_loss(*args, inputs.targets, inputs.groups, loss, twice)
+    with pytest.raises(ValueError, match="'cuda' is not one of auto"):
+        preference_loss(*args, inputs.targets, inputs.groups, loss, impl="cuda")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="use torch"):
+        doubled = [x.double() for x in args]
+        preference_loss(doubled[0], doubled[1], inputs.targets, inputs.groups, loss, impl="triton")
+    with pytest.raises(ValueError, match="both or neither"):
+        EdgeLoss(beta=0.1, margins=torch.zeros(1))
+    with pytest.raises(ValueError, match="do not form pairs"):
+        Groups.pairs((1, 2, 3), "cpu")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="about CPUs")
+def test_triton_on_a_cpu_is_refused_with_the_way_out():
+    code = (
+        "import torch\n"
+        "from madpo.kernels.token_logps import token_logps\n"
+        "logits, targets = torch.zeros(1, 4), torch.zeros(1, dtype=torch.long)\n"
+        "print(token_logps(logits, targets).logps)\n"
+        "token_logps(logits, targets, impl='triton')\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert "-1.3863" in done.stdout
+    assert "ValueError: impl: triton needs tensors on a GPU" in done.stderr

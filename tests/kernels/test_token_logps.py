@@ -1,0 +1,210 @@
+"""Log-probs with any upstream gradient, from logits and from hidden states, against float64."""
+
+import pytest
+import torch
+from kernel_cases import CASES, DEVICE, DTYPES, IMPLS, ROW_BYTES, Case, H, V, make_inputs, relative_error
+
+from madpo.kernels.edge_loss import EdgeLoss
+from madpo.kernels.layout import Groups
+from madpo.kernels.preference_loss_from_logits import preference_loss_from_logits
+from madpo.kernels.reference import linear_token_logps_ref, preference_loss_from_logps_ref, token_logps_ref
+from madpo.kernels.token_logps import linear_token_logps, token_logps
+from madpo.kernels.transform import LogitTransform
+
+FLOOR = 1e-6
+TRANSFORMS = {
+    "plain": LogitTransform(),
+    "softcap": LogitTransform(softcap=5.0),
+    "all": LogitTransform(scale=0.7, softcap=8.0, temperature=0.6),
+}
+LENGTHS = (3, 5, 0, 4, 0, 0, 11, 10)
+
+
+def make_logits(dtype, rows=33):
+    return (4 * torch.randn(rows, V)).to(DEVICE, dtype), torch.randint(0, V, (rows,), device=DEVICE)
+
+
+def grad(x):
+    assert x.grad is not None
+    return x.grad
+
+
+def leaf(x, dtype=None):
+    return x.detach().to(dtype or x.dtype, copy=True).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
+def test_from_logits(inplace, transform, impl, dtype):
+    logits, targets = make_logits(dtype)
+    upstream = torch.randn(len(logits), device=DEVICE)
+    exact, ours = leaf(logits, torch.float64), leaf(logits)
+    want = token_logps_ref(exact, targets, transform)
+    want.backward(upstream.double())
+    out = token_logps(ours, targets, transform=transform, entropy=True, inplace_backward=inplace, impl=impl)
+    z = transform(logits.double())
+    entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)
+    assert relative_error(out.logps, want) < FLOOR
+    assert relative_error(out.normalisers, z.logsumexp(-1)) < FLOOR
+    assert relative_error(out.entropies, entropy) < 5e-6
+    found = z.gather(1, targets[:, None])[:, 0]
+    assert torch.equal(out.hits, found >= z.amax(-1) - 1e-9)
+    out.logps.backward(upstream)
+    assert grad(ours).dtype == dtype
+    # Formed in float32 and rounded once: what rounding the exact gradient loses, and no more.
+    rounding = relative_error(grad(exact).to(dtype), exact.grad)
+    assert relative_error(ours.grad, exact.grad) <= 1.01 * rounding + 2e-6
+    assert torch.equal(ours.detach(), logits) != inplace
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_largest_logit_is_a_hit_and_entropy_survives_masked_logits(impl):
+    logits, targets = make_logits(torch.float32, 4)
+    targets[:2] = logits[:2].argmax(-1)
+    logits[:, 500:] = -torch.inf
+    targets %= 500
+    out = token_logps(logits, targets, entropy=True, impl=impl)
+    assert out.hits.tolist() == (logits.argmax(-1) == targets).tolist()
+    z = logits.double()
+    exact = -(z.softmax(-1) * z.log_softmax(-1).nan_to_num(neginf=0.0)).sum(-1)
+    assert relative_error(out.entropies, exact) < 5e-6
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_expanded_upstream_gradient(impl):
+    """`sum().backward()` hands over one number with stride 0."""
+    logits, targets = make_logits(torch.float32, 5)
+    ours, exact = leaf(logits), leaf(logits, torch.float64)
+    token_logps(ours, targets, impl=impl).logps.sum().backward()
+    token_logps_ref(exact, targets).sum().backward()
+    assert relative_error(ours.grad, exact.grad) < 2e-6
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_inplace_backward_works_once(impl):
+    logits, targets = make_logits(torch.float32, 3)
+    out = token_logps(logits.requires_grad_(), targets, inplace_backward=True, impl=impl)
+    out.logps.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.logps.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("budget", [2**31, 17 * ROW_BYTES], ids=["whole", "chunks"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_from_hidden_states(transform, budget, impl, dtype):
+    inputs = make_inputs(dtype, LENGTHS, bias=True)
+    upstream = torch.randn(len(inputs.targets), device=DEVICE)
+
+    def by_torch(kind):
+        leaves = [leaf(x, kind) for x in (inputs.hidden, inputs.weight, inputs.bias)]
+        logps = linear_token_logps_ref(leaves[0], leaves[1], inputs.targets, leaves[2], transform)
+        logps.backward(upstream.to(logps.dtype))
+        return [logps, *(x.grad for x in leaves)]
+
+    truth, theirs = by_torch(torch.float64), by_torch(dtype)
+    leaves = [leaf(x) for x in (inputs.hidden, inputs.weight, inputs.bias)]
+    out = linear_token_logps(
+        leaves[0],
+        leaves[1],
+        inputs.targets,
+        bias=leaves[2],
+        transform=transform,
+        entropy=True,
+        budget_bytes=budget,
+        impl=impl,
+    )
+    out.logps.backward(upstream)
+    assert relative_error(out.logps, truth[0]) < FLOOR
+    for name, got, torchs, want in zip("hwb", (x.grad for x in leaves), theirs[1:], truth[1:], strict=True):
+        assert relative_error(got, want) <= 3 * relative_error(torchs, want) + FLOOR, name
+    wide = inputs.to(torch.float64)
+    logits = transform(torch.nn.functional.linear(wide.hidden, wide.weight, wide.bias))
+    assert torch.equal(out.hits, logits.argmax(-1) == inputs.targets)
+    assert relative_error(out.entropies, torch.special.entr(logits.softmax(-1)).sum(-1)) < 5e-6
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+def test_from_hidden_states_only_what_is_needed(needs, impl):
+    inputs = make_inputs(lengths=(3, 4))
+    hidden, weight = inputs.hidden.requires_grad_(needs[0]), inputs.weight.requires_grad_(needs[1])
+    linear_token_logps(hidden, weight, inputs.targets, impl=impl).logps.sum().backward()
+    assert (hidden.grad is not None, weight.grad is not None) == needs
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_rows(impl):
+    hidden = torch.empty(0, H, device=DEVICE, requires_grad=True)
+    weight = torch.randn(V, H, device=DEVICE, requires_grad=True)
+    targets = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    out = linear_token_logps(hidden, weight, targets, impl=impl)
+    out.logps.sum().backward()
+    assert out.logps.shape == (0,) and not grad(weight).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("reference", ["logits", "tokens", "sums", "none"])
+@pytest.mark.parametrize("name", ["madpo", "ipo_length", "softcap", "weights_offsets"])
+def test_preference_loss_from_logits(name, reference, impl, dtype):
+    case: Case = CASES[name]
+    options = {"scale": 0.5, **case.options}
+    transform = options.get("transform", LogitTransform())
+    groups = Groups.pairs(LENGTHS, DEVICE)
+    logits, targets = make_logits(dtype)
+    ref_logits = logits + torch.randn_like(logits)
+    ref_tokens = token_logps_ref(ref_logits.double(), targets, transform)
+    ref_sums = torch.stack([x.sum() for x in ref_tokens.split(LENGTHS)])
+    given = {
+        "logits": {"ref_logits": ref_logits},
+        "tokens": {"ref_token_logps": ref_tokens.float()},
+        "sums": {"ref_logps": ref_sums},
+        "none": {},
+    }[reference]
+    exact, ours = leaf(logits, torch.float64), leaf(logits)
+    want_logps = token_logps_ref(exact, targets, transform)
+    want = 0.5 * preference_loss_from_logps_ref(
+        want_logps, None if reference == "none" else ref_tokens, groups, case.loss
+    )
+    want.backward()
+    out = preference_loss_from_logits(ours, targets, groups, case.loss, **given, **options, impl=impl)
+    out.loss.backward()
+    assert relative_error(out.loss, want) < 2e-6
+    assert relative_error(out.token_logps, want_logps) < FLOOR
+    if reference == "logits":
+        assert relative_error(out.ref_token_logps, ref_tokens) < FLOOR
+    rounding = relative_error(grad(exact).to(dtype), exact.grad)
+    assert relative_error(ours.grad, exact.grad) <= 1.01 * rounding + 5e-6
+    assert not torch.equal(ours.detach(), logits), "the gradient took the memory of the logits"
+    with pytest.raises(RuntimeError, match="second time"):
+        out.loss.backward()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_preference_loss_from_logits_agrees_bit_for_bit(impl):
+    groups, loss = Groups.pairs(LENGTHS, DEVICE), EdgeLoss(beta=0.3)
+    logits, targets = make_logits(torch.bfloat16)
+    runs = []
+    for _ in range(2):
+        ours = leaf(logits)
+        out = preference_loss_from_logits(ours, targets, groups, loss, impl=impl)
+        out.loss.backward()
+        runs.append((out.loss, out.token_logps, out.logps, ours.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_logits_of_another_shape_are_refused():
+    logits, targets = make_logits(torch.float32, 4)
+    with pytest.raises(ValueError, match=r"logits: shape \(2, 2, 1003\)"):
+        token_logps(logits.view(2, 2, V), targets)
+    with pytest.raises(ValueError, match="consecutive columns"):
+        token_logps(logits.T.contiguous().T, targets)
+    groups, loss = Groups.pairs((2, 2), DEVICE), EdgeLoss(beta=0.1)
+    with pytest.raises(ValueError, match="give one of them"):
+        preference_loss_from_logits(
+            logits, targets, groups, loss, ref_logits=logits, ref_logps=torch.zeros(2)
+        )
