@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types sizes clean
+.PHONY: demo test test-gpu bench lint types sizes clean
 .DEFAULT_GOAL := test
 
 # torch first: installed alone it takes the CPU build where the index offers one, so that no later
@@ -23,6 +23,12 @@ demo: $(READY)  ## train MADPO on real preference data: two ZeRO-3 ranks, evalua
 
 test: $(READY) lint types  ## the whole suite
 	$(BIN)/python -m pytest
+
+test-gpu: $(READY)  ## the kernels on a GPU: real vocabularies, sanitizer; nothing to do without one
+	MADPO_TEST_GPU=1 $(BIN)/python -m pytest tests/kernels
+
+bench: $(READY)  ## the loss head against every peer that is installed; see docs/kernels.md
+	$(BIN)/madpo bench
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -2,14 +2,15 @@
 
 from setuptools import find_namespace_packages, setup
 
-FOLDERS = ("launch", "trainer", "kernels", "configs", "slurm")
+FOLDERS = ("launch", "trainer", "kernels", "configs", "slurm", "benchmarks")
+EXCLUDED = ("*__pycache__*", "benchmarks.results")
 
 setup(
     package_dir={f"madpo.{folder}": folder for folder in FOLDERS},
     packages=[
         f"madpo.{package}"
         for folder in FOLDERS
-        for package in find_namespace_packages(include=[folder, f"{folder}.*"], exclude=["*__pycache__*"])
+        for package in find_namespace_packages(include=[folder, f"{folder}.*"], exclude=EXCLUDED)
     ],
     package_data={"madpo.configs": ["*.yaml"], "madpo.slurm": ["*.sbatch"]},
 )

@@ -49,7 +49,7 @@ class MarginWeight:
         gate = torch.sigmoid(-(self.steepness * (h.abs() - self.tau) + self.log_odds))
         c = self.c_min + (self.c_max - self.c_min) * gate
         weights = torch.exp(F.logsigmoid(c * h) - F.logsigmoid(h))
-        return torch.where(h > -self.tau, weights, torch.ones_like(weights))
+        return torch.where(h <= -self.tau, torch.ones_like(weights), weights)  # NaN stays NaN
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,10 @@ class EdgeLoss:
     margin_weight: MarginWeight | None = None
 
     def __post_init__(self) -> None:
+        if self.curve not in ("sigmoid", "hinge", "ipo"):
+            raise ValueError(f"curve: {self.curve!r} is not one of sigmoid, hinge, ipo")
+        if not self.beta > 0:
+            raise ValueError(f"beta: {self.beta} is not allowed; it must be above 0")
         if (self.margins is None) != (self.margin_weight is None):
             raise ValueError("margins and margin_weight come together: give both or neither")
 

@@ -77,7 +77,10 @@ def sum_rows(VALUES, start, stop, CACHE: tl.constexpr):
     return tl.sum(sums, 0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["first_sequence"],
+    do_not_specialize_on_alignment=["VALUES", "ROW_OFFSETS", "SUMS"],
+)
 def _sequence_sums_kernel(VALUES, ROW_OFFSETS, SUMS, first_sequence):
     s = first_sequence + tl.program_id(0)
     start, stop = tl.load(ROW_OFFSETS + s), tl.load(ROW_OFFSETS + s + 1)
@@ -95,7 +98,7 @@ def margin_weight(margin, terms):
     h = margin * terms.margin_scale
     gate = tl.sigmoid(-(terms.steepness * (tl.abs(h) - terms.tau) + terms.log_odds))
     c = terms.c_min + (terms.c_max - terms.c_min) * gate
-    return tl.where(h > -terms.tau, tl.exp(softplus(-h) - softplus(-c * h)), 1.0)
+    return tl.where(h <= -terms.tau, 1.0, tl.exp(softplus(-h) - softplus(-c * h)))  # NaN stays NaN
 
 
 @triton.jit
@@ -178,7 +181,10 @@ def group_loss(
             tl.store(SLOPES + i, tl.full((ROW_BLOCK,), 0.0, tl.float32) + row_slope, mask=i < last_row)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["first_group"],
+    do_not_specialize_on_alignment=["LOGPS", "REF_LOGPS", "layout", "terms", "LOSSES", "SLOPES"],
+)
 def _group_loss_kernel(
     LOGPS,  # (S,)
     REF_LOGPS,  # (S,) or None

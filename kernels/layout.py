@@ -60,7 +60,8 @@ class Groups:
         starts = [
             [0, *accumulate(counts)] for counts in (self.lengths, self.group_sequences, self.group_edges)
         ]
-        flat = torch.tensor([start for part in starts for start in part])
+        # From pinned memory, or the copy would wait for the device.
+        flat = torch.tensor([x for part in starts for x in part], pin_memory=self.winners.is_cuda)
         flat = flat.to(self.winners.device, non_blocking=True)
         rows, sequences, edges = flat.split([len(part) for part in starts])
         return Layout(rows, sequences, edges, self.winners.contiguous(), self.losers.contiguous())
@@ -133,20 +134,33 @@ def plan_waves(
     the budget).
     """
     spans = _group_spans(groups)
-    max_rows = budget_bytes // (vocab_size * wide.itemsize)
-    low, high = 1, max(max_rows, 1)
-    fewest = len(_merge(spans, high))
+    sizes = [span.num_rows for span in spans]
+    low, high = 1, max(budget_bytes // (padded(vocab_size) * wide.itemsize), 1)
+    fewest = len(_cut(sizes, high))
     while low < high:
         middle = (low + high) // 2
-        if len(_merge(spans, middle)) == fewest:
+        if len(_cut(sizes, middle)) == fewest:
             high = middle
         else:
             low = middle + 1
-    return [_wave(span, vocab_size, budget_bytes, wide, narrow) for span in _merge(spans, high)]
+    joined = (_join(spans[first], spans[last - 1]) for first, last in pairwise([0, *_cut(sizes, high)]))
+    return [_wave(span, vocab_size, budget_bytes, wide, narrow) for span in joined]
+
+
+def _cut(sizes: Sequence[int], most: int) -> list[int]:
+    """Where runs of neighbours end that sum to at most `most`; a larger one is a run of its own."""
+    ends: list[int] = []
+    total = 0
+    for index, size in enumerate(sizes):
+        if index and total + size > most:
+            ends.append(index)
+            total = 0
+        total += size
+    return [*ends, len(sizes)] if sizes else []
 
 
 def _wave(span: Span, vocab_size: int, budget_bytes: int, wide: torch.dtype, narrow: torch.dtype) -> Wave:
-    cells = span.num_rows * vocab_size
+    cells = span.num_rows * padded(vocab_size)
     for dtype in (wide, narrow):
         if cells * dtype.itemsize <= budget_bytes:
             return Wave(span, dtype, vocab_size)
@@ -169,17 +183,6 @@ def _group_spans(groups: Groups) -> list[Span]:
     ]
 
 
-def _merge(spans: Sequence[Span], max_rows: int) -> list[Span]:
-    """Join neighbours as long as they stay within `max_rows`."""
-    out: list[Span] = []
-    for span in spans:
-        if out and span.rows.stop - out[-1].rows.start <= max_rows:
-            out[-1] = _join(out[-1], span)
-        else:
-            out.append(span)
-    return out
-
-
 def _join(a: Span, b: Span) -> Span:
     return Span(
         slice(a.groups.start, b.groups.stop),
@@ -191,7 +194,7 @@ def _join(a: Span, b: Span) -> Span:
 
 def row_chunks(rows: int, vocab_size: int, budget_bytes: int, itemsize: int) -> list[slice]:
     """Equal runs of rows whose logits take at most `budget_bytes` (one row at the least)."""
-    count = -(-rows // max(1, budget_bytes // (vocab_size * itemsize)))
+    count = -(-rows // max(1, budget_bytes // (padded(vocab_size) * itemsize)))
     edges = [rows * i // count for i in range(count + 1)] if count else []
     return [slice(a, b) for a, b in pairwise(edges)]
 

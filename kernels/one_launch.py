@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from madpo.kernels import rows
 from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.group_loss import edge_terms, group_loss, sum_rows
 from madpo.kernels.layout import Groups
-from madpo.kernels.rows import BLOCK, LOWEST, NUM_WARPS, stream_row, target_logit
+from madpo.kernels.rows import LOWEST, stream_row, target_logit
 from madpo.kernels.transform import LogitTransform
 
 
@@ -36,7 +37,23 @@ def score_row(
     return maximum + log_total
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=[
+        "TARGETS",
+        "GROUP_OF_ROW",
+        "layout",
+        "terms",
+        "COUNTERS",
+        "LOGPS",
+        "REF_LOGPS",
+        "NORMALISERS",
+        "LOGP_SUMS",
+        "REF_LOGP_SUMS",
+        "LOSSES",
+        "SLOPES",
+    ],
+)
 def _score_groups_kernel(
     LOGITS,  # (M, V)
     REF_LOGITS,  # (M, V) or None
@@ -135,6 +152,6 @@ def score_groups(
         CURVE=loss.curve,
         LENGTH_NORMALISED=loss.length_normalised,
         TRANSFORM=transform,
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
+        BLOCK=rows.BLOCK,
+        num_warps=rows.NUM_WARPS,
     )

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from madpo.kernels.checks import require, require_edges, require_head
 from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.layout import Groups, Span, Wave, padded, plan_waves
-from madpo.kernels.steps import Impl, Steps, choose_steps, mm_into, wide_dtype
+from madpo.kernels.steps import Impl, Steps, choose_steps, mm_into, plainly_on, wide_dtype
 from madpo.kernels.transform import IDENTITY, LogitTransform
 
 SpanLoss = Callable[[Tensor, Tensor | None, Span], Tensor]
@@ -68,28 +70,55 @@ def preference_loss(
     `budget_bytes` (see `plan_waves`), in float32 unless `logits_dtype` says otherwise. Gradients are
     formed in forward and kept until backward, which works once.
 
-    Raises ValueError for counts that contradict each other, and where `impl` cannot run.
+    Raises ValueError for shapes, dtypes and counts that contradict each other, and where `impl` cannot
+    run. An edge must compare two sequences of its own group; that is not checked.
     """
-    groups.check(len(targets))
     reference = reference or Reference()
-    _check_reference(reference, loss)
+    _check(hidden, weight, bias, targets, groups, loss, reference, logits_dtype)
     training = torch.is_grad_enabled()  # an autograd Function cannot tell: it runs without gradients
     args = HeadArgs(
         tuple(training and x is not None and x.requires_grad for x in (hidden, weight, bias)),
         targets.contiguous(),
         groups,
         loss,
-        Reference(*(None if x is None else x.detach().contiguous() for x in vars(reference).values())),
+        _detached(reference),
         transform,
         scale,
         budget_bytes,
         logits_dtype,
         choose_steps(impl, hidden),
     )
+    if hidden.dtype == torch.float16 and any(args.needs):
+        raise ValueError(
+            "hidden: float16 gradients are formed in forward, before a loss scale could keep them from "
+            "vanishing; use bfloat16 or float32"
+        )
     return PreferenceLoss(*PreferenceLossFunction.apply(hidden, weight, bias, args))  # type: ignore[misc]
 
 
-def _check_reference(reference: Reference, loss: EdgeLoss | SpanLoss) -> None:
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    groups: Groups,
+    loss: EdgeLoss | SpanLoss,
+    reference: Reference,
+    logits_dtype: torch.dtype | None,
+) -> None:
+    require_head(hidden, weight, bias, targets)
+    groups.check(len(targets))
+    if isinstance(loss, EdgeLoss):
+        require_edges(loss, groups)
+    if logits_dtype not in (None, hidden.dtype, wide_dtype(hidden)):
+        raise ValueError(
+            f"logits_dtype: {logits_dtype}, but {hidden.dtype} or {wide_dtype(hidden)} is needed"
+        )
+    require("reference.hidden", reference.hidden, *hidden.shape, like=hidden)
+    require("reference.weight", reference.weight, *weight.shape, like=hidden)
+    require("reference.bias", reference.bias, len(weight))
+    require("reference.token_logps", reference.token_logps, len(targets))
+    require("reference.logps", reference.logps, len(groups.lengths))
     given = [name for name in ("hidden", "token_logps", "logps") if getattr(reference, name) is not None]
     if len(given) > 1:
         raise ValueError(f"reference: {' and '.join(given)} were given; give one of them")
@@ -97,6 +126,15 @@ def _check_reference(reference: Reference, loss: EdgeLoss | SpanLoss) -> None:
         raise ValueError("reference: hidden and weight come together; give both or neither")
     if reference.logps is not None and not isinstance(loss, EdgeLoss):
         raise ValueError("reference: logps are for an EdgeLoss; give token_logps, or close over them")
+
+
+def _detached(reference: Reference) -> Reference:
+    hidden, weight, *vectors = vars(reference).values()
+    return Reference(
+        None if hidden is None else hidden.detach(),
+        None if weight is None else weight.detach(),
+        *(None if vector is None else vector.detach().contiguous() for vector in vectors),
+    )
 
 
 @dataclass(frozen=True)
@@ -120,18 +158,21 @@ class PreferenceLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, args: HeadArgs) -> Any:
-        result, ctx.gradients = preference_loss_fwd(hidden, weight, bias, args)
+        with plainly_on(hidden):
+            result, ctx.gradients = preference_loss_fwd(hidden, weight, bias, args)
         ctx.steps = args.steps
         ctx.mark_non_differentiable(*(x for x in result[1:] if x is not None))
         ctx.set_materialize_grads(False)
         return tuple(result)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.gradients is None:
             raise RuntimeError("preference_loss: backward works once; call the loss again")
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if g is None else ctx.steps.scale_(g, upstream[0]) for g in gradients), None
+        with plainly_on(upstream[0]):
+            return *(None if g is None else ctx.steps.scale_(g, upstream[0]) for g in gradients), None
 
 
 def preference_loss_fwd(
@@ -144,6 +185,7 @@ def preference_loss_fwd(
         head.form_loss(wave.span)
         if any(args.needs):
             head.form_gradients(wave)
+    del head.logits_memory
     return head.result(), head.gradients()
 
 
@@ -186,8 +228,9 @@ class _Head:
         need_hidden, need_weight, need_bias = self.args.needs
         # The weight's gradient is summed over waves in a wide type; a single wave writes it at once.
         sum_dtype = self.dtypes[1] if len(self.waves) == 1 else self.wide
-        self.d_hidden = torch.empty_like(self.hidden, dtype=self.dtypes[0]) if need_hidden else None
-        self.d_weight = torch.empty_like(self.weight, dtype=sum_dtype) if need_weight else None
+        hidden_like, weight_like = self.hidden.shape, self.weight.shape
+        self.d_hidden = torch.empty(hidden_like, dtype=self.dtypes[0], device=device) if need_hidden else None
+        self.d_weight = torch.empty(weight_like, dtype=sum_dtype, device=device) if need_weight else None
         self.d_bias = torch.zeros(len(self.weight), dtype=self.wide, device=device) if need_bias else None
         if not self.waves and self.d_weight is not None:
             self.d_weight.zero_()
@@ -249,7 +292,9 @@ class _Head:
             leaf = self.logps[span.rows].clone().requires_grad_()
             ref = None if self.ref_token_logps is None else self.ref_token_logps[span.rows]
             span_loss = loss(leaf, ref, span) * scale
-            if any(self.args.needs):
+            if not span_loss.requires_grad:
+                self.slopes[span.rows] = 0.0
+            elif any(self.args.needs):
                 (self.slopes[span.rows],) = torch.autograd.grad(span_loss, leaf)
         self.total += span_loss.detach()
 
@@ -258,7 +303,10 @@ class _Head:
         rows, whole, is_first = wave.span.rows, wave.columns == len(self.weight), wave is self.waves[0]
         d_hidden = None
         if self.d_hidden is not None:
-            d_hidden = self.d_hidden[rows] if whole else torch.empty_like(self.hidden[rows], dtype=self.wide)
+            # Wide even for one slab: with few rows cuBLAS splits the sum over the vocabulary, and into a
+            # narrow output it would round the parts.
+            shape = wave.span.num_rows, self.hidden.shape[1]
+            d_hidden = torch.empty(shape, dtype=self.wide, device=self.hidden.device)
         for columns in self._slabs(wave):
             logits = self._logits(wave, columns)
             if not whole:
@@ -279,7 +327,7 @@ class _Head:
                 mm_into(self.d_weight[columns], d_logits.T, self.hidden[rows], add=not is_first)
             if self.d_bias is not None:
                 self.d_bias[columns] += d_logits.sum(0, dtype=self.wide)
-        if d_hidden is not None and self.d_hidden is not None and not whole:
+        if d_hidden is not None and self.d_hidden is not None:
             self.d_hidden[rows] = d_hidden
 
     def result(self) -> PreferenceLoss:

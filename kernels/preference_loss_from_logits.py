@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
+from madpo.kernels.checks import require, require_columns, require_edges, require_targets
 from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.layout import Groups
 from madpo.kernels.preference_loss import PreferenceLoss
-from madpo.kernels.steps import Impl, Steps, check_columns, choose_steps, wide_dtype
+from madpo.kernels.steps import Impl, Steps, choose_steps, plainly_on, wide_dtype
 from madpo.kernels.transform import IDENTITY, LogitTransform
 
 
@@ -37,14 +39,22 @@ def preference_loss_from_logits(
     Raises ValueError for counts that contradict each other, and where `impl` cannot run.
     """
     groups.check(len(targets))
-    check_columns("logits", logits)
+    require_columns("logits", logits)
+    require_targets(targets, logits)
+    require_edges(loss, groups)
     if ref_logits is not None:
-        check_columns("ref_logits", ref_logits)
+        require_columns("ref_logits", ref_logits)
+        require("ref_logits", ref_logits, *logits.shape)
+    require("ref_token_logps", ref_token_logps, len(targets))
+    require("ref_logps", ref_logps, len(groups.lengths))
     given = {"ref_logits": ref_logits, "ref_token_logps": ref_token_logps, "ref_logps": ref_logps}
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
         raise ValueError(f"{' and '.join(names)} were given; give one of them")
-    reference = tuple(None if x is None else x.detach() for x in given.values())
+    reference = (
+        None if ref_logits is None else ref_logits.detach(),
+        *(None if x is None else x.detach().contiguous() for x in (ref_token_logps, ref_logps)),
+    )
     steps = choose_steps(impl, logits)
     args = (targets.contiguous(), groups, loss, reference, transform, scale, steps)
     return PreferenceLoss(*PreferenceLossFromLogitsFunction.apply(logits, *args))  # type: ignore[misc]
@@ -72,22 +82,23 @@ class PreferenceLossFromLogitsFunction(torch.autograd.Function):
             ref_token_logps = torch.empty_like(logps)
         if ref_token_logps is not None:
             ref_logps = ref_sums
-        steps.score_groups(
-            logits,
-            ref_logits,
-            targets,
-            groups,
-            loss,
-            scale,
-            transform,
-            logps,
-            ref_token_logps,
-            normalisers,
-            sums,
-            ref_logps,
-            losses,
-            slopes,
-        )
+        with plainly_on(logits):
+            steps.score_groups(
+                logits,
+                ref_logits,
+                targets,
+                groups,
+                loss,
+                scale,
+                transform,
+                logps,
+                ref_token_logps,
+                normalisers,
+                sums,
+                ref_logps,
+                losses,
+                slopes,
+            )
         ctx.save_for_backward(logits, targets, normalisers, slopes)
         ctx.transform, ctx.steps = transform, steps
         out = PreferenceLoss(
@@ -97,11 +108,12 @@ class PreferenceLossFromLogitsFunction(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, targets, normalisers, slopes = ctx.saved_tensors
         slopes = slopes * upstream[0]
-        d_logits = ctx.steps.dlogits_(
-            logits, targets, normalisers, slopes, transform=ctx.transform, dtype=logits.dtype, out=logits
-        )
+        kind = {"transform": ctx.transform, "dtype": logits.dtype}
+        with plainly_on(logits):
+            d_logits = ctx.steps.dlogits_(logits, targets, normalisers, slopes, **kind, out=logits)
         increment_version(logits)  # so that whoever needs the logits later gets torch's error
         return d_logits, *(None,) * 7

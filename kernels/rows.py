@@ -3,6 +3,10 @@
 Both give a program one row and walk its columns in blocks. The running maximum is kept per block, so
 that an element costs one exp2: at an H100's bandwidth two per element would already be limited by the
 special function units. Sums are float32, offsets int64 (M x V passes 2^31).
+
+Triton compiles a kernel anew for pointers and numbers that divide by 16 and those that do not. Only the
+logits are worth that: vectors begin wherever a wave does, and a compilation in the middle of training
+keeps every other rank waiting.
 """
 
 # Checkers see a kernel as the function it was written as: no launch options, constants without attributes.
@@ -21,6 +25,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e38)  # a running maximum to begin with; -inf would give inf - inf
 
 BLOCK = 4096
+SCALE_PROGRAMS = 2048  # as many as run at once: for a factor of 1 they only start
 NUM_WARPS = 8
 
 
@@ -106,7 +111,10 @@ def stream_row(
     return maximum, total, tl.sum(moments, 0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=["TARGETS", "LOGPS", "NORMALISERS", "HITS", "ENTROPIES", "STATE"],
+)
 def _row_stats_kernel(
     LOGITS,  # (m, C)
     BIAS,  # (V,) or None
@@ -207,7 +215,7 @@ def dlogit(z, is_target, normaliser, slope, TRANSFORM: tl.constexpr):
     return d
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["TARGETS", "NORMALISERS", "SLOPES"])
 def _dlogits_kernel(
     LOGITS,  # (m, C)
     DLOGITS,  # (m, C), may be the front part of each row of LOGITS
@@ -301,20 +309,22 @@ def dlogits_(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["FACTOR"])
 def _scale_kernel(X, FACTOR, size, BLOCK: tl.constexpr):
     factor = tl.load(FACTOR).to(tl.float32)
     if factor == 1.0:
         return
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(X + i, mask=i < size, other=0.0).to(tl.float32)
-    tl.store(X + i, (x * factor).to(X.dtype.element_ty), mask=i < size)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    for start in range(first, size, tl.num_programs(0) * BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        x = tl.load(X + i, mask=i < size, other=0.0).to(tl.float32)
+        tl.store(X + i, (x * factor).to(X.dtype.element_ty), mask=i < size)
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
     """x *= factor, a scalar on the device; where it is 1, nothing is read or written."""
     assert x.is_contiguous()
     if x.numel():
-        grid = (triton.cdiv(x.numel(), BLOCK),)
+        grid = (min(triton.cdiv(x.numel(), BLOCK), SCALE_PROGRAMS),)
         _scale_kernel[grid](x, factor, x.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS)
     return x

@@ -7,7 +7,8 @@ The contract is the same in both and described where the Triton version is: `row
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from madpo.kernels.layout import Groups, Span
 from madpo.kernels.transform import LogitTransform
 
 Impl = Literal["auto", "triton", "torch"]
+NARROW = (torch.bfloat16, torch.float16)
+TRITON_DTYPES = (torch.float32, *NARROW)
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,14 @@ def choose_steps(impl: Impl, tensor: Tensor) -> Steps:
     """The implementation for `tensor`'s device. Raises ValueError where Triton cannot run."""
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl: {impl!r} is not one of auto, triton, torch")
-    if impl == "torch" or (impl == "auto" and not tensor.is_cuda):
+    if impl == "torch" or (impl == "auto" and not (tensor.is_cuda and tensor.dtype in TRITON_DTYPES)):
         return TORCH
     if not tensor.is_cuda and tensor.device.type != "meta" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"impl: triton needs tensors on a GPU, these are on {tensor.device}; use auto or torch, or set "
             "TRITON_INTERPRET=1 before Python starts to run the kernels slowly on a CPU"
         )
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if tensor.dtype not in TRITON_DTYPES:
         raise ValueError(f"impl: triton takes float32, bfloat16 and float16, not {tensor.dtype}; use torch")
     from madpo.kernels import group_loss, one_launch, rows
 
@@ -60,13 +63,14 @@ def choose_steps(impl: Impl, tensor: Tensor) -> Steps:
     )
 
 
-def check_columns(name: str, logits: Tensor) -> None:
-    """Raise ValueError unless `logits` is (M, V) with columns beside each other."""
-    if logits.dim() != 2 or logits.stride(1) != 1:
-        raise ValueError(
-            f"{name}: shape {tuple(logits.shape)} with strides {logits.stride()} is not allowed; give "
-            "(M, V) with consecutive columns, such as logits.view(-1, V)[rows]"
-        )
+@contextmanager
+def plainly_on(tensor: Tensor) -> Iterator[None]:
+    """On the tensor's device, which Triton would not look for, and without autocast, which would narrow
+    what is wide on purpose."""
+    kind = tensor.device.type
+    autocast = torch.autocast(kind, enabled=False) if kind in ("cuda", "cpu") else nullcontext()
+    with torch.cuda.device_of(tensor), autocast:
+        yield
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
@@ -221,13 +225,25 @@ TORCH = Steps(
 
 def mm_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
     """out = a @ b, or out += a @ b, rounded once from the accumulators to out's dtype."""
-    if a.dtype == b.dtype == out.dtype and (a.is_cuda or out.dtype == wide_dtype(out)):
+    if not has_gemm(out, a, b):
+        wide = torch.promote_types(wide_dtype(out), wide_dtype(a))
+        product = a.to(wide) @ b.to(wide)
+        return out.add_(product) if add else out.copy_(product)
+    if a.dtype == out.dtype:
         return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    if a.is_cuda:
-        # The overloads with out_dtype are newer than torch's type stubs.
-        kwargs: dict[str, Any] = {"out_dtype": out.dtype, "out": out}
-        return torch.addmm(out, a, b, **kwargs) if add else torch.mm(a, b, **kwargs)
-    # A CPU widens first: its bfloat16 GEMM has no wide output, and of a strided operand it reads
-    # neighbours of the last column (seen with torch 2.13).
-    product = a.to(wide_dtype(out)) @ b.to(wide_dtype(out))
-    return out.add_(product) if add else out.copy_(product)
+    # The overloads with out_dtype are newer than torch's type stubs.
+    kwargs: dict[str, Any] = {"out_dtype": out.dtype, "out": out}
+    return torch.addmm(out, a, b, **kwargs) if add else torch.mm(a, b, **kwargs)
+
+
+def has_gemm(out: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether torch multiplies these as they are: on a GPU alike dtypes, or narrow ones into float32.
+
+    Not on a CPU: its bfloat16 product has no wide output, and of a strided operand it reads neighbours of
+    the last column (seen with torch 2.13).
+    """
+    if a.dtype != b.dtype:
+        return False
+    if a.dtype == out.dtype:
+        return a.is_cuda or out.dtype == wide_dtype(out)
+    return a.is_cuda and a.dtype in NARROW and out.dtype == torch.float32

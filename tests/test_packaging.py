@@ -19,7 +19,7 @@ def test_no_init_file_makes_a_top_level_folder_a_package():
         ["git", "ls-files", "*__init__.py"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert tracked.stdout == ""
-    for folder in ("kernels", "trainer", "launch", "tests"):
+    for folder in ("kernels", "trainer", "launch", "benchmarks", "tests"):
         assert not list((ROOT / folder).rglob("__init__.py"))
 
 
@@ -50,6 +50,7 @@ def test_the_wheel_holds_everything_and_runs_outside_the_checkout(tmp_path):
     for name in (
         "launch/worker.py",
         "kernels/preference_loss.py",
+        "benchmarks/head.py",
         "configs/demo.yaml",
         "slurm/train.sbatch",
     ):

@@ -33,6 +33,8 @@ from madpo.kernels.transform import LogitTransform
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+ALIGNED = {"LOGITS", "DLOGITS", "REF_LOGITS", "BIAS", "X"}
+"""Pointers worth a compilation of their own where they divide by 16."""
 MAX_REGISTERS = 128
 """More would leave fewer than two programs of 8 warps to a multiprocessor."""
 
@@ -137,14 +139,14 @@ def from_logits(dtype: torch.dtype, loss: EdgeLoss) -> None:
 
 def tokens(dtype: torch.dtype) -> None:
     logits = torch.empty(sum(LENGTHS), 151936, dtype=dtype, device="meta", requires_grad=True)
-    token_logps(logits, _targets(), entropy=True, impl="triton").logps.sum().backward()
+    token_logps(logits, _targets(), entropy=True, impl="triton").token_logps.sum().backward()
 
 
 def linear_tokens(transform: LogitTransform) -> None:
     hidden = torch.empty(sum(LENGTHS), 3584, dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight = torch.empty(256000, 3584, dtype=torch.bfloat16, device="meta", requires_grad=True)
     out = linear_token_logps(hidden, weight, _targets(), transform=transform, impl="triton")
-    out.logps.sum().backward()
+    out.token_logps.sum().backward()
 
 
 def _targets() -> torch.Tensor:
@@ -160,6 +162,12 @@ def compile_for(capability: int) -> list[str]:
     op = ""
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        problems.extend(
+            f"{self.__name__}: {parameter.name} begins anywhere; do not specialise on its alignment"
+            for parameter, argument in zip(self.params, args, strict=False)
+            if isinstance(argument, torch.Tensor | tuple)
+            and not (parameter.do_not_specialize_on_alignment or parameter.name in ALIGNED)
+        )
         kernel: Any = launch(self, *args, grid=grid, warmup=True, **kwargs)
         if kernel.hash not in seen:
             seen.add(kernel.hash)

@@ -7,7 +7,7 @@ from kernel_cases import DEVICE
 from madpo.kernels.layout import Groups, plan_waves, row_chunks
 
 NONE = torch.empty(0, dtype=torch.int64)
-V = 1000
+V = 1024
 
 
 def plan(lengths, group_sequences, group_edges, rows, narrow=torch.bfloat16):

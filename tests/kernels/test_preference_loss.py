@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from kernel_cases import (
     relative_error,
     run,
     run_ref,
+    vector,
 )
 
 from madpo.kernels.edge_loss import EdgeLoss, edge_loss_ref
@@ -27,6 +29,7 @@ from madpo.kernels.layout import Groups
 from madpo.kernels.preference_loss import Reference, preference_loss
 from madpo.kernels.reference import preference_loss_ref
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
 FLOOR = 1e-6
 
 
@@ -282,7 +285,7 @@ def test_contradicting_arguments_are_refused():
     args = inputs.hidden, inputs.weight
     loss = EdgeLoss(beta=0.3)
     with pytest.raises(ValueError, match="lengths sum to 4, but 3 are needed"):
-        preference_loss(*args, inputs.targets[:3], inputs.groups, loss)
+        preference_loss(inputs.hidden[:3], inputs.weight, inputs.targets[:3], inputs.groups, loss)
     with pytest.raises(ValueError, match="hidden and weight come together"):
         preference_loss(*args, inputs.targets, inputs.groups, loss, Reference(hidden=inputs.hidden))
     with pytest.raises(ValueError, match="give one of them"):
@@ -297,6 +300,106 @@ def test_contradicting_arguments_are_refused():
         EdgeLoss(beta=0.1, margins=torch.zeros(1))
     with pytest.raises(ValueError, match="do not form pairs"):
         Groups.pairs((1, 2, 3), "cpu")
+    with pytest.raises(ValueError, match="curve: 'exp' is not one of"):
+        EdgeLoss(beta=0.1, curve="exp")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(6, H)}, r"targets: shape \(4,\), but \(6,\) is needed"),
+        ({"weight": torch.zeros(V, H - 1)}, r"weight: shape"),
+        ({"weight": torch.zeros(V, H, dtype=torch.bfloat16)}, "weight: torch.bfloat16 on .*cast one of them"),
+        ({"hidden": torch.zeros(2, 2, H)}, "pack the completion tokens"),
+        ({"bias": torch.zeros(V - 1)}, r"bias: shape \(1002,\), but \(1003,\)"),
+        ({"targets": torch.zeros(4)}, "torch.int64 is needed"),
+        (
+            {"reference": Reference(torch.zeros(4, H), torch.zeros(V + 5, H))},
+            r"reference.weight: shape \(1008",
+        ),
+        ({"reference": Reference(token_logps=torch.zeros(3))}, "reference.token_logps: shape"),
+        ({"reference": Reference(logps=torch.zeros(1))}, "reference.logps: shape"),
+        ({"loss": EdgeLoss(beta=0.1, weights=torch.zeros(2))}, r"weights: shape \(2,\), but \(1,\)"),
+        ({"logits_dtype": torch.float16}, "logits_dtype: torch.float16"),
+    ],
+)
+def test_shapes_and_dtypes_that_contradict_each_other_are_refused(change, message):
+    """A kernel would read beyond the end of what is too short."""
+    arguments: dict[str, Any] = {
+        "hidden": torch.zeros(4, H),
+        "weight": torch.zeros(V, H),
+        "targets": torch.zeros(4, dtype=torch.int64),
+        "groups": Groups.pairs((2, 2), "cpu"),
+        "loss": EdgeLoss(beta=0.3),
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        preference_loss(**arguments)
+
+
+def test_float16_gradients_are_refused():
+    hidden, weight = torch.zeros(4, H, dtype=torch.float16), torch.zeros(V, H, dtype=torch.float16)
+    args = torch.zeros(4, dtype=torch.int64), Groups.pairs((2, 2), "cpu"), EdgeLoss(beta=0.3)
+    assert preference_loss(hidden, weight, *args).loss.isfinite()
+    with pytest.raises(ValueError, match="use bfloat16 or float32"):
+        preference_loss(hidden.requires_grad_(), weight, *args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["madpo", "two_waves", "slabs", "everything"])
+def test_every_product_is_one_that_a_gpu_has(name, dtype, monkeypatch):
+    """On a GPU torch multiplies alike dtypes, or bfloat16 into float32, and nothing else."""
+    from madpo.kernels import preference_loss as module
+
+    original = module.mm_into
+
+    def checked(out, a, b, *, add=False):
+        assert a.dtype == b.dtype
+        assert out.dtype == a.dtype or (a.dtype == torch.bfloat16 and out.dtype == torch.float32)
+        return original(out, a, b, add=add)
+
+    monkeypatch.setattr(module, "mm_into", checked)
+    run(make_inputs(dtype, bias=CASES[name].bias), CASES[name], "triton")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_transposed_tensors_are_taken_as_they_are(impl):
+    inputs = make_inputs(lengths=(3, 4))
+    want = run(inputs, CASES["dpo"], impl)
+    hidden = inputs.hidden.T.contiguous().T.requires_grad_()
+    weight = inputs.weight.T.contiguous().T.requires_grad_()
+    groups, loss = inputs.groups, CASES["dpo"].loss
+    preference_loss(hidden, weight, inputs.targets, groups, loss, inputs.reference, impl=impl).loss.backward()
+    torch.testing.assert_close(hidden.grad, want["d_hidden"])
+    torch.testing.assert_close(weight.grad, want["d_weight"])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_narrows_nothing(impl):
+    inputs = make_inputs()
+    want = run(inputs, CASES["slabs"], impl)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(inputs, CASES["slabs"], impl)
+    assert all(torch.equal(got[name], want[name]) for name in ("loss", "d_hidden", "d_weight"))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_objective_may_ignore_a_wave(impl):
+    """A wave whose loss does not depend on its log-probs has no gradient."""
+    inputs = make_inputs()
+    objective = lambda logps, ref, span: -logps.sum() if span.groups.start == 0 else logps.new_zeros(())  # noqa: E731
+    hidden = inputs.hidden.requires_grad_()
+    args = hidden, inputs.weight, inputs.targets, inputs.groups, objective
+    preference_loss(*args, budget_bytes=22 * ROW_BYTES, impl=impl).loss.backward()
+    assert hidden.grad is not None
+    assert hidden.grad[:22].any() and not hidden.grad[22:].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_missing_margin_shows(impl):
+    inputs = make_inputs(lengths=(2, 2))
+    case = Case(EdgeLoss(beta=0.3, margins=vector(torch.nan), margin_weight=madpo().margin_weight))
+    assert run(inputs, case, impl)["loss"].isnan()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="about CPUs")
@@ -305,7 +408,7 @@ def test_triton_on_a_cpu_is_refused_with_the_way_out():
         "import torch\n"
         "from madpo.kernels.token_logps import token_logps\n"
         "logits, targets = torch.zeros(1, 4), torch.zeros(1, dtype=torch.long)\n"
-        "print(token_logps(logits, targets).logps)\n"
+        "print(token_logps(logits, targets).token_logps)\n"
         "token_logps(logits, targets, impl='triton')\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

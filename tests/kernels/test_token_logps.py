@@ -1,16 +1,19 @@
 """Log-probs with any upstream gradient, from logits and from hidden states, against float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from kernel_cases import CASES, DEVICE, DTYPES, IMPLS, ROW_BYTES, Case, H, V, make_inputs, relative_error
 
-from madpo.kernels.edge_loss import EdgeLoss
+from madpo.kernels.edge_loss import EdgeLoss, MarginWeight
 from madpo.kernels.layout import Groups
 from madpo.kernels.preference_loss_from_logits import preference_loss_from_logits
 from madpo.kernels.reference import linear_token_logps_ref, preference_loss_from_logps_ref, token_logps_ref
 from madpo.kernels.token_logps import linear_token_logps, token_logps
 from madpo.kernels.transform import LogitTransform
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
 FLOOR = 1e-6
 TRANSFORMS = {
     "plain": LogitTransform(),
@@ -46,12 +49,12 @@ def test_from_logits(inplace, transform, impl, dtype):
     out = token_logps(ours, targets, transform=transform, entropy=True, inplace_backward=inplace, impl=impl)
     z = transform(logits.double())
     entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)
-    assert relative_error(out.logps, want) < FLOOR
+    assert relative_error(out.token_logps, want) < FLOOR
     assert relative_error(out.normalisers, z.logsumexp(-1)) < FLOOR
     assert relative_error(out.entropies, entropy) < 5e-6
     found = z.gather(1, targets[:, None])[:, 0]
     assert torch.equal(out.hits, found >= z.amax(-1) - 1e-9)
-    out.logps.backward(upstream)
+    out.token_logps.backward(upstream)
     assert grad(ours).dtype == dtype
     # Formed in float32 and rounded once: what rounding the exact gradient loses, and no more.
     rounding = relative_error(grad(exact).to(dtype), exact.grad)
@@ -77,7 +80,7 @@ def test_an_expanded_upstream_gradient(impl):
     """`sum().backward()` hands over one number with stride 0."""
     logits, targets = make_logits(torch.float32, 5)
     ours, exact = leaf(logits), leaf(logits, torch.float64)
-    token_logps(ours, targets, impl=impl).logps.sum().backward()
+    token_logps(ours, targets, impl=impl).token_logps.sum().backward()
     token_logps_ref(exact, targets).sum().backward()
     assert relative_error(ours.grad, exact.grad) < 2e-6
 
@@ -86,9 +89,9 @@ def test_an_expanded_upstream_gradient(impl):
 def test_inplace_backward_works_once(impl):
     logits, targets = make_logits(torch.float32, 3)
     out = token_logps(logits.requires_grad_(), targets, inplace_backward=True, impl=impl)
-    out.logps.sum().backward(retain_graph=True)
+    out.token_logps.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.logps.sum().backward()
+        out.token_logps.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
@@ -117,8 +120,8 @@ def test_from_hidden_states(transform, budget, impl, dtype):
         budget_bytes=budget,
         impl=impl,
     )
-    out.logps.backward(upstream)
-    assert relative_error(out.logps, truth[0]) < FLOOR
+    out.token_logps.backward(upstream)
+    assert relative_error(out.token_logps, truth[0]) < FLOOR
     for name, got, torchs, want in zip("hwb", (x.grad for x in leaves), theirs[1:], truth[1:], strict=True):
         assert relative_error(got, want) <= 3 * relative_error(torchs, want) + FLOOR, name
     wide = inputs.to(torch.float64)
@@ -132,7 +135,7 @@ def test_from_hidden_states(transform, budget, impl, dtype):
 def test_from_hidden_states_only_what_is_needed(needs, impl):
     inputs = make_inputs(lengths=(3, 4))
     hidden, weight = inputs.hidden.requires_grad_(needs[0]), inputs.weight.requires_grad_(needs[1])
-    linear_token_logps(hidden, weight, inputs.targets, impl=impl).logps.sum().backward()
+    linear_token_logps(hidden, weight, inputs.targets, impl=impl).token_logps.sum().backward()
     assert (hidden.grad is not None, weight.grad is not None) == needs
 
 
@@ -142,8 +145,8 @@ def test_no_rows(impl):
     weight = torch.randn(V, H, device=DEVICE, requires_grad=True)
     targets = torch.empty(0, dtype=torch.int64, device=DEVICE)
     out = linear_token_logps(hidden, weight, targets, impl=impl)
-    out.logps.sum().backward()
-    assert out.logps.shape == (0,) and not grad(weight).any()
+    out.token_logps.sum().backward()
+    assert out.token_logps.shape == (0,) and not grad(weight).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
@@ -156,7 +159,8 @@ def test_preference_loss_from_logits(name, reference, impl, dtype):
     transform = options.get("transform", LogitTransform())
     groups = Groups.pairs(LENGTHS, DEVICE)
     logits, targets = make_logits(dtype)
-    ref_logits = logits + torch.randn_like(logits)
+    # A view whose rows lie further apart than those of the policy.
+    ref_logits = torch.nn.functional.pad(logits + torch.randn_like(logits), (0, 32))[:, :V]
     ref_tokens = token_logps_ref(ref_logits.double(), targets, transform)
     ref_sums = torch.stack([x.sum() for x in ref_tokens.split(LENGTHS)])
     given = {
@@ -172,15 +176,15 @@ def test_preference_loss_from_logits(name, reference, impl, dtype):
     )
     want.backward()
     out = preference_loss_from_logits(ours, targets, groups, case.loss, **given, **options, impl=impl)
-    out.loss.backward()
+    (2 * out.loss).backward(retain_graph=True)
     assert relative_error(out.loss, want) < 2e-6
     assert relative_error(out.token_logps, want_logps) < FLOOR
     if reference == "logits":
         assert relative_error(out.ref_token_logps, ref_tokens) < FLOOR
     rounding = relative_error(grad(exact).to(dtype), exact.grad)
-    assert relative_error(ours.grad, exact.grad) <= 1.01 * rounding + 5e-6
+    assert relative_error(grad(ours).double() / 2, exact.grad) <= 1.01 * rounding + 5e-6
     assert not torch.equal(ours.detach(), logits), "the gradient took the memory of the logits"
-    with pytest.raises(RuntimeError, match="second time"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.loss.backward()
 
 
@@ -208,3 +212,63 @@ def test_logits_of_another_shape_are_refused():
         preference_loss_from_logits(
             logits, targets, groups, loss, ref_logits=logits, ref_logps=torch.zeros(2)
         )
+    with pytest.raises(ValueError, match=r"targets: shape \(3,\), but \(4,\) is needed"):
+        token_logps(logits, targets[:3])
+    with pytest.raises(ValueError, match="int64 is needed"):
+        token_logps(logits, targets.int())
+    cached: tuple[dict[str, Any], ...] = (
+        {"ref_logits": logits[:, : V - 3]},
+        {"ref_token_logps": torch.zeros(3)},
+        {"ref_logps": torch.zeros(4)},
+    )
+    for bad in cached:
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}: shape .* is needed"):
+            preference_loss_from_logits(logits, targets, groups, loss, **bad)
+    with pytest.raises(ValueError, match=r"margins: shape \(2,\), but \(1,\)"):
+        weighted = EdgeLoss(beta=0.1, margins=torch.zeros(2), margin_weight=MarginWeight(4, 0.25, 1, 7))
+        preference_loss_from_logits(logits, targets, groups, weighted)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", ["ref_token_logps", "ref_logps"])
+def test_cached_log_probs_may_be_a_column_of_a_table(kind, impl):
+    groups, loss = Groups.pairs(LENGTHS, DEVICE), EdgeLoss(beta=0.3)
+    logits, targets = make_logits(torch.float32)
+    count = len(LENGTHS) if kind == "ref_logps" else len(targets)
+    table = torch.randn(count, 3, device=DEVICE)
+    losses = []
+    for column in (table[:, 1], table[:, 1].contiguous()):
+        given: dict[str, Any] = {kind: column}
+        out = preference_loss_from_logits(logits, targets, groups, loss, **given, impl=impl)
+        losses.append(out.loss)
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_second_derivative_is_refused(impl):
+    logits, targets = make_logits(torch.float32, 3)
+    factor = torch.ones(3, device=DEVICE, requires_grad=True)
+    total = (factor * token_logps(logits.requires_grad_(), targets, impl=impl).token_logps).sum()
+    (gradient,) = torch.autograd.grad(total, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_backward_holds_no_more_logits_than_forward(impl):
+    inputs = make_inputs(lengths=(30, 30))
+    sizes = []
+    original = torch.Tensor.new_empty
+
+    def new_empty(self, *size, **kwargs):
+        sizes.append(size)
+        return original(self, *size, **kwargs)
+
+    hidden = inputs.hidden.requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", new_empty)
+        out = linear_token_logps(
+            hidden, inputs.weight, inputs.targets, budget_bytes=20 * ROW_BYTES, impl=impl
+        )
+        out.token_logps.sum().backward()
+    assert [size for size in sizes if len(size) == 2] == [(20, 1008), (20, 1008)]
