@@ -13,6 +13,8 @@ from madpo.benchmarks import head, measure, results
 from madpo.benchmarks.ours import OURS, useful_flops
 from madpo.benchmarks.peers import PEERS, Peer, available
 from madpo.benchmarks.problems import SMALL, describe, exact, make_problem
+from madpo.benchmarks.tune import sweep
+from madpo.kernels import rows
 from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.layout import Groups
 from madpo.kernels.preference_loss import Reference
@@ -140,3 +142,10 @@ def test_unknown_names_are_one_line(option, value, named, tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {option} {value}") and named in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_tuning_tries_every_choice_and_leaves_the_kernels_as_they_were():
+    before = rows.BLOCK, rows.NUM_WARPS
+    found = list(sweep(2, (300,), CPU, 1, ((64, 4), (128, 8))))
+    assert [row[3:5] for row in found] == [(64, 4), (128, 8)] * 4
+    assert all(row[5] > 0 for row in found) and before == (rows.BLOCK, rows.NUM_WARPS)
