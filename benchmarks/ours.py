@@ -65,7 +65,7 @@ def madpo_of_span(state: Grouped, logps: Tensor, ref_logps: Tensor | None, span:
     return (state.problem.weights[span.edges] * -F.logsigmoid(state.problem.beta * (chosen - rejected))).sum()
 
 
-def _ours(name: str, note: str, **options: Any) -> Peer:
+def _ours(name: str, note: str, needs_narrow: bool = False, **options: Any) -> Peer:
     def run(state: Grouped) -> Tensor:
         return head(state, **options).loss
 
@@ -73,12 +73,12 @@ def _ours(name: str, note: str, **options: Any) -> Peer:
     def logps(state: Grouped) -> Tensor:
         return head(state, **options).logps
 
-    return Peer(name, None, run, note, prepare=group, logps=logps)
+    return Peer(name, None, run, note, prepare=group, needs_narrow=needs_narrow, logps=logps)
 
 
 OURS = (
     _ours("madpo", "2 GiB of float32 logits at once"),
-    _ours("madpo, narrow logits", "2 GiB of logits in the model's dtype", logits_dtype=torch.bfloat16),
+    _ours("madpo, narrow logits", "2 GiB of logits in bfloat16", True, logits_dtype=torch.bfloat16),
     _ours("madpo, 256 MiB", "slabs of the vocabulary, twice: 10 M H V", budget_bytes=2**28),
     _ours("madpo, any objective", "its slopes by autograd instead of in the kernel", by_autograd=True),
 )

@@ -231,7 +231,7 @@ class Peer:
         if self.needs_cuda and problem.hidden.device.type != "cuda":
             return "runs on CUDA only"
         narrow = problem.hidden.dtype in (torch.bfloat16, torch.float16)
-        return "has no float32 backward" if self.needs_narrow and not narrow else None
+        return "takes bfloat16 and float16 only" if self.needs_narrow and not narrow else None
 
 
 def _scorer(name: str, module: str | None, token_logps: TokenLogps, note: str) -> Peer:

@@ -79,6 +79,7 @@ def test_kernels_import_torch_and_triton_only():
         "collections",
         "dataclasses",
         "typing",
+        "contextlib",
         "functools",
         "itertools",
         "os",

@@ -67,13 +67,12 @@ def test_every_head_here_computes_the_same_loss(peer: Peer):
     truth = exact(state.problem)
     loss = peer.run(state)
     (0.5 * loss).backward()
-    narrow = peer.name == "madpo, narrow logits"
-    tolerance = 2e-2 if narrow else 5e-6
+    tolerance = 5e-6
     assert relative_error(loss, truth.loss) < tolerance
     for got, want in zip(state.gradients(), (truth.d_hidden, truth.d_weight), strict=True):
         assert got is not None and relative_error(2 * got, want) < tolerance
     if peer.logps is not None:
-        assert relative_error(peer.logps(state), truth.logps) < (1e-2 if narrow else 1e-6)
+        assert relative_error(peer.logps(state), truth.logps) < 1e-6
 
 
 def test_a_wrong_head_has_no_speed(monkeypatch):
