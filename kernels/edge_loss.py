@@ -37,6 +37,8 @@ class MarginWeight:
     steepness: float
     tau: float
     margin_scale: float = 1.0  # multiplies the margins first
+    lowest: float = 0.0  # c is clamped to [lowest, highest]
+    highest: float = math.inf
 
     @property
     def log_odds(self) -> float:
@@ -47,7 +49,7 @@ class MarginWeight:
         """margins (E,) -> weights (E,); in log space, where the ratio cannot become 0 / 0."""
         h = margins * self.margin_scale
         gate = torch.sigmoid(-(self.steepness * (h.abs() - self.tau) + self.log_odds))
-        c = self.c_min + (self.c_max - self.c_min) * gate
+        c = (self.c_min + (self.c_max - self.c_min) * gate).clamp(self.lowest, self.highest)
         weights = torch.exp(F.logsigmoid(c * h) - F.logsigmoid(h))
         return torch.where(h <= -self.tau, torch.ones_like(weights), weights)  # NaN stays NaN
 

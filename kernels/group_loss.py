@@ -39,6 +39,8 @@ class EdgeTerms(NamedTuple):
     tau: float
     log_odds: float
     margin_scale: float
+    lowest: float
+    highest: float
     scale: float
 
 
@@ -63,6 +65,8 @@ def edge_terms(loss: EdgeLoss, scale: float) -> EdgeTerms:
         weight.tau,
         weight.log_odds,
         weight.margin_scale,
+        weight.lowest,
+        weight.highest,
         scale,
     )
 
@@ -98,6 +102,7 @@ def margin_weight(margin, terms):
     h = margin * terms.margin_scale
     gate = tl.sigmoid(-(terms.steepness * (tl.abs(h) - terms.tau) + terms.log_odds))
     c = terms.c_min + (terms.c_max - terms.c_min) * gate
+    c = tl.minimum(tl.maximum(c, terms.lowest), terms.highest)
     return tl.where(h <= -terms.tau, 1.0, tl.exp(softplus(-h) - softplus(-c * h)))  # NaN stays NaN
 
 

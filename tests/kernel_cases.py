@@ -99,6 +99,9 @@ CASES = {
     "ipo_length": Case(EdgeLoss(beta=0.3, curve="ipo", length_normalised=True)),
     "simpo": Case(EdgeLoss(beta=2.0, offset=0.5, length_normalised=True)),
     "madpo": Case(madpo()),
+    "madpo_amplify": Case(
+        EdgeLoss(0.3, margins=vector(*MARGINS), margin_weight=MarginWeight(4.0, 0.25, 1.0, 7.0, lowest=1.0))
+    ),
     "madpo_smoothed_length": Case(madpo(positive=0.9, negative=0.1, length_normalised=True)),
     "weights_offsets": Case(
         EdgeLoss(beta=0.3, weights=vector(1.0, 0.3, 2.0, 0.0), offsets=vector(0.1, -0.2, 1.0, 0.0))

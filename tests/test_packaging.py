@@ -14,13 +14,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_no_init_file_makes_a_top_level_folder_a_package():
-    """`kernels/__init__.py` would shadow Hugging Face's kernels package for transformers."""
+    """`kernels/__init__.py` would shadow Hugging Face's kernels package for transformers.
+
+    The objectives' has the names that outside code uses.
+    """
     tracked = subprocess.run(
         ["git", "ls-files", "*__init__.py"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert tracked.stdout == ""
+    assert tracked.stdout in ("", "trainer/objectives/__init__.py\n")
     for folder in ("kernels", "trainer", "launch", "benchmarks", "tests"):
-        assert not list((ROOT / folder).rglob("__init__.py"))
+        found = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("__init__.py")}
+        assert found <= {"trainer/objectives/__init__.py"}
 
 
 def test_a_real_kernels_package_wins_over_our_folder(tmp_path):

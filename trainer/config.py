@@ -220,4 +220,4 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
         annotation = Config.model_fields[str(parents[0])].annotation
         assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
         node = annotation
-    return [field.alias or name for name, field in node.model_fields.items()]
+    return [field.serialization_alias or name for name, field in node.model_fields.items()]

@@ -75,7 +75,7 @@ class PreferenceHead(nn.Module):
         return out.loss, out.token_logps, out.ref_token_logps
 
     def _span_loss(self, batch: PackedBatch, logps: Tensor, ref_logps: Tensor | None, span: Span) -> Tensor:
-        return self.objective.function(scored_span(batch, logps, ref_logps, span), self.params).losses.sum()
+        return self.objective(scored_span(batch, logps, ref_logps, span), self.params).losses.sum()
 
 
 WHOLE = Span(*(slice(0, None),) * 4)

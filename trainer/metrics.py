@@ -86,7 +86,7 @@ def add_batch(
     keep = 0 if batch.is_filler else None
     with torch.no_grad():
         scored = scored_span(batch, token_logps, ref_token_logps)
-        outcome = objective.function(scored, params)
+        outcome = objective(scored, params)
         meter.add("loss", outcome.losses[:keep])
         for name, values in outcome.stats.items():
             meter.add(name, values[:keep])
@@ -103,6 +103,8 @@ def _add_pairs(meter: Meter, scored: Scored, beta: float) -> None:
     meter.add("logps/chosen", chosen)
     meter.add("logps/rejected", rejected)
     per_token = logps / lengths
+    meter.add("lengths/chosen", scored.lengths[scored.winners].double())
+    meter.add("lengths/rejected", scored.lengths[scored.losers].double())
     better = per_token[scored.winners] > per_token[scored.losers]
     meter.add("logps/accuracies", (chosen > rejected).double())
     meter.add("logps/accuracies_per_token", better.double())
@@ -112,7 +114,7 @@ def _add_pairs(meter: Meter, scored: Scored, beta: float) -> None:
     won, lost = rewards[scored.winners], rewards[scored.losers]
     meter.add("rewards/chosen", won)
     meter.add("rewards/rejected", lost)
-    meter.add("rewards/margins", beta * scored.deltas)
+    meter.add("rewards/margins", won - lost)
     meter.add("rewards/accuracies", (won > lost).double())
 
 

@@ -1,11 +1,15 @@
 """Objectives by hand arithmetic, by the golden values of the papers' code, and by gradcheck."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from madpo.kernels.edge_loss import edge_loss_ref
+from madpo.trainer.objectives import EdgeScores, build
 from madpo.trainer.objectives.base import Item, MarginWeight, Scored, segment_sum
 from madpo.trainer.objectives.madpo import MADPOParams
 from madpo.trainer.objectives.registry import OBJECTIVES
@@ -35,7 +39,7 @@ def example() -> Scored:
 
 def test_dpo_golden_value(example):
     entry = OBJECTIVES["dpo"]
-    loss = entry.function(example, entry.params.model_validate({"beta": 0.1})).losses
+    loss = entry(example, entry.params.model_validate({"beta": 0.1})).losses
     assert loss.shape == (1,)
     assert loss.item() == pytest.approx(0.6302581947, abs=1e-10)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.13)), abs=1e-14)
@@ -44,7 +48,7 @@ def test_dpo_golden_value(example):
 def test_dpo_by_hand_is_ln2_when_policy_is_reference():
     logps = torch.randn(6, dtype=torch.float64)
     entry = OBJECTIVES["dpo"]
-    loss = entry.function(scored(logps, logps.clone(), [2, 1, 3, 0]), entry.params()).losses
+    loss = entry(scored(logps, logps.clone(), [2, 1, 3, 0]), entry.params()).losses
     assert loss.tolist() == [math.log(2)] * 2
 
 
@@ -113,15 +117,15 @@ def test_madpo_weight_stays_finite_and_bounded_for_extreme_margins(dtype):
 
 def test_madpo_is_the_weighted_dpo_loss_and_reports_its_weight(example):
     madpo, dpo = OBJECTIVES["madpo"], OBJECTIVES["dpo"]
-    outcome = madpo.function(example, madpo.params())
-    plain = dpo.function(example, dpo.params()).losses
+    outcome = madpo(example, madpo.params())
+    plain = dpo(example, dpo.params()).losses
     assert outcome.stats["madpo/weight"].item() == pytest.approx(1.4131288472, abs=1e-9)
     assert outcome.losses.item() == pytest.approx(1.4131288472 * plain.item(), abs=1e-9)
 
 
 def test_madpo_margin_scale_multiplies_the_margin(example):
     entry = OBJECTIVES["madpo"]
-    outcome = entry.function(example, entry.params.model_validate({"margin_scale": 6}))
+    outcome = entry(example, entry.params.model_validate({"margin_scale": 6}))
     assert outcome.stats["madpo/weight"].item() == pytest.approx(1.0497731664, abs=1e-9)
 
 
@@ -137,7 +141,7 @@ def test_nll_is_one_loss_per_token():
     logps = torch.tensor([-1.0, -2.0, -3.0])
     entry = OBJECTIVES["nll"]
     assert entry.item is Item.TOKEN
-    assert entry.function(scored(logps, None, [3]), entry.params()).losses.tolist() == [1, 2, 3]
+    assert entry(scored(logps, None, [3]), entry.params()).losses.tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -148,9 +152,13 @@ def test_gradients_are_right_and_stop_at_the_reference(name):
 
     def loss(logps: torch.Tensor) -> torch.Tensor:
         ref = reference.detach() if entry.needs_reference else None
-        return entry.function(scored(logps, ref, [3, 1, 0, 5], margin=0.7), entry.params()).losses.sum()
+        return entry(scored(logps, ref, [3, 1, 0, 5], margin=0.7), entry.params()).losses.sum()
 
-    assert torch.autograd.gradcheck(loss, leaf)
+    if name == "dft":  # it stops a gradient on purpose: that of 1 - p is left
+        (got,) = torch.autograd.grad(loss(leaf), leaf)
+        torch.testing.assert_close(got, -leaf.detach().exp() * 1.0)
+    else:
+        assert torch.autograd.gradcheck(loss, leaf)
 
 
 def test_segment_sum_keeps_empty_sequences_and_sums_in_float64():
@@ -166,16 +174,196 @@ def test_what_the_kernels_form_is_what_the_objective_says(name):
     entry = OBJECTIVES[name]
     lengths = torch.tensor([3, 1, 0, 5, 2, 4])
     tokens = torch.randn(2, 15, dtype=torch.float64) * 3
-    margins = torch.tensor([-7.5, -0.5, 8.0], dtype=torch.float64)
+    margins = torch.tensor([0.3, 3.0, 8.0], dtype=torch.float64)
     scored = Scored(tokens[0], tokens[1], lengths, torch.tensor([0, 3, 4]), torch.tensor([1, 2, 5]), margins)
     params = entry.params()
     assert entry.epilogue is not None
     got = edge_loss_ref(
         scored.logps,
-        scored.ref_logps,
+        scored.ref_logps if entry.needs_reference else None,
         lengths,
         scored.winners,
         scored.losers,
         entry.epilogue(margins, params),
     )
-    torch.testing.assert_close(got, entry.function(scored, params).losses, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got, entry(scored, params).losses, rtol=1e-12, atol=1e-12)
+
+
+GOLDEN = [
+    ("dpo", {}, 0.6302581947),
+    ("sigmoid", {}, 0.6302581947),
+    ("cdpo", {"eps": 0.1}, 0.6432581947),
+    ("robust", {"label_smoothing": 0.1}, 0.6140081947),
+    ("hinge", {}, 0.87),
+    ("ipo", {"average": False}, 13.69),
+    ("ipo", {"average": True}, 23.8469444444),
+    ("slic_hf", {"delta": 1.0, "lam": 0.1}, 1.2),
+    ("simpo", {"beta": 2.0, "gamma": 1.0}, 1.2411538747),
+    ("cpo", {"beta": 0.1, "alpha": 1.0}, 1.7543552445),
+    ("orpo", {"lam": 0.1}, 1.2658372254),
+    ("dpo_nll", {"alpha": 1.0}, 1.8302581947),
+    ("cal_dpo", {"beta": 0.1}, 19.1860084538),
+    ("dpop", {"lam": 5.0}, 0.6302581947),
+    ("exo_pair", {"beta": 0.1, "eps": 1e-3}, 2.5391848191),
+    ("nca_pair", {"beta": 0.1}, 1.3546629557),
+    ("bco_pair", {"beta": 0.1}, 1.3224066153),
+    ("sppo_hard", {"beta": 0.1}, 37.89),
+    ("apo_zero", {}, 0.9675132634),
+    ("apo_down", {}, 0.9800430901),
+    ("discopop", {"beta": 0.1, "tau": 0.05}, 0.8609603559),
+    ("odpo", {"alpha": 1.0}, 1.013849604),
+    ("bdpo", {"lam": 0.5}, 0.6528893177),
+    ("bpo", {"alpha": 1.0}, 0.668459648),
+    ("dpo_shift", {"lam": 0.75}, 0.6396589186),
+    ("r_dpo", {"alpha": 0.02}, 0.649159339),
+    ("f_dpo", {"divergence": "reverse_kl"}, 0.6302581947),
+]
+
+
+def edge(chosen: float = -12.0, dtype=torch.float64) -> EdgeScores:
+    """n_w = 10, n_l = 12; a = 0.5, b = -0.8, D = 1.3 unless `chosen` says otherwise; margin 2."""
+    won, lost, ref_won, ref_lost, margin = torch.tensor(
+        [[chosen], [-15.0], [-12.5], [-14.2], [2.0]], dtype=dtype
+    )
+    return EdgeScores(won, lost, ref_won, ref_lost, torch.tensor([10]), torch.tensor([12]), margin)
+
+
+@pytest.mark.parametrize("name, parameters, golden", GOLDEN, ids=[f"{n}-{p}" for n, p, _ in GOLDEN])
+def test_golden_values(name, parameters, golden):
+    """One edge, evaluated independently in float64."""
+    assert build(name, **parameters)(edge()).item() == pytest.approx(golden, abs=2e-10)
+    assert build(name, **parameters)(edge(dtype=torch.float32)).item() == pytest.approx(golden, rel=1e-5)
+
+
+def test_more_golden_values():
+    assert build("dpop", lam=5.0)(edge(-13.0)).item() == pytest.approx(0.809185019, abs=1e-9)
+    constant = build("constant_margin", margin=math.log(2.0))(edge())
+    assert constant.item() == pytest.approx(build("odpo")(edge()).item(), abs=1e-12)
+    assert build("rso", beta=0.1)(edge()).item() == pytest.approx(0.87)
+    assert build("cal_dpo_hinge", tau=1.0)(edge()).item() == pytest.approx(0.6302581947 + 0.95, abs=1e-9)
+    normed = build("sigmoid_norm", beta=5.0)(edge()).item()
+    assert normed == pytest.approx(math.log1p(math.exp(-5 * (0.5 / 10 + 0.8 / 12))), abs=1e-12)
+    by_hand = math.log1p(math.exp(-(2 * (-1.2 + 1.25) - 1))) + 1.2
+    assert build("cpo_simpo", beta=2.0, gamma=1.0)(edge()).item() == pytest.approx(by_hand, abs=1e-12)
+    simpo = build("simpo", beta=2.5, gamma=0.25)(edge()).item()
+    assert build("alphapo", alpha=0.0)(edge()).item() == pytest.approx(simpo, abs=1e-12)
+    assert build("alphapo", alpha=1e-6)(edge()).item() == pytest.approx(simpo, abs=1e-5)
+    p = 1 / (1 + math.exp(-2.2))
+    mmpo = p * math.log1p(math.exp(-0.13)) + (1 - p) * math.log1p(math.exp(0.13))
+    assert build("mmpo")(edge()).item() == pytest.approx(mmpo, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "divergence, g",
+    [
+        ("forward_kl", lambda x: -math.exp(-x)),
+        ("js", lambda x: -math.log1p(math.exp(-x))),
+        ("alpha", lambda x: math.exp(-0.5 * x) / -0.5),
+    ],
+)
+def test_divergences_by_hand(divergence, g):
+    want = math.log1p(math.exp(-0.1 * (g(0.5) - g(-0.8))))
+    assert build("f_dpo", divergence=divergence)(edge()).item() == pytest.approx(want, abs=1e-12)
+
+
+def test_madpo_ablations_clamp_the_coefficient():
+    scores = edge()  # margin 2: c(2) > 1
+    full, amplify, regularise = (
+        build("madpo", ablation=kind)(scores).item() for kind in (None, "amplify", "regularise")
+    )
+    assert amplify == full != regularise
+    assert regularise == pytest.approx(0.6302581947, abs=1e-9)  # c = 1 there: plain DPO
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_extreme_scores_stay_finite(name):
+    """Log-ratios of +-600 nats, in float32: no overflow in loss or gradient."""
+    entry = OBJECTIVES[name]
+    if entry.item is not Item.EDGE or name == "f_dpo":
+        return
+    for sign in (1.0, -1.0):
+        chosen = torch.tensor([-900.0 + 600 * sign], requires_grad=True)
+        rejected = torch.tensor([-900.0 - 600 * sign], requires_grad=True)
+        middle, count = torch.tensor([-900.0]), torch.tensor([300])
+        scores = EdgeScores(chosen, rejected, middle, middle, count, count, torch.tensor([1.0]))
+        loss = build(name)(scores)
+        loss.sum().backward()
+        assert loss.isfinite().all() and chosen.grad is not None and chosen.grad.isfinite().all()
+
+
+def test_functions_of_probability_by_hand():
+    logps = torch.tensor([math.log(0.1), math.log(0.5)], dtype=torch.float64)
+    tokens = scored(logps, None, [2])
+
+    def losses(name, **parameters):
+        return build(name, **parameters)(tokens).tolist()
+
+    assert losses("f_alpha", alpha=1.0) == pytest.approx([0.9, 0.5])
+    assert losses("f_alpha", alpha=0.0) == pytest.approx([-math.log(0.1), -math.log(0.5)])
+    assert losses("f_alpha", alpha=1e-5) == pytest.approx([-math.log(0.1), -math.log(0.5)], rel=1e-4)
+    assert losses("f_alpha", alpha=10.0) == pytest.approx([(1 - 0.1**10) / 10, (1 - 0.5**10) / 10])
+    assert losses("thresholded_nll", threshold=0.2) == pytest.approx([0.0, -math.log(0.5)])
+    assert losses("thresholded_nll", keep="below", loss="linear") == pytest.approx([0.9, 0.0])
+    assert losses("dft") == pytest.approx([-0.1 * math.log(0.1), -0.5 * math.log(0.5)])
+
+
+@pytest.mark.parametrize(
+    "name, parameters, message",
+    [
+        ("madop", {}, "unknown objective 'madop'; did you mean madpo"),
+        ("madpo", {"c_min": 1.0}, r"madpo: c_min: .*less than 1"),
+        ("madpo", {"temperature": 1.0}, "madpo: temperature: Extra inputs"),
+        ("cdpo", {"label_smoothing": 0.5}, "label_smoothing: .*less than 0.5"),
+        ("bdpo", {"lam": 1.0}, "less than 1"),
+        ("f_dpo", {"divergence": "alpha", "alpha": 1.0}, "set divergence: reverse_kl"),
+        ("dpo", {"beta": 0.0}, "greater than 0"),
+    ],
+)
+def test_unknown_names_and_values_out_of_range_are_refused(name, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, **parameters)
+
+
+def test_what_is_missing_is_named():
+    scores = EdgeScores(torch.zeros(1), torch.zeros(1))
+    assert build("madpo").needs == {"reference", "margins"}
+    assert build("simpo").needs == {"lengths"}
+    with pytest.raises(ValueError, match="simpo needs chosen_lengths"):
+        build("simpo")(scores)
+    with pytest.raises(ValueError, match="dpo needs ref_chosen_logps"):
+        build("dpo")(scores)
+    with pytest.raises(ValueError, match="nll takes Scored, got EdgeScores"):
+        build("nll")(scores)
+
+
+def test_an_objective_from_another_package(tmp_path):
+    """Announced by an entry point, it is known to `build` and to the config."""
+    (tmp_path / "elsewhere.py").write_text(
+        "from typing import Literal\n"
+        "from madpo.trainer.objectives.base import Params, objective\n"
+        "class TripleParams(Params):\n"
+        "    loss_type: Literal['triple'] = 'triple'\n"
+        "    beta: float = 0.1\n"
+        "@objective(TripleParams, {'reference'})\n"
+        "def triple(scores, params):\n"
+        "    return 3 * params.beta * scores.deltas\n"
+    )
+    info = tmp_path / "elsewhere-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[madpo.objectives]\ntriple = elsewhere\n")
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "output_dir: o\nmodel: {model_name_or_path: m}\ndata: {dataset_name: d.jsonl}\n"
+        "objective: {loss_type: triple, beta: 0.5}\n"
+    )
+    code = (
+        "import torch; from madpo.trainer.config import load; from madpo.trainer.objectives import *\n"
+        f"print(load({str(config)!r}).objective.beta)\n"
+        "z = torch.zeros(1); print(build('triple', beta=2.0)(EdgeScores(z + 1, z, z, z)).item())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stdout.split() == ["0.5", "6.0"], done.stderr

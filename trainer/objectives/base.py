@@ -2,15 +2,17 @@
 
 An objective sees the log-probabilities of whole groups (a prompt with its completions) and returns
 one loss per *item*. What an item is, an edge, a sequence or a token, is declared too: the loss of an
-optimiser step is the mean over the items of the global batch.
+optimiser step is the mean over the items of the global batch. An objective of edges sees `EdgeScores`,
+one of sequences or tokens `Scored`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -18,7 +20,18 @@ from torch import Tensor
 
 from madpo.kernels.edge_loss import EdgeLoss, MarginWeight
 
-__all__ = ["EdgeLoss", "Item", "MarginWeight", "Objective", "Outcome", "Params", "Scored", "segment_sum"]
+__all__ = [
+    "EdgeLoss",
+    "EdgeScores",
+    "Item",
+    "MarginWeight",
+    "Objective",
+    "Outcome",
+    "Params",
+    "Scored",
+    "objective",
+    "segment_sum",
+]
 
 
 class Item(StrEnum):
@@ -33,6 +46,53 @@ class Params(BaseModel):
     """Base of every objective's parameters: strict, immutable, finite. Each adds its `loss_type`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class EdgeScores:
+    """The scores of E edges; a chosen and a rejected completion each. What is not needed may be None."""
+
+    chosen_logps: Tensor  # (E,) log pi(chosen | prompt), summed over tokens
+    rejected_logps: Tensor  # (E,)
+    ref_chosen_logps: Tensor | None = None  # (E,) the same under the reference
+    ref_rejected_logps: Tensor | None = None  # (E,)
+    chosen_lengths: Tensor | None = None  # (E,) completion tokens
+    rejected_lengths: Tensor | None = None  # (E,)
+    margins: Tensor | None = None  # (E,) score of the chosen minus score of the rejected
+
+    @cached_property
+    def chosen_logratios(self) -> Tensor:
+        """(E,) a = log pi - log pi_ref of the chosen completion."""
+        assert self.ref_chosen_logps is not None, "this objective declared no need of a reference"
+        return self.chosen_logps - self.ref_chosen_logps
+
+    @cached_property
+    def rejected_logratios(self) -> Tensor:
+        """(E,) b, of the rejected one."""
+        assert self.ref_rejected_logps is not None, "this objective declared no need of a reference"
+        return self.rejected_logps - self.ref_rejected_logps
+
+    @cached_property
+    def deltas(self) -> Tensor:
+        """(E,) D = a - b: the implicit margin without beta."""
+        return self.chosen_logratios - self.rejected_logratios
+
+    @cached_property
+    def chosen_means(self) -> Tensor:
+        """(E,) u_w: log pi(chosen) per token."""
+        return self.chosen_logps / self.counts[0]
+
+    @cached_property
+    def rejected_means(self) -> Tensor:
+        """(E,) u_l"""
+        return self.rejected_logps / self.counts[1]
+
+    @cached_property
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Tokens of both completions in the dtype of the scores, 1 for an empty one; (E,) each."""
+        assert self.chosen_lengths is not None and self.rejected_lengths is not None
+        kind = self.chosen_logps.dtype
+        return self.chosen_lengths.clamp(min=1).to(kind), self.rejected_lengths.clamp(min=1).to(kind)
 
 
 @dataclass(frozen=True)
@@ -63,9 +123,18 @@ class Scored:
         return self.logps - self.ref_logps
 
     @cached_property
-    def deltas(self) -> Tensor:
-        """(E,) log-ratio of the winner minus log-ratio of the loser: the implicit margin without beta."""
-        return self.logratios[self.winners] - self.logratios[self.losers]
+    def edges(self) -> EdgeScores:
+        """The same, edge by edge."""
+        won, lost, ref = self.winners, self.losers, self.ref_token_logps is not None
+        return EdgeScores(
+            self.logps[won],
+            self.logps[lost],
+            self.ref_logps[won] if ref else None,
+            self.ref_logps[lost] if ref else None,
+            self.lengths[won],
+            self.lengths[lost],
+            self.margins,
+        )
 
 
 @dataclass(frozen=True)
@@ -76,22 +145,68 @@ class Outcome:
     stats: dict[str, Tensor] = field(default_factory=dict)  # name -> (items,), detached, for the log
 
 
+Epilogue = Callable[[Tensor, Any], EdgeLoss]
+"""(margins (E,), params) -> the same losses as data, for the kernels to form."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """One entry of the registry: the function and its declared needs."""
 
-    function: Callable[..., Outcome]  # (scored, params) -> Outcome
+    function: Callable[..., Outcome]  # (EdgeScores or Scored, params) -> Outcome
     params: type[Params]
     item: Item = Item.EDGE
-    needs_reference: bool = True
-    needs_margin: bool = False
-    epilogue: Callable[..., EdgeLoss] | None = None
-    """(margins (E,), params) -> the same losses as data, for the kernels to form; None: by autograd."""
+    needs: frozenset[str] = frozenset()  # of reference, margins, lengths
+    epilogue: Epilogue | None = None  # None: by autograd
+
+    def __call__(self, scored: Scored, params: Params) -> Outcome:
+        return self.function(scored.edges if self.item is Item.EDGE else scored, params)
+
+    @property
+    def name(self) -> str:
+        return self.params.model_fields["loss_type"].default
+
+    @property
+    def needs_reference(self) -> bool:
+        return "reference" in self.needs
+
+    @property
+    def needs_margin(self) -> bool:
+        return "margins" in self.needs
 
     @property
     def supervised(self) -> bool:
         """Whether it looks at one completion per prompt and compares none."""
         return self.item is not Item.EDGE
+
+
+OBJECTIVES: dict[str, Objective] = {}
+"""All objectives by `loss_type`; registry.py fills it."""
+
+
+def objective(
+    params: type[Params],
+    needs: Iterable[str] = (),
+    item: Item = Item.EDGE,
+    epilogue: Epilogue | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the function below under the `loss_type` of its parameters.
+
+    It takes (EdgeScores, params), or (Scored, params) for sequences and tokens, and returns an Outcome
+    or just the losses.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def outcome(scores: Any, settings: Params) -> Outcome:
+            result = function(scores, settings)
+            return result if isinstance(result, Outcome) else Outcome(result)
+
+        entry = Objective(outcome, params, item, frozenset(needs), epilogue)
+        assert entry.name not in OBJECTIVES, f"{entry.name} is registered twice"
+        OBJECTIVES[entry.name] = entry
+        return function
+
+    return register
 
 
 def segment_sum(values: Tensor, lengths: Tensor) -> Tensor:

@@ -1,23 +1,33 @@
-"""All objectives by `loss_type`. To add one: write its file, then name the module here."""
+"""All objectives by `loss_type`: those of this folder, and those that installed packages announce.
+
+To add one here, write its file. To add one from outside, decorate it with `base.objective` in a package
+of your own and announce the module as an entry point of the group `madpo.objectives`.
+"""
 
 from __future__ import annotations
 
+import pkgutil
 from functools import reduce
+from importlib import import_module
+from importlib.metadata import entry_points
 from operator import or_
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from madpo.trainer.objectives import dpo, madpo, nll
-from madpo.trainer.objectives.base import Objective
+from madpo.trainer.objectives.base import OBJECTIVES
 
-OBJECTIVES: dict[str, Objective] = {
-    module.OBJECTIVE.params.model_fields["loss_type"].default: module.OBJECTIVE
-    for module in (dpo, madpo, nll)
-}
+for found in pkgutil.iter_modules([str(Path(__file__).parent)]):
+    if found.name != "registry":
+        import_module(f"madpo.trainer.objectives.{found.name}")
+for entry_point in entry_points(group="madpo.objectives"):
+    entry_point.load()
+for name in sorted(OBJECTIVES):
+    OBJECTIVES[name] = OBJECTIVES.pop(name)
 
 ObjectiveParams: Any = Annotated[
-    reduce(or_, (objective.params for objective in OBJECTIVES.values())),
+    reduce(or_, (entry.params for entry in OBJECTIVES.values())),
     Field(discriminator="loss_type"),
 ]
 """The type of the config's `objective` block: one of the parameter classes, chosen by `loss_type`."""

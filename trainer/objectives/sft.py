@@ -1,0 +1,74 @@
+"""Supervised fine-tuning: functions of the probability of each completion token."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from madpo.trainer.objectives.base import Item, Params, Scored, objective
+
+
+class NLLParams(Params):
+    loss_type: Literal["nll"] = "nll"
+
+
+@objective(NLLParams, item=Item.TOKEN)
+def nll(scored: Scored, params: NLLParams) -> Tensor:
+    """L = -log p, p the probability of a completion token."""
+    return -scored.token_logps
+
+
+class FAlphaParams(Params):
+    loss_type: Literal["f_alpha"] = "f_alpha"
+    alpha: Annotated[float, Field(ge=0, description="0 is -log p, 1 is 1 - p")] = 1.0
+
+
+@objective(FAlphaParams, item=Item.TOKEN)
+def f_alpha(scored: Scored, params: FAlphaParams) -> Tensor:
+    """L = (1 - p^alpha) / alpha: the larger alpha, the more it leans on what the model knows already.
+
+    For strong base models 1 is a good start, for weak ones 0.
+    Source: Li et al. 2025 (arXiv 2510.00526).
+    """
+    logps = scored.token_logps
+    if params.alpha < 1e-6:
+        return -logps
+    return -torch.expm1(params.alpha * logps) / params.alpha
+
+
+class ThresholdedParams(Params):
+    loss_type: Literal["thresholded_nll"] = "thresholded_nll"
+    threshold: Annotated[float, Field(gt=0, lt=1, description="a probability")] = 0.2
+    keep: Annotated[Literal["above", "below"], Field(description="which tokens are trained")] = "above"
+    loss: Annotated[Literal["log", "linear"], Field(description="-log p or 1 - p")] = "log"
+
+
+@objective(ThresholdedParams, item=Item.TOKEN)
+def thresholded_nll(scored: Scored, params: ThresholdedParams) -> Tensor:
+    """L = f(p) 1[p >= threshold], or 1[p <= threshold]; no gradient through the indicator.
+
+    The mean is over all completion tokens; the authors' code divides by those that are kept.
+    Source: Li et al. 2025 (arXiv 2510.00526), equation 4.
+    """
+    logps = scored.token_logps
+    p = logps.detach().exp()
+    kept = p >= params.threshold if params.keep == "above" else p <= params.threshold
+    losses = -logps if params.loss == "log" else -torch.expm1(logps)
+    return torch.where(kept, losses, 0.0)
+
+
+class DFTParams(Params):
+    loss_type: Literal["dft"] = "dft"
+
+
+@objective(DFTParams, item=Item.TOKEN)
+def dft(scored: Scored, params: DFTParams) -> Tensor:
+    """L = -sg[p] log p: the gradient of 1 - p at the scale of a log-likelihood.
+
+    Source: Wu et al. 2025 (arXiv 2508.05629).
+    """
+    logps = scored.token_logps
+    return -logps.detach().exp() * logps
