@@ -238,7 +238,7 @@ def from_logits(shape: Shape, rows: int, what: Settings) -> Iterator[Row]:
         assert logits.grad is not None
         answers[name] = value.detach(), logits.grad.clone()
         restore()
-        calls[f"{name}, forward"] = lambda op=op: _discard(op())
+        calls[f"{name}, forward"] = lambda op=op: measure.discard(op())
         calls[f"{name}, forward + backward"] = lambda op=op: op().backward()
     (want, d_want), (got, d_got) = answers.values()
     errors = float((got - want).abs() / want.abs()), _relative(d_got, d_want.double())
@@ -262,7 +262,3 @@ def from_logits(shape: Shape, rows: int, what: Settings) -> Iterator[Row]:
         )
     for name, reason in refused.items():
         yield Row(*where, name, refused=reason)
-
-
-def _discard(_: object) -> None:
-    pass

@@ -85,9 +85,9 @@ def copy_bandwidth(device: torch.device, iterations: int) -> float:
     size = 2**30 if device.type == "cuda" else 2**24
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    timing = interleaved({"copy": lambda: _discard(target.copy_(source))}, device, iterations, 3)["copy"]
+    timing = interleaved({"copy": lambda: discard(target.copy_(source))}, device, iterations, 3)["copy"]
     return 2 * size / (timing.median / 1000)
 
 
-def _discard(_: object) -> None:
+def discard(_: object) -> None:
     pass

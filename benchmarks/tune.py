@@ -55,16 +55,12 @@ def sweep(
         for vocab, dtype in product(vocabs, (torch.float32, torch.bfloat16)):
             for name, (call, moved) in steps(rows, vocab, dtype, device).items():
                 for kernels.BLOCK, kernels.NUM_WARPS in choices:
-                    calls = {name: lambda call=call: _discard(call())}
+                    calls = {name: lambda call=call: measure.discard(call())}
                     timing = measure.interleaved(calls, device, iterations, 3)[name]
                     rate = moved / (timing.median / 1000)
                     yield name, vocab, str(dtype), kernels.BLOCK, kernels.NUM_WARPS, rate
     finally:
         kernels.BLOCK, kernels.NUM_WARPS = kept
-
-
-def _discard(_: object) -> None:
-    pass
 
 
 def main() -> None:

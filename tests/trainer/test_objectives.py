@@ -253,6 +253,30 @@ def test_more_golden_values():
     assert build("mmpo")(edge()).item() == pytest.approx(mmpo, abs=1e-12)
 
 
+def test_mixdpo_routes_by_the_margin():
+    """The margin of the edge is 2: easy below a threshold of 2, which is not smaller, difficult above."""
+    for threshold in (0.5, 2.0):
+        easy = build("mixdpo", beta=0.1, threshold=threshold)(edge()).item()
+        assert easy == pytest.approx(0.6432581947, abs=1e-9)
+    assert build("mixdpo", threshold=2.1)(edge()).item() == pytest.approx(1.2)
+    assert build("mixdpo", base="ipo", beta=0.1)(edge()).item() == pytest.approx(13.69)
+    simpo = build("mixdpo", base="simpo", beta=2.0, gamma=1.0)(edge()).item()
+    assert simpo == pytest.approx(1.2411538747, abs=1e-9)
+
+
+def test_anchors_by_hand():
+    """Scores 2 and -0.5, reference 1 and 0.25: D = 1.75."""
+    scores = EdgeScores(*torch.tensor([[2.0], [-0.5], [1.0], [0.25]], dtype=torch.float64).unbind())
+    base = math.log1p(math.exp(-0.1 * 1.75))
+
+    def anchor(**parameters):
+        return build("anchored_dpo", **parameters)(scores).item() - base
+
+    assert anchor(anchor="linear") == pytest.approx(-3.25)
+    assert anchor(anchor="lse", alpha=0.5) == pytest.approx(0.5 * math.log(math.exp(-3) + math.exp(-0.25)))
+    assert anchor(anchor="hinge", tau=2.5) == pytest.approx(0.5 + 2.0)
+
+
 @pytest.mark.parametrize(
     "divergence, g",
     [

@@ -122,3 +122,30 @@ def apo_down(scores: EdgeScores, params: APODownParams) -> Tensor:
     """
     won = torch.sigmoid(params.beta * scores.chosen_logratios)
     return won + 1 - torch.sigmoid(params.beta * scores.deltas)
+
+
+class AnchoredParams(Params):
+    loss_type: Literal["anchored_dpo"] = "anchored_dpo"
+    beta: Beta = 0.1
+    anchor: Annotated[Literal["linear", "lse", "hinge"], Field(description="its form")] = "hinge"
+    alpha: Annotated[float, Field(ge=0, description="weight of the anchor")] = 1.0
+    tau: Annotated[float, Field(description="of the hinge: scores above tau and below -tau are enough")] = 1.0
+
+
+@objective(AnchoredParams, {"reference"})
+def anchored_dpo(scores: EdgeScores, params: AnchoredParams) -> Tensor:
+    """L = -log sigmoid(beta D) + alpha anchor, for plain scores s+ and s- of any model.
+
+    linear: -(s+ + s_ref+) + (s- + s_ref-). lse: log(e^-(s+ + s_ref+) + e^(s- + s_ref-)). hinge:
+    max(0, tau - s+) + max(0, s- + tau). The first two are unbounded below. The defaults are assumed.
+    """
+    won, lost = scores.chosen_logps, scores.rejected_logps
+    assert scores.ref_chosen_logps is not None and scores.ref_rejected_logps is not None
+    up, down = -(won + scores.ref_chosen_logps), lost + scores.ref_rejected_logps
+    if params.anchor == "linear":
+        anchor = up + down
+    elif params.anchor == "lse":
+        anchor = torch.logaddexp(up, down)
+    else:
+        anchor = torch.relu(params.tau - won) + torch.relu(lost + params.tau)
+    return -F.logsigmoid(params.beta * scores.deltas) + params.alpha * anchor
