@@ -131,13 +131,17 @@ def dlogits_ref_(
     out: Tensor | None = None,  # (m, C)
     first_column: int = 0,
 ) -> Tensor:
-    """`rows.dlogits_` in plain torch, except that its memory is its own unless `out` is given."""
+    """`rows.dlogits_` in plain torch; it may wait for the device."""
     z = _transformed(logits, bias, transform, first_column, normalisers.dtype)
-    d = (z - normalisers[:, None]).exp_().mul_(-slopes[:, None])
+    slope = transform.slope(z)
+    d = z.clone() if z is logits and out is not None and out is not logits else z
+    d.sub_(normalisers[:, None]).exp_().mul_(-slopes[:, None])
     columns = targets[:, None] - first_column
     inside = (columns >= 0) & (columns < d.shape[1])
     d.scatter_add_(1, columns.clamp(0, d.shape[1] - 1), torch.where(inside, slopes[:, None], 0))
-    d = torch.where(slopes[:, None] == 0, 0, d * transform.slope(z))
+    if not isinstance(slope, float) or slope != 1.0:
+        d.mul_(slope)
+    d[slopes == 0] = 0.0
     return d.to(dtype) if out is None else out.copy_(d)
 
 
