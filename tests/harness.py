@@ -67,12 +67,14 @@ LLAMA = {
 }
 
 
-def save_model(folder: Path, tokenizer: Path, seed: int, tied: bool = False) -> Path:
-    """A tiny random Llama with its tokenizer; large weights, so that models differ."""
+def save_model(folder: Path, tokenizer: Path, seed: int, tied: bool = False, **changes: Any) -> Path:
+    """A tiny random Llama (or another model, by `changes`) with its tokenizer; large weights, so that
+    models differ."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(**LLAMA, tie_word_embeddings=tied, initializer_range=0.15)
+    settings = {**LLAMA, "tie_word_embeddings": tied, "initializer_range": 0.15, **changes}
+    config = AutoConfig.for_model(**settings)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return folder

@@ -145,6 +145,31 @@ def test_two_zero3_ranks_equal_plain_pytorch(config):
     compare(got, want)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"model_type": "phi"}, {"model_type": "cohere", "logit_scale": 0.25}],
+    ids=["bias", "scaled-logits"],
+)
+def test_heads_with_a_bias_or_a_scale_under_zero3(changes, tmp_path, tokenizer_folder):
+    """The bias is a parameter of its own, shared between the model and the head, and is trained."""
+    names = {}
+    for role, seed in (("model_name_or_path", 1), ("ref_model_name_or_path", 2)):
+        names[role] = str(save_model(tmp_path / role, tokenizer_folder, seed, **changes))
+    config = make_config(
+        tmp_path,
+        {
+            "model": names,
+            "data": {"dataset_name": str(write_pairs(tmp_path / "pairs.jsonl", 40))},
+            "objective": {"loss_type": "madpo", "tau": 2.0},
+            "train": {"global_batch_size": BATCH},
+        },
+    )
+    want = plain_steps(config, 2)
+    if changes["model_type"] == "phi":
+        assert want[0][1]["lm_head.bias"].any()
+    compare(run_ranks(2, zero3_steps, config, 2)[0], want)
+
+
 @pytest.mark.parametrize("gib", [2.0, 1e-5], ids=["one-wave", "waves-and-slabs"])
 def test_the_triton_head_under_zero3_equals_plain_pytorch(config, gib):
     """The kernels, interpreted, inside two real ZeRO-3 ranks."""
