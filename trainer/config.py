@@ -17,6 +17,7 @@ from madpo.trainer import strict_yaml
 from madpo.trainer.deepspeed_keys import DEEPSPEED_KEYS, OWNED_DEEPSPEED_KEYS
 from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Objective
+from madpo.trainer.objectives.build import ALIASES
 from madpo.trainer.objectives.registry import OBJECTIVES, ObjectiveParams
 
 
@@ -116,9 +117,16 @@ class Config(Section):
     launch: LaunchConfig = LaunchConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed to DeepSpeed")
 
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _names_of_other_libraries(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("loss_type") in ALIASES:
+            return {**value, "loss_type": ALIASES[value["loss_type"]]}
+        return value
+
     @property
     def objective_entry(self) -> Objective:
-        return OBJECTIVES[self.objective.loss_type]
+        return OBJECTIVES[self.objective.loss_type].of(self.objective)
 
     @model_validator(mode="after")
     def _validate(self) -> Self:

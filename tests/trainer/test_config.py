@@ -59,7 +59,7 @@ ERRORS = [
     (["optim.lr=-1"], r"optim\.lr: Input should be greater than 0 \(got -1\)"),
     (["optim.lr=.nan"], r"optim\.lr: Input should be a finite number"),
     (["objective.loss_type=madop"], r"unknown objective 'madop', did you mean 'madpo'"),
-    (["objective={}"], r"objective: loss_type is required; one of alphapo, apo_down, .*, madpo, "),
+    (["objective={}"], r"objective: loss_type is required; one of alphapo, anchored_dpo, .*, madpo, "),
     (["objective.c_min=1"], r"objective\.c_min: Input should be less than 1 \(got 1\)"),
     (["data={}"], r"data\.dataset_name: is required"),
     (["optim.warmup_steps=3", "optim.warmup_ratio=0.1"], r"warmup_steps or warmup_ratio, not both"),
@@ -147,3 +147,13 @@ def test_deepspeed_keys_are_those_of_the_installed_deepspeed():
     )
     for key in DEEPSPEED_KEYS:
         assert re.search(rf"[\"']{key}[\"']", sources), f"DeepSpeed does not know {key!r}"
+
+
+def test_the_names_of_other_libraries(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "output_dir: o\nmodel: {model_name_or_path: m}\ndata: {dataset_name: d.jsonl}\n"
+        "objective: {loss_type: sigmoid, beta: 0.2}\n"
+    )
+    found = load(path)
+    assert (found.objective.loss_type, found.objective.beta) == ("dpo", 0.2)

@@ -33,8 +33,8 @@ def batch_of(item: Item):
 @pytest.mark.parametrize("rows", [1000, 9], ids=["one-wave", "waves-and-slabs"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_through_the_head(name, rows):
-    entry = OBJECTIVES[name]
-    params = entry.params()
+    params = OBJECTIVES[name].params()
+    entry = OBJECTIVES[name].of(params)
     batch = batch_of(entry.item)
     hidden, ref_hidden = torch.randn(2, len(batch.targets), H, dtype=torch.float64)
     weight, ref_weight = (nn.Parameter(torch.randn(V, H, dtype=torch.float64) * 0.4) for _ in range(2))

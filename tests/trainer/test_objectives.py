@@ -146,7 +146,7 @@ def test_nll_is_one_loss_per_token():
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradients_are_right_and_stop_at_the_reference(name):
-    entry = OBJECTIVES[name]
+    entry = OBJECTIVES[name].of(OBJECTIVES[name].params())
     reference = torch.randn(9, dtype=torch.float64, requires_grad=True)
     leaf = torch.randn(9, dtype=torch.float64, requires_grad=True)
 
@@ -262,6 +262,25 @@ def test_mixdpo_routes_by_the_margin():
     assert build("mixdpo", base="ipo", beta=0.1)(edge()).item() == pytest.approx(13.69)
     simpo = build("mixdpo", base="simpo", beta=2.0, gamma=1.0)(edge()).item()
     assert simpo == pytest.approx(1.2411538747, abs=1e-9)
+
+
+def test_weighted_sums():
+    """The default is MPO; needs and names come from the terms."""
+    mpo = build("weighted_sum")
+    assert mpo.needs == {"reference", "lengths"}
+    assert mpo(edge()).item() == pytest.approx(0.8 * 0.6302581947 + 0.2 * 1.3224066153 + 1.2, abs=1e-9)
+    terms = [{"loss_type": "simpo", "gamma": 1.0}, {"loss_type": "slic_hf"}]
+    two = build("weighted_sum", terms=terms, loss_weights=[1.0, 0.5])
+    assert two.needs == {"lengths"}
+    assert two(edge()).item() == pytest.approx(1.2411538747 + 0.6, abs=1e-9)
+    for wrong, message in (
+        ({"terms": terms, "loss_weights": [1.0]}, "1 for 2 terms"),
+        ({"terms": [{"loss_type": "nll"}], "loss_weights": [1.0]}, "nll is no objective of pairs"),
+        ({"terms": [{"loss_type": "dpo", "beta": -1.0}], "loss_weights": [1.0]}, "dpo: beta"),
+        ({"terms": [{"beta": 1.0}], "loss_weights": [1.0]}, "each needs a loss_type"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build("weighted_sum", **wrong)
 
 
 def test_anchors_by_hand():

@@ -9,7 +9,7 @@ one of sequences or tokens `Scored`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -157,6 +157,7 @@ class Objective:
     params: type[Params]
     item: Item = Item.EDGE
     needs: frozenset[str] = frozenset()  # of reference, margins, lengths
+    needs_of: Callable[[Any], frozenset[str]] | None = None  # where they depend on the parameters
     epilogue: Epilogue | None = None  # None: by autograd
 
     def __call__(self, scored: Scored, params: Params) -> Outcome:
@@ -165,6 +166,10 @@ class Objective:
     @property
     def name(self) -> str:
         return self.params.model_fields["loss_type"].default
+
+    def of(self, params: Params) -> Objective:
+        """The objective with the needs that it has under these parameters."""
+        return self if self.needs_of is None else replace(self, needs=self.needs_of(params))
 
     @property
     def needs_reference(self) -> bool:
@@ -186,7 +191,7 @@ OBJECTIVES: dict[str, Objective] = {}
 
 def objective(
     params: type[Params],
-    needs: Iterable[str] = (),
+    needs: Iterable[str] | Callable[[Any], frozenset[str]] = (),
     item: Item = Item.EDGE,
     epilogue: Epilogue | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -201,7 +206,10 @@ def objective(
             result = function(scores, settings)
             return result if isinstance(result, Outcome) else Outcome(result)
 
-        entry = Objective(outcome, params, item, frozenset(needs), epilogue)
+        if callable(needs):
+            entry = Objective(outcome, params, item, needs_of=needs, epilogue=epilogue)
+        else:
+            entry = Objective(outcome, params, item, frozenset(needs), epilogue=epilogue)
         assert entry.name not in OBJECTIVES, f"{entry.name} is registered twice"
         OBJECTIVES[entry.name] = entry
         return function

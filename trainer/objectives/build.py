@@ -60,7 +60,8 @@ def build(name: str, **parameters: Any) -> BoundObjective:
         raise ValueError(f"unknown objective {name!r}{hint}")
     entry = OBJECTIVES[name]
     try:
-        return BoundObjective(entry, entry.params.model_validate(parameters))
+        params = entry.params.model_validate(parameters)
+        return BoundObjective(entry.of(params), params)
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']} (got {problem['input']!r})"
