@@ -64,6 +64,8 @@ TRL_NAMES = {
     "learning_rate",
     "epoch",
     "num_tokens",
+    "lengths/chosen",
+    "lengths/rejected",
     "logps/chosen",
     "logps/rejected",
     "rewards/chosen",
