@@ -24,6 +24,7 @@ LAYERS = [
     "madpo.trainer.head",
     "madpo.trainer.model",
     "madpo.trainer.metrics",
+    "madpo.trainer.whole_batch",
     "madpo.trainer.engine",
     "madpo.trainer.checkpoint",
     "madpo.trainer.loop",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from madpo.trainer.config import Config, OptimConfig
+from madpo.trainer.data.loader import Step
 from madpo.trainer.data.packing import PackedBatch
+from madpo.trainer.head import PreferenceHead, scored_span
 from madpo.trainer.metrics import Meter, add_batch
+from madpo.trainer.objectives.base import BatchState
+from madpo.trainer.whole_batch import share_losses
 
 
 def deepspeed_config(config: Config, training: bool = True) -> dict[str, Any]:
@@ -80,18 +84,64 @@ def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def train_step(engine: Any, batches: Sequence[PackedBatch], learning_rate: float, meter: Meter) -> None:
-    """Forward and backward of every micro-batch, then one optimiser update."""
-    module, device = engine.module, engine.device
+def train_step(
+    engine: Any, step: Step, learning_rate: float, meter: Meter, state: BatchState
+) -> dict[str, list[float]]:
+    """Forward and backward of every micro-batch, then one optimiser update.
+
+    Returns what the objective wants to find in the next step's state.
+    """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
+    head, memory = engine.module.head, {}
+    batches = [batch.to(engine.device) for batch in step.batches]
+    if head.objective.needs_batch:
+        batches, memory = _with_slopes(engine, step, batches, meter, state)
     for index, batch in enumerate(batches):
         engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-        batch = batch.to(device)
         loss, logps, ref_logps = engine(batch)
         engine.backward(loss)
-        add_batch(meter, batch, logps, ref_logps, module.head.objective, module.head.params)
+        if not head.objective.needs_batch:
+            _measure(head, meter, batch, logps, ref_logps)
     engine.step()
+    return memory
+
+
+@torch.no_grad()
+def evaluation_step(engine: Any, step: Step, meter: Meter, state: BatchState) -> None:
+    """The metrics of a stretch of held-out groups."""
+    head = engine.module.head
+    batches = [batch.to(engine.device) for batch in step.batches]
+    if head.objective.needs_batch:
+        _with_slopes(engine, step, batches, meter, state)
+        return
+    for batch in batches:
+        _, logps, ref_logps = engine(batch)
+        _measure(head, meter, batch, logps, ref_logps)
+
+
+@torch.no_grad()
+def _with_slopes(
+    engine: Any, step: Step, batches: list[PackedBatch], meter: Meter, state: BatchState
+) -> tuple[list[PackedBatch], dict[str, list[float]]]:
+    """The batches with the slopes of losses that look at the whole step, and those losses' memory."""
+    head, scored = engine.module.head, []
+    for batch in batches:
+        _, logps, ref_logps = engine(batch)
+        scored.append(scored_span(batch, logps, ref_logps))
+    outcomes, slopes = share_losses(step, batches, scored, head.objective, head.params, state)
+    for batch, scores, outcome in zip(batches, scored, outcomes, strict=True):
+        add_batch(meter, batch, scores, outcome, head.objective, head.params)
+    pairs = zip(batches, slopes, strict=True)
+    return [dataclasses.replace(batch, slopes=slope) for batch, slope in pairs], outcomes[0].memory
+
+
+@torch.no_grad()
+def _measure(
+    head: PreferenceHead, meter: Meter, batch: PackedBatch, logps: Tensor, ref_logps: Tensor | None
+) -> None:
+    scored = scored_span(batch, logps, ref_logps)
+    add_batch(meter, batch, scored, head.objective(scored, head.params), head.objective, head.params)
 
 
 def grad_norm(engine: Any) -> float:

@@ -7,12 +7,13 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.layout import Groups, Span
-from madpo.kernels.preference_loss import Reference, preference_loss
+from madpo.kernels.preference_loss import Reference, SpanLoss, preference_loss
 from madpo.kernels.steps import Impl
 from madpo.kernels.transform import IDENTITY, LogitTransform
 from madpo.trainer.data.packing import PackedBatch
-from madpo.trainer.objectives.base import Objective, Params, Scored
+from madpo.trainer.objectives.base import Objective, Params, Scored, segment_sum
 
 __all__ = ["Impl", "LogitTransform", "OutputHead", "PreferenceHead", "scored_span"]
 
@@ -58,13 +59,12 @@ class PreferenceHead(nn.Module):
         batch: PackedBatch,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(loss (), token_logps (M,), ref_token_logps (M,) or None)."""
-        epilogue = self.objective.epilogue
         out = preference_loss(
             hidden,
             self.weight,
             batch.targets,
             Groups(batch.lengths, batch.group_sequences, batch.group_edges, batch.winners, batch.losers),
-            epilogue(batch.margins, self.params) if epilogue else partial(self._span_loss, batch),
+            self._loss(batch),
             Reference(ref_hidden, self.ref_weight, self.ref_bias) if ref_hidden is not None else None,
             bias=self.bias,
             transform=self.transform,
@@ -74,8 +74,25 @@ class PreferenceHead(nn.Module):
         )
         return out.loss, out.token_logps, out.ref_token_logps
 
+    def _loss(self, batch: PackedBatch) -> EdgeLoss | SpanLoss:
+        """What the kernels form or differentiate; nothing where the losses wait for the whole batch."""
+        if batch.slopes is not None:
+            return partial(_linear_loss, batch)
+        if self.objective.needs_batch:
+            return lambda logps, ref_logps, span: logps.new_zeros(())
+        if self.objective.epilogue is not None:
+            return self.objective.epilogue(batch.margins, self.params)
+        return partial(self._span_loss, batch)
+
     def _span_loss(self, batch: PackedBatch, logps: Tensor, ref_logps: Tensor | None, span: Span) -> Tensor:
         return self.objective(scored_span(batch, logps, ref_logps, span), self.params).losses.sum()
+
+
+def _linear_loss(batch: PackedBatch, logps: Tensor, ref_logps: Tensor | None, span: Span) -> Tensor:
+    """A stand-in that has the gradient of the losses whose slopes are known."""
+    assert batch.slopes is not None
+    sums = segment_sum(logps, batch.seq_lengths[span.sequences])
+    return (sums * batch.slopes[span.sequences]).sum()
 
 
 WHOLE = Span(*(slice(0, None),) * 4)
@@ -96,4 +113,5 @@ def scored_span(
         batch.winners[span.edges] - first,
         batch.losers[span.edges] - first,
         batch.margins[span.edges],
+        batch.labels[span.sequences],
     )

@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
-from madpo.trainer.data.loader import evaluation_batches, step_batches
+from madpo.trainer.data.loader import evaluation_steps, plan_step
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.dist import Shard
-from madpo.trainer.engine import grad_norm, train_step
+from madpo.trainer.engine import evaluation_step, grad_norm, train_step
 from madpo.trainer.errors import UserError
-from madpo.trainer.metrics import Meter, add_batch
+from madpo.trainer.metrics import Meter
+from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.schedule import learning_rate
 from madpo.trainer.state import TrainState
 
@@ -65,10 +64,11 @@ def train(
         count = min(settings.global_batch_size, plan.total_groups - state.consumed)
         assert count > 0, "the plan and the state disagree"
         indices = order.take(state.consumed, count)
-        batches = step_batches(groups, indices, item, settings.micro_batch_tokens, shard)
+        step = plan_step(groups, indices, item, settings.micro_batch_tokens, shard)
 
         rate = learning_rate(config.optim, state.step, plan.total_steps)
-        train_step(engine, batches, rate, meter)
+        now = BatchState(state.memory, (config.seed, state.step))
+        state.memory = train_step(engine, step, rate, meter, now)
         state.step += 1
         state.consumed += count
         state.num_tokens += int(groups.lengths[indices].sum())
@@ -92,7 +92,7 @@ def train(
 
         if held_out is not None and (is_last or _due(state.step, settings.eval_steps)):
             paused = time.perf_counter()
-            record = evaluate(config, engine, held_out, shard)
+            record = evaluate(config, engine, held_out, shard, state.memory)
             on_record(_stamped(record, state, len(groups)))
             engine.train()
             logged_at += time.perf_counter() - paused
@@ -103,24 +103,29 @@ def train(
             logged_at += time.perf_counter() - paused
 
 
-def evaluate(config: Config, engine: Any, groups: GroupDataset, shard: Shard) -> Record:
-    """Metrics over all groups, names prefixed with `eval_`. Leaves the engine in evaluation mode."""
+def evaluate(
+    config: Config,
+    engine: Any,
+    groups: GroupDataset,
+    shard: Shard,
+    memory: Mapping[str, list[float]],
+) -> Record:
+    """Metrics over all groups, names prefixed with `eval_`. Leaves the engine in evaluation mode.
+
+    An objective of the whole batch sees stretches of `global_batch_size` groups, and `memory` unchanged.
+    """
     engine.eval()
     meter = Meter()
-    head = engine.module.head
     settings = config.train
-    batches = evaluation_batches(
+    steps = evaluation_steps(
         groups,
         config.objective_entry.item,
         settings.global_batch_size,
         settings.micro_batch_tokens,
         shard,
     )
-    with torch.no_grad():
-        for batch in batches:
-            batch = batch.to(engine.device)
-            _, logps, ref_logps = engine(batch)
-            add_batch(meter, batch, logps, ref_logps, head.objective, head.params)
+    for number, step in enumerate(steps):
+        evaluation_step(engine, step, meter, BatchState(memory, (config.seed, number)))
     return {f"eval_{name}": value for name, value in meter.reduce().items()}
 
 

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from madpo.trainer.data.packing import PackedBatch
-from madpo.trainer.head import scored_span
-from madpo.trainer.objectives.base import Item, Objective, Params, Scored
+from madpo.trainer.objectives.base import Item, Objective, Outcome, Params, Scored
 from madpo.trainer.run_folder import metrics_lines
 
+MOMENTS = ("x", "y", "xx", "yy", "xy")
 WITH_EXTREMA = frozenset({"madpo/weight"})
 """Metrics logged as name_mean, name_min and name_max instead of a mean alone."""
 
@@ -31,22 +31,32 @@ class Meter:
     def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}  # name -> (4,) sum, count, -min, max
 
-    def add(self, name: str, values: Tensor) -> None:
-        """Fold in the values (k,) of one micro-batch; k may be 0, the name is then known all the same."""
+    def add(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
+        """Fold in the values (k,) of one micro-batch, or those `where` (k,) is true.
+
+        There may be none, the name is then known all the same.
+        """
         values = values.detach().double()
+        taken = torch.ones_like(values, dtype=torch.bool) if where is None else where
         floor = values.new_full((1,), -math.inf)
         total = torch.stack(
             [
-                values.sum(),
-                values.new_full((), float(len(values))),
-                torch.cat((floor, -values)).max(),
-                torch.cat((floor, values)).max(),
+                torch.where(taken, values, 0.0).sum(),
+                taken.sum().double(),
+                torch.cat((floor, torch.where(taken, -values, -math.inf))).max(),
+                torch.cat((floor, torch.where(taken, values, -math.inf))).max(),
             ]
         )
         if name in self._totals:
             old = self._totals[name]
             total = torch.cat((old[:2] + total[:2], torch.maximum(old[2:], total[2:])))
         self._totals[name] = total
+
+    def add_correlation(self, name: str, x: Tensor, y: Tensor, where: Tensor) -> None:
+        """Fold in pairs of values (k,) whose correlation is to be logged."""
+        x, y = x.double(), y.double()
+        for moment, values in zip(MOMENTS, (x, y, x * x, y * y, x * y), strict=True):
+            self.add(f"{name} {moment}", values, where)
 
     def reduce(self) -> dict[str, float]:
         """Means (and extrema) over all ranks, then start anew. One all-gather, one copy to the host."""
@@ -71,51 +81,64 @@ class Meter:
                 }
             else:
                 out[name] = total / count
-        return out
+        return _with_correlations(out)
+
+
+def _with_correlations(record: dict[str, float]) -> dict[str, float]:
+    """Moments as the correlations they stand for, left out where one of the two does not vary."""
+    for name in [key.removesuffix(" xy") for key in record if key.endswith(" xy")]:
+        x, y, xx, yy, xy = (record.pop(f"{name} {moment}") for moment in MOMENTS)
+        spread = (xx - x * x) * (yy - y * y)
+        if spread > 0:
+            record[name] = (xy - x * y) / math.sqrt(spread)
+    return record
 
 
 def add_batch(
     meter: Meter,
     batch: PackedBatch,
-    token_logps: Tensor,  # (M,)
-    ref_token_logps: Tensor | None,  # (M,)
+    scored: Scored,
+    outcome: Outcome,
     objective: Objective,
     params: Params,
 ) -> None:
-    """Fold one micro-batch's metrics into the meter."""
+    """Fold one micro-batch's metrics into the meter. Names depend on the objective alone."""
     keep = 0 if batch.is_filler else None
+    labelled = batch.labels != 0
     with torch.no_grad():
-        scored = scored_span(batch, token_logps, ref_token_logps)
-        outcome = objective(scored, params)
-        meter.add("loss", outcome.losses[:keep])
+        where = labelled[:keep] if objective.item is Item.SEQUENCE else None
+        meter.add("loss", outcome.losses[:keep], where)
         for name, values in outcome.stats.items():
-            meter.add(name, values[:keep])
-        if objective.item is Item.EDGE:
-            _add_pairs(meter, scored, getattr(params, "beta", 1.0))
-        if ref_token_logps is not None:
-            drift = token_logps.double() - ref_token_logps.double()
-            meter.add("kl", (drift.square() / 2)[:keep])
+            meter.add(name, values[:keep], where)
+        if objective.item is not Item.TOKEN:
+            _add_completions(meter, batch, scored, objective.item, getattr(params, "beta", 1.0))
+        if scored.ref_token_logps is not None:
+            drift = scored.token_logps.double() - scored.ref_token_logps.double()
+            if objective.item is Item.SEQUENCE:
+                where = labelled.repeat_interleave(batch.seq_lengths, output_size=len(drift))[:keep]
+            meter.add("kl", (drift.square() / 2)[:keep], where)
 
 
-def _add_pairs(meter: Meter, scored: Scored, beta: float) -> None:
-    logps, lengths = scored.logps, scored.lengths.clamp(min=1)
-    chosen, rejected = logps[scored.winners], logps[scored.losers]
-    meter.add("logps/chosen", chosen)
-    meter.add("logps/rejected", rejected)
-    per_token = logps / lengths
-    meter.add("lengths/chosen", scored.lengths[scored.winners].double())
-    meter.add("lengths/rejected", scored.lengths[scored.losers].double())
-    better = per_token[scored.winners] > per_token[scored.losers]
-    meter.add("logps/accuracies", (chosen > rejected).double())
-    meter.add("logps/accuracies_per_token", better.double())
-    if scored.ref_token_logps is None:
+def _add_completions(meter: Meter, batch: PackedBatch, scored: Scored, item: Item, beta: float) -> None:
+    """Rewards, log-probs and lengths of chosen and rejected, or of desirable and undesirable, completions."""
+    lengths, per_token = scored.lengths.double(), scored.logps / scored.lengths.clamp(min=1)
+    rewards = beta * (per_token if scored.ref_token_logps is None else scored.logratios)
+    labels = batch.labels
+    sides = {"chosen": (slice(None), labels > 0), "rejected": (slice(None), labels < 0)}
+    if item is Item.EDGE:
+        sides = {"chosen": (scored.winners, None), "rejected": (scored.losers, None)}
+    for side, (index, where) in sides.items():
+        meter.add(f"rewards/{side}", rewards[index], where)
+        meter.add(f"logps/{side}", scored.logps[index], where)
+        meter.add(f"lengths/{side}", lengths[index], where)
+    meter.add_correlation("rewards/length_correlation", rewards, lengths, labels != 0)
+    if item is not Item.EDGE:
         return
-    rewards = beta * scored.logratios
-    won, lost = rewards[scored.winners], rewards[scored.losers]
-    meter.add("rewards/chosen", won)
-    meter.add("rewards/rejected", lost)
-    meter.add("rewards/margins", won - lost)
-    meter.add("rewards/accuracies", (won > lost).double())
+    won, lost = scored.winners, scored.losers
+    meter.add("rewards/margins", rewards[won] - rewards[lost])
+    meter.add("rewards/accuracies", (rewards[won] > rewards[lost]).double())
+    meter.add("logps/accuracies", (scored.logps[won] > scored.logps[lost]).double())
+    meter.add("logps/accuracies_per_token", (per_token[won] > per_token[lost]).double())
 
 
 class MetricsFile:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -12,6 +12,7 @@ class TrainState:
     step: int = 0  # optimiser steps done
     consumed: int = 0  # groups trained on, over all ranks
     num_tokens: int = 0  # packed tokens trained on, over all ranks
+    memory: dict[str, list[float]] = field(default_factory=dict)  # of an objective of the whole batch
 
     def epoch(self, num_groups: int) -> float:
         return self.consumed / num_groups

@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from harness import make_config, run_ranks, save_model, write_pairs
 from kernel_cases import relative_error
+from zero3 import padded_logps, zero3_steps
 
 from madpo.trainer.config import Config
-from madpo.trainer.data.loader import step_batches
+from madpo.trainer.data.loader import plan_step
 from madpo.trainer.data.order import DataOrder
-from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.engine import train_step
 from madpo.trainer.metrics import Meter
 from madpo.trainer.model.load import load_tokenizer
-from madpo.trainer.objectives.base import Item, MarginWeight
+from madpo.trainer.objectives.base import BatchState, Item, MarginWeight
 from madpo.trainer.stages.setup import load_data, start_engine
 
 pytestmark = pytest.mark.ranks
@@ -41,40 +41,6 @@ def config(request, tmp_path, tokenizer_folder) -> Config:
             "train": {"global_batch_size": BATCH},
         },
     )
-
-
-def zero3_steps(shard, config: Config, steps: int) -> list[tuple[float, dict[str, torch.Tensor]]]:
-    """(loss, full gradients of the policy) of every step."""
-    from deepspeed.utils import safe_get_full_grad
-
-    tokenizer = load_tokenizer(config.model)
-    groups = load_data(config, tokenizer, training=True).train
-    assert groups is not None
-    engine = start_engine(config, tokenizer, training=True)
-    order = DataOrder(len(groups), config.seed)
-    names = dict(engine.module.policy.named_parameters())
-    gradients: dict[str, torch.Tensor] = {}
-    engine_step = engine.step
-
-    def step_and_keep_gradients() -> None:
-        for name, parameter in names.items():
-            gradient = safe_get_full_grad(parameter)
-            assert gradient is not None
-            gradients[name] = gradient.clone()
-        engine_step()
-
-    engine.step = step_and_keep_gradients
-    out = []
-    for step in range(steps):
-        meter = Meter()
-        size = config.train.global_batch_size
-        indices = order.take(step * size, size)
-        budget = config.train.micro_batch_tokens
-        batches = step_batches(groups, indices, Item.EDGE, budget, shard)
-        train_step(engine, batches, config.optim.lr, meter)
-        out.append((meter.reduce()["loss"], dict(gradients)))
-    engine.destroy()
-    return out if shard.is_main else []
 
 
 def plain_steps(config: Config, steps: int) -> list[tuple[float, dict[str, torch.Tensor]]]:
@@ -110,23 +76,6 @@ def plain_steps(config: Config, steps: int) -> list[tuple[float, dict[str, torch
         torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm)
         optimizer.step()
     return out
-
-
-def padded_logps(model: Any, batch: list[TokenGroup]) -> torch.Tensor:
-    """(sequences,) log-probs of every completion, prompt repeated, right-padded, all logits."""
-    rows = [(group.prompt, completion) for group in batch for completion in group.completions]
-    longest = max(len(prompt) + len(completion) for prompt, completion in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    labels = torch.full((len(rows), longest), -100)
-    for row, (prompt, completion) in enumerate(rows):
-        end = len(prompt) + len(completion)
-        ids[row, :end] = torch.tensor(prompt + completion)
-        labels[row, len(prompt) : end] = torch.tensor(completion)
-    present = torch.arange(longest) < torch.tensor([len(p) + len(c) for p, c in rows])[:, None]
-    logits = model(input_ids=ids, attention_mask=present.long()).logits[:, :-1]
-    targets = labels[:, 1:]
-    logps = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    return torch.where(targets == -100, 0.0, logps).sum(1)
 
 
 def compare(got, want, tolerance=1e-5):
@@ -209,7 +158,7 @@ def few_steps(shard, config: Config) -> tuple[Any, int]:
     fillers = 0
     for step in range(2):
         indices = DataOrder(len(groups), config.seed).take(step * 3, 3)
-        batches = step_batches(groups, indices, Item.EDGE, 256, shard)
+        batches = plan_step(groups, indices, Item.EDGE, 256, shard).batches
         fillers += sum(batch.is_filler for batch in batches)
     return zero3_steps(shard, config, 2), fillers
 
@@ -224,8 +173,8 @@ def first_loss(shard, config: Config) -> dict[str, float]:
     assert groups is not None
     engine = start_engine(config, tokenizer, training=True)
     meter = Meter()
-    batches = step_batches(groups, np.arange(BATCH), Item.EDGE, 256, shard)
-    train_step(engine, batches, 1e-3, meter)
+    step = plan_step(groups, np.arange(BATCH), Item.EDGE, 256, shard)
+    train_step(engine, step, 1e-3, meter, BatchState())
     engine.destroy()
     return meter.reduce()
 

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from madpo.trainer.data.tokenise import TokenGroup, TokenRules, tokenise
 from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Item, Objective
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of the cache key; raise it when the same rows would give other tokens."""
 
 FEATURES = datasets.Features(
@@ -38,11 +39,13 @@ FEATURES = datasets.Features(
         "winners": datasets.Sequence(datasets.Value("int32")),
         "losers": datasets.Sequence(datasets.Value("int32")),
         "margins": datasets.Sequence(datasets.Value("float64")),
+        "labels": datasets.Sequence(datasets.Value("int8")),
         "num_tokens": datasets.Value("int32"),
         "num_completion_tokens": datasets.Value("int32"),
         "num_sequences": datasets.Value("int32"),
         "num_edges": datasets.Value("int32"),
         "num_margins": datasets.Value("int32"),
+        "num_labels": datasets.Value("int32"),
         "boundary_cut": datasets.Value("int32"),
         "truncated": datasets.Value("int32"),
         "problem": datasets.Value("string"),
@@ -59,19 +62,25 @@ class GroupDataset:
     def __init__(self, table: datasets.Dataset, name: str, fingerprint: str) -> None:
         self.name = name
         self.fingerprint = fingerprint  # of the rows and everything that made tokens of them
-        self._table = table
+        self.table = table
         self.lengths = _column(table, "num_tokens")  # (G,) packed tokens
         self.completion_tokens = _column(table, "num_completion_tokens")  # (G,)
         self.sequences = _column(table, "num_sequences")  # (G,)
         self.edges = _column(table, "num_edges")  # (G,)
+        self.labelled = _column(table, "num_labels")  # (G,) sequences that are desirable or not
+
+    @cached_property
+    def margins(self) -> np.ndarray:
+        """(E,) margins of all edges; NaN where the data set has none."""
+        return _flat(self.table, "margins")
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.table)
 
     def __getitem__(self, index: int) -> TokenGroup:
-        row = self._table[int(index)]
+        row = self.table[int(index)]
         edges = list(zip(row["winners"], row["losers"], row["margins"], strict=True))
-        return TokenGroup(row["prompt"], row["completions"], edges)
+        return TokenGroup(row["prompt"], row["completions"], edges, row["labels"])
 
     def require(self, objective: Objective, loss_type: str, budget: int) -> None:
         """Raise ValueError unless the groups hold what the objective needs and fit the token budget."""
@@ -81,13 +90,25 @@ class GroupDataset:
                 f"{self.name}: objective {loss_type} compares completions; give columns prompt, chosen "
                 "and rejected, or use loss_type nll"
             )
-        missing = np.flatnonzero(_column(self._table, "num_margins") < self.edges)
+        if "labels" in objective.needs and not self.labelled.all():
+            raise UserError(
+                f"{self.name}: objective {loss_type} needs labels; give columns prompt, completion and label "
+                "(true or false), or prompt, chosen and rejected"
+            )
+        missing = np.flatnonzero(_column(self.table, "num_margins") < self.edges)
         if objective.needs_margin and len(missing):
             raise UserError(
                 f"{self.name}: {len(missing)} of {len(self)} rows have no margin, which objective "
                 f"{loss_type} needs; give a `margin` column (score of chosen minus score of rejected) or "
                 "use loss_type dpo"
             )
+
+
+def _flat(table: datasets.Dataset, name: str) -> np.ndarray:
+    """The numbers of a column of lists, one list after another; NaN for null."""
+    column: Any = table.with_format("arrow")[name][:]
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return column.flatten().to_numpy(zero_copy_only=False)
 
 
 def _column(table: datasets.Dataset, name: str) -> np.ndarray:
@@ -253,11 +274,13 @@ def _columns(group: TokenGroup) -> dict[str, Any]:
         "winners": [winner for winner, _, _ in group.edges],
         "losers": [loser for _, loser, _ in group.edges],
         "margins": [margin for _, _, margin in group.edges],
+        "labels": group.labels,
         "num_tokens": len(group.prompt) + sum(map(len, group.completions)),
         "num_completion_tokens": sum(map(len, group.completions)),
         "num_sequences": len(group.completions),
         "num_edges": len(group.edges),
         "num_margins": sum(margin is not None for _, _, margin in group.edges),
+        "num_labels": sum(label != 0 for label in group.labels),
         "boundary_cut": group.boundary_cut,
         "truncated": group.truncated,
         "problem": group.problem,

@@ -4,6 +4,7 @@ Accepted columns, TRL's names:
     preference   prompt, chosen, rejected     text, or lists of messages; conversations may leave out
                  `prompt` or repeat it as text: their common leading messages are the prompt
                  margin, or score_chosen and score_rejected (also chosen_score and rejected_score)
+    unpaired     prompt, completion, label     true (or 1) is desirable
     supervised   prompt, completion   or   messages   or   text
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from madpo.trainer.errors import UserError
@@ -28,6 +29,7 @@ class TextGroup:
     prompt: Text
     completions: list[Text]
     edges: list[tuple[int, int, float | None]]
+    labels: list[int] = field(default_factory=list)  # 1 desirable, -1 undesirable; of all or none
 
     @property
     def conversational(self) -> bool:
@@ -35,6 +37,7 @@ class TextGroup:
 
 
 LAYOUTS = (
+    ("unpaired", {"prompt", "completion", "label"}),
     ("preference", {"chosen", "rejected"}),
     ("prompt-completion", {"prompt", "completion"}),
     ("messages", {"messages"}),
@@ -48,7 +51,7 @@ def layout_of(columns: Iterable[str], supervised: bool = False) -> str:
     Raises ValueError that lists what was found.
     """
     columns = set(columns)
-    for name, needed in LAYOUTS[1:] + LAYOUTS[:1] if supervised else LAYOUTS:
+    for name, needed in sorted(LAYOUTS, key=lambda x: x[0] == "preference") if supervised else LAYOUTS:
         if needed <= columns:
             return name
     known = "; ".join(" + ".join(sorted(needed)) for _, needed in LAYOUTS)
@@ -63,9 +66,10 @@ def to_group(row: dict[str, Any], layout: str, supervised: bool = False) -> Text
     if layout == "preference":
         group = _preference(row)
         return TextGroup(group.prompt, group.completions[:1], []) if supervised else group
-    if layout == "prompt-completion":
+    if layout in ("prompt-completion", "unpaired"):
         prompt, completion = _text(row, "prompt"), _text(row, "completion")
-        return TextGroup(prompt, _same_kind(prompt, completion), [])
+        labels = [_label(row)] if layout == "unpaired" else []
+        return TextGroup(prompt, _same_kind(prompt, completion), [], labels)
     if layout == "messages":
         messages = _text(row, "messages")
         if isinstance(messages, str) or len(messages) < 2:
@@ -144,6 +148,13 @@ def _margin(row: dict[str, Any]) -> float | None:
         if row.get(chosen) is not None and row.get(rejected) is not None:
             return _finite({"margin": _finite(row, chosen) - _finite(row, rejected)}, "margin")
     return None
+
+
+def _label(row: dict[str, Any]) -> int:
+    value = row.get("label")
+    if value is None or value not in (True, False):  # 1 and 0 are equal to these
+        raise UserError(f"label: true (or 1, desirable) or false (or 0), got {value!r}")
+    return 1 if value else -1
 
 
 def _finite(row: dict[str, Any], field: str) -> float:

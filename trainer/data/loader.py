@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,40 +13,52 @@ from madpo.trainer.dist import Shard
 from madpo.trainer.objectives.base import Item
 
 
-def step_batches(
+@dataclass(frozen=True)
+class Step:
+    """One rank's part of an optimiser step, or of a stretch of an evaluation."""
+
+    batches: list[PackedBatch]  # as many as on every other rank
+    num_sequences: int  # of all ranks together
+    num_edges: int
+
+
+def plan_step(
     groups: GroupDataset,
     indices: np.ndarray,  # (B,) the groups of the global batch
     item: Item,
     budget: int,
     shard: Shard,
-) -> list[PackedBatch]:
-    """This rank's micro-batches of one step, as many as on every other rank.
+) -> Step:
+    """This rank's micro-batches of one step.
 
     The loss of the step is the mean over the items of the global batch, whose number is known before
     a group is read. Each micro-batch carries world_size / items as its scale: DeepSpeed averages
     gradients over ranks, and the factor world_size makes that a sum.
     """
     scale = shard.world_size / max(int(item_counts(groups, item)[indices].sum()), 1)
+    ends = np.cumsum((groups.sequences[indices], groups.edges[indices]), axis=1)  # (2, B)
+    places = np.concatenate((np.zeros_like(ends[:, :1]), ends[:, :-1]), axis=1).T.tolist()
     plan = plan_micro_batches(groups.lengths[indices], budget, shard.world_size)[shard.rank]
-    return [
-        pack([groups[indices[position]] for position in positions], scale) if positions else filler()
+    batches = [
+        pack([groups[indices[p]] for p in positions], scale, places=[places[p] for p in positions])
+        if positions
+        else filler()
         for positions in plan
     ]
+    return Step(batches, *ends[:, -1].tolist())
 
 
 def item_counts(groups: GroupDataset, item: Item) -> np.ndarray:
     """(G,) how many losses of the given unit each group has."""
-    return {
-        Item.EDGE: groups.edges,
-        Item.SEQUENCE: groups.sequences,
-        Item.TOKEN: groups.completion_tokens,
-    }[item]
+    return {Item.EDGE: groups.edges, Item.SEQUENCE: groups.labelled, Item.TOKEN: groups.completion_tokens}[
+        item
+    ]
 
 
-def evaluation_batches(
+def evaluation_steps(
     groups: GroupDataset, item: Item, batch_size: int, budget: int, shard: Shard
-) -> Iterator[PackedBatch]:
-    """All groups once, in order; the same number of batches on every rank."""
+) -> Iterator[Step]:
+    """All groups once, in order, in stretches of `batch_size`."""
     for start in range(0, len(groups), batch_size):
         indices = np.arange(start, min(start + batch_size, len(groups)))
-        yield from step_batches(groups, indices, item, budget, shard)
+        yield plan_step(groups, indices, item, budget, shard)

@@ -8,18 +8,17 @@ import numpy as np
 
 
 class DataOrder:
-    """An endless sequence over `num_groups` groups, shuffled anew every epoch.
+    """An endless sequence over `num_groups` groups, one permutation of them an epoch.
 
     Position p of the sequence is group `permutation(seed, p // num_groups)[p % num_groups]`, so the
-    number of groups consumed is all there is to resume from.
+    number of groups consumed is all there is to resume from. With `ease` (G,) every epoch goes from easy
+    to hard: by falling ease, and shuffled among groups that are equally easy.
     """
 
-    def __init__(self, num_groups: int, seed: int) -> None:
-        assert num_groups > 0
-        self.num_groups = num_groups
-        self._permutation = functools.lru_cache(maxsize=2)(
-            lambda epoch: _permutation(num_groups, seed, epoch)
-        )
+    def __init__(self, num_groups: int, seed: int, ease: np.ndarray | None = None) -> None:
+        assert num_groups > 0 and (ease is None or len(ease) == num_groups)
+        self.num_groups, self._seed, self._ease = num_groups, seed, ease
+        self._permutation = functools.lru_cache(maxsize=2)(self._order_of_epoch)
 
     def take(self, consumed: int, count: int) -> np.ndarray:
         """The group indices at positions consumed .. consumed + count - 1, (count,) int64."""
@@ -31,8 +30,14 @@ class DataOrder:
             out[here] = self._permutation(int(epoch))[offsets[here]]
         return out
 
+    def _order_of_epoch(self, epoch: int) -> np.ndarray:
+        shuffled = permutation(self.num_groups, self._seed, epoch)
+        if self._ease is None:
+            return shuffled
+        return shuffled[np.argsort(-self._ease[shuffled], kind="stable")]
 
-def _permutation(num_groups: int, seed: int, epoch: int) -> np.ndarray:
+
+def permutation(num_groups: int, seed: int, epoch: int) -> np.ndarray:
     """Sorting raw Philox words: numpy keeps a bit generator's stream fixed across versions, which it
     does not promise for `permutation`."""
     words = np.random.Philox(key=[seed, epoch]).random_raw(num_groups)

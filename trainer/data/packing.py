@@ -46,12 +46,16 @@ class PackedBatch:
     winners: Tensor  # (E,) index into S
     losers: Tensor  # (E,)
     margins: Tensor  # (E,) NaN where the data set has none
+    labels: Tensor  # (S,) 1 desirable, -1 undesirable, 0 neither or not known
+    sequence_places: Tensor  # (S,) position among all sequences of the step, over all ranks
+    edge_places: Tensor  # (E,) position among its edges
     segments: tuple[Segment, ...]
     lengths: tuple[int, ...]  # seq_lengths on the host
     group_sequences: tuple[int, ...]  # (G,) completions of each group
     group_edges: tuple[int, ...]  # (G,) edges of each group
     scale: float = 1.0  # factor on the sum of item losses
     is_filler: bool = False  # keeps a rank in step that has no groups left; counts for nothing
+    slopes: Tensor | None = None  # (S,) of the losses' sum in the sequences' log-probs, where known before
 
     def to(self, device: torch.device | str) -> Self:
         moved = {
@@ -62,8 +66,17 @@ class PackedBatch:
         return dataclasses.replace(self, **moved)
 
 
-def pack(groups: Sequence[TokenGroup], scale: float = 1.0, is_filler: bool = False) -> PackedBatch:
-    """Pack whole groups into one row, in the order given."""
+def pack(
+    groups: Sequence[TokenGroup],
+    scale: float = 1.0,
+    is_filler: bool = False,
+    places: Sequence[tuple[int, int]] | None = None,
+) -> PackedBatch:
+    """Pack whole groups into one row, in the order given.
+
+    `places` says where the first sequence and the first edge of each group stand among those of the step;
+    without it the groups are the step.
+    """
     ids: list[int] = []
     positions: list[int] = []
     rows: list[int] = []
@@ -71,7 +84,14 @@ def pack(groups: Sequence[TokenGroup], scale: float = 1.0, is_filler: bool = Fal
     segments: list[Segment] = []
     lengths: list[int] = []
     edges: list[tuple[int, int, float]] = []
-    for group in groups:
+    labels: list[int] = []
+    sequence_places: list[int] = []
+    edge_places: list[int] = []
+    for index, group in enumerate(groups):
+        first_sequence, first_edge = places[index] if places else (len(lengths), len(edges))
+        sequence_places += range(first_sequence, first_sequence + len(group.completions))
+        edge_places += range(first_edge, first_edge + len(group.edges))
+        labels += group.labels or [0] * len(group.completions)
         prompt_start, first = len(ids), len(lengths)
         ids += group.prompt
         positions += range(len(group.prompt))
@@ -100,6 +120,9 @@ def pack(groups: Sequence[TokenGroup], scale: float = 1.0, is_filler: bool = Fal
         winners=torch.tensor(winners, dtype=long),
         losers=torch.tensor(losers, dtype=long),
         margins=torch.tensor(margins, dtype=torch.float64),
+        labels=torch.tensor(labels, dtype=long),
+        sequence_places=torch.tensor(sequence_places, dtype=long),
+        edge_places=torch.tensor(edge_places, dtype=long),
         segments=tuple(segments),
         lengths=tuple(lengths),
         group_sequences=tuple(len(group.completions) for group in groups),
@@ -112,7 +135,8 @@ def pack(groups: Sequence[TokenGroup], scale: float = 1.0, is_filler: bool = Fal
 def filler() -> PackedBatch:
     """A smallest batch with weight zero, for a rank without groups: every rank must run the same
     number of forward and backward passes, or ZeRO-3's collectives hang."""
-    return pack([TokenGroup([0], [[0]], [])], scale=0.0, is_filler=True)
+    batch = pack([TokenGroup([0], [[0]], [])], scale=0.0, is_filler=True)
+    return dataclasses.replace(batch, sequence_places=batch.sequence_places[:0])
 
 
 def plan_micro_batches(

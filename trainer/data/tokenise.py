@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ class TokenGroup:
     prompt: list[int]
     completions: list[list[int]]
     edges: list[tuple[int, int, float | None]]
+    labels: list[int] = field(default_factory=list)  # 1 desirable, -1 undesirable, 0 neither; of all or none
     boundary_cut: int = 0  # prompt tokens that merged into the completion and moved there
     truncated: int = 0  # completions that lost their end
     problem: str = ""  # why the group cannot be trained on; empty: it can
@@ -59,14 +60,28 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
         problem = "prompt fills max_length"
     elif any(completions[winner] == completions[loser] for winner, loser, _ in edges):
         problem = "chosen and rejected are the same tokens"
+    elif rules.supervised and -1 in group.labels:
+        problem = "labelled undesirable, and this objective imitates"
     return TokenGroup(
         prompt,
         completions,
         edges,
+        group.labels or _labels(edges, len(completions)),
         boundary_cut=max(len(prompt_only) - start, 0),
         truncated=sum(len(whole) > rules.max_length for whole in wholes),
         problem=problem,
     )
+
+
+def _labels(edges: list[tuple[int, int, float | None]], count: int) -> list[int]:
+    """What edges say of single completions: desirable if it wins more often than it loses, and so on."""
+    if not edges:
+        return []
+    score = [0] * count
+    for winner, loser, _ in edges:
+        score[winner] += 1
+        score[loser] -= 1
+    return [(x > 0) - (x < 0) for x in score]
 
 
 def _encode_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase) -> list[int]:

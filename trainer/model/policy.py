@@ -52,11 +52,14 @@ class PolicyWithReference(nn.Module):
         return self
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(loss (), token_logps (M,), ref_token_logps (M,) or None)."""
+        """(loss (), token_logps (M,), ref_token_logps (M,) or None).
+
+        A batch with `slopes` needs no reference any more.
+        """
         table = SegmentTable(batch.segments)
         hidden = scored_hidden(self.policy, batch, table)
         ref_hidden = None
-        if self.reference is not None:
+        if self.reference is not None and batch.slopes is None:
             with torch.no_grad():
                 ref_hidden = scored_hidden(self.reference, batch, table)
         return self.head(hidden, ref_hidden, batch)

@@ -6,7 +6,7 @@ losses = objective(EdgeScores(chosen_logps=..., rejected_logps=..., ...))  # (E,
 
 from __future__ import annotations
 
-from madpo.trainer.objectives.base import EdgeScores, Scored
+from madpo.trainer.objectives.base import BatchState, EdgeScores, Scored, SequenceScores
 from madpo.trainer.objectives.build import BoundObjective, build
 
-__all__ = ["BoundObjective", "EdgeScores", "Scored", "build"]
+__all__ = ["BatchState", "BoundObjective", "EdgeScores", "Scored", "SequenceScores", "build"]

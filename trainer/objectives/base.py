@@ -3,12 +3,16 @@
 An objective sees the log-probabilities of whole groups (a prompt with its completions) and returns
 one loss per *item*. What an item is, an edge, a sequence or a token, is declared too: the loss of an
 optimiser step is the mean over the items of the global batch. An objective of edges sees `EdgeScores`,
-one of sequences or tokens `Scored`.
+one of sequences `SequenceScores`, one that reads tokens `Scored`.
+
+Most objectives see the groups of a micro-batch. One that needs the "batch" sees all items of the step, of
+all ranks and in the step's order; it may take a `BatchState` too and keep numbers for the next step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
@@ -21,6 +25,7 @@ from torch import Tensor
 from madpo.kernels.edge_loss import EdgeLoss, MarginWeight
 
 __all__ = [
+    "BatchState",
     "EdgeLoss",
     "EdgeScores",
     "Item",
@@ -29,6 +34,7 @@ __all__ = [
     "Outcome",
     "Params",
     "Scored",
+    "SequenceScores",
     "objective",
     "segment_sum",
 ]
@@ -96,6 +102,35 @@ class EdgeScores:
 
 
 @dataclass(frozen=True)
+class SequenceScores:
+    """The scores of S completions, each for itself. What is not needed may be None."""
+
+    logps: Tensor  # (S,) log pi(completion | prompt), summed over tokens
+    ref_logps: Tensor | None = None  # (S,) the same under the reference
+    lengths: Tensor | None = None  # (S,) completion tokens
+    labels: Tensor | None = None  # (S,) 1 desirable, -1 undesirable, 0 written for another prompt
+
+    @cached_property
+    def logratios(self) -> Tensor:
+        """(S,) log pi(y|x) - log pi_ref(y|x)."""
+        assert self.ref_logps is not None, "this objective declared no need of a reference"
+        return self.logps - self.ref_logps
+
+    def edges(self, winners: Tensor, losers: Tensor, margins: Tensor) -> EdgeScores:
+        """The same, edge by edge; winners and losers (E,) index into the S sequences."""
+        ref, lengths = self.ref_logps, self.lengths
+        return EdgeScores(
+            self.logps[winners],
+            self.logps[losers],
+            None if ref is None else ref[winners],
+            None if ref is None else ref[losers],
+            None if lengths is None else lengths[winners],
+            None if lengths is None else lengths[losers],
+            margins,
+        )
+
+
+@dataclass(frozen=True)
 class Scored:
     """The scores of whole groups. S sequences (completions), E edges, M completion tokens."""
 
@@ -105,6 +140,7 @@ class Scored:
     winners: Tensor  # (E,) index into the S sequences
     losers: Tensor  # (E,)
     margins: Tensor  # (E,) score of the winner minus score of the loser
+    labels: Tensor  # (S,) 1 desirable, -1 undesirable, 0 neither
 
     @cached_property
     def logps(self) -> Tensor:
@@ -123,18 +159,26 @@ class Scored:
         return self.logps - self.ref_logps
 
     @cached_property
+    def sequences(self) -> SequenceScores:
+        """The same, completion by completion."""
+        ref_logps = None if self.ref_token_logps is None else self.ref_logps
+        return SequenceScores(self.logps, ref_logps, self.lengths, self.labels)
+
+    @cached_property
     def edges(self) -> EdgeScores:
         """The same, edge by edge."""
-        won, lost, ref = self.winners, self.losers, self.ref_token_logps is not None
-        return EdgeScores(
-            self.logps[won],
-            self.logps[lost],
-            self.ref_logps[won] if ref else None,
-            self.ref_logps[lost] if ref else None,
-            self.lengths[won],
-            self.lengths[lost],
-            self.margins,
-        )
+        return self.sequences.edges(self.winners, self.losers, self.margins)
+
+
+Scores = EdgeScores | SequenceScores | Scored
+
+
+@dataclass(frozen=True)
+class BatchState:
+    """What an objective of the whole batch knows beside the scores of the step; alike on all ranks."""
+
+    memory: Mapping[str, list[float]] = field(default_factory=dict)  # what it kept; empty at first
+    seed: tuple[int, int] = (0, 0)  # of the run, and the step
 
 
 @dataclass(frozen=True)
@@ -143,6 +187,7 @@ class Outcome:
 
     losses: Tensor  # (items,)
     stats: dict[str, Tensor] = field(default_factory=dict)  # name -> (items,), detached, for the log
+    memory: dict[str, list[float]] = field(default_factory=dict)  # to find in the next step's BatchState
 
 
 Epilogue = Callable[[Tensor, Any], EdgeLoss]
@@ -153,15 +198,25 @@ Epilogue = Callable[[Tensor, Any], EdgeLoss]
 class Objective:
     """One entry of the registry: the function and its declared needs."""
 
-    function: Callable[..., Outcome]  # (EdgeScores or Scored, params) -> Outcome
+    function: Callable[[Any, Any, BatchState], Outcome]
     params: type[Params]
     item: Item = Item.EDGE
-    needs: frozenset[str] = frozenset()  # of reference, margins, lengths
+    needs: frozenset[str] = frozenset()  # of reference, margins, lengths, labels, mismatched, tokens, batch
     needs_of: Callable[[Any], frozenset[str]] | None = None  # where they depend on the parameters
     epilogue: Epilogue | None = None  # None: by autograd
 
     def __call__(self, scored: Scored, params: Params) -> Outcome:
-        return self.function(scored.edges if self.item is Item.EDGE else scored, params)
+        """The losses of some whole groups; not for an objective that needs the batch."""
+        assert not self.needs_batch
+        views = {EdgeScores: lambda: scored.edges, SequenceScores: lambda: scored.sequences}
+        return self.function(views.get(self.view, lambda: scored)(), params, BatchState())
+
+    @property
+    def view(self) -> type[Scores]:
+        """What the function takes."""
+        if self.item is Item.TOKEN or "tokens" in self.needs:
+            return Scored
+        return EdgeScores if self.item is Item.EDGE else SequenceScores
 
     @property
     def name(self) -> str:
@@ -180,9 +235,13 @@ class Objective:
         return "margins" in self.needs
 
     @property
+    def needs_batch(self) -> bool:
+        return "batch" in self.needs
+
+    @property
     def supervised(self) -> bool:
-        """Whether it looks at one completion per prompt and compares none."""
-        return self.item is not Item.EDGE
+        """Whether it imitates one completion per prompt."""
+        return self.item is Item.TOKEN
 
 
 OBJECTIVES: dict[str, Objective] = {}
@@ -197,13 +256,15 @@ def objective(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the function below under the `loss_type` of its parameters.
 
-    It takes (EdgeScores, params), or (Scored, params) for sequences and tokens, and returns an Outcome
-    or just the losses.
+    It takes (scores, params), and as a third argument a `BatchState` if it wants it, and returns an
+    Outcome or just the losses.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        def outcome(scores: Any, settings: Params) -> Outcome:
-            result = function(scores, settings)
+        wants_state = len(inspect.signature(function).parameters) == 3
+
+        def outcome(scores: Scores, settings: Params, state: BatchState) -> Outcome:
+            result = function(scores, settings, *((state,) if wants_state else ()))
             return result if isinstance(result, Outcome) else Outcome(result)
 
         if callable(needs):

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from madpo.trainer.objectives.base import EdgeScores, Item, Objective, Params, Scored
+from madpo.trainer.objectives.base import BatchState, Objective, Outcome, Params, Scores
 
 ALIASES = {"sigmoid": "dpo"}
 """Names of other libraries."""
@@ -17,33 +17,39 @@ ALIASES = {"sigmoid": "dpo"}
 
 @dataclass(frozen=True)
 class BoundObjective:
-    """Call it with `EdgeScores` (pairs) or `Scored` (tokens) for one loss per item."""
+    """Call it with `EdgeScores`, `SequenceScores` or `Scored`, as `entry.view` says: one loss per item."""
 
     entry: Objective
     params: Params
 
     @property
     def needs(self) -> frozenset[str]:
-        """Which of "reference", "margins" and "lengths" it needs beside the log-probs."""
+        """What it needs beside the log-probs: reference, margins, lengths, labels, tokens, batch, ..."""
         return self.entry.needs
 
-    def __call__(self, scores: EdgeScores | Scored) -> Tensor:
-        """(E,) or (M,) losses, unreduced. Raises ValueError if something it needs is missing."""
-        if (self.entry.item is Item.EDGE) != isinstance(scores, EdgeScores):
-            wanted = "EdgeScores" if self.entry.item is Item.EDGE else "Scored"
-            raise ValueError(f"{self.entry.name} takes {wanted}, got {type(scores).__name__}")
-        for need in sorted(self.needs):
-            for name in FIELDS[need] if isinstance(scores, EdgeScores) else ():
-                if getattr(scores, name) is None:
+    def __call__(self, scores: Scores, state: BatchState | None = None) -> Tensor:
+        """(items,) losses, unreduced. Raises ValueError if something it needs is missing."""
+        return self.outcome(scores, state).losses
+
+    def outcome(self, scores: Scores, state: BatchState | None = None) -> Outcome:
+        """The losses, what goes into the log, and what the next call should find in its `state`."""
+        view = self.entry.view
+        if not isinstance(scores, view):
+            raise ValueError(f"{self.entry.name} takes {view.__name__}, got {type(scores).__name__}")
+        for need in sorted(self.needs & FIELDS.keys()):
+            for name in FIELDS[need]:
+                if getattr(scores, name, scores) is None:
                     raise ValueError(f"{self.entry.name} needs {name}")
-        return self.entry.function(scores, self.params).losses
+        return self.entry.function(scores, self.params, state or BatchState())
 
 
 FIELDS = {
-    "reference": ("ref_chosen_logps", "ref_rejected_logps"),
-    "lengths": ("chosen_lengths", "rejected_lengths"),
+    "reference": ("ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_token_logps"),
+    "lengths": ("chosen_lengths", "rejected_lengths", "lengths"),
     "margins": ("margins",),
+    "labels": ("labels",),
 }
+"""Where the scores hold what an objective needs; of these names, each kind of scores has some."""
 
 
 def build(name: str, **parameters: Any) -> BoundObjective:

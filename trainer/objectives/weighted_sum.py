@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from madpo.trainer.objectives.base import EdgeScores, Item, Outcome, Params, objective
+from madpo.trainer.objectives.base import BatchState, EdgeScores, Outcome, Params, objective
 from madpo.trainer.objectives.build import BoundObjective, build
 from madpo.trainer.objectives.fields import Average
 from madpo.trainer.objectives.reference_free import chosen_nll
@@ -35,7 +36,7 @@ class WeightedSumParams(Params):
             if term.get("loss_type") in (None, "weighted_sum"):
                 raise ValueError("terms: each needs a loss_type, and a sum cannot hold another")
         for bound in self.objectives:
-            if bound.entry.item is not Item.EDGE:
+            if bound.entry.view is not EdgeScores:
                 raise ValueError(f"terms: {bound.entry.name} is no objective of pairs")
         return self
 
@@ -59,16 +60,22 @@ def needs(params: WeightedSumParams) -> frozenset[str]:
 
 
 @objective(WeightedSumParams, needs)
-def weighted_sum(scores: EdgeScores, params: WeightedSumParams) -> Outcome:
+def weighted_sum(scores: EdgeScores, params: WeightedSumParams, state: BatchState) -> Outcome:
     """L = sum_k w_k L_k. The default is MPO: 0.8 DPO + 0.2 BCO + the chosen completion's NLL.
 
     Source: Wang et al. 2024 (MPO, arXiv 2411.10442) with TRL's weights.
     """
-    losses = [bound(scores) for bound in params.objectives]
-    total = sum(w * loss for w, loss in zip(params.loss_weights, losses, strict=True))
-    assert isinstance(total, Tensor)
-    names = (bound.entry.name for bound in params.objectives)
-    return Outcome(total, {f"loss/{name}": loss.detach() for name, loss in zip(names, losses, strict=True)})
+    total = torch.zeros_like(scores.chosen_logps)
+    stats: dict[str, Tensor] = {}
+    memory: dict[str, list[float]] = {}
+    for index, (weight, bound) in enumerate(zip(params.loss_weights, params.objectives, strict=True)):
+        mine = f"{index} "  # two terms of one kind keep two memories
+        kept = {key.removeprefix(mine): x for key, x in state.memory.items() if key.startswith(mine)}
+        outcome = bound.outcome(scores, BatchState(kept, state.seed))
+        total = total + weight * outcome.losses
+        stats |= {f"loss/{bound.entry.name}": outcome.losses.detach(), **outcome.stats}
+        memory |= {mine + key: values for key, values in outcome.memory.items()}
+    return Outcome(total, stats, memory)
 
 
 class ChosenNLLParams(Params):

@@ -10,6 +10,7 @@ from madpo.trainer.config import Config
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.progress import metrics_table
 from madpo.trainer.stages.setup import load_data, start_engine
+from madpo.trainer.state import TrainState
 
 
 def run_evaluation(config: Config) -> None:
@@ -24,9 +25,8 @@ def run_evaluation(config: Config) -> None:
     shard = dist.init(config.launch.timeout_minutes)
     tag = checkpoint.latest(folder / "checkpoints", checkpoint.model_identity(config, shard))
     engine = start_engine(config, tokenizer, training=tag is not None)
-    if tag:
-        checkpoint.load(engine, folder / "checkpoints", tag)
-    record = loop.evaluate(config, engine, data.held_out, shard)
+    state = checkpoint.load(engine, folder / "checkpoints", tag) if tag else TrainState()
+    record = loop.evaluate(config, engine, data.held_out, shard, state.memory)
     if shard.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         result = {"model": tag or config.model.model_name_or_path, **record}

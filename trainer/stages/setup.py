@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset, load_groups
+from madpo.trainer.data.mismatched import MismatchedDataset
 from madpo.trainer.engine import build_engine, deepspeed_config
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import build_module
@@ -34,8 +35,11 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool
     loaded: dict[str, GroupDataset] = {}
     report: dict[str, Any] = {}
     for role, split in splits.items():
-        loaded[role], report[split] = load_groups(config.data, split, tokenizer, entry.supervised)
-        loaded[role].require(entry, config.objective.loss_type, config.train.micro_batch_tokens)
+        groups, report[split] = load_groups(config.data, split, tokenizer, entry.supervised)
+        if "mismatched" in entry.needs:
+            groups = MismatchedDataset(groups, config.seed, config.data.max_length)
+        groups.require(entry, config.objective.loss_type, config.train.micro_batch_tokens)
+        loaded[role] = groups
     return Data(loaded.get("train"), loaded.get("held_out"), report)
 
 

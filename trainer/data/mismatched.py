@@ -1,0 +1,38 @@
+"""Groups that also hold completions written for another prompt, with label 0, as KTO's KL term needs them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from madpo.trainer.data.dataset import GroupDataset
+from madpo.trainer.data.order import permutation
+from madpo.trainer.data.tokenise import TokenGroup
+
+
+class MismatchedDataset(GroupDataset):
+    """Every group takes the completions of its partner too, after its own.
+
+    Partners follow each other on one random cycle through the data set: each completion serves once, the
+    pairing is the same all run long, and neighbours in the file, which may share a prompt, are parted.
+    A borrowed completion is cut where it would exceed `max_length`.
+    """
+
+    def __init__(self, groups: GroupDataset, seed: int, max_length: int) -> None:
+        super().__init__(groups.table, groups.name, groups.fingerprint)
+        self._max_length = max_length
+        cycle = permutation(len(groups), seed, epoch=0)
+        self._partner = np.empty_like(cycle)
+        self._partner[cycle] = np.roll(cycle, 1)
+        room = max_length - (self.lengths - self.completion_tokens)
+        more = self.sequences[self._partner]
+        borrowed = np.minimum(self.completion_tokens[self._partner], more * room)  # at most
+        self.lengths = self.lengths + borrowed
+        self.completion_tokens = self.completion_tokens + borrowed
+        self.sequences = self.sequences + more
+
+    def __getitem__(self, index: int) -> TokenGroup:
+        own, partner = super().__getitem__(index), super().__getitem__(int(self._partner[index]))
+        room = self._max_length - len(own.prompt)
+        borrowed = [completion[:room] for completion in partner.completions]
+        labels = [*own.labels, *(0 for _ in borrowed)]
+        return TokenGroup(own.prompt, [*own.completions, *borrowed], own.edges, labels)
