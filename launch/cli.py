@@ -63,6 +63,12 @@ def export(config: ConfigPath, overrides: Overrides = None) -> None:
     _run_task("export", config, overrides)
 
 
+@app.command()
+def probe(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Measure what the starting model knows of its training set, and suggest a supervised objective."""
+    _run_task("probe", config, overrides)
+
+
 @app.command("config")
 def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check a config and print it with every default filled in."""

@@ -19,7 +19,7 @@ from madpo.trainer.errors import EXIT_USAGE, UserError
 def main(argv: list[str] | None = None) -> int:
     """Run one stage on this rank; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m madpo.launch.worker")
-    parser.add_argument("--task", choices=("train", "evaluate", "export"), default="train")
+    parser.add_argument("--task", choices=("train", "evaluate", "export", "probe"), default="train")
     parser.add_argument("--local_rank", type=int, help="passed by the deepspeed launcher, not used")
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -64,6 +64,10 @@ def _run(args: argparse.Namespace) -> None:
         from madpo.trainer.stages.evaluate import run_evaluation
 
         run_evaluation(config)
+    elif args.task == "probe":
+        from madpo.trainer.stages.probe import run_probe
+
+        run_probe(config)
     else:
         from madpo.trainer.stages.export import run_export
 

@@ -53,8 +53,9 @@ def zero3_steps(shard, config: Config, steps: int) -> list[tuple[float, dict[str
     return out if shard.is_main else []
 
 
-def padded_logps(model: Any, batch: list[TokenGroup]) -> torch.Tensor:
-    """(sequences,) log-probs of every completion, prompt repeated, right-padded, all logits."""
+def padded_logps(model: Any, batch: list[TokenGroup], tokens: bool = False) -> torch.Tensor:
+    """(sequences,) log-probs of every completion, prompt repeated, right-padded, all logits; or of every
+    token, one completion after another."""
     rows = [(group.prompt, completion) for group in batch for completion in group.completions]
     longest = max(len(prompt) + len(completion) for prompt, completion in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -67,4 +68,4 @@ def padded_logps(model: Any, batch: list[TokenGroup]) -> torch.Tensor:
     logits = model(input_ids=ids, attention_mask=present.long()).logits[:, :-1]
     targets = labels[:, 1:]
     logps = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    return torch.where(targets == -100, 0.0, logps).sum(1)
+    return logps[targets != -100] if tokens else torch.where(targets == -100, 0.0, logps).sum(1)

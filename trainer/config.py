@@ -58,6 +58,9 @@ class DataConfig(Section):
     append_eos: Literal["auto", "always", "never"] = Field(
         default="auto", description="auto: plain text yes, conversations no (their template ends them)"
     )
+    order: Literal["shuffled", "easy_to_hard", "as_is"] = Field(
+        default="shuffled", description="of every epoch; easy_to_hard: by falling margin"
+    )
     on_bad_row: Literal["error", "drop"] = Field(default="error", description="a row that cannot be read")
     dataset_num_proc: int | None = Field(default=None, ge=1, description="processes that tokenise")
     cache_dir: str = Field(default="~/.cache/madpo", description="where tokenised data is kept")

@@ -55,7 +55,7 @@ def train(
     """Train from `state` to the end of the plan. `on_record` gets every logged line, on all ranks."""
     item, settings = config.objective_entry.item, config.train
     plan = plan_run(config, len(groups))
-    order = DataOrder(len(groups), config.seed)
+    order = DataOrder(len(groups), config.seed, groups.ease(config.data.order))
     meter = Meter()
     logged_at, logged = time.perf_counter(), dataclasses.replace(state)
     engine.train()

@@ -59,7 +59,7 @@ ERRORS = [
     (["optim.lr=-1"], r"optim\.lr: Input should be greater than 0 \(got -1\)"),
     (["optim.lr=.nan"], r"optim\.lr: Input should be a finite number"),
     (["objective.loss_type=madop"], r"unknown objective 'madop', did you mean 'madpo'"),
-    (["objective={}"], r"objective: loss_type is required; one of alphapo, anchored_dpo, .*, madpo, "),
+    (["objective={}"], r"objective: loss_type is required; one of alpha_dpo, alphapo, .*, madpo, "),
     (["objective.c_min=1"], r"objective\.c_min: Input should be less than 1 \(got 1\)"),
     (["data={}"], r"data\.dataset_name: is required"),
     (["optim.warmup_steps=3", "optim.warmup_ratio=0.1"], r"warmup_steps or warmup_ratio, not both"),

@@ -54,6 +54,12 @@ def changed(config: Config, **sections: Any) -> Config:
     return Config.model_validate(tree)
 
 
+def with_sections(config: Config, objective: dict[str, Any], **sections: Any) -> Config:
+    """As `changed`, with another objective in place of the old one."""
+    tree = changed(config, **sections).model_dump(by_alias=True)
+    return Config.model_validate({**tree, "objective": objective})
+
+
 def train(shard, config: Config) -> None:
     run_training(config, "madpo train test.yaml")
 
@@ -127,12 +133,25 @@ def test_metrics_are_those_of_the_global_batch(config, tmp_path):
                 assert two[name] == pytest.approx(one[name], rel=2e-5, abs=1e-6), name
 
 
-def test_resume_is_bitwise_the_run_that_was_not_cut_off(config, tmp_path):
-    whole = changed(config, output_dir=str(tmp_path / "whole"))
+RESUMED = {
+    "madpo": {},
+    "memory-of-the-whole-batch": {"objective": {"loss_type": "beta_dpo"}},
+    "curriculum-and-quantile": {
+        "objective": {"loss_type": "mixdpo", "threshold": "quantile:0.3"},
+        "data": {"order": "easy_to_hard"},
+    },
+    "mismatched": {"objective": {"loss_type": "kto"}},
+}
+
+
+@pytest.mark.parametrize("sections", RESUMED.values(), ids=RESUMED)
+def test_resume_is_bitwise_the_run_that_was_not_cut_off(config, tmp_path, sections):
+    sections = {"objective": config.objective.model_dump(by_alias=True), **sections}
+    whole = with_sections(config, output_dir=str(tmp_path / "whole"), **sections)
     run_ranks(2, train, whole)
 
     # The same run, cut off after the checkpoint of step 3: later files and metrics are gone or torn.
-    cut = changed(config, output_dir=str(tmp_path / "cut"))
+    cut = with_sections(config, output_dir=str(tmp_path / "cut"), **sections)
     shutil.copytree(whole.output_dir, cut.output_dir)
     folder = Path(cut.output_dir)
     shutil.rmtree(folder / "checkpoints" / "step-00000006")

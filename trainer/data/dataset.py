@@ -77,6 +77,22 @@ class GroupDataset:
     def __len__(self) -> int:
         return len(self.table)
 
+    def ease(self, order: str) -> np.ndarray | None:
+        """(G,) what `data.order` sorts by, largest first; None for shuffled.
+
+        easy_to_hard takes the mean margin of a group's edges. Raises ValueError if a group has none.
+        """
+        if order == "shuffled":
+            return None
+        if order == "as_is":
+            return -np.arange(len(self), dtype=np.float64)
+        if np.isnan(self.margins).any() or not self.edges.all():
+            raise UserError(
+                f"data.order: easy_to_hard sorts by margin, and {self.name} has pairs without one; give a "
+                "`margin` column (score of chosen minus score of rejected)"
+            )
+        return np.add.reduceat(self.margins, np.cumsum(self.edges) - self.edges) / self.edges
+
     def __getitem__(self, index: int) -> TokenGroup:
         row = self.table[int(index)]
         edges = list(zip(row["winners"], row["losers"], row["margins"], strict=True))

@@ -56,9 +56,14 @@ def item_counts(groups: GroupDataset, item: Item) -> np.ndarray:
 
 
 def evaluation_steps(
-    groups: GroupDataset, item: Item, batch_size: int, budget: int, shard: Shard
+    groups: GroupDataset,
+    item: Item,
+    batch_size: int,
+    budget: int,
+    shard: Shard,
+    chosen: np.ndarray | None = None,  # (B,) which groups; None: all
 ) -> Iterator[Step]:
-    """All groups once, in order, in stretches of `batch_size`."""
-    for start in range(0, len(groups), batch_size):
-        indices = np.arange(start, min(start + batch_size, len(groups)))
-        yield plan_step(groups, indices, item, budget, shard)
+    """The groups once, in order, in stretches of `batch_size`."""
+    chosen = np.arange(len(groups)) if chosen is None else chosen
+    for start in range(0, len(chosen), batch_size):
+        yield plan_step(groups, chosen[start : start + batch_size], item, budget, shard)

@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from madpo.kernels.edge_loss import EdgeLoss, MarginWeight
+from madpo.trainer.objectives.fields import quantile_of
 
 __all__ = [
     "BatchState",
@@ -52,6 +54,24 @@ class Params(BaseModel):
     """Base of every objective's parameters: strict, immutable, finite. Each adds its `loss_type`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @property
+    def quantiles(self) -> dict[str, float]:
+        """Parameters that are given as a quantile, with that quantile."""
+        found = {name: quantile_of(getattr(self, name)) for name in type(self).model_fields}
+        return {name: q for name, q in found.items() if q is not None}
+
+    def resolve(self, values: np.ndarray) -> Self:
+        """The same with numbers for quantiles, of the values (N,) that the parameters are compared with.
+
+        Raises ValueError where a quantile is not allowed as a number.
+        """
+        numbers = {name: float(np.quantile(self.scale_of(values), q)) for name, q in self.quantiles.items()}
+        return type(self).model_validate({**self.model_dump(by_alias=True), **numbers})
+
+    def scale_of(self, values: np.ndarray) -> np.ndarray:
+        """The values as the parameters are compared with them."""
+        return values
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,10 @@ def build(name: str, **parameters: Any) -> BoundObjective:
     entry = OBJECTIVES[name]
     try:
         params = entry.params.model_validate(parameters)
-        return BoundObjective(entry.of(params), params)
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']} (got {problem['input']!r})"
             for problem in error.errors()
         ]
         raise ValueError(f"{name}: {'; '.join(problems)}") from None
+    return BoundObjective(entry.of(params), params)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Literal, Self
 
+import numpy as np
 import torch.nn.functional as F
 from pydantic import AliasChoices, Field, model_validator
 from torch import Tensor
 
 from madpo.trainer.objectives.base import EdgeLoss, EdgeScores, MarginWeight, Outcome, Params, objective
-from madpo.trainer.objectives.fields import Beta
+from madpo.trainer.objectives.fields import Beta, PositiveThreshold, number
 
 
 class MADPOParams(Params):
@@ -25,7 +26,9 @@ class MADPOParams(Params):
         serialization_alias="lambda",
         description="steepness of the transition",
     )
-    tau: float = Field(default=7.0, gt=0, description="margin at which the weight crosses 1")
+    tau: PositiveThreshold = Field(
+        default=7.0, description="margin at which the weight crosses 1; or quantile:q of the absolute margins"
+    )
     margin_scale: float = Field(default=1.0, gt=0, description="multiplies the margins of the data set")
     ablation: Literal["amplify", "regularise"] | None = Field(
         default=None, description="keep only c above 1 (amplify) or below (regularise)"
@@ -37,6 +40,9 @@ class MADPOParams(Params):
             object.__setattr__(self, "c_min", 1.0 / self.c_max)
         return self
 
+    def scale_of(self, values: np.ndarray) -> np.ndarray:
+        return np.abs(values * self.margin_scale)
+
     @property
     def weight(self) -> MarginWeight:
         """The weight of a pair as a function of its margin, with the equation."""
@@ -45,7 +51,7 @@ class MADPOParams(Params):
             self.c_max,
             self.c_min,
             self.steepness,
-            self.tau,
+            number(self.tau),
             self.margin_scale,
             lowest=1.0 if self.ablation == "amplify" else 0.0,
             highest=1.0 if self.ablation == "regularise" else math.inf,

@@ -10,14 +10,16 @@ from pydantic import Field
 from torch import Tensor
 
 from madpo.trainer.objectives.base import EdgeScores, Outcome, Params, objective
-from madpo.trainer.objectives.fields import Beta, Gamma, LabelSmoothing
+from madpo.trainer.objectives.fields import Beta, Gamma, LabelSmoothing, Threshold, number
 from madpo.trainer.objectives.reference_free import chosen_nll
 
 
 class MixDPOParams(Params):
     loss_type: Literal["mixdpo"] = "mixdpo"
     beta: Beta = 0.01
-    threshold: Annotated[float, Field(description="a pair with a smaller margin is difficult")] = 0.5
+    threshold: Threshold = Field(
+        default=0.5, description="a pair with a smaller margin is difficult; or quantile:q of the margins"
+    )
     base: Annotated[Literal["dpo", "simpo", "ipo"], Field(description="loss of the easy pairs")] = "dpo"
     label_smoothing: LabelSmoothing = 0.1
     gamma: Gamma = 0.0
@@ -28,12 +30,12 @@ def mixdpo(scores: EdgeScores, params: MixDPOParams) -> Outcome:
     """L = NLL_w per token where h < threshold, else the base loss; h is the margin of the data.
 
     base dpo: -(1 - e) log sigmoid(beta D) - e log sigmoid(-beta D); simpo: -log sigmoid(beta (u_w - u_l)
-    - gamma); ipo: (D - 1 / (2 beta))^2. The authors choose the threshold such that about a tenth of the
-    pairs are difficult.
+    - gamma); ipo: (D - 1 / (2 beta))^2. The authors advise a threshold at which about a tenth of the pairs
+    are difficult (quantile:0.1), and an order from easy to hard.
     Source: Pang et al. 2026 (arXiv 2602.00954) and the authors' code.
     """
     assert scores.margins is not None
-    difficult = scores.margins < params.threshold
+    difficult = scores.margins < number(params.threshold)
     losses = torch.where(difficult, chosen_nll(scores, average=True), _base(scores, params))
     return Outcome(losses, {"mixdpo/difficult": difficult.double()})
 

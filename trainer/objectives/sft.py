@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from madpo.trainer.objectives.base import Item, Params, Scored, objective
+from madpo.trainer.objectives.fields import ProbabilityThreshold, number
 
 
 class NLLParams(Params):
@@ -41,7 +42,9 @@ def f_alpha(scored: Scored, params: FAlphaParams) -> Tensor:
 
 class ThresholdedParams(Params):
     loss_type: Literal["thresholded_nll"] = "thresholded_nll"
-    threshold: Annotated[float, Field(gt=0, lt=1, description="a probability")] = 0.2
+    threshold: ProbabilityThreshold = Field(
+        default=0.2, description="a probability, or quantile:q of the starting model's on the training set"
+    )
     keep: Annotated[Literal["above", "below"], Field(description="which tokens are trained")] = "above"
     loss: Annotated[Literal["log", "linear"], Field(description="-log p or 1 - p")] = "log"
 
@@ -51,11 +54,13 @@ def thresholded_nll(scored: Scored, params: ThresholdedParams) -> Tensor:
     """L = f(p) 1[p >= threshold], or 1[p <= threshold]; no gradient through the indicator.
 
     The mean is over all completion tokens; the authors' code divides by those that are kept.
-    Source: Li et al. 2025 (arXiv 2510.00526), equation 4.
+    A quantile is one of the starting model's probabilities, and a number from then on.
+    Source: Li et al. 2025 (arXiv 2510.00526), equation 4 and figure 5.
     """
     logps = scored.token_logps
     p = logps.detach().exp()
-    kept = p >= params.threshold if params.keep == "above" else p <= params.threshold
+    threshold = number(params.threshold)
+    kept = p >= threshold if params.keep == "above" else p <= threshold
     losses = -logps if params.loss == "log" else -torch.expm1(logps)
     return torch.where(kept, losses, 0.0)
 

@@ -25,9 +25,13 @@ class Data:
 
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool) -> Data:
-    """The splits that the config names. Raises ValueError for data that cannot serve the objective."""
+    """The splits that the config names. Raises ValueError for data that cannot serve the objective.
+
+    Evaluation reads the training split too if a threshold is a quantile of it.
+    """
     entry = config.objective_entry
-    splits = {"train": config.data.dataset_train_split} if training else {}
+    wanted = training or config.objective.quantiles
+    splits = {"train": config.data.dataset_train_split} if wanted else {}
     if config.data.dataset_test_split is not None:
         splits["held_out"] = config.data.dataset_test_split
     elif not training:
@@ -39,6 +43,8 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool
         if "mismatched" in entry.needs:
             groups = MismatchedDataset(groups, config.seed, config.data.max_length)
         groups.require(entry, config.objective.loss_type, config.train.micro_batch_tokens)
+        if role == "train":
+            groups.ease(config.data.order)
         loaded[role] = groups
     return Data(loaded.get("train"), loaded.get("held_out"), report)
 

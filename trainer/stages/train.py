@@ -22,6 +22,7 @@ from madpo.trainer.metrics import MetricsFile
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.progress import Progress
 from madpo.trainer.stages.export import export_model
+from madpo.trainer.stages.quantiles import resolve_quantiles
 from madpo.trainer.stages.setup import load_data, start_engine
 from madpo.trainer.state import TrainState
 
@@ -39,6 +40,7 @@ def run_training(config: Config, command: str) -> None:
     assert data.train is not None
     shard = dist.init(config.launch.timeout_minutes)
     lock = claim(folder, shard)
+    config = resolve_quantiles(config, data, tokenizer, shard)
     run = checkpoint.identity(config, shard, data.train)
     tag = checkpoint.latest(checkpoints, run)
     engine = start_engine(config, tokenizer, training=True)

@@ -1,0 +1,166 @@
+"""How well a model predicts its training set before training: which supervised objective that speaks for.
+
+Source: Li et al. 2025 (arXiv 2510.00526), who take the mean predicted probability as a measure of what a
+base model knows of a task.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as torch_dist
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from madpo.trainer import dist
+from madpo.trainer.config import Config
+from madpo.trainer.data.dataset import GroupDataset
+from madpo.trainer.data.loader import evaluation_steps
+from madpo.trainer.data.order import permutation
+from madpo.trainer.dist import Shard
+from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.objectives.base import Item
+from madpo.trainer.objectives.sft import NLLParams
+from madpo.trainer.stages.setup import load_data, start_engine
+
+MOST_GROUPS = 2000
+STRONG, WEAK = 0.63, 0.25
+"""Halfway between the mean probabilities of the paper's tasks: mathematics .76 to .81, where -p was better
+than -log p by far; medicine .50, where they were alike; an unseen notation .01, where -p learned nothing."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the starting model thinks of the completions it is to be trained on."""
+
+    of: dict[str, Any]  # model and data that were probed
+    groups: int
+    tokens: int
+    mean_probability: float  # over tokens
+    standard_error: float  # over groups, whose tokens are no independent draws
+    nll: float
+    percentiles: list[float] = field(repr=False)  # 0, 1, .. 100 of the tokens' probabilities
+
+    @property
+    def capability(self) -> str:
+        return (
+            "strong"
+            if self.mean_probability >= STRONG
+            else "weak"
+            if self.mean_probability < WEAK
+            else "intermediate"
+        )
+
+    @property
+    def suggestion(self) -> str:
+        """An objective block and why."""
+        return {
+            "strong": "{loss_type: f_alpha, alpha: 1}: lean on what the model knows (1 - p)",
+            "intermediate": "{loss_type: nll} or {loss_type: f_alpha, alpha: 1}: compare, neither is sure",
+            "weak": "{loss_type: nll}: every token has something to teach (-log p)",
+        }[self.capability]
+
+
+def run_probe(config: Config) -> None:
+    """`madpo probe`: print what was found and keep it in the run folder. Raises ValueError."""
+    config = _supervised(config)
+    tokenizer = load_tokenizer(config.model)
+    groups = load_data(config, tokenizer, training=True).train
+    assert groups is not None
+    shard = dist.init(config.launch.timeout_minutes)
+    probe = stored_probe(config, groups, tokenizer, shard)
+    if shard.is_main:
+        show(probe, _path(config))
+
+
+def stored_probe(
+    config: Config, groups: GroupDataset, tokenizer: PreTrainedTokenizerBase, shard: Shard
+) -> Probe:
+    """The probe in the run folder if it is of this model and data; else it is made and put there."""
+    path, of = _path(config), _identity(config, groups)
+    stored = dist.from_main(json.loads(path.read_text()) if path.is_file() else None)
+    if stored is not None and stored["of"] == of:
+        return Probe(**stored)
+    engine = start_engine(_supervised(config), tokenizer, training=False)
+    probe = _measure(engine, groups, config, shard, of)
+    engine.destroy()
+    if shard.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(probe), indent=2) + "\n")
+    return probe
+
+
+def _path(config: Config) -> Path:
+    return Path(config.output_dir) / "probe.json"
+
+
+def _supervised(config: Config) -> Config:
+    """The same model and data, with nothing but log-probs asked of them."""
+    model = config.model.model_copy(update={"ref_model_name_or_path": None})
+    return config.model_copy(update={"objective": NLLParams(), "model": model})
+
+
+def _identity(config: Config, groups: GroupDataset) -> dict[str, Any]:
+    names = ("model_name_or_path", "model_revision", "init_config")
+    return {**{name: getattr(config.model, name) for name in names}, "data": groups.fingerprint}
+
+
+@torch.no_grad()
+def _measure(engine: Any, groups: GroupDataset, config: Config, shard: Shard, of: dict[str, Any]) -> Probe:
+    """Log-probs of the completions of at most MOST_GROUPS groups, drawn by the seed."""
+    engine.eval()
+    chosen = np.sort(permutation(len(groups), config.seed, epoch=0)[:MOST_GROUPS])
+    settings, found = config.train, []
+    for step in evaluation_steps(
+        groups, Item.TOKEN, settings.global_batch_size, settings.micro_batch_tokens, shard, chosen
+    ):
+        for batch in step.batches:
+            _, logps, _ = engine(batch.to(engine.device))
+            if not batch.is_filler:
+                found += [part.double().cpu().numpy() for part in logps.split(batch.lengths)]
+    everything: list[Any] = [None] * shard.world_size
+    torch_dist.all_gather_object(everything, found)
+    logps = [part for of_rank in everything for part in of_rank]
+    tokens = np.concatenate(logps)
+    means = np.array([np.exp(part).mean() for part in logps])
+    weights = np.array([len(part) for part in logps]) / len(tokens)
+    mean = float(np.exp(tokens).mean())
+    return Probe(
+        of,
+        len(logps),
+        len(tokens),
+        mean,
+        float(math.sqrt((weights**2 * (means - mean) ** 2).sum())),
+        float(-tokens.mean()),
+        np.quantile(np.exp(tokens), np.linspace(0, 1, 101)).tolist(),
+    )
+
+
+def show(probe: Probe, path: Path) -> None:
+    """The numbers and what follows from them, as text."""
+    tenth, half, most = (f"{probe.percentiles[i]:.3f}" for i in (10, 50, 90))
+    table = Table("measured on the training set", "", box=None, pad_edge=False)
+    table.add_row("completions, tokens", f"{probe.groups:,}, {probe.tokens:,}")
+    table.add_row("mean probability of a token", f"{probe.mean_probability:.3f} ± {probe.standard_error:.3f}")
+    table.add_row("10 %, 50 %, 90 % of tokens below", f"{tenth}, {half}, {most}")
+    table.add_row("nll per token", f"{probe.nll:.3f} nats")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(
+        f"\n{probe.capability}: the mean is {_compared(probe)}\nsuggested objective: {probe.suggestion}\n"
+        f"kept in {path}",
+        markup=False,
+    )
+
+
+def _compared(probe: Probe) -> str:
+    if probe.capability == "strong":
+        return f"above {STRONG}"
+    return f"below {WEAK}" if probe.capability == "weak" else f"between {WEAK} and {STRONG}"

@@ -1,0 +1,39 @@
+"""Thresholds that are given as quantiles become numbers, once, before the run they are for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from madpo.trainer.config import Config
+from madpo.trainer.dist import Shard
+from madpo.trainer.errors import UserError
+from madpo.trainer.stages.probe import stored_probe
+from madpo.trainer.stages.setup import Data
+
+
+def resolve_quantiles(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, shard: Shard) -> Config:
+    """The config with a number for every quantile: of the margins of the training set, or, for a threshold
+    of token probabilities, of those that the starting model gives its completions.
+
+    The former follow from the data; the latter are kept in the run folder's `probe.json`. Raises ValueError
+    where the number is none that the parameter may have.
+    """
+    params: Any = config.objective
+    if not params.quantiles:
+        return config
+    assert data.train is not None
+    if config.objective_entry.needs_margin:
+        values = data.train.margins
+    else:
+        values = stored_probe(config, data.train, tokenizer, shard).percentiles
+    try:
+        return config.model_copy(update={"objective": params.resolve(values)})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(map(str, problem["loc"]))
+        raise UserError(
+            f"objective.{name}: {getattr(params, name)} is {problem['input']}; {problem['msg']}"
+        ) from None
