@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -93,7 +94,8 @@ def preference_loss(
             "hidden: float16 gradients are formed in forward, before a loss scale could keep them from "
             "vanishing; use bfloat16 or float32"
         )
-    return PreferenceLoss(*PreferenceLossFunction.apply(hidden, weight, bias, args))  # type: ignore[misc]
+    forward = partial(preference_loss_fwd, args=args)
+    return PreferenceLoss(*PreferenceLossFunction.apply(hidden, weight, bias, forward, args.steps))  # type: ignore[misc]
 
 
 def _check(
@@ -154,13 +156,20 @@ class HeadArgs:
 
 
 class PreferenceLossFunction(torch.autograd.Function):
-    """Forward leaves the gradients in the context; backward hands them out."""
+    """`forward` gives (loss and what else is known, gradients); backward hands the gradients out."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, args: HeadArgs) -> Any:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        forward: Callable[..., Any],
+        steps: Steps,
+    ) -> Any:
         with plainly_on(hidden):
-            result, ctx.gradients = preference_loss_fwd(hidden, weight, bias, args)
-        ctx.steps = args.steps
+            result, ctx.gradients = forward(hidden, weight, bias)
+        ctx.steps = steps
         ctx.mark_non_differentiable(*(x for x in result[1:] if x is not None))
         ctx.set_materialize_grads(False)
         return tuple(result)
@@ -172,7 +181,7 @@ class PreferenceLossFunction(torch.autograd.Function):
             raise RuntimeError("preference_loss: backward works once; call the loss again")
         gradients, ctx.gradients = ctx.gradients, None
         with plainly_on(upstream[0]):
-            return *(None if g is None else ctx.steps.scale_(g, upstream[0]) for g in gradients), None
+            return *(None if g is None else ctx.steps.scale_(g, upstream[0]) for g in gradients), None, None
 
 
 def preference_loss_fwd(

@@ -61,13 +61,24 @@ def model_identity(config: Config, shard: Shard) -> dict[str, Any]:
     return {key: value for key, value in identity(config, shard).items() if key.startswith(parts)}
 
 
-def save(engine: Any, root: Path, state: TrainState, run: dict[str, Any], shard: Shard, keep: int) -> None:
+def save(
+    engine: Any,
+    root: Path,
+    state: TrainState,
+    run: dict[str, Any],
+    shard: Shard,
+    keep: int,
+    with_reference: bool = False,
+) -> None:
     """Write a checkpoint on all ranks, commit it, and delete older ones but the newest `keep`.
 
-    `run` is the identity that a continuation is compared with.
+    `run` is the identity that a continuation is compared with. The reference belongs into the checkpoint
+    if it moves.
     """
     tag = f"step-{state.step:08d}"
-    engine.save_checkpoint(str(root), tag=tag, save_latest=False, exclude_frozen_parameters=True)
+    engine.save_checkpoint(
+        str(root), tag=tag, save_latest=False, exclude_frozen_parameters=not with_reference
+    )
     if shard.is_main:
         content = {"state": dataclasses.asdict(state), "run": run}
         (root / tag / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
@@ -118,7 +129,7 @@ def load(engine: Any, root: Path, tag: str) -> TrainState:
     path, _ = engine.load_checkpoint(
         str(root),
         tag=tag,
-        load_module_strict=False,  # the frozen reference is not in it
+        load_module_strict=False,  # a reference that stays is not in it
         load_lr_scheduler_states=False,
     )
     refuse_if_any(None if path else f"{root / tag}: the checkpoint cannot be loaded; train with --fresh")

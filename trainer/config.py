@@ -17,7 +17,7 @@ from madpo.trainer import strict_yaml
 from madpo.trainer.deepspeed_keys import DEEPSPEED_KEYS, OWNED_DEEPSPEED_KEYS
 from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Objective
-from madpo.trainer.objectives.build import ALIASES
+from madpo.trainer.objectives.build import as_one_objective
 from madpo.trainer.objectives.registry import OBJECTIVES, ObjectiveParams
 
 
@@ -40,6 +40,9 @@ class ModelConfig(Section):
     ref_model_name_or_path: str | None = Field(
         default=None, description="frozen reference; null is the model that training starts from"
     )
+    sync_ref_model: bool = Field(default=False, description="move the reference towards the policy (TR-DPO)")
+    ref_model_mixup_alpha: float = Field(default=0.6, gt=0, le=1, description="share of the policy in a move")
+    ref_model_sync_steps: int = Field(default=512, ge=1, description="optimiser steps between moves")
     tokenizer_name_or_path: str | None = Field(default=None, description="null: beside the model")
     attention: Literal["sdpa", "flash"] = Field(
         default="sdpa", description="kernel of the packed attention; flash needs the flash-attn package"
@@ -122,10 +125,8 @@ class Config(Section):
 
     @field_validator("objective", mode="before")
     @classmethod
-    def _names_of_other_libraries(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("loss_type") in ALIASES:
-            return {**value, "loss_type": ALIASES[value["loss_type"]]}
-        return value
+    def _in_the_spelling_of_other_libraries(cls, value: Any) -> Any:
+        return as_one_objective(value) if isinstance(value, dict) else value
 
     @property
     def objective_entry(self) -> Objective:
@@ -154,6 +155,8 @@ def validate(config: Config) -> None:
             )
     if model.ref_model_name_or_path is not None and not config.objective_entry.needs_reference:
         raise UserError(f"model.ref_model_name_or_path: {config.objective.loss_type} uses no reference")
+    if model.sync_ref_model and not config.objective_entry.needs_reference:
+        raise UserError(f"model.sync_ref_model: {config.objective.loss_type} uses no reference")
     if model.attention == "flash" and not train.bf16:
         raise UserError("model.attention: flash computes in bf16; set train.bf16=true or attention=sdpa")
     if config.data.dataset_test_split == config.data.dataset_train_split:

@@ -99,10 +99,10 @@ def train_step(
         batches, memory = _with_slopes(engine, step, batches, meter, state)
     for index, batch in enumerate(batches):
         engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-        loss, logps, ref_logps = engine(batch)
+        loss, *rows = engine(batch)
         engine.backward(loss)
         if not head.objective.needs_batch:
-            _measure(head, meter, batch, logps, ref_logps)
+            _measure(head, meter, batch, rows)
     engine.step()
     return memory
 
@@ -116,8 +116,8 @@ def evaluation_step(engine: Any, step: Step, meter: Meter, state: BatchState) ->
         _with_slopes(engine, step, batches, meter, state)
         return
     for batch in batches:
-        _, logps, ref_logps = engine(batch)
-        _measure(head, meter, batch, logps, ref_logps)
+        _, *rows = engine(batch)
+        _measure(head, meter, batch, rows)
 
 
 @torch.no_grad()
@@ -127,8 +127,8 @@ def _with_slopes(
     """The batches with the slopes of losses that look at the whole step, and those losses' memory."""
     head, scored = engine.module.head, []
     for batch in batches:
-        _, logps, ref_logps = engine(batch)
-        scored.append(scored_span(batch, logps, ref_logps))
+        _, *rows = engine(batch)
+        scored.append(scored_span(batch, *rows))
     outcomes, slopes = share_losses(step, batches, scored, head.objective, head.params, state)
     for batch, scores, outcome in zip(batches, scored, outcomes, strict=True):
         add_batch(meter, batch, scores, outcome, head.objective, head.params)
@@ -137,11 +137,24 @@ def _with_slopes(
 
 
 @torch.no_grad()
-def _measure(
-    head: PreferenceHead, meter: Meter, batch: PackedBatch, logps: Tensor, ref_logps: Tensor | None
-) -> None:
-    scored = scored_span(batch, logps, ref_logps)
+def _measure(head: PreferenceHead, meter: Meter, batch: PackedBatch, rows: list[Tensor]) -> None:
+    scored = scored_span(batch, *rows)
     add_batch(meter, batch, scored, head.objective(scored, head.params), head.objective, head.params)
+
+
+@torch.no_grad()
+def move_reference(engine: Any, alpha: float) -> None:
+    """Every weight of the reference becomes alpha * policy + (1 - alpha) * reference: TR-DPO's soft update,
+    and with alpha 1 its hard one.
+
+    One pair of weights is gathered at a time. Source: Gorbatovski et al. 2024 (arXiv 2404.09656).
+    """
+    import deepspeed
+
+    policy, reference = engine.module.policy, engine.module.reference
+    for ours, theirs in zip(policy.parameters(), reference.parameters(), strict=True):
+        with deepspeed.zero.GatheredParameters([ours, theirs], modifier_rank=0):
+            theirs.data.lerp_(ours.data, alpha)
 
 
 def grad_norm(engine: Any) -> float:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
+from madpo.kernels.distribution_loss import RowStatistics, distribution_loss
 from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.layout import Groups, Span
 from madpo.kernels.preference_loss import Reference, SpanLoss, preference_loss
@@ -57,21 +59,22 @@ class PreferenceHead(nn.Module):
         hidden: Tensor,  # (M, H) policy, scored rows
         ref_hidden: Tensor | None,  # (M, H)
         batch: PackedBatch,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(loss (), token_logps (M,), ref_token_logps (M,) or None)."""
-        out = preference_loss(
-            hidden,
-            self.weight,
-            batch.targets,
-            Groups(batch.lengths, batch.group_sequences, batch.group_edges, batch.winners, batch.losers),
-            self._loss(batch),
-            Reference(ref_hidden, self.ref_weight, self.ref_bias) if ref_hidden is not None else None,
-            bias=self.bias,
-            transform=self.transform,
-            scale=batch.scale,
-            budget_bytes=self.budget_bytes,
-            impl=self.impl,
-        )
+    ) -> tuple[Tensor | None, ...]:
+        """The loss (), and of each row (M,) what `scored_span` takes: token_logps, ref_token_logps, ..."""
+        inputs = hidden, self.weight, batch.targets
+        groups = Groups(batch.lengths, batch.group_sequences, batch.group_edges, batch.winners, batch.losers)
+        reference = Reference(ref_hidden, self.ref_weight, self.ref_bias) if ref_hidden is not None else None
+        options: Any = {
+            "bias": self.bias,
+            "transform": self.transform,
+            "scale": batch.scale,
+            "budget_bytes": self.budget_bytes,
+        }
+        if "distributions" in self.objective.needs:
+            loss = partial(self._rows_loss, batch)
+            out = distribution_loss(*inputs, groups, loss, reference, **options)
+            return out.loss, *out.rows
+        out = preference_loss(*inputs, groups, self._loss(batch), reference, impl=self.impl, **options)
         return out.loss, out.token_logps, out.ref_token_logps
 
     def _loss(self, batch: PackedBatch) -> EdgeLoss | SpanLoss:
@@ -84,8 +87,11 @@ class PreferenceHead(nn.Module):
             return self.objective.epilogue(batch.margins, self.params)
         return partial(self._span_loss, batch)
 
+    def _rows_loss(self, batch: PackedBatch, rows: RowStatistics, span: Span) -> Tensor:
+        return self.objective(scored_span(batch, *rows, span=span), self.params).losses.sum()
+
     def _span_loss(self, batch: PackedBatch, logps: Tensor, ref_logps: Tensor | None, span: Span) -> Tensor:
-        return self.objective(scored_span(batch, logps, ref_logps, span), self.params).losses.sum()
+        return self.objective(scored_span(batch, logps, ref_logps, span=span), self.params).losses.sum()
 
 
 def _linear_loss(batch: PackedBatch, logps: Tensor, ref_logps: Tensor | None, span: Span) -> Tensor:
@@ -101,7 +107,10 @@ WHOLE = Span(*(slice(0, None),) * 4)
 def scored_span(
     batch: PackedBatch,
     token_logps: Tensor,  # (m,) of the span's rows
-    ref_token_logps: Tensor | None,  # (m,)
+    ref_token_logps: Tensor | None = None,  # (m,)
+    log_collisions: Tensor | None = None,  # (m,)
+    kl: Tensor | None = None,  # (m,)
+    *,
     span: Span = WHOLE,
 ) -> Scored:
     """What the objective sees of some whole groups, or of the whole batch; sequences count from the first."""
@@ -114,4 +123,6 @@ def scored_span(
         batch.losers[span.edges] - first,
         batch.margins[span.edges],
         batch.labels[span.sequences],
+        log_collisions,
+        kl,
     )

@@ -14,7 +14,7 @@ from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.loader import evaluation_steps, plan_step
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.dist import Shard
-from madpo.trainer.engine import evaluation_step, grad_norm, train_step
+from madpo.trainer.engine import evaluation_step, grad_norm, move_reference, train_step
 from madpo.trainer.errors import UserError
 from madpo.trainer.metrics import Meter
 from madpo.trainer.objectives.base import BatchState
@@ -72,6 +72,8 @@ def train(
         state.step += 1
         state.consumed += count
         state.num_tokens += int(groups.lengths[indices].sum())
+        if config.model.sync_ref_model and _due(state.step, config.model.ref_model_sync_steps):
+            move_reference(engine, config.model.ref_model_mixup_alpha)
         is_last = state.step == plan.total_steps
 
         saves = is_last or _due(state.step, settings.save_steps)

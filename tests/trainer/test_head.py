@@ -45,15 +45,21 @@ def test_every_objective_through_the_head(name, rows):
     reference = OutputHead(ref_weight) if entry.needs_reference else None
     head = PreferenceHead(OutputHead(weight), reference, entry, params, rows * 64 * 8)
     leaf = hidden.clone().requires_grad_()
-    loss, logps, ref_logps = head(leaf, ref_hidden if entry.needs_reference else None, batch)
+    loss, logps, ref_logps, *_ = head(leaf, ref_hidden if entry.needs_reference else None, batch)
     loss.backward()
 
-    def token_logps(h, w):
-        return (h @ w.T).log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+    def distributions(h, w):
+        return (h @ w.T).log_softmax(-1)
+
+    def of_targets(logps):
+        return logps.gather(1, batch.targets[:, None])[:, 0]
 
     plain, plain_weight = hidden.clone().requires_grad_(), weight.detach().clone().requires_grad_()
-    ref = token_logps(ref_hidden, ref_weight) if entry.needs_reference else None
-    scored = scored_span(batch, token_logps(plain, plain_weight), ref)
+    policy, other = distributions(plain, plain_weight), distributions(ref_hidden, ref_weight)
+    ref = of_targets(other) if entry.needs_reference else None
+    collisions = policy.detach().exp().square().sum(1).log()
+    kl = (other.exp() * (other - policy)).sum(1)
+    scored = scored_span(batch, of_targets(policy), ref, collisions, kl)
     want = 0.25 * entry(scored, params).losses.sum()
     want.backward()
     assert relative_error(loss, want) < 1e-12

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from madpo.kernels.edge_loss import edge_loss_ref
 from madpo.trainer.objectives import EdgeScores, build
 from madpo.trainer.objectives.base import Item, MarginWeight, Scored, segment_sum
+from madpo.trainer.objectives.build import as_one_objective
 from madpo.trainer.objectives.madpo import MADPOParams
 from madpo.trainer.objectives.registry import OBJECTIVES
 
@@ -155,7 +157,10 @@ def test_gradients_are_right_and_stop_at_the_reference(name):
 
     def loss(logps: torch.Tensor) -> torch.Tensor:
         ref = reference.detach() if entry.needs_reference else None
-        return entry(scored(logps, ref, [3, 1, 0, 5], margin=0.7), entry.params()).losses.sum()
+        scores = scored(logps, ref, [3, 1, 0, 5], margin=0.7)
+        if "distributions" in entry.needs:
+            scores = replace(scores, log_collisions=-reference.detach().abs(), kl=reference.detach().square())
+        return entry(scores, entry.params()).losses.sum()
 
     if name == "dft":  # it stops a gradient on purpose: that of 1 - p is left
         (got,) = torch.autograd.grad(loss(leaf), leaf)
@@ -287,6 +292,71 @@ def test_weighted_sums():
             build("weighted_sum", **wrong)
 
 
+def test_a_list_of_losses_is_a_weighted_sum():
+    """TRL's spelling of MPO, parameters for those that have them."""
+    block = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "beta": 0.1}
+    ours = as_one_objective(block)
+    assert ours.pop("loss_type") == "weighted_sum"
+    assert build("weighted_sum", **ours)(edge()).item() == pytest.approx(build("weighted_sum")(edge()).item())
+    assert as_one_objective({"loss_type": ["dpo", "orpo"], "lam": 0.5})["terms"][1] == {
+        "loss_type": "orpo",
+        "lam": 0.5,
+    }
+    with pytest.raises(ValueError, match="tau: none of sigmoid, sft has this parameter"):
+        as_one_objective({"loss_type": ["sigmoid", "sft"], "tau": 1.0})
+
+
+def test_ties_by_hand():
+    """The three outcomes of two completions have probabilities that sum to one; D is 1.3."""
+    scores = edge()
+    flipped = EdgeScores(
+        scores.rejected_logps, scores.chosen_logps, scores.ref_rejected_logps, scores.ref_chosen_logps,
+        margins=scores.margins,
+    )  # fmt: skip
+    win, loss = (build("todo", theta=0.7)(x).item() for x in (scores, flipped))
+    tie = build("todo", theta=0.7, tie_margin=2.0)(scores).item()
+    assert win == pytest.approx(math.log1p(math.exp(-(0.13 - 0.7))))
+    assert sum(math.exp(-x) for x in (win, loss, tie)) == pytest.approx(1.0)
+    by_hand = math.log((1 + math.exp(0.83)) * (1 + math.exp(0.57)) / (math.exp(1.4) - 1))
+    assert tie == pytest.approx(by_hand)
+
+
+def test_ld_dpo_by_hand(example):
+    """Chosen -10, -2 and rejected -15 against -12.5, 0 and -14.2: the shared length is one token."""
+    head, tail = (-10 + 12.5) - (-15 + 14.2), -2.0
+    for alpha in (0.0, 0.5, 1.0):
+        want = math.log1p(math.exp(-0.1 * (head + alpha * tail)))
+        assert build("ld_dpo", alpha=alpha)(example).item() == pytest.approx(want, abs=1e-12)
+    assert build("ld_dpo", alpha=1.0)(example).item() == pytest.approx(0.6302581947, abs=1e-9)
+
+
+def test_wpo_by_hand(example):
+    """Weights exp(mean of log p - log sum p^2): -12 / 2 + 5 and -15 + 14.5, so e^-1 e^-0.5."""
+    collisions = torch.tensor([-4.0, -6.0, -14.5], dtype=torch.float64)
+    scores = replace(example, log_collisions=collisions, kl=collisions)
+    weight = math.exp(-1.5)
+    loss = math.log1p(math.exp(-0.1 * 1.3))
+    assert build("wpo", beta=0.1)(scores).item() == pytest.approx(weight * loss, abs=1e-12)
+    likely = replace(scores, log_collisions=collisions - 9)
+    assert build("wpo", beta=0.1)(likely).item() == pytest.approx(loss, abs=1e-12)
+    unclamped = build("wpo", beta=0.1, clamp=False)(likely).item()
+    assert unclamped == pytest.approx(math.exp(16.5) * loss, rel=1e-12)
+
+
+def test_tdpo_by_hand(example):
+    """K_w = 0.5 + 0.25, K_l = 2; the second form has no gradient through K_w, the first has."""
+    kl = torch.tensor([0.5, 0.25, 2.0], dtype=torch.float64, requires_grad=True)
+    scores = replace(example, kl=kl, log_collisions=kl)
+    z = 0.1 * (1.3 - 0.5 * (2.0 - 0.75))
+    losses = build("tdpo")(scores)
+    assert losses.item() == pytest.approx(math.log1p(math.exp(-z)), abs=1e-12)
+    slope = 0.1 * 0.5 / (1 + math.exp(z))
+    assert torch.autograd.grad(losses.sum(), kl)[0].tolist() == pytest.approx([0, 0, slope])
+    first = build("tdpo", alpha=1.0, stop_gradient=False)(scores)
+    slope = 0.1 / (1 + math.exp(0.1 * (1.3 - 1.25)))
+    assert torch.autograd.grad(first.sum(), kl)[0].tolist() == pytest.approx([-slope, -slope, slope])
+
+
 def test_anchors_by_hand():
     """Scores 2 and -0.5, reference 1 and 0.25: D = 1.75."""
     scores = EdgeScores(*torch.tensor([[2.0], [-0.5], [1.0], [0.25]], dtype=torch.float64).unbind())
@@ -313,6 +383,15 @@ def test_divergences_by_hand(divergence, g):
     assert build("f_dpo", divergence=divergence)(edge()).item() == pytest.approx(want, abs=1e-12)
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js", "alpha"])
+def test_divergences_never_overflow(divergence):
+    ratios = torch.tensor([-900.0, -420.0, 0.0, 900.0], requires_grad=True)
+    zero = torch.zeros(4)
+    losses = build("f_dpo", divergence=divergence)(EdgeScores(ratios, ratios.detach().flip(0), zero, zero))
+    losses.sum().backward()
+    assert losses.isfinite().all() and ratios.grad is not None and ratios.grad.isfinite().all()
+
+
 def test_madpo_ablations_clamp_the_coefficient():
     scores = edge()  # margin 2: c(2) > 1
     full, amplify, regularise = (
@@ -326,7 +405,7 @@ def test_madpo_ablations_clamp_the_coefficient():
 def test_extreme_scores_stay_finite(name):
     """Log-ratios of +-600 nats, in float32: no overflow in loss or gradient."""
     entry = OBJECTIVES[name]
-    if entry.item is not Item.EDGE or name == "f_dpo":
+    if entry.view is not EdgeScores:
         return
     for sign in (1.0, -1.0):
         chosen = torch.tensor([-900.0 + 600 * sign], requires_grad=True)

@@ -87,7 +87,7 @@ def discopop(x: Pairs, beta: float, tau: float) -> Array:
 
 
 def f_dpo(x: Pairs, beta: float, divergence: str, alpha: float = 0.5) -> Array:
-    """arXiv 2309.16240: f'(u) in place of log u; TRL's alpha is 1 minus the paper's."""
+    """arXiv 2309.16240: f'(u) in place of log u; the alpha of TRL (and ours) is 1 minus the paper's."""
     slopes: dict[str, Form] = {
         "reverse_kl": lambda u: np.log(u) + 1,
         "forward_kl": lambda u: -1 / u,
@@ -119,9 +119,13 @@ NOISE: list[dict[str, Any]] = [{"beta": 0.1, "label_smoothing": e} for e in (0.0
 NLL: list[dict[str, Any]] = [{"beta": 0.1, "alpha": 1.0}, {"beta": 1.5, "alpha": 0.3}]
 MARGIN: list[dict[str, Any]] = [{"beta": 2.0, "gamma": 0.5}, {"beta": 0.1, "gamma": 0.0}]
 MPO = [{"loss_type": "dpo", "beta": 0.1}, {"loss_type": "bco_pair", "beta": 0.1}, {"loss_type": "chosen_nll"}]
+DIVERGENCES: list[dict[str, Any]] = [
+    *({"divergence": name} for name in ("reverse_kl", "forward_kl", "js")),
+    *({"divergence": "alpha", "alpha": alpha} for alpha in (0.3, 0.5, 0.8, 1.5)),
+]
 
 TABLE: list[tuple[str, list[dict[str, Any]], Form]] = [
-    # arXiv 2305.18290 (equation 7), 2309.06657 (8); cDPO (3), dpo_trainer.md before 1.0; sigmoid_norm of TRL
+    # dpo_trainer.md: arXiv 2305.18290, equation 7; 2309.06657; cDPO (before 1.0); sigmoid_norm
     ("sigmoid", BETAS, lambda x, beta: nls(beta * x.delta)),
     ("hinge", BETAS, lambda x, beta: beta * np.clip(1 / beta - x.delta, 0, None)),
     ("cdpo", NOISE, lambda x, beta, label_smoothing: nls(beta * x.delta) + label_smoothing * beta * x.delta),
@@ -129,29 +133,20 @@ TABLE: list[tuple[str, list[dict[str, Any]], Form]] = [
     ("robust", NOISE, robust),
     ("ipo", [each | {"average": average} for each in BETAS for average in (True, False)], ipo),
     ("exo_pair", [{"beta": 0.1, "eps": 1e-3}, {"beta": 1.5, "eps": 0.2}], exo_pair),
-    # arXiv 2402.05369, 2404.04656 without a reward shift, 2405.00675 (4.7) at win rates 1 and 0
+    # arXiv 2402.05369; 2404.04656 without a reward shift; 2405.00675, equation 4.7, at win rates 1 and 0
     ("nca_pair", BETAS, lambda x, beta: nls(beta * x.a) + (nls(-beta * x.a) + nls(-beta * x.b)) / 2),
     ("bco_pair", BETAS, lambda x, beta: nls(beta * x.a) + nls(-beta * x.b)),
     ("sppo_hard", BETAS, lambda x, beta: (x.a - 1 / (2 * beta)) ** 2 + (x.b + 1 / (2 * beta)) ** 2),
-    # arXiv 2408.06266 (7 and 8)
+    # arXiv 2408.06266, equations 7 and 8
     ("apo_zero", BETAS, lambda x, beta: sigma(-beta * x.a) + sigma(beta * x.b)),
     ("apo_down", BETAS, lambda x, beta: sigma(beta * x.a) + sigma(-beta * x.delta)),
     ("discopop", [{"beta": 0.05, "tau": 0.05}, {"beta": 0.1, "tau": 1.0}], discopop),
-    (
-        "f_dpo",
-        [b | {"divergence": name} for b in BETAS for name in ("reverse_kl", "forward_kl", "js")],
-        f_dpo,
-    ),
-    (
-        "f_dpo",
-        [{"beta": 0.1, "divergence": "alpha", "alpha": alpha} for alpha in (0.3, 0.5, 0.8, 1.5)],
-        f_dpo,
-    ),
-    # "sft" alone; beside "sigmoid", which is RPO, arXiv 2404.19733; MPO
+    ("f_dpo", [each | divergence for each in BETAS for divergence in DIVERGENCES], f_dpo),
+    # "sft"; "sigmoid" and "sft", which is RPO, arXiv 2404.19733; MPO
     ("chosen_nll", [{"average": True}], lambda x, average: -x.means[0]),
     ("dpo_nll", NLL, lambda x, beta, alpha: nls(beta * x.delta) - alpha * x.means[0]),
     ("weighted_sum", [{"terms": MPO, "loss_weights": w} for w in ([0.8, 0.2, 1.0], [1.0, 2.0, 0.1])], mpo),
-    # CPOTrainer: arXiv 2401.08417 (3 and 4); 2305.10425, TRL's hinge at beta 1 and cpo_alpha 0
+    # cpo_trainer.md: arXiv 2401.08417; "hinge" at beta 1 and cpo_alpha 0, 2305.10425
     ("cpo", NLL, lambda x, beta, alpha: nls(beta * x.l_w - beta * x.l_l) - alpha * x.means[0]),
     ("slic_hf", [{"delta": 1.0, "lam": 0.0}], lambda x, delta, lam: np.maximum(0, 1 + x.l_l - x.l_w)),
     ("simpo", MARGIN, simpo),
@@ -163,9 +158,10 @@ CASES = [(name, given, form) for name, settings, form in TABLE for given in sett
 
 @pytest.mark.parametrize(("name", "given", "form"), CASES, ids=[case[0] for case in CASES])
 def test_losses_equal_the_closed_form(name: str, given: dict[str, Any], form: Form) -> None:
+    """To 1e-10; the absolute 1e-15 is for 1 - sigmoid of tiny losses."""
     scores, pairs = random_pairs(seed=0)
     losses = build(name, **given)(scores).numpy()
-    np.testing.assert_allclose(losses, form(pairs, **given), rtol=1e-10, atol=0)
+    np.testing.assert_allclose(losses, form(pairs, **given), rtol=1e-10, atol=1e-15)
 
 
 def test_odds_ratio_of_orpo_equals_the_closed_form() -> None:
@@ -173,4 +169,4 @@ def test_odds_ratio_of_orpo_equals_the_closed_form() -> None:
     scores, pairs = random_pairs(seed=0)
     odds_w, odds_l = (p / (1 - p) for p in map(np.exp, pairs.means))
     more, less = (build("orpo", lam=lam)(scores).numpy() for lam in (1.25, 0.25))
-    np.testing.assert_allclose(more - less, np.log1p(odds_l / odds_w), rtol=1e-10, atol=0)
+    np.testing.assert_allclose(more - less, np.log1p(odds_l / odds_w), rtol=1e-10, atol=1e-15)

@@ -14,10 +14,14 @@ import torch
 from filelock import FileLock
 from harness import LLAMA, make_config, run_ranks, save_model, write_pairs
 
+from madpo.trainer import loop
 from madpo.trainer.config import Config
+from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.stages.evaluate import run_evaluation
 from madpo.trainer.stages.export import run_export
+from madpo.trainer.stages.setup import load_data, start_engine
 from madpo.trainer.stages.train import run_training
+from madpo.trainer.state import TrainState
 
 pytestmark = pytest.mark.ranks
 
@@ -141,6 +145,8 @@ RESUMED = {
         "data": {"order": "easy_to_hard"},
     },
     "mismatched": {"objective": {"loss_type": "kto"}},
+    "distributions": {"objective": {"loss_type": "tdpo"}},
+    "moving-reference": {"model": {"sync_ref_model": True, "ref_model_sync_steps": 2}},
 }
 
 
@@ -164,6 +170,46 @@ def test_resume_is_bitwise_the_run_that_was_not_cut_off(config, tmp_path, sectio
     want, got = ([without_clock(line) for line in records(Path(run.output_dir))] for run in (whole, cut))
     assert got == want
     assert model_bytes(cut) == model_bytes(whole)
+
+
+def test_a_moving_reference_follows_the_policy(config, tmp_path):
+    """By hand from the weights of the steps: moves at 2 and 4, of a reference that begins as the policy."""
+    moving = changed(
+        config,
+        model={"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.25},
+        train={"max_steps": 5, "eval_steps": None, "export": False},
+    )
+    weights = run_ranks(2, weights_by_step, moving)[0]
+    for name, want in weights[0]["reference"].items():
+        assert torch.equal(want, weights[0]["start"][name])
+        for step, now in enumerate(weights, start=1):
+            if step in (2, 4):
+                want = torch.lerp(want, now["policy"][name], 0.25)
+            torch.testing.assert_close(now["reference"][name], want)
+    assert not torch.equal(weights[4]["reference"]["lm_head.weight"], weights[0]["start"]["lm_head.weight"])
+
+
+def weights_by_step(shard, config: Config) -> list[dict[str, dict[str, torch.Tensor]]]:
+    """Full weights of policy and reference after every step."""
+    import deepspeed
+
+    def weights(model) -> dict[str, torch.Tensor]:
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    tokenizer = load_tokenizer(config.model)
+    groups = load_data(config, tokenizer, training=True).train
+    assert groups is not None
+    engine = start_engine(config, tokenizer, training=True)
+    start, out = weights(engine.module.policy), []
+
+    def keep(record) -> None:
+        models = {"policy": engine.module.policy, "reference": engine.module.reference}
+        out.append({"start": start, **{name: weights(model) for name, model in models.items()}})
+
+    loop.train(config, engine, groups, None, shard, TrainState(), keep, lambda: None)
+    engine.destroy()
+    return out
 
 
 def test_metrics_resume_with_intervals_that_do_not_meet(config, tmp_path):

@@ -49,6 +49,8 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
         revision = None if named else model.model_revision
         reference = _pretrained(named or model.model_name_or_path, revision, dtype, attention)
         _same_vocabulary(policy, reference)
+        if model.sync_ref_model:
+            _same_shapes(policy, reference)
     if len(tokenizer) > policy.config.vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens and the model only {policy.config.vocab_size}; "
@@ -101,6 +103,20 @@ def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
         if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
             setattr(config, key, 0.0)
     return config
+
+
+def _same_shapes(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
+    """A parameter that ZeRO-3 has partitioned keeps its real shape in ds_shape."""
+    ours, theirs = (
+        {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+        for model in (policy, reference)
+    )
+    if ours != theirs:
+        name = next(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+        raise UserError(
+            f"model.sync_ref_model: {name} is {ours.get(name)} in the policy and {theirs.get(name)} in the "
+            "reference; both must be of one architecture"
+        )
 
 
 def _same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> None:

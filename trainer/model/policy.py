@@ -51,10 +51,9 @@ class PolicyWithReference(nn.Module):
             self.reference.eval()
         return self
 
-    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(loss (), token_logps (M,), ref_token_logps (M,) or None).
-
-        A batch with `slopes` needs no reference any more.
+    def forward(self, batch: PackedBatch) -> tuple[Tensor | None, ...]:
+        """The loss (), token_logps (M,), ref_token_logps (M,) or None, and more where the objective looks at
+        distributions. A batch with `slopes` needs no reference any more.
         """
         table = SegmentTable(batch.segments)
         hidden = scored_hidden(self.policy, batch, table)

@@ -106,7 +106,7 @@ def apo_zero(scores: EdgeScores, params: APOZeroParams) -> Tensor:
     Source: D'Oosterlinck et al. 2024 (arXiv 2408.06266).
     """
     won, lost = params.beta * scores.chosen_logratios, params.beta * scores.rejected_logratios
-    return 1 - torch.sigmoid(won) + torch.sigmoid(lost)
+    return torch.sigmoid(-won) + torch.sigmoid(lost)
 
 
 class APODownParams(Params):
@@ -121,7 +121,7 @@ def apo_down(scores: EdgeScores, params: APODownParams) -> Tensor:
     Source: D'Oosterlinck et al. 2024 (arXiv 2408.06266).
     """
     won = torch.sigmoid(params.beta * scores.chosen_logratios)
-    return won + 1 - torch.sigmoid(params.beta * scores.deltas)
+    return won + torch.sigmoid(-params.beta * scores.deltas)
 
 
 class AnchoredParams(Params):

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict
 from torch import Tensor
 
 from madpo.kernels.edge_loss import EdgeLoss, MarginWeight
@@ -54,6 +54,13 @@ class Params(BaseModel):
     """Base of every objective's parameters: strict, immutable, finite. Each adds its `loss_type`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def keys(cls) -> set[str]:
+        """All names under which parameters can be given."""
+        aliases = (parameter.validation_alias for parameter in cls.model_fields.values())
+        choices = (choice for alias in aliases if isinstance(alias, AliasChoices) for choice in alias.choices)
+        return {*cls.model_fields, *map(str, choices)}
 
     @property
     def quantiles(self) -> dict[str, float]:
@@ -161,6 +168,8 @@ class Scored:
     losers: Tensor  # (E,)
     margins: Tensor  # (E,) score of the winner minus score of the loser
     labels: Tensor  # (S,) 1 desirable, -1 undesirable, 0 neither
+    log_collisions: Tensor | None = None  # (M,) log sum_v p_v^2 of the policy's distribution; a constant
+    kl: Tensor | None = None  # (M,) KL(pi_ref || pi) of the distributions of a token
 
     @cached_property
     def logps(self) -> Tensor:
@@ -210,6 +219,17 @@ class Outcome:
     memory: dict[str, list[float]] = field(default_factory=dict)  # to find in the next step's BatchState
 
 
+NEEDS = {
+    "reference": "log-probs under the reference",
+    "margins": "margins of the pairs",
+    "lengths": "lengths of the completions",
+    "labels": "which completions are desirable",
+    "mismatched": "completions that were written for another prompt",
+    "tokens": "log-probs of single tokens: the function takes `Scored`",
+    "distributions": "log_collisions and kl of `Scored`, from a slower head",
+    "batch": "all items of the step at once",
+}
+
 Epilogue = Callable[[Tensor, Any], EdgeLoss]
 """(margins (E,), params) -> the same losses as data, for the kernels to form."""
 
@@ -221,7 +241,7 @@ class Objective:
     function: Callable[[Any, Any, BatchState], Outcome]
     params: type[Params]
     item: Item = Item.EDGE
-    needs: frozenset[str] = frozenset()  # of reference, margins, lengths, labels, mismatched, tokens, batch
+    needs: frozenset[str] = frozenset()  # of NEEDS
     needs_of: Callable[[Any], frozenset[str]] | None = None  # where they depend on the parameters
     epilogue: Epilogue | None = None  # None: by autograd
 
@@ -234,7 +254,7 @@ class Objective:
     @property
     def view(self) -> type[Scores]:
         """What the function takes."""
-        if self.item is Item.TOKEN or "tokens" in self.needs:
+        if self.item is Item.TOKEN or self.needs & {"tokens", "distributions"}:
             return Scored
         return EdgeScores if self.item is Item.EDGE else SequenceScores
 

@@ -11,8 +11,31 @@ from torch import Tensor
 
 from madpo.trainer.objectives.base import BatchState, Objective, Outcome, Params, Scores
 
-ALIASES = {"sigmoid": "dpo"}
+ALIASES = {"sigmoid": "dpo", "sft": "chosen_nll"}
 """Names of other libraries."""
+
+
+def as_one_objective(block: dict[str, Any]) -> dict[str, Any]:
+    """An `objective` block in TRL's spelling as ours: other names, and a list of losses with their weights.
+
+    A parameter beside a list goes to every loss that has it. Raises ValueError for one that none has.
+    """
+    from madpo.trainer.objectives.registry import OBJECTIVES
+
+    kinds = block.get("loss_type")
+    if not isinstance(kinds, list):
+        return {**block, "loss_type": ALIASES.get(kinds, kinds)} if isinstance(kinds, str) else block
+    parameters = {key: value for key, value in block.items() if key not in ("loss_type", "loss_weights")}
+    terms, taken = [], set[str]()
+    for kind in (ALIASES.get(kind, kind) for kind in kinds):
+        known = OBJECTIVES[kind].params.keys() if kind in OBJECTIVES else set[str]()
+        terms.append({"loss_type": kind, **{k: v for k, v in parameters.items() if k in known}})
+        taken |= known
+    if unknown := parameters.keys() - taken:
+        names = ", ".join(map(str, kinds))
+        raise ValueError(f"{', '.join(sorted(unknown))}: none of {names} has this parameter")
+    weights = block.get("loss_weights", [1.0] * len(kinds))
+    return {"loss_type": "weighted_sum", "terms": terms, "loss_weights": weights}
 
 
 @dataclass(frozen=True)
@@ -48,6 +71,7 @@ FIELDS = {
     "lengths": ("chosen_lengths", "rejected_lengths", "lengths"),
     "margins": ("margins",),
     "labels": ("labels",),
+    "distributions": ("log_collisions", "kl"),
 }
 """Where the scores hold what an objective needs; of these names, each kind of scores has some."""
 

@@ -67,7 +67,8 @@ class FDPOParams(Params):
 def f_dpo(scores: EdgeScores, params: FDPOParams) -> Tensor:
     """L = -log sigmoid(beta (g(a) - g(b))) with g of the divergence that holds the policy to the reference.
 
-    reverse_kl: g(x) = x (DPO). forward_kl: -e^-x. js: log sigmoid(x). alpha: e^((alpha - 1) x) / (alpha - 1).
+    reverse_kl: g(x) = x (DPO). forward_kl: -e^-x. js: log sigmoid(x). alpha: e^((alpha - 1) x) / (alpha - 1),
+    alpha as TRL has it. Exponents end at 80, where float32 would soon overflow.
     Source: Wang et al. 2023 (arXiv 2309.16240), table 1.
     """
 
@@ -75,9 +76,9 @@ def f_dpo(scores: EdgeScores, params: FDPOParams) -> Tensor:
         if params.divergence == "reverse_kl":
             return ratio
         if params.divergence == "forward_kl":
-            return -torch.exp(-ratio)
+            return -torch.exp((-ratio).clamp(max=80))
         if params.divergence == "js":
             return F.logsigmoid(ratio)
-        return torch.exp((params.alpha - 1) * ratio) / (params.alpha - 1)
+        return torch.exp(((params.alpha - 1) * ratio).clamp(max=80)) / (params.alpha - 1)
 
     return -F.logsigmoid(params.beta * (g(scores.chosen_logratios) - g(scores.rejected_logratios)))

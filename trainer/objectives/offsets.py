@@ -1,7 +1,8 @@
-"""DPO with an offset inside the sigmoid: margins from the data, lengths, a damped rejected part."""
+"""DPO with an offset inside the sigmoid: margins from the data, lengths, a damped rejected part, ties."""
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from madpo.trainer.objectives.base import EdgeLoss, EdgeScores, Params, objective
+from madpo.trainer.objectives.base import EdgeLoss, EdgeScores, Outcome, Params, objective
 from madpo.trainer.objectives.fields import Beta, Lambda
 
 
@@ -96,3 +97,26 @@ def mmpo(scores: EdgeScores, params: MMPOParams) -> Tensor:
     z = params.beta * scores.deltas
     p = torch.sigmoid(params.gamma * scores.margins).to(z.dtype)
     return -p * F.logsigmoid(z) - (1 - p) * F.logsigmoid(-z)
+
+
+class TODOParams(Params):
+    loss_type: Literal["todo"] = "todo"
+    beta: Beta = 0.1
+    theta: Annotated[float, Field(gt=0, description="half the width of a tie")] = 0.5
+    tie_margin: Annotated[float, Field(ge=0, description="a pair whose |margin| is no larger is a tie")] = 0.0
+
+
+@objective(TODOParams, {"reference", "margins"})
+def todo(scores: EdgeScores, params: TODOParams) -> Outcome:
+    """L = -log sigmoid(z - t) for a preference, softplus(t + z) + softplus(t - z) - log(e^2t - 1) for a tie.
+
+    z = beta D, t = theta; a pair is a tie where |h| <= tie_margin. The three outcomes of the Rao-Kupper
+    model: their probabilities sum to one.
+    Source: Guo et al. 2024 (TODO) and the authors' code.
+    """
+    assert scores.margins is not None
+    z, t = params.beta * scores.deltas, params.theta
+    tie = scores.margins.abs() <= params.tie_margin
+    # log(e^2t - 1) without overflow for large t.
+    tied = F.softplus(t + z) + F.softplus(t - z) - (2 * t + math.log(-math.expm1(-2 * t)))
+    return Outcome(torch.where(tie, tied, -F.logsigmoid(z - t)), {"todo/ties": tie.double()})

@@ -122,7 +122,7 @@ def _measure(engine: Any, groups: GroupDataset, config: Config, shard: Shard, of
         groups, Item.TOKEN, settings.global_batch_size, settings.micro_batch_tokens, shard, chosen
     ):
         for batch in step.batches:
-            _, logps, _ = engine(batch.to(engine.device))
+            _, logps, *_ = engine(batch.to(engine.device))
             if not batch.is_filler:
                 found += [part.double().cpu().numpy() for part in logps.split(batch.lengths)]
     everything: list[Any] = [None] * shard.world_size

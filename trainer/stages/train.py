@@ -63,7 +63,8 @@ def run_training(config: Config, command: str) -> None:
                 sink(record)
 
         def on_save() -> None:
-            checkpoint.save(engine, checkpoints, state, run, shard, config.train.save_total_limit)
+            keep, moves = config.train.save_total_limit, config.model.sync_ref_model
+            checkpoint.save(engine, checkpoints, state, run, shard, keep, with_reference=moves)
 
         loop.train(config, engine, data.train, data.held_out, shard, state, on_record, on_save)
 

@@ -1,0 +1,152 @@
+"""The preference head for objectives that look at whole distributions, not at the targets' log-probs alone.
+
+Plain torch on any device: a wave's logits and their derivatives come from autograd, so it keeps several
+times the logits of `preference_loss` and reads them more often. For the few objectives that need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from madpo.kernels.checks import require_head
+from madpo.kernels.layout import Groups, Span, plan_waves
+from madpo.kernels.preference_loss import PreferenceLossFunction, Reference
+from madpo.kernels.steps import TORCH, wide_dtype
+from madpo.kernels.transform import IDENTITY, LogitTransform
+
+COPIES = 8
+"""Tensors of the logits' size that are alive at once at most: both models', in and out of softmax, slopes."""
+
+
+class RowStatistics(NamedTuple):
+    """Of m rows, in the wide type."""
+
+    token_logps: Tensor  # (m,) log p(target), differentiable
+    ref_token_logps: Tensor | None  # (m,)
+    log_collisions: Tensor  # (m,) log sum_v p_v^2, a constant
+    kl: Tensor | None  # (m,) sum_v q_v (log q_v - log p_v), q the reference's; differentiable
+
+    def detach(self) -> RowStatistics:
+        logps, ref_logps, collisions, kl = self
+        return RowStatistics(logps.detach(), ref_logps, collisions, kl if kl is None else kl.detach())
+
+
+RowsLoss = Callable[[RowStatistics, Span], Tensor]
+"""(statistics of the span's rows, span) -> sum of the span's losses, a scalar."""
+
+
+class DistributionLoss(NamedTuple):
+    """Only `loss` carries a gradient."""
+
+    loss: Tensor  # () scale * sum of the losses
+    rows: RowStatistics  # (M,)
+
+
+def distribution_loss(
+    hidden: Tensor,  # (M, H) the positions that predict the targets
+    weight: Tensor,  # (V, H)
+    targets: Tensor,  # (M,) in [0, V)
+    groups: Groups,
+    loss: RowsLoss,
+    reference: Reference | None = None,
+    *,
+    bias: Tensor | None = None,  # (V,)
+    transform: LogitTransform = IDENTITY,
+    scale: float = 1.0,
+    budget_bytes: int = 2**31,
+) -> DistributionLoss:
+    """scale * sum of the losses, with gradients to `hidden`, `weight` and `bias`, formed in forward.
+
+    Waves of whole groups take about `budget_bytes`; a larger group is a wave of its own. The reference is
+    given by its hidden states and weight. Raises ValueError for shapes that contradict each other.
+    """
+    require_head(hidden, weight, bias, targets)
+    groups.check(len(targets))
+    reference, budget_bytes = reference or Reference(), budget_bytes // COPIES
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    forward = partial(_forward, needs, targets, groups, loss, reference, transform, scale, budget_bytes)
+    out = PreferenceLossFunction.apply(hidden, weight, bias, forward, TORCH)
+    return DistributionLoss(out[0], RowStatistics(*out[1:]))  # type: ignore[index]
+
+
+def _forward(
+    needs: Sequence[bool],
+    targets: Tensor,
+    groups: Groups,
+    loss: RowsLoss,
+    reference: Reference,
+    transform: LogitTransform,
+    scale: float,
+    budget_bytes: int,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> tuple[tuple[Tensor | None, ...], Sequence[Tensor | None]]:
+    wide = wide_dtype(hidden)
+
+    def leaf(x: Tensor, need: bool) -> Tensor:
+        return x.detach().to(wide, copy=True).requires_grad_(need)
+
+    wide_weight = leaf(weight, needs[1])
+    wide_bias = None if bias is None else leaf(bias, needs[2])
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    d_hidden = torch.zeros_like(hidden) if needs[0] else None
+    parts: list[RowStatistics] = []
+    for wave in plan_waves(groups, len(weight), budget_bytes, wide, wide):
+        rows = wave.span.rows
+        wide_hidden = leaf(hidden[rows], needs[0])
+        with torch.enable_grad():
+            inputs = wide_hidden, wide_weight, wide_bias, targets[rows]
+            statistics = _statistics(*inputs, reference, rows, transform)
+            span_loss = scale * loss(statistics, wave.span)
+        if span_loss.requires_grad:
+            span_loss.backward()
+        if d_hidden is not None and wide_hidden.grad is not None:
+            d_hidden[rows] = wide_hidden.grad.to(hidden.dtype)
+        total += span_loss.detach()
+        parts.append(statistics.detach())
+    rows_known = (None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True))
+    gradients = [d_hidden, _gradient(wide_weight, weight), _gradient(wide_bias, bias)]
+    return (total.to(wide), *rows_known), gradients
+
+
+def _gradient(leaf: Tensor | None, like: Tensor | None) -> Tensor | None:
+    if leaf is None or like is None or not leaf.requires_grad:
+        return None
+    return torch.zeros_like(like) if leaf.grad is None else leaf.grad.to(like.dtype)
+
+
+def _statistics(
+    hidden: Tensor,  # (m, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    targets: Tensor,  # (m,)
+    reference: Reference,
+    rows: slice,
+    transform: LogitTransform,
+) -> RowStatistics:
+    logps = _log_softmax(hidden, weight, bias, transform)
+    collisions = torch.logsumexp(2 * logps.detach(), 1)
+    ref_token_logps = kl = None
+    if reference.hidden is not None and reference.weight is not None:
+        with torch.no_grad():
+            ref_hidden, ref_weight = reference.hidden[rows].to(hidden), reference.weight.to(hidden)
+            ref_logps = _log_softmax(ref_hidden, ref_weight, reference.bias, transform)
+            ref_token_logps = _at(ref_logps, targets)
+        kl = (ref_logps.exp() * (ref_logps - logps)).sum(1)
+    return RowStatistics(_at(logps, targets), ref_token_logps, collisions, kl)
+
+
+def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    """(m, V)"""
+    logits = hidden @ weight.T
+    return transform(logits if bias is None else logits + bias.to(logits.dtype)).log_softmax(1)
+
+
+def _at(logps: Tensor, targets: Tensor) -> Tensor:
+    return logps.gather(1, targets[:, None])[:, 0]
