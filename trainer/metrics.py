@@ -111,7 +111,7 @@ def add_batch(
         for name, values in outcome.stats.items():
             meter.add(name, values[:keep], where)
         if objective.item is not Item.TOKEN:
-            _add_completions(meter, batch, scored, objective.item, getattr(params, "beta", 1.0))
+            _add_completions(meter, batch, scored, objective, getattr(params, "beta", 1.0))
         if scored.ref_token_logps is not None:
             drift = scored.token_logps.double() - scored.ref_token_logps.double()
             if objective.item is Item.SEQUENCE:
@@ -119,26 +119,32 @@ def add_batch(
             meter.add("kl", (drift.square() / 2)[:keep], where)
 
 
-def _add_completions(meter: Meter, batch: PackedBatch, scored: Scored, item: Item, beta: float) -> None:
+def _add_completions(
+    meter: Meter, batch: PackedBatch, scored: Scored, objective: Objective, beta: float
+) -> None:
     """Rewards, log-probs and lengths of chosen and rejected, or of desirable and undesirable, completions."""
-    lengths, per_token = scored.lengths.double(), scored.logps / scored.lengths.clamp(min=1)
+    are_rewards, pairs = "scores" in objective.needs, objective.item is Item.EDGE
+    per_token = scored.logps / scored.lengths.clamp(min=1)
     rewards = beta * (per_token if scored.ref_token_logps is None else scored.logratios)
+    values = {"rewards": rewards, "logps": scored.logps, "lengths": scored.lengths.double()}
+    if are_rewards:
+        rewards = values["rewards"] = values.pop("logps")
     labels = batch.labels
     sides = {"chosen": (slice(None), labels > 0), "rejected": (slice(None), labels < 0)}
-    if item is Item.EDGE:
+    if pairs:
         sides = {"chosen": (scored.winners, None), "rejected": (scored.losers, None)}
     for side, (index, where) in sides.items():
-        meter.add(f"rewards/{side}", rewards[index], where)
-        meter.add(f"logps/{side}", scored.logps[index], where)
-        meter.add(f"lengths/{side}", lengths[index], where)
-    meter.add_correlation("rewards/length_correlation", rewards, lengths, labels != 0)
-    if item is not Item.EDGE:
+        for name, of_all in values.items():
+            meter.add(f"{name}/{side}", of_all[index], where)
+    meter.add_correlation("rewards/length_correlation", rewards, values["lengths"], labels != 0)
+    if not pairs:
         return
     won, lost = scored.winners, scored.losers
     meter.add("rewards/margins", rewards[won] - rewards[lost])
     meter.add("rewards/accuracies", (rewards[won] > rewards[lost]).double())
-    meter.add("logps/accuracies", (scored.logps[won] > scored.logps[lost]).double())
-    meter.add("logps/accuracies_per_token", (per_token[won] > per_token[lost]).double())
+    if not are_rewards:
+        meter.add("logps/accuracies", (scored.logps[won] > scored.logps[lost]).double())
+        meter.add("logps/accuracies_per_token", (per_token[won] > per_token[lost]).double())
 
 
 class MetricsFile:

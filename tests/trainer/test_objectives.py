@@ -286,6 +286,10 @@ def test_weighted_sums():
         ({"terms": terms, "loss_weights": [1.0]}, "1 for 2 terms"),
         ({"terms": [{"loss_type": "nll"}], "loss_weights": [1.0]}, "nll is no objective of pairs"),
         ({"terms": [{"loss_type": "dpo", "beta": -1.0}], "loss_weights": [1.0]}, "dpo: beta"),
+        (
+            {"terms": [{"loss_type": "dpo"}, {"loss_type": "bradley_terry"}], "loss_weights": [1.0, 1.0]},
+            "do not mix",
+        ),
         ({"terms": [{"beta": 1.0}], "loss_weights": [1.0]}, "each needs a loss_type"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -42,6 +42,7 @@ class PackedBatch:
     position_ids: Tensor  # (N,)
     rows: Tensor  # (M,) index into N of the position that predicts each target
     targets: Tensor  # (M,)
+    ends: Tensor  # (S,) index into N of each completion's last token
     seq_lengths: Tensor  # (S,) scored rows of each sequence
     winners: Tensor  # (E,) index into S
     losers: Tensor  # (E,)
@@ -81,6 +82,7 @@ def pack(
     positions: list[int] = []
     rows: list[int] = []
     targets: list[int] = []
+    ends: list[int] = []
     segments: list[Segment] = []
     lengths: list[int] = []
     edges: list[tuple[int, int, float]] = []
@@ -104,6 +106,7 @@ def pack(
             segments.append(Segment(start, len(ids), prompt_start, prompt_end))
             rows += [prompt_end - 1, *range(start, len(ids) - 1)]
             targets += completion
+            ends.append(len(ids) - 1)
             lengths.append(len(completion))
         edges += [
             (first + winner, first + loser, math.nan if margin is None else margin)
@@ -116,6 +119,7 @@ def pack(
         position_ids=torch.tensor(positions, dtype=long),
         rows=torch.tensor(rows, dtype=long),
         targets=torch.tensor(targets, dtype=long),
+        ends=torch.tensor(ends, dtype=long),
         seq_lengths=torch.tensor(lengths, dtype=long),
         winners=torch.tensor(winners, dtype=long),
         losers=torch.tensor(losers, dtype=long),

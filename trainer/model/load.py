@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -18,6 +21,7 @@ from madpo.trainer.config import Config, ModelConfig
 from madpo.trainer.errors import UserError
 from madpo.trainer.model import prefix_attention
 from madpo.trainer.model.policy import PolicyWithReference
+from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.strict_yaml import nearest
 
 
@@ -32,22 +36,28 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         raise UserError(f"no tokenizer could be loaded from {name!r}: {error}") from error
 
 
-def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWithReference:
-    """Policy, reference where the objective needs one, and head. Raises ValueError for a model that
-    cannot be loaded or does not fit its tokenizer."""
+def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWithReference | RewardModel:
+    """Policy, reference where the objective needs one, and head; or a reward model. Raises ValueError for
+    a model that cannot be loaded or does not fit its tokenizer."""
     entry, model = config.objective_entry, config.model
     prefix_attention.register()
     prefix_attention.require(model.attention)
     attention = prefix_attention.NAMES[model.attention]
     dtype = torch.bfloat16 if config.train.bf16 else torch.float32
     torch.manual_seed(config.seed)
-    policy = _from_scratch(model, tokenizer, dtype, attention) if model.init_config else None
-    policy = policy or _pretrained(model.model_name_or_path, model.model_revision, dtype, attention)
+    rewards = "scores" in entry.needs
+    kind: Any = AutoModelForSequenceClassification if rewards else AutoModelForCausalLM
+    options = {"num_labels": 1} if rewards else {}
+    load = partial(_pretrained, dtype=dtype, attention=attention, kind=kind, **options)
+    if model.init_config:
+        policy = _from_scratch(model, tokenizer, dtype, attention, kind, **options)
+    else:
+        policy = load(model.model_name_or_path, model.model_revision)
     reference = None
     if entry.needs_reference:
         named = model.ref_model_name_or_path
         revision = None if named else model.model_revision
-        reference = _pretrained(named or model.model_name_or_path, revision, dtype, attention)
+        reference = load(named or model.model_name_or_path, revision)
         _same_vocabulary(policy, reference)
         if model.sync_ref_model:
             _same_shapes(policy, reference)
@@ -58,6 +68,8 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
         )
     if model.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if rewards:
+        return RewardModel(policy, entry, config.objective)
     budget_bytes = int(config.train.head_gib * 2**30)
     return PolicyWithReference(
         policy, reference, entry, config.objective, budget_bytes, config.train.head_impl
@@ -65,12 +77,12 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
 
 
 def _pretrained(
-    name: str | None, revision: str | None, dtype: torch.dtype, attention: str
+    name: str | None, revision: str | None, dtype: torch.dtype, attention: str, kind: Any, **options: Any
 ) -> PreTrainedModel:
     assert name is not None
     try:
-        config = _without_dropout(AutoConfig.from_pretrained(name, revision=revision))
-        return AutoModelForCausalLM.from_pretrained(
+        config = _without_dropout(AutoConfig.from_pretrained(name, revision=revision, **options))
+        return kind.from_pretrained(
             name, config=config, revision=revision, dtype=dtype, attn_implementation=attention
         )
     except (OSError, ValueError) as error:
@@ -79,7 +91,12 @@ def _pretrained(
 
 
 def _from_scratch(
-    model: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, attention: str
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    attention: str,
+    kind: Any,
+    **options: Any,
 ) -> PreTrainedModel:
     assert model.init_config is not None
     values = dict(model.init_config)
@@ -91,10 +108,8 @@ def _from_scratch(
     for key in values.keys() - known.keys():
         raise UserError(f"model.init_config.{key}: {family} has no such value{nearest(key, known)}")
     special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = AutoConfig.for_model(family, **{"vocab_size": len(tokenizer), **special, **values})
-    return AutoModelForCausalLM.from_config(
-        _without_dropout(config), dtype=dtype, attn_implementation=attention
-    )
+    config = AutoConfig.for_model(family, **{"vocab_size": len(tokenizer), **special, **options, **values})
+    return kind.from_config(_without_dropout(config), dtype=dtype, attn_implementation=attention)
 
 
 def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -66,13 +66,18 @@ class PolicyWithReference(nn.Module):
 
 def scored_hidden(model: PreTrainedModel, batch: PackedBatch, table: SegmentTable) -> Tensor:
     """(M, H): the backbone's last hidden states at the positions that predict a completion token."""
+    return last_hidden(model, batch, table).index_select(0, batch.rows)
+
+
+def last_hidden(model: PreTrainedModel, batch: PackedBatch, table: SegmentTable) -> Tensor:
+    """(N, H): the backbone's last hidden states."""
     output: Any = model.base_model(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         use_cache=False,
         segments=table,
     )
-    return output.last_hidden_state[0].index_select(0, batch.rows)
+    return output.last_hidden_state[0]
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:

@@ -225,6 +225,7 @@ NEEDS = {
     "lengths": "lengths of the completions",
     "labels": "which completions are desirable",
     "mismatched": "completions that were written for another prompt",
+    "scores": "a reward model's scores in place of log-probs",
     "tokens": "log-probs of single tokens: the function takes `Scored`",
     "distributions": "log_collisions and kl of `Scored`, from a slower head",
     "batch": "all items of the step at once",

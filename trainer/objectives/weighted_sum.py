@@ -38,6 +38,8 @@ class WeightedSumParams(Params):
         for bound in self.objectives:
             if bound.entry.view is not EdgeScores:
                 raise ValueError(f"terms: {bound.entry.name} is no objective of pairs")
+        if len({"scores" in bound.needs for bound in self.objectives}) > 1:
+            raise ValueError("terms: losses of reward models and of language models do not mix")
         return self
 
     @cached_property

@@ -1,4 +1,5 @@
-"""Export: a folder that `AutoModelForCausalLM.from_pretrained` loads, with tokenizer and model card."""
+"""Export: a folder that transformers loads, with tokenizer and model card: `AutoModelForCausalLM`, for a
+reward model `AutoModelForSequenceClassification`."""
 
 from __future__ import annotations
 

@@ -57,5 +57,6 @@ def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: b
     for model in (module.policy, module.reference):
         if model is not None:
             refuse_unless_packing_is_exact(model, engine.device)
-            refuse_unless_head_is_known(model, engine.device)
+            if "scores" not in config.objective_entry.needs:
+                refuse_unless_head_is_known(model, engine.device)
     return engine

@@ -1,0 +1,131 @@
+"""Reward models: the objective by hand, packed scores against plain transformers, a run and its export."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import make_config, run_ranks, save_model, write_pairs
+from kernel_cases import relative_error
+from zero3 import zero3_steps
+
+from madpo.trainer.config import Config
+from madpo.trainer.data.order import DataOrder
+from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.objectives import EdgeScores, build
+from madpo.trainer.stages.setup import load_data
+from madpo.trainer.stages.train import run_training
+
+BATCH = 7
+
+
+def test_bradley_terry_by_hand():
+    won, lost, margin = torch.tensor([[1.5], [0.25], [0.5]], dtype=torch.float64)
+    scores = EdgeScores(won, lost, margins=margin)
+    assert build("bradley_terry")(scores).item() == pytest.approx(math.log1p(math.exp(-1.25)))
+    assert build("bradley_terry", margin=True)(scores).item() == pytest.approx(math.log1p(math.exp(-0.75)))
+    centred = build("bradley_terry", center_rewards_coefficient=0.01)(scores).item()
+    assert centred == pytest.approx(math.log1p(math.exp(-1.25)) + 0.01 * 1.75**2)
+    assert build("bradley_terry").needs == {"scores"}
+    assert build("bradley_terry", margin=True).needs == {"scores", "margins"}
+
+
+@pytest.fixture
+def config(tmp_path, tokenizer_folder) -> Config:
+    """A start with a score layer, so that plain transformers begins with the same weights."""
+    model = save_classifier(tmp_path / "start", tokenizer_folder)
+    write_pairs(tmp_path / "pairs" / "train.jsonl", 40)
+    write_pairs(tmp_path / "pairs" / "test.jsonl", 12, seed=3)
+    return make_config(
+        tmp_path,
+        {
+            "model": {"model_name_or_path": str(model)},
+            "data": {"dataset_name": str(tmp_path / "pairs"), "dataset_test_split": "test"},
+            "objective": {"loss_type": "bradley_terry", "margin": True, "center_rewards_coefficient": 0.05},
+            "optim": {"lr": 3e-3},
+            "train": {"global_batch_size": BATCH, "num_train_epochs": 3},
+        },
+    )
+
+
+def save_classifier(folder: Path, tokenizer: Path) -> Path:
+    from transformers import AutoModelForSequenceClassification
+
+    save_model(folder, tokenizer, seed=1)
+    torch.manual_seed(4)
+    AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(folder)
+    return folder
+
+
+def plain_scores(model: Any, batch: list[TokenGroup]) -> torch.Tensor:
+    """(sequences,) each completion behind its prompt, alone, through transformers' classifier."""
+    rows = [group.prompt + completion for group in batch for completion in group.completions]
+    return torch.stack([model(input_ids=torch.tensor([row])).logits[0, 0] for row in rows])
+
+
+@pytest.mark.ranks
+def test_steps_equal_plain_transformers(config):
+    """Two ranks, several micro-batches: losses and gradients of two steps."""
+    from transformers import AutoModelForSequenceClassification
+
+    model: Any = AutoModelForSequenceClassification.from_pretrained(str(config.model.model_name_or_path))
+    groups = load_data(config, load_tokenizer(config.model), training=True).train
+    assert groups is not None
+    order = DataOrder(len(groups), config.seed)
+    small = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_tokens": 128})})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, weight_decay=0.0)
+    for step, (loss, gradients) in enumerate(run_ranks(2, zero3_steps, small, 2)[0]):
+        batch = [groups[index] for index in order.take(step * BATCH, BATCH)]
+        won, lost = plain_scores(model, batch).view(-1, 2).unbind(1)
+        margins = torch.tensor([group.edges[0][2] for group in batch])
+        want = (-F.logsigmoid(won - lost - margins) + 0.05 * (won + lost).square()).mean()
+        optimizer.zero_grad()
+        want.backward()
+        assert loss == pytest.approx(want.item(), rel=1e-5)
+        for name, parameter in model.named_parameters():
+            assert relative_error(gradients[name], parameter.grad) < 1e-4, name
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
+        optimizer.step()
+
+
+@pytest.mark.ranks
+def test_a_run_learns_and_exports_a_classifier(config):
+    from transformers import AutoModelForSequenceClassification
+
+    run_ranks(2, train, config)
+    folder = Path(config.output_dir)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "loss" in line]
+    assert training[-1]["rewards/accuracies"] > 0.9 > 0.8 > training[0]["rewards/accuracies"]
+    assert training[-1]["loss"] < training[0]["loss"]
+    assert "logps/chosen" not in training[-1] and "rewards/length_correlation" in training[-1]
+
+    exported: Any = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    held_out = load_data(config, load_tokenizer(config.model), training=False).held_out
+    assert held_out is not None
+    with torch.no_grad():
+        scores = plain_scores(exported, [held_out[i] for i in range(len(held_out))]).view(-1, 2)
+    evaluation = next(line for line in reversed(lines) if "eval_loss" in line)
+    assert evaluation["eval_rewards/chosen"] == pytest.approx(scores[:, 0].mean().item(), rel=1e-4)
+    accuracy = (scores[:, 0] > scores[:, 1]).double().mean().item()
+    assert evaluation["eval_rewards/accuracies"] == pytest.approx(accuracy)
+
+
+def train(shard, config: Config) -> None:
+    run_training(config, "madpo train test.yaml")
+
+
+@pytest.mark.ranks
+def test_a_language_model_gets_a_new_score_layer(config, tmp_path, tokenizer_folder):
+    model = save_model(tmp_path / "language-model", tokenizer_folder, seed=2)
+    tree = config.model_dump(by_alias=True)
+    tree["model"]["model_name_or_path"] = str(model)
+    tree["train"] |= {"max_steps": 2, "export": False}
+    tree["objective"] = {"loss_type": "bradley_terry"}
+    run_ranks(2, train, Config.model_validate(tree))

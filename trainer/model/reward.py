@@ -1,0 +1,50 @@
+"""A reward model: a language model's backbone, and one linear layer over each completion's last token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from madpo.trainer.data.packing import PackedBatch
+from madpo.trainer.head import scored_span
+from madpo.trainer.model.policy import last_hidden
+from madpo.trainer.model.prefix_attention import SegmentTable
+from madpo.trainer.objectives.base import Objective, Params
+
+
+class RewardModel(nn.Module):
+    """Scores every completion of a packed batch. Without a reference; in all else like a policy."""
+
+    def __init__(self, policy: PreTrainedModel, objective: Objective, params: Params) -> None:
+        super().__init__()
+        self.policy, self.reference = policy, None
+        model: Any = policy
+        self.head = RewardHead(model.score.weight, objective, params)
+
+    def forward(self, batch: PackedBatch) -> tuple[Tensor | None, ...]:
+        """The loss (), and (M,) the score of each completion at its last token, 0 at the others: so that
+        sums over a completion are its score, as those of log-probs are its log-prob."""
+        hidden = last_hidden(self.policy, batch, SegmentTable(batch.segments))
+        return self.head(hidden.index_select(0, batch.ends), batch)
+
+
+class RewardHead(nn.Module):
+    """Shares the layer's weight with the model that owns it; scores and loss are formed in float32."""
+
+    def __init__(self, weight: nn.Parameter, objective: Objective, params: Params) -> None:
+        super().__init__()
+        self.weight, self.objective, self.params = weight, objective, params
+
+    def forward(
+        self,
+        hidden: Tensor,  # (S, H) at the completions' last tokens
+        batch: PackedBatch,
+    ) -> tuple[Tensor | None, ...]:
+        scores = (hidden.float() @ self.weight.float().T)[:, 0]
+        last_rows = batch.seq_lengths.cumsum(0) - 1
+        token_scores = torch.zeros(len(batch.targets), device=scores.device).index_put((last_rows,), scores)
+        losses = self.objective(scored_span(batch, token_scores), self.params).losses
+        return batch.scale * losses.sum().float(), token_scores.detach(), None
