@@ -55,6 +55,10 @@ class Params(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    def problem_with(self, margins: np.ndarray) -> str | None:
+        """What in the margins (E,) of a data set this loss cannot be formed with, and what to do about it."""
+        return None
+
     @classmethod
     def keys(cls) -> set[str]:
         """All names under which parameters can be given."""

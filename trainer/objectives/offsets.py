@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -18,6 +19,15 @@ class ODPOParams(Params):
     loss_type: Literal["odpo"] = "odpo"
     beta: Beta = 0.1
     alpha: Annotated[float, Field(ge=0, description="weight of the offset")] = 1.0
+
+    def problem_with(self, margins: np.ndarray) -> str | None:
+        count = int((margins <= 0).sum())
+        if not count:
+            return None
+        return (
+            f"{count} of {len(margins)} margins are 0 or less, of which odpo takes the logarithm; leave "
+            "those pairs out, or use loss_type mmpo or madpo"
+        )
 
 
 @objective(

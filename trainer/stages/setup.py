@@ -43,6 +43,9 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool
         if "mismatched" in entry.needs:
             groups = MismatchedDataset(groups, config.seed, config.data.max_length)
         groups.require(entry, config.objective.loss_type, config.train.micro_batch_tokens)
+        problem = config.objective.problem_with(groups.margins)
+        if problem:
+            raise UserError(f"{groups.name}: {problem}")
         if role == "train":
             groups.ease(config.data.order)
         loaded[role] = groups
