@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,6 +141,20 @@ def test_madpo_parameters():
     for bad in ({"c_max": 1.0}, {"c_min": 1.0}, {"tau": 0.0}, {"lambda": 0.0}, {"beta": math.inf}):
         with pytest.raises(ValueError):
             MADPOParams.model_validate(bad)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/objectives.md"])
+def test_every_objective_is_documented(document):
+    text = (Path(__file__).parents[2] / document).read_text()
+    assert [name for name in OBJECTIVES if f"`{name}`" not in text] == []
+
+
+def test_every_parameter_is_documented():
+    text = (Path(__file__).parents[2] / "docs/objectives.md").read_text()
+    for name, entry in OBJECTIVES.items():
+        fields = entry.params.model_fields.items()
+        names = {field.serialization_alias or key for key, field in fields} - {"loss_type"}
+        assert [key for key in names if f"`{key}`" not in text and f"`{key}: " not in text] == [], name
 
 
 def test_nll_is_one_loss_per_token():
