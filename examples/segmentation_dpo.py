@@ -21,6 +21,7 @@ from typing import Annotated, NamedTuple
 import torch
 import torch.nn.functional as F
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -53,22 +54,12 @@ class Setup:
     steps: int = 250
 
 
-class Shapes(NamedTuple):
-    images: Tensor  # (B, 3, H, W) in [0, 1]
-    distances: Tensor  # (B, H, W) from the outline, roughly in pixels; negative inside
-
-
 class Pairs(NamedTuple):
-    """All that preference training sees; the reference itself aside."""
+    """All that preference training sees beside the reference."""
 
-    images: Tensor  # (B, 3, H, W)
+    images: Tensor  # (B, 3, H, W) in [0, 1]
     chosen: Tensor  # (B, H, W) bool
     rejected: Tensor  # (B, H, W) bool
-
-
-class Result(NamedTuple):
-    masks: Tensor  # (B, H, W) bool, of the held-out images
-    metrics: dict[str, Tensor]  # name -> (B,), one number per held-out image
 
 
 def smooth_noise(count: int, side: int, random: torch.Generator) -> Tensor:
@@ -78,33 +69,32 @@ def smooth_noise(count: int, side: int, random: torch.Generator) -> Tensor:
     return F.interpolate(hills + level, size=(side, side), mode="bicubic")[:, 0]
 
 
-def draw_shapes(count: int, side: int, random: torch.Generator) -> Shapes:
-    """Triangles, quadrangles and ellipses under a bar, on a mottled ground, blurred and noisy."""
+def draw_shapes(count: int, side: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W) and distances (B, H, W) from the outline, roughly in pixels, negative inside.
+
+    Triangles, quadrangles and ellipses under a bar, on a mottled ground, blurred and noisy.
+    """
 
     def between(low: float, high: float, *shape: int) -> Tensor:
         return torch.empty(count, *(shape or (1, 1))).uniform_(low, high, generator=random)
 
     axis = torch.arange(side) - (side - 1) / 2
-    y, x = axis[:, None] - between(-0.2, 0.2) * side, axis - between(-0.2, 0.2) * side
-    turn, stretch = between(0, 2 * math.pi), between(1, 1.4)
+    y, x = axis[:, None] - side * between(-0.2, 0.2), axis - side * between(-0.2, 0.2)
+    turn, tilt, stretch = between(0, 2 * math.pi), between(0, math.pi), between(1, 1.4)
     u, v = (x * turn.cos() + y * turn.sin()) * stretch, (y * turn.cos() - x * turn.sin()) / stretch
-    # A regular polygon in polar coordinates, as large as a disc of that radius; 64 corners are a circle.
+    # A regular polygon in polar coordinates, of the area of a disc; 64 corners are an ellipse.
     sector = 2 * math.pi / torch.tensor([3, 4, 64])[torch.randint(3, (count, 1, 1), generator=random)]
-    inradius = between(0.2, 0.3) * side * (sector / 2 / (sector / 2).tan()).sqrt()
-    angle = torch.atan2(v, u).remainder(sector) - sector / 2
-    distances = torch.hypot(u, v) * angle.cos() - inradius
+    inradius = side * between(0.2, 0.3) * (sector / 2 / (sector / 2).tan()).sqrt()
+    distances = torch.hypot(u, v) * (torch.atan2(v, u).remainder(sector) - sector / 2).cos() - inradius
+    bar = (x * tilt.cos() + y * tilt.sin() + between(-8, 8)).abs() < between(0.7, 2.5)
 
-    ground = between(0.25, 0.75, 3, 1, 1)
-    sign = 2 * torch.randint(2, (count, 3, 1, 1), generator=random) - 1
-    figure = ground + between(0.15, 0.35, 3, 1, 1) * sign
+    ground, sign = between(0.25, 0.75, 3, 1, 1), between(-1, 1, 3, 1, 1).sign()
     mottled = ground + 0.06 * torch.stack([smooth_noise(count, side, random) for _ in range(3)], 1)
-    blurred = torch.sigmoid(-distances / between(0.3, 1.5))[:, None]
-    images = torch.lerp(mottled, figure.expand_as(mottled), blurred)
-    tilt = between(0, math.pi)
-    bar = (x * tilt.cos() + y * tilt.sin() + between(-8, 8)).abs() < between(0.7, 3)
+    inside = torch.sigmoid(-distances / between(0.3, 1.5))[:, None]
+    images = mottled + inside * sign * between(0.15, 0.35, 3, 1, 1)
     images = torch.where(bar[:, None], ground + between(-0.3, 0.3, 3, 1, 1), images)
-    images = images + between(0.03, 0.12, 1, 1, 1) * torch.randn(images.shape, generator=random)
-    return Shapes(images.clamp(0, 1), distances)
+    noise = between(0.02, 0.1, 1, 1, 1) * torch.randn(images.shape, generator=random)
+    return (images + noise).clamp(0, 1), distances
 
 
 class UNet(nn.Module):
@@ -112,18 +102,22 @@ class UNet(nn.Module):
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.fine, self.middle = block(3, width), block(width, 2 * width)
-        self.coarse = block(2 * width, 4 * width)
-        self.to_middle, self.to_fine = block(6 * width, 2 * width), block(3 * width, width)
+        sizes = (
+            (3, width),
+            (width, 2 * width),
+            (2 * width, 4 * width),
+            (6 * width, 2 * width),
+            (3 * width, width),
+        )
+        self.blocks = nn.ModuleList(block(inputs, outputs) for inputs, outputs in sizes)
         self.head = nn.Conv2d(width, 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:  # images (B, 3, H, W)
-        fine = self.fine(images)
-        middle = self.middle(F.max_pool2d(fine, 2))
-        coarse = self.coarse(F.max_pool2d(middle, 2))
-        middle = self.to_middle(torch.cat([middle, F.interpolate(coarse, scale_factor=2)], 1))
-        fine = self.to_fine(torch.cat([fine, F.interpolate(middle, scale_factor=2)], 1))
-        return self.head(fine)[:, 0]
+        fine = self.blocks[0](images)
+        middle = self.blocks[1](F.max_pool2d(fine, 2))
+        coarse = self.blocks[2](F.max_pool2d(middle, 2))
+        middle = self.blocks[3](torch.cat([middle, F.interpolate(coarse, scale_factor=2)], 1))
+        return self.head(self.blocks[4](torch.cat([fine, F.interpolate(middle, scale_factor=2)], 1)))[:, 0]
 
 
 def block(inputs: int, outputs: int) -> nn.Sequential:
@@ -200,12 +194,12 @@ def predict(model: UNet, images: Tensor) -> Tensor:  # images (B, 3, H, W)
     return torch.cat([model(part) for part in images.split(128)])
 
 
-def ask(reference: UNet, shapes: Shapes, random: torch.Generator) -> Pairs:
-    """Sketch each shape twice; the judge knows it and only says which sketch is better."""
-    masks, truth = predict(reference, shapes.images) > 0, shapes.distances < 0
+def ask(reference: UNet, images: Tensor, truth: Tensor, random: torch.Generator) -> Pairs:
+    """Sketch each shape twice; a judge who knows the truth (B, H, W) only says which one is better."""
+    masks = predict(reference, images) > 0
     first, second = sketch(masks, random), sketch(masks, random)
     better = (iou(first, truth) >= iou(second, truth))[:, None, None]
-    return Pairs(shapes.images, torch.where(better, first, second), torch.where(better, second, first))
+    return Pairs(images, torch.where(better, first, second), torch.where(better, second, first))
 
 
 def sketch(masks: Tensor, random: torch.Generator) -> Tensor:  # masks (B, H, W) bool
@@ -226,35 +220,27 @@ def rim(masks: Tensor, width: int = 2) -> Tensor:  # masks (B, H, W) bool
     return masks & outside
 
 
-def measure(model: UNet, pairs: Pairs, truth: Tensor) -> Result:  # truth (B, H, W) bool
-    """Boundary IoU is that of the rims (Cheng et al. 2021, arXiv 2103.16562)."""
+def measure(model: UNet, pairs: Pairs, truth: Tensor) -> dict[str, Tensor]:  # truth (B, H, W) bool
+    """(B,) each, in percent. Boundary IoU is that of the rims (Cheng et al. 2021, arXiv 2103.16562)."""
     logits = predict(model, pairs.images)
-    masks = logits > 0
-    overlap, chosen = iou(masks, truth), score(logits, pairs.chosen)
-    accuracy = (chosen > score(logits, pairs.rejected)).float()
-    return Result(
-        masks,
-        {
-            "IoU": overlap,
-            "Dice": 2 * overlap / (1 + overlap),
-            "boundary IoU": iou(rim(masks), rim(truth)),
-            "preference accuracy": accuracy,
-            "score of the better": chosen,
-        },
-    )
+    overlap = iou(logits > 0, truth)
+    won = score(logits, pairs.chosen) > score(logits, pairs.rejected)
+    return {
+        "IoU": 100 * overlap,
+        "Dice": 200 * overlap / (1 + overlap),
+        "boundary IoU": 100 * iou(rim(logits > 0), rim(truth)),
+        "accuracy": 100 * won.float(),
+    }
 
 
-def experiment(setup: Setup) -> tuple[Shapes, dict[str, Result]]:
-    """The held-out shapes, and what the reference and each of FORMS make of them."""
+def experiment(setup: Setup) -> tuple[dict[str, UNet], Pairs, Tensor]:
+    """The reference and what FORMS make of it, held-out pairs, and the truth (B, H, W) about them."""
     random = torch.Generator().manual_seed(setup.seed)
     reference = train_reference(setup, random)
-    pairs = ask(reference, draw_shapes(setup.pairs, setup.side, random), random)
-    shapes = draw_shapes(setup.held_out, setup.side, random)
-    unseen, truth = ask(reference, shapes, random), shapes.distances < 0
-    results = {"reference": measure(reference, unseen, truth)}
-    for name, objective in FORMS.items():
-        results[name] = measure(train_preferences(reference, objective, pairs, setup), unseen, truth)
-    return shapes, results
+    seen, unseen = (draw_shapes(count, setup.side, random) for count in (setup.pairs, setup.held_out))
+    pairs, held_out = (ask(reference, images, far < 0, random) for images, far in (seen, unseen))
+    models = {name: train_preferences(reference, form, pairs, setup) for name, form in FORMS.items()}
+    return {"reference": reference} | models, held_out, unseen[1] < 0
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:  # values (B,)
@@ -262,44 +248,46 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:  # values (B,)
     return values.mean().item(), values.std().item() / math.sqrt(len(values))
 
 
-def tabulate(results: dict[str, Result]) -> Table:
-    before = results["reference"].metrics
-    table = Table("", *before, "IoU gained", title="held-out images, mean ± standard error")
-    for name, (_, metrics) in results.items():
-        cells = ["{:.3f} ± {:.3f}".format(*mean_and_error(values)) for values in metrics.values()]
-        # By image: what is difficult about an image is difficult for both, and cancels.
-        gain, error = mean_and_error(metrics["IoU"] - before["IoU"])
-        colour = "green" if gain > 3 * error else "red" if gain < -3 * error else "yellow"
-        last = f"[{colour}]{gain:+.3f} ± {error:.3f}[/]" if name != "reference" else ""
-        table.add_row(name, *cells, last)
+def tabulate(measured: dict[str, dict[str, Tensor]]) -> Table:
+    """Gains are paired: what makes an image difficult for both models cancels in the difference."""
+    before = measured["reference"]
+    table = Table("", *before, "IoU gained", title="held-out images, % ± standard error", box=SIMPLE)
+    for name, metrics in measured.items():
+        cells = ["{:.1f} ± {:.1f}".format(*mean_and_error(values)) for values in metrics.values()]
+        if name != "reference":
+            gain, error = mean_and_error(metrics["IoU"] - before["IoU"])
+            colour = "green" if gain > 3 * error else "red" if gain < -3 * error else "yellow"
+            cells.append(f"[{colour}]{gain:+.1f} ± {error:.1f}[/]")
+        table.add_row(name, *cells)
     return table
 
 
-def save_picture(shapes: Shapes, results: dict[str, Result], path: Path, rows: int = 6) -> None:
-    """The first held-out images, not the best: what each mask has too much of and what it lacks."""
+def save_picture(models: dict[str, UNet], images: Tensor, truth: Tensor, path: Path) -> None:
+    """What each mask has too much of and what it lacks; images (B, 3, H, W), truth (B, H, W) bool."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     colours = ListedColormap(["#f2f3f5", "#2b3a55", "#3d8fd1", "#f08a24"])
-    truth = shapes.distances < 0
-    named = {"truth": truth} | {name: result.masks for name, result in results.items()}
-    figure = Figure(figsize=(1.5 * (1 + len(named)), 1.62 * rows + 0.7), layout="constrained")
-    grid = figure.subplots(rows, 1 + len(named))
-    for row in range(rows):
-        grid[row, 0].imshow(shapes.images[row].permute(1, 2, 0))
-        for axes, (name, masks) in zip(grid[row, 1:], named.items(), strict=True):
-            mask, right = masks[row], truth[row]
-            axes.imshow((mask & right) + 2 * (right & ~mask) + 3 * (mask & ~right), colours, vmin=0, vmax=3)
-            if name != "truth":
-                axes.set_xlabel(f"IoU {iou(masks, truth)[row]:.2f}", fontsize=8, labelpad=2)
+    named = {"truth": truth} | {name: predict(model, images) > 0 for name, model in models.items()}
+    figure = Figure(figsize=(1.5 + 1.5 * len(named), 1.62 * len(images) + 0.7), layout="constrained")
+    grid = figure.subplots(
+        len(images), 1 + len(named), squeeze=False, subplot_kw={"xticks": [], "yticks": []}
+    )
+    for axes, image in zip(grid[:, 0], images, strict=True):
+        axes.imshow(image.permute(1, 2, 0))
+    for column, (name, masks) in zip(grid.T[1:], named.items(), strict=True):
+        kinds = (masks & truth) + 2 * (truth & ~masks) + 3 * (masks & ~truth)
+        for axes, kind, overlap in zip(column, kinds, iou(masks, truth), strict=True):
+            axes.imshow(kind, colours, vmin=0, vmax=3)
+            axes.set_xlabel("" if name == "truth" else f"IoU {overlap:.2f}", fontsize=8, labelpad=2)
     for axes, name in zip(grid[0], ["image", *named], strict=True):
         axes.set_title(name, fontsize=10)
     for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-    labels = ("right", "missing", "too much")
-    keys = [Patch(color=colours(1 + index), label=label) for index, label in enumerate(labels)]
+    keys = [
+        Patch(color=colours(1 + i), label=label) for i, label in enumerate(("right", "missing", "too much"))
+    ]
     figure.legend(handles=keys, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -313,10 +301,11 @@ def main(
     if find_spec("matplotlib") is None:
         raise ValueError('the picture needs matplotlib: pip install "madpo[report]"')
     began = time.perf_counter()
-    shapes, results = experiment(Setup(seed=seed))
-    save_picture(shapes, results, output / "segmentation_dpo.png")
-    Console().print(tabulate(results))
-    print(f"{output / 'segmentation_dpo.png'} after {time.perf_counter() - began:.0f} s")
+    models, pairs, truth = experiment(Setup(seed=seed))
+    Console().print(tabulate({name: measure(model, pairs, truth) for name, model in models.items()}))
+    path = output / "segmentation_dpo.png"
+    save_picture(models, pairs.images[:6], truth[:6], path)  # the first, not the best
+    print(f"{path} after {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

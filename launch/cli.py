@@ -64,6 +64,12 @@ def export(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def annotate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Score a data set's pairs with a reward run's model: margins for MADPO, MixDPO and their like."""
+    _run_task("annotate", config, overrides)
+
+
+@app.command()
 def probe(config: ConfigPath, overrides: Overrides = None) -> None:
     """Measure what the starting model knows of its training set, and suggest a supervised objective."""
     _run_task("probe", config, overrides)

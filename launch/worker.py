@@ -12,14 +12,24 @@ import shlex
 import sys
 import time
 import warnings
+from importlib import import_module
 
 from madpo.trainer.errors import EXIT_USAGE, UserError
+
+TASKS = {
+    "train": ("train", "run_training"),
+    "evaluate": ("evaluate", "run_evaluation"),
+    "export": ("export", "run_export"),
+    "probe": ("probe", "run_probe"),
+    "annotate": ("annotate", "run_annotation"),
+}
+"""Task -> module of trainer/stages and its function."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one stage on this rank; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m madpo.launch.worker")
-    parser.add_argument("--task", choices=("train", "evaluate", "export", "probe"), default="train")
+    parser.add_argument("--task", choices=TASKS, default="train")
     parser.add_argument("--local_rank", type=int, help="passed by the deepspeed launcher, not used")
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -56,22 +66,10 @@ def _run(args: argparse.Namespace) -> None:
     config = load(args.config, args.overrides)
     dist.check_launcher()
     dist.die_with_launcher()
-    if args.task == "train":
-        from madpo.trainer.stages.train import run_training
-
-        run_training(config, shlex.join(["madpo", "train", args.config, *args.overrides]))
-    elif args.task == "evaluate":
-        from madpo.trainer.stages.evaluate import run_evaluation
-
-        run_evaluation(config)
-    elif args.task == "probe":
-        from madpo.trainer.stages.probe import run_probe
-
-        run_probe(config)
-    else:
-        from madpo.trainer.stages.export import run_export
-
-        run_export(config)
+    module, function = TASKS[args.task]
+    run = getattr(import_module(f"madpo.trainer.stages.{module}"), function)
+    command = (shlex.join(["madpo", "train", args.config, *args.overrides]),) if args.task == "train" else ()
+    run(config, *command)
     dist.leave()
 
 

@@ -19,6 +19,7 @@ from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.objectives import EdgeScores, build
+from madpo.trainer.stages.annotate import run_annotation
 from madpo.trainer.stages.setup import load_data
 from madpo.trainer.stages.train import run_training
 
@@ -119,6 +120,66 @@ def test_a_run_learns_and_exports_a_classifier(config):
 
 def train(shard, config: Config) -> None:
     run_training(config, "madpo train test.yaml")
+
+
+@pytest.mark.ranks
+def test_annotation_gives_the_next_stage_its_margins(config, tmp_path, tokenizer_folder, capsys):
+    """Reward model, margins, margin-weighted DPO. A row that cannot be scored stays as it is."""
+    from transformers import AutoModelForSequenceClassification
+
+    pairs = Path(config.data.dataset_name)
+    with (pairs / "train.jsonl").open("a") as file:
+        file.write('{"prompt": "p", "chosen": " same", "rejected": " same", "margin": 7}\n{broken\n\n')
+        file.write('{"prompt": "p", "chosen": " a", "rejected": " b", "margin": 1, "score_chosen": "x"}\n')
+    config = Config.model_validate(
+        {**config.model_dump(by_alias=True), "data": {**config.data.model_dump(), "on_bad_row": "drop"}}
+    )
+    run_ranks(2, train_and_annotate, config)
+    folder = Path(config.output_dir)
+    rows = [json.loads(line) for line in (folder / "annotated" / "train.jsonl").read_text().splitlines()]
+    source = [json.loads(line) for line in (pairs / "train.jsonl").read_text().splitlines()[:40]]
+    assert len(rows) == 42 and rows[40] == {
+        "prompt": "p",
+        "chosen": " same",
+        "rejected": " same",
+        "margin": 7,
+    }
+    assert rows[41]["score_chosen_given"] == "x" and rows[41]["margin_given"] == 1
+
+    exported: Any = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    groups = load_data(config, load_tokenizer(config.model), training=True).train
+    assert groups is not None
+    with torch.no_grad():
+        scores = plain_scores(exported, [groups[i] for i in range(40)]).view(-1, 2)
+    for row, before, (chosen, rejected) in zip(rows, source, scores.tolist(), strict=False):
+        assert {key: row[key] for key in ("prompt", "chosen", "rejected")} == {
+            key: before[key] for key in ("prompt", "chosen", "rejected")
+        }
+        assert row["margin_given"] == before["margin"]
+        assert row["score_chosen"] == pytest.approx(chosen, rel=1e-4, abs=1e-5)
+        assert row["margin"] == pytest.approx(chosen - rejected, rel=1e-3, abs=1e-4)
+    facts = json.loads((folder / "annotated" / "annotation.json").read_text())
+    assert facts["train"]["scored"] == 41 and facts["test"]["rows"] == 12
+    assert facts["train"]["accuracy"] > 0.9
+
+    tree = config.model_dump(by_alias=True)
+    tree["model"]["model_name_or_path"] = str(save_model(tmp_path / "policy", tokenizer_folder, seed=2))
+    tree["output_dir"] = str(tmp_path / "madpo")
+    tree["data"]["dataset_name"] = str(folder / "annotated")
+    tree["objective"] = {"loss_type": "madpo", "tau": "quantile:0.8"}
+    tree["train"] |= {"max_steps": 2, "export": False}
+    run_ranks(2, train, Config.model_validate(tree))
+
+
+def train_and_annotate(shard, config: Config) -> None:
+    run_training(config, "madpo train test.yaml")
+    run_annotation(config)
+
+
+def test_annotation_wants_a_reward_run(config):
+    tree = {**config.model_dump(by_alias=True), "objective": {"loss_type": "dpo"}}
+    with pytest.raises(ValueError, match="annotate takes the config of a reward run"):
+        run_annotation(Config.model_validate(tree))
 
 
 @pytest.mark.ranks

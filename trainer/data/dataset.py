@@ -70,6 +70,11 @@ class GroupDataset:
         self.labelled = _column(table, "num_labels")  # (G,) sequences that are desirable or not
 
     @cached_property
+    def rows(self) -> np.ndarray:
+        """(G,) the line in a .jsonl file that a group comes from, else the number of its row."""
+        return _column(self.table, "row")
+
+    @cached_property
     def margins(self) -> np.ndarray:
         """(E,) margins of all edges; NaN where the data set has none."""
         return _flat(self.table, "margins")
