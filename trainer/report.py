@@ -44,6 +44,7 @@ CHARTS = (
     Chart("Rewards", "β · log(policy / reference) of the completions", REWARDS, 0.0),
     Chart("MADPO weights", "mean and range; 1 is DPO", ("madpo/weight_mean",), 1.0, band=WEIGHTS),
     Chart("KL", "estimated distance from the reference, per token", ("kl",)),
+    Chart("Length bias", "correlation of reward and length", ("rewards/length_correlation",), 0.0),
     Chart("Throughput", "tokens per second on all devices together", ("tokens_per_second",)),
     Chart("Learning rate", "as scheduled", ("learning_rate",)),
     Chart("Gradient norm", "before clipping", ("grad_norm",)),
