@@ -430,6 +430,17 @@ def test_supervised_warm_up_from_scratch(config, tmp_path, tokenizer_folder):
     assert (Path(run.output_dir) / "model" / "config.json").is_file()
 
 
+def test_weights_that_are_missing_are_no_random_ones(config, tmp_path):
+    """A folder whose config asks for a layer more than its weights have."""
+    broken = tmp_path / "broken"
+    shutil.copytree(str(config.model.model_name_or_path), broken)
+    description = json.loads((broken / "config.json").read_text())
+    description["num_hidden_layers"] += 1
+    (broken / "config.json").write_text(json.dumps(description))
+    with pytest.raises(AssertionError, match=r"9 weights are missing and would be random, model\.layers\.2"):
+        run_ranks(2, train, changed(config, model={"model_name_or_path": str(broken)}))
+
+
 def test_fails_clearly_when_model_and_tokenizer_do_not_belong_together(config, tmp_path):
     from madpo.trainer.data.rated_sentences import train_tokenizer
 

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from madpo.trainer.config import Config, ModelConfig
 from madpo.trainer.errors import UserError
@@ -23,6 +24,9 @@ from madpo.trainer.model import prefix_attention
 from madpo.trainer.model.policy import PolicyWithReference
 from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.strict_yaml import nearest
+
+NEW_LAYER = "score.weight"
+"""What a reward model has and the language model that it starts from has not."""
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -80,14 +84,30 @@ def _pretrained(
     name: str | None, revision: str | None, dtype: torch.dtype, attention: str, kind: Any, **options: Any
 ) -> PreTrainedModel:
     assert name is not None
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of weights that are not there; we refuse instead
     try:
         config = _without_dropout(AutoConfig.from_pretrained(name, revision=revision, **options))
-        return kind.from_pretrained(
-            name, config=config, revision=revision, dtype=dtype, attn_implementation=attention
+        model, found = kind.from_pretrained(
+            name,
+            config=config,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         hint = "" if Path(name).exists() else " (no such folder, and no model of that name on the hub)"
         raise UserError(f"model {name!r} could not be loaded{hint}: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(set(found["missing_keys"]) - {NEW_LAYER})
+    if missing:
+        raise UserError(
+            f"model {name!r}: {len(missing)} weights are missing and would be random, {missing[0]} for one; "
+            "the files do not belong to the config beside them"
+        )
+    return model
 
 
 def _from_scratch(
