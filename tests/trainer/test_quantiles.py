@@ -34,6 +34,11 @@ def test_quantiles_become_numbers_on_the_parameters_own_scale():
     )
     with pytest.raises(ValueError, match="above 0"):
         params.resolve(np.zeros(3))
+    terms = [{"loss_type": "dpo"}, {"loss_type": "mixdpo", "threshold": "quantile:0.25"}]
+    total = build("weighted_sum", terms=terms, loss_weights=[1.0, 0.5]).params
+    assert total.quantiles == {"terms.1.threshold": 0.25}
+    resolved: Any = total.resolve(margins)
+    assert resolved.terms[1]["threshold"] == -1.0 and resolved.loss_weights == [1.0, 0.5]
     probabilities = np.linspace(0, 1, 101)
     assert (
         ThresholdedParams.model_validate({"threshold": "quantile:.25"}).resolve(probabilities).threshold
@@ -165,8 +170,9 @@ def probe(shard, config: Config) -> None:
 
 @pytest.mark.ranks
 def test_the_probe_is_what_plain_transformers_gives(config, capsys):
-    """For a preference data set: the chosen completions."""
-    run_ranks(2, probe, config)
+    """For a preference data set, whatever its order: the chosen completions."""
+    data = config.data.model_copy(update={"order": "easy_to_hard"})
+    run_ranks(2, probe, config.model_copy(update={"data": data}))
     found = Probe(**json.loads((Path(config.output_dir) / "probe.json").read_text()))
     logps = plain_logps(config)
     assert (found.groups, found.tokens) == (30, len(logps))

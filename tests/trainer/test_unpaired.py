@@ -124,6 +124,12 @@ def test_a_borrowed_completion_is_cut_where_it_would_be_too_long(tmp_path, token
         assert both.lengths[index] == len(group.prompt) + sum(map(len, group.completions))
 
 
+def test_one_prompt_is_too_few_to_borrow_from(tmp_path, tokenizer_folder):
+    config = config_for(tmp_path, tokenizer_folder, ROWS[1:2])
+    with pytest.raises(ValueError, match="one prompt is too few"):
+        load_data(config, load_tokenizer(config.model), training=True)
+
+
 def test_the_step_counts_labelled_completions_only(tmp_path, tokenizer_folder):
     groups = groups_of(config_for(tmp_path, tokenizer_folder, ROWS))
     both = MismatchedDataset(groups, seed=4, max_length=32)

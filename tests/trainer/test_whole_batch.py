@@ -61,6 +61,7 @@ def configs(tmp_path_factory, tokenizer_folder) -> list[Config]:
                 "model": {
                     "model_name_or_path": str(model),
                     "ref_model_name_or_path": str(reference) if needs_reference(block) else None,
+                    "gradient_checkpointing": block is kto,
                 },
                 "data": {"dataset_name": str(path), "max_length": 48},
                 "objective": block,

@@ -7,6 +7,7 @@ import numpy as np
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.order import permutation
 from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.errors import UserError
 
 
 class MismatchedDataset(GroupDataset):
@@ -19,6 +20,8 @@ class MismatchedDataset(GroupDataset):
 
     def __init__(self, groups: GroupDataset, seed: int, max_length: int) -> None:
         super().__init__(groups.table, groups.name, groups.fingerprint)
+        if len(groups) < 2:
+            raise UserError(f"{groups.name}: one prompt is too few, each needs the completion of another")
         self._max_length = max_length
         cycle = permutation(len(groups), seed, epoch=0)
         self._partner = np.empty_like(cycle)

@@ -23,7 +23,7 @@ def as_one_objective(block: dict[str, Any]) -> dict[str, Any]:
     from madpo.trainer.objectives.registry import OBJECTIVES
 
     kinds = block.get("loss_type")
-    if not isinstance(kinds, list):
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
         return {**block, "loss_type": ALIASES.get(kinds, kinds)} if isinstance(kinds, str) else block
     parameters = {key: value for key, value in block.items() if key not in ("loss_type", "loss_weights")}
     terms, taken = [], set[str]()

@@ -25,7 +25,11 @@ class MixDPOParams(Params):
     gamma: Gamma = 0.0
 
 
-@objective(MixDPOParams, {"reference", "margins", "lengths"})
+def needs(params: MixDPOParams) -> frozenset[str]:
+    return frozenset({"margins", "lengths"} | ({"reference"} if params.base != "simpo" else set()))
+
+
+@objective(MixDPOParams, needs)
 def mixdpo(scores: EdgeScores, params: MixDPOParams) -> Outcome:
     """L = NLL_w per token where h < threshold, else the base loss; h is the margin of the data.
 

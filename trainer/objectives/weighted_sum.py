@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -46,6 +47,22 @@ class WeightedSumParams(Params):
     def objectives(self) -> list[BoundObjective]:
         """The terms, built; raises ValueError for an unknown one."""
         return [build(**{"name": term["loss_type"], **_without_type(term)}) for term in self.terms]
+
+    @property
+    def quantiles(self) -> dict[str, float]:
+        return {
+            f"terms.{index}.{name}": q
+            for index, bound in enumerate(self.objectives)
+            for name, q in bound.params.quantiles.items()
+        }
+
+    def resolve(self, values: np.ndarray) -> Self:
+        terms = [bound.params.resolve(values).model_dump(by_alias=True) for bound in self.objectives]
+        return type(self)(terms=terms, loss_weights=self.loss_weights)
+
+    def problem_with(self, margins: np.ndarray) -> str | None:
+        problems = (bound.params.problem_with(margins) for bound in self.objectives)
+        return next((problem for problem in problems if problem), None)
 
     @property
     def beta(self) -> float:

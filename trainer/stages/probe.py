@@ -104,7 +104,10 @@ def _path(config: Config) -> Path:
 def _supervised(config: Config) -> Config:
     """The same model and data, with nothing but log-probs asked of them."""
     model = config.model.model_copy(update={"ref_model_name_or_path": None})
-    return config.model_copy(update={"objective": NLLParams(), "model": model})
+    data = config.data.model_copy(
+        update={"order": "shuffled"}
+    )  # completions alone have no margins to sort by
+    return config.model_copy(update={"objective": NLLParams(), "model": model, "data": data})
 
 
 def _identity(config: Config, groups: GroupDataset) -> dict[str, Any]:
