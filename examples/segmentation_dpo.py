@@ -241,7 +241,7 @@ def save_picture(models: Mapping[str, nn.Module], images: Tensor, truth: Tensor,
     keys = [Patch(color=colour, label=name) for colour, name in zip(colours[1:].tolist(), names, strict=True)]
     figure.legend(handles=keys, loc="outside lower center", ncols=3, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.15)
 
 
 def main(

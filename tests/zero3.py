@@ -53,6 +53,15 @@ def zero3_steps(shard, config: Config, steps: int) -> list[tuple[float, dict[str
     return out if shard.is_main else []
 
 
+def plain_optimizer(model: Any, config: Config) -> torch.optim.AdamW:
+    """AdamW as the engine has it: weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    decay = config.optim.weight_decay
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.optim.lr)
+
+
 def padded_logps(model: Any, batch: list[TokenGroup], tokens: bool = False) -> torch.Tensor:
     """(sequences,) log-probs of every completion, prompt repeated, right-padded, all logits; or of every
     token, one completion after another."""

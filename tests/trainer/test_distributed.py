@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from harness import make_config, run_ranks, save_model, write_pairs
 from kernel_cases import relative_error
-from zero3 import padded_logps, zero3_steps
+from zero3 import padded_logps, plain_optimizer, zero3_steps
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.loader import plan_step
@@ -53,13 +53,7 @@ def plain_steps(config: Config, steps: int) -> list[tuple[float, dict[str, torch
     groups = load_data(config, load_tokenizer(config.model), training=True).train
     assert groups is not None
     order = DataOrder(len(groups), config.seed)
-    matrices = [p for p in policy.parameters() if p.ndim > 1]
-    vectors = [p for p in policy.parameters() if p.ndim == 1]
-    decay = config.optim.weight_decay
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.optim.lr,
-    )
+    optimizer = plain_optimizer(policy, config)
     out = []
     for step in range(steps):
         batch = [groups[index] for index in order.take(step * BATCH, BATCH)]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from harness import make_config, run_ranks, save_model, write_pairs
 from kernel_cases import relative_error
-from zero3 import zero3_steps
+from zero3 import plain_optimizer, zero3_steps
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.order import DataOrder
@@ -80,7 +80,7 @@ def test_steps_equal_plain_transformers(config):
     assert groups is not None
     order = DataOrder(len(groups), config.seed)
     small = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_tokens": 128})})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, weight_decay=0.0)
+    optimizer = plain_optimizer(model, config)
     for step, (loss, gradients) in enumerate(run_ranks(2, zero3_steps, small, 2)[0]):
         batch = [groups[index] for index in order.take(step * BATCH, BATCH)]
         won, lost = plain_scores(model, batch).view(-1, 2).unbind(1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from harness import make_config, run_ranks, save_model, sentence, write_pairs
 from kernel_cases import relative_error
-from zero3 import padded_logps, zero3_steps
+from zero3 import padded_logps, plain_optimizer, zero3_steps
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.order import DataOrder
@@ -91,11 +91,7 @@ def plain_steps(config: Config) -> list[tuple[float, dict[str, torch.Tensor]]]:
     assert groups is not None
     order, out = DataOrder(len(groups), config.seed), []
     memory: dict[str, list[float]] = {}
-    matrices = [p for p in policy.parameters() if p.ndim > 1]
-    vectors = [p for p in policy.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": vectors}], lr=config.optim.lr, weight_decay=0.0
-    )
+    optimizer = plain_optimizer(policy, config)
     for step in range(STEPS):
         batch = [groups[index] for index in order.take(step * BATCH, BATCH)]
         with torch.no_grad():
