@@ -109,6 +109,17 @@ def latest(root: Path, run: dict[str, Any]) -> str | None:
     return tag
 
 
+def stored_objective(root: Path) -> dict[str, Any] | None:
+    """The objective block of the newest committed checkpoint's run, with numbers for quantiles, or None."""
+    pointer = root / "latest"
+    path = root / pointer.read_text().strip() / STATE_FILE if pointer.is_file() else None
+    if path is None or not path.is_file():
+        return None
+    run = json.loads(path.read_text())["run"]
+    prefix = "objective."
+    return {key.removeprefix(prefix): value for key, value in run.items() if key.startswith(prefix)}
+
+
 def _problem(folder: Path, run: dict[str, Any]) -> str | None:
     path = folder / STATE_FILE
     if not path.is_file():

@@ -143,18 +143,30 @@ def _measure(head: PreferenceHead, meter: Meter, batch: PackedBatch, rows: list[
 
 
 @torch.no_grad()
-def move_reference(engine: Any, alpha: float) -> None:
+def move_reference(engine: Any, alpha: float, seed: int) -> None:
     """Every weight of the reference becomes alpha * policy + (1 - alpha) * reference: TR-DPO's soft update,
     and with alpha 1 its hard one.
 
-    One pair of weights is gathered at a time. Source: Gorbatovski et al. 2024 (arXiv 2404.09656).
+    One pair of weights is gathered at a time. Policy and reference differ by about one unit in the last
+    place of bfloat16, which plain rounding would move all of the way or not at all: narrow weights are
+    rounded up or down at random, in proportion, in draws that depend on `seed` alone.
+    Source: Gorbatovski et al. 2024 (arXiv 2404.09656).
     """
     import deepspeed
 
     policy, reference = engine.module.policy, engine.module.reference
+    random = torch.Generator(engine.device).manual_seed(seed)
     for ours, theirs in zip(policy.parameters(), reference.parameters(), strict=True):
         with deepspeed.zero.GatheredParameters([ours, theirs], modifier_rank=0):
-            theirs.data.lerp_(ours.data, alpha)
+            mixed = torch.lerp(theirs.float(), ours.float(), alpha)
+            theirs.data.copy_(_rounded(mixed, random) if theirs.dtype == torch.bfloat16 else mixed)
+
+
+def _rounded(x: Tensor, random: torch.Generator) -> Tensor:
+    """x float32 as one of its two neighbours in bfloat16, whose mean over draws is x."""
+    bits = x.contiguous().view(torch.int32)
+    noise = torch.randint(1 << 16, x.shape, generator=random, dtype=torch.int32, device=x.device)
+    return ((bits + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
 def grad_norm(engine: Any) -> float:

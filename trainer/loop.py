@@ -73,7 +73,8 @@ def train(
         state.consumed += count
         state.num_tokens += int(groups.lengths[indices].sum())
         if config.model.sync_ref_model and _due(state.step, config.model.ref_model_sync_steps):
-            move_reference(engine, config.model.ref_model_mixup_alpha)
+            seed = config.seed + state.step  # any that a continuation finds again
+            move_reference(engine, config.model.ref_model_mixup_alpha, seed)
         is_last = state.step == plan.total_steps
 
         saves = is_last or _due(state.step, settings.save_steps)

@@ -312,6 +312,16 @@ def test_weighted_sums():
             build("weighted_sum", **wrong)
 
 
+def test_two_terms_of_one_kind_are_two_in_the_log():
+    terms = [{"loss_type": "dpo", "beta": 0.1}, {"loss_type": "dpo", "beta": 5.0}]
+    outcome = build("weighted_sum", terms=terms, loss_weights=[1.0, 1.0]).outcome(edge())
+    assert outcome.stats["loss/dpo"].item() == pytest.approx(0.6302581947)
+    assert outcome.stats["loss/dpo_1"].item() == pytest.approx(math.log1p(math.exp(-6.5)))
+    for term in ({"loss_type": ["dpo"]}, {"loss_type": 3}, {"loss_type": "dpo", "name": "simpo"}):
+        with pytest.raises(ValueError):
+            build("weighted_sum", terms=[term], loss_weights=[1.0])
+
+
 def test_a_list_of_losses_is_a_weighted_sum():
     """TRL's spelling of MPO, parameters for those that have them."""
     block = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "beta": 0.1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_quantiles_become_numbers_on_the_parameters_own_scale():
     total = build("weighted_sum", terms=terms, loss_weights=[1.0, 0.5]).params
     assert total.quantiles == {"terms.1.threshold": 0.25}
     resolved: Any = total.resolve(margins)
-    assert resolved.terms[1]["threshold"] == -1.0 and resolved.loss_weights == [1.0, 0.5]
+    assert resolved.terms[1]["threshold"] == pytest.approx(-1.0) and resolved.loss_weights == [1.0, 0.5]
     probabilities = np.linspace(0, 1, 101)
     assert (
         ThresholdedParams.model_validate({"threshold": "quantile:.25"}).resolve(probabilities).threshold
@@ -50,6 +51,13 @@ def test_quantiles_become_numbers_on_the_parameters_own_scale():
 def test_what_is_neither_number_nor_quantile_is_refused(bad):
     with pytest.raises(ValueError):
         MADPOParams.model_validate({"tau": bad})
+
+
+def test_of_tied_margins_all_are_difficult():
+    """A quarter of the margins is the smallest: a tenth cannot be had, none would be no MixDPO."""
+    margins = np.array([0.5] * 5 + list(range(1, 16)), dtype=float)
+    params: Any = build("mixdpo", threshold="quantile:0.1").params.resolve(margins)
+    assert (margins < params.threshold).sum() == 5
 
 
 def test_outside_a_run_a_quantile_has_no_meaning():
@@ -119,6 +127,7 @@ def test_groups_by_file_and_by_margin(config):
 @pytest.mark.ranks
 def test_the_share_of_difficult_pairs_is_the_quantile(config):
     """30 pairs, of which the 9 of smallest margin are imitated; evaluation uses the training set's number."""
+    pairs = Path(config.data.dataset_name)
     run_ranks(2, train, config)
     lines = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").open()]
     sizes = [8, 8, 8, 6]
@@ -126,9 +135,12 @@ def test_the_share_of_difficult_pairs_is_the_quantile(config):
     assert sum(share * size for share, size in zip(shares, sizes, strict=True)) == pytest.approx(9)
     margins = groups_of(config, supervised=False).margins
     threshold = objective_in(config.output_dir)["threshold"]
-    assert threshold == np.quantile(margins, 0.3)
+    assert sorted(margins)[8] < threshold <= sorted(margins)[9]
 
-    run_ranks(2, evaluate, config)
+    # Other data, other quantile; the checkpoint's number counts.
+    shutil.copy(pairs / "test.jsonl", pairs / "other.jsonl")
+    data = config.data.model_copy(update={"dataset_train_split": "other"})
+    run_ranks(2, evaluate, config.model_copy(update={"data": data}))
     record = json.loads((Path(config.output_dir) / "evaluation.json").read_text())
     held_out = margins_in(config, "test")
     assert record["eval_mixdpo/difficult"] == pytest.approx(np.mean(np.array(held_out) < threshold))
@@ -148,6 +160,13 @@ def test_a_quantile_of_probabilities_is_measured_once_and_kept(config):
     first = objective_in(config.output_dir)["threshold"]
     want = np.exp(plain_logps(config))
     assert first == pytest.approx(np.quantile(want, 0.25), rel=1e-4)
+    marked = json.loads(kept)
+    marked["percentiles"] = [0.5 + x / 2 for x in marked["percentiles"]]
+    (Path(config.output_dir) / "probe.json").write_text(json.dumps(marked))
+    again = Config.model_validate({**config.model_dump(by_alias=True), "output_dir": config.output_dir})
+    with pytest.raises(AssertionError, match=r"objective\.threshold"):
+        run_ranks(2, train, again)  # the number is read, not measured again
+    (Path(config.output_dir) / "probe.json").write_bytes(kept)
     longer = {**config.model_dump(by_alias=True), "train": {**config.train.model_dump(), "save_steps": 1}}
     run_ranks(2, train, Config.model_validate(longer))
     assert (Path(config.output_dir) / "probe.json").read_bytes() == kept

@@ -124,7 +124,7 @@ def train(shard, config: Config) -> None:
 
 @pytest.mark.ranks
 def test_annotation_gives_the_next_stage_its_margins(config, tmp_path, tokenizer_folder, capsys):
-    """Reward model, margins, margin-weighted DPO. A row that cannot be scored stays as it is."""
+    """Reward model, margins, margin-weighted DPO. A row that cannot be scored has no margin left."""
     from transformers import AutoModelForSequenceClassification
 
     pairs = Path(config.data.dataset_name)
@@ -142,7 +142,7 @@ def test_annotation_gives_the_next_stage_its_margins(config, tmp_path, tokenizer
         "prompt": "p",
         "chosen": " same",
         "rejected": " same",
-        "margin": 7,
+        "margin_given": 7,
     }
     assert rows[41]["score_chosen_given"] == "x" and rows[41]["margin_given"] == 1
 
@@ -174,6 +174,48 @@ def test_annotation_gives_the_next_stage_its_margins(config, tmp_path, tokenizer
 def train_and_annotate(shard, config: Config) -> None:
     run_training(config, "madpo train test.yaml")
     run_annotation(config)
+
+
+@pytest.mark.ranks
+def test_a_random_layer_annotates_nothing(config, tmp_path, tokenizer_folder):
+    model = save_model(tmp_path / "language-model", tokenizer_folder, seed=2)
+    tree = config.model_dump(by_alias=True)
+    tree["model"]["model_name_or_path"] = str(model)
+    with pytest.raises(AssertionError, match=r"no checkpoint, and .* is no reward model; train first"):
+        run_ranks(2, annotate, Config.model_validate(tree))
+
+
+def annotate(shard, config: Config) -> None:
+    run_annotation(config)
+
+
+@pytest.mark.ranks
+def test_the_export_scores_the_last_token_even_if_padding_was_to_be_eos(config, tmp_path):
+    """As many tokenizers have it. Transformers would take EOS for padding, and score the token before it."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = Path(str(config.model.model_name_or_path))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    description = json.loads((folder / "config.json").read_text())
+    description["pad_token_id"] = description["eos_token_id"]
+    (folder / "config.json").write_text(json.dumps(description))
+    run_ranks(2, train, config)
+    exported: Any = AutoModelForSequenceClassification.from_pretrained(Path(config.output_dir) / "model")
+    padding = AutoTokenizer.from_pretrained(Path(config.output_dir) / "model").pad_token_id
+    assert padding == exported.config.pad_token_id != tokenizer.eos_token_id
+    held_out = load_data(config, load_tokenizer(config.model), training=False).held_out
+    assert held_out is not None
+    rows = [group.prompt + c for group in map(held_out.__getitem__, range(12)) for c in group.completions]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [padding] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    with torch.no_grad():
+        scores = exported(input_ids=ids, attention_mask=mask).logits[:, 0].view(-1, 2)
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+    evaluation = next(line for line in map(json.loads, reversed(lines)) if "eval_loss" in line)
+    assert evaluation["eval_rewards/chosen"] == pytest.approx(scores[:, 0].mean().item(), rel=1e-4)
 
 
 def test_annotation_wants_a_reward_run(config):

@@ -16,6 +16,7 @@ from harness import LLAMA, make_config, run_ranks, save_model, write_pairs
 
 from madpo.trainer import loop
 from madpo.trainer.config import Config
+from madpo.trainer.engine import _rounded
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.stages.evaluate import run_evaluation
 from madpo.trainer.stages.export import run_export
@@ -187,6 +188,19 @@ def test_a_moving_reference_follows_the_policy(config, tmp_path):
                 want = torch.lerp(want, now["policy"][name], 0.25)
             torch.testing.assert_close(now["reference"][name], want)
     assert not torch.equal(weights[4]["reference"]["lm_head.weight"], weights[0]["start"]["lm_head.weight"])
+
+
+def test_a_narrow_reference_moves_by_less_than_its_last_place():
+    """In bfloat16 plain rounding moves a weight all the way or not at all; here the mean moves right."""
+    theirs = torch.full((40_000,), -1.0, dtype=torch.bfloat16)
+    ours = torch.full_like(theirs, -1.0078125)  # the next number
+    mixed = torch.lerp(theirs.float(), ours.float(), 0.25)
+    got = _rounded(mixed, torch.Generator().manual_seed(3))
+    assert set(got.tolist()) == {-1.0, -1.0078125}
+    assert (got == ours).double().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert torch.equal(got, _rounded(mixed, torch.Generator().manual_seed(3)))
+    exact = torch.randn(100).bfloat16()
+    assert torch.equal(_rounded(exact.float(), torch.Generator()), exact)
 
 
 def weights_by_step(shard, config: Config) -> list[dict[str, dict[str, torch.Tensor]]]:

@@ -43,7 +43,10 @@ def groups_of(config: Config, supervised: bool = False) -> Any:
 
 def test_the_format():
     row = {"prompt": "a", "completion": "b", "label": False}
-    assert layout_of(row) == layout_of(row, supervised=True) == "unpaired"
+    assert layout_of(row) == "unpaired" and layout_of(row, supervised=True) == "prompt-completion"
+    assert layout_of({**row, "chosen": "c", "rejected": "r"}) == "preference"
+    for other in ("sports", 0, None):
+        assert to_group({**row, "label": other}, "prompt-completion", supervised=True).labels == []
     assert to_group(row, "unpaired") == TextGroup("a", ["b"], [], [-1])
     chat = {
         "prompt": [{"role": "user", "content": "a"}],
@@ -112,6 +115,17 @@ def test_every_completion_serves_another_prompt_once(tmp_path, tokenizer_folder)
     again = MismatchedDataset(groups, seed=4, max_length=32)
     assert (again._partner == both._partner).all()
     assert (MismatchedDataset(groups, seed=5, max_length=32)._partner != both._partner).any()
+
+
+def test_pairs_borrow_both_completions_cut_one_by_one(tmp_path, tokenizer_folder):
+    write_pairs(tmp_path / "train.jsonl", 20)
+    groups = groups_of(config_for(tmp_path, tokenizer_folder, None))
+    both = MismatchedDataset(groups, seed=4, max_length=int(groups.lengths.max()) // 2)
+    kept = [len(c) for i in range(20) for c in groups[i].completions]
+    assert groups.completion_lengths.tolist() == kept
+    for index in range(20):
+        group = both[index]
+        assert both.lengths[index] == len(group.prompt) + sum(map(len, group.completions))
 
 
 def test_a_borrowed_completion_is_cut_where_it_would_be_too_long(tmp_path, tokenizer_folder):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
@@ -75,6 +76,11 @@ class GroupDataset:
         return _column(self.table, "row")
 
     @cached_property
+    def completion_lengths(self) -> np.ndarray:
+        """(S,) tokens of every completion."""
+        return _flat(self.table, "completions", lambda x: pc.call_function("list_value_length", [x]))
+
+    @cached_property
     def margins(self) -> np.ndarray:
         """(E,) margins of all edges; NaN where the data set has none."""
         return _flat(self.table, "margins")
@@ -93,8 +99,8 @@ class GroupDataset:
             return -np.arange(len(self), dtype=np.float64)
         if np.isnan(self.margins).any() or not self.edges.all():
             raise UserError(
-                f"data.order: easy_to_hard sorts by margin, and {self.name} has pairs without one; give a "
-                "`margin` column (score of chosen minus score of rejected)"
+                f"data.order: easy_to_hard sorts by margin, and {self.name} has pairs without one, or rows "
+                "that are no pairs here; give a `margin` column (score of chosen minus score of rejected)"
             )
         return np.add.reduceat(self.margins, np.cumsum(self.edges) - self.edges) / self.edges
 
@@ -125,11 +131,13 @@ class GroupDataset:
             )
 
 
-def _flat(table: datasets.Dataset, name: str) -> np.ndarray:
-    """The numbers of a column of lists, one list after another; NaN for null."""
+def _flat(table: datasets.Dataset, name: str, of_each: Callable[[Any], Any] | None = None) -> np.ndarray:
+    """The numbers of a column of lists, one list after another; NaN for null. Or `of_each` of what is in
+    the lists."""
     column: Any = table.with_format("arrow")[name][:]
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return column.flatten().to_numpy(zero_copy_only=False)
+    flat = column.flatten()
+    return (flat if of_each is None else of_each(flat)).to_numpy(zero_copy_only=False)
 
 
 def _column(table: datasets.Dataset, name: str) -> np.ndarray:

@@ -37,8 +37,8 @@ class TextGroup:
 
 
 LAYOUTS = (
-    ("unpaired", {"prompt", "completion", "label"}),
     ("preference", {"chosen", "rejected"}),
+    ("unpaired", {"prompt", "completion", "label"}),
     ("prompt-completion", {"prompt", "completion"}),
     ("messages", {"messages"}),
     ("text", {"text"}),
@@ -51,7 +51,7 @@ def layout_of(columns: Iterable[str], supervised: bool = False) -> str:
     Raises ValueError that lists what was found.
     """
     columns = set(columns)
-    for name, needed in sorted(LAYOUTS, key=lambda x: x[0] == "preference") if supervised else LAYOUTS:
+    for name, needed in (*LAYOUTS[2:], LAYOUTS[0]) if supervised else LAYOUTS:
         if needed <= columns:
             return name
     known = "; ".join(" + ".join(sorted(needed)) for _, needed in LAYOUTS)
@@ -68,7 +68,7 @@ def to_group(row: dict[str, Any], layout: str, supervised: bool = False) -> Text
         return TextGroup(group.prompt, group.completions[:1], []) if supervised else group
     if layout in ("prompt-completion", "unpaired"):
         prompt, completion = _text(row, "prompt"), _text(row, "completion")
-        labels = [_label(row)] if layout == "unpaired" else []
+        labels = [_label(row)] if layout == "unpaired" else [-1] * (row.get("label") is False)
         return TextGroup(prompt, _same_kind(prompt, completion), [], labels)
     if layout == "messages":
         messages = _text(row, "messages")
@@ -138,6 +138,7 @@ def _text(row: dict[str, Any], field: str, may_be_empty: bool = False) -> Text:
 
 
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
+MARGIN_COLUMNS = frozenset({"margin", *SCORES[0], *SCORES[1]})
 
 
 def _margin(row: dict[str, Any]) -> float | None:

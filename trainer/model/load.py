@@ -40,6 +40,21 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         raise UserError(f"no tokenizer could be loaded from {name!r}: {error}") from error
 
 
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to pad with that ends no completion: transformers' classifiers score the last other token.
+
+    Raises ValueError if the tokenizer has none.
+    """
+    names = ("pad_token_id", "unk_token_id", "bos_token_id")
+    for token in (getattr(tokenizer, name) for name in names):
+        if token is not None and token != tokenizer.eos_token_id:
+            return token
+    raise UserError(
+        "a reward model needs a tokenizer with a pad token that is not its EOS token, or with an UNK or BOS "
+        "token to take its place (model.tokenizer_name_or_path)"
+    )
+
+
 def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWithReference | RewardModel:
     """Policy, reference where the objective needs one, and head; or a reward model. Raises ValueError for
     a model that cannot be loaded or does not fit its tokenizer."""
@@ -73,6 +88,7 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
     if model.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if rewards:
+        padding_token(tokenizer)
         return RewardModel(policy, entry, config.objective)
     budget_bytes = int(config.train.head_gib * 2**30)
     return PolicyWithReference(
@@ -96,7 +112,7 @@ def _pretrained(
             attn_implementation=attention,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         hint = "" if Path(name).exists() else " (no such folder, and no model of that name on the hub)"
         raise UserError(f"model {name!r} could not be loaded{hint}: {error}") from error
     finally:
@@ -107,6 +123,7 @@ def _pretrained(
             f"model {name!r}: {len(missing)} weights are missing and would be random, {missing[0]} for one; "
             "the files do not belong to the config beside them"
         )
+    model.has_new_layer = NEW_LAYER in found["missing_keys"]
     return model
 
 
@@ -129,7 +146,10 @@ def _from_scratch(
         raise UserError(f"model.init_config.{key}: {family} has no such value{nearest(key, known)}")
     special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = AutoConfig.for_model(family, **{"vocab_size": len(tokenizer), **special, **options, **values})
-    return kind.from_config(_without_dropout(config), dtype=dtype, attn_implementation=attention)
+    try:
+        return kind.from_config(_without_dropout(config), dtype=dtype, attn_implementation=attention)
+    except ValueError as error:
+        raise UserError(f"model.init_config.model_type: {family}: {error}") from error
 
 
 def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:

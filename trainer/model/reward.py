@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from madpo.trainer.data.packing import PackedBatch
+from madpo.trainer.errors import UserError
 from madpo.trainer.head import scored_span
 from madpo.trainer.model.policy import last_hidden
 from madpo.trainer.model.prefix_attention import SegmentTable
@@ -21,8 +22,14 @@ class RewardModel(nn.Module):
     def __init__(self, policy: PreTrainedModel, objective: Objective, params: Params) -> None:
         super().__init__()
         self.policy, self.reference = policy, None
-        model: Any = policy
-        self.head = RewardHead(model.score.weight, objective, params)
+        layer = getattr(policy, "score", None)
+        if not isinstance(layer, nn.Linear) or layer.bias is not None or layer.out_features != 1:
+            raise UserError(
+                f"{type(policy).__name__}: a reward model needs one linear layer `score` without a bias "
+                f"over the backbone, found {layer}"
+            )
+        weight: Any = layer.weight
+        self.head = RewardHead(weight, objective, params)
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor | None, ...]:
         """The loss (), and (M,) the score of each completion at its last token, 0 at the others: so that

@@ -316,6 +316,8 @@ def objective(
             entry = Objective(outcome, params, item, needs_of=needs, epilogue=epilogue)
         else:
             entry = Objective(outcome, params, item, frozenset(needs), epilogue=epilogue)
+        alone = entry.needs & {"tokens", "distributions", "scores"}
+        assert not (entry.needs_batch and alone), f"{entry.name}: {alone} of a batch are not gathered"
         assert entry.name not in OBJECTIVES, f"{entry.name} is registered twice"
         OBJECTIVES[entry.name] = entry
         return function

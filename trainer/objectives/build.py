@@ -23,7 +23,7 @@ def as_one_objective(block: dict[str, Any]) -> dict[str, Any]:
     from madpo.trainer.objectives.registry import OBJECTIVES
 
     kinds = block.get("loss_type")
-    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+    if not isinstance(kinds, list) or not kinds or not all(isinstance(kind, str) for kind in kinds):
         return {**block, "loss_type": ALIASES.get(kinds, kinds)} if isinstance(kinds, str) else block
     parameters = {key: value for key, value in block.items() if key not in ("loss_type", "loss_weights")}
     terms, taken = [], set[str]()
@@ -76,7 +76,7 @@ FIELDS = {
 """Where the scores hold what an objective needs; of these names, each kind of scores has some."""
 
 
-def build(name: str, **parameters: Any) -> BoundObjective:
+def build(name: str, /, **parameters: Any) -> BoundObjective:
     """The objective `name` with these parameters, defaults for the rest.
 
     Raises ValueError for an unknown name, an unknown parameter or one out of its range.

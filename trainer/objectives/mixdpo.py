@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -23,6 +24,14 @@ class MixDPOParams(Params):
     base: Annotated[Literal["dpo", "simpo", "ipo"], Field(description="loss of the easy pairs")] = "dpo"
     label_smoothing: LabelSmoothing = 0.1
     gamma: Gamma = 0.0
+
+    def resolve(self, values: np.ndarray) -> Self:
+        """Just above the quantile, so that of tied margins all are difficult and the share is q at least."""
+        numbers = {
+            name: float(np.nextafter(np.quantile(values, q, method="inverted_cdf"), np.inf))
+            for name, q in self.quantiles.items()
+        }
+        return self.model_copy(update=numbers)
 
 
 def needs(params: MixDPOParams) -> frozenset[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -27,14 +27,17 @@ class WeightedSumParams(Params):
     terms: list[dict[str, Any]] = Field(
         default=list(MPO), min_length=1, description="each a loss_type with its parameters"
     )
-    loss_weights: list[float] = Field(default=[0.8, 0.2, 1.0], description="one for each term")
+    loss_weights: list[Annotated[float, Field(ge=0)]] = Field(
+        default=[0.8, 0.2, 1.0], description="one for each term"
+    )
 
     @model_validator(mode="after")
     def _terms_are_objectives_of_pairs(self) -> Self:
         if len(self.loss_weights) != len(self.terms):
             raise ValueError(f"loss_weights: {len(self.loss_weights)} for {len(self.terms)} terms")
         for term in self.terms:
-            if term.get("loss_type") in (None, "weighted_sum"):
+            kind = term.get("loss_type")
+            if not isinstance(kind, str) or kind == "weighted_sum":
                 raise ValueError("terms: each needs a loss_type, and a sum cannot hold another")
         for bound in self.objectives:
             if bound.entry.view is not EdgeScores:
@@ -46,7 +49,7 @@ class WeightedSumParams(Params):
     @cached_property
     def objectives(self) -> list[BoundObjective]:
         """The terms, built; raises ValueError for an unknown one."""
-        return [build(**{"name": term["loss_type"], **_without_type(term)}) for term in self.terms]
+        return [build(term["loss_type"], **_without_type(term)) for term in self.terms]
 
     @property
     def quantiles(self) -> dict[str, float]:
@@ -92,7 +95,9 @@ def weighted_sum(scores: EdgeScores, params: WeightedSumParams, state: BatchStat
         kept = {key.removeprefix(mine): x for key, x in state.memory.items() if key.startswith(mine)}
         outcome = bound.outcome(scores, BatchState(kept, state.seed))
         total = total + weight * outcome.losses
-        stats |= {f"loss/{bound.entry.name}": outcome.losses.detach(), **outcome.stats}
+        again = f"_{index}" if f"loss/{bound.entry.name}" in stats else ""
+        stats |= {f"loss/{bound.entry.name}{again}": outcome.losses.detach()}
+        stats |= {name + again: values for name, values in outcome.stats.items()}
         memory |= {mine + key: values for key, values in outcome.memory.items()}
     return Outcome(total, stats, memory)
 

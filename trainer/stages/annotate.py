@@ -16,7 +16,7 @@ from rich.console import Console
 from madpo.trainer import checkpoint, dist
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset, Source, load_groups, open_source
-from madpo.trainer.data.formats import parse_json_line
+from madpo.trainer.data.formats import MARGIN_COLUMNS, parse_json_line
 from madpo.trainer.data.loader import evaluation_steps
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.errors import UserError
@@ -31,7 +31,8 @@ def run_annotation(config: Config) -> None:
     checkpoint of the reward run in `output_dir`, or by the model it names if there is none.
 
     Every row of the source is there, with `score_chosen`, `score_rejected` and `margin` where it could be
-    scored; what stood under these names is kept under `..._given`. Raises ValueError.
+    scored. What the source gave as a margin or score is kept under `..._given`, so that one scale is left.
+    Raises ValueError.
     """
     if "scores" not in config.objective_entry.needs:
         raise UserError(
@@ -49,6 +50,11 @@ def run_annotation(config: Config) -> None:
     engine = start_engine(config, tokenizer, training=tag is not None)
     if tag:
         checkpoint.load(engine, folder / "checkpoints", tag)
+    elif getattr(engine.module.policy, "has_new_layer", True):
+        raise UserError(
+            f"{folder / 'checkpoints'}: no checkpoint, and {config.model.model_name_or_path} is no reward "
+            "model; train first, or name one"
+        )
     model = str(folder / "checkpoints" / tag) if tag else str(config.model.model_name_or_path)
     for split, groups in data.items():
         scores = completion_scores(engine, groups, config, shard)
@@ -130,11 +136,10 @@ def _rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _annotated(row: dict[str, Any], scores: tuple[float, float] | None) -> dict[str, Any]:
+    row = {f"{key}_given" if key in MARGIN_COLUMNS else key: value for key, value in row.items()}
     if scores is None:
         return row
-    new = {"score_chosen": scores[0], "score_rejected": scores[1], "margin": scores[0] - scores[1]}
-    given = {f"{name}_given": row[name] for name in new.keys() & row.keys()}
-    return {**row, **given, **new}
+    return {**row, "score_chosen": scores[0], "score_rejected": scores[1], "margin": scores[0] - scores[1]}
 
 
 def _show(split: str, facts: dict[str, Any], target: Path) -> None:

@@ -20,6 +20,10 @@ def run_evaluation(config: Config) -> None:
     Writes `evaluation.json` into the run folder and prints a table. Raises ValueError.
     """
     folder = Path(config.output_dir)
+    stored = checkpoint.stored_objective(folder / "checkpoints")
+    if config.objective.quantiles and stored is not None:  # the run's numbers, whatever is evaluated now
+        params = type(config.objective).model_validate(stored)
+        config = config.model_copy(update={"objective": params})
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, training=False)
     assert data.held_out is not None

@@ -15,7 +15,7 @@ from madpo.trainer import checkpoint, dist
 from madpo.trainer.config import Config, dump
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.errors import UserError
-from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.model.load import load_tokenizer, padding_token
 from madpo.trainer.run_folder import last_evaluation
 from madpo.trainer.stages.setup import start_engine
 from madpo.trainer.state import TrainState
@@ -45,6 +45,8 @@ def export_model(
 ) -> None:
     """Gather the policy on rank 0 and write it; the folder appears complete or not at all."""
     policy = engine.module.policy
+    if "scores" in config.objective_entry.needs:
+        policy.config.pad_token_id = tokenizer.pad_token_id = padding_token(tokenizer)
     weights = gather_weights(policy, shard)
     if shard.is_main:
         partial = target.with_name(target.name + ".partial")

@@ -86,7 +86,7 @@ def stored_probe(
     """The probe in the run folder if it is of this model and data; else it is made and put there."""
     path, of = _path(config), _identity(config, groups)
     stored = dist.from_main(json.loads(path.read_text()) if path.is_file() else None)
-    if stored is not None and stored["of"] == of:
+    if isinstance(stored, dict) and stored.get("of") == of:
         return Probe(**stored)
     engine = start_engine(_supervised(config), tokenizer, training=False)
     probe = _measure(engine, groups, config, shard, of)
@@ -112,7 +112,14 @@ def _supervised(config: Config) -> Config:
 
 def _identity(config: Config, groups: GroupDataset) -> dict[str, Any]:
     names = ("model_name_or_path", "model_revision", "init_config")
-    return {**{name: getattr(config.model, name) for name in names}, "data": groups.fingerprint}
+    files = sorted(Path(str(config.model.model_name_or_path)).glob("*"))  # none for a name on the hub
+    return {
+        **{name: getattr(config.model, name) for name in names},
+        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "data": groups.fingerprint,
+        "seed": config.seed,
+        "bf16": config.train.bf16,
+    }
 
 
 @torch.no_grad()

@@ -32,8 +32,6 @@ def resolve_quantiles(config: Config, data: Data, tokenizer: PreTrainedTokenizer
     try:
         return config.model_copy(update={"objective": params.resolve(values)})
     except ValidationError as error:
+        given = ", ".join(f"{name} quantile:{q:g}" for name, q in params.quantiles.items())
         problem = error.errors()[0]
-        name = ".".join(map(str, problem["loc"]))
-        raise UserError(
-            f"objective.{name}: {getattr(params, name)} is {problem['input']}; {problem['msg']}"
-        ) from None
+        raise UserError(f"objective: {given} is {problem['input']}; {problem['msg']}") from None
