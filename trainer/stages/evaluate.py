@@ -20,8 +20,9 @@ def run_evaluation(config: Config) -> None:
     Writes `evaluation.json` into the run folder and prints a table. Raises ValueError.
     """
     folder = Path(config.output_dir)
-    stored = checkpoint.stored_objective(folder / "checkpoints")
-    if config.objective.quantiles and stored is not None:  # the run's numbers, whatever is evaluated now
+    stored = checkpoint.stored_objective(folder / "checkpoints") or {}
+    if config.objective.quantiles and stored.get("loss_type") == config.objective.loss_type:
+        # The run's numbers, whatever data is evaluated now.
         params = type(config.objective).model_validate(stored)
         config = config.model_copy(update={"objective": params})
     tokenizer = load_tokenizer(config.model)
