@@ -75,6 +75,24 @@ def probe(config: ConfigPath, overrides: Overrides = None) -> None:
     _run_task("probe", config, overrides)
 
 
+@app.command()
+def show_data(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option("-n", "--count", min=0, help="groups to show")] = 3,
+) -> None:
+    """Show training data as the model sees it: tokens, what is trained on, what was cut and dropped."""
+    import datasets
+    from rich.console import Console
+
+    from madpo.trainer.config import load
+    from madpo.trainer.stages.show_data import show_data as show
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    show(load(config, overrides or []), count, Console(highlight=False))
+
+
 @app.command("config")
 def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check a config and print it with every default filled in."""

@@ -14,6 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from madpo.trainer import strict_yaml
+from madpo.trainer.data.adapters import ADAPTERS
+from madpo.trainer.data.rows import check_template_kwargs
 from madpo.trainer.deepspeed_keys import DEEPSPEED_KEYS, OWNED_DEEPSPEED_KEYS
 from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Objective
@@ -57,6 +59,14 @@ class DataConfig(Section):
     dataset_config: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str | None = Field(default=None, description="held-out split; null: no evaluation")
+    adapter: str = Field(default="auto", description="how rows are read, see docs/data.md; auto: by columns")
+    columns: dict[str, str] = Field(default_factory=dict, description="our name of a column: the data set's")
+    edges: Literal["all", "adjacent", "best_worst"] = Field(
+        default="all", description="which completions of a ranked group are compared"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="variables for the chat template; a row's own come before these"
+    )
     max_length: int = Field(default=1024, ge=2, description="tokens of prompt + one completion")
     append_eos: Literal["auto", "always", "never"] = Field(
         default="auto", description="auto: plain text yes, conversations no (their template ends them)"
@@ -67,6 +77,18 @@ class DataConfig(Section):
     on_bad_row: Literal["error", "drop"] = Field(default="error", description="a row that cannot be read")
     dataset_num_proc: int | None = Field(default=None, ge=1, description="processes that tokenise")
     cache_dir: str = Field(default="~/.cache/madpo", description="where tokenised data is kept")
+
+    @field_validator("adapter")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value != "auto" and value not in ADAPTERS:
+            raise UserError(f"unknown adapter{strict_yaml.nearest(value, ['auto', *ADAPTERS])}")
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _for_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_template_kwargs(value, "of the template's options")
 
 
 class OptimConfig(Section):
