@@ -88,7 +88,7 @@ class DataConfig(Section):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _for_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return check_template_kwargs(value, "of the template's options")
+        return check_template_kwargs(value)
 
 
 class OptimConfig(Section):

@@ -135,14 +135,12 @@ def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
     value = without_nulls(row.get("chat_template_kwargs"))
     if value is not None and not isinstance(value, dict):
         raise UserError(f"chat_template_kwargs: expected an object, got {value!r:.80}")
-    return check_template_kwargs(value or {}, "chat_template_kwargs")
+    return check_template_kwargs(value or {}, "chat_template_kwargs: ")
 
 
-def check_template_kwargs(kwargs: dict[str, Any], name: str) -> dict[str, Any]:
+def check_template_kwargs(kwargs: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The same, unless it has a name that is decided elsewhere. Raises ValueError."""
-    owned = OWNED_TEMPLATE_KWARGS.intersection(kwargs)
+    owned = ", ".join(sorted(OWNED_TEMPLATE_KWARGS.intersection(kwargs)))
     if owned:
-        raise UserError(
-            f"{name}: {', '.join(sorted(owned))}: set by madpo itself; give variables of the template"
-        )
+        raise UserError(f"{prefix}{owned}: madpo sets this itself; give variables of the template")
     return kwargs

@@ -116,9 +116,8 @@ def render_totals(report: dict[str, Any], tokens: int, trained: int, coloured: b
     yield Text(f"── {report['source']}: {report['rows']:,} rows, {report['groups']:,} groups", style="bold")
     for reason, number in report["dropped"].items():
         yield Text(f"{number:,} dropped: {reason}", style="red")
-    yield Text(
-        f"{tokens:,} tokens, {trained / tokens:.1%} of them trained on, {'coloured' if coloured else 'in [[ ]]'}"
-    )
+    shown = "coloured" if coloured else "in [[ ]]"
+    yield Text(f"{tokens:,} tokens, {trained / tokens:.1%} of them trained on, {shown}")
     for name, says in COUNTS.items():
         if report[name]:
             yield Text(f"{report[name]:,} {says}")
