@@ -54,7 +54,8 @@ class Progress:
             dropped = sum(facts["dropped"].values())
             notes = [f"{facts['groups']} groups, {facts['tokens']} tokens"]
             notes += [f"{dropped} rows dropped"] if dropped else []
-            for key in ("truncated_completions", "groups_with_moved_boundary"):
+            counts = ("truncated_completions", "groups_with_moved_boundary", "rows_that_spell_special_tokens")
+            for key in counts:
                 notes += [f"{facts[key]} {key.replace('_', ' ')}"] if facts[key] else []
             out(f"  {split}: {', '.join(notes)}")
         if state.step:

@@ -37,7 +37,8 @@ def show_data(config: Config, count: int, console: Console) -> None:
     decode, coloured = decoder(tokenizer), console.is_terminal and not console.no_color
     lines: list[Text] = []
     for index in order.take(0, min(count, len(groups))).tolist():
-        lines += render_group(groups[index], decode, f"{groups.name}, row {groups.rows[index]}", coloured)
+        place, own = f"{groups.name}, row {groups.rows[index]}", groups.table[index]["num_sequences"]
+        lines += render_group(groups[index], decode, place, coloured, own)
     tokens, trained = int(groups.lengths.sum()), int(groups.completion_tokens.sum())
     console.print(*lines, *render_totals(report, tokens, trained, coloured), sep="\n", soft_wrap=True)
     groups.require(entry, config.objective.loss_type, config.train.micro_batch_tokens)
@@ -53,10 +54,13 @@ def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
     return decode
 
 
-def render_group(group: TokenGroup, decode: Decode, place: str, coloured: bool) -> Iterator[Text]:
+def render_group(
+    group: TokenGroup, decode: Decode, place: str, coloured: bool, own: int | None = None
+) -> Iterator[Text]:
     """A group as lines: the prompt once, then every completion with what the edges say of it.
 
-    What is trained on is coloured, or stands in [[ ]].
+    What is trained on is coloured, or stands in [[ ]]. Completions from `own` on were written for another
+    prompt.
     """
     yield Text(f"── {place}", style="bold")
     moved = f"; {group.boundary_cut} more merged into the completion and moved there"
@@ -64,7 +68,7 @@ def render_group(group: TokenGroup, decode: Decode, place: str, coloured: bool) 
     yield _body(decode(group.prompt), PROMPT if coloured else "")
     for index, completion in enumerate(group.completions):
         label = group.labels[index] if group.labels else 1
-        yield _header(_name(group, index), len(completion), _standing(group, index))
+        yield _header(_name(group, index), len(completion), _standing(group, index, own))
         text = _after(group.prompt, completion, decode)
         yield _body(text, STYLES[label]) if coloured else _body(f"[[{text}]]", "")
     if group.equal:
@@ -99,11 +103,12 @@ def _name(group: TokenGroup, index: int) -> str:
     return f"completion {index + 1}"
 
 
-def _standing(group: TokenGroup, index: int) -> str:
+def _standing(group: TokenGroup, index: int, own: int | None) -> str:
     """What edges and labels say of a completion."""
-    label = group.labels[index] if group.labels else None
-    if not any(index in edge[:2] for edge in group.edges):
-        return {1: ", desirable", -1: ", undesirable", 0: ", of another prompt", None: ""}[label]
+    if own is not None and index >= own:
+        return ", of another prompt"
+    if not group.edges:
+        return {1: ", desirable", -1: ", undesirable"}[group.labels[index]] if group.labels else ""
     wins = [(loser, margin) for winner, loser, margin in group.edges if winner == index]
     if len(group.edges) == 1:
         return f", margin {wins[0][1]:g}" if wins and wins[0][1] is not None else ""
@@ -115,7 +120,7 @@ def render_totals(report: dict[str, Any], tokens: int, trained: int, coloured: b
     """What became of all rows, in lines; zeros are left out. A prompt counts once per group."""
     yield Text(f"── {report['source']}: {report['rows']:,} rows, {report['groups']:,} groups", style="bold")
     for reason, number in report["dropped"].items():
-        yield Text(f"{number:,} dropped: {reason}", style="red")
+        yield Text(f"{number:,} dropped: {reason}", style="bold")
     shown = "coloured" if coloured else "in [[ ]]"
     yield Text(f"{tokens:,} tokens, {trained / tokens:.1%} of them trained on, {shown}")
     for name, says in COUNTS.items():
