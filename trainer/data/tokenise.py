@@ -42,7 +42,7 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
     are cut to `max_length` at their end; a group whose prompt fills `max_length`, or whose two sides
     of an edge become equal, cannot be trained on and says so in `problem`.
     """
-    prompt_only = _encode_prompt(group, tokenizer)
+    prompt_only = encode_prompt(group.prompt, tokenizer)
     wholes = [_encode_whole(group, x, tokenizer, rules) for x in group.completions]
     start = min(_common_prefix(prompt_only, whole) for whole in wholes)
     if start == 0 and not group.prompt and len(wholes) == 1:
@@ -84,12 +84,13 @@ def _labels(edges: list[tuple[int, int, float | None]], count: int) -> list[int]
     return [(x > 0) - (x < 0) for x in score]
 
 
-def _encode_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if isinstance(group.prompt, str):
-        return _encode_text(group.prompt, tokenizer)
-    continued = _is_continued(group.prompt)
+def encode_prompt(prompt: Text, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A prompt alone, up to where its completion starts."""
+    if isinstance(prompt, str):
+        return _encode_text(prompt, tokenizer)
+    continued = _is_continued(prompt)
     return _encode_messages(
-        group.prompt,
+        prompt,
         tokenizer,
         add_generation_prompt=not continued,
         continue_final_message=continued,
