@@ -55,7 +55,7 @@ def chat_server() -> Iterator[Server]:
             with suppress(BrokenPipeError):  # the one who asked has given up
                 self.wfile.write(text.encode())
 
-        def log_message(self, *_args: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:
             pass
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

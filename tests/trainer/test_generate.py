@@ -39,7 +39,8 @@ from pathlib import Path
 def score(prompts, completions):
     here = Path(__file__).parent
     calls = here / "calls"
-    calls.write_text(calls.read_text() + "x" if calls.exists() else "x")
+    with calls.open("a") as file:  # appended to by all ranks
+        file.write("x")
     if (here / "trap").exists() and len(calls.read_text()) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return [[len(text) for text in of_prompt] for of_prompt in completions]
