@@ -70,6 +70,12 @@ def annotate(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def generate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Sample completions of a data set's prompts from one or more models, judge them, make pairs of them."""
+    _run_task("generate", config, overrides)
+
+
+@app.command()
 def probe(config: ConfigPath, overrides: Overrides = None) -> None:
     """Measure what the starting model knows of its training set, and suggest a supervised objective."""
     _run_task("probe", config, overrides)
@@ -147,9 +153,9 @@ def set_aside(folder: Path) -> None:
 
 def _run_task(task: Task, config: str, overrides: list[str] | None) -> None:
     from madpo.launch import local
-    from madpo.trainer.config import load
+    from madpo.trainer.config import DEFAULT_OBJECTIVES, load
 
-    resolved = load(config, overrides or [])
+    resolved = load(config, overrides or [], DEFAULT_OBJECTIVES.get(task))
     raise typer.Exit(local.run(task, config, overrides or [], resolved.launch))
 
 

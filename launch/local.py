@@ -13,7 +13,7 @@ from typing import Literal
 from madpo.trainer.config import LaunchConfig
 from madpo.trainer.errors import UserError
 
-Task = Literal["train", "evaluate", "export", "probe", "annotate"]
+Task = Literal["train", "evaluate", "export", "probe", "annotate", "generate"]
 
 
 def count_processes(launch: LaunchConfig) -> int:

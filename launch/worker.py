@@ -22,6 +22,7 @@ TASKS = {
     "export": ("export", "run_export"),
     "probe": ("probe", "run_probe"),
     "annotate": ("annotate", "run_annotation"),
+    "generate": ("generate", "run_generation"),
 }
 """Task -> module of trainer/stages and its function."""
 
@@ -56,14 +57,14 @@ def _run(args: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from madpo.trainer import dist
-    from madpo.trainer.config import load
+    from madpo.trainer.config import DEFAULT_OBJECTIVES, load
 
     # torch 2.13 warns at every collective about a rename that DeepSpeed has yet to follow.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    config = load(args.config, args.overrides)
+    config = load(args.config, args.overrides, DEFAULT_OBJECTIVES.get(args.task))
     dist.check_launcher()
     dist.die_with_launcher()
     module, function = TASKS[args.task]

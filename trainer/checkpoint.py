@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "output_dir",
     "launch.",
     "deepspeed",
+    "generate",
     "data.cache_dir",
     "data.dataset_name",  # the fingerprint of its content counts
     "data.dataset_num_proc",

@@ -8,27 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from madpo.trainer import strict_yaml
 from madpo.trainer.data.adapters import ADAPTERS
 from madpo.trainer.data.rows import check_template_kwargs
 from madpo.trainer.deepspeed_keys import DEEPSPEED_KEYS, OWNED_DEEPSPEED_KEYS
 from madpo.trainer.errors import UserError
+from madpo.trainer.generate_config import GenerateConfig
 from madpo.trainer.objectives.base import Objective
 from madpo.trainer.objectives.build import as_one_objective
 from madpo.trainer.objectives.registry import OBJECTIVES, ObjectiveParams
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values are of their type, immutable and finite."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
-    )
+from madpo.trainer.section import Section
 
 
 class ModelConfig(Section):
@@ -143,6 +137,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     launch: LaunchConfig = LaunchConfig()
+    generate: GenerateConfig | None = Field(default=None, description="for madpo generate; null: defaults")
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed to DeepSpeed")
 
     @field_validator("objective", mode="before")
@@ -205,9 +200,18 @@ def validate(config: Config) -> None:
         raise UserError(f"deepspeed.zero_optimization: a mapping with stage 1, 2 or 3, got {zero!r}")
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, check everything. Raises ValueError."""
+DEFAULT_OBJECTIVES = {"generate": "nll"}
+"""Task -> what stands in for the section `objective`, which these tasks have no use for."""
+
+
+def load(path: str | Path, overrides: Iterable[str] = (), default_objective: str | None = None) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, check everything. Raises ValueError.
+
+    `default_objective` is for tasks that need none: it stands in for a missing section.
+    """
     tree = strict_yaml.override(strict_yaml.read(path), overrides)
+    if default_objective is not None:
+        tree.setdefault("objective", {"loss_type": default_objective})
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -252,8 +256,9 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
     parents = list(location[:-1])
     if parents[:1] == ["objective"]:
         node = OBJECTIVES[str(parents[1])].params
-    elif parents:
-        annotation = Config.model_fields[str(parents[0])].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        node = annotation
+    else:
+        for parent in parents:
+            annotation = node.model_fields[str(parent)].annotation
+            kinds = (annotation, *get_args(annotation))  # a section may be null
+            node = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
     return [field.serialization_alias or name for name, field in node.model_fields.items()]

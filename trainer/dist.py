@@ -66,6 +66,15 @@ def check_launcher() -> None:
         raise UserError("WORLD_SIZE is set and MASTER_ADDR is not; start ranks with torchrun or deepspeed")
 
 
+def device() -> torch.device:
+    """This rank's GPU, without one the CPU."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
 def from_main(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     box = [value]

@@ -5,6 +5,8 @@ run.json          the command, the versions, the hardware
 data_report.json  what was read, cut and dropped
 metrics.jsonl     one line per log step and evaluation
 evaluation.json   the result of `madpo evaluate`
+generated/        completions and their scores, by `madpo generate`
+pairs/            preference pairs made of them
 checkpoints/      weights, optimiser and state to resume from
 model/            the exported model
 report.html

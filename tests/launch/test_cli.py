@@ -38,7 +38,7 @@ def test_help_fits_a_screen_and_names_the_commands():
     done = madpo("--help")
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) < 40
-    for command in ("train", "evaluate", "export", "config", "report", "demo", "bench"):
+    for command in ("train", "evaluate", "export", "config", "report", "demo", "bench", "generate"):
         assert command in done.stdout
 
 

@@ -153,17 +153,20 @@ def test_scored_rows():
     assert group == TextGroup("p", ["a", "b", "c"], [(1, 0, 2.0), (1, 2, 0.5), (2, 0, 1.5)])
     chat = {"prompt": [user("p")], "completions": [answer("a"), answer("b")], "scores": [0, -1]}
     assert read("auto", chat) == TextGroup([user("p")], [answer("a"), answer("b")], [(0, 1, 1.0)])
+    # As `madpo generate` writes them: a model that ended at once, and a judge that did not answer.
+    sampled = {"prompt": "p", "completions": ["", "b", "c"], "scores": [1.0, None, 3.0]}
+    assert read("auto", sampled) == TextGroup("p", ["", "c"], [(1, 0, 2.0)])
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"scores": [1, 2]}, "scores: 2 numbers for 3 completions"),
-        ({"scores": [1, None, 2]}, r"scores\[1\]: expected a finite number, got None"),
+        ({"scores": [None, None, None]}, "scores: none is a number"),
         ({"scores": [1, float("nan"), 2]}, r"scores\[1\]: expected a finite number, got nan"),
         ({"scores": [1e308, -1e308, 2]}, "margin: expected a finite number, got inf"),
         ({"scores": "123"}, "scores: expected a list of at least 2, got '123'"),
-        ({"completions": ["a", "", "c"]}, r"completions\[1\] is empty"),
+        ({"completions": ["a", 1, "c"]}, r"completions\[1\]: expected text"),
         ({"completions": ["a"]}, "completions: expected a list of at least 2"),
         ({"completions": ["a", answer("b"), "c"]}, "all be text or all be lists"),
         ({"prompt": None}, "prompt: expected text or a list of messages"),

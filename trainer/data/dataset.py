@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,12 @@ class Source:
         return f"{self.name}:{row}" if self.unit == "line" else f"{self.name} row {row}"
 
 
+def rules_of(data: DataConfig, supervised: bool = False) -> TokenRules:
+    """What the config says of reading rows and making tokens of them."""
+    rows = RowRules(data.adapter, data.columns, data.edges)
+    return TokenRules(data.max_length, data.append_eos, supervised, data.chat_template_kwargs, rows)
+
+
 def load_groups(
     data: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase, supervised: bool = False
 ) -> tuple[GroupDataset, dict[str, Any]]:
@@ -173,8 +179,7 @@ def load_groups(
     """
     cache = Path(data.cache_dir).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
-    rows = RowRules(data.adapter, data.columns, data.edges)
-    rules = TokenRules(data.max_length, data.append_eos, supervised, data.chat_template_kwargs, rows)
+    rules = rules_of(data, supervised)
     lock = f"lock-{xxhash.xxh3_64_hexdigest(data.dataset_name.encode())}"
     with FileLock(cache / lock):
         source = open_source(data, split, cache)
@@ -292,6 +297,8 @@ class _RowTokeniser:
             fields = parse_json_line(row["raw"]) if self.raw_lines else row
             text = read_row(fields, ADAPTERS[self.adapter], self.rules.rows, self.rules.supervised)
             group = tokenise(text, self.tokenizer, self.rules)
+            if len(group.completions) > 1 and not group.edges and not group.problem:
+                group = replace(group, problem="no completion is better than another")
             spells = spells_special(text, self.spellings)
         except Exception as error:  # a chat template, for one, raises what it likes
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "

@@ -113,12 +113,17 @@ def ranked(
 
 
 def _scored(row: Mapping[str, Any]) -> TextGroup:
+    """A completion may be empty, as a model may end at once; one without a score is left out."""
     completions, scores = (objects(row, name, at_least=2) for name in ("completions", "scores"))
     if len(completions) != len(scores):
         raise UserError(f"scores: {len(scores)} numbers for {len(completions)} completions")
-    texts = [as_text(x, f"completions[{i}]") for i, x in enumerate(completions)]
-    numbers = [finite(x, f"scores[{i}]") for i, x in enumerate(scores)]
-    return ranked(text_or_messages(row, "prompt", may_be_empty=True), texts, numbers)
+    texts = [as_text(x, f"completions[{i}]", may_be_empty=True) for i, x in enumerate(completions)]
+    known = [i for i, score in enumerate(scores) if score is not None]
+    if not known:
+        raise UserError("scores: none is a number")
+    numbers = [finite(scores[i], f"scores[{i}]") for i in known]
+    prompt = text_or_messages(row, "prompt", may_be_empty=True)
+    return ranked(prompt, [texts[i] for i in known], numbers)
 
 
 def objects(row: Mapping[str, Any], name: str, at_least: int = 1) -> list[Any]:

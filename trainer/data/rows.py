@@ -71,7 +71,7 @@ def _nearest(names: set[str]) -> str:
 
 def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised: bool = False) -> TextGroup:
     """The group of a row. Raises ValueError that names the field, what it holds and what it should."""
-    row = _renamed(row, rules.columns)
+    row = renamed(row, rules.columns)
     group = adapter.read(row)
     margin = margin_of(row)
     if margin is not None and len(group.edges) == 1:  # also of a source that knows none of its own
@@ -82,7 +82,8 @@ def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised:
     return replace(group, tools=_tools(row), template_kwargs=_template_kwargs(row))
 
 
-def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+def renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """The row under our names: a column that is renamed is there under its new one only."""
     taken = set(columns.values())
     kept = {name: value for name, value in row.items() if name not in taken}
     return {**kept, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}

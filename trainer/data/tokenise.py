@@ -47,7 +47,7 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
     are cut to `max_length` at their end. An edge whose two sides become equal is left out. A group whose
     prompt fills `max_length`, or that no edge is left of, cannot be trained on and says so in `problem`.
     """
-    prompt_only = _encode_prompt(group, tokenizer, rules)
+    prompt_only = encode_prompt(group, tokenizer, rules)
     wholes = [_encode_whole(group, x, tokenizer, rules) for x in group.completions]
     start = min(_common_prefix(prompt_only, whole) for whole in wholes)
     if start == 0 and not group.prompt and len(wholes) == 1:
@@ -65,8 +65,6 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
         problem = "prompt fills max_length"
     elif group.edges and not edges:
         problem = "chosen and rejected are the same tokens"
-    elif len(completions) > 1 and not edges:
-        problem = "no completion is better than another"
     elif rules.supervised and -1 in group.labels:
         problem = "labelled undesirable, and this objective imitates"
     return TokenGroup(
@@ -109,7 +107,8 @@ def _texts(text: Text) -> list[str]:
     return [text] if isinstance(text, str) else [message.get("content", "") for message in text]
 
 
-def _encode_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> list[int]:
+def encode_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> list[int]:
+    """A group's prompt alone, up to where its completions start."""
     if isinstance(group.prompt, str):
         return _encode_text(group.prompt, tokenizer)
     continued = _is_continued(group.prompt)

@@ -96,6 +96,25 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
     )
 
 
+def load_sampler(name: str, revision: str | None, bf16: bool) -> PreTrainedModel:
+    """A language model to sample from, with transformers' own attention. Raises ValueError as above."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return _pretrained(name, revision, dtype, "sdpa", AutoModelForCausalLM).eval()
+
+
+def folder_of(name: str) -> str:
+    """Where the model is: of a run's folder the exported one, of anything else itself."""
+    exported = Path(name) / "model"
+    is_run = not (Path(name) / "config.json").exists() and (exported / "config.json").exists()
+    return str(exported) if is_run else name
+
+
+def state_of_files(name: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of every file in a model's folder; [] for a name on the hub."""
+    files = sorted(file for file in Path(name).glob("*") if file.is_file())
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
 def _pretrained(
     name: str | None, revision: str | None, dtype: torch.dtype, attention: str, kind: Any, **options: Any
 ) -> PreTrainedModel:
