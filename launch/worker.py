@@ -14,10 +14,13 @@ import time
 import warnings
 from importlib import import_module
 
+from madpo.launch.lifeline import die_with_launcher
 from madpo.trainer.errors import EXIT_USAGE, UserError
 
 TASKS = {
     "train": ("train", "run_training"),
+    "sft": ("train", "run_training"),
+    "reward": ("train", "run_training"),
     "evaluate": ("evaluate", "run_evaluation"),
     "export": ("export", "run_export"),
     "probe": ("probe", "run_probe"),
@@ -57,20 +60,20 @@ def _run(args: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from madpo.trainer import dist
-    from madpo.trainer.config import DEFAULT_OBJECTIVES, load
+    from madpo.trainer.config import load
 
     # torch 2.13 warns at every collective about a rename that DeepSpeed has yet to follow.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    config = load(args.config, args.overrides, DEFAULT_OBJECTIVES.get(args.task))
+    config = load(args.config, args.overrides, args.task)
     dist.check_launcher()
-    dist.die_with_launcher()
+    die_with_launcher()
     module, function = TASKS[args.task]
     run = getattr(import_module(f"madpo.trainer.stages.{module}"), function)
-    command = (shlex.join(["madpo", "train", args.config, *args.overrides]),) if args.task == "train" else ()
-    run(config, *command)
+    command = shlex.join(["madpo", args.task, args.config, *args.overrides])
+    run(config, *([command] if module == "train" else []))
     dist.leave()
 
 

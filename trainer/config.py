@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from madpo.trainer import strict_yaml
@@ -200,28 +199,36 @@ def validate(config: Config) -> None:
         raise UserError(f"deepspeed.zero_optimization: a mapping with stage 1, 2 or 3, got {zero!r}")
 
 
-DEFAULT_OBJECTIVES = {"generate": "nll"}
-"""Task -> what stands in for the section `objective`, which these tasks have no use for."""
+DEFAULT_OBJECTIVES = {"sft": "nll", "reward": "bradley_terry", "annotate": "bradley_terry", "generate": "nll"}
+"""Task -> the loss_type of a config that names none; `generate` has no use for it."""
 
 
-def load(path: str | Path, overrides: Iterable[str] = (), default_objective: str | None = None) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, check everything. Raises ValueError.
+def load(path: str | Path, overrides: Iterable[str] = (), task: str = "train") -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, check everything. Raises ValueError."""
+    return from_tree(strict_yaml.override(strict_yaml.read(path), overrides), str(path), task)
 
-    `default_objective` is for tasks that need none: it stands in for a missing section.
-    """
-    tree = strict_yaml.override(strict_yaml.read(path), overrides)
-    if default_objective is not None:
-        tree.setdefault("objective", {"loss_type": default_objective})
+
+def from_tree(tree: dict[str, Any], origin: str, task: str = "train") -> Config:
+    """The config in a mapping of sections, for a task. ValueError names `origin` and every problem."""
+    objective = tree.get("objective") or {}
+    if task in DEFAULT_OBJECTIVES and isinstance(objective, dict):
+        tree = {**tree, "objective": {"loss_type": DEFAULT_OBJECTIVES[task], **objective}}
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from None
+        raise UserError(f"{origin}: {_explain(error)}") from None
+    kinds = {"sft": config.objective_entry.supervised, "reward": "scores" in config.objective_entry.needs}
+    if not kinds.get(task, True):
+        raise UserError(
+            f"{origin}: objective.loss_type: {config.objective.loss_type} is no objective of madpo {task}, "
+            f"which takes {DEFAULT_OBJECTIVES[task]} or one of its kind; leave it out, or use madpo train"
+        )
+    return config
 
 
 def dump(config: Config) -> str:
     """The resolved config as YAML; `load` of it gives the same config."""
-    tree = config.model_dump(mode="json", by_alias=True)
-    return yaml.safe_dump(tree, sort_keys=False, width=100)
+    return strict_yaml.dump(config.model_dump(mode="json", by_alias=True))
 
 
 def _explain(error: ValidationError) -> str:

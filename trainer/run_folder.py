@@ -33,3 +33,13 @@ def last_evaluation(folder: Path) -> dict[str, Any]:
             return record
     path = folder / "evaluation.json"
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def set_aside(folder: Path) -> None:
+    """Rename an earlier run, so that a fresh one starts and nothing is lost."""
+    if folder.exists():
+        number = 1
+        while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        folder.rename(target)
+        print(f"the earlier run is now {target}", flush=True)

@@ -47,7 +47,11 @@ def test_dump_and_load_give_the_same_config(path, tmp_path):
     assert load(tmp_path / "resolved.yaml") == config
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.name)
+@pytest.mark.parametrize(
+    "file",
+    sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("*recipe.yaml"))),
+    ids=lambda file: file.name,
+)
 def test_every_shipped_config_resolves(file):
     assert isinstance(load(file), Config)
 
