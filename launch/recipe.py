@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ WITHOUT_EFFECT = (
 
 KINDS = {"loss_type", "model_type"}
 REFERENCE = re.compile(r"\$\{([^${}]*)\}")
+MOST_SUBSTITUTIONS = 100
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
@@ -102,7 +104,7 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         where = f"{path}: stages.{template}"
         _check_entry(entry, where)
         for scope in _scopes(entry, variables, where):
-            name = str(_substitute(template, scope.__getitem__, where, scope))
+            name = str(_substitute(template, partial(_at, scope), where, scope))
             if not NAME.fullmatch(name) or name in RECIPE_KEYS:
                 raise UserError(f"{where}: {name!r} names a folder: letters, digits and - _ . only")
             if name in scope or name in bodies:
@@ -201,7 +203,10 @@ def _mapping(tree: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
 def _scopes(entry: Mapping[str, Any], variables: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
     """The variables of every stage that an entry stands for: one, or the product of its `for`."""
     loops = _mapping(entry, "for", where)
-    values = {key: _substitute(loops[key], variables.__getitem__, where, variables) for key in loops}
+    values = {
+        key: _at(variables, found[1]) if (found := REFERENCE.fullmatch(str(choices))) else choices
+        for key, choices in loops.items()
+    }
     for key, choices in values.items():
         if not isinstance(choices, list) or not choices:
             raise UserError(f"{where}.for.{key}: a list of values, got {choices!r}")
@@ -244,23 +249,24 @@ def _override(bodies: dict[str, Any], text: str) -> None:
 
 def _stage(name: str, bodies: Mapping[str, Any], folder: Path, where: str) -> Stage:
     entry, scope, body = bodies[name]
-    folders = {stage: str(folder / stage) for stage in bodies if stage != name}
-    symbols = {stage: f"<{stage}>" for stage in folders}
+    others = {stage: str(folder / stage) for stage in bodies if stage != name}
+    folders = {**others, "output_dir": str(folder)}
+    symbols = {name: f"<{name}>" for name in folders}
     used = set[str]()
 
     def lookup(key: str) -> Any:
-        if key in folders:
+        if key in others:
             used.add(key)
-        return {**folders, **scope}[key]
+        return _at({**folders, **scope}, key)
 
     given = _substitute(body, lookup, where, [*scope, *folders])
-    function = _substitute(entry.get("function"), scope.__getitem__, where, scope)
-    patterns = _substitute(entry.get("after", []), scope.__getitem__, where, scope)
+    function = _substitute(entry.get("function"), partial(_at, scope), where, scope)
+    patterns = _substitute(entry.get("after", []), partial(_at, scope), where, scope)
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
         raise UserError(f"{where}.after: a list of names or patterns of stages, got {patterns!r}")
     for pattern in patterns:
-        used.update(_matching(pattern, list(folders), f"{where}.after"))
-    portable = _substitute(body, {**symbols, **scope}.__getitem__, where, [*scope, *folders])
+        used.update(_matching(pattern, list(others), f"{where}.after"))
+    portable = _substitute(body, partial(_at, {**symbols, **scope}), where, [*scope, *folders])
     after = tuple(stage for stage in bodies if stage in used)
     return Stage(name, entry["task"], given, portable, function, after)
 
@@ -272,25 +278,41 @@ def _matching(pattern: str, names: Sequence[str], where: str) -> list[str]:
     return found
 
 
+def _at(scope: Mapping[str, Any], name: str) -> Any:
+    """The value of a name, or as in `arm.objective` what a mapping holds. Raises KeyError."""
+    if name in scope:
+        return scope[name]
+    first, _, rest = name.partition(".")
+    value = scope[first]
+    for key in rest.split("."):
+        if not isinstance(value, dict):
+            raise KeyError(name)
+        value = value[key]
+    return value
+
+
 def _substitute(value: Any, lookup: Callable[[str], Any], where: str, known: Iterable[str]) -> Any:
     """`value` with every ${name} replaced, the innermost first; alone in its text it keeps its type."""
     if isinstance(value, dict):
         return {key: _substitute(child, lookup, f"{where}.{key}", known) for key, child in value.items()}
     if isinstance(value, list):
         return [_substitute(child, lookup, where, known) for child in value]
-    while isinstance(value, str) and (found := REFERENCE.search(value)):
+    for _ in range(MOST_SUBSTITUTIONS):
+        found = REFERENCE.search(value) if isinstance(value, str) else None
+        if found is None:
+            return value
         try:
             new = lookup(found[1])
         except KeyError:
             near = strict_yaml.nearest(found[1], known)
             raise UserError(f"{where}: {found[0]} is no stage or var{near}") from None
-        if found[0] == value:
-            return new
+        if found[0] == value and not isinstance(new, str):
+            return _substitute(new, lookup, where, known)
         if isinstance(new, dict | list):
             raise UserError(f"{where}: {found[0]} is no text or number, and cannot be a part of {value!r}")
         text = new if isinstance(new, str) else json.dumps(new)
         value = value[: found.start()] + text + value[found.end() :]
-    return value
+    raise UserError(f"{where}: {value!r:.80} refers to itself")
 
 
 def _in_order(stages: Sequence[Stage], path: Path) -> Iterator[Stage]:

@@ -58,7 +58,7 @@ def run(path: Path, overrides: Sequence[str], jobs: int, only: Sequence[str], dr
     recipe = whole.needed_for(only)
     if dry_run:
         states = _states(recipe, found)
-        _show([(s.name, s.task, ", ".join(s.after), states[s.name]) for s in recipe.stages], PLAN)
+        _show([(s.name, s.task, _some(s.after), states[s.name]) for s in recipe.stages], PLAN)
         return 0
     with _claimed(recipe.folder / HOUSEKEEPING):
         contents.save()
@@ -259,6 +259,11 @@ def _claimed(folder: Path) -> Iterator[None]:
 
 PLAN = ("stage", "task", "depends on", "state")
 RESULT = ("stage", "task", "result", "time")
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most + 1 else ""
+    return ", ".join(names[:most] if more else names) + more
 
 
 def _show(rows: Sequence[Sequence[str]], titles: Sequence[str]) -> None:

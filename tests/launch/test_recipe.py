@@ -70,6 +70,54 @@ def test_a_family_is_a_product_and_everything_stands_behind_what_it_needs(tmp_pa
     assert found["sft"].given["objective"] == {"loss_type": "nll"}  # another kind: beta is gone
 
 
+def test_a_family_may_go_over_mappings_whose_values_refer_to_the_rest_of_the_scope(tmp_path):
+    """One family for methods that differ in objective and data; their values are looked up like any other."""
+
+    def change(tree: Any) -> None:
+        arms = [
+            {"name": "dpo", "objective": {"loss_type": "dpo"}, "data": "${labels}/${tier}"},
+            {"name": "madpo", "objective": {"loss_type": "madpo", "tau": 2}, "data": "${reward-${tier}}/x"},
+        ]
+        tree["stages"]["${arm.name}_${tier}"] = {
+            "for": {"arm": arms, "tier": ["high", "low"]},
+            "task": "train",
+            "config": {"objective": "${arm.objective}", "data": {"dataset_name": "${arm.data}"}},
+        }
+
+    found = stages(read(written(tmp_path, change)))
+    assert found["dpo_high"].given["data"]["dataset_name"] == "runs/study/labels/high"
+    assert found["dpo_high"].after == ("labels",)
+    assert found["madpo_low"].given["data"]["dataset_name"] == "runs/study/reward-low/x"
+    assert found["madpo_low"].given["objective"] == {"loss_type": "madpo", "tau": 2}
+    assert found["madpo_low"].after == ("reward-low",)
+
+
+def test_a_value_that_refers_to_itself_is_refused(tmp_path):
+    def change(tree: Any) -> None:
+        loop = {"for": {"arm": [{"data": "x/${arm.data}"}]}, "arguments": {"source": "${arm.data}"}}
+        tree["stages"]["loop"] = {"task": "call", "function": "steps.py:label", **loop}
+
+    with pytest.raises(ValueError, match="refers to itself"):
+        read(written(tmp_path, change))
+
+
+def test_a_stage_may_be_given_the_folder_of_the_whole_recipe(tmp_path):
+    """Which is no stage to wait for, and changes no key."""
+
+    def change(tree: Any) -> None:
+        tree["stages"]["labels"]["arguments"]["source"] = "${output_dir}"
+
+    def change_and_move(tree: Any) -> None:
+        change(tree)
+        tree["output_dir"] = "elsewhere"
+
+    recipe = read(written(tmp_path, change))
+    assert stages(recipe)["labels"].given["source"] == "runs/study" and stages(recipe)["labels"].after == ()
+    assert (
+        keys_of(written(tmp_path, change))["labels"] == keys_of(written(tmp_path, change_and_move))["labels"]
+    )
+
+
 def test_merge_goes_by_section_and_leaves_its_arguments_alone():
     below = {"train": {"a": 1, "b": 2}, "objective": {"loss_type": "dpo", "beta": 1}, "seed": 1}
     above = {"train": {"b": 3}, "objective": {"beta": 2}, "seed": None}
