@@ -44,9 +44,9 @@ def judge(prompts: list[str], completions: list[list[str]]) -> list[list[float]]
     ]
 
 
-def validate(output: Path, download: str) -> None:
+def validate(output: Path) -> None:
     """Write `validation.json`: the oracle against people's ratings, by kind of text."""
-    items = rated_sentences.read(rated_sentences.fetch(Path(download)))
+    items = rated_sentences.read(rated_sentences.fetch(output / "download"))
     found = {}
     for kind in rated_sentences.DOMAINS.values():
         pairs = np.array([(reward(x.text), x.rating) for x in items if x.prompt == kind])
