@@ -51,12 +51,12 @@ def prepare(
     pairs/       prompt, completion   negative reviews: the prompts of the pairs, and how people went on
     evaluation/  prompt, completion   negative reviews that nothing is trained on
 
-    `scale` multiplies what is read, paired and evaluated, as far as the source reaches. Raises ValueError
-    for a source that is not there or too small.
+    `scale` multiplies what is paired and evaluated, as far as the source reaches; from 0.5 on, all of the
+    rest is read. Raises ValueError for a source that is not there or too small.
     """
     sentences = list(read_folder(Path(source)) if source else read_rated(output / "download"))
     parts = deal(sentences, SHARES if source else SHARES_OF_FEW)
-    part = min(1.0, scale)
+    part = min(1.0, 2 * scale)  # the language model is what the rest stands on
     limits = {
         "sft": max(round(len(parts["sft"]) * part), LEAST),
         "pairs": round(PAIRS * scale),
