@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "train.save_steps",
     "train.save_total_limit",
     "train.export",
+    "train.max_shard_size",
 )
 """Config keys, or their beginnings, that may differ between a run and its continuation."""
 
@@ -57,7 +58,7 @@ def identity(config: Config, shard: Shard, groups: GroupDataset | None = None) -
 
 def model_identity(config: Config, shard: Shard) -> dict[str, Any]:
     """The part of the identity that says which weights fit."""
-    parts = ("model.", "number of ranks")
+    parts = ("model.", "peft", "number of ranks")
     return {key: value for key, value in identity(config, shard).items() if key.startswith(parts)}
 
 

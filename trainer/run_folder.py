@@ -6,7 +6,8 @@ data_report.json  what was read, cut and dropped
 metrics.jsonl     one line per log step and evaluation
 evaluation.json   the result of `madpo evaluate`
 checkpoints/      weights, optimiser and state to resume from
-model/            the exported model
+model/            the exported model, or the adapter
+merged/           with train.export_merged: the model with the adapter in it
 report.html
 """
 
