@@ -49,6 +49,8 @@ def identity(config: Config, shard: Shard, groups: GroupDataset | None = None) -
     out: dict[str, Any] = {"number of ranks": shard.world_size}
     for section, values in config.model_dump(mode="json", by_alias=True).items():
         flat = values if isinstance(values, dict) else {"": values}
+        if section == "peft":  # whether there is one, too
+            flat = {"": values is not None, **(values or {})}
         out |= {f"{section}.{key}".rstrip("."): value for key, value in flat.items()}
     out = {key: value for key, value in out.items() if not key.startswith(MAY_CHANGE)}
     if groups is not None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 from harness import make_config, run_ranks, save_model, write_pairs
+from lora_cases import STAGE_2, changed, stored_adapter, train
 from safetensors.torch import load_file
-from test_lora import STAGE_2, changed, stored_adapter, train
 from zero3 import padded_logps
 
 from madpo.trainer.config import Config

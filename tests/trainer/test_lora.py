@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from harness import make_config, run_ranks, save_model, write_pairs
 from kernel_cases import relative_error
+from lora_cases import STAGE_2, changed, stored_adapter, train
 from zero3 import padded_logps, plain_optimizer, zero3_steps
 
 from madpo.trainer.config import Config
@@ -23,7 +24,6 @@ from madpo.trainer.model.weights import adapter_weights, gather
 from madpo.trainer.objectives.base import MarginWeight
 from madpo.trainer.stages.evaluate import run_evaluation
 from madpo.trainer.stages.setup import load_data, start_engine
-from madpo.trainer.stages.train import run_training
 
 pytestmark = pytest.mark.ranks
 
@@ -47,29 +47,6 @@ def config(tmp_path, tokenizer_folder) -> Config:
             "train": {"global_batch_size": BATCH},
         },
     )
-
-
-def changed(config: Config, **sections: Any) -> Config:
-    tree = config.model_dump(by_alias=True)
-    for section, values in sections.items():
-        merge = isinstance(values, dict) and section != "objective"
-        tree[section] = {**(tree[section] or {}), **values} if merge else values
-    return Config.model_validate(tree)
-
-
-def stored_adapter(folder: Path, base: Path, tokenizer: Path, **options: Any) -> Path:
-    """An adapter as peft saves it, of weights that are nowhere zero."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    torch.manual_seed(5)
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
-    model: Any = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(**settings))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -143,7 +120,6 @@ def compare(got, want, tolerance=1e-5):
         assert relative_error(*flat) < tolerance, f"gradient of step {step}"
 
 
-STAGE_2 = {"zero_optimization": {"stage": 2}}
 VARIANTS = {
     "zero-3": {},
     "zero-2": {"deepspeed": STAGE_2},
@@ -216,10 +192,6 @@ def test_the_margin_before_the_first_step_is_exactly_zero(config, continued, kin
     assert first["rewards/margins"] == 0.0 and first["kl"] == 0.0
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert first["grad_norm"] > 0
-
-
-def train(shard, config: Config) -> None:
-    run_training(config, "madpo train test.yaml")
 
 
 def trained_names(shard, config: Config) -> list[list[str]]:
