@@ -76,9 +76,13 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def export(config: ConfigPath, overrides: Overrides = None) -> None:
+def export(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    merge: Annotated[bool, typer.Option("--merge", help="an adapter also as whole weights")] = False,
+) -> None:
     """Write the run's newest checkpoint as a Hugging Face model folder."""
-    _run_task("export", config, overrides)
+    _run_task("export", config, [*(overrides or []), *(["train.export_merged=true"] if merge else [])])
 
 
 @app.command()

@@ -43,6 +43,48 @@ class ModelConfig(Section):
         default="sdpa", description="kernel of the packed attention; flash needs the flash-attn package"
     )
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in backward")
+    freeze: list[str] = Field(
+        default_factory=list,
+        description="weights that stay: `embeddings`, `head`, or patterns of names as in *.layers.0.*",
+    )
+
+
+class PeftConfig(Section):
+    """A LoRA adapter in place of all weights. Null is the value in brackets, or what a stored adapter has."""
+
+    lora_r: int | None = Field(default=None, ge=1, description="rank (16)")
+    lora_alpha: int | None = Field(default=None, ge=1, description="scale: alpha / r, see use_rslora (32)")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="only 0")
+    lora_target_modules: Literal["all-linear"] | list[str] | None = Field(
+        default=None, description="names of linear layers (all-linear: all but the head)"
+    )
+    lora_modules_to_save: list[str] | None = Field(
+        default=None, description="layers trained whole, in a copy, as in [embed_tokens, lm_head]"
+    )
+    use_rslora: bool | None = Field(default=None, description="scale: alpha / sqrt(r) (false)")
+    use_dora: bool | None = Field(default=None, description="directions and magnitudes apart (false)")
+    base_model_name_or_path: str | None = Field(
+        default=None, description="of a stored adapter; null: the one that it names"
+    )
+    load_in_4bit: bool = Field(default=False, description="QLoRA: the base in 4 bits; needs madpo[qlora]")
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    use_bnb_nested_quant: bool = Field(default=False, description="quantise the quantisation constants too")
+
+    @property
+    def quantised(self) -> bool:
+        return self.load_in_4bit or self.load_in_8bit
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.lora_dropout:
+            raise UserError(
+                f"lora_dropout: {self.lora_dropout} would be noise in the margin between policy and "
+                "reference; only 0 is allowed. To regularise, lower lora_r or set optim.weight_decay"
+            )
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UserError("load_in_4bit, load_in_8bit: set one of them")
+        return self
 
 
 class DataConfig(Section):
@@ -107,6 +149,12 @@ class TrainConfig(Section):
     save_steps: int | None = Field(default=None, ge=1, description="null: only at the end")
     save_total_limit: int = Field(default=2, ge=1, description="checkpoints kept")
     export: bool = Field(default=True, description="write a Hugging Face model folder at the end")
+    export_merged: bool = Field(
+        default=False, description="beside an adapter, also write whole weights with it in them"
+    )
+    max_shard_size: str = Field(
+        default="5GB", pattern=r"^[1-9][0-9]*(KB|MB|GB)$", description="of an exported weights file"
+    )
     head_gib: float = Field(default=2.0, gt=0, description="GiB of logits that the loss head keeps at once")
     head_impl: Literal["auto", "triton", "torch"] = Field(
         default="auto", description="of the loss head; auto: triton on GPUs, torch on CPUs"
@@ -131,6 +179,7 @@ class Config(Section):
     output_dir: str = Field(description="the run folder")
     seed: int = Field(default=42, ge=0, lt=2**32)
     model: ModelConfig
+    peft: PeftConfig | None = Field(default=None, description="null: train all weights")
     data: DataConfig
     objective: ObjectiveParams  # pyright: ignore[reportInvalidTypeForm]
     optim: OptimConfig = OptimConfig()
@@ -197,6 +246,38 @@ def validate(config: Config) -> None:
     zero = config.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 3) not in (1, 2, 3):
         raise UserError(f"deepspeed.zero_optimization: a mapping with stage 1, 2 or 3, got {zero!r}")
+    if config.peft is not None:
+        validate_peft(config, config.peft)
+
+
+def validate_peft(config: Config, peft: PeftConfig) -> None:
+    """What an adapter, a new one or a stored one, cannot be combined with. Raises ValueError."""
+    model = config.model
+    if model.init_config is not None:
+        raise UserError(
+            "peft: an adapter needs weights that it can be put on again; set model.model_name_or_path"
+        )
+    if model.sync_ref_model:
+        raise UserError(
+            "model.sync_ref_model: the reference of an adapter is its own base model, which does not move; "
+            "train all weights (without peft), or set sync_ref_model=false"
+        )
+    if model.freeze:
+        raise UserError("model.freeze: with peft nothing but the adapter is trained; leave freeze out")
+    if peft.quantised and not config.train.bf16:
+        raise UserError("peft.load_in_4bit, load_in_8bit: they compute in bf16; set train.bf16=true")
+    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 3)
+    if stage == 3 and (peft.quantised or peft.use_dora):
+        key = "use_dora" if peft.use_dora else "load_in_4bit, load_in_8bit"
+        raise UserError(
+            f"peft.{key}: such a layer needs more in one piece than the weight that ZeRO-3 gathers for it; "
+            "set deepspeed.zero_optimization.stage=2"
+        )
+    if peft.quantised and config.train.export_merged:
+        raise UserError(
+            "train.export_merged: the base is quantised; export the adapter, and merge it with peft into the "
+            "weights as they were before"
+        )
 
 
 DEFAULT_OBJECTIVES = {"sft": "nll", "reward": "bradley_terry", "annotate": "bradley_terry", "generate": "nll"}

@@ -45,11 +45,14 @@ class Progress:
         state: TrainState,
         shard: Shard,
         device: torch.device,
+        parameters: tuple[int, int],  # trained, all
     ) -> None:
         """The facts of the run, before its first step."""
         out = self._console.print
         where = f"{shard.world_size} rank(s) on {device.type}"
         out(f"[bold]{config.objective.loss_type}[/] into {config.output_dir}, {where}")
+        trained, total = parameters
+        out(f"  {trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
         for split, facts in report.items():
             dropped = sum(facts["dropped"].values())
             notes = [f"{facts['groups']} groups, {facts['tokens']} tokens"]

@@ -8,7 +8,8 @@ evaluation.json   the result of `madpo evaluate`
 generated/        completions and their scores, by `madpo generate`
 pairs/            preference pairs made of them
 checkpoints/      weights, optimiser and state to resume from
-model/            the exported model
+model/            the exported model, or the adapter
+merged/           with train.export_merged: the model with the adapter in it
 report.html
 """
 

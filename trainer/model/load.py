@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from madpo.trainer.config import Config, ModelConfig
+from madpo.trainer.config import Config, ModelConfig, PeftConfig, validate_peft
 from madpo.trainer.errors import UserError
-from madpo.trainer.model import prefix_attention
-from madpo.trainer.model.policy import PolicyWithReference
+from madpo.trainer.model import lora, prefix_attention
+from madpo.trainer.model.freeze import freeze
+from madpo.trainer.model.policy import PolicyWithReference, Reference
 from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.strict_yaml import nearest
 
@@ -67,19 +69,24 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
     rewards = "scores" in entry.needs
     kind: Any = AutoModelForSequenceClassification if rewards else AutoModelForCausalLM
     options = {"num_labels": 1} if rewards else {}
-    load = partial(_pretrained, dtype=dtype, attention=attention, kind=kind, **options)
+    load = partial(_load, config.peft, dtype=dtype, attention=attention, kind=kind, **options)
+    adapter = None
     if model.init_config:
         policy = _from_scratch(model, tokenizer, dtype, attention, kind, **options)
     else:
-        policy = load(model.model_name_or_path, model.model_revision)
-    reference = None
-    if entry.needs_reference:
-        named = model.ref_model_name_or_path
-        revision = None if named else model.model_revision
-        reference = load(named or model.model_name_or_path, revision)
-        _same_vocabulary(policy, reference)
-        if model.sync_ref_model:
-            _same_shapes(policy, reference)
+        policy, adapter = load(model.model_name_or_path, model.model_revision)
+        if adapter is not None:
+            settings = config.peft or PeftConfig()
+            lora.refuse_contradictions(adapter, settings)
+            validate_peft(config, settings.model_copy(update={"use_dora": adapter.config.use_dora}))
+        elif config.peft is not None:
+            start = str(model.model_name_or_path), model.model_revision
+            lora.attach(policy, lora.new_config(config.peft, *start, rewards), lora.POLICY)
+    if model.freeze:
+        freeze(policy, model.freeze)
+    if config.train.export_merged and not lora.is_adapted(policy):
+        raise UserError("train.export_merged: the model has no adapter; leave it false")
+    reference = _reference(config, policy, adapter, load) if entry.needs_reference else None
     if len(tokenizer) > policy.config.vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens and the model only {policy.config.vocab_size}; "
@@ -97,16 +104,21 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
 
 
 def load_sampler(name: str, revision: str | None, bf16: bool) -> PreTrainedModel:
-    """A language model to sample from, with transformers' own attention. Raises ValueError as above."""
+    """A language model to sample from, or an adapter's with it on, with transformers' own attention. Raises
+    ValueError as above."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    return _pretrained(name, revision, dtype, "sdpa", AutoModelForCausalLM).eval()
+    model, _ = _load(None, name, revision, dtype=dtype, attention="sdpa", kind=AutoModelForCausalLM)
+    return model.eval()
 
 
 def folder_of(name: str) -> str:
     """Where the model is: of a run's folder the exported one, of anything else itself."""
     exported = Path(name) / "model"
-    is_run = not (Path(name) / "config.json").exists() and (exported / "config.json").exists()
-    return str(exported) if is_run else name
+    return str(exported) if _holds_model(exported) and not _holds_model(Path(name)) else name
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
 
 
 def state_of_files(name: str) -> list[tuple[str, int, int]]:
@@ -115,8 +127,55 @@ def state_of_files(name: str) -> list[tuple[str, int, int]]:
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
+def _reference(
+    config: Config, policy: PreTrainedModel, adapter: lora.StoredAdapter | None, load: Callable[..., Any]
+) -> Reference:
+    """The model named, or the one that training starts from: with an adapter on the policy, the policy's own
+    weights without it, or with a frozen copy of the adapter if that was trained before."""
+    model = config.model
+    if model.ref_model_name_or_path is None and lora.is_adapted(policy):
+        if adapter is not None:
+            lora.attach(policy, adapter.config, lora.REFERENCE, adapter.weights)
+        return Reference(policy, lora.switch(policy, None if adapter is None else lora.REFERENCE))
+    named = model.ref_model_name_or_path
+    reference, _ = load(named or model.model_name_or_path, None if named else model.model_revision)
+    _same_vocabulary(policy, reference)
+    if model.sync_ref_model:
+        _same_shapes(policy, reference)
+    return Reference(reference)
+
+
+def _load(
+    peft: PeftConfig | None, name: str | None, revision: str | None, **options: Any
+) -> tuple[PreTrainedModel, lora.StoredAdapter | None]:
+    """A model, or a model and the adapter on it."""
+    options["quantization_config"] = lora.quantisation(peft)
+    adapter = lora.stored_adapter(name, revision, peft.base_model_name_or_path if peft else None)
+    if adapter is None:
+        return _pretrained(name, revision, **options), None
+    try:
+        model: Any = _pretrained(adapter.base, adapter.config.revision, **options)
+    except UserError as error:
+        raise UserError(
+            f"{name} is an adapter: {error}; if its base model is elsewhere now, set "
+            "peft.base_model_name_or_path"
+        ) from error
+    if model.has_new_layer:
+        if "score" not in (adapter.config.modules_to_save or []):
+            raise UserError(f"{name} is no reward model's adapter; merge it first (madpo export --merge)")
+        model.has_new_layer = False
+    lora.attach(model, adapter.config, lora.POLICY, adapter.weights)
+    return model, adapter
+
+
 def _pretrained(
-    name: str | None, revision: str | None, dtype: torch.dtype, attention: str, kind: Any, **options: Any
+    name: str | None,
+    revision: str | None,
+    dtype: torch.dtype,
+    attention: str,
+    kind: Any,
+    quantization_config: Any,
+    **options: Any,
 ) -> PreTrainedModel:
     assert name is not None
     verbosity = logging.get_verbosity()
@@ -130,6 +189,7 @@ def _pretrained(
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
+            quantization_config=quantization_config,
         )
     except (OSError, ValueError, RuntimeError) as error:
         hint = "" if Path(name).exists() else " (no such folder, and no model of that name on the hub)"

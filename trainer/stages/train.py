@@ -19,6 +19,7 @@ from madpo.trainer import checkpoint, dist, loop
 from madpo.trainer.config import Config, dump
 from madpo.trainer.dist import Shard, barrier, refuse_if_any
 from madpo.trainer.metrics import MetricsFile
+from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.progress import Progress
 from madpo.trainer.stages.export import export_model
@@ -54,7 +55,8 @@ def run_training(config: Config, command: str) -> None:
             cleanup.callback(metrics.close)
             progress = Progress(loop.plan_run(config, len(data.train)).total_steps)
             cleanup.callback(progress.close)
-            progress.announce(config, data.report, state, shard, engine.device)
+            parameters = count_parameters(engine.module.policy)
+            progress.announce(config, data.report, state, shard, engine.device, parameters)
             sinks = [metrics.write, progress.show]
         barrier()
 
@@ -69,7 +71,7 @@ def run_training(config: Config, command: str) -> None:
         loop.train(config, engine, data.train, data.held_out, shard, state, on_record, on_save)
 
     if config.train.export:
-        export_model(engine, tokenizer, config, folder / "model", shard, state)
+        export_model(engine, tokenizer, config, folder, shard, state)
     engine.destroy()
     lock.release()
 
