@@ -49,7 +49,7 @@ def test_dump_and_load_give_the_same_config(path, tmp_path):
 
 @pytest.mark.parametrize(
     "file",
-    sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("*recipe.yaml"))),
+    sorted(file for file in CONFIGS.glob("*.yaml") if "stages" not in strict_yaml.read(file)),  # no recipes
     ids=lambda file: file.name,
 )
 def test_every_shipped_config_resolves(file):
