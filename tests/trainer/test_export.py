@@ -104,7 +104,7 @@ def merge_later(shard, config: Config) -> None:
 
 
 def test_merging_later_gives_the_same_files(config):
-    """By `madpo export --merge`, of an adapter that was trained on a stored one."""
+    """What `madpo export --merge` runs, from the checkpoint."""
     run_ranks(2, train, changed(config, train={"export_merged": True}))
     folder = Path(config.output_dir)
     files = [folder / "model" / "adapter_model.safetensors", folder / "merged" / "model.safetensors"]
@@ -139,7 +139,7 @@ def evaluate(shard, config: Config) -> None:
 
 
 def test_a_merge_leaves_the_weights_that_training_goes_on_with(config, tmp_path, tokenizer_folder):
-    """A run whose every step is exported and merged ends as one that exports once."""
+    """The sum of every parameter, the frozen adapter's too, and nothing merged on other ranks."""
     adapter = stored_adapter(tmp_path / "adapter", tmp_path / "base", tokenizer_folder)
     stored = changed(config, model={"model_name_or_path": str(adapter)}, peft=None)
     before, after = run_ranks(2, sums_around_a_merge, stored)[0]

@@ -69,17 +69,15 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
     rewards = "scores" in entry.needs
     kind: Any = AutoModelForSequenceClassification if rewards else AutoModelForCausalLM
     options = {"num_labels": 1} if rewards else {}
-    load = partial(_load, config.peft, dtype=dtype, attention=attention, kind=kind, **options)
-    adapter = None
+    load = partial(_load, config, dtype=dtype, attention=attention, kind=kind, **options)
+    adapter = _stored_adapter(config, model.model_name_or_path, model.model_revision)
     if model.init_config:
         policy = _from_scratch(model, tokenizer, dtype, attention, kind, **options)
     else:
-        policy, adapter = load(model.model_name_or_path, model.model_revision)
         if adapter is not None:
-            settings = config.peft or PeftConfig()
-            lora.refuse_contradictions(adapter, settings)
-            validate_peft(config, settings.model_copy(update={"use_dora": adapter.config.use_dora}))
-        elif config.peft is not None:
+            lora.refuse_contradictions(adapter, config.peft or PeftConfig())
+        policy = load(model.model_name_or_path, model.model_revision, adapter)
+        if config.peft is not None and adapter is None:
             start = str(model.model_name_or_path), model.model_revision
             lora.attach(policy, lora.new_config(config.peft, *start, rewards), lora.POLICY)
     if model.freeze:
@@ -138,21 +136,34 @@ def _reference(
             lora.attach(policy, adapter.config, lora.REFERENCE, adapter.weights)
         return Reference(policy, lora.switch(policy, None if adapter is None else lora.REFERENCE))
     named = model.ref_model_name_or_path
-    reference, _ = load(named or model.model_name_or_path, None if named else model.model_revision)
+    source = named or model.model_name_or_path, None if named else model.model_revision
+    reference = load(*source, _stored_adapter(config, *source))
     _same_vocabulary(policy, reference)
     if model.sync_ref_model:
         _same_shapes(policy, reference)
     return Reference(reference)
 
 
+def _stored_adapter(config: Config, name: str | None, revision: str | None) -> lora.StoredAdapter | None:
+    """The adapter of that name, if it is one. Raises ValueError for one that cannot be used in this run."""
+    settings = config.peft or PeftConfig()
+    adapter = lora.stored_adapter(name, revision, settings.base_model_name_or_path)
+    if adapter is not None:
+        validate_peft(config, settings.model_copy(update={"use_dora": adapter.config.use_dora}))
+    return adapter
+
+
 def _load(
-    peft: PeftConfig | None, name: str | None, revision: str | None, **options: Any
-) -> tuple[PreTrainedModel, lora.StoredAdapter | None]:
-    """A model, or a model and the adapter on it."""
-    options["quantization_config"] = lora.quantisation(peft)
-    adapter = lora.stored_adapter(name, revision, peft.base_model_name_or_path if peft else None)
+    config: Config,
+    name: str | None,
+    revision: str | None,
+    adapter: lora.StoredAdapter | None,
+    **options: Any,
+) -> PreTrainedModel:
+    """A model, with the adapter on it if its name is that of one."""
+    options["quantization_config"] = lora.quantisation(config.peft)
     if adapter is None:
-        return _pretrained(name, revision, **options), None
+        return _pretrained(name, revision, **options)
     try:
         model: Any = _pretrained(adapter.base, adapter.config.revision, **options)
     except UserError as error:
@@ -165,7 +176,7 @@ def _load(
             raise UserError(f"{name} is no reward model's adapter; merge it first (madpo export --merge)")
         model.has_new_layer = False
     lora.attach(model, adapter.config, lora.POLICY, adapter.weights)
-    return model, adapter
+    return model
 
 
 def _pretrained(

@@ -163,7 +163,8 @@ def attach(model: PreTrainedModel, config: Any, name: str, weights: dict[str, Te
         try:
             result = peft.set_peft_model_state_dict(model, weights, name)
         except (KeyError, RuntimeError) as error:
-            raise UserError(f"the adapter does not fit its base model: {error}") from error
+            first = str(error).splitlines()[:2][-1].strip()  # of a line for every weight
+            raise UserError(f"the adapter does not fit its base model: {first}") from error
         missing = [key for key in result.missing_keys if f".{name}." in f"{key}."]
         if missing or result.unexpected_keys:
             raise UserError(
