@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer.config import DataConfig
 from madpo.trainer.data.formats import layout_of, parse_json_line, to_group
 from madpo.trainer.data.packing import check_budget
+from madpo.trainer.data.source import Source, open_source
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, tokenise
 from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Item, Objective
@@ -54,7 +55,6 @@ FEATURES = datasets.Features(
         "row": datasets.Value("int64"),
     }
 )
-LINES = datasets.Features({"line": datasets.Value("int64"), "raw": datasets.Value("binary")})
 
 
 class GroupDataset:
@@ -144,19 +144,6 @@ def _column(table: datasets.Dataset, name: str) -> np.ndarray:
     return np.asarray(table.with_format("numpy")[name][:])
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where rows come from: `rows` holds either columns or one raw JSON line per row."""
-
-    name: str
-    rows: datasets.Dataset
-    fingerprint: str
-    unit: str  # how a row is named in messages: "{name}:{line}" or "{name} row {index}"
-
-    def where(self, row: int) -> str:
-        return f"{self.name}:{row}" if self.unit == "line" else f"{self.name} row {row}"
-
-
 def load_groups(
     data: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase, supervised: bool = False
 ) -> tuple[GroupDataset, dict[str, Any]]:
@@ -191,75 +178,6 @@ def load_groups(
             f"data.max_length is {data.max_length}"
         )
     return GroupDataset(table.select(usable), source.name, path.name), report
-
-
-def open_source(data: DataConfig, split: str, cache: Path) -> Source:
-    """Find the rows of a split: a file, a folder of `<split>.jsonl|.parquet`, or a hub name."""
-    path = Path(data.dataset_name).expanduser()
-    if path.is_dir():
-        found = [path / f"{split}{suffix}" for suffix in (".jsonl", ".parquet")]
-        files = [file for file in found if file.is_file()]
-        shards = sorted(path.glob(f"{split}-*.parquet"))
-        if len(files) + bool(shards) > 1:
-            raise UserError(f"{path}: split {split!r} stands there twice: {[x.name for x in files + shards]}")
-        files = files or shards
-        if not files:
-            raise UserError(
-                f"{path}: no split {split!r}; expected {split}.jsonl, {split}.parquet or {split}-*.parquet, "
-                f"found {sorted(file.name for file in path.iterdir())[:20]}"
-            )
-    elif path.suffix in (".jsonl", ".parquet"):
-        if not path.is_file():
-            raise UserError(f"data.dataset_name: {path}: no such file")
-        if split != data.dataset_train_split:
-            raise UserError(
-                f"data.dataset_test_split: {path} is a single file, so {split!r} would be its training rows; "
-                f"put {data.dataset_train_split}{path.suffix} and {split}{path.suffix} into a folder"
-            )
-        files = [path]
-    elif path.is_file():
-        raise UserError(f"data.dataset_name: {path}: a file must be .jsonl or .parquet")
-    else:
-        return _open_hub(data, split)
-    content = xxhash.xxh3_128()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                content.update(block)
-    fingerprint = content.hexdigest()
-    if files[0].suffix == ".jsonl":
-        if next(_lines(str(files[0])), None) is None:
-            raise UserError(f"{files[0]}: the file has no rows")
-        rows = datasets.Dataset.from_generator(
-            _lines,
-            features=LINES,
-            gen_kwargs={"path": str(files[0])},
-            cache_dir=str(cache / "lines"),
-            fingerprint=fingerprint,
-        )
-        assert isinstance(rows, datasets.Dataset)
-        return Source(str(files[0]), rows, fingerprint, "line")
-    rows = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=str(cache / "rows"))
-    return Source(str(files[0]), rows, fingerprint, "row")  # type: ignore[arg-type]
-
-
-def _open_hub(data: DataConfig, split: str) -> Source:
-    try:
-        rows = datasets.load_dataset(data.dataset_name, data.dataset_config, split=split)
-    except Exception as error:
-        raise UserError(
-            f"data.dataset_name: {data.dataset_name!r} is no local file or folder, and loading it by "
-            f"name failed: {type(error).__name__}: {error}"
-        ) from error
-    assert isinstance(rows, datasets.Dataset)
-    return Source(f"{data.dataset_name}[{split}]", rows, rows._fingerprint, "row")
-
-
-def _lines(path: str) -> Iterator[dict[str, Any]]:
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            if raw.strip():
-                yield {"line": number, "raw": raw}
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -15,9 +15,10 @@ from rich.console import Console
 
 from madpo.trainer import checkpoint, dist
 from madpo.trainer.config import Config
-from madpo.trainer.data.dataset import GroupDataset, Source, load_groups, open_source
+from madpo.trainer.data.dataset import GroupDataset, load_groups
 from madpo.trainer.data.formats import MARGIN_COLUMNS, parse_json_line
 from madpo.trainer.data.loader import evaluation_steps
+from madpo.trainer.data.source import Source, open_source
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import load_tokenizer
