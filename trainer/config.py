@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -50,13 +50,33 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in backward")
 
 
+class DatasetPart(Section):
+    """One data set of a mixture."""
+
+    path: str = Field(description="as data.dataset_name")
+    name: str | None = Field(default=None, description="as data.dataset_config")
+    split: str = "train"
+    test_split: str | None = Field(default=None, description="held-out split; null: none of this part")
+    fraction: float = Field(
+        default=1.0,
+        gt=0,
+        description="of the training groups; 2.5: all twice, half once more",
+    )
+
+
 class DataConfig(Section):
-    dataset_name: str = Field(
-        description="a .jsonl or .parquet file, a folder of <split>.jsonl/.parquet, or a hub name"
+    dataset_name: str | None = Field(
+        default=None,
+        description="a .jsonl or .parquet file, a folder of <split>.jsonl/.parquet, or a hub name",
+    )
+    datasets: list[DatasetPart] | None = Field(
+        default=None, min_length=1, description="a mixture, in place of dataset_name"
     )
     dataset_config: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str | None = Field(default=None, description="held-out split; null: no evaluation")
+    streaming: bool = Field(default=False, description="read training rows in blocks, as they are needed")
+    stream_block: int = Field(default=10_000, ge=1, description="rows that are read and shuffled at a time")
     max_length: int = Field(default=1024, ge=2, description="tokens of prompt + one completion")
     append_eos: Literal["auto", "always", "never"] = Field(
         default="auto", description="auto: plain text yes, conversations no (their template ends them)"
@@ -67,6 +87,23 @@ class DataConfig(Section):
     on_bad_row: Literal["error", "drop"] = Field(default="error", description="a row that cannot be read")
     dataset_num_proc: int | None = Field(default=None, ge=1, description="processes that tokenise")
     cache_dir: str = Field(default="~/.cache/madpo", description="where tokenised data is kept")
+
+    @property
+    def has_test_split(self) -> bool:
+        parts = self.datasets or []
+        return self.dataset_test_split is not None or any(part.test_split is not None for part in parts)
+
+    def alone(self, part: DatasetPart) -> DataConfig:
+        """The section as it would be with one part of the mixture as its only data set."""
+        return self.model_copy(
+            update={
+                "datasets": None,
+                "dataset_name": part.path,
+                "dataset_config": part.name,
+                "dataset_train_split": part.split,
+                "dataset_test_split": part.test_split,
+            }
+        )
 
 
 class OptimConfig(Section):
@@ -159,9 +196,10 @@ def validate(config: Config) -> None:
         raise UserError(f"model.sync_ref_model: {config.objective.loss_type} uses no reference")
     if model.attention == "flash" and not train.bf16:
         raise UserError("model.attention: flash computes in bf16; set train.bf16=true or attention=sdpa")
-    if config.data.dataset_test_split == config.data.dataset_train_split:
-        raise UserError("data.dataset_test_split: it is the training split; held-out data must be other data")
-    if train.eval_steps is not None and config.data.dataset_test_split is None:
+    _validate_data(config)
+    if config.data.streaming:
+        _validate_streaming(config)
+    if train.eval_steps is not None and not config.data.has_test_split:
         raise UserError("train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split")
     if optim.warmup_steps and optim.warmup_ratio:
         raise UserError("optim: set warmup_steps or warmup_ratio, not both")
@@ -181,6 +219,48 @@ def validate(config: Config) -> None:
     zero = config.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 3) not in (1, 2, 3):
         raise UserError(f"deepspeed.zero_optimization: a mapping with stage 1, 2 or 3, got {zero!r}")
+
+
+def _validate_data(config: Config) -> None:
+    data = config.data
+    if data.dataset_name is None and data.datasets is None:
+        raise UserError("data.dataset_name: is required, or data.datasets for a mixture")
+    if data.dataset_name is not None and data.datasets is not None:
+        raise UserError("data: set one of dataset_name (a single data set) and datasets (a mixture)")
+    if data.dataset_test_split == data.dataset_train_split:
+        raise UserError("data.dataset_test_split: it is the training split; held-out data must be other data")
+    for number, part in enumerate(data.datasets or []):
+        if part.test_split == part.split:
+            raise UserError(
+                f"data.datasets.{number}.test_split: it is the training split; held-out data must be "
+                "other data"
+            )
+    of_parts = {"dataset_config": "name", "dataset_train_split": "split", "dataset_test_split": "test_split"}
+    for key, of_part in of_parts.items():
+        if data.datasets is not None and getattr(data, key) != DataConfig.model_fields[key].default:
+            raise UserError(
+                f"data.{key}: every part of a mixture has its own; set data.datasets: [{{{of_part}: ...}}]"
+            )
+
+
+def _validate_streaming(config: Config) -> None:
+    data = config.data
+    if config.train.max_steps is None:
+        raise UserError("train.max_steps: set it; how long an epoch of a stream is shows only at its end")
+    if data.datasets is not None:
+        raise UserError("data.streaming: of one data set only; write the mixture into a file")
+    if data.order == "easy_to_hard":
+        raise UserError(
+            "data.order: easy_to_hard sorts the whole set, which a stream never has; write the rows in "
+            "that order and set as_is"
+        )
+    if config.objective.quantiles:
+        raise UserError(
+            f"objective.{next(iter(config.objective.quantiles))}: a quantile is one of the whole set, which "
+            "a stream never has; give the number"
+        )
+    if data.dataset_num_proc is not None:
+        raise UserError("data.dataset_num_proc: a stream tokenises in one process, in the background; null")
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -227,11 +307,17 @@ def _explain_one(item: Any) -> str:
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
     """The keys that are allowed where `location` points to an unknown one."""
     node: type[BaseModel] = Config
-    parents = list(location[:-1])
+    parents = [part for part in location[:-1] if isinstance(part, str)]  # without places in lists
     if parents[:1] == ["objective"]:
-        node = OBJECTIVES[str(parents[1])].params
-    elif parents:
-        annotation = Config.model_fields[str(parents[0])].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        node = annotation
+        node = OBJECTIVES[parents[1]].params
+    else:
+        for parent in parents:
+            node = _section_in(node.model_fields[parent].annotation)
     return [field.serialization_alias or name for name, field in node.model_fields.items()]
+
+
+def _section_in(annotation: Any) -> type[BaseModel]:
+    """The section that a field holds, perhaps in a list, perhaps or null."""
+    while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+    return annotation

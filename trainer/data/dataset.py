@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config import DataConfig
 from madpo.trainer.data.formats import layout_of, parse_json_line, to_group
+from madpo.trainer.data.order import permutation
 from madpo.trainer.data.packing import check_budget
 from madpo.trainer.data.source import Source, open_source
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, tokenise
@@ -145,9 +146,13 @@ def _column(table: datasets.Dataset, name: str) -> np.ndarray:
 
 
 def load_groups(
-    data: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase, supervised: bool = False
+    data: DataConfig,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    supervised: bool = False,
+    fraction: float = 1.0,
 ) -> tuple[GroupDataset, dict[str, Any]]:
-    """The groups of one split and a report of what was read, cut and dropped.
+    """The groups of one split, or a share of them, and a report of what was read, cut and dropped.
 
     Raises ValueError for a missing file or split, unknown columns, an unreadable row (unless
     `on_bad_row: drop`), and a split in which nothing can be trained on.
@@ -155,29 +160,50 @@ def load_groups(
     cache = Path(data.cache_dir).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
     rules = TokenRules(data.max_length, data.append_eos, supervised)
-    lock = f"lock-{xxhash.xxh3_64_hexdigest(data.dataset_name.encode())}"
+    lock = f"lock-{xxhash.xxh3_64_hexdigest(str(data.dataset_name).encode())}"
     with FileLock(cache / lock):
         source = open_source(data, split, cache)
-        identity = (
-            FORMAT_VERSION,
-            source.fingerprint,
-            tokenizer_identity(tokenizer),
-            asdict(rules),
-        )
-        path = cache / f"groups-{xxhash.xxh3_128_hexdigest(repr(identity).encode())}"
+        path = cache / f"groups-{groups_key(source.fingerprint, tokenizer, rules)}"
         if not path.is_dir():
-            _tokenise_all(source, tokenizer, rules, data.dataset_num_proc, path)
+            layout = layout_in(source, supervised)
+            tokenise_all(source, tokenizer, rules, layout, data.dataset_num_proc, path)
         table = datasets.load_from_disk(str(path))
     assert isinstance(table, datasets.Dataset)
-    report = _report(source, table)
-    _refuse_unreadable(source, table, data.on_bad_row)
-    usable = np.flatnonzero(_column(table, "problem") == "")
-    if not len(usable):
+    refuse_unreadable(source.where, table, data.on_bad_row)
+    usable = usable_rows(table)
+    taken = usable[share(len(usable), fraction)]
+    report = report_of(source.name, table, taken)
+    if not len(taken):
+        less = f"; the fraction {fraction:g} of {len(usable)} is none" if len(usable) else ""
         raise UserError(
             f"{source.name}: none of {len(table)} rows can be trained on: {report['dropped']}; "
-            f"data.max_length is {data.max_length}"
+            f"data.max_length is {data.max_length}{less}"
         )
-    return GroupDataset(table.select(usable), source.name, path.name), report
+    return GroupDataset(table.select(taken), source.name, path.name), report
+
+
+def groups_key(fingerprint: str, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> str:
+    """A hash of rows and everything that makes tokens of them."""
+    identity = (FORMAT_VERSION, fingerprint, tokenizer_identity(tokenizer), asdict(rules))
+    return xxhash.xxh3_128_hexdigest(repr(identity).encode())
+
+
+def usable_rows(table: datasets.Dataset) -> np.ndarray:
+    """The rows that can be trained on, of a whole table."""
+    return np.flatnonzero(pc.call_function("equal", [table.data.column("problem"), ""]))
+
+
+def share(
+    num_groups: int,
+    fraction: float,
+) -> np.ndarray:  # (round(fraction * num_groups),)
+    """All groups as often as `fraction` has wholes, then a random share of them in their order.
+
+    The same share in every run, whatever its seed; a larger one holds the smaller.
+    """
+    whole, rest = divmod(fraction, 1)
+    some = permutation(num_groups, seed=0, epoch=0)[: round(rest * num_groups)]
+    return np.concatenate((np.tile(np.arange(num_groups), int(whole)), np.sort(some)))
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -234,15 +260,16 @@ def _columns(group: TokenGroup) -> dict[str, Any]:
     }
 
 
-def _tokenise_all(
+def tokenise_all(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
+    layout: str,
     num_proc: int | None,
     path: Path,
 ) -> None:
+    """Write a table of FEATURES, a row for every row of the source, that appears whole or not at all."""
     raw_lines = source.unit == "line"
-    layout = _layout(source, rules.supervised)
     table = source.rows.map(
         _RowTokeniser(tokenizer, rules, layout, raw_lines),
         with_indices=True,
@@ -260,7 +287,7 @@ def _tokenise_all(
     os.replace(partial, path)
 
 
-def _layout(source: Source, supervised: bool) -> str:
+def layout_in(source: Source, supervised: bool) -> str:
     """The layout of the columns; JSON lines have those of the first line that can be read."""
     if source.unit != "line":
         return layout_of(source.rows.column_names, supervised)
@@ -274,35 +301,61 @@ def _layout(source: Source, supervised: bool) -> str:
     raise UserError(str(problem))
 
 
-def _refuse_unreadable(source: Source, table: datasets.Dataset, on_bad_row: str) -> None:
+def refuse_unreadable(where: Callable[[int], str], table: datasets.Dataset, on_bad_row: str) -> None:
+    """Raise ValueError that names the first bad row, by `where`, unless bad rows are to be dropped."""
     bad = np.flatnonzero(_column(table, "unreadable"))
     if len(bad) and on_bad_row == "error":
         first = table[int(bad[0])]
         more = f" ({len(bad)} such rows of {len(table)})" if len(bad) > 1 else ""
         raise UserError(
-            f"{source.where(first['row'])}: {first['problem']}{more}; "
+            f"{where(first['row'])}: {first['problem']}{more}; "
             "mend the row, or set data.on_bad_row=drop to train without it"
         )
 
 
-def _report(source: Source, table: datasets.Dataset) -> dict[str, Any]:
-    problems = _column(table, "problem")
-    unreadable = _column(table, "unreadable")
-    usable = problems == ""
-    reasons = np.where(unreadable, "unreadable", problems)[~usable]
-    every = table.data.column("margins").combine_chunks().filter(pa.array(usable))
-    margins = every.flatten().to_numpy(zero_copy_only=False)
+def report_of(
+    name: str,
+    table: datasets.Dataset,
+    taken: np.ndarray,  # (G,) rows that groups were made of
+) -> dict[str, Any]:
+    """What was read and dropped, of all rows, and what is trained on, of those taken."""
+    problems = table.data.column("problem")
+    reasons = pc.call_function("if_else", [table.data.column("unreadable"), "unreadable", problems])
+    values, counts = (column.to_pylist() for column in pc.call_function("value_counts", [reasons]).flatten())
+    margins = _flat(table.select(taken), "margins")
     margins = margins[~np.isnan(margins)]
     report: dict[str, Any] = {
-        "source": source.name,
+        "source": name,
         "rows": len(table),
-        "groups": int(usable.sum()),
-        "dropped": {str(r): int(n) for r, n in zip(*np.unique(reasons, return_counts=True), strict=True)},
-        "tokens": int(_column(table, "num_tokens")[usable].sum()),
-        "truncated_completions": int(_column(table, "truncated")[usable].sum()),
-        "groups_with_moved_boundary": int((_column(table, "boundary_cut")[usable] > 0).sum()),
+        "groups": len(taken),
+        "dropped": {reason: n for reason, n in sorted(zip(values, counts, strict=True)) if reason},
+        "tokens": int(_column(table, "num_tokens")[taken].sum()),
+        "truncated_completions": int(_column(table, "truncated")[taken].sum()),
+        "groups_with_moved_boundary": int((_column(table, "boundary_cut")[taken] > 0).sum()),
     }
     if len(margins):
-        report["margin_min"], report["margin_max"] = float(margins.min()), float(margins.max())
-        report["margin_mean"] = float(margins.mean())
+        report |= {
+            "margins": len(margins),
+            "margin_min": float(margins.min()),
+            "margin_max": float(margins.max()),
+            "margin_mean": float(margins.mean()),
+        }
     return report
+
+
+def total_report(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The report of several parts together."""
+    counts = ("rows", "groups", "tokens", "truncated_completions", "groups_with_moved_boundary")
+    reasons = sorted({reason for report in reports for reason in report["dropped"]})
+    total: dict[str, Any] = {"source": name, **{key: sum(x[key] for x in reports) for key in counts}}
+    total["dropped"] = {reason: sum(x["dropped"].get(reason, 0) for x in reports) for reason in reasons}
+    with_margins = [report for report in reports if "margins" in report]
+    if with_margins:
+        number = sum(x["margins"] for x in with_margins)
+        total |= {
+            "margins": number,
+            "margin_min": min(x["margin_min"] for x in with_margins),
+            "margin_max": max(x["margin_max"] for x in with_margins),
+            "margin_mean": sum(x["margin_mean"] * x["margins"] for x in with_margins) / number,
+        }
+    return total

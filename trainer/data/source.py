@@ -24,10 +24,9 @@ class Source:
     rows: datasets.Dataset
     fingerprint: str
     unit: str  # how a row is named in messages: "{name}:{line}" or "{name} row {index}"
-    first: int = 0  # the number of the first row, if the rows are a part of what is there
 
     def where(self, row: int) -> str:
-        return f"{self.name}:{row}" if self.unit == "line" else f"{self.name} row {self.first + row}"
+        return f"{self.name}:{row}" if self.unit == "line" else f"{self.name} row {row}"
 
 
 def open_source(data: DataConfig, split: str, cache: Path) -> Source:

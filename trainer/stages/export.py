@@ -95,11 +95,13 @@ def model_card(config: Config, run: Path, state: TrainState) -> str:
         if name.startswith("eval_")
     ]
     table = "\n".join(f"| {name} | {value:.4f} |" for name, value in rows)
+    parts = config.data.datasets or []
+    data = ", ".join(f"`{part.path}`" for part in parts) or f"`{config.data.dataset_name}`"
     held_out = f"\n## Held-out metrics\n\n| metric | value |\n|---|---|\n{table}\n" if rows else ""
     return (
         f"---\nlibrary_name: transformers\ntags: [madpo, {config.objective.loss_type}]\n---\n\n"
         f"# {run.name}\n\nTrained by madpo with the objective `{config.objective.loss_type}` from "
-        f"`{base}` on `{config.data.dataset_name}`: {state.step} steps, {state.consumed} prompts, "
+        f"`{base}` on {data}: {state.step} steps, {state.consumed} prompts, "
         f"{state.num_tokens} tokens.\n{held_out}\n"
         f"## Configuration\n\n```yaml\n{dump(config)}```\n"
     )
