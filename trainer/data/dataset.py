@@ -173,12 +173,13 @@ def load_groups(
     usable = usable_rows(table)
     taken = usable[share(len(usable), fraction)]
     report = report_of(source.name, table, taken)
-    if not len(taken):
-        less = f"; the fraction {fraction:g} of {len(usable)} is none" if len(usable) else ""
+    if not len(usable):
         raise UserError(
             f"{source.name}: none of {len(table)} rows can be trained on: {report['dropped']}; "
-            f"data.max_length is {data.max_length}{less}"
+            f"data.max_length is {data.max_length}"
         )
+    if not len(taken):
+        raise UserError(f"{source.name}: fraction {fraction:g} of {len(usable)} groups is none; raise it")
     return GroupDataset(table.select(taken), source.name, path.name), report
 
 
@@ -270,6 +271,8 @@ def tokenise_all(
 ) -> None:
     """Write a table of FEATURES, a row for every row of the source, that appears whole or not at all."""
     raw_lines = source.unit == "line"
+    scratch = path.with_name(path.name + ".scratch")  # so that no more than a batch is held in memory
+    scratch.mkdir(exist_ok=True)
     table = source.rows.map(
         _RowTokeniser(tokenizer, rules, layout, raw_lines),
         with_indices=True,
@@ -278,13 +281,14 @@ def tokenise_all(
         num_proc=num_proc,
         new_fingerprint=path.name.removeprefix("groups-"),
         load_from_cache_file=False,
-        keep_in_memory=len(source.rows) < 100_000 and num_proc is None,
+        cache_file_name=str(scratch / "rows.arrow"),
         desc=f"tokenising {source.name}",
     )
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     table.save_to_disk(str(partial))
     os.replace(partial, path)
+    shutil.rmtree(scratch)
 
 
 def layout_in(source: Source, supervised: bool) -> str:

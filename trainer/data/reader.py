@@ -5,6 +5,7 @@ Where a stretch begins is a cursor, plain JSON: every block of a stream keeps th
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -97,8 +98,12 @@ class RowReader:
         _refuse_changed(self._files, self.version)
         rows = self._rows.with_format("arrow")
         rows.load_state_dict(json.loads(json.dumps(cursor["state"])))
-        table: Any = next(iter(rows.iter(count)), pa.table({}))
-        found = datasets.Dataset(table)
+        # One by one: a state that was left with batches of one size is not sound for another.
+        tables: list[Any] = list(itertools.islice(rows.iter(batch_size=1), count))
+        table = (
+            pa.concat_tables(tables, promote_options="default").combine_chunks() if tables else pa.table({})
+        )
+        found = datasets.Dataset(table)  # pyright: ignore[reportArgumentType]
         end = {"rows": cursor["rows"] + len(found), "state": rows.state_dict()}
         return Source(self.name, found, "", "row"), end
 
