@@ -21,6 +21,8 @@ LAYERS = [
     "madpo.trainer.data.rows",
     "madpo.trainer.section",
     "madpo.trainer.generate_config",
+    "madpo.trainer.peft_config",
+    "madpo.trainer.data_config",
     "madpo.trainer.config",
     "madpo.trainer.dist",
     "madpo.trainer.run_folder",

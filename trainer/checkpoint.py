@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from madpo.trainer.config import Config
-from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.dist import Shard, barrier, from_main, refuse_if_any
 from madpo.trainer.state import TrainState
 
@@ -27,6 +26,7 @@ MAY_CHANGE = (
     "generate",
     "data.cache_dir",
     "data.dataset_name",  # the fingerprint of its content counts
+    "data.datasets",  # as above
     "data.dataset_num_proc",
     "data.dataset_test_split",
     "data.on_bad_row",
@@ -45,8 +45,8 @@ MAY_CHANGE = (
 """Config keys, or their beginnings, that may differ between a run and its continuation."""
 
 
-def identity(config: Config, shard: Shard, groups: GroupDataset | None = None) -> dict[str, Any]:
-    """What must not change between a run and its continuation, as dotted keys."""
+def identity(config: Config, shard: Shard, content: str | None = None) -> dict[str, Any]:
+    """What must not change between a run and its continuation, as dotted keys. `content` is the data's."""
     out: dict[str, Any] = {"number of ranks": shard.world_size}
     for section, values in config.model_dump(mode="json", by_alias=True).items():
         flat = values if isinstance(values, dict) else {"": values}
@@ -54,8 +54,8 @@ def identity(config: Config, shard: Shard, groups: GroupDataset | None = None) -
             flat = {"": values is not None, **(values or {})}
         out |= {f"{section}.{key}".rstrip("."): value for key, value in flat.items()}
     out = {key: value for key, value in out.items() if not key.startswith(MAY_CHANGE)}
-    if groups is not None:
-        out["data (content)"] = f"{len(groups)} groups, {groups.fingerprint}"
+    if content is not None:
+        out["data (content)"] = content
     return out
 
 

@@ -13,14 +13,14 @@ from typing import Any, Literal, Self, get_args
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from madpo.trainer import strict_yaml
-from madpo.trainer.data.adapters import ADAPTERS
-from madpo.trainer.data.rows import check_template_kwargs
+from madpo.trainer.data_config import DataConfig
 from madpo.trainer.deepspeed_keys import DEEPSPEED_KEYS, OWNED_DEEPSPEED_KEYS
 from madpo.trainer.errors import UserError
 from madpo.trainer.generate_config import GenerateConfig
 from madpo.trainer.objectives.base import Objective
 from madpo.trainer.objectives.build import as_one_objective
 from madpo.trainer.objectives.registry import OBJECTIVES, ObjectiveParams
+from madpo.trainer.peft_config import PeftConfig
 from madpo.trainer.section import Section
 
 
@@ -47,83 +47,6 @@ class ModelConfig(Section):
         default_factory=list,
         description="weights that stay: `embeddings`, `head`, or patterns of names as in *.layers.0.*",
     )
-
-
-class PeftConfig(Section):
-    """A LoRA adapter in place of all weights. Null is the value in brackets, or what a stored adapter has."""
-
-    lora_r: int | None = Field(default=None, ge=1, description="rank (16)")
-    lora_alpha: int | None = Field(default=None, ge=1, description="scale: alpha / r, see use_rslora (32)")
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="only 0")
-    lora_target_modules: Literal["all-linear"] | list[str] | None = Field(
-        default=None, description="names of linear layers (all-linear: all but the head)"
-    )
-    lora_modules_to_save: list[str] | None = Field(
-        default=None, description="layers trained whole, in a copy, as in [embed_tokens, lm_head]"
-    )
-    use_rslora: bool | None = Field(default=None, description="scale: alpha / sqrt(r) (false)")
-    use_dora: bool | None = Field(default=None, description="directions and magnitudes apart (false)")
-    base_model_name_or_path: str | None = Field(
-        default=None, description="of a stored adapter; null: the one that it names"
-    )
-    load_in_4bit: bool = Field(default=False, description="QLoRA: the base in 4 bits; needs madpo[qlora]")
-    load_in_8bit: bool = False
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    use_bnb_nested_quant: bool = Field(default=False, description="quantise the quantisation constants too")
-
-    @property
-    def quantised(self) -> bool:
-        return self.load_in_4bit or self.load_in_8bit
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.lora_dropout:
-            raise UserError(
-                f"lora_dropout: {self.lora_dropout} would be noise in the margin between policy and "
-                "reference; only 0 is allowed. To regularise, lower lora_r or set optim.weight_decay"
-            )
-        if self.load_in_4bit and self.load_in_8bit:
-            raise UserError("load_in_4bit, load_in_8bit: set one of them")
-        return self
-
-
-class DataConfig(Section):
-    dataset_name: str = Field(
-        description="a .jsonl or .parquet file, a folder of <split>.jsonl/.parquet, or a hub name"
-    )
-    dataset_config: str | None = None
-    dataset_train_split: str = "train"
-    dataset_test_split: str | None = Field(default=None, description="held-out split; null: no evaluation")
-    adapter: str = Field(default="auto", description="how rows are read, see docs/data.md; auto: by columns")
-    columns: dict[str, str] = Field(default_factory=dict, description="our name of a column: the data set's")
-    edges: Literal["all", "adjacent", "best_worst"] = Field(
-        default="all", description="which completions of a ranked group are compared"
-    )
-    chat_template_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="variables for the chat template; a row's own come before these"
-    )
-    max_length: int = Field(default=1024, ge=2, description="tokens of prompt + one completion")
-    append_eos: Literal["auto", "always", "never"] = Field(
-        default="auto", description="auto: plain text yes, conversations no (their template ends them)"
-    )
-    order: Literal["shuffled", "easy_to_hard", "as_is"] = Field(
-        default="shuffled", description="of every epoch; easy_to_hard: by falling margin"
-    )
-    on_bad_row: Literal["error", "drop"] = Field(default="error", description="a row that cannot be read")
-    dataset_num_proc: int | None = Field(default=None, ge=1, description="processes that tokenise")
-    cache_dir: str = Field(default="~/.cache/madpo", description="where tokenised data is kept")
-
-    @field_validator("adapter")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value != "auto" and value not in ADAPTERS:
-            raise UserError(f"unknown adapter{strict_yaml.nearest(value, ['auto', *ADAPTERS])}")
-        return value
-
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def _for_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return check_template_kwargs(value)
 
 
 class OptimConfig(Section):
@@ -224,9 +147,10 @@ def validate(config: Config) -> None:
         raise UserError(f"model.sync_ref_model: {config.objective.loss_type} uses no reference")
     if model.attention == "flash" and not train.bf16:
         raise UserError("model.attention: flash computes in bf16; set train.bf16=true or attention=sdpa")
-    if config.data.dataset_test_split == config.data.dataset_train_split:
-        raise UserError("data.dataset_test_split: it is the training split; held-out data must be other data")
-    if train.eval_steps is not None and config.data.dataset_test_split is None:
+    _validate_data(config)
+    if config.data.streaming:
+        _validate_streaming(config)
+    if train.eval_steps is not None and not config.data.has_test_split:
         raise UserError("train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split")
     if optim.warmup_steps and optim.warmup_ratio:
         raise UserError("optim: set warmup_steps or warmup_ratio, not both")
@@ -278,6 +202,48 @@ def validate_peft(config: Config, peft: PeftConfig) -> None:
             "train.export_merged: the base is quantised; export the adapter, and merge it with peft into the "
             "weights as they were before"
         )
+
+
+def _validate_data(config: Config) -> None:
+    data = config.data
+    if data.dataset_name is None and data.datasets is None:
+        raise UserError("data.dataset_name: is required, or data.datasets for a mixture")
+    if data.dataset_name is not None and data.datasets is not None:
+        raise UserError("data: set one of dataset_name (a single data set) and datasets (a mixture)")
+    if data.dataset_test_split == data.dataset_train_split:
+        raise UserError("data.dataset_test_split: it is the training split; held-out data must be other data")
+    for number, part in enumerate(data.datasets or []):
+        if part.test_split == part.split:
+            raise UserError(
+                f"data.datasets.{number}.test_split: it is the training split; held-out data must be "
+                "other data"
+            )
+    of_parts = {"dataset_config": "name", "dataset_train_split": "split", "dataset_test_split": "test_split"}
+    for key, of_part in of_parts.items():
+        if data.datasets is not None and getattr(data, key) != DataConfig.model_fields[key].default:
+            raise UserError(
+                f"data.{key}: every part of a mixture has its own; set data.datasets: [{{{of_part}: ...}}]"
+            )
+
+
+def _validate_streaming(config: Config) -> None:
+    data = config.data
+    if config.train.max_steps is None:
+        raise UserError("train.max_steps: set it; how long an epoch of a stream is shows only at its end")
+    if data.datasets is not None:
+        raise UserError("data.streaming: of one data set only; write the mixture into a file")
+    if data.order == "easy_to_hard":
+        raise UserError(
+            "data.order: easy_to_hard sorts the whole set, which a stream never has; write the rows in "
+            "that order and set as_is"
+        )
+    if config.objective.quantiles:
+        raise UserError(
+            f"objective.{next(iter(config.objective.quantiles))}: a quantile is one of the whole set, which "
+            "a stream never has; give the number"
+        )
+    if data.dataset_num_proc is not None:
+        raise UserError("data.dataset_num_proc: a stream tokenises in one process, in the background; null")
 
 
 DEFAULT_OBJECTIVES = {"sft": "nll", "reward": "bradley_terry", "annotate": "bradley_terry", "generate": "nll"}
@@ -341,12 +307,17 @@ def _explain_one(item: Any) -> str:
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
     """The keys that are allowed where `location` points to an unknown one."""
     node: type[BaseModel] = Config
-    parents = list(location[:-1])
+    parents = [part for part in location[:-1] if isinstance(part, str)]  # without places in lists
     if parents[:1] == ["objective"]:
-        node = OBJECTIVES[str(parents[1])].params
+        node = OBJECTIVES[parents[1]].params
     else:
         for parent in parents:
-            annotation = node.model_fields[str(parent)].annotation
-            kinds = (annotation, *get_args(annotation))  # a section may be null
-            node = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+            node = _section_in(node.model_fields[parent].annotation)
     return [field.serialization_alias or name for name, field in node.model_fields.items()]
+
+
+def _section_in(annotation: Any) -> type[BaseModel]:
+    """The section that a field holds, perhaps in a list, perhaps or null."""
+    while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+    return annotation

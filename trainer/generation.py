@@ -79,11 +79,11 @@ def open_sampler(
     if backend_of(settings) == "vllm":
         return _VLLM(config, settings, name, revision, tokenizer)
     if not settings.partitioned:
-        model: Any = load_sampler(name, revision, config.train.bf16)
+        model: Any = load_sampler(config, name, revision)
         model.to(dist.device())
         return _Transformers(settings, model, tokenizer)
     with partitioned_loading(deepspeed_config(config, training=False)):
-        model = load_sampler(name, revision, config.train.bf16)
+        model = load_sampler(config, name, revision)
     engine = build_engine(config, model, training=False)
     engine.eval()
     return _Transformers(settings, engine.module, tokenizer, engine.destroy)

@@ -11,8 +11,8 @@ from typing import Any
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
+from madpo.trainer.data.feed import Feed
 from madpo.trainer.data.loader import evaluation_steps, plan_step
-from madpo.trainer.data.order import DataOrder
 from madpo.trainer.dist import Shard
 from madpo.trainer.engine import evaluation_step, grad_norm, move_reference, train_step
 from madpo.trainer.errors import UserError
@@ -32,11 +32,13 @@ class Plan:
     total_steps: int
 
 
-def plan_run(config: Config, num_groups: int) -> Plan:
-    """Epochs of groups in steps of the global batch, of which the last may be smaller; or max_steps."""
+def plan_run(config: Config, num_groups: int | None) -> Plan:
+    """Epochs of groups in steps of the global batch, of which the last may be smaller; or max_steps, which
+    a stream must have: the number of its groups is not known."""
     train = config.train
     if train.max_steps is not None:
         return Plan(train.max_steps * train.global_batch_size, train.max_steps)
+    assert num_groups is not None
     # Rounded first: 0.07 epochs of 100 groups are 7, not the 8 that 7.000000000000001 would make.
     groups = math.ceil(round(train.num_train_epochs * num_groups, 6))
     return Plan(groups, math.ceil(groups / train.global_batch_size))
@@ -45,7 +47,7 @@ def plan_run(config: Config, num_groups: int) -> Plan:
 def train(
     config: Config,
     engine: Any,
-    groups: GroupDataset,
+    feed: Feed,
     held_out: GroupDataset | None,
     shard: Shard,
     state: TrainState,
@@ -54,8 +56,7 @@ def train(
 ) -> None:
     """Train from `state` to the end of the plan. `on_record` gets every logged line, on all ranks."""
     item, settings = config.objective_entry.item, config.train
-    plan = plan_run(config, len(groups))
-    order = DataOrder(len(groups), config.seed, groups.ease(config.data.order))
+    plan = plan_run(config, feed.num_groups)
     meter = Meter()
     logged_at, logged = time.perf_counter(), dataclasses.replace(state)
     engine.train()
@@ -63,7 +64,7 @@ def train(
     while state.step < plan.total_steps:
         count = min(settings.global_batch_size, plan.total_groups - state.consumed)
         assert count > 0, "the plan and the state disagree"
-        indices = order.take(state.consumed, count)
+        groups, indices = feed.take(state.consumed, count)
         step = plan_step(groups, indices, item, settings.micro_batch_tokens, shard)
 
         rate = learning_rate(config.optim, state.step, plan.total_steps)
@@ -90,13 +91,13 @@ def train(
                 "step_time": seconds / (state.step - logged.step),
             }
             _refuse_non_finite(record, state.step)
-            on_record(_stamped(record, state, len(groups)))
+            on_record(_stamped(record, state, feed))
             logged_at, logged = time.perf_counter(), dataclasses.replace(state)
 
         if held_out is not None and (is_last or _due(state.step, settings.eval_steps)):
             paused = time.perf_counter()
             record = evaluate(config, engine, held_out, shard, state.memory)
-            on_record(_stamped(record, state, len(groups)))
+            on_record(_stamped(record, state, feed))
             engine.train()
             logged_at += time.perf_counter() - paused
 
@@ -145,6 +146,6 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _stamped(record: Record, state: TrainState, num_groups: int) -> Record:
-    stamp = {"step": state.step, "time": time.time(), "epoch": round(state.epoch(num_groups), 4)}
+def _stamped(record: Record, state: TrainState, feed: Feed) -> Record:
+    stamp = {"step": state.step, "time": time.time(), "epoch": round(feed.epoch(state.consumed), 4)}
     return {**stamp, **record}

@@ -13,6 +13,3 @@ class TrainState:
     consumed: int = 0  # groups trained on, over all ranks
     num_tokens: int = 0  # packed tokens trained on, over all ranks
     memory: dict[str, list[float]] = field(default_factory=dict)  # of an objective of the whole batch
-
-    def epoch(self, num_groups: int) -> float:
-        return self.consumed / num_groups

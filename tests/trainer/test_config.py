@@ -195,5 +195,5 @@ def test_an_objective_stands_in_where_none_is_needed(tmp_path):
     (tmp_path / "config.yaml").write_text(MINIMAL.replace("objective: {loss_type: madpo}\n", ""))
     with pytest.raises(ValueError, match="objective: is required"):
         load(tmp_path / "config.yaml")
-    assert load(tmp_path / "config.yaml", [], "nll").objective.loss_type == "nll"
-    assert load(tmp_path / "config.yaml", ["objective.loss_type=dpo"], "nll").objective.loss_type == "dpo"
+    assert load(tmp_path / "config.yaml", [], "generate").objective.loss_type == "nll"
+    assert load(tmp_path / "config.yaml", ["objective.loss_type=dpo"], "generate").objective.loss_type == "dpo"

@@ -379,8 +379,8 @@ def test_parquet_and_folders_give_the_same_groups_as_jsonl(tmp_path, tokenizer):
 
 def test_tokenised_once_and_again_only_when_something_that_matters_changes(tmp_path, tokenizer, monkeypatch):
     calls = []
-    original = dataset_module._tokenise_all
-    monkeypatch.setattr(dataset_module, "_tokenise_all", lambda *a: (calls.append(1), original(*a)))
+    original = dataset_module.tokenise_all
+    monkeypatch.setattr(dataset_module, "tokenise_all", lambda *a: (calls.append(1), original(*a)))
     path = write_pairs(tmp_path / "pairs.jsonl", 4)
     load_groups(config_for(tmp_path, path).data, "train", tokenizer)
     load_groups(config_for(tmp_path, path).data, "train", tokenizer)

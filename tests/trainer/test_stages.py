@@ -212,8 +212,8 @@ def weights_by_step(shard, config: Config) -> list[dict[str, dict[str, torch.Ten
             return {name: p.detach().clone() for name, p in model.named_parameters()}
 
     tokenizer = load_tokenizer(config.model)
-    groups = load_data(config, tokenizer, training=True).train
-    assert groups is not None
+    feed = load_data(config, tokenizer, training=True).feed
+    assert feed is not None
     engine = start_engine(config, tokenizer, training=True)
     start, out = weights(engine.module.policy), []
 
@@ -221,7 +221,7 @@ def weights_by_step(shard, config: Config) -> list[dict[str, dict[str, torch.Ten
         models = {"policy": engine.module.policy, "reference": engine.module.reference}
         out.append({"start": start, **{name: weights(model) for name, model in models.items()}})
 
-    loop.train(config, engine, groups, None, shard, TrainState(), keep, lambda: None)
+    loop.train(config, engine, feed, None, shard, TrainState(), keep, lambda: None)
     engine.destroy()
     return out
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,8 +27,10 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer.config import DataConfig
 from madpo.trainer.data.adapters import ADAPTERS
 from madpo.trainer.data.formats import parse_json_line
+from madpo.trainer.data.order import permutation
 from madpo.trainer.data.packing import check_budget
 from madpo.trainer.data.rows import RowRules, choose_adapter, read_row
+from madpo.trainer.data.source import Source, open_source
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, special_spellings, spells_special, tokenise
 from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Item, Objective
@@ -59,7 +61,6 @@ FEATURES = datasets.Features(
         "row": datasets.Value("int64"),
     }
 )
-LINES = datasets.Features({"line": datasets.Value("int64"), "raw": datasets.Value("binary")})
 
 
 class GroupDataset:
@@ -150,19 +151,6 @@ def _column(table: datasets.Dataset, name: str) -> np.ndarray:
     return np.asarray(table.with_format("numpy")[name][:])
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where rows come from: `rows` holds either columns or one raw JSON line per row."""
-
-    name: str
-    rows: datasets.Dataset
-    fingerprint: str
-    unit: str  # how a row is named in messages: "{name}:{line}" or "{name} row {index}"
-
-    def where(self, row: int) -> str:
-        return f"{self.name}:{row}" if self.unit == "line" else f"{self.name} row {row}"
-
-
 def rules_of(data: DataConfig, supervised: bool = False) -> TokenRules:
     """What the config says of reading rows and making tokens of them."""
     rows = RowRules(data.adapter, data.columns, data.edges)
@@ -170,9 +158,13 @@ def rules_of(data: DataConfig, supervised: bool = False) -> TokenRules:
 
 
 def load_groups(
-    data: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase, supervised: bool = False
+    data: DataConfig,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    supervised: bool = False,
+    fraction: float = 1.0,
 ) -> tuple[GroupDataset, dict[str, Any]]:
-    """The groups of one split and a report of what was read, cut and dropped.
+    """The groups of one split, or a share of them, and a report of what was read, cut and dropped.
 
     Raises ValueError for a missing file or split, unknown columns, an unreadable row (unless
     `on_bad_row: drop`), and a split in which nothing can be trained on.
@@ -180,93 +172,50 @@ def load_groups(
     cache = Path(data.cache_dir).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
     rules = rules_of(data, supervised)
-    lock = f"lock-{xxhash.xxh3_64_hexdigest(data.dataset_name.encode())}"
+    lock = f"lock-{xxhash.xxh3_64_hexdigest(str(data.dataset_name).encode())}"
     with FileLock(cache / lock):
         source = open_source(data, split, cache)
-        identity = (FORMAT_VERSION, source.fingerprint, tokenizer_identity(tokenizer), asdict(rules))
-        path = cache / f"groups-{xxhash.xxh3_128_hexdigest(repr(identity).encode())}"
+        path = cache / f"groups-{groups_key(source.fingerprint, tokenizer, rules)}"
         if not path.is_dir():
-            _tokenise_all(source, tokenizer, rules, data.dataset_num_proc, path)
+            tokenise_all(source, tokenizer, rules, adapter_in(source, rules), data.dataset_num_proc, path)
         table = datasets.load_from_disk(str(path))
     assert isinstance(table, datasets.Dataset)
-    report = _report(source, table)
-    _refuse_unreadable(source, table, data.on_bad_row)
-    usable = np.flatnonzero(_column(table, "problem") == "")
+    refuse_unreadable(source.where, table, data.on_bad_row)
+    usable = usable_rows(table)
+    taken = usable[share(len(usable), fraction)]
+    report = report_of(source.name, table, taken)
     if not len(usable):
         raise UserError(
             f"{source.name}: none of {len(table)} rows can be trained on: {report['dropped']}; "
             f"data.max_length is {data.max_length}"
         )
-    return GroupDataset(table.select(usable), source.name, path.name), report
+    if not len(taken):
+        raise UserError(f"{source.name}: fraction {fraction:g} of {len(usable)} groups is none; raise it")
+    return GroupDataset(table.select(taken), source.name, path.name), report
 
 
-def open_source(data: DataConfig, split: str, cache: Path) -> Source:
-    """Find the rows of a split: a file, a folder of `<split>.jsonl|.parquet`, or a hub name."""
-    path = Path(data.dataset_name).expanduser()
-    if path.is_dir():
-        found = [path / f"{split}{suffix}" for suffix in (".jsonl", ".parquet")]
-        files = [file for file in found if file.is_file()]
-        shards = sorted(path.glob(f"{split}-*.parquet"))
-        if len(files) + bool(shards) > 1:
-            raise UserError(f"{path}: split {split!r} stands there twice: {[x.name for x in files + shards]}")
-        files = files or shards
-        if not files:
-            raise UserError(
-                f"{path}: no split {split!r}; expected {split}.jsonl, {split}.parquet or {split}-*.parquet, "
-                f"found {sorted(file.name for file in path.iterdir())[:20]}"
-            )
-    elif path.suffix in (".jsonl", ".parquet"):
-        if not path.is_file():
-            raise UserError(f"data.dataset_name: {path}: no such file")
-        if split != data.dataset_train_split:
-            raise UserError(
-                f"data.dataset_test_split: {path} is a single file, so {split!r} would be its training rows; "
-                f"put {data.dataset_train_split}{path.suffix} and {split}{path.suffix} into a folder"
-            )
-        files = [path]
-    elif path.is_file():
-        raise UserError(f"data.dataset_name: {path}: a file must be .jsonl or .parquet")
-    else:
-        return _open_hub(data, split)
-    content = xxhash.xxh3_128()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                content.update(block)
-    fingerprint = content.hexdigest()
-    if files[0].suffix == ".jsonl":
-        if next(_lines(str(files[0])), None) is None:
-            raise UserError(f"{files[0]}: the file has no rows")
-        rows = datasets.Dataset.from_generator(
-            _lines,
-            features=LINES,
-            gen_kwargs={"path": str(files[0])},
-            cache_dir=str(cache / "lines"),
-            fingerprint=fingerprint,
-        )
-        assert isinstance(rows, datasets.Dataset)
-        return Source(str(files[0]), rows, fingerprint, "line")
-    rows = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=str(cache / "rows"))
-    return Source(str(files[0]), rows, fingerprint, "row")  # type: ignore[arg-type]
+def groups_key(fingerprint: str, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> str:
+    """A hash of rows and everything that makes tokens of them."""
+    identity = (FORMAT_VERSION, fingerprint, tokenizer_identity(tokenizer), asdict(rules))
+    return xxhash.xxh3_128_hexdigest(repr(identity).encode())
 
 
-def _open_hub(data: DataConfig, split: str) -> Source:
-    try:
-        rows = datasets.load_dataset(data.dataset_name, data.dataset_config, split=split)
-    except Exception as error:
-        raise UserError(
-            f"data.dataset_name: {data.dataset_name!r} is no local file or folder, and loading it by "
-            f"name failed: {type(error).__name__}: {error}"
-        ) from error
-    assert isinstance(rows, datasets.Dataset)
-    return Source(f"{data.dataset_name}[{split}]", rows, rows._fingerprint, "row")
+def usable_rows(table: datasets.Dataset) -> np.ndarray:
+    """The rows that can be trained on, of a whole table."""
+    return np.flatnonzero(pc.call_function("equal", [table.data.column("problem"), ""]))
 
 
-def _lines(path: str) -> Iterator[dict[str, Any]]:
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            if raw.strip():
-                yield {"line": number, "raw": raw}
+def share(
+    num_groups: int,
+    fraction: float,
+) -> np.ndarray:  # (round(fraction * num_groups),)
+    """All groups as often as `fraction` has wholes, then a random share of them in their order.
+
+    The same share in every run, whatever its seed; a larger one holds the smaller.
+    """
+    whole, rest = divmod(fraction, 1)
+    some = permutation(num_groups, seed=0, epoch=0)[: round(rest * num_groups)]
+    return np.concatenate((np.tile(np.arange(num_groups), int(whole)), np.sort(some)))
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -328,15 +277,18 @@ def _columns(group: TokenGroup) -> dict[str, Any]:
     }
 
 
-def _tokenise_all(
+def tokenise_all(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
+    adapter: str,
     num_proc: int | None,
     path: Path,
 ) -> None:
+    """Write a table of FEATURES, a row for every row of the source, that appears whole or not at all."""
     raw_lines = source.unit == "line"
-    adapter = _adapter(source, rules.rows, rules.supervised)
+    scratch = path.with_name(path.name + ".scratch")  # so that no more than a batch is held in memory
+    scratch.mkdir(exist_ok=True)
     table = source.rows.map(
         _RowTokeniser(tokenizer, rules, adapter, raw_lines, special_spellings(tokenizer)),
         with_indices=True,
@@ -345,60 +297,87 @@ def _tokenise_all(
         num_proc=num_proc,
         new_fingerprint=path.name.removeprefix("groups-"),
         load_from_cache_file=False,
-        keep_in_memory=len(source.rows) < 100_000 and num_proc is None,
+        cache_file_name=str(scratch / "rows.arrow"),
         desc=f"tokenising {source.name}",
     )
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     table.save_to_disk(str(partial))
     os.replace(partial, path)
+    shutil.rmtree(scratch)
 
 
-def _adapter(source: Source, rules: RowRules, supervised: bool) -> str:
+def adapter_in(source: Source, rules: TokenRules) -> str:
     """The adapter for the columns; JSON lines have those of the first line that can be read."""
     if source.unit != "line":
-        return choose_adapter(source.rows.column_names, rules, supervised)
+        return choose_adapter(source.rows.column_names, rules.rows, rules.supervised)
     problem = None
     row: Any
     for row in source.rows:
         try:
-            return choose_adapter(parse_json_line(row["raw"]), rules, supervised)
+            return choose_adapter(parse_json_line(row["raw"]), rules.rows, rules.supervised)
         except UserError as error:
             problem = problem or f"{source.where(row['line'])}: {error}"
     raise UserError(str(problem))
 
 
-def _refuse_unreadable(source: Source, table: datasets.Dataset, on_bad_row: str) -> None:
+def refuse_unreadable(where: Callable[[int], str], table: datasets.Dataset, on_bad_row: str) -> None:
+    """Raise ValueError that names the first bad row, by `where`, unless bad rows are to be dropped."""
     bad = np.flatnonzero(_column(table, "unreadable"))
     if len(bad) and on_bad_row == "error":
         first = table[int(bad[0])]
         more = f" ({len(bad)} such rows of {len(table)})" if len(bad) > 1 else ""
         raise UserError(
-            f"{source.where(first['row'])}: {first['problem']}{more}; "
+            f"{where(first['row'])}: {first['problem']}{more}; "
             "mend the row, or set data.on_bad_row=drop to train without it"
         )
 
 
-def _report(source: Source, table: datasets.Dataset) -> dict[str, Any]:
-    problems = _column(table, "problem")
-    unreadable = _column(table, "unreadable")
-    usable = problems == ""
-    reasons = np.where(unreadable, "unreadable", problems)[~usable]
-    every = table.data.column("margins").combine_chunks().filter(pa.array(usable))
-    margins = every.flatten().to_numpy(zero_copy_only=False)
+def report_of(
+    name: str,
+    table: datasets.Dataset,
+    taken: np.ndarray,  # (G,) rows that groups were made of
+) -> dict[str, Any]:
+    """What was read and dropped, of all rows, and what is trained on, of those taken."""
+    problems = table.data.column("problem")
+    reasons = pc.call_function("if_else", [table.data.column("unreadable"), "unreadable", problems])
+    values, counts = (column.to_pylist() for column in pc.call_function("value_counts", [reasons]).flatten())
+    margins = _flat(table.select(taken), "margins")
     margins = margins[~np.isnan(margins)]
     report: dict[str, Any] = {
-        "source": source.name,
+        "source": name,
         "rows": len(table),
-        "groups": int(usable.sum()),
-        "dropped": {str(r): int(n) for r, n in zip(*np.unique(reasons, return_counts=True), strict=True)},
-        "tokens": int(_column(table, "num_tokens")[usable].sum()),
-        "truncated_completions": int(_column(table, "truncated")[usable].sum()),
-        "groups_with_moved_boundary": int((_column(table, "boundary_cut")[usable] > 0).sum()),
-        "comparisons_of_equal_tokens": int(_column(table, "equal")[usable].sum()),
+        "groups": len(taken),
+        "dropped": {reason: n for reason, n in sorted(zip(values, counts, strict=True)) if reason},
+        "tokens": int(_column(table, "num_tokens")[taken].sum()),
+        "truncated_completions": int(_column(table, "truncated")[taken].sum()),
+        "groups_with_moved_boundary": int((_column(table, "boundary_cut")[taken] > 0).sum()),
+        "comparisons_of_equal_tokens": int(_column(table, "equal")[taken].sum()),
         "rows_that_spell_special_tokens": int(_column(table, "spells_special").sum()),
     }
     if len(margins):
-        report["margin_min"], report["margin_max"] = float(margins.min()), float(margins.max())
-        report["margin_mean"] = float(margins.mean())
+        report |= {
+            "margins": len(margins),
+            "margin_min": float(margins.min()),
+            "margin_max": float(margins.max()),
+            "margin_mean": float(margins.mean()),
+        }
     return report
+
+
+def total_report(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The report of several parts together."""
+    counts = [key for key, value in reports[0].items() if isinstance(value, int) and key != "margins"]
+    reasons = sorted({reason for report in reports for reason in report["dropped"]})
+    total: dict[str, Any] = {"source": name, **{key: sum(x[key] for x in reports) for key in counts}}
+    total["dropped"] = {reason: sum(x["dropped"].get(reason, 0) for x in reports) for reason in reasons}
+    with_margins = [report for report in reports if "margins" in report]
+    if with_margins:
+        number = sum(x["margins"] for x in with_margins)
+        total |= {
+            "margins": number,
+            "margin_min": min(x["margin_min"] for x in with_margins),
+            "margin_max": max(x["margin_max"] for x in with_margins),
+            "margin_mean": sum(x["margin_mean"] * x["margins"] for x in with_margins) / number,
+        }
+    return total

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from madpo.trainer.data.dataset import GroupDataset
+from madpo.trainer.data.feed import Groups
 from madpo.trainer.data.packing import PackedBatch, filler, pack, plan_micro_batches
 from madpo.trainer.dist import Shard
 from madpo.trainer.objectives.base import Item
@@ -23,7 +24,7 @@ class Step:
 
 
 def plan_step(
-    groups: GroupDataset,
+    groups: Groups,
     indices: np.ndarray,  # (B,) the groups of the global batch
     item: Item,
     budget: int,
@@ -48,7 +49,7 @@ def plan_step(
     return Step(batches, *ends[:, -1].tolist())
 
 
-def item_counts(groups: GroupDataset, item: Item) -> np.ndarray:
+def item_counts(groups: Groups, item: Item) -> np.ndarray:
     """(G,) how many losses of the given unit each group has."""
     return {Item.EDGE: groups.edges, Item.SEQUENCE: groups.labelled, Item.TOKEN: groups.completion_tokens}[
         item

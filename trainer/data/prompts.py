@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config import DataConfig
 from madpo.trainer.data.adapters import ADAPTERS
-from madpo.trainer.data.dataset import Source, open_source, rules_of
+from madpo.trainer.data.dataset import rules_of
 from madpo.trainer.data.formats import Text, TextGroup, parse_json_line
 from madpo.trainer.data.rows import RowRules, choose_adapter, read_row, renamed
+from madpo.trainer.data.source import Source, open_source
 from madpo.trainer.data.tokenise import TokenRules, encode_prompt
 from madpo.trainer.errors import UserError
 
@@ -60,6 +61,10 @@ def read_prompts(
     that has no prompt column. A prompt that fills `data.max_length` is left out and counted. Raises
     ValueError for a row that cannot be read (unless `on_bad_row: drop`) and where no prompt is left.
     """
+    if data.datasets is not None or data.streaming:
+        raise UserError(
+            "data: generate reads one data set, not streamed; set dataset_name and streaming=false"
+        )
     cache = Path(data.cache_dir).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "lock-prompts"):

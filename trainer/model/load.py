@@ -101,12 +101,15 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
     )
 
 
-def load_sampler(name: str, revision: str | None, bf16: bool) -> PreTrainedModel:
-    """A language model to sample from, or an adapter's with it on, with transformers' own attention. Raises
-    ValueError as above."""
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    model, _ = _load(None, name, revision, dtype=dtype, attention="sdpa", kind=AutoModelForCausalLM)
-    return model.eval()
+def load_sampler(config: Config, name: str, revision: str | None) -> PreTrainedModel:
+    """A language model to sample from, with the adapter on it if its name is that of one, and transformers'
+    own attention. Raises ValueError as above."""
+    dtype = torch.bfloat16 if config.train.bf16 else torch.float32
+    adapter = lora.stored_adapter(
+        name, revision, config.peft.base_model_name_or_path if config.peft else None
+    )
+    options: Any = {"dtype": dtype, "attention": "sdpa", "kind": AutoModelForCausalLM}
+    return _load(config, name, revision, adapter, **options).eval()
 
 
 def folder_of(name: str) -> str:

@@ -15,9 +15,10 @@ from rich.console import Console
 
 from madpo.trainer import checkpoint, dist
 from madpo.trainer.config import Config
-from madpo.trainer.data.dataset import GroupDataset, Source, load_groups, open_source
+from madpo.trainer.data.dataset import GroupDataset, load_groups
 from madpo.trainer.data.formats import MARGIN_COLUMNS, parse_json_line
 from madpo.trainer.data.loader import evaluation_steps
+from madpo.trainer.data.source import Source, open_source
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import load_tokenizer
@@ -39,6 +40,13 @@ def run_annotation(config: Config) -> None:
             f"objective.loss_type: annotate takes the config of a reward run (bradley_terry), not of "
             f"{config.objective.loss_type}"
         )
+    if config.data.datasets is not None:
+        raise UserError(
+            "data.datasets: annotate takes one data set at a time, and writes it out whole; set "
+            "data.datasets=null and data.dataset_name to each of its parts"
+        )
+    if config.data.streaming:
+        raise UserError("data.streaming: annotate writes the whole data set; set data.streaming=false")
     config = config.model_copy(update={"objective": BradleyTerryParams()})  # which asks no margin of the data
     folder, tokenizer = Path(config.output_dir), load_tokenizer(config.model)
     splits = [config.data.dataset_train_split, config.data.dataset_test_split]

@@ -21,12 +21,12 @@ def model_card(config: Config, run: Path, state: TrainState, policy: Any, adapte
 
     Nothing is said that the run does not know: no license, and no path but those that the config has.
     """
-    base = _base(config, policy)
+    base, names = _base(config, policy), config.data.names
     facts = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-classification" if _scores(config) else "text-generation",
         **({"base_model": base} if base and not Path(base).exists() else {}),
-        **({} if Path(config.data.dataset_name).exists() else {"datasets": [config.data.dataset_name]}),
+        **({"datasets": on_hub} if (on_hub := [name for name in names if not Path(name).exists()]) else {}),
         "tags": ["madpo", config.objective.loss_type, *(["lora"] if lora.is_adapted(policy) else [])],
     }
     sections = {
@@ -43,7 +43,7 @@ def model_card(config: Config, run: Path, state: TrainState, policy: Any, adapte
     return (
         f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n# {run.name}\n\n"
         f"A {what} {start}, by madpo with the objective `{config.objective.loss_type}` on "
-        f"`{config.data.dataset_name}`.\n{text}"
+        f"{', '.join(f'`{name}`' for name in names)}.\n{text}"
     )
 
 

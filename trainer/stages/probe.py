@@ -25,6 +25,7 @@ from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.loader import evaluation_steps
 from madpo.trainer.data.order import permutation
 from madpo.trainer.dist import Shard
+from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import load_tokenizer, state_of_files
 from madpo.trainer.objectives.base import Item
 from madpo.trainer.objectives.sft import NLLParams
@@ -70,6 +71,8 @@ class Probe:
 
 def run_probe(config: Config) -> None:
     """`madpo probe`: print what was found and keep it in the run folder. Raises ValueError."""
+    if config.data.streaming:
+        raise UserError("data.streaming: probe draws from the whole training set; set data.streaming=false")
     config = _supervised(config)
     tokenizer = load_tokenizer(config.model)
     groups = load_data(config, tokenizer, training=True).train

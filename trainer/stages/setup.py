@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config import Config
-from madpo.trainer.data.dataset import GroupDataset, load_groups
+from madpo.trainer.data.dataset import GroupDataset
+from madpo.trainer.data.feed import Feed, WholeSet
 from madpo.trainer.data.mismatched import MismatchedDataset
+from madpo.trainer.data.mixture import load_split
+from madpo.trainer.data.reader import open_reader
+from madpo.trainer.data.stream import Stream
 from madpo.trainer.engine import build_engine, deepspeed_config
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import build_module
@@ -19,9 +24,15 @@ from madpo.trainer.model.policy import refuse_unless_head_is_known, refuse_unles
 
 @dataclass(frozen=True)
 class Data:
-    train: GroupDataset | None
+    train: GroupDataset | None  # None also for a stream
     held_out: GroupDataset | None
-    report: dict[str, Any]  # split -> what was read, cut and dropped
+    feed: Feed | None  # of the training groups
+    held_out_report: dict[str, Any]
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """split -> what was read, cut and dropped, of a stream so far."""
+        return {**(self.feed.report() if self.feed else {}), **self.held_out_report}
 
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool) -> Data:
@@ -29,27 +40,46 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool
 
     Evaluation reads the training split too if a threshold is a quantile of it.
     """
+    data, supervised = config.data, config.objective_entry.supervised
+    train, held_out, feed, held_out_report = None, None, None, {}
+    if training and data.streaming:
+        feed = _stream(config, tokenizer)
+    elif training or config.objective.quantiles:
+        groups, report = load_split(data, False, tokenizer, supervised)
+        train = _made_fit(groups, config)
+        feed = WholeSet(train, config.seed, data.order, report)
+    if data.has_test_split or not training:
+        groups, held_out_report = load_split(data, True, tokenizer, supervised)
+        held_out = _made_fit(groups, config)
+    return Data(train, held_out, feed, held_out_report)
+
+
+def _made_fit(groups: GroupDataset, config: Config) -> GroupDataset:
+    """The groups as the objective takes them. Raises ValueError if they cannot serve it."""
     entry = config.objective_entry
-    wanted = training or config.objective.quantiles
-    splits = {"train": config.data.dataset_train_split} if wanted else {}
-    if config.data.dataset_test_split is not None:
-        splits["held_out"] = config.data.dataset_test_split
-    elif not training:
-        raise UserError("data.dataset_test_split: name the split to evaluate on")
-    loaded: dict[str, GroupDataset] = {}
-    report: dict[str, Any] = {}
-    for role, split in splits.items():
-        groups, report[split] = load_groups(config.data, split, tokenizer, entry.supervised)
-        if "mismatched" in entry.needs:
-            groups = MismatchedDataset(groups, config.seed, config.data.max_length)
-        groups.require(entry, config.objective.loss_type, config.train.micro_batch_tokens)
-        problem = config.objective.problem_with(groups.margins)
-        if problem:
-            raise UserError(f"{groups.name}: {problem}")
-        if role == "train":
-            groups.ease(config.data.order)
-        loaded[role] = groups
-    return Data(loaded.get("train"), loaded.get("held_out"), report)
+    if "mismatched" in entry.needs:
+        groups = MismatchedDataset(groups, config.seed, config.data.max_length)
+    groups.require(entry, config.objective.loss_type, config.train.micro_batch_tokens)
+    problem = config.objective.problem_with(groups.margins)
+    if problem:
+        raise UserError(f"{groups.name}: {problem}")
+    return groups
+
+
+def _stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> Stream:
+    data, train, entry = config.data, config.train, config.objective_entry
+    assert train.max_steps is not None
+    return Stream(
+        open_reader(data, data.dataset_train_split),
+        data,
+        data.dataset_train_split,
+        tokenizer,
+        config.seed,
+        end=train.max_steps * train.global_batch_size,
+        supervised=entry.supervised,
+        fewest=2 if "mismatched" in entry.needs else 1,
+        check=functools.partial(_made_fit, config=config),
+    )
 
 
 def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool) -> Any:

@@ -10,10 +10,11 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config import Config
-from madpo.trainer.data.dataset import load_groups
 from madpo.trainer.data.mismatched import MismatchedDataset
+from madpo.trainer.data.mixture import load_split
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import load_tokenizer
 
 Decode = Callable[[Sequence[int]], str]
@@ -29,8 +30,14 @@ def show_data(config: Config, count: int, console: Console) -> None:
     objective.
     """
     tokenizer = load_tokenizer(config.model)
-    entry, split = config.objective_entry, config.data.dataset_train_split
-    groups, report = load_groups(config.data, split, tokenizer, entry.supervised)
+    entry = config.objective_entry
+    if config.data.streaming:
+        raise UserError(
+            "data.streaming: show-data looks at the whole set; copy some rows into a file, and set "
+            "data.streaming=false and data.dataset_name to it"
+        )
+    groups, reports = load_split(config.data, False, tokenizer, entry.supervised)
+    report = next(iter(reports.values()))  # of all parts together
     if "mismatched" in entry.needs:
         groups = MismatchedDataset(groups, config.seed, config.data.max_length)
     order = DataOrder(len(groups), config.seed, groups.ease(config.data.order))

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -24,7 +23,7 @@ from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.progress import Progress
 from madpo.trainer.stages.export import export_model
 from madpo.trainer.stages.quantiles import resolve_quantiles
-from madpo.trainer.stages.setup import load_data, start_engine
+from madpo.trainer.stages.setup import Data, load_data, start_engine
 from madpo.trainer.state import TrainState
 
 
@@ -38,11 +37,12 @@ def run_training(config: Config, command: str) -> None:
     checkpoints = folder / "checkpoints"
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, training=True)
-    assert data.train is not None
+    feed = data.feed
+    assert feed is not None
     shard = dist.init(config.launch.timeout_minutes)
     lock = claim(folder, shard)
     config = resolve_quantiles(config, data, tokenizer, shard)
-    run = checkpoint.identity(config, shard, data.train)
+    run = checkpoint.identity(config, shard, feed.content)
     tag = checkpoint.latest(checkpoints, run)
     engine = start_engine(config, tokenizer, training=True)
     state = checkpoint.load(engine, checkpoints, tag) if tag else TrainState()
@@ -50,10 +50,11 @@ def run_training(config: Config, command: str) -> None:
     with ExitStack() as cleanup:
         sinks: list[Callable[[loop.Record], None]] = []
         if shard.is_main:
-            _describe_run(folder, config, data.report, command, shard)
+            _describe_run(folder, config, command, shard)
+            _write_report(folder, data)
             metrics = MetricsFile(folder, state.step)
             cleanup.callback(metrics.close)
-            progress = Progress(loop.plan_run(config, len(data.train)).total_steps)
+            progress = Progress(loop.plan_run(config, feed.num_groups).total_steps)
             cleanup.callback(progress.close)
             parameters = count_parameters(engine.module.policy)
             progress.announce(config, data.report, state, shard, engine.device, parameters)
@@ -67,8 +68,10 @@ def run_training(config: Config, command: str) -> None:
         def on_save() -> None:
             keep, moves = config.train.save_total_limit, config.model.sync_ref_model
             checkpoint.save(engine, checkpoints, state, run, shard, keep, with_reference=moves)
+            if shard.is_main:
+                _write_report(folder, data)  # of a stream it grows
 
-        loop.train(config, engine, data.train, data.held_out, shard, state, on_record, on_save)
+        loop.train(config, engine, feed, data.held_out, shard, state, on_record, on_save)
 
     if config.train.export:
         export_model(engine, tokenizer, config, folder, shard, state)
@@ -90,10 +93,13 @@ def claim(folder: Path, shard: Shard) -> FileLock:
     return lock
 
 
-def _describe_run(folder: Path, config: Config, report: dict[str, Any], command: str, shard: Shard) -> None:
-    """config.yaml, data_report.json and run.json: what ran, on what, and how to repeat it."""
+def _write_report(folder: Path, data: Data) -> None:
+    (folder / "data_report.json").write_text(json.dumps(data.report, indent=2) + "\n")
+
+
+def _describe_run(folder: Path, config: Config, command: str, shard: Shard) -> None:
+    """config.yaml and run.json: what ran, on what, and how to repeat it."""
     (folder / "config.yaml").write_text(dump(config))
-    (folder / "data_report.json").write_text(json.dumps(report, indent=2) + "\n")
     on_gpu = torch.cuda.is_available()
     run = {
         "command": command,

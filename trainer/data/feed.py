@@ -1,0 +1,84 @@
+"""What training takes its groups from: a whole data set in some order, or a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from madpo.trainer.data.dataset import GroupDataset
+from madpo.trainer.data.order import DataOrder
+from madpo.trainer.data.tokenise import TokenGroup
+
+
+class Groups(Protocol):
+    """Token groups by index, and the counts that batches are planned from."""
+
+    lengths: np.ndarray  # (G,) packed tokens
+    completion_tokens: np.ndarray  # (G,)
+    sequences: np.ndarray  # (G,)
+    edges: np.ndarray  # (G,)
+    labelled: np.ndarray  # (G,) sequences that are desirable or not
+
+    def __getitem__(self, index: int) -> TokenGroup: ...
+
+
+class Feed(Protocol):
+    """An endless sequence of groups, the same on every rank, for any number of ranks and whenever asked:
+    the number of groups consumed is all there is to resume from."""
+
+    content: str  # what a continuation must find again
+    num_groups: int | None  # of an epoch; None: not known before its end
+
+    def take(self, consumed: int, count: int) -> tuple[Groups, np.ndarray]:
+        """The groups at positions consumed .. consumed + count - 1: (count,) indices into some groups.
+
+        Raises ValueError if they cannot be read or do not serve the objective.
+        """
+        ...
+
+    def epoch(self, consumed: int) -> float:
+        """How often the groups have been gone through."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """split -> what was read, cut and dropped so far."""
+        ...
+
+
+class WholeSet:
+    """A data set that is known as a whole, in the order of `data.order`."""
+
+    def __init__(self, groups: GroupDataset, seed: int, order: str, report: dict[str, Any]) -> None:
+        self.content = f"{len(groups)} groups, {groups.fingerprint}"
+        self.num_groups: int | None = len(groups)
+        self._groups, self._report = groups, report
+        self._order = DataOrder(len(groups), seed, groups.ease(order))
+
+    def take(self, consumed: int, count: int) -> tuple[Groups, np.ndarray]:
+        return self._groups, self._order.take(consumed, count)
+
+    def epoch(self, consumed: int) -> float:
+        return consumed / len(self._groups)
+
+    def report(self) -> dict[str, Any]:
+        return self._report
+
+
+class Chained:
+    """Several data sets as one, one after another."""
+
+    def __init__(self, parts: Sequence[Groups]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part.lengths) for part in parts])
+        self.lengths = np.concatenate([part.lengths for part in parts])
+        self.completion_tokens = np.concatenate([part.completion_tokens for part in parts])
+        self.sequences = np.concatenate([part.sequences for part in parts])
+        self.edges = np.concatenate([part.edges for part in parts])
+        self.labelled = np.concatenate([part.labelled for part in parts])
+
+    def __getitem__(self, index: int) -> TokenGroup:
+        place = int(np.searchsorted(self._ends, index, side="right"))
+        part = self._parts[place]
+        return part[int(index) - (int(self._ends[place]) - len(part.lengths))]

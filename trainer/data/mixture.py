@@ -1,0 +1,49 @@
+"""The groups of a split, of one data set or of a mixture of several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import xxhash
+from transformers import PreTrainedTokenizerBase
+
+from madpo.trainer.config import DataConfig
+from madpo.trainer.data.dataset import GroupDataset, load_groups, total_report
+from madpo.trainer.errors import UserError
+
+
+def load_split(
+    data: DataConfig, held_out: bool, tokenizer: PreTrainedTokenizerBase, supervised: bool = False
+) -> tuple[GroupDataset, dict[str, dict[str, Any]]]:
+    """The training or the held-out groups, and by name what was read, cut and dropped.
+
+    The parts of a mixture stand one after another, each tokenised and cached as if it were alone; the
+    held-out split of a part is taken whole. Raises ValueError as `load_groups`, and without a split.
+    """
+    if data.datasets is None:
+        split = data.dataset_test_split if held_out else data.dataset_train_split
+        if split is None:
+            raise UserError("data.dataset_test_split: name the split to evaluate on")
+        groups, report = load_groups(data, split, tokenizer, supervised)
+        return groups, {split: report}
+    role = "test" if held_out else "train"
+    parts: list[GroupDataset] = []
+    reports: dict[str, dict[str, Any]] = {}
+    identity: list[tuple[str, float]] = []
+    for number, part in enumerate(data.datasets, 1):
+        split = part.test_split if held_out else part.split
+        if split is None:
+            continue
+        fraction = 1.0 if held_out else part.fraction
+        groups, report = load_groups(data.alone(part), split, tokenizer, supervised, fraction)
+        parts.append(groups)
+        identity.append((groups.fingerprint, fraction))
+        reports[f"{role} {number}"] = {**report, "fraction": fraction}
+    if not parts:
+        raise UserError("data.datasets: name the split to evaluate on, as test_split of at least one part")
+    name = " + ".join(groups.name for groups in parts)
+    table = datasets.concatenate_datasets([groups.table for groups in parts])
+    fingerprint = f"mixture-{xxhash.xxh3_128_hexdigest(repr(identity).encode())}"
+    total = total_report(name, list(reports.values()))
+    return GroupDataset(table, name, fingerprint), {role: total, **reports}

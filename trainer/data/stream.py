@@ -1,0 +1,207 @@
+"""A data set that is never held as a whole: blocks of rows, each read and tokenised when it is needed.
+
+The groups of a block are shuffled among themselves by (seed, epoch, block), and the blocks follow each
+other as in the source. So the order is a function of the number of groups consumed, given how many groups
+each block has. That is kept on disk, with where the next block begins: to find a place again takes a walk
+over these notes, and only what is missing is read and tokenised once more.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from madpo.trainer.config import DataConfig
+from madpo.trainer.data.dataset import (
+    GroupDataset,
+    adapter_in,
+    groups_key,
+    refuse_unreadable,
+    report_of,
+    rules_of,
+    tokenise_all,
+    total_report,
+    usable_rows,
+)
+from madpo.trainer.data.feed import Chained, Groups
+from madpo.trainer.data.order import permutation
+from madpo.trainer.data.reader import FIRST_ROWS, Reader
+from madpo.trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is known of a block once it has been read, plain JSON on disk."""
+
+    cursor: Any  # where it begins
+    following: Any  # where the next one begins; None: the source ends
+    report: dict[str, Any]  # what was read, cut and dropped
+
+
+class Place(NamedTuple):
+    """A position of the sequence."""
+
+    epoch: int
+    block: int
+    first: int  # position of the block's first group
+
+
+class Stream:
+    """The feed of a source that is read in blocks.
+
+    `check` is called with the groups of a block before they are trained on; it raises ValueError or
+    returns what is trained on, as many groups. A block with fewer than `fewest` groups is passed over.
+    Nothing behind position `end` of the sequence will be asked for, and is prepared in the background.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        data: DataConfig,
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        end: int,
+        supervised: bool = False,
+        fewest: int = 1,
+        check: Callable[[GroupDataset], GroupDataset] = lambda groups: groups,
+    ) -> None:
+        self._reader, self._data, self._split, self._tokenizer = reader, data, split, tokenizer
+        self._seed, self._end, self._fewest, self._check = seed, end, fewest, check
+        self._rules = rules_of(data, supervised)
+        self.content = f"stream {groups_key(reader.content, tokenizer, self._rules)}"
+        key = groups_key(reader.content + reader.version, tokenizer, self._rules)
+        self._folder = Path(data.cache_dir).expanduser() / f"stream-{key}-{data.stream_block}"
+        self.num_groups: int | None = None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._notes: list[Note] = []
+        self._reached = Place(0, 0, 0)
+        self._groups = functools.lru_cache(maxsize=2)(self._load)
+        self._background = ThreadPoolExecutor(1)
+        self._groups(self._locate(0).block)  # so that bad rows at the beginning are found before a start
+
+    def take(self, consumed: int, count: int) -> tuple[Groups, np.ndarray]:
+        pieces: list[Groups] = []
+        chosen: list[np.ndarray] = []
+        stop = consumed + count
+        while consumed < stop:
+            place = self._locate(consumed)
+            groups = self._groups(place.block)
+            here = self._order(place, len(groups))[consumed - place.first : stop - place.first]
+            chosen.append(here + sum(len(piece.lengths) for piece in pieces))
+            pieces.append(groups)
+            consumed += len(here)
+            if place.first + len(groups) < self._end:
+                self._prepare_after(place.block)
+        return (pieces[0] if len(pieces) == 1 else Chained(pieces)), np.concatenate(chosen)
+
+    def epoch(self, consumed: int) -> float:
+        """Whole passes that were begun before the last group: how long one is shows only at its end."""
+        return float(self._locate(consumed - 1).epoch) if consumed else 0.0
+
+    def report(self) -> dict[str, Any]:
+        name = f"{self._reader.name}, {len(self._notes)} blocks"
+        return {self._split: total_report(name, [note.report for note in self._notes])}
+
+    def _order(self, place: Place, num_groups: int) -> np.ndarray:
+        if self._data.order == "as_is":
+            return np.arange(num_groups)
+        return permutation(num_groups, self._seed + (place.block << 32), place.epoch)
+
+    def _locate(self, position: int) -> Place:
+        """The block that holds a position. Raises ValueError if no row of the source can be trained on."""
+        epoch, block, first = self._reached if position >= self._reached.first else Place(0, 0, 0)
+        while position >= first + (size := self._size(block)):
+            if size == 0:
+                self._table(block)  # which refuses bad rows where no group will
+            first += size
+            block += 1
+            if self._note(block - 1).following is None:
+                if not any(map(self._size, range(block))):
+                    report = self.report()[self._split]
+                    raise UserError(
+                        f"{self._reader.name}: none of {report['rows']} rows can be trained on: "
+                        f"{report['dropped']}; data.max_length is {self._data.max_length}"
+                    )
+                epoch, block = epoch + 1, 0
+        self._reached = Place(epoch, block, first)
+        return self._reached
+
+    def _size(self, block: int) -> int:
+        return self._note(block).report["groups"]
+
+    def _note(self, block: int) -> Note:
+        while block >= len(self._notes):
+            number = len(self._notes)
+            path = self._path(number, ".json")
+            if not path.is_file():
+                self._make(number, self._notes[-1].following if self._notes else self._reader.start)
+            note = Note(**json.loads(path.read_text()))
+            if 0 < note.report["groups"] < self._fewest:
+                note.report["dropped"]["too few in a block"] = note.report["groups"]
+                note.report["groups"] = 0
+            self._notes.append(note)
+        return self._notes[block]
+
+    def _load(self, block: int) -> GroupDataset:
+        table = self._table(block)
+        groups = GroupDataset(table.select(usable_rows(table)), self._reader.name, self._path(block).name)
+        return self._check(groups)
+
+    def _table(self, block: int) -> datasets.Dataset:
+        """All rows of a block. Raises ValueError for one that cannot be read, unless those are dropped."""
+        path, note = self._path(block), self._note(block)
+        if not path.is_dir():
+            self._make(block, note.cursor)
+        table = datasets.load_from_disk(str(path))
+        assert isinstance(table, datasets.Dataset)
+        where = functools.partial(self._reader.where, note.cursor)
+        refuse_unreadable(where, table, self._data.on_bad_row)
+        return table
+
+    def _prepare_after(self, block: int) -> None:
+        """Make the next block while this one is trained on. An error in it comes when its turn comes."""
+        following = self._note(block).following
+        if following is not None and not self._path(block + 1).is_dir():
+            self._background.submit(self._make, block + 1, following)
+
+    def _make(self, block: int, cursor: Any) -> None:
+        """Read and tokenise a block, unless another rank has: its table, and then its note."""
+        path, note = self._path(block), self._path(block, ".json")
+        with FileLock(self._folder / "lock"):
+            if path.is_dir() and note.is_file():
+                return
+            source, following = self._reader.read(cursor, self._data.stream_block)
+            shutil.rmtree(path, ignore_errors=True)
+            if not len(source.rows):
+                raise UserError(f"{source.name}: the file has no rows")
+            tokenise_all(source, self._tokenizer, self._rules, self._layout, None, path)
+            table = datasets.load_from_disk(str(path))
+            assert isinstance(table, datasets.Dataset)
+            full = len(source.rows) == self._data.stream_block
+            more = full and len(self._reader.read(following, 1)[0].rows) > 0
+            report = report_of(source.name, table, usable_rows(table))
+            made = Note(cursor, following if more else None, report)
+            partial = note.with_suffix(".partial")
+            partial.write_text(json.dumps(asdict(made)))
+            os.replace(partial, note)
+
+    @functools.cached_property
+    def _layout(self) -> str:
+        """Of the beginning of the source, for all of it."""
+        return adapter_in(self._reader.read(self._reader.start, FIRST_ROWS)[0], self._rules)
+
+    def _path(self, block: int, suffix: str = "") -> Path:
+        return self._folder / f"block-{block:08d}{suffix}"

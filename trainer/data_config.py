@@ -1,0 +1,108 @@
+"""The config's section `data`: which rows, how they are read, and what becomes of them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from madpo.trainer.data.adapters import ADAPTERS
+from madpo.trainer.data.rows import check_template_kwargs
+from madpo.trainer.errors import UserError
+from madpo.trainer.section import Section
+from madpo.trainer.strict_yaml import nearest
+
+
+def check_adapter(name: str) -> str:
+    """The same, if there is such an adapter. Raises ValueError."""
+    if name != "auto" and name not in ADAPTERS:
+        raise UserError(f"unknown adapter{nearest(name, ['auto', *ADAPTERS])}")
+    return name
+
+
+class DatasetPart(Section):
+    """One data set of a mixture."""
+
+    path: str = Field(description="as data.dataset_name")
+    name: str | None = Field(default=None, description="as data.dataset_config")
+    split: str = "train"
+    test_split: str | None = Field(default=None, description="held-out split; null: none of this part")
+    fraction: float = Field(
+        default=1.0,
+        gt=0,
+        description="of the training groups; 2.5: all twice, half once more",
+    )
+    adapter: str | None = Field(default=None, description="null: data.adapter")
+    columns: dict[str, str] | None = Field(default=None, description="null: data.columns")
+
+    @field_validator("adapter")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        return value if value is None else check_adapter(value)
+
+
+class DataConfig(Section):
+    dataset_name: str | None = Field(
+        default=None,
+        description="a .jsonl or .parquet file, a folder of <split>.jsonl/.parquet, or a hub name",
+    )
+    datasets: list[DatasetPart] | None = Field(
+        default=None, min_length=1, description="a mixture, in place of dataset_name"
+    )
+    dataset_config: str | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str | None = Field(default=None, description="held-out split; null: no evaluation")
+    adapter: str = Field(default="auto", description="how rows are read, see docs/data.md; auto: by columns")
+    columns: dict[str, str] = Field(default_factory=dict, description="our name of a column: the data set's")
+    edges: Literal["all", "adjacent", "best_worst"] = Field(
+        default="all", description="which completions of a ranked group are compared"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="variables for the chat template; a row's own come before these"
+    )
+    streaming: bool = Field(default=False, description="read training rows in blocks, as they are needed")
+    stream_block: int = Field(default=10_000, ge=1, description="rows that are read and shuffled at a time")
+    max_length: int = Field(default=1024, ge=2, description="tokens of prompt + one completion")
+    append_eos: Literal["auto", "always", "never"] = Field(
+        default="auto", description="auto: plain text yes, conversations no (their template ends them)"
+    )
+    order: Literal["shuffled", "easy_to_hard", "as_is"] = Field(
+        default="shuffled", description="of every epoch; easy_to_hard: by falling margin"
+    )
+    on_bad_row: Literal["error", "drop"] = Field(default="error", description="a row that cannot be read")
+    dataset_num_proc: int | None = Field(default=None, ge=1, description="processes that tokenise")
+    cache_dir: str = Field(default="~/.cache/madpo", description="where tokenised data is kept")
+
+    @field_validator("adapter")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        return check_adapter(value)
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _for_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_template_kwargs(value)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the one data set, or of all parts of a mixture."""
+        return [str(self.dataset_name)] if self.datasets is None else [part.path for part in self.datasets]
+
+    @property
+    def has_test_split(self) -> bool:
+        parts = self.datasets or []
+        return self.dataset_test_split is not None or any(part.test_split is not None for part in parts)
+
+    def alone(self, part: DatasetPart) -> DataConfig:
+        """The section as it would be with one part of the mixture as its only data set."""
+        own = {"adapter": part.adapter, "columns": part.columns}
+        return self.model_copy(
+            update={
+                **{key: value for key, value in own.items() if value is not None},
+                "datasets": None,
+                "dataset_name": part.path,
+                "dataset_config": part.name,
+                "dataset_train_split": part.split,
+                "dataset_test_split": part.test_split,
+            }
+        )
