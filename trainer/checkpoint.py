@@ -23,6 +23,7 @@ STATE_FILE = "train_state.json"
 MAY_CHANGE = (
     "output_dir",
     "launch.",
+    "annotate.",
     "deepspeed",
     "data.cache_dir",
     "data.dataset_name",  # the fingerprint of its content counts

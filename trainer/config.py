@@ -63,9 +63,19 @@ class DataConfig(Section):
     order: Literal["shuffled", "easy_to_hard", "as_is"] = Field(
         default="shuffled", description="of every epoch; easy_to_hard: by falling margin"
     )
+    folds: int | None = Field(default=None, ge=2, description="parts of the training split, by prompt")
+    fold: int | None = Field(default=None, ge=0, description="the part, from 0, that is left out of training")
     on_bad_row: Literal["error", "drop"] = Field(default="error", description="a row that cannot be read")
     dataset_num_proc: int | None = Field(default=None, ge=1, description="processes that tokenise")
     cache_dir: str = Field(default="~/.cache/madpo", description="where tokenised data is kept")
+
+    @model_validator(mode="after")
+    def _a_fold_of_folds(self) -> Self:
+        if (self.folds is None) != (self.fold is None):
+            raise UserError("set folds and fold together; the fold is left out of training")
+        if self.folds is not None and self.fold is not None and self.fold >= self.folds:
+            raise UserError(f"fold {self.fold} is none of 0 to {self.folds - 1}, which folds allows")
+        return self
 
 
 class OptimConfig(Section):
@@ -97,6 +107,23 @@ class TrainConfig(Section):
     )
 
 
+class AnnotateConfig(Section):
+    """Of `madpo annotate`: the models that score, in place of the run in output_dir."""
+
+    folds: int | None = Field(
+        default=None, ge=2, description="so many models, each trained without a fold of the prompts"
+    )
+    models: list[str] | None = Field(
+        default=None, min_length=1, description="reward models or their run folders; scores are their mean"
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.folds is not None and self.models is not None:
+            raise UserError("set folds (models to train) or models (that are there), not both")
+        return self
+
+
 class LaunchConfig(Section):
     num_processes: int | Literal["auto"] = Field(
         default="auto", description="ranks on this machine; auto: one per GPU, without a GPU two"
@@ -119,6 +146,7 @@ class Config(Section):
     objective: ObjectiveParams  # pyright: ignore[reportInvalidTypeForm]
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    annotate: AnnotateConfig = AnnotateConfig()
     launch: LaunchConfig = LaunchConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed to DeepSpeed")
 
@@ -158,6 +186,8 @@ def validate(config: Config) -> None:
         raise UserError(f"model.sync_ref_model: {config.objective.loss_type} uses no reference")
     if model.attention == "flash" and not train.bf16:
         raise UserError("model.attention: flash computes in bf16; set train.bf16=true or attention=sdpa")
+    if config.annotate.folds is not None and config.data.folds is not None:
+        raise UserError("data.folds: annotate.folds sets it for every model; remove it")
     if config.data.dataset_test_split == config.data.dataset_train_split:
         raise UserError("data.dataset_test_split: it is the training split; held-out data must be other data")
     if train.eval_steps is not None and config.data.dataset_test_split is None:

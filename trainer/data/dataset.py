@@ -24,13 +24,14 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config import DataConfig
+from madpo.trainer.data.folds import hash_of_prompt
 from madpo.trainer.data.formats import layout_of, parse_json_line, to_group
 from madpo.trainer.data.packing import check_budget
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, tokenise
 from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Item, Objective
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of the cache key; raise it when the same rows would give other tokens."""
 
 FEATURES = datasets.Features(
@@ -49,6 +50,7 @@ FEATURES = datasets.Features(
         "num_labels": datasets.Value("int32"),
         "boundary_cut": datasets.Value("int32"),
         "truncated": datasets.Value("int32"),
+        "prompt_hash": datasets.Value("int64"),
         "problem": datasets.Value("string"),
         "unreadable": datasets.Value("bool"),
         "row": datasets.Value("int64"),
@@ -74,6 +76,16 @@ class GroupDataset:
     def rows(self) -> np.ndarray:
         """(G,) the line in a .jsonl file that a group comes from, else the number of its row."""
         return _column(self.table, "row")
+
+    @cached_property
+    def prompt_hashes(self) -> np.ndarray:
+        """(G,) equal where the prompts' text is."""
+        return _column(self.table, "prompt_hash")
+
+    def select(self, indices: np.ndarray, name: str) -> GroupDataset:
+        """The groups at `indices` (n,), under this name in messages and in the run's identity."""
+        rows = xxhash.xxh3_64_hexdigest(np.ascontiguousarray(indices, np.int64).tobytes())
+        return GroupDataset(self.table.select(indices), name, f"{self.fingerprint}, groups {rows}")
 
     @cached_property
     def completion_lengths(self) -> np.ndarray:
@@ -171,12 +183,7 @@ def load_groups(
     lock = f"lock-{xxhash.xxh3_64_hexdigest(data.dataset_name.encode())}"
     with FileLock(cache / lock):
         source = open_source(data, split, cache)
-        identity = (
-            FORMAT_VERSION,
-            source.fingerprint,
-            tokenizer_identity(tokenizer),
-            asdict(rules),
-        )
+        identity = (FORMAT_VERSION, source.fingerprint, tokenizer_identity(tokenizer), asdict(rules))
         path = cache / f"groups-{xxhash.xxh3_128_hexdigest(repr(identity).encode())}"
         if not path.is_dir():
             _tokenise_all(source, tokenizer, rules, data.dataset_num_proc, path)
@@ -292,8 +299,9 @@ class _RowTokeniser:
         except Exception as error:  # a chat template, for one, raises what it likes
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             group = TokenGroup([], [], [], problem=f"{kind}{error}")
-            return {**_columns(group), "unreadable": True, "row": number}
-        return {**_columns(group), "unreadable": False, "row": number}
+            return {**_columns(group), "prompt_hash": 0, "unreadable": True, "row": number}
+        facts = {"prompt_hash": hash_of_prompt(text), "unreadable": False, "row": number}
+        return {**_columns(group), **facts}
 
 
 def _columns(group: TokenGroup) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset, load_groups
+from madpo.trainer.data.folds import without_fold
 from madpo.trainer.data.mismatched import MismatchedDataset
 from madpo.trainer.engine import build_engine, deepspeed_config
 from madpo.trainer.errors import UserError
@@ -40,6 +41,8 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool
     report: dict[str, Any] = {}
     for role, split in splits.items():
         groups, report[split] = load_groups(config.data, split, tokenizer, entry.supervised)
+        if role == "train" and config.data.folds is not None and config.data.fold is not None:
+            groups = without_fold(groups, config.data.folds, config.data.fold)
         if "mismatched" in entry.needs:
             groups = MismatchedDataset(groups, config.seed, config.data.max_length)
         groups.require(entry, config.objective.loss_type, config.train.micro_batch_tokens)
