@@ -94,7 +94,8 @@ def _weights(views: Sequence[View], weights: Sequence[Weight]) -> str:
             shares = [float((values > 1).mean()), float((values < 1).mean()), float(large.mean())]
             numbers = [f"{share:.1%}" for share in shares]
             numbers += [f"{x:.3f}" for x in (values.mean(), values.min(), values.max())]
-            rows.append([escape(weight.name), key("solid", view.colour, view.name), *numbers])
+            name = escape(weight.name) if view is views[0] else ""
+            rows.append([name, key("solid", view.colour, view.name), *numbers])
     head = ["", "", "weight above 1", "below 1", "|margin| above τ", "mean", "least", "largest"]
     return table(head, rows)
 
@@ -138,7 +139,7 @@ def _histogram(views: Sequence[View], weights: Sequence[Weight]) -> str:
             style = (0, (3, 1.5)) if weight.mark == "dashed" else "-"
             right.plot(margins, weight(margins), color="#1f2430", linewidth=1.1, linestyle=style)
         right.axhline(1, color=GREY, linewidth=0.7, linestyle=(0, (2, 2)))
-        right.set(ylim=(0, 2))
+        right.set(ylim=(0, 2), yticks=(0, 0.5, 1, 1.5, 2))
         right.set_ylabel("weight", color=GREY)
         right.tick_params(color=PALE, labelcolor=GREY)
         right.spines[:].set_visible(False)
@@ -149,7 +150,10 @@ RELIABILITY = (
     "how often the preferred side is the chosen one, in ten groups of equally many pairs; bars: one standard "
     "error of a margin that is right; below the diagonal: margins too large"
 )
-HISTOGRAM = f"share of pairs (left), and MADPO's weight of a pair at c_max = {C_MAX:g} (right); 1 is DPO"
+HISTOGRAM = (
+    f"share of pairs (left; the last bars hold all beyond), and MADPO's weight at c_max = {C_MAX:g} "
+    "(right; 1 is DPO)"
+)
 
 PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
