@@ -70,6 +70,10 @@ def test_folds_cover_are_disjoint_and_keep_equal_prompts_together(config):
         held_out = load_data(
             changed(config, "data", folds=FOLDS, fold=fold), load_tokenizer(config.model), False
         ).held_out
+        report = load_data(
+            changed(config, "data", folds=FOLDS, fold=fold), load_tokenizer(config.model), True
+        ).report["train"]
+        assert (report["groups"], report["without_fold"]) == (len(part), fold)
         assert held_out is not None and len(held_out) == 9  # which is nobody's to train on
         index = next(i for i, row in enumerate(whole.rows) if row == part.rows[0])
         assert part[0] == whole[index]

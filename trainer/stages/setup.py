@@ -43,6 +43,8 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool
         groups, report[split] = load_groups(config.data, split, tokenizer, entry.supervised)
         if role == "train" and config.data.folds is not None and config.data.fold is not None:
             groups = without_fold(groups, config.data.folds, config.data.fold)
+            kept = {"groups": len(groups), "tokens": int(groups.lengths.sum())}
+            report[split] = {**report[split], **kept, "without_fold": config.data.fold}
         if "mismatched" in entry.needs:
             groups = MismatchedDataset(groups, config.seed, config.data.max_length)
         groups.require(entry, config.objective.loss_type, config.train.micro_batch_tokens)
