@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -86,8 +87,24 @@ def export(
 
 
 @app.command()
-def annotate(config: ConfigPath, overrides: Overrides = None) -> None:
+def annotate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    folds: Annotated[
+        int | None, typer.Option(help="train so many models; each row is scored by one that has not seen it")
+    ] = None,
+    model: Annotated[list[str] | None, typer.Option(help="score with this one; several: their mean")] = None,
+) -> None:
     """Score a data set's pairs with a reward run's model: margins for MADPO, MixDPO and their like."""
+    from madpo.launch import folds as fold_runs
+    from madpo.trainer.config import load
+
+    overrides = list(overrides or [])
+    overrides += [f"annotate.folds={folds}"] if folds is not None else []
+    overrides += [f"annotate.models={json.dumps(model)}"] if model else []
+    status = fold_runs.train_folds(load(config, overrides, "annotate"), config, overrides)
+    if status:
+        raise typer.Exit(status)
     _run_task("annotate", config, overrides)
 
 

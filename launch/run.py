@@ -77,6 +77,9 @@ class Runner:
         self.status = 0
 
     def run(self) -> int:
+        for stage in self.recipe.stages:
+            if stage.name in self.results:
+                self._say(stage, "done before")
         with self._signals_passed_on():
             while True:
                 while (stage := self._next()) is not None:

@@ -80,6 +80,22 @@ def save_model(folder: Path, tokenizer: Path, seed: int, tied: bool = False, **c
     return folder
 
 
+def save_classifier(folder: Path, tokenizer: Path, seed: int = 4) -> Path:
+    """A tiny reward model: such a Llama with a random score layer."""
+    from transformers import AutoModelForSequenceClassification
+
+    save_model(folder, tokenizer, seed=1)
+    torch.manual_seed(seed)
+    AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(folder)
+    return folder
+
+
+def plain_scores(model: Any, batch: list[TokenGroup]) -> torch.Tensor:
+    """(sequences,) each completion behind its prompt, alone, through transformers' classifier."""
+    rows = [group.prompt + completion for group in batch for completion in group.completions]
+    return torch.stack([model(input_ids=torch.tensor([row])).logits[0, 0] for row in rows])
+
+
 def make_config(folder: Path, tree: dict[str, Any]) -> Config:
     """A config with test defaults: fp32, two processes, small persistent parameters partitioned."""
     defaults: dict[str, Any] = {

@@ -22,6 +22,7 @@ STATE_FILE = "train_state.json"
 MAY_CHANGE = (
     "output_dir",
     "launch.",
+    "annotate.",
     "deepspeed",
     "generate",
     "data.cache_dir",

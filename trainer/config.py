@@ -84,6 +84,23 @@ class TrainConfig(Section):
     )
 
 
+class AnnotateConfig(Section):
+    """Of `madpo annotate`: the models that score, in place of the run in output_dir."""
+
+    folds: int | None = Field(
+        default=None, ge=2, description="so many models, each trained without a fold of the prompts"
+    )
+    models: list[str] | None = Field(
+        default=None, min_length=1, description="reward models or their run folders; scores are their mean"
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.folds is not None and self.models is not None:
+            raise UserError("set folds (models to train) or models (that are there), not both")
+        return self
+
+
 class LaunchConfig(Section):
     num_processes: int | Literal["auto"] = Field(
         default="auto", description="ranks on this machine; auto: one per GPU, without a GPU two"
@@ -107,6 +124,7 @@ class Config(Section):
     objective: ObjectiveParams  # pyright: ignore[reportInvalidTypeForm]
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    annotate: AnnotateConfig = AnnotateConfig()
     launch: LaunchConfig = LaunchConfig()
     generate: GenerateConfig | None = Field(default=None, description="for madpo generate; null: defaults")
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed to DeepSpeed")
@@ -150,6 +168,8 @@ def validate(config: Config) -> None:
     _validate_data(config)
     if config.data.streaming:
         _validate_streaming(config)
+    if config.annotate.folds is not None and config.data.folds is not None:
+        raise UserError("data.folds: annotate.folds sets it for every model; remove it")
     if train.eval_steps is not None and not config.data.has_test_split:
         raise UserError("train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split")
     if optim.warmup_steps and optim.warmup_ratio:
@@ -232,6 +252,8 @@ def _validate_streaming(config: Config) -> None:
         raise UserError("train.max_steps: set it; how long an epoch of a stream is shows only at its end")
     if data.datasets is not None:
         raise UserError("data.streaming: of one data set only; write the mixture into a file")
+    if data.folds is not None:
+        raise UserError("data.folds: a stream is not parted; write the folds into files, or do not stream")
     if data.order == "easy_to_hard":
         raise UserError(
             "data.order: easy_to_hard sorts the whole set, which a stream never has; write the rows in "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from madpo.trainer.data.adapters import ADAPTERS
 from madpo.trainer.data.rows import check_template_kwargs
@@ -69,6 +69,8 @@ class DataConfig(Section):
     order: Literal["shuffled", "easy_to_hard", "as_is"] = Field(
         default="shuffled", description="of every epoch; easy_to_hard: by falling margin"
     )
+    folds: int | None = Field(default=None, ge=2, description="parts of the training split, by prompt")
+    fold: int | None = Field(default=None, ge=0, description="the part, from 0, that is left out of training")
     on_bad_row: Literal["error", "drop"] = Field(default="error", description="a row that cannot be read")
     dataset_num_proc: int | None = Field(default=None, ge=1, description="processes that tokenise")
     cache_dir: str = Field(default="~/.cache/madpo", description="where tokenised data is kept")
@@ -82,6 +84,14 @@ class DataConfig(Section):
     @classmethod
     def _for_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
         return check_template_kwargs(value)
+
+    @model_validator(mode="after")
+    def _a_fold_of_folds(self) -> Self:
+        if (self.folds is None) != (self.fold is None):
+            raise UserError("set folds and fold together; the fold is left out of training")
+        if self.folds is not None and self.fold is not None and self.fold >= self.folds:
+            raise UserError(f"fold {self.fold} is none of 0 to {self.folds - 1}, which folds allows")
+        return self
 
     @property
     def names(self) -> list[str]:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from html import escape
-from importlib.util import find_spec
-from io import StringIO
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from madpo.trainer.errors import UserError
+from madpo.trainer.page import COLOURS, CSS, GREY, key, require_matplotlib, svg, table, text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 EVAL = "eval_"
-GREY, PALE = "#5b6372", "#c3c8d0"
-COLOURS = ("#2f6db5", "#d9772b", "#3a9168", "#8a5fb0", "#b8435a", "#6b7280")
 
 
 @dataclass(frozen=True)
@@ -80,8 +76,7 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
 
     Raises ValueError if matplotlib or a run's metrics are missing, or a file cannot be read.
     """
-    if find_spec("matplotlib") is None:
-        raise UserError("report needs matplotlib: pip install 'madpo[report]'")
+    require_matplotlib()
     loaded = _load_runs(runs)
     page = PAGE.format(
         title=escape(" · ".join(run.name for run in loaded)),
@@ -159,43 +154,27 @@ def _legend(chart: Chart, runs: Sequence[Run], alone: bool) -> str:
     """Colours of the runs and marks of what differs within a run; empty if there is one curve."""
     evaluated = any(run.series(EVAL + metric)[0] for run in runs for metric in chart.metrics)
     colour = runs[0].colour if alone else GREY
-    keys = [] if alone else [_key("solid", run.colour, run.name) for run in runs]
+    keys = [] if alone else [key("solid", run.colour, run.name) for run in runs]
     if len(chart.metrics) > 1:
         marks = zip(("solid", "dashed"), chart.metrics, strict=True)
-        keys += [_key(mark, colour, metric.rpartition("/")[2]) for mark, metric in marks]
+        keys += [key(mark, colour, metric.rpartition("/")[2]) for mark, metric in marks]
     elif alone and evaluated:
-        keys.append(_key("solid", colour, "training"))
-    return "".join([*keys, _key("dot", colour, "held out")] if evaluated else keys)
-
-
-def _key(mark: str, colour: str, label: str) -> str:
-    return f'<span><i class="{mark}" style="color:{colour}"></i>{escape(label)}</span>'
+        keys.append(key("solid", colour, "training"))
+    return "".join([*keys, key("dot", colour, "held out")] if evaluated else keys)
 
 
 def _svg(chart: Chart, runs: Sequence[Run]) -> str:
-    """The drawing. Its text stays text, in the page's font; its ids are unique to the chart."""
-    import matplotlib
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    style: Any = {"svg.hashsalt": chart.title, "svg.fonttype": "none", "font.size": 9}
-    with matplotlib.rc_context(style), StringIO() as file:
-        figure = Figure(figsize=(5.4, 2.6), layout="constrained")
-        axes = figure.add_subplot(xmargin=0.02)
+    with svg(chart.title) as (axes, drawing):
         axes.set_xlabel("step", color=GREY)
-        axes.tick_params(color=PALE, labelcolor=GREY)
-        axes.grid(color=PALE, alpha=0.4)
-        axes.spines[:].set_color(PALE)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if chart.guide is not None:
             axes.axhline(chart.guide, color=GREY, linewidth=0.7, linestyle=(0, (2, 2)))
         for run in runs:
             _draw(axes, chart, run)
         axes.set_ylim(chart.limits)
-        figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
-        drawing = re.sub(r"(?s)^.*?(?=<svg)|<metadata>.*</metadata>", "", file.getvalue())
-    return re.sub(r'<g id="[^"]*"', "<g", drawing)
+    return drawing.getvalue()
 
 
 def _draw(axes: Axes, chart: Chart, run: Run) -> None:
@@ -217,9 +196,9 @@ def _facts_table(runs: Sequence[Run]) -> str:
         final, (_, times) = run.final(evaluation=False), run.series("time")
         begun = min(run.facts.get("started", times[0]), times[0]) if times else 0
         wall = str(timedelta(seconds=round(times[-1] - begun))) if times else ""
-        numbers = [_text(final.get(name)) for name in ("step", "epoch", "num_tokens")]
-        rows.append([_key("solid", run.colour, run.name), *numbers, wall])
-    return _table(["run", "steps", "epochs", "tokens", "wall time"], rows)
+        numbers = [text(final.get(name)) for name in ("step", "epoch", "num_tokens")]
+        rows.append([key("solid", run.colour, run.name), *numbers, wall])
+    return table(["run", "steps", "epochs", "tokens", "wall time"], rows)
 
 
 def _details(run: Run) -> str:
@@ -241,56 +220,17 @@ def _object_table(title: str, columns: Mapping[str, Mapping[str, Any]]) -> str:
     """A titled table with a row per name and a column per object; inner objects are flattened."""
     flat = [_flatten(column) for column in columns.values()]
     names = dict.fromkeys(name for column in flat for name in column)
-    rows = [[escape(name), *(_text(column.get(name)) for column in flat)] for name in names]
-    table = _table(["", *map(escape, columns)], rows)
-    return f"<div><h3>{title}</h3>{table}</div>" if rows else ""
+    rows = [[escape(name), *(text(column.get(name)) for column in flat)] for name in names]
+    return f"<div><h3>{title}</h3>{table(['', *map(escape, columns)], rows)}</div>" if rows else ""
 
 
 def _flatten(found: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for key, value in found.items():
-        name = prefix + key
+    for inner, value in found.items():
+        name = prefix + inner
         flat |= _flatten(value, f"{name}: ") if isinstance(value, dict) else {name: value}
     return flat
 
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are HTML already."""
-    lines = ["".join(f"<th>{cell}</th>" for cell in head)] if any(head) else []
-    lines += [f"<th>{first}</th>" + "".join(f"<td>{x}</td>" for x in rest) for first, *rest in rows]
-    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
-    return f'<div class="scroll"><table>\n{body}</table></div>'
-
-
-def _text(value: Any) -> str:
-    """A value as HTML: whole numbers in full, others to four digits, nothing for None."""
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value.is_integer() or abs(value) >= 1000 else f"{value:.4g}"
-    return f"{value:,}" if type(value) is int else escape("" if value is None else str(value))
-
-
-CSS = """
-body { margin: 0 auto; max-width: 1100px; padding: 2.5rem 1.25rem 4rem; background: #fff;
-  color: #1f2430; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 1.25rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.75rem 0 .75rem; } h3 { font-size: .95rem; margin: 0; }
-p, th { margin: 0; color: #5b6372; } table { border-collapse: collapse; font-size: .87rem; }
-.grid { display: grid; gap: 1.25rem; margin: 1.5rem 0;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
-.side { display: flex; flex-wrap: wrap; gap: 1.5rem 4rem; margin: 1.25rem 0; }
-.side > div { max-width: 100%; } .scroll, pre { overflow-x: auto; }
-figure { display: flex; flex-direction: column; margin: 0; padding: .9rem 1rem .5rem;
-  border: 1px solid #e3e6ea; border-radius: 8px; font-size: .8rem; }
-svg { width: 100%; height: auto; margin-top: auto; } svg text { font-family: inherit !important; }
-i { display: inline-block; width: 1.3em; margin: 0 .45em .22em 0; border-top: 2.5px solid; }
-i.dashed { border-top-style: dashed; } span { display: inline-block; margin-right: 1.1em; }
-i.dot { width: 0; border: .28em solid; border-radius: 50%; margin-bottom: .05em; }
-th, td { border-bottom: 1px solid #eceef1; padding: .3rem 1.5rem .3rem 0; white-space: nowrap;
-  text-align: right; font-weight: 400; font-variant-numeric: tabular-nums; }
-th:first-child { text-align: left; } summary { cursor: pointer; font-weight: 600; }
-pre { background: #f5f6f8; border-radius: 6px; padding: .75rem 1rem; margin: .5rem 0 0;
-  font: .83rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-"""
 
 PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">

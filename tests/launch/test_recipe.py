@@ -313,3 +313,13 @@ def test_text_that_looks_like_a_number_survives_the_file():
     texts = ["1e-6", "12e4", "no", "true", "1:30", "010", "~", ".5", "x: y", ""]
     tree = {"texts": texts, "others": [1e-6, 1.5, True, 3, None]}
     assert strict_yaml.parse(strict_yaml.dump(tree), "x") == tree
+
+
+def test_the_recipe_in_the_documentation_expands(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text.split("```yaml\n")[1].split("```")[0])
+    (tmp_path / "sft.yaml").write_text("output_dir: x\n")
+    order = [stage.name for stage in read(path).stages]
+    families = [f"dpo-{tier}-{seed}" for tier in ("high", "low") for seed in (0, 1)]
+    assert order == ["data", "sft", "reward-high", "reward-low", *families, "compare"]

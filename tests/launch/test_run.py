@@ -94,7 +94,7 @@ def test_a_second_run_skips_all_and_a_change_redoes_its_dependents(folder, capfd
     assert calls(folder) == ["a", "b", "c", "d"]
     assert (folder / "out" / "c" / "text").read_text() == "!twoone"
     assert go(path) == 0 and calls(folder) == []
-    assert capfd.readouterr().out.count("done before") == 4
+    assert capfd.readouterr().out.count(": done before") == 4
 
     assert go(path, "vars.y=three") == 0
     assert calls(folder) == ["b", "c"]
@@ -277,7 +277,7 @@ def test_a_training_that_was_killed_continues(folder, tokenizer_folder):
         process = start(path)
         out = process.communicate(timeout=120)[0]
         assert process.returncode == 0, out
-        assert "data: done" not in out and "sft: madpo sft" in out and ", continued" in out
+        assert "data: done before" in out and "sft: madpo sft" in out and ", continued" in out
         steps = [json.loads(line)["step"] for line in (sft / "metrics.jsonl").read_text().splitlines()]
         assert steps[:40] == list(range(1, 41))
         assert json.loads((sft / "run.json").read_text())["command"].startswith("madpo sft ")
@@ -285,7 +285,7 @@ def test_a_training_that_was_killed_continues(folder, tokenizer_folder):
 
         process = start(path)
         out = process.communicate(timeout=60)[0]
-        assert process.returncode == 0 and out.count("done before") == 2
+        assert process.returncode == 0 and out.count(": done before") == 2
         assert not list((folder / "out").glob("*.old-*"))
     finally:
         for left in processes_of(folder):

@@ -196,4 +196,6 @@ def test_an_objective_stands_in_where_none_is_needed(tmp_path):
     with pytest.raises(ValueError, match="objective: is required"):
         load(tmp_path / "config.yaml")
     assert load(tmp_path / "config.yaml", [], "generate").objective.loss_type == "nll"
-    assert load(tmp_path / "config.yaml", ["objective.loss_type=dpo"], "generate").objective.loss_type == "dpo"
+    assert (
+        load(tmp_path / "config.yaml", ["objective.loss_type=dpo"], "generate").objective.loss_type == "dpo"
+    )

@@ -195,7 +195,7 @@ REFUSED = [
     ({"datasets": [{"fraction": 1}]}, r"data\.datasets\.0\.path: is required"),
     (
         {"datasets": [{"path": "a", "weight": 1}]},
-        r"datasets\.0\.weight: unknown key; known here: fraction",
+        r"datasets\.0\.weight: unknown key; known here: adapter, columns, fraction",
     ),
     ({"datasets": [{"path": "a", "spilt": "x"}]}, r"datasets\.0\.spilt: unknown key, did you mean 'split'"),
     (

@@ -112,7 +112,7 @@ def objective_in(folder: str) -> dict[str, Any]:
 
 
 def margins_in(config: Config, split: str) -> list[float]:
-    lines = Path(config.data.dataset_name, f"{split}.jsonl").read_text().splitlines()
+    lines = Path(str(config.data.dataset_name), f"{split}.jsonl").read_text().splitlines()
     return [json.loads(line)["margin"] for line in lines]
 
 

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import make_config, run_ranks, save_model, write_pairs
+from harness import make_config, plain_scores, run_ranks, save_classifier, save_model, write_pairs
 from kernel_cases import relative_error
 from zero3 import plain_optimizer, zero3_steps
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.order import DataOrder
-from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.objectives import EdgeScores, build
 from madpo.trainer.stages.annotate import run_annotation
@@ -53,21 +52,6 @@ def config(tmp_path, tokenizer_folder) -> Config:
             "train": {"global_batch_size": BATCH, "num_train_epochs": 3},
         },
     )
-
-
-def save_classifier(folder: Path, tokenizer: Path) -> Path:
-    from transformers import AutoModelForSequenceClassification
-
-    save_model(folder, tokenizer, seed=1)
-    torch.manual_seed(4)
-    AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(folder)
-    return folder
-
-
-def plain_scores(model: Any, batch: list[TokenGroup]) -> torch.Tensor:
-    """(sequences,) each completion behind its prompt, alone, through transformers' classifier."""
-    rows = [group.prompt + completion for group in batch for completion in group.completions]
-    return torch.stack([model(input_ids=torch.tensor([row])).logits[0, 0] for row in rows])
 
 
 @pytest.mark.ranks

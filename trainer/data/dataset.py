@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config import DataConfig
 from madpo.trainer.data.adapters import ADAPTERS
+from madpo.trainer.data.folds import hash_of_prompt
 from madpo.trainer.data.formats import parse_json_line
 from madpo.trainer.data.order import permutation
 from madpo.trainer.data.packing import check_budget
@@ -35,7 +36,7 @@ from madpo.trainer.data.tokenise import TokenGroup, TokenRules, special_spelling
 from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Item, Objective
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Part of the cache key; raise it when the same rows would give other tokens."""
 
 FEATURES = datasets.Features(
@@ -56,6 +57,7 @@ FEATURES = datasets.Features(
         "truncated": datasets.Value("int32"),
         "equal": datasets.Value("int32"),
         "spells_special": datasets.Value("bool"),
+        "prompt_hash": datasets.Value("int64"),
         "problem": datasets.Value("string"),
         "unreadable": datasets.Value("bool"),
         "row": datasets.Value("int64"),
@@ -80,6 +82,16 @@ class GroupDataset:
     def rows(self) -> np.ndarray:
         """(G,) the line in a .jsonl file that a group comes from, else the number of its row."""
         return _column(self.table, "row")
+
+    @cached_property
+    def prompt_hashes(self) -> np.ndarray:
+        """(G,) equal where the prompts' text is."""
+        return _column(self.table, "prompt_hash")
+
+    def select(self, indices: np.ndarray, name: str) -> GroupDataset:
+        """The groups at `indices` (n,), under this name in messages and in the run's identity."""
+        rows = xxhash.xxh3_64_hexdigest(np.ascontiguousarray(indices, np.int64).tobytes())
+        return GroupDataset(self.table.select(indices), name, f"{self.fingerprint}, groups {rows}")
 
     @cached_property
     def completion_lengths(self) -> np.ndarray:
@@ -252,8 +264,10 @@ class _RowTokeniser:
         except Exception as error:  # a chat template, for one, raises what it likes
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             group = TokenGroup([], [], [], problem=f"{kind}{error}")
-            return {**_columns(group), "spells_special": False, "unreadable": True, "row": number}
-        return {**_columns(group), "spells_special": spells, "unreadable": False, "row": number}
+            facts = {"spells_special": False, "prompt_hash": 0}
+            return {**_columns(group), **facts, "unreadable": True, "row": number}
+        facts = {"spells_special": spells, "prompt_hash": hash_of_prompt(text)}
+        return {**_columns(group), **facts, "unreadable": False, "row": number}
 
 
 def _columns(group: TokenGroup) -> dict[str, Any]:

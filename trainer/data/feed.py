@@ -47,11 +47,16 @@ class Feed(Protocol):
         ...
 
 
+def content_of(groups: GroupDataset) -> str:
+    """What a continuation of a run on these groups must find again."""
+    return f"{len(groups)} groups, {groups.fingerprint}"
+
+
 class WholeSet:
     """A data set that is known as a whole, in the order of `data.order`."""
 
     def __init__(self, groups: GroupDataset, seed: int, order: str, report: dict[str, Any]) -> None:
-        self.content = f"{len(groups)} groups, {groups.fingerprint}"
+        self.content = content_of(groups)
         self.num_groups: int | None = len(groups)
         self._groups, self._report = groups, report
         self._order = DataOrder(len(groups), seed, groups.ease(order))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +12,40 @@ import torch.distributed as torch_dist
 from rich.console import Console
 
 from madpo.trainer import checkpoint, dist
-from madpo.trainer.config import Config
+from madpo.trainer.annotation import margins_of, together, write_split
+from madpo.trainer.calibration_report import write_calibration_report
+from madpo.trainer.config import AnnotateConfig, Config
 from madpo.trainer.data.dataset import GroupDataset, load_groups
-from madpo.trainer.data.formats import MARGIN_COLUMNS, parse_json_line
+from madpo.trainer.data.feed import content_of
+from madpo.trainer.data.folds import folds_of, without_fold
 from madpo.trainer.data.loader import evaluation_steps
-from madpo.trainer.data.source import Source, open_source
+from madpo.trainer.data.source import open_source
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.errors import UserError
+from madpo.trainer.loop import plan_run
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.objectives.base import segment_sum
 from madpo.trainer.objectives.reward import BradleyTerryParams
 from madpo.trainer.stages.setup import start_engine
+from madpo.trainer.state import TrainState
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A reward model: the newest checkpoint of the run that the config describes, or the model it names."""
+
+    config: Config
+    given: bool = False  # look for no checkpoint
+    fold: int | None = None  # the fold that it was trained without
 
 
 def run_annotation(config: Config) -> None:
-    """Write `<output_dir>/annotated/<split>.jsonl` for the splits that the config names, by the newest
-    checkpoint of the reward run in `output_dir`, or by the model it names if there is none.
+    """Write `<output_dir>/annotated/<split>.jsonl` for the splits that the config names, and
+    `annotation.json` and `report.html` beside them.
+
+    The scores are of the newest checkpoint of the reward run in `output_dir`, or of the model it names if
+    there is none; the mean of `annotate.models`; or with `annotate.folds` of the runs `fold-<k>` in
+    `output_dir`, a training row's by the one whose training left it out, any other row's the mean.
 
     Every row of the source is there, with `score_chosen`, `score_rejected` and `margin` where it could be
     scored. What the source gave as a margin or score is kept under `..._given`, so that one scale is left.
@@ -47,31 +63,122 @@ def run_annotation(config: Config) -> None:
         )
     if config.data.streaming:
         raise UserError("data.streaming: annotate writes the whole data set; set data.streaming=false")
-    config = config.model_copy(update={"objective": BradleyTerryParams()})  # which asks no margin of the data
-    folder, tokenizer = Path(config.output_dir), load_tokenizer(config.model)
+    judges = judges_of(config)
+    data = [_load(judge.config) for judge in judges]  # before the process group: tokenising may be long
+    shard = dist.init(config.launch.timeout_minutes)
+    found = [_score(judge, groups, shard) for judge, groups in zip(judges, data, strict=True)]
+    if shard.is_main:
+        _write_all(config, data, [scores for _, scores in found], [name for name, _ in found])
+    barrier()
+
+
+def _write_all(
+    config: Config,
+    data: list[dict[str, GroupDataset]],  # of each judge
+    scores: list[dict[str, np.ndarray]],  # of each judge, split -> (G, 2)
+    names: list[str],
+) -> None:
+    target, margins = Path(config.output_dir) / "annotated", dict[str, np.ndarray]()
+    for split, groups in data[0].items():
+        folds = None
+        if config.annotate.folds is not None and split == config.data.dataset_train_split:
+            folds = folds_of(groups.prompt_hashes, config.annotate.folds)
+        scored = together([own[split].rows for own in data], [own[split] for own in scores], folds)
+        source = open_source(config.data, split, Path(config.data.cache_dir).expanduser())
+        _show(split, write_split(target, split, source, scored, names), target)
+        margins[split if folds is None else f"{split}, cross-fitted"] = margins_of(scored.combined)
+        if scored.seen is not None:
+            margins[f"{split}, in sample"] = scored.seen
+    try:
+        print(f"report {write_calibration_report(margins, target / 'report.html')}", flush=True)
+    except UserError as error:
+        print(f"no report: {error}", flush=True)
+
+
+def judges_of(config: Config) -> list[Judge]:
+    """The reward models that a config asks to score with."""
+    if config.annotate.folds is not None:
+        folds = range(config.annotate.folds)
+        return [Judge(fold_config(config, fold), fold=fold) for fold in folds]
+    if config.annotate.models is None:
+        return [Judge(config)]
+    out = []
+    for name in config.annotate.models:
+        exported = Path(name).expanduser() / "model"
+        update = {"model_name_or_path": str(exported) if exported.is_dir() else name, "init_config": None}
+        model = config.model.model_copy(update={**update, "tokenizer_name_or_path": None})
+        out.append(Judge(config.model_copy(update={"model": model}), given=True))
+    return out
+
+
+def fold_config(config: Config, fold: int) -> Config:
+    """The config of the run that trains the model without a fold."""
+    data = config.data.model_copy(update={"folds": config.annotate.folds, "fold": fold})
+    folder = str(Path(config.output_dir) / f"fold-{fold}")
+    return config.model_copy(update={"data": data, "annotate": AnnotateConfig(), "output_dir": folder})
+
+
+def _load(config: Config) -> dict[str, GroupDataset]:
+    """The pairs of every split that the config names, all folds."""
+    tokenizer = load_tokenizer(config.model)
     splits = [config.data.dataset_train_split, config.data.dataset_test_split]
     data = {split: load_groups(config.data, split, tokenizer)[0] for split in splits if split is not None}
+    plain = config.model_copy(update={"objective": BradleyTerryParams()})  # which asks no margin of the data
     for groups in data.values():
-        groups.require(config.objective_entry, config.objective.loss_type, config.train.micro_batch_tokens)
-    shard = dist.init(config.launch.timeout_minutes)
-    tag = checkpoint.latest(folder / "checkpoints", checkpoint.model_identity(config, shard))
-    engine = start_engine(config, tokenizer, training=tag is not None)
+        groups.require(plain.objective_entry, plain.objective.loss_type, config.train.micro_batch_tokens)
+    return data
+
+
+def _score(judge: Judge, data: dict[str, GroupDataset], shard: Shard) -> tuple[str, dict[str, np.ndarray]]:
+    """The model's name, and split -> (G, 2) its scores of every group's chosen and rejected. The model is
+    gone afterwards."""
+    config = judge.config.model_copy(update={"objective": BradleyTerryParams()})
+    checkpoints = Path(config.output_dir) / "checkpoints"
+    tag = None if judge.given else checkpoint.latest(checkpoints, _identity(judge, data, shard))
+    engine = start_engine(config, load_tokenizer(config.model), training=tag is not None)
     if tag:
-        checkpoint.load(engine, folder / "checkpoints", tag)
+        _refuse_unfinished(judge, data, checkpoint.load(engine, checkpoints, tag))
+    elif judge.fold is not None:
+        raise UserError(
+            f"{checkpoints}: no checkpoint; madpo annotate trains the folds on one machine, elsewhere run "
+            f"--task reward first, with annotate={{}} output_dir={config.output_dir} "
+            f"data.folds={config.data.folds} data.fold={judge.fold}"
+        )
     elif getattr(engine.module.policy, "has_new_layer", True):
         raise UserError(
-            f"{folder / 'checkpoints'}: no checkpoint, and {config.model.model_name_or_path} is no reward "
+            f"{checkpoints}: no checkpoint, and {config.model.model_name_or_path} is no reward "
             "model; train first, or name one"
         )
-    model = str(folder / "checkpoints" / tag) if tag else str(config.model.model_name_or_path)
+    scores = {}
     for split, groups in data.items():
-        scores = completion_scores(engine, groups, config, shard)
-        if shard.is_main:
-            source = open_source(config.data, split, Path(config.data.cache_dir).expanduser())
-            facts = _write(folder / "annotated", split, source, groups, scores.numpy(), model)
-            _show(split, facts, folder / "annotated")
-    barrier()
+        flat = completion_scores(engine, groups, config, shard).numpy()
+        firsts = np.cumsum(groups.sequences) - groups.sequences
+        pairs = [groups[index].edges[0][:2] for index in range(len(groups))]
+        scores[split] = flat[firsts[:, None] + np.array(pairs)]
     engine.destroy()
+    return str(checkpoints / tag) if tag else str(config.model.model_name_or_path), scores
+
+
+def _identity(judge: Judge, data: dict[str, GroupDataset], shard: Shard) -> dict[str, Any]:
+    """What a checkpoint must agree in: a fold's in all, so that no row is judged by who has seen it."""
+    if judge.fold is None:
+        return checkpoint.model_identity(judge.config, shard)
+    return checkpoint.identity(judge.config, shard, content_of(_training_groups(judge, data)))
+
+
+def _training_groups(judge: Judge, data: dict[str, GroupDataset]) -> GroupDataset:
+    assert judge.config.data.folds is not None and judge.fold is not None
+    return without_fold(data[judge.config.data.dataset_train_split], judge.config.data.folds, judge.fold)
+
+
+def _refuse_unfinished(judge: Judge, data: dict[str, GroupDataset], state: TrainState) -> None:
+    if judge.fold is None:
+        return
+    steps = plan_run(judge.config, len(_training_groups(judge, data))).total_steps
+    if state.step < steps:
+        raise UserError(
+            f"{judge.config.output_dir}: step {state.step} of {steps}; continue it before its model scores"
+        )
 
 
 @torch.no_grad()
@@ -92,70 +199,17 @@ def completion_scores(engine: Any, groups: GroupDataset, config: Config, shard: 
     return scores.cpu()
 
 
-def _write(
-    target: Path,
-    split: str,
-    source: Source,
-    groups: GroupDataset,
-    scores: np.ndarray,  # (S,)
-    model: str,
-) -> dict[str, Any]:
-    """The annotated split, and `annotation.json` beside it: by what, from what, and how the margins lie."""
-    firsts = np.cumsum(groups.sequences) - groups.sequences
-    found: dict[int, tuple[float, float]] = {}
-    for index, (row, first) in enumerate(zip(groups.rows.tolist(), firsts.tolist(), strict=True)):
-        winner, loser, _ = groups[index].edges[0]
-        found[row] = float(scores[first + winner]), float(scores[first + loser])
-    target.mkdir(parents=True, exist_ok=True)
-    path = target / f"{split}.jsonl"
-    partial, count = path.with_suffix(".partial"), 0
-    with partial.open("w", encoding="utf-8") as file:
-        for number, row in _rows(source):
-            count += 1
-            file.write(json.dumps(_annotated(row, found.get(number)), ensure_ascii=False, default=str) + "\n")
-    os.replace(partial, path)
-    margins = np.array([chosen - rejected for chosen, rejected in found.values()])
-    facts = {
-        "model": model,
-        "source": source.name,
-        "fingerprint": source.fingerprint,
-        "rows": count,
-        "scored": len(margins),
-        "accuracy": float((margins > 0).mean()),
-        "margin_quantiles": {str(q): float(np.quantile(margins, q)) for q in (0.05, 0.25, 0.5, 0.75, 0.95)},
-    }
-    note = target / "annotation.json"
-    notes = json.loads(note.read_text()) if note.is_file() else {}
-    note.write_text(json.dumps({**notes, split: facts}, indent=2) + "\n")
-    return facts
-
-
-def _rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(the number that a group knows its row by, the row); a line that cannot be read is left out."""
-    row: Any
-    for index, row in enumerate(source.rows):
-        if source.unit != "line":
-            yield index, row
-            continue
-        try:
-            yield row["line"], parse_json_line(row["raw"])
-        except UserError:
-            continue
-
-
-def _annotated(row: dict[str, Any], scores: tuple[float, float] | None) -> dict[str, Any]:
-    row = {f"{key}_given" if key in MARGIN_COLUMNS else key: value for key, value in row.items()}
-    if scores is None:
-        return row
-    return {**row, "score_chosen": scores[0], "score_rejected": scores[1], "margin": scores[0] - scores[1]}
-
-
 def _show(split: str, facts: dict[str, Any], target: Path) -> None:
     low, middle, high = (facts["margin_quantiles"][q] for q in ("0.05", "0.5", "0.95"))
+    models = facts["models"]
+    seen = ""
+    if "in_sample" in facts:
+        seen = f" ({facts['in_sample']['accuracy']:.1%} by models that were trained on the pair)"
     Console(highlight=False, soft_wrap=True).print(
-        f"{split}: {facts['scored']} of {facts['rows']} rows scored by {facts['model']}; chosen above "
-        f"rejected in {facts['accuracy']:.1%}; margins {low:.2f} .. {middle:.2f} .. {high:.2f} "
-        f"(5 %, median, 95 %)\n"
+        f"{split}: {facts['scored']} of {facts['rows']} rows scored by "
+        f"{models[0] if len(models) == 1 else f'{len(models)} models'}; chosen above "
+        f"rejected in {facts['accuracy']:.1%}{seen}; "
+        f"margins {low:.2f} .. {middle:.2f} .. {high:.2f} (5 %, median, 95 %)\n"
         f"  next stage: data.dataset_name={target}",
         markup=False,
     )

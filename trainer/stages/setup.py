@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.feed import Feed, WholeSet
+from madpo.trainer.data.folds import without_fold
 from madpo.trainer.data.mismatched import MismatchedDataset
 from madpo.trainer.data.mixture import load_split
 from madpo.trainer.data.reader import open_reader
@@ -46,6 +47,10 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool
         feed = _stream(config, tokenizer)
     elif training or config.objective.quantiles:
         groups, report = load_split(data, False, tokenizer, supervised)
+        if data.folds is not None and data.fold is not None:
+            groups = without_fold(groups, data.folds, data.fold)
+            kept = {"groups": len(groups), "tokens": int(groups.lengths.sum())}
+            report = {split: {**facts, **kept, "without_fold": data.fold} for split, facts in report.items()}
         train = _made_fit(groups, config)
         feed = WholeSet(train, config.seed, data.order, report)
     if data.has_test_split or not training:
