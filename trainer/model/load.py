@@ -21,8 +21,10 @@ from transformers.utils import logging
 from madpo.trainer.config import Config, ModelConfig
 from madpo.trainer.errors import UserError
 from madpo.trainer.model import prefix_attention
+from madpo.trainer.model.balance import expert_balance
 from madpo.trainer.model.policy import PolicyWithReference
 from madpo.trainer.model.reward import RewardModel
+from madpo.trainer.model.vocabulary import fit_vocabulary
 from madpo.trainer.strict_yaml import nearest
 
 NEW_LAYER = "score.weight"
@@ -77,22 +79,18 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
         named = model.ref_model_name_or_path
         revision = None if named else model.model_revision
         reference = load(named or model.model_name_or_path, revision)
-        _same_vocabulary(policy, reference)
-        if model.sync_ref_model:
-            _same_shapes(policy, reference)
-    if len(tokenizer) > policy.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model only {policy.config.vocab_size}; "
-            "they do not belong together (model.tokenizer_name_or_path)"
-        )
+    fit_vocabulary(policy, reference, len(tokenizer), model.resize_embeddings)
+    if model.sync_ref_model and reference is not None:
+        _same_shapes(policy, reference)
     if model.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if rewards:
         padding_token(tokenizer)
         return RewardModel(policy, entry, config.objective)
     budget_bytes = int(config.train.head_gib * 2**30)
+    balance = expert_balance(policy, model.router_aux_loss_coef)
     return PolicyWithReference(
-        policy, reference, entry, config.objective, budget_bytes, config.train.head_impl
+        policy, reference, entry, config.objective, budget_bytes, config.train.head_impl, balance
     )
 
 
@@ -124,6 +122,11 @@ def _pretrained(
             "the files do not belong to the config beside them"
         )
     model.has_new_layer = NEW_LAYER in found["missing_keys"]
+    if model.config.get_text_config() is not model.config:
+        raise UserError(
+            f"model {name!r}: {type(model).__name__} reads more than text; save its language model by itself "
+            "and name that"
+        )
     return model
 
 
@@ -171,13 +174,4 @@ def _same_shapes(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
         raise UserError(
             f"model.sync_ref_model: {name} is {ours.get(name)} in the policy and {theirs.get(name)} in the "
             "reference; both must be of one architecture"
-        )
-
-
-def _same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
-    ours, theirs = policy.config.vocab_size, reference.config.vocab_size
-    if ours != theirs:
-        raise UserError(
-            f"policy and reference have vocabularies of {ours} and {theirs} tokens; the reference must "
-            "be a model with the same tokenizer (model.ref_model_name_or_path)"
         )

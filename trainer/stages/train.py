@@ -19,6 +19,7 @@ from madpo.trainer import checkpoint, dist, loop
 from madpo.trainer.config import Config, dump
 from madpo.trainer.dist import Shard, barrier, refuse_if_any
 from madpo.trainer.metrics import MetricsFile
+from madpo.trainer.model.balance import expert_remarks
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.progress import Progress
 from madpo.trainer.stages.export import export_model
@@ -54,7 +55,8 @@ def run_training(config: Config, command: str) -> None:
             cleanup.callback(metrics.close)
             progress = Progress(loop.plan_run(config, len(data.train)).total_steps)
             cleanup.callback(progress.close)
-            progress.announce(config, data.report, state, shard, engine.device)
+            remarks = expert_remarks(engine.module.policy, config.model.router_aux_loss_coef)
+            progress.announce(config, data.report, state, shard, engine.device, remarks)
             sinks = [metrics.write, progress.show]
         barrier()
 
