@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from madpo.launch.lifeline import LAUNCHER_PID, die_with_launcher
 from madpo.trainer.errors import EXIT_USAGE, UserError
+from madpo.trainer.run_folder import set_aside
 
 if TYPE_CHECKING:
     from madpo.launch.local import Task
@@ -24,31 +27,46 @@ ConfigPath = Annotated[str, typer.Argument(help="YAML file", metavar="CONFIG")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="as in optim.lr=2e-6", metavar="SECTION.KEY=VALUE")
 ]
+Fresh = Annotated[bool, typer.Option("--fresh", help="set an earlier run in output_dir aside")]
 
 
 @app.command()
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="set an earlier run in output_dir aside")] = False,
+    fresh: Fresh = False,
 ) -> None:
     """Train on this machine's GPUs (without one: on the CPU); continues a run that was cut off."""
-    from madpo.launch import local
-    from madpo.trainer.config import load
+    _train("train", config, overrides, fresh)
 
-    resolved = load(config, overrides or [])
-    folder = Path(resolved.output_dir)
-    if fresh:
-        set_aside(folder)
-    status = local.run("train", config, overrides or [], resolved.launch)
-    if status == 0:
-        try:
-            report([folder], None)
-        except UserError as error:
-            print(f"no report: {error}", file=sys.stderr)
-        if resolved.train.export:
-            print(f"model  {folder / 'model'}")
-    raise typer.Exit(status)
+
+@app.command()
+def sft(config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """Train on completions, as `train` does, with nll where the config names no objective."""
+    _train("sft", config, overrides, fresh)
+
+
+@app.command()
+def reward(config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """Train a reward model, as `train` does, with bradley_terry where the config names no objective."""
+    _train("reward", config, overrides, fresh)
+
+
+@app.command("run")
+def run_recipe(
+    recipe: Annotated[Path, typer.Argument(help="YAML file of stages", metavar="RECIPE")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="as in vars.scale=0.2 or 'dpo-*.optim.lr=2e-6'", metavar="STAGE.KEY=VALUE"),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="independent stages at a time")] = 1,
+    only: Annotated[list[str] | None, typer.Option(help="these stages, and what they need")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would run")] = False,
+) -> None:
+    """Run the stages of a recipe in order; what is done and unchanged is not done again."""
+    from madpo.launch.run import run
+
+    raise typer.Exit(run(recipe, overrides or [], jobs, only or [], dry_run))
 
 
 @app.command()
@@ -58,9 +76,13 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def export(config: ConfigPath, overrides: Overrides = None) -> None:
+def export(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    merge: Annotated[bool, typer.Option("--merge", help="an adapter also as whole weights")] = False,
+) -> None:
     """Write the run's newest checkpoint as a Hugging Face model folder."""
-    _run_task("export", config, overrides)
+    _run_task("export", config, [*(overrides or []), *(["train.export_merged=true"] if merge else [])])
 
 
 @app.command()
@@ -70,9 +92,33 @@ def annotate(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def generate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Sample completions of a data set's prompts from one or more models, judge them, make pairs of them."""
+    _run_task("generate", config, overrides)
+
+
+@app.command()
 def probe(config: ConfigPath, overrides: Overrides = None) -> None:
     """Measure what the starting model knows of its training set, and suggest a supervised objective."""
     _run_task("probe", config, overrides)
+
+
+@app.command()
+def show_data(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option("-n", "--count", min=0, help="groups to show")] = 3,
+) -> None:
+    """Show training data as the model sees it: tokens, what is trained on, what was cut and dropped."""
+    import datasets
+    from rich.console import Console
+
+    from madpo.trainer.config import load
+    from madpo.trainer.stages.show_data import show_data as show
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    show(load(config, overrides or []), count, Console(highlight=False))
 
 
 @app.command("config")
@@ -117,26 +163,37 @@ def bench(
     run_bench(shape or [], rows or [], head or [], dtype, iterations, output)
 
 
-def set_aside(folder: Path) -> None:
-    """Rename an earlier run, so that a fresh one starts and nothing is lost."""
-    if folder.exists():
-        number = 1
-        while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
-            number += 1
-        folder.rename(target)
-        print(f"the earlier run is now {target}")
+def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) -> None:
+    from madpo.launch import local
+    from madpo.trainer.config import load
+
+    resolved = load(config, overrides or [], task)
+    folder = Path(resolved.output_dir)
+    if fresh:
+        set_aside(folder)
+    status = local.run(task, config, overrides or [], resolved.launch)
+    if status == 0:
+        try:
+            report([folder], None)
+        except UserError as error:
+            print(f"no report: {error}", file=sys.stderr)
+        if resolved.train.export:
+            print(f"model  {folder / 'model'}")
+    raise typer.Exit(status)
 
 
 def _run_task(task: Task, config: str, overrides: list[str] | None) -> None:
     from madpo.launch import local
     from madpo.trainer.config import load
 
-    resolved = load(config, overrides or [])
+    resolved = load(config, overrides or [], task)
     raise typer.Exit(local.run(task, config, overrides or [], resolved.launch))
 
 
 def main() -> None:
     """The console script: errors of the user end in one line and status 2."""
+    if LAUNCHER_PID in os.environ:  # a stage of `madpo run`
+        die_with_launcher()
     try:
         app()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Start the ranks of this machine with the `deepspeed` launcher, and stop all of them with us."""
+"""Start the ranks of this machine, several with the `deepspeed` launcher, and stop all of them with us."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from madpo.launch.lifeline import LAUNCHER_PID
 from madpo.trainer.config import LaunchConfig
 from madpo.trainer.errors import UserError
 
-Task = Literal["train", "evaluate", "export", "probe", "annotate"]
+Task = Literal["train", "sft", "reward", "evaluate", "export", "probe", "annotate", "generate"]
 
 
 def count_processes(launch: LaunchConfig) -> int:
@@ -50,9 +51,12 @@ def visible_gpus() -> list[str]:
 
 
 def command_line(task: Task, config: str, overrides: Sequence[str], ranks: int) -> list[str]:
-    """The deepspeed command that runs a task on `ranks` ranks of this machine."""
+    """The command that runs a task on `ranks` ranks of this machine: one alone needs no launcher."""
     from madpo.trainer.dist import free_port
 
+    worker = ["madpo.launch.worker", "--task", task, config, *overrides]
+    if ranks == 1:
+        return [sys.executable, "-m", *worker]
     which = ["--num_accelerators", str(ranks)]
     if visible := visible_gpus():
         # Given a number, the launcher takes the first GPUs whatever CUDA_VISIBLE_DEVICES says.
@@ -64,10 +68,8 @@ def command_line(task: Task, config: str, overrides: Sequence[str], ranks: int) 
         *("--master_port", str(free_port())),
         "--no_local_rank",
         *("--log_level", "error"),
-        *("--module", "madpo.launch.worker"),
-        *("--task", task),
-        config,
-        *overrides,
+        "--module",
+        *worker,
     ]
 
 
@@ -75,10 +77,13 @@ def environment(ranks: int) -> dict[str, str]:
     """The environment of the ranks: cores shared out, and on a CPU DeepSpeed told so."""
     import torch
 
-    from madpo.trainer.dist import LAUNCHER_PID
+    from madpo.trainer.dist import free_port
 
     env = os.environ | {LAUNCHER_PID: str(os.getpid())}
-    if visible_gpus():
+    if ranks == 1:
+        env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    elif visible_gpus():
         del env["CUDA_VISIBLE_DEVICES"]  # the command line names them
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -90,7 +95,8 @@ def environment(ranks: int) -> dict[str, str]:
 
 
 def run(task: Task, config: str, overrides: Sequence[str], launch: LaunchConfig) -> int:
-    """Start the ranks, wait for them, return their exit status; signals are passed on."""
+    """Start the ranks, wait for them, return their exit status (128 + n after signal n); signals are
+    passed on."""
     ranks = count_processes(launch)
     process = subprocess.Popen(
         command_line(task, config, overrides, ranks), env=environment(ranks), start_new_session=True
@@ -101,7 +107,8 @@ def run(task: Task, config: str, overrides: Sequence[str], launch: LaunchConfig)
 
     old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return process.wait()
+        status = process.wait()
+        return status if status >= 0 else 128 - status
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

@@ -14,14 +14,18 @@ import time
 import warnings
 from importlib import import_module
 
+from madpo.launch.lifeline import die_with_launcher
 from madpo.trainer.errors import EXIT_USAGE, UserError
 
 TASKS = {
     "train": ("train", "run_training"),
+    "sft": ("train", "run_training"),
+    "reward": ("train", "run_training"),
     "evaluate": ("evaluate", "run_evaluation"),
     "export": ("export", "run_export"),
     "probe": ("probe", "run_probe"),
     "annotate": ("annotate", "run_annotation"),
+    "generate": ("generate", "run_generation"),
 }
 """Task -> module of trainer/stages and its function."""
 
@@ -63,13 +67,13 @@ def _run(args: argparse.Namespace) -> None:
     disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    config = load(args.config, args.overrides)
+    config = load(args.config, args.overrides, args.task)
     dist.check_launcher()
-    dist.die_with_launcher()
+    die_with_launcher()
     module, function = TASKS[args.task]
     run = getattr(import_module(f"madpo.trainer.stages.{module}"), function)
-    command = (shlex.join(["madpo", "train", args.config, *args.overrides]),) if args.task == "train" else ()
-    run(config, *command)
+    command = shlex.join(["madpo", args.task, args.config, *args.overrides])
+    run(config, *([command] if module == "train" else []))
     dist.leave()
 
 

@@ -26,7 +26,8 @@ def zero3_steps(shard, config: Config, steps: int) -> list[tuple[float, dict[str
     assert groups is not None
     engine = start_engine(config, tokenizer, training=True)
     order = DataOrder(len(groups), config.seed)
-    names = dict(engine.module.policy.named_parameters())
+    named = engine.module.policy.named_parameters()
+    names = {name: parameter for name, parameter in named if parameter.requires_grad}
     gradients: dict[str, torch.Tensor] = {}
     engine_step = engine.step
 

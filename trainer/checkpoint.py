@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "output_dir",
     "launch.",
     "deepspeed",
+    "generate",
     "data.cache_dir",
     "data.dataset_name",  # the fingerprint of its content counts
     "data.dataset_num_proc",
@@ -39,6 +40,7 @@ MAY_CHANGE = (
     "train.save_steps",
     "train.save_total_limit",
     "train.export",
+    "train.max_shard_size",
 )
 """Config keys, or their beginnings, that may differ between a run and its continuation."""
 
@@ -48,6 +50,8 @@ def identity(config: Config, shard: Shard, groups: GroupDataset | None = None) -
     out: dict[str, Any] = {"number of ranks": shard.world_size}
     for section, values in config.model_dump(mode="json", by_alias=True).items():
         flat = values if isinstance(values, dict) else {"": values}
+        if section == "peft":  # whether there is one, too
+            flat = {"": values is not None, **(values or {})}
         out |= {f"{section}.{key}".rstrip("."): value for key, value in flat.items()}
     out = {key: value for key, value in out.items() if not key.startswith(MAY_CHANGE)}
     if groups is not None:
@@ -57,7 +61,7 @@ def identity(config: Config, shard: Shard, groups: GroupDataset | None = None) -
 
 def model_identity(config: Config, shard: Shard) -> dict[str, Any]:
     """The part of the identity that says which weights fit."""
-    parts = ("model.", "number of ranks")
+    parts = ("model.", "peft", "number of ranks")
     return {key: value for key, value in identity(config, shard).items() if key.startswith(parts)}
 
 

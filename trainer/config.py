@@ -8,25 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from madpo.trainer import strict_yaml
+from madpo.trainer.data.adapters import ADAPTERS
+from madpo.trainer.data.rows import check_template_kwargs
 from madpo.trainer.deepspeed_keys import DEEPSPEED_KEYS, OWNED_DEEPSPEED_KEYS
 from madpo.trainer.errors import UserError
+from madpo.trainer.generate_config import GenerateConfig
 from madpo.trainer.objectives.base import Objective
 from madpo.trainer.objectives.build import as_one_objective
 from madpo.trainer.objectives.registry import OBJECTIVES, ObjectiveParams
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values are of their type, immutable and finite."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
-    )
+from madpo.trainer.section import Section
 
 
 class ModelConfig(Section):
@@ -54,6 +49,48 @@ class ModelConfig(Section):
     resize_embeddings: bool = Field(
         default=False, description="give a model whose tokenizer is larger the rows that it lacks"
     )
+    freeze: list[str] = Field(
+        default_factory=list,
+        description="weights that stay: `embeddings`, `head`, or patterns of names as in *.layers.0.*",
+    )
+
+
+class PeftConfig(Section):
+    """A LoRA adapter in place of all weights. Null is the value in brackets, or what a stored adapter has."""
+
+    lora_r: int | None = Field(default=None, ge=1, description="rank (16)")
+    lora_alpha: int | None = Field(default=None, ge=1, description="scale: alpha / r, see use_rslora (32)")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="only 0")
+    lora_target_modules: Literal["all-linear"] | list[str] | None = Field(
+        default=None, description="names of linear layers (all-linear: all but the head)"
+    )
+    lora_modules_to_save: list[str] | None = Field(
+        default=None, description="layers trained whole, in a copy, as in [embed_tokens, lm_head]"
+    )
+    use_rslora: bool | None = Field(default=None, description="scale: alpha / sqrt(r) (false)")
+    use_dora: bool | None = Field(default=None, description="directions and magnitudes apart (false)")
+    base_model_name_or_path: str | None = Field(
+        default=None, description="of a stored adapter; null: the one that it names"
+    )
+    load_in_4bit: bool = Field(default=False, description="QLoRA: the base in 4 bits; needs madpo[qlora]")
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    use_bnb_nested_quant: bool = Field(default=False, description="quantise the quantisation constants too")
+
+    @property
+    def quantised(self) -> bool:
+        return self.load_in_4bit or self.load_in_8bit
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.lora_dropout:
+            raise UserError(
+                f"lora_dropout: {self.lora_dropout} would be noise in the margin between policy and "
+                "reference; only 0 is allowed. To regularise, lower lora_r or set optim.weight_decay"
+            )
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UserError("load_in_4bit, load_in_8bit: set one of them")
+        return self
 
 
 class DataConfig(Section):
@@ -63,6 +100,14 @@ class DataConfig(Section):
     dataset_config: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str | None = Field(default=None, description="held-out split; null: no evaluation")
+    adapter: str = Field(default="auto", description="how rows are read, see docs/data.md; auto: by columns")
+    columns: dict[str, str] = Field(default_factory=dict, description="our name of a column: the data set's")
+    edges: Literal["all", "adjacent", "best_worst"] = Field(
+        default="all", description="which completions of a ranked group are compared"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="variables for the chat template; a row's own come before these"
+    )
     max_length: int = Field(default=1024, ge=2, description="tokens of prompt + one completion")
     append_eos: Literal["auto", "always", "never"] = Field(
         default="auto", description="auto: plain text yes, conversations no (their template ends them)"
@@ -73,6 +118,18 @@ class DataConfig(Section):
     on_bad_row: Literal["error", "drop"] = Field(default="error", description="a row that cannot be read")
     dataset_num_proc: int | None = Field(default=None, ge=1, description="processes that tokenise")
     cache_dir: str = Field(default="~/.cache/madpo", description="where tokenised data is kept")
+
+    @field_validator("adapter")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value != "auto" and value not in ADAPTERS:
+            raise UserError(f"unknown adapter{strict_yaml.nearest(value, ['auto', *ADAPTERS])}")
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _for_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return check_template_kwargs(value)
 
 
 class OptimConfig(Section):
@@ -98,6 +155,12 @@ class TrainConfig(Section):
     save_steps: int | None = Field(default=None, ge=1, description="null: only at the end")
     save_total_limit: int = Field(default=2, ge=1, description="checkpoints kept")
     export: bool = Field(default=True, description="write a Hugging Face model folder at the end")
+    export_merged: bool = Field(
+        default=False, description="beside an adapter, also write whole weights with it in them"
+    )
+    max_shard_size: str = Field(
+        default="5GB", pattern=r"^[1-9][0-9]*(KB|MB|GB)$", description="of an exported weights file"
+    )
     head_gib: float = Field(default=2.0, gt=0, description="GiB of logits that the loss head keeps at once")
     head_impl: Literal["auto", "triton", "torch"] = Field(
         default="auto", description="of the loss head; auto: triton on GPUs, torch on CPUs"
@@ -122,11 +185,13 @@ class Config(Section):
     output_dir: str = Field(description="the run folder")
     seed: int = Field(default=42, ge=0, lt=2**32)
     model: ModelConfig
+    peft: PeftConfig | None = Field(default=None, description="null: train all weights")
     data: DataConfig
     objective: ObjectiveParams  # pyright: ignore[reportInvalidTypeForm]
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     launch: LaunchConfig = LaunchConfig()
+    generate: GenerateConfig | None = Field(default=None, description="for madpo generate; null: defaults")
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed to DeepSpeed")
 
     @field_validator("objective", mode="before")
@@ -189,21 +254,70 @@ def validate(config: Config) -> None:
     zero = config.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 3) not in (1, 2, 3):
         raise UserError(f"deepspeed.zero_optimization: a mapping with stage 1, 2 or 3, got {zero!r}")
+    if config.peft is not None:
+        validate_peft(config, config.peft)
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def validate_peft(config: Config, peft: PeftConfig) -> None:
+    """What an adapter, a new one or a stored one, cannot be combined with. Raises ValueError."""
+    model = config.model
+    if model.init_config is not None:
+        raise UserError(
+            "peft: an adapter needs weights that it can be put on again; set model.model_name_or_path"
+        )
+    if model.sync_ref_model:
+        raise UserError(
+            "model.sync_ref_model: the reference of an adapter is its own base model, which does not move; "
+            "train all weights (without peft), or set sync_ref_model=false"
+        )
+    if model.freeze:
+        raise UserError("model.freeze: with peft nothing but the adapter is trained; leave freeze out")
+    if peft.quantised and not config.train.bf16:
+        raise UserError("peft.load_in_4bit, load_in_8bit: they compute in bf16; set train.bf16=true")
+    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 3)
+    if stage == 3 and (peft.quantised or peft.use_dora):
+        key = "use_dora" if peft.use_dora else "load_in_4bit, load_in_8bit"
+        raise UserError(
+            f"peft.{key}: such a layer needs more in one piece than the weight that ZeRO-3 gathers for it; "
+            "set deepspeed.zero_optimization.stage=2"
+        )
+    if peft.quantised and config.train.export_merged:
+        raise UserError(
+            "train.export_merged: the base is quantised; export the adapter, and merge it with peft into the "
+            "weights as they were before"
+        )
+
+
+DEFAULT_OBJECTIVES = {"sft": "nll", "reward": "bradley_terry", "annotate": "bradley_terry", "generate": "nll"}
+"""Task -> the loss_type of a config that names none; `generate` has no use for it."""
+
+
+def load(path: str | Path, overrides: Iterable[str] = (), task: str = "train") -> Config:
     """Read a YAML file, apply `section.key=value` overrides, check everything. Raises ValueError."""
-    tree = strict_yaml.override(strict_yaml.read(path), overrides)
+    return from_tree(strict_yaml.override(strict_yaml.read(path), overrides), str(path), task)
+
+
+def from_tree(tree: dict[str, Any], origin: str, task: str = "train") -> Config:
+    """The config in a mapping of sections, for a task. ValueError names `origin` and every problem."""
+    objective = tree.get("objective") or {}
+    if task in DEFAULT_OBJECTIVES and isinstance(objective, dict):
+        tree = {**tree, "objective": {"loss_type": DEFAULT_OBJECTIVES[task], **objective}}
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from None
+        raise UserError(f"{origin}: {_explain(error)}") from None
+    kinds = {"sft": config.objective_entry.supervised, "reward": "scores" in config.objective_entry.needs}
+    if not kinds.get(task, True):
+        raise UserError(
+            f"{origin}: objective.loss_type: {config.objective.loss_type} is no objective of madpo {task}, "
+            f"which takes {DEFAULT_OBJECTIVES[task]} or one of its kind; leave it out, or use madpo train"
+        )
+    return config
 
 
 def dump(config: Config) -> str:
     """The resolved config as YAML; `load` of it gives the same config."""
-    tree = config.model_dump(mode="json", by_alias=True)
-    return yaml.safe_dump(tree, sort_keys=False, width=100)
+    return strict_yaml.dump(config.model_dump(mode="json", by_alias=True))
 
 
 def _explain(error: ValidationError) -> str:
@@ -238,8 +352,9 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
     parents = list(location[:-1])
     if parents[:1] == ["objective"]:
         node = OBJECTIVES[str(parents[1])].params
-    elif parents:
-        annotation = Config.model_fields[str(parents[0])].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        node = annotation
+    else:
+        for parent in parents:
+            annotation = node.model_fields[str(parent)].annotation
+            kinds = (annotation, *get_args(annotation))  # a section may be null
+            node = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
     return [field.serialization_alias or name for name, field in node.model_fields.items()]

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import select
-import signal
 import socket
-import sys
-import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,8 +12,6 @@ import torch
 import torch.distributed as torch_dist
 
 from madpo.trainer.errors import UserError
-
-LAUNCHER_PID = "MADPO_LAUNCHER_PID"
 
 
 @dataclass(frozen=True)
@@ -66,6 +59,15 @@ def check_launcher() -> None:
         raise UserError("WORLD_SIZE is set and MASTER_ADDR is not; start ranks with torchrun or deepspeed")
 
 
+def device() -> torch.device:
+    """This rank's GPU, without one the CPU."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
 def from_main(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     box = [value]
@@ -90,33 +92,6 @@ def leave() -> None:
     """Leave the process group."""
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
-
-
-def die_with_launcher() -> None:
-    """Terminate this process when what started it dies, which launchers do not see to themselves.
-
-    The parent is watched by the kernel. `madpo train` stands further up, behind the deepspeed
-    command, and leaves its process id in LAUNCHER_PID for a thread to wait on. Linux only.
-    """
-    if sys.platform != "linux":
-        return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    if LAUNCHER_PID not in os.environ:
-        return
-    try:
-        launcher = os.pidfd_open(int(os.environ[LAUNCHER_PID]))
-    except ProcessLookupError:
-        os.kill(os.getpid(), signal.SIGTERM)
-    except OSError:
-        return  # a kernel before 5.3, or a sandbox: train on, with the parent watched only
-    else:
-        threading.Thread(target=_terminate_after, args=(launcher,), daemon=True).start()
-
-
-def _terminate_after(pidfd: int) -> None:
-    select.select([pidfd], [], [])
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def free_port() -> int:

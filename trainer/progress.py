@@ -45,17 +45,21 @@ class Progress:
         state: TrainState,
         shard: Shard,
         device: torch.device,
+        parameters: tuple[int, int],  # trained, all
         remarks: Sequence[str] = (),
     ) -> None:
         """The facts of the run, before its first step; `remarks` are further ones, a line each."""
         out = self._console.print
         where = f"{shard.world_size} rank(s) on {device.type}"
         out(f"[bold]{config.objective.loss_type}[/] into {config.output_dir}, {where}")
+        trained, total = parameters
+        out(f"  {trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
         for split, facts in report.items():
             dropped = sum(facts["dropped"].values())
             notes = [f"{facts['groups']} groups, {facts['tokens']} tokens"]
             notes += [f"{dropped} rows dropped"] if dropped else []
-            for key in ("truncated_completions", "groups_with_moved_boundary"):
+            counts = ("truncated_completions", "groups_with_moved_boundary", "rows_that_spell_special_tokens")
+            for key in counts:
                 notes += [f"{facts[key]} {key.replace('_', ' ')}"] if facts[key] else []
             out(f"  {split}: {', '.join(notes)}")
         for remark in remarks:

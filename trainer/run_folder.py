@@ -5,8 +5,11 @@ run.json          the command, the versions, the hardware
 data_report.json  what was read, cut and dropped
 metrics.jsonl     one line per log step and evaluation
 evaluation.json   the result of `madpo evaluate`
+generated/        completions and their scores, by `madpo generate`
+pairs/            preference pairs made of them
 checkpoints/      weights, optimiser and state to resume from
-model/            the exported model
+model/            the exported model, or the adapter
+merged/           with train.export_merged: the model with the adapter in it
 report.html
 """
 
@@ -31,3 +34,13 @@ def last_evaluation(folder: Path) -> dict[str, Any]:
             return record
     path = folder / "evaluation.json"
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def set_aside(folder: Path) -> None:
+    """Rename an earlier run, so that a fresh one starts and nothing is lost."""
+    if folder.exists():
+        number = 1
+        while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        folder.rename(target)
+        print(f"the earlier run is now {target}", flush=True)

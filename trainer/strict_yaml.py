@@ -35,6 +35,10 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+class _StrictDumper(yaml.SafeDumper):
+    """Quotes text that either this module or another YAML reader would take for something else."""
+
+
 _SCALARS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -46,7 +50,8 @@ _SCALARS = (
     ),
 )
 for _tag, _pattern, _first in _SCALARS:
-    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})$"), _first)
+    for _class in (_StrictLoader, _StrictDumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})$"), _first)
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _StrictLoader.construct_mapping)
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(str(node.value)))
 
@@ -72,6 +77,11 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: a config is a mapping of sections, got {type(value).__name__}")
     return value
+
+
+def dump(tree: dict[str, Any]) -> str:
+    """The YAML text of a mapping; `parse` of it gives the same mapping."""
+    return yaml.dump(tree, Dumper=_StrictDumper, sort_keys=False, width=100)
 
 
 def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from madpo.launch.cli import set_aside
 from madpo.launch.local import command_line, count_processes, environment
 from madpo.trainer.config import LaunchConfig
 from madpo.trainer.dist import check_launcher
+from madpo.trainer.run_folder import set_aside
 
 CONFIG = """
 output_dir: OUT
@@ -38,7 +38,7 @@ def test_help_fits_a_screen_and_names_the_commands():
     done = madpo("--help")
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) < 40
-    for command in ("train", "evaluate", "export", "config", "report", "demo", "bench"):
+    for command in ("train", "evaluate", "export", "config", "report", "demo", "bench", "generate"):
         assert command in done.stdout
 
 
@@ -89,7 +89,8 @@ def test_the_visible_gpus_are_the_ones_that_are_used(monkeypatch):
     assert "CUDA_VISIBLE_DEVICES" not in environment(2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8a1f")
     with pytest.raises(ValueError, match="takes numbers only"):
-        command_line("train", "c.yaml", [], 1)
+        command_line("train", "c.yaml", [], 2)
+    assert environment(1)["CUDA_VISIBLE_DEVICES"] == "GPU-8a1f"  # one rank alone takes the first, by any name
 
 
 def test_the_launcher_gets_the_overrides_as_they_are():
@@ -97,6 +98,14 @@ def test_the_launcher_gets_the_overrides_as_they_are():
     assert "deepspeed.launcher.runner" in line
     assert line[-2:] == ["c.yaml", "objective={loss_type: dpo}"]
     assert line[line.index("--num_accelerators") + 1] == "3"
+
+
+def test_one_rank_is_started_without_a_launcher(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "elsewhere")
+    line = command_line("reward", "c.yaml", ["seed=1"], 1)
+    assert line[1:] == ["-m", "madpo.launch.worker", "--task", "reward", "c.yaml", "seed=1"]
+    env = environment(1)
+    assert (env["RANK"], env["WORLD_SIZE"], env["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
 
 
 def test_fresh_sets_the_earlier_run_aside(tmp_path):

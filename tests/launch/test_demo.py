@@ -36,3 +36,13 @@ def test_metrics_table_has_a_row_per_metric_and_a_gap_where_one_is_missing():
     assert lines[0].split() == ["metric", "a", "b"]
     assert lines[1].split() == ["x", "0.5000"]
     assert lines[2].split() == ["y", "1.0000", "2.0000"]
+
+
+def test_the_demo_recipe_is_one_that_could_start():
+    from madpo.launch.recipe import read
+    from madpo.launch.run import checked
+
+    recipe = read(CONFIGS / "demo_recipe.yaml", ["vars.epochs=2"])
+    assert [stage.name for stage in recipe.stages] == ["data", "sft", "reward", "margins", "madpo", "dpo"]
+    for stage in recipe.stages:
+        checked(stage, recipe)

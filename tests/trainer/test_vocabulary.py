@@ -128,3 +128,10 @@ def test_a_tokenizer_without_a_pad_token_is_as_good_as_one_with(tmp_path, tokeni
         assert (exported.pad_token is None) is (name == "without")
         AutoModelForCausalLM.from_pretrained(Path(config.output_dir) / "model")
     assert lines[0] == lines[1]
+
+
+def test_an_adapter_does_not_widen_its_base(tmp_path, tokenizer_folder):
+    config = config_of(tmp_path, tokenizer_folder, vocab_size=KNOWN)
+    config = Config.model_validate(config.model_dump(by_alias=True) | {"peft": {"lora_r": 2}})
+    with pytest.raises(AssertionError, match=r"resize_embeddings: an adapter is put on its base model"):
+        run_ranks(1, train, config)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,15 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config import DataConfig
-from madpo.trainer.data.formats import layout_of, parse_json_line, to_group
+from madpo.trainer.data.adapters import ADAPTERS
+from madpo.trainer.data.formats import parse_json_line
 from madpo.trainer.data.packing import check_budget
-from madpo.trainer.data.tokenise import TokenGroup, TokenRules, tokenise
+from madpo.trainer.data.rows import RowRules, choose_adapter, read_row
+from madpo.trainer.data.tokenise import TokenGroup, TokenRules, special_spellings, spells_special, tokenise
 from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Item, Objective
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of the cache key; raise it when the same rows would give other tokens."""
 
 FEATURES = datasets.Features(
@@ -49,6 +52,8 @@ FEATURES = datasets.Features(
         "num_labels": datasets.Value("int32"),
         "boundary_cut": datasets.Value("int32"),
         "truncated": datasets.Value("int32"),
+        "equal": datasets.Value("int32"),
+        "spells_special": datasets.Value("bool"),
         "problem": datasets.Value("string"),
         "unreadable": datasets.Value("bool"),
         "row": datasets.Value("int64"),
@@ -107,7 +112,8 @@ class GroupDataset:
     def __getitem__(self, index: int) -> TokenGroup:
         row = self.table[int(index)]
         edges = list(zip(row["winners"], row["losers"], row["margins"], strict=True))
-        return TokenGroup(row["prompt"], row["completions"], edges, row["labels"])
+        counts = {name: row[name] for name in ("boundary_cut", "truncated", "equal")}
+        return TokenGroup(row["prompt"], row["completions"], edges, row["labels"], **counts)
 
     def require(self, objective: Objective, loss_type: str, budget: int) -> None:
         """Raise ValueError unless the groups hold what the objective needs and fit the token budget."""
@@ -157,6 +163,12 @@ class Source:
         return f"{self.name}:{row}" if self.unit == "line" else f"{self.name} row {row}"
 
 
+def rules_of(data: DataConfig, supervised: bool = False) -> TokenRules:
+    """What the config says of reading rows and making tokens of them."""
+    rows = RowRules(data.adapter, data.columns, data.edges)
+    return TokenRules(data.max_length, data.append_eos, supervised, data.chat_template_kwargs, rows)
+
+
 def load_groups(
     data: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase, supervised: bool = False
 ) -> tuple[GroupDataset, dict[str, Any]]:
@@ -167,16 +179,11 @@ def load_groups(
     """
     cache = Path(data.cache_dir).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
-    rules = TokenRules(data.max_length, data.append_eos, supervised)
+    rules = rules_of(data, supervised)
     lock = f"lock-{xxhash.xxh3_64_hexdigest(data.dataset_name.encode())}"
     with FileLock(cache / lock):
         source = open_source(data, split, cache)
-        identity = (
-            FORMAT_VERSION,
-            source.fingerprint,
-            tokenizer_identity(tokenizer),
-            asdict(rules),
-        )
+        identity = (FORMAT_VERSION, source.fingerprint, tokenizer_identity(tokenizer), asdict(rules))
         path = cache / f"groups-{xxhash.xxh3_128_hexdigest(repr(identity).encode())}"
         if not path.is_dir():
             _tokenise_all(source, tokenizer, rules, data.dataset_num_proc, path)
@@ -280,20 +287,24 @@ class _RowTokeniser:
 
     tokenizer: PreTrainedTokenizerBase
     rules: TokenRules
-    layout: str
+    adapter: str
     raw_lines: bool
+    spellings: re.Pattern[str] | None  # of special tokens
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         number = row["line"] if self.raw_lines else index
         try:
             fields = parse_json_line(row["raw"]) if self.raw_lines else row
-            text = to_group(fields, self.layout, self.rules.supervised)
+            text = read_row(fields, ADAPTERS[self.adapter], self.rules.rows, self.rules.supervised)
             group = tokenise(text, self.tokenizer, self.rules)
+            if len(group.completions) > 1 and not group.edges and not group.problem:
+                group = replace(group, problem="no completion is better than another")
+            spells = spells_special(text, self.spellings)
         except Exception as error:  # a chat template, for one, raises what it likes
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             group = TokenGroup([], [], [], problem=f"{kind}{error}")
-            return {**_columns(group), "unreadable": True, "row": number}
-        return {**_columns(group), "unreadable": False, "row": number}
+            return {**_columns(group), "spells_special": False, "unreadable": True, "row": number}
+        return {**_columns(group), "spells_special": spells, "unreadable": False, "row": number}
 
 
 def _columns(group: TokenGroup) -> dict[str, Any]:
@@ -312,6 +323,7 @@ def _columns(group: TokenGroup) -> dict[str, Any]:
         "num_labels": sum(label != 0 for label in group.labels),
         "boundary_cut": group.boundary_cut,
         "truncated": group.truncated,
+        "equal": group.equal,
         "problem": group.problem,
     }
 
@@ -324,9 +336,9 @@ def _tokenise_all(
     path: Path,
 ) -> None:
     raw_lines = source.unit == "line"
-    layout = _layout(source, rules.supervised)
+    adapter = _adapter(source, rules.rows, rules.supervised)
     table = source.rows.map(
-        _RowTokeniser(tokenizer, rules, layout, raw_lines),
+        _RowTokeniser(tokenizer, rules, adapter, raw_lines, special_spellings(tokenizer)),
         with_indices=True,
         remove_columns=source.rows.column_names,
         features=FEATURES,
@@ -342,15 +354,15 @@ def _tokenise_all(
     os.replace(partial, path)
 
 
-def _layout(source: Source, supervised: bool) -> str:
-    """The layout of the columns; JSON lines have those of the first line that can be read."""
+def _adapter(source: Source, rules: RowRules, supervised: bool) -> str:
+    """The adapter for the columns; JSON lines have those of the first line that can be read."""
     if source.unit != "line":
-        return layout_of(source.rows.column_names, supervised)
+        return choose_adapter(source.rows.column_names, rules, supervised)
     problem = None
     row: Any
     for row in source.rows:
         try:
-            return layout_of(parse_json_line(row["raw"]), supervised)
+            return choose_adapter(parse_json_line(row["raw"]), rules, supervised)
         except UserError as error:
             problem = problem or f"{source.where(row['line'])}: {error}"
     raise UserError(str(problem))
@@ -383,6 +395,8 @@ def _report(source: Source, table: datasets.Dataset) -> dict[str, Any]:
         "tokens": int(_column(table, "num_tokens")[usable].sum()),
         "truncated_completions": int(_column(table, "truncated")[usable].sum()),
         "groups_with_moved_boundary": int((_column(table, "boundary_cut")[usable] > 0).sum()),
+        "comparisons_of_equal_tokens": int(_column(table, "equal")[usable].sum()),
+        "rows_that_spell_special_tokens": int(_column(table, "spells_special").sum()),
     }
     if len(margins):
         report["margin_min"], report["margin_max"] = float(margins.min()), float(margins.max())

@@ -6,14 +6,16 @@ Accepted columns, TRL's names:
                  margin, or score_chosen and score_rejected (also chosen_score and rejected_score)
     unpaired     prompt, completion, label     true (or 1) is desirable
     supervised   prompt, completion   or   messages   or   text
+    scored       prompt, completions, scores   a list of texts or of lists of messages, and its numbers
+Conversations may have `tools` and `chat_template_kwargs` beside them, for the chat template.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from madpo.trainer.errors import UserError
@@ -30,6 +32,8 @@ class TextGroup:
     completions: list[Text]
     edges: list[tuple[int, int, float | None]]
     labels: list[int] = field(default_factory=list)  # 1 desirable, -1 undesirable; of all or none
+    tools: list[dict[str, Any]] = field(default_factory=list)  # JSON schemas, given to the chat template
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # also given to it
 
     @property
     def conversational(self) -> bool:
@@ -42,6 +46,7 @@ LAYOUTS = (
     ("prompt-completion", {"prompt", "completion"}),
     ("messages", {"messages"}),
     ("text", {"text"}),
+    ("scored", {"prompt", "completions", "scores"}),
 )
 
 
@@ -58,32 +63,81 @@ def layout_of(columns: Iterable[str], supervised: bool = False) -> str:
     raise UserError(f"columns {sorted(columns)} are no known layout; give one of: {known}")
 
 
-def to_group(row: dict[str, Any], layout: str, supervised: bool = False) -> TextGroup:
+def to_group(row: Mapping[str, Any], layout: str, supervised: bool = False) -> TextGroup:
     """One row as a group. Supervised training keeps the chosen completion of a preference row.
 
     Raises ValueError that names the field, what it holds and what it should.
     """
-    if layout == "preference":
-        group = _preference(row)
-        return TextGroup(group.prompt, group.completions[:1], []) if supervised else group
+    if layout in ("preference", "scored"):
+        group = preference(row) if layout == "preference" else _scored(row)
+        return best_only(group) if supervised else group
     if layout in ("prompt-completion", "unpaired"):
-        prompt, completion = _text(row, "prompt"), _text(row, "completion")
-        labels = [_label(row)] if layout == "unpaired" else [-1] * (row.get("label") is False)
-        return TextGroup(prompt, _same_kind(prompt, completion), [], labels)
+        prompt, completion = text_or_messages(row, "prompt"), text_or_messages(row, "completion")
+        labels = [label_of(row)] if layout == "unpaired" else [-1] * (row.get("label") is False)
+        return TextGroup(prompt, same_kind(prompt, completion), [], labels)
     if layout == "messages":
-        messages = _text(row, "messages")
+        messages = text_or_messages(row, "messages")
         if isinstance(messages, str) or len(messages) < 2:
             raise UserError("messages: a list of at least two messages, the last one the assistant's")
-        return TextGroup(messages[:-1], _same_kind(messages[:-1], messages[-1:]), [])
-    text = _text(row, "text")
+        return TextGroup(messages[:-1], same_kind(messages[:-1], messages[-1:]), [])
+    text = text_or_messages(row, "text")
     if not isinstance(text, str):
         raise UserError("text: expected text; put conversations in a `messages` column")
     return TextGroup("", [text], [])
 
 
-def _preference(row: dict[str, Any]) -> TextGroup:
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-    prompt = _text(row, "prompt", may_be_empty=True) if row.get("prompt") is not None else None
+def best_only(group: TextGroup) -> TextGroup:
+    """The group with the first completion that no other is better than, for supervised training."""
+    if len(group.completions) == 1:
+        return group
+    losers = {loser for _, loser, _ in group.edges}
+    best = next(x for i, x in enumerate(group.completions) if i not in losers)
+    return replace(group, completions=[best], edges=[], labels=[])
+
+
+def ranked(
+    prompt: Text,
+    completions: Sequence[Text],
+    scores: Sequence[float],  # of the completions
+    with_margins: bool = True,
+) -> TextGroup:
+    """A group in which every completion is compared with every other of another score; ties prefer
+    nothing. The margin is the difference of the scores."""
+    edges: list[tuple[int, int, float | None]] = [
+        (winner, loser, finite(better - worse, "margin") if with_margins else None)
+        for winner, better in enumerate(scores)
+        for loser, worse in enumerate(scores)
+        if better > worse
+    ]
+    return TextGroup(prompt, same_kind(prompt, *completions), edges)
+
+
+def _scored(row: Mapping[str, Any]) -> TextGroup:
+    """A completion may be empty, as a model may end at once; one without a score is left out."""
+    completions, scores = (objects(row, name, at_least=2) for name in ("completions", "scores"))
+    if len(completions) != len(scores):
+        raise UserError(f"scores: {len(scores)} numbers for {len(completions)} completions")
+    texts = [as_text(x, f"completions[{i}]", may_be_empty=True) for i, x in enumerate(completions)]
+    known = [i for i, score in enumerate(scores) if score is not None]
+    if not known:
+        raise UserError("scores: none is a number")
+    numbers = [finite(scores[i], f"scores[{i}]") for i in known]
+    prompt = text_or_messages(row, "prompt", may_be_empty=True)
+    return ranked(prompt, [texts[i] for i in known], numbers)
+
+
+def objects(row: Mapping[str, Any], name: str, at_least: int = 1) -> list[Any]:
+    """The list under a name. Raises ValueError."""
+    value = row.get(name)
+    if not isinstance(value, list) or len(value) < at_least:
+        raise UserError(f"{name}: expected a list of at least {at_least}, got {value!r:.80}")
+    return value
+
+
+def preference(row: Mapping[str, Any]) -> TextGroup:
+    """A row with chosen and rejected. Raises ValueError."""
+    chosen, rejected = text_or_messages(row, "chosen"), text_or_messages(row, "rejected")
+    prompt = text_or_messages(row, "prompt", may_be_empty=True) if row.get("prompt") is not None else None
     if (
         isinstance(chosen, list)
         and isinstance(rejected, list)
@@ -92,8 +146,11 @@ def _preference(row: dict[str, Any]) -> TextGroup:
         # Whole conversations; a prompt column beside them says again how they begin.
         prompt, chosen, rejected = _split_conversations(chosen, rejected)
     if prompt is None:
-        raise UserError("prompt is missing; only conversations (lists of messages) may leave it out")
-    return TextGroup(prompt, _same_kind(prompt, chosen, rejected), [(0, 1, _margin(row))])
+        raise UserError(
+            "prompt is missing; only conversations (lists of messages) may leave it out; transcripts in one "
+            "text are read by data.adapter=hh_rlhf or hh_rlhf_text"
+        )
+    return TextGroup(prompt, same_kind(prompt, chosen, rejected), [(0, 1, margin_of(row))])
 
 
 def _split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
@@ -107,7 +164,7 @@ def _split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _same_kind(prompt: Text, *completions: Text) -> list[Text]:
+def same_kind(prompt: Text, *completions: Text) -> list[Text]:
     """The completions, if they and the prompt are all text or all messages of the assistant."""
     if len({isinstance(x, str) for x in (prompt, *completions)}) > 1:
         raise UserError("prompt and completions must all be text or all be lists of messages")
@@ -121,45 +178,66 @@ def _same_kind(prompt: Text, *completions: Text) -> list[Text]:
     return list(completions)
 
 
-def _text(row: dict[str, Any], field: str, may_be_empty: bool = False) -> Text:
-    value = row.get(field)
+def text_or_messages(row: Mapping[str, Any], field: str, may_be_empty: bool = False) -> Text:
+    """The text or the messages under a name. Raises ValueError."""
+    return as_text(row.get(field), field, may_be_empty)
+
+
+def as_text(value: Any, field: str, may_be_empty: bool = False) -> Text:
+    """The value, if it is text or messages; `field` is what messages call it. Raises ValueError."""
     if isinstance(value, str):
         if not value and not may_be_empty:
             raise UserError(f"{field} is empty")
         return value
     if isinstance(value, list) and value:
-        for message in value:
-            ok = isinstance(message, dict) and isinstance(message.get("role"), str)
-            if not ok or not isinstance(message.get("content"), str):
-                raise UserError(f"{field}: a message needs text under role and content, got {message!r:.80}")
-        # Parquet gives every message every key, null where it has none.
-        return [{k: v for k, v in message.items() if v is not None} for message in value]
+        return [_message(field, message) for message in value]
     raise UserError(f"{field}: expected text or a list of messages, got {value!r:.80}")
+
+
+def _message(field: str, message: Any) -> dict[str, Any]:
+    """A message without the keys that hold null; one that calls tools needs no text."""
+    if isinstance(message, dict) and isinstance(message.get("role"), str):
+        message = without_nulls(message)
+        calls = message.get("tool_calls") if message["role"] == "assistant" else None
+        calls_only = isinstance(calls, list) and calls and "content" not in message
+        if isinstance(message.get("content"), str) or calls_only:
+            return message
+    raise UserError(
+        f"{field}: a message needs text under role and content (or tool_calls of the assistant), "
+        f"got {message!r:.80}"
+    )
+
+
+def without_nulls(value: Any) -> Any:
+    """Parquet gives every object of a column every key, null where it has none."""
+    if isinstance(value, dict):
+        return {key: without_nulls(x) for key, x in value.items() if x is not None}
+    return [without_nulls(x) for x in value] if isinstance(value, list) else value
 
 
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
 MARGIN_COLUMNS = frozenset({"margin", *SCORES[0], *SCORES[1]})
 
 
-def _margin(row: dict[str, Any]) -> float | None:
+def margin_of(row: Mapping[str, Any]) -> float | None:
     """The margin column, else the difference of a pair of score columns, else None."""
     if row.get("margin") is not None:
-        return _finite(row, "margin")
+        return finite(row["margin"], "margin")
     for chosen, rejected in SCORES:
         if row.get(chosen) is not None and row.get(rejected) is not None:
-            return _finite({"margin": _finite(row, chosen) - _finite(row, rejected)}, "margin")
+            return finite(finite(row[chosen], chosen) - finite(row[rejected], rejected), "margin")
     return None
 
 
-def _label(row: dict[str, Any]) -> int:
+def label_of(row: Mapping[str, Any]) -> int:
     value = row.get("label")
     if value is None or value not in (True, False):  # 1 and 0 are equal to these
         raise UserError(f"label: true (or 1, desirable) or false (or 0), got {value!r}")
     return 1 if value else -1
 
 
-def _finite(row: dict[str, Any], field: str) -> float:
-    value = row[field]
+def finite(value: Any, field: str) -> float:
+    """The value as a number. Raises ValueError."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not abs(value) <= sys.float_info.max:
         raise UserError(f"{field}: expected a finite number, got {value!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from madpo.trainer.data.dataset import GroupDataset
@@ -46,4 +48,4 @@ class MismatchedDataset(GroupDataset):
         room = self._max_length - len(own.prompt)
         borrowed = [completion[:room] for completion in partner.completions]
         labels = [*own.labels, *(0 for _ in borrowed)]
-        return TokenGroup(own.prompt, [*own.completions, *borrowed], own.edges, labels)
+        return replace(own, completions=[*own.completions, *borrowed], labels=labels)

@@ -171,8 +171,8 @@ def check_budget(lengths: np.ndarray, budget: int) -> None:
     """Raise ValueError if one group exceeds the budget."""
     if len(lengths) and lengths.max() > budget:
         raise UserError(
-            f"train.micro_batch_tokens: {budget} cannot hold a group of {lengths.max()} tokens; "
-            "raise it, or lower data.max_length"
+            f"train.micro_batch_tokens: {budget} cannot hold a group of {lengths.max()} tokens; raise it, "
+            "lower data.max_length or, if groups hold many completions, set data.edges=best_worst"
         )
 
 

@@ -125,15 +125,15 @@ def pairs(rated: Iterable[Rated], seed: int) -> list[dict[str, Any]]:
     return out
 
 
-def prepare(folder: Path, vocab_size: int = 2048, seed: int = 42) -> None:
-    """Write the demo's data into `folder`: `sentences/` and `pairs/` with train.jsonl and test.jsonl,
+def prepare(output: Path, vocab_size: int = 2048, seed: int = 42) -> None:
+    """Write the demo's data into `output`: `sentences/` and `pairs/` with train.jsonl and test.jsonl,
     and `tokenizer/`, a byte-level BPE trained on the training sentences."""
-    train, held_out = split(read(fetch(folder)))
+    train, held_out = split(read(fetch(output)))
     for name, part in (("train", train), ("test", held_out)):
         sentences = ({"prompt": x.prompt, "completion": " " + x.text} for x in part)
-        _write_jsonl(folder / "sentences" / f"{name}.jsonl", sentences)
-        _write_jsonl(folder / "pairs" / f"{name}.jsonl", pairs(part, seed))
-    train_tokenizer((f"{x.prompt} {x.text}" for x in train), vocab_size, folder / "tokenizer")
+        _write_jsonl(output / "sentences" / f"{name}.jsonl", sentences)
+        _write_jsonl(output / "pairs" / f"{name}.jsonl", pairs(part, seed))
+    train_tokenizer((f"{x.prompt} {x.text}" for x in train), vocab_size, output / "tokenizer")
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.data.formats import Messages, Text, TextGroup
+from madpo.trainer.data.rows import RowRules
 from madpo.trainer.errors import UserError
 
 
@@ -19,6 +21,8 @@ class TokenRules:
     max_length: int
     append_eos: Literal["auto", "always", "never"] = "auto"
     supervised: bool = False  # one completion per row, and no edges
+    template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)  # a row's own come before these
+    rows: RowRules = field(default_factory=RowRules)
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class TokenGroup:
     labels: list[int] = field(default_factory=list)  # 1 desirable, -1 undesirable, 0 neither; of all or none
     boundary_cut: int = 0  # prompt tokens that merged into the completion and moved there
     truncated: int = 0  # completions that lost their end
+    equal: int = 0  # edges left out, as their two sides are the same tokens
     problem: str = ""  # why the group cannot be trained on; empty: it can
 
 
@@ -39,10 +44,10 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
 
     A completion starts where the tokens of prompt + completion leave those of the prompt alone: at
     their longest common prefix, and the same place for every completion of the group. Completions
-    are cut to `max_length` at their end; a group whose prompt fills `max_length`, or whose two sides
-    of an edge become equal, cannot be trained on and says so in `problem`.
+    are cut to `max_length` at their end. An edge whose two sides become equal is left out. A group whose
+    prompt fills `max_length`, or that no edge is left of, cannot be trained on and says so in `problem`.
     """
-    prompt_only = _encode_prompt(group, tokenizer)
+    prompt_only = encode_prompt(group, tokenizer, rules)
     wholes = [_encode_whole(group, x, tokenizer, rules) for x in group.completions]
     start = min(_common_prefix(prompt_only, whole) for whole in wholes)
     if start == 0 and not group.prompt and len(wholes) == 1:
@@ -50,7 +55,7 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
     prompt = wholes[0][:start]
     room = rules.max_length - start
     completions = [whole[start : start + max(room, 0)] for whole in wholes]
-    edges = group.edges
+    edges = [edge for edge in group.edges if completions[edge[0]] != completions[edge[1]]]
     problem = ""
     if start == 0:
         problem = "prompt and completion share no leading token"
@@ -58,7 +63,7 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
         problem = "a completion has no tokens"
     elif room < 1:
         problem = "prompt fills max_length"
-    elif any(completions[winner] == completions[loser] for winner, loser, _ in edges):
+    elif group.edges and not edges:
         problem = "chosen and rejected are the same tokens"
     elif rules.supervised and -1 in group.labels:
         problem = "labelled undesirable, and this objective imitates"
@@ -69,6 +74,7 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
         group.labels or _labels(edges, len(completions)),
         boundary_cut=max(len(prompt_only) - start, 0),
         truncated=sum(len(whole) > rules.max_length for whole in wholes),
+        equal=len(group.edges) - len(edges),
         problem=problem,
     )
 
@@ -84,21 +90,42 @@ def _labels(edges: list[tuple[int, int, float | None]], count: int) -> list[int]
     return [(x > 0) - (x < 0) for x in score]
 
 
-def _encode_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def special_spellings(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Finds the tokenizer's special tokens where they are spelled out."""
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True)))) if special else None
+
+
+def spells_special(group: TextGroup, spellings: re.Pattern[str] | None) -> bool:
+    """Whether a text of the group spells a special token. In messages it becomes one, elsewhere it stays
+    text."""
+    texts = [x for text in (group.prompt, *group.completions) for x in _texts(text)]
+    return spellings is not None and any(spellings.search(text) for text in texts)
+
+
+def _texts(text: Text) -> list[str]:
+    return [text] if isinstance(text, str) else [message.get("content", "") for message in text]
+
+
+def encode_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> list[int]:
+    """A group's prompt alone, up to where its completions start."""
     if isinstance(group.prompt, str):
         return _encode_text(group.prompt, tokenizer)
     continued = _is_continued(group.prompt)
     return _encode_messages(
+        group,
         group.prompt,
         tokenizer,
-        add_generation_prompt=not continued,
+        rules,
+        add_generation_prompt=group.prompt[-1]["role"] != "assistant",
         continue_final_message=continued,
     )
 
 
 def _is_continued(prompt: Messages) -> bool:
-    """A prompt that ends with the assistant's own words is continued, any other is answered."""
-    return prompt[-1]["role"] == "assistant"
+    """A prompt that ends with the assistant's own words is continued, and one that ends with its call of a
+    tool is followed by the result; any other is answered."""
+    return prompt[-1]["role"] == "assistant" and "tool_calls" not in prompt[-1]
 
 
 def _encode_whole(
@@ -111,10 +138,14 @@ def _encode_whole(
         assert not isinstance(completion, str)
         prompt = group.prompt
         if _is_continued(prompt):
-            joined = prompt[-1]["content"] + completion[0]["content"]
+            if completion[0]["role"] != "assistant":
+                raise UserError(
+                    "the prompt ends with words of the assistant, so the completion goes on with them"
+                )
+            joined = prompt[-1]["content"] + completion[0].get("content", "")
             completion = [{**completion[0], "content": joined}, *completion[1:]]
             prompt = prompt[:-1]
-        ids = _encode_messages(prompt + completion, tokenizer)
+        ids = _encode_messages(group, prompt + completion, tokenizer, rules)
     append = rules.append_eos == "always" or (rules.append_eos == "auto" and not group.conversational)
     if append and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
@@ -128,14 +159,28 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def _encode_messages(messages: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[int]:
+def _encode_messages(
+    group: TextGroup,
+    messages: Messages,
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TokenRules,
+    **options: Any,
+) -> list[int]:
     if tokenizer.chat_template is None:
         raise UserError(
             "the data set holds conversations and the tokenizer has no chat template; "
             "use an instruction-tuned tokenizer (model.tokenizer_name_or_path) or plain text columns"
         )
-    encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-    return encoded["input_ids"]  # type: ignore[index,return-value]
+    options |= {"tools": group.tools or None, **rules.template_kwargs, **group.template_kwargs}
+    encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    ids = encoded["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        raise UserError(
+            f"the conversation begins with {tokenizer.bos_token} twice; the chat template writes it, so take "
+            "it out of the data, or out of the template if the tokenizer adds it too"
+        )
+    return ids
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

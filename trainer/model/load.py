@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from madpo.trainer.config import Config, ModelConfig
+from madpo.trainer.config import Config, ModelConfig, PeftConfig, validate_peft
 from madpo.trainer.errors import UserError
-from madpo.trainer.model import prefix_attention
+from madpo.trainer.model import lora, prefix_attention
 from madpo.trainer.model.balance import expert_balance
-from madpo.trainer.model.policy import PolicyWithReference
+from madpo.trainer.model.freeze import freeze
+from madpo.trainer.model.policy import PolicyWithReference, Reference
 from madpo.trainer.model.reward import RewardModel
-from madpo.trainer.model.vocabulary import fit_vocabulary
+from madpo.trainer.model.vocabulary import add_rows, fit_vocabulary
 from madpo.trainer.strict_yaml import nearest
 
 NEW_LAYER = "score.weight"
@@ -69,19 +71,23 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
     rewards = "scores" in entry.needs
     kind: Any = AutoModelForSequenceClassification if rewards else AutoModelForCausalLM
     options = {"num_labels": 1} if rewards else {}
-    load = partial(_pretrained, dtype=dtype, attention=attention, kind=kind, **options)
+    load = partial(_load, config, dtype=dtype, attention=attention, kind=kind, **options)
+    adapter = _stored_adapter(config, model.model_name_or_path, model.model_revision)
     if model.init_config:
         policy = _from_scratch(model, tokenizer, dtype, attention, kind, **options)
     else:
-        policy = load(model.model_name_or_path, model.model_revision)
-    reference = None
-    if entry.needs_reference:
-        named = model.ref_model_name_or_path
-        revision = None if named else model.model_revision
-        reference = load(named or model.model_name_or_path, revision)
-    fit_vocabulary(policy, reference, len(tokenizer), model.resize_embeddings)
-    if model.sync_ref_model and reference is not None:
-        _same_shapes(policy, reference)
+        if adapter is not None:
+            lora.refuse_contradictions(adapter, config.peft or PeftConfig())
+        policy = load(model.model_name_or_path, model.model_revision, adapter)
+        if config.peft is not None and adapter is None:
+            start = str(model.model_name_or_path), model.model_revision
+            lora.attach(policy, lora.new_config(config.peft, *start, rewards), lora.POLICY)
+    fit_vocabulary(policy, len(tokenizer), model.resize_embeddings)
+    if model.freeze:
+        freeze(policy, model.freeze)
+    if config.train.export_merged and not lora.is_adapted(policy):
+        raise UserError("train.export_merged: the model has no adapter; leave it false")
+    reference = _reference(config, policy, adapter, load) if entry.needs_reference else None
     if model.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if rewards:
@@ -94,8 +100,94 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
     )
 
 
+def load_sampler(name: str, revision: str | None, bf16: bool) -> PreTrainedModel:
+    """A language model to sample from, or an adapter's with it on, with transformers' own attention. Raises
+    ValueError as above."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model, _ = _load(None, name, revision, dtype=dtype, attention="sdpa", kind=AutoModelForCausalLM)
+    return model.eval()
+
+
+def folder_of(name: str) -> str:
+    """Where the model is: of a run's folder the exported one, of anything else itself."""
+    exported = Path(name) / "model"
+    return str(exported) if _holds_model(exported) and not _holds_model(Path(name)) else name
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
+
+
+def state_of_files(name: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of every file in a model's folder; [] for a name on the hub."""
+    files = sorted(file for file in Path(name).glob("*") if file.is_file())
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _reference(
+    config: Config, policy: PreTrainedModel, adapter: lora.StoredAdapter | None, load: Callable[..., Any]
+) -> Reference:
+    """The model named, or the one that training starts from: with an adapter on the policy, the policy's own
+    weights without it, or with a frozen copy of the adapter if that was trained before."""
+    model = config.model
+    if model.ref_model_name_or_path is None and lora.is_adapted(policy):
+        if adapter is not None:
+            lora.attach(policy, adapter.config, lora.REFERENCE, adapter.weights)
+        return Reference(policy, lora.switch(policy, None if adapter is None else lora.REFERENCE))
+    named = model.ref_model_name_or_path
+    source = named or model.model_name_or_path, None if named else model.model_revision
+    reference = load(*source, _stored_adapter(config, *source))
+    if model.resize_embeddings:
+        add_rows(reference, policy.config.vocab_size)
+    _same_vocabulary(policy, reference)
+    if model.sync_ref_model:
+        _same_shapes(policy, reference)
+    return Reference(reference)
+
+
+def _stored_adapter(config: Config, name: str | None, revision: str | None) -> lora.StoredAdapter | None:
+    """The adapter of that name, if it is one. Raises ValueError for one that cannot be used in this run."""
+    settings = config.peft or PeftConfig()
+    adapter = lora.stored_adapter(name, revision, settings.base_model_name_or_path)
+    if adapter is not None:
+        validate_peft(config, settings.model_copy(update={"use_dora": adapter.config.use_dora}))
+    return adapter
+
+
+def _load(
+    config: Config,
+    name: str | None,
+    revision: str | None,
+    adapter: lora.StoredAdapter | None,
+    **options: Any,
+) -> PreTrainedModel:
+    """A model, with the adapter on it if its name is that of one."""
+    options["quantization_config"] = lora.quantisation(config.peft)
+    if adapter is None:
+        return _pretrained(name, revision, **options)
+    try:
+        model: Any = _pretrained(adapter.base, adapter.config.revision, **options)
+    except UserError as error:
+        raise UserError(
+            f"{name} is an adapter: {error}; if its base model is elsewhere now, set "
+            "peft.base_model_name_or_path"
+        ) from error
+    if model.has_new_layer:
+        if "score" not in (adapter.config.modules_to_save or []):
+            raise UserError(f"{name} is no reward model's adapter; merge it first (madpo export --merge)")
+        model.has_new_layer = False
+    lora.attach(model, adapter.config, lora.POLICY, adapter.weights)
+    return model
+
+
 def _pretrained(
-    name: str | None, revision: str | None, dtype: torch.dtype, attention: str, kind: Any, **options: Any
+    name: str | None,
+    revision: str | None,
+    dtype: torch.dtype,
+    attention: str,
+    kind: Any,
+    quantization_config: Any,
+    **options: Any,
 ) -> PreTrainedModel:
     assert name is not None
     verbosity = logging.get_verbosity()
@@ -109,6 +201,7 @@ def _pretrained(
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
+            quantization_config=quantization_config,
         )
     except (OSError, ValueError, RuntimeError) as error:
         hint = "" if Path(name).exists() else " (no such folder, and no model of that name on the hub)"
@@ -174,4 +267,13 @@ def _same_shapes(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
         raise UserError(
             f"model.sync_ref_model: {name} is {ours.get(name)} in the policy and {theirs.get(name)} in the "
             "reference; both must be of one architecture"
+        )
+
+
+def _same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
+    ours, theirs = policy.config.vocab_size, reference.config.vocab_size
+    if ours != theirs:
+        raise UserError(
+            f"policy and reference have vocabularies of {ours} and {theirs} tokens; the reference must "
+            "be a model with the same tokenizer (model.ref_model_name_or_path)"
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -16,20 +17,29 @@ from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
 from madpo.trainer.head import Impl, LogitTransform, OutputHead, PreferenceHead
 from madpo.trainer.model.balance import ExpertBalance
+from madpo.trainer.model.lora import in_use
 from madpo.trainer.model.prefix_attention import SegmentTable
 from madpo.trainer.objectives.base import Objective, Params
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the policy is compared with: a model of its own, or the policy without its adapter."""
+
+    model: PreTrainedModel
+    state: Callable[[], AbstractContextManager[None]] = nullcontext  # in which the model is the reference
 
 
 class PolicyWithReference(nn.Module):
     """Scores a packed batch under both models and hands the completion rows to the loss head.
 
-    The reference has no gradient, no optimiser state and stays in evaluation mode.
+    The reference has no gradient and no optimiser state; a model of its own stays in evaluation mode.
     """
 
     def __init__(
         self,
         policy: PreTrainedModel,
-        reference: PreTrainedModel | None,
+        reference: Reference | None,
         objective: Objective,
         params: Params,
         budget_bytes: int,
@@ -38,13 +48,16 @@ class PolicyWithReference(nn.Module):
     ) -> None:
         super().__init__()
         assert (reference is not None) or not objective.needs_reference
-        self.policy = policy
-        self.reference = reference
+        self.policy, self.compared_with = policy, reference
         self.balance = balance
         self.stats: dict[str, Tensor] = {}  # (), of the last batch, means over its tokens
+        self.reference = None if reference is None or reference.model is policy else reference.model
+        if self.reference is not None:
+            self.reference.requires_grad_(False).eval()
+        head, ref_head = output_head(policy), None
         if reference is not None:
-            reference.requires_grad_(False).eval()
-        head, ref_head = output_head(policy), None if reference is None else output_head(reference)
+            with reference.state():
+                ref_head = output_head(reference.model)
         if ref_head is not None and ref_head.transform != head.transform:
             raise UserError(
                 f"policy and reference treat their logits differently: {head.transform}, {ref_head.transform}"
@@ -67,9 +80,10 @@ class PolicyWithReference(nn.Module):
         output = run_backbone(self.policy, batch, table, **options)
         hidden = output.last_hidden_state[0].index_select(0, batch.rows)
         ref_hidden = None
-        if self.reference is not None and batch.slopes is None:
-            with torch.no_grad():
-                ref_hidden = scored_hidden(self.reference, batch, table)
+        reference = self.compared_with
+        if reference is not None and batch.slopes is None:
+            with torch.no_grad(), reference.state():
+                ref_hidden = scored_hidden(reference.model, batch, table)
         loss, *rows = self.head(hidden, ref_hidden, batch)
         if self.balance is not None:
             aux_loss = self.balance(output.router_logits)
@@ -121,7 +135,7 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     Raises ValueError for an output head that is no linear layer. `refuse_unless_head_is_known` finds out
     whether there is more to it.
     """
-    head: Any = model.get_output_embeddings()
+    head: Any = in_use(model.get_output_embeddings())
     if not isinstance(head, nn.Linear):
         raise UserError(f"{type(model).__name__}: the output head is {type(head).__name__}, not a Linear")
     assert isinstance(head.weight, nn.Parameter)

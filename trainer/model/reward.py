@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from madpo.trainer.data.packing import PackedBatch
 from madpo.trainer.errors import UserError
 from madpo.trainer.head import scored_span
+from madpo.trainer.model.lora import in_use
 from madpo.trainer.model.policy import last_hidden
 from madpo.trainer.model.prefix_attention import SegmentTable
 from madpo.trainer.objectives.base import Objective, Params
@@ -26,7 +27,7 @@ class RewardModel(nn.Module):
     def __init__(self, policy: PreTrainedModel, objective: Objective, params: Params) -> None:
         super().__init__()
         self.policy, self.reference = policy, None
-        layer = getattr(policy, "score", None)
+        layer = in_use(getattr(policy, "score", None))
         if not isinstance(layer, nn.Linear) or layer.bias is not None or layer.out_features != 1:
             raise UserError(
                 f"{type(policy).__name__}: a reward model needs one linear layer `score` without a bias "

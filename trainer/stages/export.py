@@ -1,5 +1,5 @@
 """Export: a folder that transformers loads, with tokenizer and model card: `AutoModelForCausalLM`, for a
-reward model `AutoModelForSequenceClassification`."""
+reward model `AutoModelForSequenceClassification`. Of an adapter: one that peft loads, unless it is merged."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer import checkpoint, dist
-from madpo.trainer.config import Config, dump
+from madpo.trainer.config import Config
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.errors import UserError
+from madpo.trainer.model import lora
 from madpo.trainer.model.load import load_tokenizer, padding_token
-from madpo.trainer.run_folder import last_evaluation
+from madpo.trainer.model.weights import adapter_weights, gather, whole_weights
+from madpo.trainer.stages.model_card import model_card
 from madpo.trainer.stages.setup import start_engine
 from madpo.trainer.state import TrainState
 
@@ -31,7 +33,7 @@ def run_export(config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     engine = start_engine(config, tokenizer, training=True)
     state = checkpoint.load(engine, folder / "checkpoints", tag)
-    export_model(engine, tokenizer, config, folder / "model", shard, state)
+    export_model(engine, tokenizer, config, folder, shard, state)
     engine.destroy()
 
 
@@ -39,67 +41,38 @@ def export_model(
     engine: Any,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
-    target: Path,
+    run: Path,
     shard: Shard,
     state: TrainState,
 ) -> None:
-    """Gather the policy on rank 0 and write it; the folder appears complete or not at all."""
+    """Write the policy into `<run>/model`: its weights, or its adapter, and then on request the two merged
+    into `<run>/merged`. They are gathered on rank 0; each folder appears complete or not at all."""
     policy = engine.module.policy
     if "scores" in config.objective_entry.needs:
         policy.config.pad_token_id = tokenizer.pad_token_id = padding_token(tokenizer)
-    weights = gather_weights(policy, shard)
-    if shard.is_main:
-        partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        implementation = policy.config._attn_implementation
-        policy.config._attn_implementation = None  # ours is not known where the folder is loaded
-        try:
-            policy.save_pretrained(partial, state_dict=weights)
-        finally:
-            policy.config._attn_implementation = implementation
-        tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(model_card(config, target.parent, state))
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-    barrier()
+    folders = {"model": lora.is_adapted(policy)}
+    if config.train.export_merged:
+        folders["merged"] = False
+    for name, adapter in folders.items():
+        weights = gather(adapter_weights(policy) if adapter else whole_weights(policy), shard)
+        if shard.is_main:
+            partial = run / f"{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            if adapter:
+                lora.save_adapter(policy, weights, partial)
+            else:
+                _save_model(policy, weights, partial, config.train.max_shard_size)
+            tokenizer.save_pretrained(partial)
+            (partial / "README.md").write_text(model_card(config, run, state, policy, adapter))
+            shutil.rmtree(run / name, ignore_errors=True)
+            os.replace(partial, run / name)
+        barrier()
 
 
-def gather_weights(policy: Any, shard: Shard) -> dict[str, Tensor]:
-    """The policy's full weights on rank 0's CPU, one parameter at a time; an empty dict elsewhere."""
-    import deepspeed
-
-    out: dict[str, Tensor] = {}
-    tied = set(policy.all_tied_weights_keys) if policy.config.tie_word_embeddings else set()
-    for name, parameter in policy.named_parameters(remove_duplicate=False):
-        if name in tied:
-            continue
-        with deepspeed.zero.GatheredParameters([parameter]):
-            if shard.is_main:
-                out[name] = parameter.detach().cpu().clone()
-    if shard.is_main:
-        out |= {name: buffer.cpu() for name, buffer in policy.named_buffers() if _saved(policy, name)}
-    return out
-
-
-def _saved(policy: Any, buffer: str) -> bool:
-    module, _, name = buffer.rpartition(".")
-    return name not in policy.get_submodule(module)._non_persistent_buffers_set
-
-
-def model_card(config: Config, run: Path, state: TrainState) -> str:
-    """A short model card: what it was trained from, on what, how, and its held-out numbers."""
-    base = config.model.model_name_or_path or "a model built from scratch"
-    rows = [
-        (name.removeprefix("eval_"), value)
-        for name, value in last_evaluation(run).items()
-        if name.startswith("eval_")
-    ]
-    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in rows)
-    held_out = f"\n## Held-out metrics\n\n| metric | value |\n|---|---|\n{table}\n" if rows else ""
-    return (
-        f"---\nlibrary_name: transformers\ntags: [madpo, {config.objective.loss_type}]\n---\n\n"
-        f"# {run.name}\n\nTrained by madpo with the objective `{config.objective.loss_type}` from "
-        f"`{base}` on `{config.data.dataset_name}`: {state.step} steps, {state.consumed} prompts, "
-        f"{state.num_tokens} tokens.\n{held_out}\n"
-        f"## Configuration\n\n```yaml\n{dump(config)}```\n"
-    )
+def _save_model(policy: Any, weights: dict[str, Tensor], folder: Path, max_shard_size: str) -> None:
+    implementation = policy.config._attn_implementation
+    policy.config._attn_implementation = None  # ours is not known where the folder is loaded
+    try:
+        policy.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
+    finally:
+        policy.config._attn_implementation = implementation

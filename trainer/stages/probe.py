@@ -25,7 +25,7 @@ from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.loader import evaluation_steps
 from madpo.trainer.data.order import permutation
 from madpo.trainer.dist import Shard
-from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.model.load import load_tokenizer, state_of_files
 from madpo.trainer.objectives.base import Item
 from madpo.trainer.objectives.sft import NLLParams
 from madpo.trainer.stages.setup import load_data, start_engine
@@ -112,10 +112,9 @@ def _supervised(config: Config) -> Config:
 
 def _identity(config: Config, groups: GroupDataset) -> dict[str, Any]:
     names = ("model_name_or_path", "model_revision", "init_config")
-    files = sorted(Path(str(config.model.model_name_or_path)).glob("*"))  # none for a name on the hub
     return {
         **{name: getattr(config.model, name) for name in names},
-        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "files": [list(file) for file in state_of_files(str(config.model.model_name_or_path))],
         "data": groups.fingerprint,
         "seed": config.seed,
         "bf16": config.train.bf16,

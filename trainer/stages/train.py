@@ -20,6 +20,7 @@ from madpo.trainer.config import Config, dump
 from madpo.trainer.dist import Shard, barrier, refuse_if_any
 from madpo.trainer.metrics import MetricsFile
 from madpo.trainer.model.balance import expert_remarks
+from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.progress import Progress
 from madpo.trainer.stages.export import export_model
@@ -55,8 +56,9 @@ def run_training(config: Config, command: str) -> None:
             cleanup.callback(metrics.close)
             progress = Progress(loop.plan_run(config, len(data.train)).total_steps)
             cleanup.callback(progress.close)
+            parameters = count_parameters(engine.module.policy)
             remarks = expert_remarks(engine.module.policy, config.model.router_aux_loss_coef)
-            progress.announce(config, data.report, state, shard, engine.device, remarks)
+            progress.announce(config, data.report, state, shard, engine.device, parameters, remarks)
             sinks = [metrics.write, progress.show]
         barrier()
 
@@ -71,7 +73,7 @@ def run_training(config: Config, command: str) -> None:
         loop.train(config, engine, data.train, data.held_out, shard, state, on_record, on_save)
 
     if config.train.export:
-        export_model(engine, tokenizer, config, folder / "model", shard, state)
+        export_model(engine, tokenizer, config, folder, shard, state)
     engine.destroy()
     lock.release()
 

@@ -1,0 +1,245 @@
+"""The report of the sentiment experiment: tables as Markdown, the frontier as a picture."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from madpo.benchmarks.sentiment.results import (
+    PAPER,
+    Sample,
+    Setting,
+    at_equal_kl,
+    difference,
+    estimate,
+    read,
+)
+from madpo.benchmarks.sentiment.tiers import TIERS
+
+METHODS = {"madpo": "MADPO", "beta-dpo": "β-DPO", "dpo": "DPO", "ipo": "IPO", "mixdpo": "MixDPO"}
+ARMS = {
+    "madpo": "reward model's margins, τ at their 80 % quantile",
+    "madpo-paper-tau": "reward model's margins, τ = 6.9 as in the paper",
+    "madpo-cross-fitted": "margins by models that did not train on the pair, τ quantile",
+    "madpo-oracle": "the oracle's own margins, τ quantile",
+    "madpo-noised": "the oracle's margins with noise of their own spread, τ quantile",
+}
+Settings = Mapping[Setting, Sample]
+
+
+def write(output: Path, results: str, pairs: str, annotations: str, title: str, beta: float = 0.1) -> None:
+    """Write `sentiment.md` and, where matplotlib is installed, `frontier.svg`.
+
+    `results` is the folder that `evaluate` filled, `pairs` the one with the tiers, `annotations` the
+    recipe's folder, in which the reward models' `annotation.json` lie.
+    """
+    sft, settings = read(Path(results))
+    parts = [
+        f"# {title}\n",
+        *_of_the_paper(sft, settings, beta),
+        *_arms(settings, beta),
+        *_frontier(settings, beta),
+        *_verdict(settings, beta),
+        *_margins(Path(pairs), Path(annotations)),
+    ]
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "sentiment.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
+    print("\n".join(parts))
+    plot(sft, settings, output / "frontier.svg")
+
+
+def _of_the_paper(sft: Sample, settings: Settings, beta: float) -> Iterator[str]:
+    count = max((len(s.rewards) for s in settings.values()), default=0)
+    yield (
+        f"Mean oracle reward of one completion for each of {sft.rewards.shape[1]} held-out prompts; "
+        f"{count} seeds; ± one standard error over seeds and prompts. SFT model: {estimate(sft.rewards)}.\n"
+    )
+    yield f"## β = {beta:g}\n"
+    rows = []
+    for tier in TIERS:
+        dpo = settings.get(Setting("dpo", beta, tier))
+        for arm, label in METHODS.items():
+            sample = settings.get(Setting(arm, beta, tier))
+            if sample is None:
+                continue
+            against = difference(sample, dpo).signed if dpo is not None and arm != "dpo" else ""
+            paper = PAPER.get(arm, {}).get(tier)
+            gap = f"{paper - PAPER['dpo'][tier]:+.2f}" if paper is not None and arm != "dpo" else ""
+            kl, length = f"{sample.kls.mean():.1f}", f"{sample.lengths.mean():.1f}"
+            shown = f"{paper:.2f}" if paper is not None else ""
+            rows.append((tier, label, str(estimate(sample.rewards)), against, kl, length, shown, gap))
+    yield _table(
+        ("tier", "method", "reward", "less DPO's", "KL", "tokens", "paper: reward", "paper: less DPO's"), rows
+    )
+
+
+def _arms(settings: Settings, beta: float) -> Iterator[str]:
+    rows = []
+    for tier in TIERS:
+        dpo, base = (settings.get(Setting(arm, beta, tier)) for arm in ("dpo", "madpo"))
+        for arm, label in ARMS.items():
+            sample = settings.get(Setting(arm, beta, tier))
+            if sample is not None and dpo is not None and base is not None:
+                against = "" if arm == "madpo" else difference(sample, base).signed
+                rows.append(
+                    (
+                        tier,
+                        label,
+                        str(estimate(sample.rewards)),
+                        difference(sample, dpo).signed,
+                        against,
+                        f"{sample.kls.mean():.1f}",
+                    )
+                )
+    if rows:
+        yield "\n## MADPO with other margins\n"
+        yield _table(("tier", "margins and τ", "reward", "less DPO's", "less the first's", "KL"), rows)
+
+
+def _frontier(settings: Settings, beta: float) -> Iterator[str]:
+    rows = []
+    for tier in TIERS:
+        dpo = settings.get(Setting("dpo", beta, tier))
+        for arm, label in METHODS.items():
+            if dpo is None or arm == "dpo" or len(_betas(settings, arm, tier)) < 2:
+                continue
+            kl = float(dpo.kls.mean())
+            rewards = at_equal_kl(settings, arm, tier, kl)
+            if rewards is None:
+                ends = [s.kls.mean() for x, s in settings.items() if (x.arm, x.tier) == (arm, tier)]
+                rows.append((tier, label, f"{kl:.1f}", f"its KLs are {min(ends):.1f} to {max(ends):.1f}", ""))
+            else:
+                seeds = min(len(rewards), len(dpo.rewards))
+                gap = estimate(rewards[:seeds] - dpo.rewards[:seeds])
+                rows.append((tier, label, f"{kl:.1f}", str(estimate(rewards)), gap.signed))
+    if rows:
+        yield f"\n## At the KL of DPO with β = {beta:g}\n"
+        yield "Between each method's two nearest β, on the scale of √KL.\n"
+        yield _table(("tier", "method", "KL", "reward", "less DPO's"), rows)
+
+
+def _verdict(settings: Settings, beta: float) -> Iterator[str]:
+    """Says of each pair of methods that the paper compares whether its order is seen, and how surely."""
+    yield "\n## Does the paper's order hold here?\n"
+    for tier in TIERS:
+        known = sorted(PAPER, key=lambda arm: -PAPER[arm][tier])
+        said = []
+        for better, worse in itertools.pairwise(known):
+            one, other = (settings.get(Setting(arm, beta, tier)) for arm in (better, worse))
+            if one is None or other is None:
+                continue
+            gap = difference(one, other)
+            sure = abs(gap.mean) > 2 * gap.error
+            word = ("yes" if gap.mean > 0 else "**no, reversed**") if sure else "not told apart"
+            said.append(f"{METHODS[better]} > {METHODS[worse]}: {word} ({gap.signed})")
+        if said:
+            yield f"- {tier}: " + "; ".join(said)
+    yield '\n"Not told apart" is a difference of less than two standard errors.'
+
+
+def _margins(pairs: Path, annotations: Path) -> Iterator[str]:
+    path = pairs / "facts.json"
+    if not path.is_file():
+        return
+    facts: dict[str, Any] = json.loads(path.read_text())
+    rows = []
+    for tier in TIERS:
+        of_tier = [fact for name, fact in facts.items() if name.split()[0] == tier]
+        quartiles = np.mean([fact["abs_margin_quartiles"] for fact in of_tier], axis=0)
+        agrees = np.mean([fact["label_agrees_with_oracle"] for fact in of_tier])
+        accuracy, q80 = _reward_models(annotations, tier)
+        rows.append(
+            (
+                tier,
+                str(of_tier[0]["pairs"]),
+                f"{agrees:.1%}",
+                " / ".join(f"{q:.2f}" for q in quartiles),
+                accuracy,
+                q80,
+            )
+        )
+    yield "\n## The pairs and the reward models\n"
+    yield _table(
+        (
+            "tier",
+            "pairs",
+            "label agrees with the oracle",
+            "|oracle margin|, quartiles",
+            "reward models: held-out accuracy",
+            "their margins, 5 % / median / 95 %",
+        ),
+        rows,
+    )
+
+
+def _reward_models(folder: Path, tier: str) -> tuple[str, str]:
+    found = [
+        json.loads(p.read_text()) for p in sorted(folder.glob(f"reward_{tier}_*/annotated/annotation.json"))
+    ]
+    if not found:
+        return "", ""
+    accuracy = np.mean([note["test"]["accuracy"] for note in found])
+    spread = np.mean(
+        [[note["train"]["margin_quantiles"][q] for q in ("0.05", "0.5", "0.95")] for note in found], axis=0
+    )
+    return f"{accuracy:.1%}", " / ".join(f"{q:.2f}" for q in spread)
+
+
+def _betas(settings: Settings, arm: str, tier: str) -> list[float]:
+    return sorted(x.beta for x in settings if (x.arm, x.tier) == (arm, tier))
+
+
+def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    titles = tuple(titles)
+    lines = [titles, ("---",) * len(titles), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def plot(sft: Sample, settings: Settings, path: Path) -> None:
+    """Reward against sqrt(KL), a panel for each tier that has an arm with several betas."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no frontier.svg: pip install 'madpo[report]'")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tiers = [t for t in TIERS if any(len(_betas(settings, arm, t)) > 1 for arm in METHODS)]
+    if not tiers:
+        return
+    figure, axes = plt.subplots(1, len(tiers), figsize=(5.4 * len(tiers), 4.2), sharey=True, squeeze=False)
+    for axis, tier in zip(axes[0], tiers, strict=True):
+        for arm, label in METHODS.items():
+            betas = _betas(settings, arm, tier)
+            samples = [settings[Setting(arm, beta, tier)] for beta in betas]
+            if not samples:
+                continue
+            x = [float(sample.kls.mean()) for sample in samples]
+            y = [estimate(sample.rewards) for sample in samples]
+            points = sorted(zip(x, y, betas, strict=True))
+            axis.errorbar(
+                [p[0] for p in points],
+                [p[1].mean for p in points],
+                [p[1].error for p in points],
+                marker="o",
+                markersize=4,
+                linewidth=1.4,
+                capsize=2,
+                label=label,
+            )
+        axis.plot([0], [estimate(sft.rewards).mean], "k*", markersize=9, label="SFT")
+        axis.set_xscale("function", functions=(np.sqrt, np.square))
+        axis.set_xlim(left=0)
+        axis.set(title=tier, xlabel="KL from the SFT model, nats per completion (√ scale)")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("oracle reward")
+    axes[0][0].legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

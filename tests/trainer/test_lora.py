@@ -1,0 +1,254 @@
+"""LoRA under ZeRO against plain peft and autograd; the policy without its adapter as the reference."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import make_config, run_ranks, save_model, write_pairs
+from kernel_cases import relative_error
+from lora_cases import STAGE_2, changed, stored_adapter, train
+from zero3 import padded_logps, plain_optimizer, zero3_steps
+
+from madpo.trainer.config import Config
+from madpo.trainer.data.order import DataOrder
+from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.model.weights import adapter_weights, gather
+from madpo.trainer.objectives.base import MarginWeight
+from madpo.trainer.stages.evaluate import run_evaluation
+from madpo.trainer.stages.setup import load_data, start_engine
+
+pytestmark = pytest.mark.ranks
+
+BATCH = 7
+PREFIX = "base_model.model."
+
+
+@pytest.fixture
+def config(tmp_path, tokenizer_folder) -> Config:
+    base = save_model(tmp_path / "base", tokenizer_folder, seed=1)
+    write_pairs(tmp_path / "pairs" / "train.jsonl", 40)
+    write_pairs(tmp_path / "pairs" / "test.jsonl", 11, seed=9)
+    return make_config(
+        tmp_path,
+        {
+            "model": {"model_name_or_path": str(base)},
+            "peft": {"lora_r": 4, "lora_alpha": 8},
+            "data": {"dataset_name": str(tmp_path / "pairs"), "dataset_test_split": "test"},
+            "objective": {"loss_type": "madpo", "tau": 2.0},
+            "optim": {"lr": 3e-3, "weight_decay": 0.01},
+            "train": {"global_batch_size": BATCH},
+        },
+    )
+
+
+@pytest.fixture
+def continued(config, tmp_path, tokenizer_folder) -> Config:
+    """A run that trains a stored adapter on."""
+    adapter = stored_adapter(tmp_path / "adapter", tmp_path / "base", tokenizer_folder)
+    return changed(config, model={"model_name_or_path": str(adapter)}, peft=None)
+
+
+def start_weights(shard, config: Config) -> dict[str, torch.Tensor]:
+    engine = start_engine(config, load_tokenizer(config.model), training=True)
+    weights = gather(adapter_weights(engine.module.policy), shard)
+    engine.destroy()
+    return weights
+
+
+def plain_steps(config: Config, steps: int, base: Path) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """peft's own model in ordinary PyTorch; the reference with its own way to switch the adapter off."""
+    from transformers import AutoModelForCausalLM
+
+    policy: Any = AutoModelForCausalLM.from_pretrained(base)
+    frozen = None
+    if config.peft is None:
+        folder = str(config.model.model_name_or_path)
+        policy = peft.PeftModel.from_pretrained(policy, folder, is_trainable=True)
+        frozen = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    else:
+        settings = config.peft
+        options: Any = {
+            "modules_to_save": settings.lora_modules_to_save,
+            "use_rslora": settings.use_rslora or False,
+            "use_dora": settings.use_dora or False,
+            "task_type": "CAUSAL_LM",
+        }
+        policy = peft.get_peft_model(
+            policy, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **options)
+        )
+        start = run_ranks(1, start_weights, config)[0]
+        missing, unexpected = policy.load_state_dict({PREFIX + k: v for k, v in start.items()}, strict=False)
+        assert not unexpected and not [name for name in missing if ".default." in name]
+    groups = load_data(config, load_tokenizer(config.model), training=True).train
+    assert groups is not None
+    order, optimizer, out = DataOrder(len(groups), config.seed), plain_optimizer(policy, config), []
+    for step in range(steps):
+        batch = [groups[index] for index in order.take(step * BATCH, BATCH)]
+        logps = padded_logps(policy, batch).view(-1, 2)
+        with torch.no_grad():
+            if frozen is not None:
+                ref_logps = padded_logps(frozen, batch).view(-1, 2)
+            else:
+                with policy.disable_adapter():
+                    ref_logps = padded_logps(policy, batch).view(-1, 2)
+        ratios = logps - ref_logps
+        margins = torch.tensor([group.edges[0][2] for group in batch])
+        weight = MarginWeight(4, 0.25, 1, config.objective.tau)(margins)
+        loss = (-F.logsigmoid(0.1 * (ratios[:, 0] - ratios[:, 1])) * weight).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        trained = {n.removeprefix(PREFIX): p for n, p in policy.named_parameters() if p.requires_grad}
+        out.append((loss.item(), {name: p.grad.clone() for name, p in trained.items()}))
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm)
+        optimizer.step()
+    return out
+
+
+def compare(got, want, tolerance=1e-5):
+    for step, ((loss, gradients), (true_loss, true_gradients)) in enumerate(zip(got, want, strict=True)):
+        assert loss == pytest.approx(true_loss, rel=tolerance), f"loss of step {step}"
+        assert gradients.keys() == true_gradients.keys()
+        flat = [torch.cat([g[n].flatten() for n in sorted(g)]) for g in (gradients, true_gradients)]
+        assert relative_error(*flat) < tolerance, f"gradient of step {step}"
+
+
+VARIANTS = {
+    "zero-3": {},
+    "zero-2": {"deepspeed": STAGE_2},
+    "checkpointing": {"model": {"gradient_checkpointing": True}},
+    "rslora": {"peft": {"use_rslora": True}},
+    "dora-zero-2": {"peft": {"use_dora": True}, "deepspeed": STAGE_2},
+    "embeddings-and-head": {"peft": {"lora_modules_to_save": ["embed_tokens", "lm_head"]}},
+}
+
+
+@pytest.mark.parametrize("sections", VARIANTS.values(), ids=VARIANTS)
+def test_two_ranks_equal_plain_peft(config, tmp_path, sections):
+    """Losses and the gradients of all adapter weights, and through them the updates, over five steps."""
+    run = changed(config, **sections)
+    want = plain_steps(run, 5, tmp_path / "base")
+    assert want[0][0] != pytest.approx(want[-1][0], rel=1e-2), "the run must move for this to prove anything"
+    compare(run_ranks(2, zero3_steps, run, 5)[0], want)
+
+
+@pytest.mark.parametrize("sections", [{}, {"deepspeed": STAGE_2}], ids=["zero-3", "zero-2"])
+def test_a_stored_adapter_is_trained_on_against_a_frozen_copy_of_itself(continued, tmp_path, sections):
+    run = changed(continued, **sections)
+    want = plain_steps(run, 5, tmp_path / "base")
+    compare(run_ranks(2, zero3_steps, run, 5)[0], want)
+
+
+OBJECTIVES = {
+    "madpo": {"loss_type": "madpo", "tau": 2.0},
+    "whole-batch": {"loss_type": "beta_dpo"},
+    "mismatched": {"loss_type": "kto"},
+    "distributions": {"loss_type": "tdpo"},
+}
+
+
+@pytest.mark.parametrize(
+    "objective, checkpointing",
+    [(objective, name == "madpo") for name, objective in OBJECTIVES.items()],
+    ids=OBJECTIVES,
+)
+def test_the_switched_off_adapter_is_exactly_the_base_model(config, tmp_path, objective, checkpointing):
+    """Bit for bit the run whose reference is the base model loaded a second time; head and embeddings too."""
+    run = changed(
+        config,
+        objective=objective,
+        model={"gradient_checkpointing": checkpointing},
+        peft={"lora_modules_to_save": ["embed_tokens", "lm_head"]},
+    )
+    twice = changed(run, model={"ref_model_name_or_path": str(tmp_path / "base")})
+    got, want = (run_ranks(2, zero3_steps, one, 3)[0] for one in (run, twice))
+    for (loss, gradients), (true_loss, true_gradients) in zip(got, want, strict=True):
+        assert loss == true_loss
+        assert all(torch.equal(gradients[name], true_gradients[name]) for name in true_gradients)
+    assert got[0][0] != got[2][0]
+
+
+@pytest.mark.parametrize("bf16, checkpointing", [(False, False), (True, True)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["fresh", "whole-layers", "stored"])
+def test_the_margin_before_the_first_step_is_exactly_zero(config, continued, kind, bf16, checkpointing):
+    run = continued if kind == "stored" else config
+    if kind == "whole-layers":
+        run = changed(config, peft={"lora_modules_to_save": ["embed_tokens", "lm_head"]})
+    start = changed(
+        run,
+        objective={"loss_type": "dpo"},
+        model={"gradient_checkpointing": checkpointing},
+        train={"bf16": bf16, "max_steps": 1, "export": False},
+    )
+    run_ranks(2, train, start)
+    first = json.loads((Path(start.output_dir) / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["rewards/margins"] == 0.0 and first["kl"] == 0.0
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert first["grad_norm"] > 0
+
+
+def trained_names(shard, config: Config) -> list[list[str]]:
+    """Before, in the reference, and after."""
+    engine = start_engine(config, load_tokenizer(config.model), training=True)
+    module = engine.module
+
+    def names() -> list[str]:
+        return [name for name, p in module.named_parameters() if p.requires_grad]
+
+    before = names()
+    with module.compared_with.state():
+        within = names()
+    out = [before, within, names()]
+    assert module.reference is None and (module.head.ref_weight is module.head.weight)
+    engine.destroy()
+    return out
+
+
+def test_switching_changes_no_requires_grad_and_only_the_policys_adapter_is_trained(config, continued):
+    for run in (config, continued):
+        before, within, after = run_ranks(2, trained_names, run)[0]
+        assert before == within == after
+        assert len(before) == 2 * 7 * 2 and all(".lora_" in name and ".default." in name for name in before)
+
+
+@pytest.mark.parametrize("kind", ["fresh", "stored"])
+def test_resume_is_bitwise_the_run_that_was_not_cut_off(config, continued, tmp_path, kind):
+    run = changed(config if kind == "fresh" else continued, train={"num_train_epochs": 1, "save_steps": 3})
+    whole = changed(run, output_dir=str(tmp_path / "whole"))
+    run_ranks(2, train, whole)
+    cut = changed(run, output_dir=str(tmp_path / "cut"))
+    shutil.copytree(whole.output_dir, cut.output_dir)
+    shutil.rmtree(Path(cut.output_dir) / "model")
+    (Path(cut.output_dir) / "checkpoints" / "latest").write_text("step-00000003")
+    run_ranks(2, train, cut)
+    got, want = ((Path(one.output_dir) / "model" / "adapter_model.safetensors") for one in (cut, whole))
+    assert got.read_bytes() == want.read_bytes()
+    # The base model is in no checkpoint: only the adapter's weights are, and their optimiser state.
+    name = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    found = torch.load(Path(whole.output_dir) / "checkpoints" / "step-00000003" / name, weights_only=False)
+    assert all(".default." in key or not value.numel() for key, value in found["module"].items())
+
+
+def test_evaluation_of_an_adapter_is_that_of_the_run(config):
+    run = changed(config, train={"max_steps": 3, "export": False})
+    run_ranks(2, train, run)
+    lines = (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()
+    run_ranks(2, evaluate, run)
+    record = json.loads((Path(run.output_dir) / "evaluation.json").read_text())
+    assert record["model"] == "step-00000003"
+    for name in ("eval_loss", "eval_kl", "eval_logps/chosen"):
+        assert record[name] == pytest.approx(json.loads(lines[-1])[name], rel=1e-6)
+    other = changed(run, peft={"lora_r": 8})
+    with pytest.raises(AssertionError, match=r"peft\.lora_r: 4 there, 8 now"):
+        run_ranks(2, evaluate, other)
+
+
+def evaluate(shard, config: Config) -> None:
+    run_evaluation(config)

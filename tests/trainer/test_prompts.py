@@ -1,0 +1,157 @@
+"""Prompts out of every layout, and pairs out of scores."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from madpo.trainer.config import DataConfig
+from madpo.trainer.data.pairing import Pair, choose_pair, pair_row, random_of
+from madpo.trainer.data.prompts import Prompts, read_prompts
+
+ASK = [{"role": "user", "content": "why"}]
+ANSWER = [{"role": "assistant", "content": "so"}]
+OTHER = [{"role": "assistant", "content": "not so"}]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] + m.content }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer(tokenizer_folder) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def read(folder: Path, rows: list[Any], tokenizer: Any, options: Any = None, **data: Any) -> Prompts:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    config = DataConfig(dataset_name=str(path), cache_dir=str(folder / "cache"), **data)
+    return read_prompts(config, "train", tokenizer, **(options or {}))
+
+
+@pytest.mark.parametrize(
+    "row, prompt",
+    [
+        ({"prompt": "the", "chosen": " a", "rejected": " b"}, "the"),
+        ({"chosen": ASK + ANSWER, "rejected": ASK + OTHER}, ASK),
+        ({"prompt": "why", "chosen": ASK + ANSWER, "rejected": ASK + OTHER}, ASK),
+        ({"prompt": "the", "completion": " a", "label": True}, "the"),
+        ({"prompt": ASK, "completion": ANSWER}, ASK),
+        ({"messages": ASK + ANSWER}, ASK),
+        ({"prompt": "the"}, "the"),
+        ({"prompt": ASK, "completions": [ANSWER, OTHER], "scores": [1, 2]}, ASK),
+    ],
+)
+def test_every_layout_gives_its_prompt(tmp_path, tokenizer, row, prompt):
+    found = read(tmp_path, [row], tokenizer)
+    assert found.texts == [prompt]
+    assert found.lengths == [len(tokenizer("the")["input_ids"]) if prompt == "the" else 5]
+
+
+def test_each_prompt_once_in_the_order_of_the_source(tmp_path, tokenizer):
+    rows = [{"prompt": text} for text in ("the b", "the a", "the b", "the c", "the a", "the d")]
+    found = read(tmp_path, rows, tokenizer)
+    assert found.texts == ["the b", "the a", "the c", "the d"] and (found.rows, found.repeated) == (6, 2)
+    found = read(tmp_path, rows, tokenizer, {"limit": 3})
+    assert found.texts == ["the b", "the a", "the c"] and (found.rows, found.repeated) == (4, 1)
+
+
+def test_the_first_tokens_of_a_text(tmp_path, tokenizer):
+    """BOS does not count; a character that is cut within stays whole; a short text stays as it is."""
+    text = "the film was good"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = read(
+        tmp_path, [{"text": text}, {"text": "the"}, {"text": "€uro"}], tokenizer, {"prompt_tokens": 2}
+    )
+    assert found.texts == [tokenizer.decode(ids[:2]), "the", "€"]
+    assert len(ids) > 2 and found.lengths[0] == 3
+    found = read(tmp_path, [{"prompt": text, "completion": " x"}], tokenizer, {"prompt_tokens": 2})
+    assert found.texts == [tokenizer.decode(ids[:2])]
+
+
+@pytest.mark.parametrize(
+    "row, options, message",
+    [
+        ({"text": "the"}, {}, r"rows.jsonl:1: plain text has no prompt; set generate.prompt_tokens"),
+        ({"prompt": ASK}, {"prompt_tokens": 2}, r"rows.jsonl:1: .* this is a conversation; set it to null"),
+        ({"prompt": ["x"]}, {}, r"rows.jsonl:1: prompt: a message needs text under role and content"),
+        ("{broken", {}, r"rows.jsonl:1: not JSON.*; mend the row, or set data.on_bad_row=drop"),
+        ({"question": "why"}, {}, r"rows.jsonl:1: columns \['question'\] are no known layout"),
+    ],
+)
+def test_rows_that_have_no_prompt(tmp_path, tokenizer, row, options, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, [row], tokenizer, options)
+
+
+def test_a_slow_tokenizer_cannot_cut(tmp_path, tokenizer, monkeypatch):
+    def slow(*_args: Any, **_options: Any) -> Any:
+        raise NotImplementedError
+
+    monkeypatch.setattr(type(tokenizer), "__call__", slow)
+    with pytest.raises(ValueError, match=r"prompt_tokens needs a fast tokenizer, which .* is not"):
+        read(tmp_path, [{"text": "the"}], tokenizer, {"prompt_tokens": 2})
+
+
+def test_what_is_dropped_is_counted(tmp_path, tokenizer):
+    rows = ["{broken", {"prompt": "the " * 50}, {"prompt": "the"}]
+    found = read(tmp_path, rows, tokenizer, on_bad_row="drop", max_length=20)
+    assert found.texts == ["the"] and found.rows == 3
+    assert found.dropped == {"unreadable": 1, "prompt fills max_length": 1}
+    with pytest.raises(ValueError, match=r"no prompt in 1 rows: {'prompt fills max_length': 1}"):
+        read(tmp_path, rows[1:2], tokenizer, max_length=20)
+
+
+def test_best_and_worst():
+    texts = ["a", "b", "c", "d"]
+    assert choose_pair(texts, [1.0, 3.0, -2.0, 3.0], "best_worst", random_of(0)) == Pair(1, 2)
+    assert choose_pair(texts, [1.0, 1.0, 1.0, 1.0], "best_worst", random_of(0)) == "tie"
+    assert choose_pair(["a", "", "c"], [1.0, 9.0, 2.0], "best_worst", random_of(0)) == Pair(2, 0)
+    assert choose_pair(["a", "b", "c"], [1.0, None, 2.0], "best_worst", random_of(0)) == Pair(2, 0)
+    few = "fewer than two with text and score"
+    assert choose_pair(["a", "", "c"], [1.0, 9.0, None], "best_worst", random_of(0)) == few
+    assert choose_pair(["a", "a"], [1.0, 2.0], "best_worst", random_of(0)) == "equal texts"
+    talk = [ANSWER, [{"role": "assistant", "content": ""}], OTHER]
+    assert choose_pair(talk, [1.0, 9.0, 2.0], "best_worst", random_of(0)) == Pair(2, 0)
+
+
+@pytest.mark.parametrize("scores", [[0.4, -0.3], [1.2, 0.0, -0.7]])
+def test_labels_follow_bradley_and_terry(scores):
+    """Every two completions are met equally often, and one wins with sigmoid(difference)."""
+    texts, draws = ["a", "b", "c"][: len(scores)], 30_000
+    random = np.random.default_rng(1)
+    found = Counter(choose_pair(texts, scores, "bradley_terry", random) for _ in range(draws))
+    combinations = len(scores) * (len(scores) - 1) // 2
+    for i, j in itertools.combinations(range(len(scores)), 2):
+        met = found[Pair(i, j)] + found[Pair(j, i)]
+        wanted = 1 / (1 + math.exp(scores[j] - scores[i]))
+        assert met / draws == pytest.approx(1 / combinations, abs=4 * math.sqrt(0.25 / draws))
+        assert found[Pair(i, j)] / met == pytest.approx(wanted, abs=4 * math.sqrt(0.25 / met))
+
+
+def test_a_pair_has_the_columns_of_the_preference_layout():
+    row = pair_row("p", ["a", "b"], [1.5, -0.5], Pair(1, 0))
+    assert row == {
+        "prompt": "p",
+        "chosen": "b",
+        "rejected": "a",
+        "score_chosen": -0.5,
+        "score_rejected": 1.5,
+        "margin": -2.0,
+    }
+
+
+def test_randomness_is_of_its_purpose_alone():
+    assert random_of(1, "x", 2).random() == random_of(1, "x", 2).random()
+    others = [random_of(1, "x", 3), random_of(2, "x", 2), random_of(1, "y", 2), random_of(1, "x", 2, 0)]
+    assert len({random_of(1, "x", 2).random(), *(random.random() for random in others)}) == 5

@@ -1,0 +1,46 @@
+"""Parts of a model that are not trained, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from madpo.trainer.errors import UserError
+
+
+def freeze(model: PreTrainedModel, parts: Iterable[str]) -> None:
+    """Take the gradient from `embeddings`, from `head`, or from all weights whose name fits a pattern.
+
+    Tied embeddings are one weight: either word freezes both ends. Raises ValueError for a pattern that fits
+    no weight, and if none is left to train.
+    """
+    ends: dict[str, Any] = {
+        "embeddings": model.get_input_embeddings(),
+        "head": model.get_output_embeddings() or getattr(model, "score", None),
+    }
+    names = dict(model.named_parameters(remove_duplicate=False))
+    for part in parts:
+        if part in ends:
+            chosen = list(ends[part].parameters())
+        else:
+            chosen = [parameter for name, parameter in names.items() if fnmatchcase(name, part)]
+        if not chosen:
+            raise UserError(
+                f"model.freeze: no weight of {type(model).__name__} fits {part!r}; allowed are embeddings, "
+                f"head and patterns of names like {', '.join(get_close_matches(part, names, n=3, cutoff=0))}"
+            )
+        for parameter in chosen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in names.values()):
+        raise UserError("model.freeze: it leaves nothing to train")
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trained, all), where ZeRO-3 has partitioned them too."""
+    sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
+    return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)

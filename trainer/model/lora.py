@@ -1,0 +1,277 @@
+"""LoRA adapters inside a transformers model: attached, stored, switched on and off. peft has the layers.
+
+The policy is the base model with the adapter POLICY. Its reference is the same model with that adapter off,
+or with a frozen copy of the adapter that training started from: there is no second model in memory.
+Source: Hu et al. 2021 (arXiv 2106.09685).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from madpo.trainer.config import PeftConfig
+from madpo.trainer.errors import UserError
+from madpo.trainer.strict_yaml import nearest
+
+POLICY, REFERENCE = "default", "reference"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What peft's files put before the name of every weight."""
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """A folder, or a repository on the hub, with an adapter in it."""
+
+    name: str
+    revision: str | None
+    config: Any  # peft's LoraConfig
+
+    @property
+    def base(self) -> str:
+        """The model it was trained on. Raises ValueError if the folder does not say."""
+        if not self.config.base_model_name_or_path:
+            raise UserError(
+                f"{self.name}: its adapter_config.json names no base model; set peft.base_model_name_or_path"
+            )
+        return self.config.base_model_name_or_path
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """Raises ValueError if they are not in safetensors: a pickle is code."""
+        path = Path(self.name) / WEIGHTS
+        if not path.is_file():
+            options: Any = {"revision": self.revision, "_raise_exceptions_for_missing_entries": False}
+            found = None if Path(self.name).is_dir() else cached_file(self.name, WEIGHTS, **options)
+            if found is None:
+                raise UserError(f"{self.name}: there is no {WEIGHTS}; save the adapter with peft again")
+            path = Path(found)
+        return {key.removeprefix(PREFIX): value for key, value in load_file(path).items()}
+
+
+def stored_adapter(name: str | None, revision: str | None, base: str | None = None) -> StoredAdapter | None:
+    """The adapter of that name, or None if it is a whole model. `base` replaces the model that it names.
+
+    Raises ValueError for an adapter that is no LoRA.
+    """
+    if name is None or find_adapter_config_file(name, revision=revision) is None:
+        return None
+    peft = require_peft()
+    config: Any = peft.PeftConfig.from_pretrained(name, revision=revision)
+    if not isinstance(config, peft.LoraConfig) or config.bias != "none" or config.lora_bias:
+        raise UserError(f"{name}: a LoRA adapter without trained biases is needed; this one is {config}")
+    config.base_model_name_or_path = base or config.base_model_name_or_path
+    config.lora_dropout = 0.0  # as in all models here: noise in the policy is noise in the margin
+    return StoredAdapter(name, revision, config)
+
+
+def refuse_contradictions(adapter: StoredAdapter, settings: PeftConfig) -> None:
+    """Raise ValueError for a key that says something else than the adapter that is to be trained on."""
+    for key, name in PEFT_NAMES.items():
+        ours, theirs = getattr(settings, key), getattr(adapter.config, name)
+        if ours is None or ours == theirs or (isinstance(ours, list) and set(ours) == set(theirs or [])):
+            continue
+        raise UserError(
+            f"peft.{key}: {ours!r}, but the adapter {adapter.name} has {theirs!r}; leave the key out to "
+            "train that adapter on, or merge it (madpo export --merge) and put a new one on the result"
+        )
+
+
+PEFT_NAMES = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_target_modules": "target_modules",
+    "lora_modules_to_save": "modules_to_save",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
+"""Our key -> peft's: what an adapter that is there has settled."""
+
+
+def new_config(settings: PeftConfig, base: str, revision: str | None, scores: bool) -> Any:
+    """peft's description of a fresh adapter. That of a reward model trains the score layer too."""
+    peft = require_peft()
+    whole = list(settings.lora_modules_to_save or [])
+    return peft.LoraConfig(
+        r=settings.lora_r or 16,
+        lora_alpha=settings.lora_alpha or 32,
+        lora_dropout=0.0,
+        target_modules=settings.lora_target_modules or "all-linear",
+        modules_to_save=[*whole, *(["score"] if scores and "score" not in whole else [])] or None,
+        use_rslora=bool(settings.use_rslora),
+        use_dora=bool(settings.use_dora),
+        task_type="SEQ_CLS" if scores else "CAUSAL_LM",
+        base_model_name_or_path=base,
+        revision=revision,
+    )
+
+
+def require_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("LoRA adapters need the peft package: pip install 'madpo[peft]'") from error
+    return peft
+
+
+def quantisation(settings: PeftConfig | None) -> Any:
+    """How transformers is to quantise the base model while it loads, or None. Raises ValueError."""
+    if settings is None or not settings.quantised:
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise UserError("a quantised base needs the bitsandbytes package: pip install 'madpo[qlora]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=settings.load_in_4bit,
+        load_in_8bit=settings.load_in_8bit,
+        bnb_4bit_quant_type=settings.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=settings.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16,  # as all other weights, so that they can share buffers
+    )
+
+
+def attach(model: PreTrainedModel, config: Any, name: str, weights: dict[str, Tensor] | None = None) -> None:
+    """Put a fresh adapter into the model, or one with the weights given. Only POLICY is ever trained.
+
+    Raises ValueError for layers that the model has not, or that cannot be adapted.
+    """
+    peft = require_peft()
+    _refuse_unknown_modules(model, config)
+    _refuse_tied_copies(model, config)
+    dtype, config = model.dtype, copy.deepcopy(config)
+    config.inference_mode = False
+    try:
+        peft.inject_adapter_in_model(config, model, name)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"peft.lora_target_modules: {error}") from error
+    _refuse_all_but_linear(model)
+    if weights is not None:
+        try:
+            result = peft.set_peft_model_state_dict(model, weights, name)
+        except (KeyError, RuntimeError) as error:
+            first = str(error).splitlines()[:2][-1].strip()  # of a line for every weight
+            raise UserError(f"the adapter does not fit its base model: {first}") from error
+        missing = [key for key in result.missing_keys if f".{name}." in f"{key}."]
+        if missing or result.unexpected_keys:
+            raise UserError(
+                f"the adapter does not fit its base model: {len(missing)} weights are missing, "
+                f"{len(result.unexpected_keys)} have no place, "
+                f"{[*missing, *result.unexpected_keys][0]} for one"
+            )
+    for parameter_name, parameter in model.named_parameters():
+        if f".{name}." in parameter_name:
+            parameter.data = parameter.data.to(dtype)  # peft makes them float32
+        parameter.requires_grad_(f".{POLICY}." in parameter_name)
+    for layer in _layers(model):
+        layer._active_adapter = [POLICY]
+
+
+def save_adapter(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write the policy's adapter, given its weights by their names in the model, as peft does."""
+    peft = require_peft()
+    options: Any = {"adapter_name": POLICY, "save_embedding_layers": False}  # else it asks the hub
+    found = peft.get_peft_model_state_dict(model, state_dict=weights, **options)
+    folder.mkdir(parents=True)
+    save_file({PREFIX + key: value for key, value in found.items()}, folder / WEIGHTS, {"format": "pt"})
+    config = copy.copy(model.peft_config[POLICY])
+    config.inference_mode = True
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)  # a set: in the order of this process
+    config.save_pretrained(folder)
+
+
+def is_adapted(model: PreTrainedModel) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def in_use(module: Any) -> Any:
+    """The module that a call would run: where an adapter has a copy of a whole one, that or the original."""
+    if getattr(module, "modules_to_save", None) is None:
+        return module
+    if module.disable_adapters:
+        return module.original_module
+    return module.modules_to_save[module.active_adapters[0]]
+
+
+def switch(model: PreTrainedModel, adapter: str | None) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which the model has another adapter, or with None no adapter at all.
+
+    peft's own switches change requires_grad too, which has to stay as the optimiser found it.
+    """
+    layers = _layers(model)
+
+    @contextmanager
+    def switched() -> Iterator[None]:
+        before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+        for layer in layers:
+            layer._disable_adapters = adapter is None
+            layer._active_adapter = [adapter or POLICY]
+        try:
+            yield
+        finally:
+            for layer, (off, active) in zip(layers, before, strict=True):
+                layer._disable_adapters, layer._active_adapter = off, active
+
+    return switched
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    return [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+
+def _refuse_unknown_modules(model: PreTrainedModel, config: Any) -> None:
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules() if name}
+    targets = config.target_modules if not isinstance(config.target_modules, str) else []
+    for key, wanted in (
+        ("lora_target_modules", targets),
+        ("lora_modules_to_save", config.modules_to_save or []),
+    ):
+        for name in wanted:
+            if name.rpartition(".")[2] not in names:
+                raise UserError(
+                    f"peft.{key}: {type(model).__name__} has no module {name!r}{nearest(name, names)}"
+                )
+
+
+def _refuse_tied_copies(model: PreTrainedModel, config: Any) -> None:
+    """A copy of one of two tied matrices would end up untied, which no config can tell."""
+    outer = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = {name.rpartition(".")[2] for name, m in model.named_modules() if any(m is x for x in outer)}
+    both = ends & set(config.modules_to_save or [])
+    if both and model.config.tie_word_embeddings:
+        raise UserError(
+            f"peft.lora_modules_to_save: {', '.join(sorted(both))} of {type(model).__name__} is tied to the "
+            "other end of the model; leave it out, or train all weights (without peft, with model.freeze)"
+        )
+
+
+def _refuse_all_but_linear(model: PreTrainedModel) -> None:
+    """Heads and embeddings are used through their weights, which under ZeRO-3 an adapter cannot reach."""
+    from peft.tuners.lora import LoraLayer
+
+    heads = (model.get_output_embeddings(), getattr(model, "score", None))
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            kind = type(module.get_base_layer()).__name__
+            if any(module is head for head in heads) or not ("Linear" in kind or kind == "Conv1D"):
+                raise UserError(
+                    f"peft.lora_target_modules: {name} is {kind}; LoRA is for the linear layers inside the "
+                    f"model; name it in peft.lora_modules_to_save, which trains a copy of the whole layer"
+                )

@@ -1,0 +1,140 @@
+"""The first groups of training as the model sees them, and what became of the rest of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from madpo.trainer.config import Config
+from madpo.trainer.data.dataset import load_groups
+from madpo.trainer.data.mismatched import MismatchedDataset
+from madpo.trainer.data.order import DataOrder
+from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.model.load import load_tokenizer
+
+Decode = Callable[[Sequence[int]], str]
+PROMPT = "dim"
+STYLES = {1: "green", -1: "red", 0: "yellow"}
+"""Of a completion, by its label: desirable or better than most, the opposite, neither."""
+
+
+def show_data(config: Config, count: int, console: Console) -> None:
+    """Print `count` groups in the order of training, then the totals. No ranks, no model.
+
+    Raises ValueError for data that cannot be read, and, after it is shown, for data that cannot serve the
+    objective.
+    """
+    tokenizer = load_tokenizer(config.model)
+    entry, split = config.objective_entry, config.data.dataset_train_split
+    groups, report = load_groups(config.data, split, tokenizer, entry.supervised)
+    if "mismatched" in entry.needs:
+        groups = MismatchedDataset(groups, config.seed, config.data.max_length)
+    order = DataOrder(len(groups), config.seed, groups.ease(config.data.order))
+    decode, coloured = decoder(tokenizer), console.is_terminal and not console.no_color
+    lines: list[Text] = []
+    for index in order.take(0, min(count, len(groups))).tolist():
+        place, own = f"{groups.name}, row {groups.rows[index]}", groups.table[index]["num_sequences"]
+        lines += render_group(groups[index], decode, place, coloured, own)
+    tokens, trained = int(groups.lengths.sum()), int(groups.completion_tokens.sum())
+    console.print(*lines, *render_totals(report, tokens, trained, coloured), sep="\n", soft_wrap=True)
+    groups.require(entry, config.objective.loss_type, config.train.micro_batch_tokens)
+
+
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
+    """Token ids -> text, special tokens spelled out."""
+
+    def decode(ids: Sequence[int]) -> str:
+        text: Any = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    return decode
+
+
+def render_group(
+    group: TokenGroup, decode: Decode, place: str, coloured: bool, own: int | None = None
+) -> Iterator[Text]:
+    """A group as lines: the prompt once, then every completion with what the edges say of it.
+
+    What is trained on is coloured, or stands in [[ ]]. Completions from `own` on were written for another
+    prompt.
+    """
+    yield Text(f"── {place}", style="bold")
+    moved = f"; {group.boundary_cut} more merged into the completion and moved there"
+    yield _header("prompt", len(group.prompt), moved if group.boundary_cut else "")
+    yield _body(decode(group.prompt), PROMPT if coloured else "")
+    for index, completion in enumerate(group.completions):
+        label = group.labels[index] if group.labels else 1
+        yield _header(_name(group, index), len(completion), _standing(group, index, own))
+        text = _after(group.prompt, completion, decode)
+        yield _body(text, STYLES[label]) if coloured else _body(f"[[{text}]]", "")
+    if group.equal:
+        yield Text(f"{group.equal} {COUNTS['comparisons_of_equal_tokens']}", style="bold")
+    if group.truncated:
+        yield Text(f"{group.truncated} {COUNTS['truncated_completions']}", style="bold")
+    yield Text()
+
+
+def _header(name: str, tokens: int, note: str) -> Text:
+    return Text(f"{name}, {tokens} token{'s' * (tokens != 1)}{note}", style="bold")
+
+
+def _body(text: str, style: str) -> Text:
+    """Lines behind a bar, with control characters escaped, as a terminal would obey them."""
+    escaped = (x if x.isprintable() or x in "\n\t" else x.encode("unicode_escape").decode() for x in text)
+    lines = (Text.assemble("│ ", (line, style)) for line in "".join(escaped).split("\n"))
+    return Text("\n").join(lines)
+
+
+def _after(prompt: list[int], completion: list[int], decode: Decode) -> str:
+    """The completion as it follows the prompt: some tokenizers drop the space that a text begins with."""
+    whole, head = decode(prompt + completion), decode(prompt)
+    return whole.removeprefix(head) if whole.startswith(head) else decode(completion)
+
+
+def _name(group: TokenGroup, index: int) -> str:
+    if len(group.completions) == 1:
+        return "completion"
+    if len(group.edges) == 1 and index in group.edges[0][:2]:
+        return "chosen" if group.edges[0][0] == index else "rejected"
+    return f"completion {index + 1}"
+
+
+def _standing(group: TokenGroup, index: int, own: int | None) -> str:
+    """What edges and labels say of a completion."""
+    if own is not None and index >= own:
+        return ", of another prompt"
+    if not group.edges:
+        return {1: ", desirable", -1: ", undesirable"}[group.labels[index]] if group.labels else ""
+    wins = [(loser, margin) for winner, loser, margin in group.edges if winner == index]
+    if len(group.edges) == 1:
+        return f", margin {wins[0][1]:g}" if wins and wins[0][1] is not None else ""
+    beaten = [f"{loser + 1}" + ("" if margin is None else f" by {margin:g}") for loser, margin in wins]
+    return f", better than {', '.join(beaten)}" if beaten else ""
+
+
+def render_totals(report: dict[str, Any], tokens: int, trained: int, coloured: bool) -> Iterator[Text]:
+    """What became of all rows, in lines; zeros are left out. A prompt counts once per group."""
+    yield Text(f"── {report['source']}: {report['rows']:,} rows, {report['groups']:,} groups", style="bold")
+    for reason, number in report["dropped"].items():
+        yield Text(f"{number:,} dropped: {reason}", style="bold")
+    shown = "coloured" if coloured else "in [[ ]]"
+    yield Text(f"{tokens:,} tokens, {trained / tokens:.1%} of them trained on, {shown}")
+    for name, says in COUNTS.items():
+        if report[name]:
+            yield Text(f"{report[name]:,} {says}")
+    if "margin_mean" in report:
+        low, mean, high = (report[f"margin_{name}"] for name in ("min", "mean", "max"))
+        yield Text(f"margins from {low:g} to {high:g}, mean {mean:.4g}")
+
+
+COUNTS = {
+    "truncated_completions": "completions lost their end to max_length",
+    "groups_with_moved_boundary": "prompts whose last tokens merged into the completion",
+    "comparisons_of_equal_tokens": "comparisons left out: both sides are the same tokens",
+    "rows_that_spell_special_tokens": "rows spell out a special token: in messages it becomes one",
+}
+"""Counts of the data report and how they are said."""
