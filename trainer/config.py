@@ -43,6 +43,12 @@ class ModelConfig(Section):
         default="sdpa", description="kernel of the packed attention; flash needs the flash-attn package"
     )
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in backward")
+    router_aux_loss_coef: float = Field(
+        default=0.0, ge=0, description="weight of the load-balancing loss of mixtures of experts; 0: off"
+    )
+    resize_embeddings: bool = Field(
+        default=False, description="give a model whose tokenizer is larger the rows that it lacks"
+    )
     freeze: list[str] = Field(
         default_factory=list,
         description="weights that stay: `embeddings`, `head`, or patterns of names as in *.layers.0.*",
@@ -165,6 +171,8 @@ def validate(config: Config) -> None:
         raise UserError(f"model.sync_ref_model: {config.objective.loss_type} uses no reference")
     if model.attention == "flash" and not train.bf16:
         raise UserError("model.attention: flash computes in bf16; set train.bf16=true or attention=sdpa")
+    if model.router_aux_loss_coef and "scores" in config.objective_entry.needs:
+        raise UserError("model.router_aux_loss_coef: it is not computed for reward models; set it to 0")
     _validate_data(config)
     if config.data.streaming:
         _validate_streaming(config)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from madpo.trainer.config import Config, OptimConfig
 from madpo.trainer.data.loader import Step
 from madpo.trainer.data.packing import PackedBatch
-from madpo.trainer.head import PreferenceHead, scored_span
-from madpo.trainer.metrics import Meter, add_batch
+from madpo.trainer.head import scored_span
+from madpo.trainer.metrics import Meter, add_batch, add_stats
 from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.whole_batch import share_losses
 
@@ -102,7 +102,7 @@ def train_step(
         loss, *rows = engine(batch)
         engine.backward(loss)
         if not head.objective.needs_batch:
-            _measure(head, meter, batch, rows)
+            _measure(engine.module, meter, batch, rows)
     engine.step()
     return memory
 
@@ -117,7 +117,7 @@ def evaluation_step(engine: Any, step: Step, meter: Meter, state: BatchState) ->
         return
     for batch in batches:
         _, *rows = engine(batch)
-        _measure(head, meter, batch, rows)
+        _measure(engine.module, meter, batch, rows)
 
 
 @torch.no_grad()
@@ -128,6 +128,7 @@ def _with_slopes(
     head, scored = engine.module.head, []
     for batch in batches:
         _, *rows = engine(batch)
+        add_stats(meter, batch, engine.module.stats)
         scored.append(scored_span(batch, *rows))
     outcomes, slopes = share_losses(step, batches, scored, head.objective, head.params, state)
     for batch, scores, outcome in zip(batches, scored, outcomes, strict=True):
@@ -137,8 +138,9 @@ def _with_slopes(
 
 
 @torch.no_grad()
-def _measure(head: PreferenceHead, meter: Meter, batch: PackedBatch, rows: list[Tensor]) -> None:
-    scored = scored_span(batch, *rows)
+def _measure(module: Any, meter: Meter, batch: PackedBatch, rows: list[Tensor]) -> None:
+    head, scored = module.head, scored_span(batch, *rows)
+    add_stats(meter, batch, module.stats)
     add_batch(meter, batch, scored, head.objective(scored, head.params), head.objective, head.params)
 
 

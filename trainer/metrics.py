@@ -119,6 +119,12 @@ def add_batch(
             meter.add("kl", (drift.square() / 2)[:keep], where)
 
 
+def add_stats(meter: Meter, batch: PackedBatch, stats: Mapping[str, Tensor]) -> None:
+    """Fold in what the model measured beside its rows, () means over the packed tokens of one micro-batch."""
+    for name, value in stats.items():
+        meter.add(name, value.expand(0 if batch.is_filler else len(batch.input_ids)))
+
+
 def _add_completions(
     meter: Meter, batch: PackedBatch, scored: Scored, objective: Objective, beta: float
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,8 +46,9 @@ class Progress:
         shard: Shard,
         device: torch.device,
         parameters: tuple[int, int],  # trained, all
+        remarks: Sequence[str] = (),
     ) -> None:
-        """The facts of the run, before its first step."""
+        """The facts of the run, before its first step; `remarks` are further ones, a line each."""
         out = self._console.print
         where = f"{shard.world_size} rank(s) on {device.type}"
         out(f"[bold]{config.objective.loss_type}[/] into {config.output_dir}, {where}")
@@ -61,6 +62,8 @@ class Progress:
             for key in counts:
                 notes += [f"{facts[key]} {key.replace('_', ' ')}"] if facts[key] else []
             out(f"  {split}: {', '.join(notes)}")
+        for remark in remarks:
+            out(f"  {remark}")
         if state.step:
             out(f"  resuming after step {state.step} of {self._total}")
         if self._console.is_terminal and state.step < self._total:

@@ -278,7 +278,7 @@ def test_a_mixture_trains_to_the_same_bits_as_the_file_made_by_hand(run, tmp_pat
     run_ranks(2, train, single)
     assert weights(run) == weights(single)
     card = (Path(run.output_dir) / "model" / "README.md").read_text()
-    assert f"on `{tmp_path / 'first.jsonl'}`, `{tmp_path / 'second'}`:" in card
+    assert f"on `{tmp_path / 'first.jsonl'}`, `{tmp_path / 'second'}`." in card
     run_ranks(2, probe, run)
     found = json.loads((Path(run.output_dir) / "probe.json").read_text())
     assert found["groups"] == 20 and found["of"]["data"].startswith("mixture-")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import types
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from families import FAMILIES, tiny_model
 from harness import random_groups
 from kernel_cases import relative_error
 
-from madpo.trainer.data.packing import pack
+from madpo.trainer.data.packing import Segment, pack
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.model import prefix_attention
 from madpo.trainer.model.policy import (
@@ -26,30 +26,9 @@ from madpo.trainer.model.prefix_attention import SegmentTable
 from madpo.trainer.objectives.base import segment_sum
 
 NAME = prefix_attention.NAMES["sdpa"]
-SIZES: dict[str, Any] = {
-    "vocab_size": 307,
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FAMILIES = {
-    "llama": transformers.LlamaConfig(**SIZES),
-    "qwen2": transformers.Qwen2Config(**SIZES),
-    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=12),
-    "mistral-window": transformers.MistralConfig(**SIZES, sliding_window=9, head_dim=12),
-    "gemma2-softcap-window": transformers.Gemma2Config(
-        **SIZES, head_dim=12, sliding_window=7, query_pre_attn_scalar=12
-    ),
-    "phi-bias": transformers.PhiConfig(**SIZES),
-    "cohere-scale": transformers.CohereConfig(**SIZES, logit_scale=0.25),
-    "granite-scaling": transformers.GraniteConfig(**SIZES, logits_scaling=4.0),
-    "hyperclovax-scaling": transformers.HyperCLOVAXConfig(**SIZES, logits_scaling=4.0, head_dim=12),
+SDPA_ONLY = {
+    "gpt-oss": "attention sinks",
+    "Llama 4": "masks other than causal ones and sliding windows",
 }
 
 
@@ -86,27 +65,22 @@ def mixed_groups() -> list[TokenGroup]:
     return [*random_groups(3), *one, short, *seven]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_log_probs_and_gradients_equal_the_padded_forward(family):
-    config = copy.deepcopy(FAMILIES[family])
+def test_log_probs_and_gradients_equal_the_padded_forward():
+    """Padded on the right, as a batch would be; test_families.py does without for every family."""
     groups = mixed_groups()
-    eager: Any = transformers.AutoModelForCausalLM.from_config(
-        copy.deepcopy(config), attn_implementation="eager"
-    )
-    packed: Any = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
-    packed.load_state_dict(eager.state_dict())
+    theirs, ours = tiny_model("Llama 3", "eager", vocab_size=307), tiny_model("Llama 3", NAME, vocab_size=307)
     weights = torch.randn(sum(len(group.completions) for group in groups), dtype=torch.float64)
-    want, got = padded_logps(eager, groups), packed_logps(packed, groups)
+    want, got = padded_logps(theirs, groups), packed_logps(ours, groups)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     (want * weights).sum().backward()
     (got * weights).sum().backward()
-    truth = dict(eager.named_parameters())
-    for name, parameter in packed.named_parameters():
+    truth = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
         assert relative_error(parameter.grad, truth[name].grad) < 1e-5, name
 
 
 def test_nothing_leaks_between_completions_or_groups():
-    model: Any = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"], attn_implementation=NAME)
+    model = tiny_model("Llama 3", NAME, vocab_size=307)
     groups = random_groups(3)
     with torch.no_grad():
         before = packed_logps(model, groups)
@@ -119,7 +93,7 @@ def test_nothing_leaks_between_completions_or_groups():
 
 
 def test_the_segment_table_is_demanded():
-    model: Any = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"], attn_implementation=NAME)
+    model = tiny_model("Llama 3", NAME, vocab_size=307)
     with pytest.raises(ValueError, match="segments"):
         model(input_ids=torch.tensor([[5, 6, 7]]))
 
@@ -156,23 +130,30 @@ def varlen_in_plain_torch(
     return torch.cat(out)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_varlen_call_describes_the_same_attention(family, monkeypatch):
-    """The arguments for flash-attn, which runs on GPUs only, checked against its documented meaning."""
+@pytest.fixture
+def _flash(monkeypatch):
     stand_in = types.ModuleType("flash_attn")
     stand_in.flash_attn_varlen_func = varlen_in_plain_torch  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
-    models: list[Any] = [
-        transformers.AutoModelForCausalLM.from_config(
-            copy.deepcopy(FAMILIES[family]), attn_implementation=prefix_attention.NAMES[name]
-        )
-        for name in ("sdpa", "flash")
-    ]
-    models[1].load_state_dict(models[0].state_dict())
+
+
+@pytest.mark.usefixtures("_flash")
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in SDPA_ONLY])
+def test_the_varlen_call_describes_the_same_attention(family):
+    """The arguments for flash-attn, which runs on GPUs only, checked against its documented meaning."""
+    models = [tiny_model(family, name, vocab_size=307) for name in prefix_attention.NAMES.values()]
     groups = mixed_groups()
     with torch.no_grad():
         want, got = (packed_logps(model, groups) for model in models)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_flash")
+@pytest.mark.parametrize("family, what", SDPA_ONLY.items())
+def test_flash_refuses_what_it_does_not_compute(family, what):
+    model = tiny_model(family, prefix_attention.NAMES["flash"], vocab_size=307)
+    with pytest.raises(ValueError, match=f"flash does not compute this model's {what}; set it to sdpa"):
+        packed_logps(model, mixed_groups())
 
 
 def test_flash_without_its_package_says_what_to_install():
@@ -180,43 +161,59 @@ def test_flash_without_its_package_says_what_to_install():
         prefix_attention.require("flash")
 
 
-def small(config: Any) -> Any:
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_check_at_start_passes_models_that_pack_exactly(family):
-    refuse_unless_packing_is_exact(small(copy.deepcopy(FAMILIES[family])), torch.device("cpu"))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_check_at_start_passes_heads_that_are_known(family):
-    refuse_unless_head_is_known(small(copy.deepcopy(FAMILIES[family])), torch.device("cpu"))
-
-
 def test_the_check_at_start_refuses_a_head_that_does_something_else():
-    config = copy.deepcopy(FAMILIES["llama"])
-    config.logit_scale = 2.0  # which a Llama ignores
+    model = tiny_model("Llama 3", NAME)
+    model.config.logit_scale = 2.0  # which a Llama ignores
     with pytest.raises(ValueError, match="its logits differ from those of its output weight"):
-        refuse_unless_head_is_known(small(config), torch.device("cpu"))
+        refuse_unless_head_is_known(model, torch.device("cpu"))
 
 
-def test_the_check_at_start_refuses_layers_that_carry_a_state():
-    config = transformers.MambaConfig(vocab_size=307, hidden_size=32, num_hidden_layers=2, state_size=4)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+STATEFUL: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 4},
+    "falcon_mamba": {"state_size": 4},
+    "qwen3_next": {
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+}
+
+
+@pytest.mark.parametrize("family", STATEFUL)
+def test_the_check_at_start_refuses_layers_that_carry_a_state(family):
+    sizes = {"vocab_size": 307, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.15}
+    config = transformers.AutoConfig.for_model(family, **sizes, **STATEFUL[family])
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
     with pytest.raises(ValueError, match="packed scores differ from single ones"):
         refuse_unless_packing_is_exact(model, torch.device("cpu"))
 
 
-def test_attention_sinks_are_refused():
-    model = small(
-        transformers.GptOssConfig(
-            **SIZES,
-            head_dim=12,
-            num_local_experts=2,
-            num_experts_per_tok=1,
-            layer_types=["full_attention"] * 3,
-        )
-    )
-    with pytest.raises(ValueError, match="attention uses s_aux"):
+def test_the_check_at_start_refuses_tokens_that_see_those_to_come():
+    """Shared, a prompt cannot see what follows it."""
+    model = tiny_model("Gemma 3", NAME, use_bidirectional_attention=True)
+    with pytest.raises(ValueError, match="packed scores differ from single ones"):
         refuse_unless_packing_is_exact(model, torch.device("cpu"))
+
+
+def test_masks_that_a_model_forms_by_itself_are_refused():
+    model = tiny_model("Llama 3", NAME)
+    row = torch.tensor([[5, 6, 7]])
+    own = torch.zeros(1, 1, 3, 3)
+    with pytest.raises(ValueError, match="what its tokens see is not known"):
+        model(row, attention_mask=own, segments=SegmentTable((Segment(0, 3, 0, 0),)))
+
+
+def test_unknown_parts_of_an_attention_are_refused():
+    model = tiny_model("Llama 3", NAME)
+    with pytest.raises(ValueError, match="attention uses head_mask, which"):
+        model(torch.tensor([[5, 6]]), segments=SegmentTable((Segment(0, 2, 0, 0),)), head_mask=torch.ones(4))

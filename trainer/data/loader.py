@@ -34,14 +34,21 @@ def plan_step(
 
     The loss of the step is the mean over the items of the global batch, whose number is known before
     a group is read. Each micro-batch carries world_size / items as its scale: DeepSpeed averages
-    gradients over ranks, and the factor world_size makes that a sum.
+    gradients over ranks, and the factor world_size makes that a sum. What is a mean over packed tokens
+    instead has world_size / tokens as its scale.
     """
     scale = shard.world_size / max(int(item_counts(groups, item)[indices].sum()), 1)
+    token_scale = shard.world_size / int(groups.lengths[indices].sum())
     ends = np.cumsum((groups.sequences[indices], groups.edges[indices]), axis=1)  # (2, B)
     places = np.concatenate((np.zeros_like(ends[:, :1]), ends[:, :-1]), axis=1).T.tolist()
     plan = plan_micro_batches(groups.lengths[indices], budget, shard.world_size)[shard.rank]
     batches = [
-        pack([groups[indices[p]] for p in positions], scale, places=[places[p] for p in positions])
+        pack(
+            [groups[indices[p]] for p in positions],
+            scale,
+            places=[places[p] for p in positions],
+            token_scale=token_scale,
+        )
         if positions
         else filler()
         for positions in plan

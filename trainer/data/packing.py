@@ -55,6 +55,7 @@ class PackedBatch:
     group_sequences: tuple[int, ...]  # (G,) completions of each group
     group_edges: tuple[int, ...]  # (G,) edges of each group
     scale: float = 1.0  # factor on the sum of item losses
+    token_scale: float = 0.0  # factor on what is summed over packed tokens
     is_filler: bool = False  # keeps a rank in step that has no groups left; counts for nothing
     slopes: Tensor | None = None  # (S,) of the losses' sum in the sequences' log-probs, where known before
 
@@ -72,6 +73,7 @@ def pack(
     scale: float = 1.0,
     is_filler: bool = False,
     places: Sequence[tuple[int, int]] | None = None,
+    token_scale: float = 0.0,
 ) -> PackedBatch:
     """Pack whole groups into one row, in the order given.
 
@@ -132,6 +134,7 @@ def pack(
         group_sequences=tuple(len(group.completions) for group in groups),
         group_edges=tuple(len(group.edges) for group in groups),
         scale=scale,
+        token_scale=token_scale,
         is_filler=is_filler,
     )
 

@@ -22,9 +22,11 @@ from transformers.utils import logging
 from madpo.trainer.config import Config, ModelConfig, PeftConfig, validate_peft
 from madpo.trainer.errors import UserError
 from madpo.trainer.model import lora, prefix_attention
+from madpo.trainer.model.balance import expert_balance
 from madpo.trainer.model.freeze import freeze
 from madpo.trainer.model.policy import PolicyWithReference, Reference
 from madpo.trainer.model.reward import RewardModel
+from madpo.trainer.model.vocabulary import add_rows, fit_vocabulary
 from madpo.trainer.strict_yaml import nearest
 
 NEW_LAYER = "score.weight"
@@ -80,24 +82,21 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
         if config.peft is not None and adapter is None:
             start = str(model.model_name_or_path), model.model_revision
             lora.attach(policy, lora.new_config(config.peft, *start, rewards), lora.POLICY)
+    fit_vocabulary(policy, len(tokenizer), model.resize_embeddings)
     if model.freeze:
         freeze(policy, model.freeze)
     if config.train.export_merged and not lora.is_adapted(policy):
         raise UserError("train.export_merged: the model has no adapter; leave it false")
     reference = _reference(config, policy, adapter, load) if entry.needs_reference else None
-    if len(tokenizer) > policy.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model only {policy.config.vocab_size}; "
-            "they do not belong together (model.tokenizer_name_or_path)"
-        )
     if model.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if rewards:
         padding_token(tokenizer)
         return RewardModel(policy, entry, config.objective)
     budget_bytes = int(config.train.head_gib * 2**30)
+    balance = expert_balance(policy, model.router_aux_loss_coef)
     return PolicyWithReference(
-        policy, reference, entry, config.objective, budget_bytes, config.train.head_impl
+        policy, reference, entry, config.objective, budget_bytes, config.train.head_impl, balance
     )
 
 
@@ -141,6 +140,8 @@ def _reference(
     named = model.ref_model_name_or_path
     source = named or model.model_name_or_path, None if named else model.model_revision
     reference = load(*source, _stored_adapter(config, *source))
+    if model.resize_embeddings:
+        add_rows(reference, policy.config.vocab_size)
     _same_vocabulary(policy, reference)
     if model.sync_ref_model:
         _same_shapes(policy, reference)
@@ -217,6 +218,11 @@ def _pretrained(
             "the files do not belong to the config beside them"
         )
     model.has_new_layer = NEW_LAYER in found["missing_keys"]
+    if model.config.get_text_config() is not model.config:
+        raise UserError(
+            f"model {name!r}: {type(model).__name__} reads more than text; save its language model by itself "
+            "and name that"
+        )
     return model
 
 

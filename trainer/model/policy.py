@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from madpo.trainer.data.packing import PackedBatch, Segment, pack
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
 from madpo.trainer.head import Impl, LogitTransform, OutputHead, PreferenceHead
+from madpo.trainer.model.balance import ExpertBalance
 from madpo.trainer.model.lora import in_use
 from madpo.trainer.model.prefix_attention import SegmentTable
 from madpo.trainer.objectives.base import Objective, Params
@@ -43,10 +44,13 @@ class PolicyWithReference(nn.Module):
         params: Params,
         budget_bytes: int,
         impl: Impl = "auto",
+        balance: ExpertBalance | None = None,
     ) -> None:
         super().__init__()
         assert (reference is not None) or not objective.needs_reference
         self.policy, self.compared_with = policy, reference
+        self.balance = balance
+        self.stats: dict[str, Tensor] = {}  # (), of the last batch, means over its tokens
         self.reference = None if reference is None or reference.model is policy else reference.model
         if self.reference is not None:
             self.reference.requires_grad_(False).eval()
@@ -68,16 +72,25 @@ class PolicyWithReference(nn.Module):
 
     def forward(self, batch: PackedBatch) -> tuple[Tensor | None, ...]:
         """The loss (), token_logps (M,), ref_token_logps (M,) or None, and more where the objective looks at
-        distributions. A batch with `slopes` needs no reference any more.
+        distributions. A batch with `slopes` needs no reference any more. The loss of experts that are not in
+        balance is in the loss, and in `stats`.
         """
         table = SegmentTable(batch.segments)
-        hidden = scored_hidden(self.policy, batch, table)
+        options = {} if self.balance is None else {"output_router_logits": True}
+        output = run_backbone(self.policy, batch, table, **options)
+        hidden = output.last_hidden_state[0].index_select(0, batch.rows)
         ref_hidden = None
         reference = self.compared_with
         if reference is not None and batch.slopes is None:
             with torch.no_grad(), reference.state():
                 ref_hidden = scored_hidden(reference.model, batch, table)
-        return self.head(hidden, ref_hidden, batch)
+        loss, *rows = self.head(hidden, ref_hidden, batch)
+        if self.balance is not None:
+            aux_loss = self.balance(output.router_logits)
+            self.stats = {"aux_loss": aux_loss.detach()}
+            share = batch.token_scale * len(batch.input_ids)
+            loss = loss + self.balance.coef * share * aux_loss
+        return loss, *rows
 
 
 def scored_hidden(model: PreTrainedModel, batch: PackedBatch, table: SegmentTable) -> Tensor:
@@ -87,13 +100,33 @@ def scored_hidden(model: PreTrainedModel, batch: PackedBatch, table: SegmentTabl
 
 def last_hidden(model: PreTrainedModel, batch: PackedBatch, table: SegmentTable) -> Tensor:
     """(N, H): the backbone's last hidden states."""
-    output: Any = model.base_model(
+    return run_backbone(model, batch, table).last_hidden_state[0]
+
+
+def run_backbone(model: PreTrainedModel, batch: PackedBatch, table: SegmentTable, **options: Any) -> Any:
+    """The backbone's output for a packed row.
+
+    A mask that hides nothing keeps transformers from taking the row for sequences of their own by its
+    positions, which would break completions off their prompt.
+    """
+    return backbone(model)(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
+        attention_mask=torch.ones_like(batch.input_ids)[None],
         use_cache=False,
         segments=table,
+        **options,
     )
-    return output.last_hidden_state[0]
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """What is under the head: transformers' base_model, or the one model inside where that names none."""
+    if model.base_model is not model:
+        return model.base_model
+    inside = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    if len(inside) != 1:
+        raise UserError(f"{type(model).__name__}: no backbone under its head that could be run alone")
+    return inside[0]
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:
@@ -125,7 +158,7 @@ def refuse_unless_head_is_known(model: PreTrainedModel, device: torch.device) ->
         "use_cache": False,
         "segments": SegmentTable((Segment(0, ids.shape[1], 0, 0),)),
     }
-    hidden = model.base_model(**inputs).last_hidden_state
+    hidden = backbone(model)(**inputs).last_hidden_state
     head: Any = model.get_output_embeddings()
     ours = output_head(model).transform(head(hidden).float())
     theirs = model(**inputs).logits.float()
@@ -145,24 +178,41 @@ def _tolerance(model: PreTrainedModel) -> float:
 def refuse_unless_packing_is_exact(model: PreTrainedModel, device: torch.device) -> None:
     """Raise ValueError for a model in which packing changes what a completion's tokens see.
 
-    Two groups of random tokens are scored packed and each completion alone. Layers that carry a state
-    along the row, or take positions from the row, give themselves away by far more than rounding.
+    Two groups of random tokens are scored packed, and each completion alone with transformers' own attention.
+    Layers that carry a state along the row, take positions from the row, or look at tokens to come give
+    themselves away by far more than rounding.
     """
     random = np.random.default_rng(0)
     high = min(model.config.vocab_size, 1000)
     draw = lambda count: random.integers(0, high, count).tolist()  # noqa: E731
     groups = [TokenGroup(draw(7), [draw(6), draw(9)], []) for _ in range(2)]
-    alone = [TokenGroup(group.prompt, [c], []) for group in groups for c in group.completions]
-
-    def hidden(batch: PackedBatch) -> Tensor:
-        batch = batch.to(device)
-        return scored_hidden(model, batch, SegmentTable(batch.segments)).float()
-
-    packed = hidden(pack(groups))
-    single = torch.cat([hidden(pack([group])) for group in alone])
+    batch = pack(groups).to(device)
+    packed = scored_hidden(model, batch, SegmentTable(batch.segments)).float()
+    with _own_attention(model):
+        single = [
+            backbone(model)(
+                input_ids=torch.tensor([group.prompt + completion], device=device), use_cache=False
+            )
+            .last_hidden_state[0, len(group.prompt) - 1 : -1]
+            .float()
+            for group in groups
+            for completion in group.completions
+        ]
+    single = torch.cat(single)
     error = float((packed - single).norm() / single.norm())
     if not error < _tolerance(model):
         raise UserError(
             f"{type(model).__name__}: packed scores differ from single ones by {error:.2g} (relative); a "
             "model whose layers carry a state along the sequence cannot share a row between groups"
         )
+
+
+@contextmanager
+def _own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model attends as in transformers without us."""
+    ours: Any = model.config._attn_implementation
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ours)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from madpo.trainer.objectives.base import Objective, Params
 
 class RewardModel(nn.Module):
     """Scores every completion of a packed batch. Without a reference; in all else like a policy."""
+
+    stats: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(self, policy: PreTrainedModel, objective: Objective, params: Params) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from madpo.trainer import checkpoint, dist, loop
 from madpo.trainer.config import Config, dump
 from madpo.trainer.dist import Shard, barrier, refuse_if_any
 from madpo.trainer.metrics import MetricsFile
+from madpo.trainer.model.balance import expert_remarks
 from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.progress import Progress
@@ -57,7 +58,8 @@ def run_training(config: Config, command: str) -> None:
             progress = Progress(loop.plan_run(config, feed.num_groups).total_steps)
             cleanup.callback(progress.close)
             parameters = count_parameters(engine.module.policy)
-            progress.announce(config, data.report, state, shard, engine.device, parameters)
+            remarks = expert_remarks(engine.module.policy, config.model.router_aux_loss_coef)
+            progress.announce(config, data.report, state, shard, engine.device, parameters, remarks)
             sinks = [metrics.write, progress.show]
         barrier()
 

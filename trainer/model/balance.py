@@ -1,0 +1,71 @@
+"""The auxiliary loss of mixtures of experts, which keeps a router from favouring a few of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from madpo.trainer.errors import UserError
+
+NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Names of a config for the number of experts of a layer."""
+
+
+def num_experts(model: PreTrainedModel) -> int:
+    """Experts of each mixture in the model; 0 where it has none."""
+    return next((n for name in NUM_EXPERTS if (n := getattr(model.config, name, None))), 0)
+
+
+@dataclass(frozen=True)
+class ExpertBalance:
+    """The load-balancing loss as the model's own family defines it, and its weight in the step's loss.
+
+    Per layer, the share of tokens that each expert gets times its mean probability, summed over experts and
+    multiplied by their number. Over the tokens of one packed row, in which a prompt counts once.
+    Source: Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6.
+    """
+
+    coef: float
+    function: Callable[..., Tensor]
+    num_experts: int
+    top_k: int
+
+    def __call__(
+        self,
+        router_logits: tuple[Tensor, ...],  # (N, experts) of each mixture
+    ) -> Tensor:  # ()
+        loss = self.function(router_logits, self.num_experts, self.top_k)
+        assert isinstance(loss, Tensor), "the backbone gave no router logits"
+        return loss
+
+
+def expert_balance(model: PreTrainedModel, coef: float) -> ExpertBalance | None:
+    """None if `coef` is 0. Raises ValueError for a model whose family has no load-balancing loss."""
+    if not coef:
+        return None
+    family: Any = sys.modules[type(model).__module__]
+    parts: list[Any] = [
+        getattr(family, "load_balancing_loss_func", None),
+        getattr(model, "num_experts", None),
+        getattr(model, "num_experts_per_tok", None),
+    ]
+    if None in parts:
+        raise UserError(
+            f"model.router_aux_loss_coef: {coef}, but transformers has no load-balancing loss for "
+            f"{type(model).__name__}; set it to 0"
+        )
+    return ExpertBalance(coef, *parts)
+
+
+def expert_remarks(model: PreTrainedModel, coef: float) -> list[str]:
+    """What a user should know of the experts before the first step."""
+    experts = num_experts(model)
+    if not experts:
+        return []
+    state = f"weighs {coef:g}" if coef else "is off (model.router_aux_loss_coef)"
+    return [f"{experts} experts a layer; the loss that keeps them in balance {state}"]
