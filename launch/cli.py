@@ -37,19 +37,19 @@ def train(
     overrides: Overrides = None,
     fresh: Fresh = False,
 ) -> None:
-    """Train on this machine's GPUs (without one: on the CPU); continues a run that was cut off."""
+    """Train on this machine; continues a run that was cut off."""
     _train("train", config, overrides, fresh)
 
 
 @app.command()
 def sft(config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """Train on completions, as `train` does, with nll where the config names no objective."""
+    """As train, on completions: the objective is nll by default."""
     _train("sft", config, overrides, fresh)
 
 
 @app.command()
 def reward(config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """Train a reward model, as `train` does, with bradley_terry where the config names no objective."""
+    """As train, a reward model: bradley_terry by default."""
     _train("reward", config, overrides, fresh)
 
 
@@ -64,7 +64,7 @@ def run_recipe(
     only: Annotated[list[str] | None, typer.Option(help="these stages, and what they need")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would run")] = False,
 ) -> None:
-    """Run the stages of a recipe in order; what is done and unchanged is not done again."""
+    """Run a recipe's stages; done and unchanged ones are skipped."""
     from madpo.launch.run import run
 
     raise typer.Exit(run(recipe, overrides or [], jobs, only or [], dry_run))

@@ -18,6 +18,7 @@ from madpo.trainer.data.dataset import GroupDataset, load_groups
 from madpo.trainer.data.folds import folds_of, hash_of_prompt, without_fold
 from madpo.trainer.data.formats import TextGroup
 from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.stages.annotate import _load as load
 from madpo.trainer.stages.annotate import fold_config, run_annotation
 from madpo.trainer.stages.setup import load_data
 from madpo.trainer.stages.train import run_training
@@ -212,6 +213,18 @@ def annotate(shard, config: Config) -> None:
 
 
 @pytest.mark.ranks
+def test_rows_of_several_comparisons_have_no_one_margin(config, tmp_path):
+    """With edges best_worst they are pairs."""
+    row = {"prompt": "the", "completions": [" a", " b", " c"], "scores": [1.0, 2.0, 3.0]}
+    path = tmp_path / "ranked.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    ranked = changed(config, "data", dataset_name=str(path), dataset_test_split=None)
+    with pytest.raises(ValueError, match=r"1 rows make several comparisons; set data.edges=best_worst"):
+        run_annotation(ranked)
+    (groups,) = load(changed(ranked, "data", edges="best_worst")).values()
+    assert groups[0].edges == [(1, 0, 2.0)]
+
+
 def test_several_given_models_score_by_their_mean(config, tmp_path, tokenizer_folder):
     models = [save_classifier(tmp_path / "a", tokenizer_folder), tmp_path / "run"]
     save_classifier(tmp_path / "run" / "model", tokenizer_folder, seed=9)  # named by its run folder

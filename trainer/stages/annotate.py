@@ -126,6 +126,11 @@ def _load(config: Config) -> dict[str, GroupDataset]:
     plain = config.model_copy(update={"objective": BradleyTerryParams()})  # which asks no margin of the data
     for groups in data.values():
         groups.require(plain.objective_entry, plain.objective.loss_type, config.train.micro_batch_tokens)
+        if several := int((groups.edges > 1).sum()):
+            raise UserError(
+                f"{groups.name}: annotate writes one margin a row, and {several} rows make several "
+                "comparisons; set data.edges=best_worst, or write the rows as pairs"
+            )
     return data
 
 
