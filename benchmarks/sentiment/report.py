@@ -32,11 +32,11 @@ ARMS = {
 Settings = Mapping[Setting, Sample]
 
 
-def write(output: Path, results: str, pairs: str, annotations: str, title: str, beta: float = 0.1) -> None:
+def write(output: Path, results: str, pairs: str, recipe: str, title: str, beta: float = 0.1) -> None:
     """Write `sentiment.md` and, where matplotlib is installed, `frontier.svg`.
 
-    `results` is the folder that `evaluate` filled, `pairs` the one with the tiers, `annotations` the
-    recipe's folder, in which the reward models' `annotation.json` lie.
+    `results` is the folder that `evaluate` filled, `pairs` the one with the tiers, `recipe` that of the whole
+    recipe, in which the reward models' margins lie.
     """
     sft, settings = read(Path(results))
     parts = [
@@ -45,7 +45,7 @@ def write(output: Path, results: str, pairs: str, annotations: str, title: str, 
         *_arms(settings, beta),
         *_frontier(settings, beta),
         *_verdict(settings, beta),
-        *_margins(Path(pairs), Path(annotations)),
+        *_margins(Path(pairs), Path(recipe)),
     ]
     output.mkdir(parents=True, exist_ok=True)
     (output / "sentiment.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
@@ -142,7 +142,7 @@ def _verdict(settings: Settings, beta: float) -> Iterator[str]:
     yield '\n"Not told apart" is a difference of less than two standard errors.'
 
 
-def _margins(pairs: Path, annotations: Path) -> Iterator[str]:
+def _margins(pairs: Path, recipe: Path) -> Iterator[str]:
     path = pairs / "facts.json"
     if not path.is_file():
         return
@@ -152,42 +152,38 @@ def _margins(pairs: Path, annotations: Path) -> Iterator[str]:
         of_tier = [fact for name, fact in facts.items() if name.split()[0] == tier]
         quartiles = np.mean([fact["abs_margin_quartiles"] for fact in of_tier], axis=0)
         agrees = np.mean([fact["label_agrees_with_oracle"] for fact in of_tier])
-        accuracy, q80 = _reward_models(annotations, tier)
-        rows.append(
-            (
-                tier,
-                str(of_tier[0]["pairs"]),
-                f"{agrees:.1%}",
-                " / ".join(f"{q:.2f}" for q in quartiles),
-                accuracy,
-                q80,
-            )
-        )
+        count, shown = of_tier[0]["pairs"], " / ".join(f"{q:.2f}" for q in quartiles)
+        rows.append((tier, str(count), f"{agrees:.1%}", shown, *_reward_models(recipe, tier)))
     yield "\n## The pairs and the reward models\n"
-    yield _table(
-        (
-            "tier",
-            "pairs",
-            "label agrees with the oracle",
-            "|oracle margin|, quartiles",
-            "reward models: held-out accuracy",
-            "their margins, 5 % / median / 95 %",
-        ),
-        rows,
+    yield (
+        "Agreement is the cosine between a reward model's margins and the oracle's, both of one sign "
+        "convention: 1 is the same up to scale, 0 is chance. Means over the seeds.\n"
     )
+    titles = ("tier", "pairs", "label agrees with the oracle", "|oracle margin|, quartiles")
+    of_models = ("agreement, own pairs", "agreement, held out", "80 % of |margin| below")
+    yield _table((*titles, *of_models), rows)
 
 
-def _reward_models(folder: Path, tier: str) -> tuple[str, str]:
-    found = [
-        json.loads(p.read_text()) for p in sorted(folder.glob(f"reward_{tier}_*/annotated/annotation.json"))
-    ]
+def _reward_models(recipe: Path, tier: str) -> tuple[str, str, str]:
+    """What the stages `margins_*` found: (agreement on the pairs trained on, on others, quantile)."""
+    found = []
+    for folder in sorted(recipe.glob(f"margins_{tier}_*/annotated")):
+        train, test = (_margin_pairs(folder / f"{split}.jsonl") for split in ("train", "test"))
+        found.append((_cosine(train), _cosine(test), float(np.quantile(np.abs(train[:, 0]), 0.8))))
     if not found:
-        return "", ""
-    accuracy = np.mean([note["test"]["accuracy"] for note in found])
-    spread = np.mean(
-        [[note["train"]["margin_quantiles"][q] for q in ("0.05", "0.5", "0.95")] for note in found], axis=0
-    )
-    return f"{accuracy:.1%}", " / ".join(f"{q:.2f}" for q in spread)
+        return "", "", ""
+    own, held_out, high = np.mean(found, axis=0)
+    return f"{own:.2f}", f"{held_out:.2f}", f"{high:.2f}"
+
+
+def _margin_pairs(path: Path) -> np.ndarray:
+    """(n, 2) the reward model's margin and the oracle's, of every row that was scored."""
+    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return np.array([(row["margin"], row["margin_given"]) for row in rows if "margin" in row])
+
+
+def _cosine(pairs: np.ndarray) -> float:
+    return float((pairs[:, 0] @ pairs[:, 1]) / np.sqrt(np.prod((pairs**2).sum(0))))
 
 
 def _betas(settings: Settings, arm: str, tier: str) -> list[float]:
