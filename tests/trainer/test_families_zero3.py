@@ -61,7 +61,7 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def load_and_export(shard, config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     engine = start_engine(config, tokenizer, training=True)
-    export_model(engine, tokenizer, config, Path(config.output_dir) / "model", shard, TrainState())
+    export_model(engine, tokenizer, config, Path(config.output_dir), shard, TrainState())
     engine.destroy()
 
 
