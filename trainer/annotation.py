@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,16 +66,20 @@ def together(
 
 
 def write_split(
-    target: Path, split: str, source: Source, scored: Scored, models: list[str]
+    target: Path, split: str, source: Source, scored: Scored, models: list[str], renames: dict[str, str]
 ) -> dict[str, Any]:
-    """The annotated split, and `annotation.json` beside it: by what, from what, and how the margins lie."""
+    """The annotated split, and `annotation.json` beside it: by what, from what, and how the margins lie.
+
+    `renames` is `data.columns`: what is written stands under the source's own names, so that the same
+    config reads it.
+    """
     names = ["score_chosen", "score_rejected", "margin"]
     columns = [*scored.combined.T, margins_of(scored.combined)]
     if scored.margin_std is not None:
         names, columns = [*names, "margin_std"], [*columns, scored.margin_std]
     values = np.stack(columns, 1).tolist()
     found = {
-        row: dict(zip(names, value, strict=True))
+        row: {renames.get(name, name): x for name, x in zip(names, value, strict=True)}
         for row, value in zip(scored.rows.tolist(), values, strict=True)
     }
     target.mkdir(parents=True, exist_ok=True)
@@ -83,8 +88,9 @@ def write_split(
     with partial.open("w", encoding="utf-8") as file:
         for number, row in _rows(source):
             count += 1
-            line = {**_without_margins(row), **found.get(number, {})}
-            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+            if number in found:
+                line = _plain({**_without_margins(row, renames), **found[number]})
+                file.write(json.dumps(line, ensure_ascii=False, allow_nan=False, default=str) + "\n")
     os.replace(partial, path)
     margins = margins_of(scored.combined)
     facts = {
@@ -132,6 +138,22 @@ def _rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
 
 
-def _without_margins(row: dict[str, Any]) -> dict[str, Any]:
-    columns = {*MARGIN_COLUMNS, "margin_std"}
-    return {f"{key}_given" if key in columns else key: value for key, value in row.items()}
+def _without_margins(row: dict[str, Any], renames: dict[str, str]) -> dict[str, Any]:
+    """The row with its margin and scores under names that nothing reads, those of earlier rounds too."""
+    columns = {renames.get(name, name) for name in (*MARGIN_COLUMNS, "margin_std")}
+    out = {key: value for key, value in row.items() if key not in columns}
+    for key in columns & row.keys():
+        given = f"{key}_given"
+        while given in out:
+            given += "_before"
+        out[given] = row[key]
+    return out
+
+
+def _plain(value: Any) -> Any:
+    """With null for numbers that are none: Parquet has them, and JSON has not."""
+    if isinstance(value, dict):
+        return {key: _plain(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_plain(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.objectives.reward import BradleyTerryParams
 
 Scores = list[list[float | None]]
-Judge = Callable[[Sequence[Text], Sequence[Sequence[Text]]], Scores]
+Judge = Callable[[Sequence[TextGroup], Sequence[Sequence[Text]]], Scores]
+"""The prompts, as groups without completions, and their completions -> a score of each."""
 
 
 def check_judge(judge: JudgeConfig) -> None:
@@ -48,9 +50,14 @@ def open_judge(config: Config, judge: JudgeConfig) -> Judge:
     if judge.reward_model is not None:
         return RewardJudge(config, folder_of(judge.reward_model))
     if judge.function is not None:
-        return FunctionJudge(judge.function)
+        return _of_texts(FunctionJudge(judge.function))
     assert judge.endpoint is not None
-    return Endpoint(judge.endpoint)
+    return _of_texts(Endpoint(judge.endpoint))
+
+
+def _of_texts(judge: Callable[[Sequence[Text], Sequence[Sequence[Text]]], Scores]) -> Judge:
+    """A judge that sees a prompt as it stands in the data."""
+    return lambda prompts, completions: judge([group.prompt for group in prompts], completions)
 
 
 def judge_identity(config: Config, judge: JudgeConfig) -> list[Any]:
@@ -94,7 +101,7 @@ class RewardJudge:
         self.module = module.to(self.device).eval()
         refuse_unless_packing_is_exact(module.policy, torch.device(self.device))
 
-    def __call__(self, prompts: Sequence[Text], completions: Sequence[Sequence[Text]]) -> Scores:
+    def __call__(self, prompts: Sequence[TextGroup], completions: Sequence[Sequence[Text]]) -> Scores:
         """None for what cannot be trained on either: no token, or a prompt that fills `max_length`."""
         scores: Scores = [[None] * len(of_prompt) for of_prompt in completions]
         for chunk in self._within_budget(list(self._groups(prompts, completions))):
@@ -105,14 +112,14 @@ class RewardJudge:
                     scores[row][place] = next(found)
         return scores
 
-    def _groups(self, prompts: Sequence[Text], completions: Sequence[Sequence[Text]]) -> Any:
+    def _groups(self, prompts: Sequence[TextGroup], completions: Sequence[Sequence[Text]]) -> Any:
         """(prompt's number, completions' numbers, their tokens), all completions of a prompt together where
         they can be."""
         for row, (prompt, of_prompt) in enumerate(zip(prompts, completions, strict=True)):
             together = list(range(len(of_prompt)))
             for places in (together, *([place] for place in together)):
                 texts = [of_prompt[place] for place in places]
-                group = tokenise(TextGroup(prompt, texts, []), self.tokenizer, self.rules)
+                group = tokenise(replace(prompt, completions=texts), self.tokenizer, self.rules)
                 if not group.problem:
                     yield row, places, group
                     if places == together:

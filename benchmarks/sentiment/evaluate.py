@@ -26,29 +26,44 @@ BATCH = 256
 
 
 def evaluate(
-    output: Path, runs: str, reference: str, prompts: str, max_new_tokens: int = 40, jobs: int = 2
+    output: Path,
+    runs: str,
+    reference: str,
+    prompts: str,
+    seeds: Sequence[int],
+    betas: Sequence[float],
+    max_new_tokens: int = 40,
+    jobs: int = 2,
 ) -> None:
-    """Write `<run>.json` for the SFT model and every run whose folder under `runs` is called as in NAME.
+    """Write `<run>.json` for the SFT model and every run of these seeds and betas whose folder under `runs`
+    is called as in NAME, and their names into `runs.json`.
 
     One completion is sampled for every prompt at temperature 1, with the same seed for all models. What has
     been evaluated stays, unless the model has changed. Raises ValueError if there is no run.
     """
-    found = {path.name: path / "model" for path in sorted(Path(runs).iterdir()) if NAME.match(path.name)}
+    found = {
+        path.name: path / "model"
+        for path in sorted(Path(runs).iterdir())
+        if (name := NAME.match(path.name)) and int(name["seed"]) in seeds and float(name["beta"]) in betas
+    }
     if not found:
-        raise UserError(f"{runs}: no finished run in it that is called like dpo_b0.1_high_0")
-    text = [json.loads(line)["prompt"] for line in Path(prompts).read_text(encoding="utf-8").splitlines()]
+        raise UserError(
+            f"{runs}: no run of seeds {seeds} and betas {betas} that is called like dpo_b0.1_high_0"
+        )
+    with Path(prompts).open(encoding="utf-8") as file:
+        text = [json.loads(line)["prompt"] for line in file]
     output.mkdir(parents=True, exist_ok=True)
     todo = []
     for name, model in {"sft": Path(reference), **found}.items():
-        key = xxhash.xxh3_128_hexdigest(
-            (model / "model.safetensors").read_bytes() + repr((text, max_new_tokens)).encode()
-        )
+        weights = (model / "model.safetensors").read_bytes()
+        key = xxhash.xxh3_128_hexdigest(weights + repr((text, max_new_tokens)).encode())
         path = output / f"{name}.json"
         if not path.is_file() or json.loads(path.read_text())["key"] != key:
             todo.append((path, key, model, Path(reference), text, max_new_tokens))
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for done in pool.map(_evaluate_one, todo):
             print(done, flush=True)
+    (output / "runs.json").write_text(json.dumps(list(found)) + "\n")
 
 
 def _evaluate_one(task: tuple[Path, str, Path, Path, list[str], int]) -> str:

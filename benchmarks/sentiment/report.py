@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,15 @@ ARMS = {
 Settings = Mapping[Setting, Sample]
 
 
-def write(output: Path, results: str, pairs: str, recipe: str, title: str, beta: float = 0.1) -> None:
+def write(
+    output: Path,
+    results: str,
+    pairs: str,
+    recipe: str,
+    seeds: Sequence[int],
+    title: str,
+    beta: float = 0.1,
+) -> None:
     """Write `sentiment.md` and, where matplotlib is installed, `frontier.svg`.
 
     `results` is the folder that `evaluate` filled, `pairs` the one with the tiers, `recipe` that of the whole
@@ -45,7 +53,7 @@ def write(output: Path, results: str, pairs: str, recipe: str, title: str, beta:
         *_arms(settings, beta),
         *_frontier(settings, beta),
         *_verdict(settings, beta),
-        *_margins(Path(pairs), Path(recipe)),
+        *_margins(Path(pairs), Path(recipe), seeds),
     ]
     output.mkdir(parents=True, exist_ok=True)
     (output / "sentiment.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
@@ -142,18 +150,18 @@ def _verdict(settings: Settings, beta: float) -> Iterator[str]:
     yield '\n"Not told apart" is a difference of less than two standard errors.'
 
 
-def _margins(pairs: Path, recipe: Path) -> Iterator[str]:
+def _margins(pairs: Path, recipe: Path, seeds: Sequence[int]) -> Iterator[str]:
     path = pairs / "facts.json"
     if not path.is_file():
         return
     facts: dict[str, Any] = json.loads(path.read_text())
     rows = []
     for tier in TIERS:
-        of_tier = [fact for name, fact in facts.items() if name.split()[0] == tier]
+        of_tier = [facts[f"{tier} {seed}"] for seed in seeds]
         quartiles = np.mean([fact["abs_margin_quartiles"] for fact in of_tier], axis=0)
         agrees = np.mean([fact["label_agrees_with_oracle"] for fact in of_tier])
         count, shown = of_tier[0]["pairs"], " / ".join(f"{q:.2f}" for q in quartiles)
-        rows.append((tier, str(count), f"{agrees:.1%}", shown, *_reward_models(recipe, tier)))
+        rows.append((tier, str(count), f"{agrees:.1%}", shown, *_reward_models(recipe, tier, seeds)))
     yield "\n## The pairs and the reward models\n"
     yield (
         "Agreement is the cosine between a reward model's margins and the oracle's, both of one sign "
@@ -164,10 +172,12 @@ def _margins(pairs: Path, recipe: Path) -> Iterator[str]:
     yield _table((*titles, *of_models), rows)
 
 
-def _reward_models(recipe: Path, tier: str) -> tuple[str, str, str]:
+def _reward_models(recipe: Path, tier: str, seeds: Sequence[int]) -> tuple[str, str, str]:
     """What the stages `margins_*` found: (agreement on the pairs trained on, on others, quantile)."""
     found = []
-    for folder in sorted(recipe.glob(f"margins_{tier}_*/annotated")):
+    for folder in (recipe / f"margins_{tier}_{seed}" / "annotated" for seed in seeds):
+        if not folder.is_dir():
+            continue
         train, test = (_margin_pairs(folder / f"{split}.jsonl") for split in ("train", "test"))
         found.append((_cosine(train), _cosine(test), float(np.quantile(np.abs(train[:, 0]), 0.8))))
     if not found:
@@ -178,8 +188,9 @@ def _reward_models(recipe: Path, tier: str) -> tuple[str, str, str]:
 
 def _margin_pairs(path: Path) -> np.ndarray:
     """(n, 2) the reward model's margin and the oracle's, of every row that was scored."""
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return np.array([(row["margin"], row["margin_given"]) for row in rows if "margin" in row])
+    with path.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return np.array([(row["margin"], row["margin_given"]) for row in rows])
 
 
 def _cosine(pairs: np.ndarray) -> float:

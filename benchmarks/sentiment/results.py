@@ -39,12 +39,13 @@ class Sample:
 
 
 def read(folder: Path) -> tuple[Sample, dict[Setting, Sample]]:
-    """The SFT model's sample, and one for each setting with its seeds in order."""
+    """The SFT model's sample, and one for each setting with its seeds in order, of those in `runs.json`."""
     found: dict[Setting, dict[int, dict[str, list[float]]]] = {}
-    for path in sorted(folder.glob("*.json")):
-        if name := NAME.match(path.stem):
-            setting = Setting(name["arm"], float(name["beta"]), name["tier"])
-            found.setdefault(setting, {})[int(name["seed"])] = json.loads(path.read_text())
+    for run in json.loads((folder / "runs.json").read_text()):
+        name = NAME.match(run)
+        assert name is not None
+        setting = Setting(name["arm"], float(name["beta"]), name["tier"])
+        found.setdefault(setting, {})[int(name["seed"])] = json.loads((folder / f"{run}.json").read_text())
     settings = {
         setting: _sample([records[seed] for seed in sorted(records)]) for setting, records in found.items()
     }

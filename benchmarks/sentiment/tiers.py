@@ -110,4 +110,5 @@ def _write(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:  # str.splitlines would cut at more than a line's end
+        return [json.loads(line) for line in file]

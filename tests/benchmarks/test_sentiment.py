@@ -184,6 +184,8 @@ def test_results_are_read_by_arm_beta_tier_and_seed(tmp_path):
     for name, value in (("sft", 0.0), ("dpo_b0.1_high_1", 2.0), ("dpo_b0.1_high_0", 1.0)):
         record = {key: [value, value + 1] for key in ("rewards", "kls", "lengths")}
         (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    (tmp_path / "dpo_b0.1_high_7.json").write_text("of an earlier run")
+    (tmp_path / "runs.json").write_text('["dpo_b0.1_high_0", "dpo_b0.1_high_1"]')
     sft, settings = results.read(tmp_path)
     assert sft.rewards.tolist() == [[0, 1]]
     assert list(settings) == [Setting("dpo", 0.1, "high")]

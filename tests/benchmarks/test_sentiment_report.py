@@ -31,6 +31,8 @@ def results(tmp_path):
             put(f"{arm}_b0.1_high_{seed}", reward, 4.0)
         put(f"madpo_b0.3_high_{seed}", 0.7, 1.0)
         put(f"madpo-oracle_b0.1_high_{seed}", 1.5, 4.0)
+    runs = [path.stem for path in folder.glob("*_*.json")]
+    (folder / "runs.json").write_text(json.dumps(runs))
     return folder
 
 
@@ -45,9 +47,9 @@ def text(tmp_path, results, capsys):
     margins.mkdir(parents=True)
     for split, factor in (("train", 2.0), ("test", -2.0)):
         rows = [{"margin": factor * m, "margin_given": m} for m in (0.5, -1.0, 2.0)]
-        rows.append({"margin_given": 1.0})  # a row that was not scored
         (margins / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    report.write(tmp_path / "out", str(results), str(pairs), str(tmp_path), "Made up")
+    (tmp_path / "margins_high_9" / "annotated").mkdir(parents=True)  # of a seed that is no longer asked for
+    report.write(tmp_path / "out", str(results), str(pairs), str(tmp_path), [0], "Made up")
     return (tmp_path / "out" / "sentiment.md").read_text()
 
 

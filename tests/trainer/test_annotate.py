@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from harness import make_config, plain_scores, run_ranks, save_classifier, save_model, write_pairs
 
 from madpo.launch import folds as launch_folds
-from madpo.trainer.annotation import together
+from madpo.trainer.annotation import Scored, together, write_split
 from madpo.trainer.config import Config, dump
+from madpo.trainer.data.adapters import ADAPTERS
 from madpo.trainer.data.dataset import GroupDataset, load_groups
 from madpo.trainer.data.folds import folds_of, hash_of_prompt, without_fold
 from madpo.trainer.data.formats import TextGroup
+from madpo.trainer.data.rows import RowRules, read_row
+from madpo.trainer.data.source import Source
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.stages.annotate import _load as load
 from madpo.trainer.stages.annotate import fold_config, run_annotation
@@ -212,7 +217,6 @@ def annotate(shard, config: Config) -> None:
     run_annotation(config)
 
 
-@pytest.mark.ranks
 def test_rows_of_several_comparisons_have_no_one_margin(config, tmp_path):
     """With edges best_worst they are pairs."""
     row = {"prompt": "the", "completions": [" a", " b", " c"], "scores": [1.0, 2.0, 3.0]}
@@ -225,6 +229,26 @@ def test_rows_of_several_comparisons_have_no_one_margin(config, tmp_path):
     assert groups[0].edges == [(1, 0, 2.0)]
 
 
+def test_what_is_written_is_read_by_the_same_config(tmp_path):
+    """A renamed margin stands under its own name; earlier margins are kept; NaN, which JSON has not, is null;
+    rows that were not scored are not there."""
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "gap": 0.5, "other": math.nan}
+    given = [row, {**row, "gap": 9.0}, {**row, "prompt": "q", "gap": -1.0}]
+    scored = Scored(np.array([0, 2]), np.array([[[7.0, 1.0], [2.0, 4.0]]]), None)
+    renames = {"margin": "gap"}
+    for rounds in ("first", "second"):
+        source = Source(rounds, datasets.Dataset.from_list(given), rounds, "row")
+        write_split(tmp_path, "train", source, scored, ["model"], renames)
+        rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+        read = [read_row(row, ADAPTERS["preference"], RowRules(columns=renames)).edges for row in rows]
+        assert read == [[(0, 1, 6.0)], [(0, 1, -2.0)]]
+        assert rows[0]["other"] is None and rows[0]["score_chosen"] == 7.0
+        scored = Scored(np.array([0, 1]), scored.scores, None)
+        given = rows
+    assert rows[0]["gap_given"] == 0.5 and rows[0]["gap_given_before"] == 6.0
+
+
+@pytest.mark.ranks
 def test_several_given_models_score_by_their_mean(config, tmp_path, tokenizer_folder):
     models = [save_classifier(tmp_path / "a", tokenizer_folder), tmp_path / "run"]
     save_classifier(tmp_path / "run" / "model", tokenizer_folder, seed=9)  # named by its run folder

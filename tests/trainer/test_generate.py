@@ -203,6 +203,40 @@ def test_a_reward_model_sees_what_it_would_be_trained_on(tmp_path, tree, tokeniz
     assert np.std([score for row in rows for score in row["scores"]]) > 0.1
 
 
+@pytest.mark.ranks
+def test_a_reward_model_and_the_pairs_see_the_tools_of_the_prompt(tmp_path, tree, tokenizer_folder):
+    """The judge scores the tokens that training on the pairs would see."""
+    template = "{{ tools | tojson if tools else '' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    for folder in (tmp_path / "model", save_model(tmp_path / "reward", tokenizer_folder, seed=6)):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", num_labels=1)
+    model.save_pretrained(tmp_path / "reward")
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    rows = [{"prompt": [{"role": "user", "content": f"{n} why"}], "tools": tools} for n in range(4)]
+    data = tmp_path / "talk.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree["data"] = {"dataset_name": str(data)}
+    judge = {"reward_model": str(tmp_path / "reward")}
+    config = config_of(tmp_path, tree, judge=judge, num_completions=2, pairs="best_worst")
+    run_ranks(1, generate, config)
+    (groups, _) = load_groups(
+        config.data.model_copy(update={"dataset_name": str(Path(config.output_dir, "pairs"))}),
+        "train",
+        AutoTokenizer.from_pretrained(tmp_path / "reward"),
+    )
+    pairs = lines(Path(config.output_dir, "pairs", "train.jsonl"))
+    assert pairs and all(row["tools"] == tools for row in pairs)
+    for group, row in zip((groups[i] for i in range(len(groups))), pairs, strict=True):
+        for completion, score in zip(
+            group.completions, (row["score_chosen"], row["score_rejected"]), strict=True
+        ):
+            with torch.no_grad():
+                want = model(input_ids=torch.tensor([group.prompt + completion])).logits.item()
+            assert score == pytest.approx(want, rel=1e-4, abs=1e-5)
+
+
 def test_a_language_model_is_no_judge(tmp_path, tree):
     config = config_of(tmp_path, tree, judge={"reward_model": tree["model"]["model_name_or_path"]})
     with pytest.raises(AssertionError, match=r"generate.judge.reward_model: .* is no reward model"):

@@ -19,9 +19,10 @@ from zero3 import padded_logps, zero3_steps
 
 from madpo.trainer.config import Config
 from madpo.trainer.data import dataset as dataset_module
+from madpo.trainer.data.adapters import ADAPTERS
 from madpo.trainer.data.dataset import load_groups
 from madpo.trainer.data.formats import TextGroup
-from madpo.trainer.data.rows import RowRules
+from madpo.trainer.data.rows import RowRules, read_row
 from madpo.trainer.data.tokenise import TokenRules, tokenise
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.stages.setup import load_data
@@ -79,7 +80,7 @@ def test_published_files_become_the_same_groups_from_json_lines_and_parquet(
         assert report["groups"] == 2 and not report["dropped"]
         got.append(groups[0])
         with monkeypatch.context() as patch:
-            patch.setattr(dataset_module, "_tokenise_all", None)  # the second time it is read from the cache
+            patch.setattr(dataset_module, "tokenise_all", None)  # the second time it is read from the cache
             assert load_groups(config.data, "train", tokenizer)[0][0] == got[-1]
     assert got[0] == got[1]
     assert (len(got[0].completions), len(got[0].edges)) == (completions, edges)
@@ -296,3 +297,12 @@ def by_hand(config: Config, scores: list[list[float]]) -> tuple[float, dict[str,
     loss = torch.stack(losses).mean()
     loss.backward()
     return loss.item(), {name: p.grad for name, p in policy.named_parameters()}
+
+
+def test_a_margin_beside_ranked_completions_is_that_of_best_and_worst():
+    """As annotate writes it under edges best_worst; for several comparisons it would say nothing."""
+    row = {"prompt": "p", "completions": ["a", "b", "c"], "scores": [3.0, 1.0, 2.0], "margin": 7.0}
+    assert read_row(row, ADAPTERS["scored"], RowRules(edges="best_worst")).edges == [(0, 1, 7.0)]
+    with pytest.raises(ValueError, match="margin: one number, and the row makes 3 comparisons"):
+        read_row(row, ADAPTERS["scored"], RowRules())
+    assert read_row(row, ADAPTERS["scored"], RowRules(), supervised=True).completions == ["a"]

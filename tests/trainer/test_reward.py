@@ -108,7 +108,7 @@ def train(shard, config: Config) -> None:
 
 @pytest.mark.ranks
 def test_annotation_gives_the_next_stage_its_margins(config, tmp_path, tokenizer_folder, capsys):
-    """Reward model, margins, margin-weighted DPO. A row that cannot be scored has no margin left."""
+    """Reward model, margins, margin-weighted DPO. A row that cannot be scored is not there."""
     from transformers import AutoModelForSequenceClassification
 
     pairs = Path(config.data.dataset_name)
@@ -122,13 +122,8 @@ def test_annotation_gives_the_next_stage_its_margins(config, tmp_path, tokenizer
     folder = Path(config.output_dir)
     rows = [json.loads(line) for line in (folder / "annotated" / "train.jsonl").read_text().splitlines()]
     source = [json.loads(line) for line in (pairs / "train.jsonl").read_text().splitlines()[:40]]
-    assert len(rows) == 42 and rows[40] == {
-        "prompt": "p",
-        "chosen": " same",
-        "rejected": " same",
-        "margin_given": 7,
-    }
-    assert rows[41]["score_chosen_given"] == "x" and rows[41]["margin_given"] == 1
+    assert len(rows) == 41
+    assert rows[40]["score_chosen_given"] == "x" and rows[40]["margin_given"] == 1
 
     exported: Any = AutoModelForSequenceClassification.from_pretrained(folder / "model")
     groups = load_data(config, load_tokenizer(config.model), training=True).train

@@ -41,6 +41,18 @@ def groups_of(config: Config, supervised: bool = False) -> Any:
     return load_groups(config.data, "train", load_tokenizer(config.model), supervised)[0]
 
 
+def test_completions_between_best_and_worst_are_refused_beside_borrowed_ones(tmp_path, tokenizer_folder):
+    """Label 0 says that a completion was written for another prompt; one that is neither good nor bad would
+    be taken for such a one."""
+    rows = [{"prompt": f"p{i}", "completions": [" a", " b", " c"], "scores": [3, 2, 1]} for i in range(4)]
+    every = config_for(tmp_path, tokenizer_folder, rows)
+    with pytest.raises(ValueError, match=r"neither desirable nor undesirable; set data\.edges=best_worst"):
+        load_data(every, load_tokenizer(every.model), training=True)
+    config = config_for(tmp_path, tokenizer_folder, rows, edges="best_worst")
+    train = load_data(config, load_tokenizer(config.model), training=True).train
+    assert train is not None and train[0].labels == [1, -1, 0, 0]
+
+
 def test_the_format():
     row = {"prompt": "a", "completion": "b", "label": False}
     assert layout_of(row) == "unpaired" and layout_of(row, supervised=True) == "prompt-completion"

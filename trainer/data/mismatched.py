@@ -24,6 +24,11 @@ class MismatchedDataset(GroupDataset):
         super().__init__(groups.table, groups.name, groups.fingerprint)
         if len(groups) < 2:
             raise UserError(f"{groups.name}: one prompt is too few, each needs the completion of another")
+        if (groups.labelled < groups.sequences).any():
+            raise UserError(
+                f"{groups.name}: groups have completions that win as often as they lose, which are neither "
+                "desirable nor undesirable; set data.edges=best_worst"
+            )
         self._max_length = max_length
         cycle = permutation(len(groups), seed, epoch=0)
         self._partner = np.empty_like(cycle)

@@ -73,13 +73,22 @@ def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised:
     """The group of a row. Raises ValueError that names the field, what it holds and what it should."""
     row = renamed(row, rules.columns)
     group = adapter.read(row)
-    margin = margin_of(row)
-    if margin is not None and len(group.edges) == 1:  # also of a source that knows none of its own
-        group = replace(group, edges=[(*group.edges[0][:2], margin)])
-    group = best_only(group) if supervised else choose_edges(group, rules.edges)
+    group = best_only(group) if supervised else _with_margin(choose_edges(group, rules.edges), margin_of(row))
     if not group.conversational:
         return group
     return replace(group, tools=_tools(row), template_kwargs=_template_kwargs(row))
+
+
+def _with_margin(group: TextGroup, margin: float | None) -> TextGroup:
+    """The group of one comparison with the row's margin, also where its source knows another or none."""
+    if margin is None or not group.edges:
+        return group
+    if len(group.edges) > 1:
+        raise UserError(
+            f"margin: one number, and the row makes {len(group.edges)} comparisons; set "
+            "data.edges=best_worst, or give scores"
+        )
+    return replace(group, edges=[(*group.edges[0][:2], margin)])
 
 
 def renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:

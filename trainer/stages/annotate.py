@@ -85,7 +85,7 @@ def _write_all(
             folds = folds_of(groups.prompt_hashes, config.annotate.folds)
         scored = together([own[split].rows for own in data], [own[split] for own in scores], folds)
         source = open_source(config.data, split, Path(config.data.cache_dir).expanduser())
-        _show(split, write_split(target, split, source, scored, names), target)
+        _show(split, write_split(target, split, source, scored, names, config.data.columns), target)
         margins[split if folds is None else f"{split}, cross-fitted"] = margins_of(scored.combined)
         if scored.seen is not None:
             margins[f"{split}, in sample"] = scored.seen

@@ -144,10 +144,10 @@ def _judge_all(plan: Plan, judge: JudgeConfig, written: Sequence[Parts]) -> Part
         score = open_judge(plan.config, judge)
 
         def work(batch: Batch) -> Any:
-            prompts = [plan.prompts[batch.split].texts[member] for member in batch.members]
+            prompts = [plan.prompts[batch.split].groups[member] for member in batch.members]
             completions = [
-                [_like(prompt, completion["text"]) for completion in of_prompt]
-                for prompt, of_prompt in zip(prompts, _together(batch, written), strict=True)
+                [_like(group.prompt, completion["text"]) for completion in of_prompt]
+                for group, of_prompt in zip(prompts, _together(batch, written), strict=True)
             ]
             return score(prompts, completions)
 
@@ -213,7 +213,8 @@ def _write(
             if isinstance(pair, str):
                 dropped[pair] += 1
             else:
-                pairs.append(pair_row(row["prompt"], texts, scores, pair))
+                context = {key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}
+                pairs.append({**pair_row(row["prompt"], texts, scores, pair), **context})
         _write_lines(folder / "pairs" / f"{split}.jsonl", pairs)
         facts["pairs"] = {"how": settings.pairs, "rows": len(pairs), "dropped": dict(dropped)}
     return facts
