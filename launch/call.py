@@ -19,24 +19,28 @@ from madpo.trainer.errors import EXIT_USAGE, UserError
 def find(function: str, beside: Path) -> tuple[str, str]:
     """`module:name` or `file.py:name`, a file relative to `beside` -> (the same, with the file's whole
     path, and the text of its module), without importing it. Raises ValueError if there is none."""
-    module, _, name = function.partition(":")
+    module, _, name = function.rpartition(":")
     if not module or not name.isidentifier():
         raise UserError(f"function {function!r}: write module:name or path/file.py:name")
-    if module.endswith(".py"):
-        path = (beside / module).resolve()
-        module = str(path)
-    else:
-        if os.getcwd() not in sys.path and "" not in sys.path:
-            sys.path.append(os.getcwd())  # as in the process of the call
-        try:
-            spec = importlib.util.find_spec(module)
-        except ImportError:
-            spec = None
-        path = Path(spec.origin) if spec is not None and spec.origin else Path("/nonexistent")
-    if not path.is_file():
+    path = file_of(function, beside)
+    if path is None:
         raise UserError(f"function {function!r}: there is no {module}")
-    text = path.read_text(encoding="utf-8")
-    return f"{module}:{name}", text
+    return f"{path if module.endswith('.py') else module}:{name}", path.read_text(encoding="utf-8")
+
+
+def file_of(function: str, beside: Path) -> Path | None:
+    """The file of the function's module, if there is one; see `find`."""
+    module = function.rpartition(":")[0]
+    if module.endswith(".py"):
+        path = (beside / Path(module).expanduser()).resolve()
+        return path if path.is_file() else None
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())  # as in the process that calls it
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
 
 
 def check(function: str, text: str, arguments: dict[str, Any]) -> None:

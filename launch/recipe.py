@@ -17,6 +17,7 @@ from typing import Any
 
 import xxhash
 
+from madpo.launch import call
 from madpo.launch.worker import TASKS
 from madpo.trainer import strict_yaml
 from madpo.trainer.errors import UserError
@@ -25,8 +26,11 @@ CALL = "call"
 RECIPE_KEYS = ("output_dir", "vars", "defaults", "stages")
 KEYS_OF_A_CALL = ("task", "for", "after", "function", "arguments")
 KEYS_OF_A_TASK = ("task", "for", "after", "file", "config")
-READ_KEYS = ("dataset_name", "_name_or_path", "models")
+READ_KEYS = ("dataset_name", "datasets.path", "_name_or_path", "models", "judge.reward_model")
 """Config keys, or their ends, whose values may name files and folders that a stage reads."""
+
+FUNCTION_KEY = "judge.function"
+"""The end of the config key whose value names a function; the file that it stands in is read."""
 
 WITHOUT_EFFECT = (
     "data.cache_dir",
@@ -123,46 +127,63 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
 
 def keys(
     recipe: Recipe,
-    content: Callable[[Path], str],
+    content: Callable[[Path, Path], str],
     source: Callable[[Stage], str],
 ) -> dict[str, str]:
     """Stage -> a hash of all that its result depends on.
 
     That is its task, config or arguments, the keys of the stages before it, the content of the files and
     folders it reads that no stage of this recipe writes, and for a call the source of its module.
+    `content` hashes its first argument, a file or folder, without the second, which may lie in it.
     """
     found: dict[str, str] = {}
+    whole = recipe.folder.resolve()
     for stage in recipe.stages:
         parts = {
             "task": stage.task,
             "given": stage.portable if stage.function else _with_effect(stage.portable),
             "after": {name: found[name] for name in stage.after},
-            "reads": {text: content(Path(text).expanduser()) for text in reads(stage, recipe)},
+            "reads": {text: content(path, whole) for text, path in reads(stage, recipe).items()},
             "function": [stage.function, source(stage)] if stage.function else None,
         }
         found[stage.name] = xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
     return found
 
 
-def reads(stage: Stage, recipe: Recipe) -> list[str]:
-    """The values that name files or folders which are there, and in which no stage of the recipe writes."""
+def reads(stage: Stage, recipe: Recipe) -> dict[str, Path]:
+    """Values that name files or folders which are there, and in which no stage of the recipe writes ->
+    their whole paths. A folder may hold that of the recipe."""
     whole = recipe.folder.resolve()
     written = [whole / other.name for other in recipe.stages]
-    found = set()
+    found = dict[str, Path]()
     for key, text in _named_texts(stage.given):
-        if text and (stage.function or key.endswith(READ_KEYS)) and os.path.exists(os.path.expanduser(text)):
-            path = Path(text).expanduser().resolve()
-            if not whole.is_relative_to(path) and not any(path.is_relative_to(folder) for folder in written):
-                found.add(text)
-    return sorted(found)
+        path = _read_by(stage, key, text)
+        if path not in (None, whole) and not any(path.is_relative_to(folder) for folder in written):
+            found[text] = path
+    return found
+
+
+def _read_by(stage: Stage, key: str, text: str) -> Path | None:
+    """The file or folder that a value names, if the stage reads it and it is there."""
+    if not stage.function and key.endswith(FUNCTION_KEY):
+        return call.file_of(text, Path())
+    names_one = bool(text) and (stage.function is not None or key.endswith(READ_KEYS))
+    if not names_one or not os.path.exists(os.path.expanduser(text)):
+        return None
+    path = Path(text).expanduser().resolve()
+    # To a call, "." and "/" are more often text than data.
+    return None if stage.function and Path.cwd().is_relative_to(path) else path
 
 
 def _with_effect(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree without what changes no result, and without the sections that held nothing else."""
     out = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    model = tree.get("model")
+    balanced = isinstance(model, dict) and model.get("router_aux_loss_coef")  # a loss of each packed row
     for section, key in (name.split(".") for name in WITHOUT_EFFECT):
-        if isinstance(out.get(section), dict):
+        if isinstance(out.get(section), dict) and not (balanced and key == "micro_batch_tokens"):
             out[section].pop(key, None)
-    return {key: value for key, value in out.items() if value != {}}
+    return {key: value for key, value in out.items() if value != {} or tree[key] == {}}
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -329,12 +350,12 @@ def _in_order(stages: Sequence[Stage], path: Path) -> Iterator[Stage]:
 
 
 def _named_texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a tree with the key that it stands under."""
+    """Every text in a tree with the dotted key that it stands under, without places in lists."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):
         for name, child in value.items():
-            yield from _named_texts(child, name)
+            yield from _named_texts(child, f"{key}.{name}".lstrip("."))
     elif isinstance(value, list):
         for child in value:
             yield from _named_texts(child, key)

@@ -176,11 +176,11 @@ class Contents:
         self.known: dict[str, str] = json.loads(memory.read_text()) if memory.is_file() else {}
         self.seen: dict[str, str] = {}
 
-    def __call__(self, path: Path) -> str:
-        """The hash of a file, or of all files below a folder by relative name."""
+    def __call__(self, path: Path, without: Path) -> str:
+        """The hash of a file, or of all files below a folder by relative name but those below another."""
         if path.is_file():
             return self._of_file(path)
-        files = sorted(file for file in path.rglob("*") if file.is_file())
+        files = sorted(x for x in path.rglob("*") if not x.is_relative_to(without) and x.is_file())
         parts = [(file.relative_to(path).as_posix(), self._of_file(file)) for file in files]
         return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 

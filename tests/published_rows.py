@@ -341,7 +341,6 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"completions": [_rated("", 1.0, 2.0)] * 2},
         r"completions\[0\]: response: expected",
     ),
-    ("ultrafeedback", {"completions": ULTRAFEEDBACK["completions"][3:] * 2}, "none has a fine-grained_score"),
     ("ultrafeedback", {"completions": None}, "completions: expected a list of at least 2, got None"),
     (
         "nectar",

@@ -43,7 +43,8 @@ MAY_CHANGE = (
     "train.export",
     "train.max_shard_size",
 )
-"""Config keys, or their beginnings, that may differ between a run and its continuation."""
+"""Config keys, or their beginnings, that may differ between a run and its continuation. With
+`model.router_aux_loss_coef`, a loss of each packed row, `train.micro_batch_tokens` may not."""
 
 
 def identity(config: Config, shard: Shard, content: str | None = None) -> dict[str, Any]:
@@ -54,7 +55,8 @@ def identity(config: Config, shard: Shard, content: str | None = None) -> dict[s
         if section == "peft":  # whether there is one, too
             flat = {"": values is not None, **(values or {})}
         out |= {f"{section}.{key}".rstrip("."): value for key, value in flat.items()}
-    out = {key: value for key, value in out.items() if not key.startswith(MAY_CHANGE)}
+    bound = {"train.micro_batch_tokens"} if config.model.router_aux_loss_coef else set[str]()  # a row's loss
+    out = {key: value for key, value in out.items() if key in bound or not key.startswith(MAY_CHANGE)}
     if content is not None:
         out["data (content)"] = content
     return out

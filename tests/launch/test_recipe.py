@@ -10,6 +10,7 @@ import yaml
 
 from madpo.launch import call
 from madpo.launch.recipe import Recipe, keys, merge, read
+from madpo.launch.run import Contents
 from madpo.trainer import strict_yaml
 from madpo.trainer.config import DEFAULT_OBJECTIVES, from_tree
 
@@ -212,7 +213,7 @@ def test_an_override_that_reaches_nothing_is_refused(tmp_path, override, message
 
 
 def keys_of(path: Path, overrides: list[str] | None = None, source: str = "code", content: str = "rows"):
-    return keys(read(path, overrides or []), lambda _: content, lambda _: source)
+    return keys(read(path, overrides or []), lambda *_: content, lambda _: source)
 
 
 def changed(one: dict[str, str], other: dict[str, str]) -> set[str]:
@@ -250,9 +251,73 @@ def test_a_key_changes_with_the_content_of_files_that_no_stage_writes(tmp_path):
     for other in (
         f"sft.data.cache_dir={tmp_path}",
         f"sft.data.dataset_name={inside}",
-        f"sft.data.dataset_name={tmp_path}",  # which holds the recipe's own folder
+        f"sft.data.dataset_name={tmp_path / 'out'}",
+        f"labels.source={Path.cwd()}",  # as "." or "/" may be in arguments
     ):
         assert not changed(keys_of(path, [other, folder]), keys_of(path, [other, folder], content="z"))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "data.datasets=[{path: FILE}]",
+        "model.model_name_or_path=FILE",
+        "generate={judge: {reward_model: FILE}}",
+        "generate={judge: {function: 'FILE:score'}}",
+        "annotate={models: [FILE]}",
+    ],
+)
+def test_everything_that_a_config_reads_counts(tmp_path, value):
+    file = tmp_path / "judge.py"
+    override = "sft." + value.replace("FILE", str(file))
+    path = written(tmp_path)
+    file.write_text("1")
+    contents = Contents(tmp_path / "memory.json")
+    before = keys(read(path, [override]), contents, lambda _: "")
+    file.write_text("22")
+    assert "sft" in changed(before, keys(read(path, [override]), contents, lambda _: ""))
+    file.unlink()  # perhaps a name on the hub, or one that a stage writes later
+    assert set(keys(read(path, [override]), contents, lambda _: "")) == set(before)
+
+
+def test_a_judge_of_a_module_counts_by_its_file(tmp_path, monkeypatch):
+    (tmp_path / "judge_of_a_recipe.py").write_text("1")
+    monkeypatch.syspath_prepend(tmp_path)
+    override = "sft.generate={judge: {function: 'judge_of_a_recipe:score'}}"
+    path = written(tmp_path)
+    assert "sft" in changed(keys_of(path, [override]), keys_of(path, [override], content="other"))
+
+
+def test_a_folder_that_holds_the_recipes_own_counts_without_it(tmp_path):
+    path, data = written(tmp_path), tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text("{}")
+    overrides = [f"sft.data.dataset_name={data}", f"output_dir={data / 'out'}"]
+
+    def found() -> dict[str, str]:
+        return keys(read(path, overrides), Contents(tmp_path / "memory.json"), lambda _: "")
+
+    before = found()
+    (data / "out" / "sft").mkdir(parents=True)
+    (data / "out" / "sft" / "log.txt").write_text("a result")
+    assert found() == before
+    (data / "train.jsonl").write_text("{} ")
+    assert "sft" in changed(before, found())
+
+
+def test_an_empty_section_that_was_written_counts(tmp_path):
+    path = written(tmp_path)
+    for section in ("peft", "generate"):
+        assert "sft" in changed(keys_of(path), keys_of(path, [f"sft.{section}={{}}"]))
+
+
+def test_with_a_loss_of_each_packed_row_the_tokens_of_one_count(tmp_path):
+    def found(coef: str, tokens: int) -> dict[str, str]:
+        own = [f"sft.model.router_aux_loss_coef={coef}", f"sft.train.micro_batch_tokens={tokens}"]
+        return keys_of(written(tmp_path), own)
+
+    assert found("0.0", 4096) == found("0.0", 8192)
+    assert "sft" in changed(found("0.01", 4096), found("0.01", 8192))
 
 
 def test_a_call_is_checked_without_being_made(tmp_path):

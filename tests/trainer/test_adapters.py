@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from published_rows import BAD, GOOD, answer, user
+from published_rows import BAD, GOOD, ULTRAFEEDBACK, answer, user
 
 from madpo.trainer.data.adapters import ADAPTERS
 from madpo.trainer.data.formats import LAYOUTS, TextGroup, best_only, layout_of, ranked
@@ -158,11 +158,19 @@ def test_scored_rows():
     assert read("auto", sampled) == TextGroup("p", ["", "c"], [(1, 0, 2.0)])
 
 
+def test_a_group_without_scores_is_known_as_one_of_comparisons():
+    unscored = {"completions": ULTRAFEEDBACK["completions"][3:] * 2}
+    for group in (
+        read("scored", SCORED | {"scores": [None] * 3}),
+        read("ultrafeedback", ULTRAFEEDBACK | unscored),
+    ):
+        assert group.compared and group.completions == group.edges == []
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"scores": [1, 2]}, "scores: 2 numbers for 3 completions"),
-        ({"scores": [None, None, None]}, "scores: none is a number"),
         ({"scores": [1, float("nan"), 2]}, r"scores\[1\]: expected a finite number, got nan"),
         ({"scores": [1e308, -1e308, 2]}, "margin: expected a finite number, got inf"),
         ({"scores": "123"}, "scores: expected a list of at least 2, got '123'"),

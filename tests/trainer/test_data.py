@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import make_config, write_pairs
+from harness import make_config, run_ranks, write_pairs
 from transformers import AutoTokenizer
 
 from madpo.trainer.config import Config
@@ -395,6 +395,22 @@ def test_tokenised_once_and_again_only_when_something_that_matters_changes(tmp_p
     path.write_text(path.read_text().replace("good", "fine"))
     load_groups(config_for(tmp_path, path).data, "train", tokenizer)
     assert len(calls) == 5
+
+
+def load_a_copy(shard, folder: Path, name: str) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    path = folder / f"pairs-{shard.rank}.jsonl"
+    return load_groups(config_for(folder, path).data, "train", tokenizer)[0].fingerprint
+
+
+@pytest.mark.ranks
+def test_two_names_of_equal_content_at_once(tmp_path, tokenizer_folder):
+    """One process tokenises, the other waits for it, though their files have different locks."""
+    rows = write_pairs(tmp_path / "pairs-0.jsonl", 400).read_bytes()
+    (tmp_path / "pairs-1.jsonl").write_bytes(rows)
+    one, two = run_ranks(2, load_a_copy, tmp_path, str(tokenizer_folder))
+    assert one == two
+    assert len([path for path in (tmp_path / "cache").glob("groups-*") if path.is_dir()]) == 1
 
 
 def test_several_processes_tokenise_the_same(tmp_path, tokenizer):

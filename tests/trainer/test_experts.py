@@ -15,6 +15,7 @@ from kernel_cases import relative_error
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from zero3 import padded_logps, zero3_steps
 
+from madpo.trainer import checkpoint
 from madpo.trainer.config import Config
 from madpo.trainer.data.loader import plan_step
 from madpo.trainer.data.order import DataOrder
@@ -168,3 +169,13 @@ def test_reward_models_have_none(tmp_path):
                 "objective": {"loss_type": "bradley_terry"},
             },
         )
+
+
+def test_the_tokens_of_a_packed_row_are_part_of_the_run_where_the_loss_is(tmp_path):
+    def identity(coef: float, tokens: int) -> dict[str, Any]:
+        model = {"model_name_or_path": "m", "router_aux_loss_coef": coef}
+        tree = {"model": model, "data": {"dataset_name": "d"}, "train": {"micro_batch_tokens": tokens}}
+        return checkpoint.identity(make_config(tmp_path, tree), Shard(0, 1))
+
+    assert identity(0.0, 256) == identity(0.0, 512)
+    assert identity(0.1, 256) != identity(0.1, 512)

@@ -22,7 +22,7 @@ from madpo.trainer.data.mixture import load_split
 from madpo.trainer.stages.annotate import run_annotation
 from madpo.trainer.stages.probe import run_probe
 from madpo.trainer.stages.quantiles import resolve_quantiles
-from madpo.trainer.stages.setup import load_data
+from madpo.trainer.stages.setup import load_data, training_groups
 from madpo.trainer.stages.train import run_training
 
 
@@ -140,6 +140,16 @@ def test_the_report_has_every_part_and_the_total(tmp_path, tokenizer, parts):
     assert total["tokens"] == one["tokens"] + two["tokens"] == groups.lengths.sum()
     assert total["margin_mean"] == pytest.approx(groups.margins.mean())
     assert (total["margin_min"], total["margin_max"]) == (groups.margins.min(), groups.margins.max())
+
+
+def test_without_a_fold_the_total_alone_is_of_what_is_trained_on(tmp_path, tokenizer, parts):
+    config = config_for(tmp_path, *({"path": str(part)} for part in parts))
+    _, whole = training_groups(config, tokenizer)
+    config = config_for(tmp_path, *({"path": str(part)} for part in parts), data={"folds": 2, "fold": 1})
+    groups, report = training_groups(config, tokenizer)
+    assert [report[name] for name in ("train 1", "train 2")] == [whole["train 1"], whole["train 2"]]
+    kept = {"groups": len(groups), "tokens": groups.lengths.sum(), "without_fold": 1}
+    assert report["train"] == whole["train"] | kept and len(groups) < whole["train"]["groups"]
 
 
 def test_a_bad_row_is_named_by_its_own_file_and_line(tmp_path, tokenizer, parts):

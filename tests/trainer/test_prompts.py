@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -84,8 +85,8 @@ def test_the_first_tokens_of_a_text(tmp_path, tokenizer):
     [
         ({"text": "the"}, {}, r"rows.jsonl:1: plain text has no prompt; set generate.prompt_tokens"),
         ({"prompt": ASK}, {"prompt_tokens": 2}, r"rows.jsonl:1: .* this is a conversation; set it to null"),
-        ({"prompt": ["x"]}, {}, r"rows.jsonl:1: prompt: a message needs text under role and content"),
-        ("{broken", {}, r"rows.jsonl:1: not JSON.*; mend the row, or set data.on_bad_row=drop"),
+        ({"prompt": ["x"]}, {}, r"rows.jsonl:1: prompt: a message .*; mend the row, or set data.on_bad_row"),
+        ("{broken", {}, r"rows.jsonl:1: not JSON"),
         ({"question": "why"}, {}, r"rows.jsonl:1: columns \['question'\] are no known layout"),
     ],
 )
@@ -110,6 +111,31 @@ def test_what_is_dropped_is_counted(tmp_path, tokenizer):
     assert found.dropped == {"unreadable": 1, "prompt fills max_length": 1}
     with pytest.raises(ValueError, match=r"no prompt in 1 rows: {'prompt fills max_length': 1}"):
         read(tmp_path, rows[1:2], tokenizer, max_length=20)
+
+
+def test_folds_are_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"data\.folds: generate takes the prompts of all folds"):
+        read(tmp_path, [{"prompt": "the"}], tokenizer, folds=2, fold=0)
+
+
+def test_a_row_is_read_by_the_columns_of_its_source(tmp_path, tokenizer):
+    """A null in a column, renamed or not, is no other layout; nor is a row without a score or an answer."""
+    pairs = [
+        {"prompt": "the", "chosen": " a", "rejected": " b", "m": 1.0},
+        {"prompt": "a", "chosen": " a", "rejected": " b", "m": None},
+        {"prompt": "one", "chosen": None, "rejected": None, "m": None},
+    ]
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list(pairs).to_parquet(str(path))
+    config = DataConfig(dataset_name=str(path), cache_dir=str(tmp_path / "cache"), columns={"margin": "m"})
+    assert read_prompts(config, "train", tokenizer).texts == ["the", "a", "one"]
+    assert read(tmp_path, pairs, tokenizer, columns={"margin": "m"}).texts == ["the", "a", "one"]
+    scored = {"prompt": "the", "completions": [" a", " b"], "scores": [None, None]}
+    assert read(tmp_path, [scored], tokenizer).texts == ["the"]
+    only = [{"prompt": "the", "id": 1}, {"prompt": "a", "id": None}, {"prompt": None, "id": 2}]
+    assert read(tmp_path, only[:2], tokenizer, columns={"margin": "id"}).texts == ["the", "a"]
+    with pytest.raises(ValueError, match=r"rows.jsonl:3: prompt: expected text or a list of messages"):
+        read(tmp_path, only, tokenizer)
 
 
 def test_best_and_worst():

@@ -17,10 +17,10 @@ from published_rows import NECTAR, SHAREGPT, TOOLS, ULTRAFEEDBACK, ULTRAFEEDBACK
 from transformers import AutoTokenizer
 from zero3 import padded_logps, zero3_steps
 
-from madpo.trainer.config import Config
+from madpo.trainer.config import Config, DataConfig
 from madpo.trainer.data import dataset as dataset_module
 from madpo.trainer.data.adapters import ADAPTERS
-from madpo.trainer.data.dataset import load_groups
+from madpo.trainer.data.dataset import groups_key, load_groups, rules_of
 from madpo.trainer.data.formats import TextGroup
 from madpo.trainer.data.rows import RowRules, read_row
 from madpo.trainer.data.tokenise import TokenRules, tokenise
@@ -103,6 +103,18 @@ def test_whatever_decides_the_group_is_part_of_the_cache_key(tmp_path, tokenizer
     assert tokenizer.decode(loaded[3][0].prompt[1:]) == "q:"
 
 
+def test_the_order_of_columns_and_variables_is_no_part_of_the_cache_key(tokenizer):
+    def key(columns: dict[str, str], variables: dict[str, Any]) -> str:
+        return groups_key(
+            "rows", tokenizer, rules_of(DataConfig(columns=columns, chat_template_kwargs=variables))
+        )
+
+    columns, variables = {"prompt": "q", "margin": "m"}, {"short": True, "more": {"a": 1, "b": [2]}}
+    backwards = {"more": {"b": [2], "a": 1}, "short": True}
+    assert key(columns, variables) == key(dict(reversed(columns.items())), backwards)
+    assert key(columns, variables) != key(columns, {**variables, "short": False})
+
+
 def test_an_adapter_of_no_name_is_refused_with_the_config(tmp_path):
     with pytest.raises(ValueError, match="unknown adapter, did you mean 'nectar'"):
         config_for(tmp_path, tmp_path, adapter="nectra")
@@ -127,6 +139,30 @@ def test_ties_and_equal_completions_are_left_out_and_counted(tmp_path, tokenizer
     best, _ = load_groups(config.data, "train", tokenizer, supervised=True)
     texts = [tokenizer.decode(best[i].completions[0]) for i in range(3)]
     assert texts == [" a<eos>", " a<eos>", " b<eos>"]
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "drop"])
+def test_fewer_than_two_scores_are_counted_and_refuse_nothing(tmp_path, tokenizer, on_bad_row):
+    rows = [
+        {"prompt": "p:", "completions": [" a", " b"], "scores": scores}
+        for scores in ([1.0, 2.0], [None, 2.0], [None, None])
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    config = config_for(tmp_path, path, on_bad_row=on_bad_row)
+    data = load_data(config, tokenizer, training=True)
+    assert data.train is not None and len(data.train) == 1
+    assert data.report["train"]["dropped"] == {"fewer than two scored completions": 2}
+    best, report = load_groups(config_for(tmp_path, path, on_bad_row="drop").data, "train", tokenizer, True)
+    assert [tokenizer.decode(best[i].completions[0]) for i in range(2)] == [" b<eos>"] * 2
+    assert len(best) == 2 and report["dropped"] == {"unreadable": 1}, "without a score none is the best"
+    with pytest.raises(ValueError, match=r"rows.jsonl:3: no completion has a score, and so none is the best"):
+        load_groups(config_for(tmp_path, path).data, "train", tokenizer, supervised=True)
+
+
+def test_single_completions_of_other_layouts_stay(tmp_path, tokenizer):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "p:", "completion": " a", "label": True}])
+    groups, report = load_groups(config_for(tmp_path, path).data, "train", tokenizer)
+    assert len(groups) == 1 and report["dropped"] == {}
 
 
 def test_a_group_beyond_the_budget_is_refused_with_its_size(tmp_path, tokenizer):

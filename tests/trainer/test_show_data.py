@@ -203,3 +203,12 @@ def test_the_command_needs_no_ranks_and_prints_plain_text_into_a_pipe(tmp_path, 
     assert done.stderr == ""
     bad = subprocess.run([*command, "data.adapter=nectar"], capture_output=True, text=True, check=False)
     assert bad.returncode == 2 and "nectar needs the column answers" in bad.stderr
+
+
+def test_the_fold_that_is_left_out_is_not_shown(tmp_path, tokenizer_folder):
+    whole = shown(config_for(tmp_path, tokenizer_folder), 99)
+    parts = [shown(config_for(tmp_path, tokenizer_folder, folds=2, fold=fold), 99) for fold in (0, 1)]
+    counts = [part.count(", row ") for part in parts]
+    assert sum(counts) == whole.count(", row ") == 5 and all(counts)
+    for fold, (part, count) in enumerate(zip(parts, counts, strict=True)):
+        assert f"5 rows, {count} groups\nfold {fold} is left out\n" in part

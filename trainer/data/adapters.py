@@ -123,10 +123,8 @@ def _ultrafeedback_binarized(row: dict[str, Any]) -> TextGroup:
 def _ultrafeedback(row: dict[str, Any]) -> TextGroup:
     every = each(row, "completions", lambda x: (answer(text_of(x, "response")), _fine_grained(x)))
     scored = [(reply, score) for reply, score in every if score is not None]
-    if not scored:
-        raise UserError("completions: none has a fine-grained_score")
-    replies, scores = zip(*scored, strict=True)
-    return ranked(question(text_of(row, "instruction")), replies, scores)
+    prompt = question(text_of(row, "instruction"))
+    return ranked(prompt, [reply for reply, _ in scored], [score for _, score in scored])
 
 
 def _fine_grained(completion: Row) -> float | None:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +36,7 @@ from madpo.trainer.data.tokenise import TokenGroup, TokenRules, special_spelling
 from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Item, Objective
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Part of the cache key; raise it when the same rows would give other tokens."""
 
 FEATURES = datasets.Features(
@@ -187,9 +187,11 @@ def load_groups(
     lock = f"lock-{xxhash.xxh3_64_hexdigest(str(data.dataset_name).encode())}"
     with FileLock(cache / lock):
         source = open_source(data, split, cache)
-        path = cache / f"groups-{groups_key(source.fingerprint, tokenizer, rules)}"
-        if not path.is_dir():
-            tokenise_all(source, tokenizer, rules, adapter_in(source, rules), data.dataset_num_proc, path)
+        key = groups_key(source.fingerprint, tokenizer, rules)
+        path = cache / f"groups-{key}"
+        with FileLock(cache / f"lock-{key}"):  # the same content may have another name elsewhere
+            if not path.is_dir():
+                tokenise_all(source, tokenizer, rules, adapter_in(source, rules), data.dataset_num_proc, path)
         table = datasets.load_from_disk(str(path))
     assert isinstance(table, datasets.Dataset)
     refuse_unreadable(source.where, table, data.on_bad_row)
@@ -209,7 +211,7 @@ def load_groups(
 def groups_key(fingerprint: str, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> str:
     """A hash of rows and everything that makes tokens of them."""
     identity = (FORMAT_VERSION, fingerprint, tokenizer_identity(tokenizer), asdict(rules))
-    return xxhash.xxh3_128_hexdigest(repr(identity).encode())
+    return xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
 
 
 def usable_rows(table: datasets.Dataset) -> np.ndarray:
@@ -257,7 +259,10 @@ class _RowTokeniser:
         try:
             fields = parse_json_line(row["raw"]) if self.raw_lines else row
             text = read_row(fields, ADAPTERS[self.adapter], self.rules.rows, self.rules.supervised)
-            group = tokenise(text, self.tokenizer, self.rules)
+            if text.compared and len(text.completions) < 2 and not self.rules.supervised:
+                group = TokenGroup([], [], [], problem="fewer than two scored completions")
+            else:
+                group = tokenise(text, self.tokenizer, self.rules)
             if len(group.completions) > 1 and not group.edges and not group.problem:
                 group = replace(group, problem="no completion is better than another")
             spells = spells_special(text, self.spellings)
@@ -321,15 +326,17 @@ def tokenise_all(
     shutil.rmtree(scratch)
 
 
-def adapter_in(source: Source, rules: TokenRules) -> str:
+def adapter_in(
+    source: Source, rules: TokenRules, choose: Callable[[Iterable[str], RowRules, bool], str] = choose_adapter
+) -> str:
     """The adapter for the columns; JSON lines have those of the first line that can be read."""
     if source.unit != "line":
-        return choose_adapter(source.rows.column_names, rules.rows, rules.supervised)
+        return choose(source.rows.column_names, rules.rows, rules.supervised)
     problem = None
     row: Any
     for row in source.rows:
         try:
-            return choose_adapter(parse_json_line(row["raw"]), rules.rows, rules.supervised)
+            return choose(parse_json_line(row["raw"]), rules.rows, rules.supervised)
         except UserError as error:
             problem = problem or f"{source.where(row['line'])}: {error}"
     raise UserError(str(problem))
@@ -377,21 +384,3 @@ def report_of(
             "margin_mean": float(margins.mean()),
         }
     return report
-
-
-def total_report(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The report of several parts together."""
-    counts = [key for key, value in reports[0].items() if isinstance(value, int) and key != "margins"]
-    reasons = sorted({reason for report in reports for reason in report["dropped"]})
-    total: dict[str, Any] = {"source": name, **{key: sum(x[key] for x in reports) for key in counts}}
-    total["dropped"] = {reason: sum(x["dropped"].get(reason, 0) for x in reports) for reason in reasons}
-    with_margins = [report for report in reports if "margins" in report]
-    if with_margins:
-        number = sum(x["margins"] for x in with_margins)
-        total |= {
-            "margins": number,
-            "margin_min": min(x["margin_min"] for x in with_margins),
-            "margin_max": max(x["margin_max"] for x in with_margins),
-            "margin_mean": sum(x["margin_mean"] * x["margins"] for x in with_margins) / number,
-        }
-    return total

@@ -34,6 +34,7 @@ class TextGroup:
     labels: list[int] = field(default_factory=list)  # 1 desirable, -1 undesirable; of all or none
     tools: list[dict[str, Any]] = field(default_factory=list)  # JSON schemas, given to the chat template
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # also given to it
+    compared: bool = field(default=False, compare=False)  # made by `ranked`, perhaps of fewer than two scores
 
     @property
     def conversational(self) -> bool:
@@ -90,6 +91,8 @@ def best_only(group: TextGroup) -> TextGroup:
     """The group with the first completion that no other is better than, for supervised training."""
     if len(group.completions) == 1:
         return group
+    if not group.completions:
+        raise UserError("no completion has a score, and so none is the best")
     losers = {loser for _, loser, _ in group.edges}
     best = next(x for i, x in enumerate(group.completions) if i not in losers)
     return replace(group, completions=[best], edges=[], labels=[])
@@ -109,7 +112,7 @@ def ranked(
         for loser, worse in enumerate(scores)
         if better > worse
     ]
-    return TextGroup(prompt, same_kind(prompt, *completions), edges)
+    return TextGroup(prompt, same_kind(prompt, *completions), edges, compared=True)
 
 
 def _scored(row: Mapping[str, Any]) -> TextGroup:
@@ -119,8 +122,6 @@ def _scored(row: Mapping[str, Any]) -> TextGroup:
         raise UserError(f"scores: {len(scores)} numbers for {len(completions)} completions")
     texts = [as_text(x, f"completions[{i}]", may_be_empty=True) for i, x in enumerate(completions)]
     known = [i for i, score in enumerate(scores) if score is not None]
-    if not known:
-        raise UserError("scores: none is a number")
     numbers = [finite(scores[i], f"scores[{i}]") for i in known]
     prompt = text_or_messages(row, "prompt", may_be_empty=True)
     return ranked(prompt, [texts[i] for i in known], numbers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config import DataConfig
 from madpo.trainer.data.adapters import ADAPTERS
-from madpo.trainer.data.dataset import rules_of
+from madpo.trainer.data.dataset import adapter_in, rules_of
 from madpo.trainer.data.formats import Text, TextGroup, parse_json_line
 from madpo.trainer.data.rows import RowRules, choose_adapter, read_row, renamed
 from madpo.trainer.data.source import Source, open_source
@@ -65,11 +65,14 @@ def read_prompts(
         raise UserError(
             "data: generate reads one data set, not streamed; set dataset_name and streaming=false"
         )
+    if data.folds is not None:
+        raise UserError("data.folds: generate takes the prompts of all folds; remove folds and fold")
     cache = Path(data.cache_dir).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "lock-prompts"):
         source = open_source(data, split, cache)
     rules = rules_of(data)
+    adapter = adapter_in(source, rules, _choose)
     found, seen = Prompts(source.name, rules), set[str]()
     count = 0
     for number, row in _rows(source):
@@ -77,7 +80,7 @@ def read_prompts(
             break
         count += 1
         try:
-            group = _prompt(row, tokenizer, rules, prompt_tokens)
+            group = _prompt(row, adapter, tokenizer, rules, prompt_tokens)
             length = len(encode_prompt(group, tokenizer, rules))
         except Exception as error:  # a chat template, for one, raises what it likes
             if data.on_bad_row == "error":
@@ -109,11 +112,11 @@ def _rows(source: Source) -> Iterator[tuple[int, Any]]:
 
 
 def _prompt(
-    row: Any, tokenizer: PreTrainedTokenizerBase, rules: TokenRules, prompt_tokens: int | None
+    row: Any, adapter: str, tokenizer: PreTrainedTokenizerBase, rules: TokenRules, prompt_tokens: int | None
 ) -> TextGroup:
     fields = parse_json_line(row) if isinstance(row, bytes) else row
-    group = _group(fields, rules.rows)
-    (text, *_) = group.completions
+    group = _group(fields, adapter, rules.rows)
+    text = group.completions[0] if group.completions else ""  # none where no completion has a score
     bare = replace(group, completions=[], edges=[], labels=[])
     is_plain = group.prompt == "" and isinstance(text, str)
     if prompt_tokens is None:
@@ -129,20 +132,30 @@ def _prompt(
     return replace(bare, prompt=_first_tokens(whole, tokenizer, prompt_tokens))
 
 
-def _group(row: dict[str, Any], rules: RowRules) -> TextGroup:
+PROMPT_ONLY = "prompt"
+
+
+def _choose(columns: Iterable[str], rules: RowRules, supervised: bool) -> str:
+    """The adapter for a source with these columns, or PROMPT_ONLY. Raises ValueError."""
+    names = renamed(dict.fromkeys(columns), rules.columns)
+    return PROMPT_ONLY if _is_prompt_only(names, rules) else choose_adapter(columns, rules, supervised)
+
+
+def _is_prompt_only(names: Iterable[str], rules: RowRules) -> bool:
+    names = set(names)
+    answers = {"chosen", "rejected", "completion", "completions", "messages"}
+    return rules.adapter == "auto" and "prompt" in names and not names & answers
+
+
+def _group(row: dict[str, Any], adapter: str, rules: RowRules) -> TextGroup:
     """The row's group; a row that holds nothing but a prompt is completed first, so that one function reads
     all."""
-    columns = {name for name, value in renamed(row, rules.columns).items() if value is not None}
-    if (
-        rules.adapter == "auto"
-        and "prompt" in columns
-        and not columns & {"chosen", "rejected", "completion", "completions", "messages"}
-    ):
-        prompt = renamed(row, rules.columns)["prompt"]
-        answer: Text = "any" if isinstance(prompt, str) else [{"role": "assistant", "content": "any"}]
-        return read_row({**row, "completion": answer}, ADAPTERS["prompt-completion"], rules)
-    present = {name for name, value in row.items() if value is not None}
-    return read_row(row, ADAPTERS[choose_adapter(present, rules)], rules)
+    given = {name: value for name, value in renamed(row, rules.columns).items() if value is not None}
+    if adapter != PROMPT_ONLY and not _is_prompt_only(given, rules):
+        return read_row(row, ADAPTERS[adapter], rules)
+    prompt = given.get("prompt")
+    answer: Text = "any" if isinstance(prompt, str) else [{"role": "assistant", "content": "any"}]
+    return read_row({**row, "completion": answer}, ADAPTERS["prompt-completion"], rules)
 
 
 def _key(group: TextGroup) -> str:

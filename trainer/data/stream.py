@@ -32,10 +32,10 @@ from madpo.trainer.data.dataset import (
     report_of,
     rules_of,
     tokenise_all,
-    total_report,
     usable_rows,
 )
 from madpo.trainer.data.feed import Chained, Groups
+from madpo.trainer.data.mixture import total_report
 from madpo.trainer.data.order import permutation
 from madpo.trainer.data.reader import FIRST_ROWS, Reader
 from madpo.trainer.errors import UserError

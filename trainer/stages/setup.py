@@ -46,17 +46,28 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool
     if training and data.streaming:
         feed = _stream(config, tokenizer)
     elif training or config.objective.quantiles:
-        groups, report = load_split(data, False, tokenizer, supervised)
-        if data.folds is not None and data.fold is not None:
-            groups = without_fold(groups, data.folds, data.fold)
-            kept = {"groups": len(groups), "tokens": int(groups.lengths.sum())}
-            report = {split: {**facts, **kept, "without_fold": data.fold} for split, facts in report.items()}
+        groups, report = training_groups(config, tokenizer)
         train = _made_fit(groups, config)
         feed = WholeSet(train, config.seed, data.order, report)
     if data.has_test_split or not training:
         groups, held_out_report = load_split(data, True, tokenizer, supervised)
         held_out = _made_fit(groups, config)
     return Data(train, held_out, feed, held_out_report)
+
+
+def training_groups(
+    config: Config, tokenizer: PreTrainedTokenizerBase
+) -> tuple[GroupDataset, dict[str, dict[str, Any]]]:
+    """The training groups without the fold that is left out, and the report of `load_split`, whose first
+    entry, of all parts together, has the numbers without it. Raises ValueError."""
+    data = config.data
+    groups, report = load_split(data, False, tokenizer, config.objective_entry.supervised)
+    if data.folds is None or data.fold is None:
+        return groups, report
+    groups = without_fold(groups, data.folds, data.fold)
+    kept = {"groups": len(groups), "tokens": int(groups.lengths.sum()), "without_fold": data.fold}
+    total = next(iter(report))
+    return groups, report | {total: report[total] | kept}
 
 
 def _made_fit(groups: GroupDataset, config: Config) -> GroupDataset:

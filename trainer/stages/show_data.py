@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.mismatched import MismatchedDataset
-from madpo.trainer.data.mixture import load_split
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.stages.setup import training_groups
 
 Decode = Callable[[Sequence[int]], str]
 PROMPT = "dim"
@@ -36,7 +36,7 @@ def show_data(config: Config, count: int, console: Console) -> None:
             "data.streaming: show-data looks at the whole set; copy some rows into a file, and set "
             "data.streaming=false and data.dataset_name to it"
         )
-    groups, reports = load_split(config.data, False, tokenizer, entry.supervised)
+    groups, reports = training_groups(config, tokenizer)
     report = next(iter(reports.values()))  # of all parts together
     if "mismatched" in entry.needs:
         groups = MismatchedDataset(groups, config.seed, config.data.max_length)
@@ -126,6 +126,8 @@ def _standing(group: TokenGroup, index: int, own: int | None) -> str:
 def render_totals(report: dict[str, Any], tokens: int, trained: int, coloured: bool) -> Iterator[Text]:
     """What became of all rows, in lines; zeros are left out. A prompt counts once per group."""
     yield Text(f"── {report['source']}: {report['rows']:,} rows, {report['groups']:,} groups", style="bold")
+    if "without_fold" in report:
+        yield Text(f"fold {report['without_fold']} is left out", style="bold")
     for reason, number in report["dropped"].items():
         yield Text(f"{number:,} dropped: {reason}", style="bold")
     shown = "coloured" if coloured else "in [[ ]]"
