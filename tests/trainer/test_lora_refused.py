@@ -153,12 +153,13 @@ def test_the_base_in_the_section_is_that_of_the_model_alone(config, adapter, tmp
     assert torch.equal(ours, embedding(tmp_path / "base"))
     assert torch.equal(reference, embedding(other))
     for name, base in ((adapter, tmp_path / "base"), (theirs, other)):
-        found = load_sampler(run, str(name), None).get_input_embeddings().weight
-        assert torch.equal(found, embedding(base))
+        sampler: Any = load_sampler(run, str(name), None)
+        assert torch.equal(sampler.get_input_embeddings().weight, embedding(base))
 
 
 def embedding(folder: Path) -> torch.Tensor:
-    return AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight.detach()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    return model.get_input_embeddings().weight.detach()
 
 
 def first_embeddings(shard, config: Config) -> list[torch.Tensor]:

@@ -157,9 +157,8 @@ def attach(model: PreTrainedModel, config: Any, name: str, weights: dict[str, Te
     dtype, config = model.dtype, copy.deepcopy(config)
     config.inference_mode = False
     if config.target_modules == ALL_LINEAR:
-        config.target_modules = (
-            model.peft_config[POLICY].target_modules if is_adapted(model) else linear_layers(model)
-        )
+        there: Any = model.peft_config[POLICY] if is_adapted(model) else None
+        config.target_modules = linear_layers(model) if there is None else there.target_modules
     try:
         peft.inject_adapter_in_model(config, model, name)
     except (ValueError, TypeError) as error:
