@@ -87,7 +87,8 @@ class RewardJudge:
                 "gradient_checkpointing": False,
             }
         )
-        config = config.model_copy(update={"model": model, "objective": BradleyTerryParams()})
+        peft = config.peft and config.peft.of_given_models()
+        config = config.model_copy(update={"model": model, "peft": peft, "objective": BradleyTerryParams()})
         self.tokenizer = load_tokenizer(model)
         self.rules = rules_of(config.data)
         self.budget = config.train.micro_batch_tokens

@@ -36,6 +36,11 @@ class PeftConfig(Section):
     def quantised(self) -> bool:
         return self.load_in_4bit or self.load_in_8bit
 
+    def of_given_models(self) -> PeftConfig | None:
+        """What of the section holds for models that are only scored with: how their bases are quantised."""
+        keys = {"load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"}
+        return PeftConfig(**self.model_dump(include=keys)) if self.quantised else None
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.lora_dropout:

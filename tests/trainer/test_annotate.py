@@ -15,7 +15,7 @@ from harness import make_config, plain_scores, run_ranks, save_classifier, save_
 
 from madpo.launch import folds as launch_folds
 from madpo.trainer.annotation import Scored, together, write_split
-from madpo.trainer.config import Config, dump
+from madpo.trainer.config import Config, PeftConfig, dump
 from madpo.trainer.data.adapters import ADAPTERS
 from madpo.trainer.data.dataset import GroupDataset, load_groups
 from madpo.trainer.data.folds import folds_of, hash_of_prompt, without_fold
@@ -264,6 +264,27 @@ def test_several_given_models_score_by_their_mean(config, tmp_path, tokenizer_fo
         assert got == pytest.approx(want, rel=1e-3, abs=1e-4)
     facts = json.loads((folder / "annotated" / "annotation.json").read_text())
     assert facts["test"]["rule"] == "mean of the models" and facts["test"]["margin_std_mean"] > 0
+
+
+@pytest.mark.ranks
+def test_given_adapters_score_whatever_shape_the_config_gives_its_own(config, tmp_path):
+    """Run with r=4, named by a config with r=8 and a base of its own."""
+    tree = config.model_dump(by_alias=True)
+    short = {**tree["train"], "max_steps": 2}
+    trained = {**tree, "output_dir": str(tmp_path / "judge"), "peft": {"lora_r": 4}, "train": short}
+    run_ranks(1, train_one, Config.model_validate(trained))
+    peft = {"lora_r": 8, "base_model_name_or_path": "elsewhere"}
+    given = Config.model_validate({**tree, "peft": peft, "annotate": {"models": [str(tmp_path / "judge")]}})
+    run_ranks(1, annotate, given)
+    facts = json.loads((Path(given.output_dir) / "annotated" / "annotation.json").read_text())
+    assert facts["test"]["scored"] == 9 and facts["test"]["models"] == [str(tmp_path / "judge" / "model")]
+    quantised = {**peft, "load_in_8bit": True}
+    settings = PeftConfig(**quantised).of_given_models()
+    assert settings == PeftConfig(load_in_8bit=True)
+
+
+def train_one(shard, config: Config) -> None:
+    run_training(config, "madpo reward test.yaml")
 
 
 def test_the_launcher_trains_the_folds_that_the_stage_asks_for(config, tmp_path, monkeypatch):

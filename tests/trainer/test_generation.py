@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny_model
 from harness import make_config, run_ranks, save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -184,3 +185,13 @@ def sample_partitioned(shard, folder: Path, prompts: list[list[int]]) -> Any:
     rows = sampler(prompts, seed=shard.rank)
     sampler.close()
     return rows
+
+
+@pytest.mark.parametrize("family", ["Gemma 2", "gpt-oss"])
+def test_families_that_sdpa_cannot_serve_are_sampled_from(family, tmp_path, tokenizer_folder):
+    """Soft-caps and sinks: transformers chooses the attention."""
+    tiny_model(family, "eager", vocab_size=311).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path / "model")
+    sampler = sampler_of(tmp_path / "model", num_completions=1, max_new_tokens=1, temperature=0.0)
+    (((token, *_),),) = sampler([[5, 6, 7]], 0)
+    assert token == logits_after(tmp_path / "model", [5, 6, 7]).argmax()

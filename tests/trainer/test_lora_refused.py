@@ -12,10 +12,13 @@ import pytest
 import torch
 from harness import LLAMA, make_config, run_ranks, save_model, write_pairs
 from lora_cases import STAGE_2, changed, stored_adapter, train
+from transformers import AutoModelForCausalLM
 
 from madpo.trainer.config import Config, load
 from madpo.trainer.errors import UserError
 from madpo.trainer.model import lora
+from madpo.trainer.model.load import load_sampler, load_tokenizer
+from madpo.trainer.stages.setup import start_engine
 
 
 @pytest.fixture
@@ -137,6 +140,48 @@ def test_a_base_model_that_has_moved(config, adapter, tmp_path):
     shutil.rmtree(config.output_dir)
     with pytest.raises(AssertionError, match=r"names no base model; set peft\.base_model_name_or_path"):
         run_ranks(1, train, run_of(config, adapter))
+
+
+@pytest.mark.ranks
+def test_the_base_in_the_section_is_that_of_the_model_alone(config, adapter, tmp_path, tokenizer_folder):
+    """A reference that is an adapter on another base keeps it; samplers too."""
+    other = save_model(tmp_path / "other", tokenizer_folder, seed=77)
+    theirs = stored_adapter(tmp_path / "their-adapter", other, tokenizer_folder)
+    run = run_of(config, adapter, base_model_name_or_path=str(tmp_path / "base"))
+    run = changed(run, model={"ref_model_name_or_path": str(theirs)})
+    ours, reference = run_ranks(1, first_embeddings, run)[0]
+    assert torch.equal(ours, embedding(tmp_path / "base"))
+    assert torch.equal(reference, embedding(other))
+    for name, base in ((adapter, tmp_path / "base"), (theirs, other)):
+        sampler: Any = load_sampler(run, str(name), None)
+        assert torch.equal(sampler.get_input_embeddings().weight, embedding(base))
+
+
+def embedding(folder: Path) -> torch.Tensor:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    return model.get_input_embeddings().weight.detach()
+
+
+def first_embeddings(shard, config: Config) -> list[torch.Tensor]:
+    import deepspeed
+
+    engine, out = start_engine(config, load_tokenizer(config.model), training=True), []
+    for model in (engine.module.policy, engine.module.reference):
+        weight = model.get_input_embeddings().weight
+        with deepspeed.zero.GatheredParameters([weight]):
+            out.append(weight.detach().clone())
+    engine.destroy()
+    return out
+
+
+@pytest.mark.ranks
+def test_a_base_for_a_model_that_is_no_adapter(config, tmp_path):
+    run = changed(config, peft={"base_model_name_or_path": "elsewhere"})
+    message = r"peft\.base_model_name_or_path: 'elsewhere' is for a stored adapter, but .* is a whole model"
+    with pytest.raises(AssertionError, match=message):
+        run_ranks(1, train, run)
+    with pytest.raises(UserError, match=message):
+        load_sampler(run, str(tmp_path / "base"), None)
 
 
 def test_a_config_that_contradicts_the_stored_adapter(config, adapter):

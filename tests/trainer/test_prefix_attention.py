@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES, tiny_model
+from families import FAMILIES, tiny_config, tiny_model
 from harness import random_groups
 from kernel_cases import relative_error
 
@@ -189,20 +189,34 @@ STATEFUL: dict[str, dict[str, Any]] = {
 }
 
 
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@DTYPES
 @pytest.mark.parametrize("family", STATEFUL)
-def test_the_check_at_start_refuses_layers_that_carry_a_state(family):
+def test_the_check_at_start_refuses_layers_that_carry_a_state(family, dtype):
     sizes = {"vocab_size": 307, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.15}
     config = transformers.AutoConfig.for_model(family, **sizes, **STATEFUL[family])
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
     with pytest.raises(ValueError, match="packed scores differ from single ones"):
         refuse_unless_packing_is_exact(model, torch.device("cpu"))
 
 
-def test_the_check_at_start_refuses_tokens_that_see_those_to_come():
+@DTYPES
+def test_the_check_at_start_refuses_tokens_that_see_those_to_come(dtype):
     """Shared, a prompt cannot see what follows it."""
-    model = tiny_model("Gemma 3", NAME, use_bidirectional_attention=True)
+    model = tiny_model("Gemma 3", NAME, use_bidirectional_attention=True).to(dtype)
     with pytest.raises(ValueError, match="packed scores differ from single ones"):
         refuse_unless_packing_is_exact(model, torch.device("cpu"))
+
+
+def test_a_few_tokens_that_rounding_sends_to_other_experts_are_no_alarm():
+    layers = {"num_hidden_layers": 24, "layer_types": ["sliding_attention", "full_attention"] * 12}
+    config = tiny_config("gpt-oss", num_local_experts=32, num_experts_per_tok=4, **layers)
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
+    refuse_unless_packing_is_exact(model, torch.device("cpu"))
+    refuse_unless_packing_is_exact(model.to(torch.bfloat16), torch.device("cpu"))
 
 
 def test_masks_that_a_model_forms_by_itself_are_refused():

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from madpo.trainer.errors import UserError
+from madpo.trainer.model.lora import is_adapted
 
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Names of a config for the number of experts of a layer."""
@@ -68,4 +69,12 @@ def expert_remarks(model: PreTrainedModel, coef: float) -> list[str]:
     if not experts:
         return []
     state = f"weighs {coef:g}" if coef else "is off (model.router_aux_loss_coef)"
-    return [f"{experts} experts a layer; the loss that keeps them in balance {state}"]
+    remarks = [f"{experts} experts a layer; the loss that keeps them in balance {state}"]
+    if is_adapted(model) and any("expert" in name and _rank(p) == 3 for name, p in model.named_parameters()):
+        remarks.append("the experts have no adapter: all of a layer are one parameter, out of LoRA's reach")
+    return remarks
+
+
+def _rank(parameter: Any) -> int:
+    """Dimensions; a parameter that ZeRO-3 has partitioned keeps its shape in ds_shape."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))

@@ -104,11 +104,8 @@ def load_sampler(config: Config, name: str, revision: str | None) -> PreTrainedM
     """A language model to sample from, with the adapter on it if its name is that of one, and transformers'
     own attention. Raises ValueError as above."""
     dtype = torch.bfloat16 if config.train.bf16 else torch.float32
-    adapter = lora.stored_adapter(
-        name, revision, config.peft.base_model_name_or_path if config.peft else None
-    )
-    options: Any = {"dtype": dtype, "attention": "sdpa", "kind": AutoModelForCausalLM}
-    return _load(config, name, revision, adapter, **options).eval()
+    options: Any = {"dtype": dtype, "attention": None, "kind": AutoModelForCausalLM}
+    return _load(config, name, revision, _adapter_named(config, name, revision), **options).eval()
 
 
 def folder_of(name: str) -> str:
@@ -150,10 +147,25 @@ def _reference(
 
 def _stored_adapter(config: Config, name: str | None, revision: str | None) -> lora.StoredAdapter | None:
     """The adapter of that name, if it is one. Raises ValueError for one that cannot be used in this run."""
-    settings = config.peft or PeftConfig()
-    adapter = lora.stored_adapter(name, revision, settings.base_model_name_or_path)
+    adapter = _adapter_named(config, name, revision)
     if adapter is not None:
+        settings = config.peft or PeftConfig()
         validate_peft(config, settings.model_copy(update={"use_dora": adapter.config.use_dora}))
+    return adapter
+
+
+def _adapter_named(config: Config, name: str | None, revision: str | None) -> lora.StoredAdapter | None:
+    """The adapter of that name, if it is one. peft.base_model_name_or_path is the base of the config's own
+    model alone. Raises ValueError if that is no adapter."""
+    own = config.model.model_name_or_path
+    is_own = own is not None and name in (own, folder_of(own))
+    base = config.peft.base_model_name_or_path if config.peft is not None and is_own else None
+    adapter = lora.stored_adapter(name, revision, base)
+    if base is not None and adapter is None:
+        raise UserError(
+            f"peft.base_model_name_or_path: {base!r} is for a stored adapter, but model.model_name_or_path "
+            f"{name!r} is a whole model; leave the key out, the base of a new adapter is that model"
+        )
     return adapter
 
 
@@ -187,7 +199,7 @@ def _pretrained(
     name: str | None,
     revision: str | None,
     dtype: torch.dtype,
-    attention: str,
+    attention: str | None,  # None: transformers' choice
     kind: Any,
     quantization_config: Any,
     **options: Any,
@@ -252,9 +264,14 @@ def _from_scratch(
 
 
 def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Noise in either model would be noise in the margin between them."""
+    """Noise in either model would be noise in the margin between them.
+
+    PhiMoE alone routes by its router_jitter_noise without noise too: `refuse_noise` is for such models.
+    """
+    kept = {"router_jitter_noise"} if config.model_type == "phimoe" else set[str]()
     for key, value in config.to_dict().items():
-        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+        is_noise = "dropout" in key or key.endswith("pdrop") or "jitter" in key
+        if isinstance(value, float) and is_noise and key not in kept:
             setattr(config, key, 0.0)
     return config
 

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -29,6 +30,7 @@ from madpo.trainer.strict_yaml import nearest
 
 POLICY, REFERENCE = "default", "reference"
 WEIGHTS = "adapter_model.safetensors"
+ALL_LINEAR = "all-linear"
 PREFIX = "base_model.model."
 """What peft's files put before the name of every weight."""
 
@@ -110,7 +112,7 @@ def new_config(settings: PeftConfig, base: str, revision: str | None, scores: bo
         r=settings.lora_r or 16,
         lora_alpha=settings.lora_alpha or 32,
         lora_dropout=0.0,
-        target_modules=settings.lora_target_modules or "all-linear",
+        target_modules=settings.lora_target_modules or ALL_LINEAR,
         modules_to_save=[*whole, *(["score"] if scores and "score" not in whole else [])] or None,
         use_rslora=bool(settings.use_rslora),
         use_dora=bool(settings.use_dora),
@@ -154,6 +156,9 @@ def attach(model: PreTrainedModel, config: Any, name: str, weights: dict[str, Te
     _refuse_tied_copies(model, config)
     dtype, config = model.dtype, copy.deepcopy(config)
     config.inference_mode = False
+    if config.target_modules == ALL_LINEAR:
+        there: Any = model.peft_config[POLICY] if is_adapted(model) else None
+        config.target_modules = linear_layers(model) if there is None else there.target_modules
     try:
         peft.inject_adapter_in_model(config, model, name)
     except (ValueError, TypeError) as error:
@@ -192,6 +197,22 @@ def save_adapter(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
     if not isinstance(config.target_modules, str):
         config.target_modules = sorted(config.target_modules)  # a set: in the order of this process
     config.save_pretrained(folder)
+
+
+def linear_layers(model: PreTrainedModel) -> set[str]:
+    """Names of the linear layers inside the model: all but heads, routers and experts that are one parameter.
+
+    peft's own all-linear takes routers, which have a weight but do not return its product, and experts.
+    """
+    heads = _heads(model)
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and not any(module is head for head in heads)
+        and "router" not in type(module).__name__.lower()
+        and name.rpartition(".")[2] not in ("router", "gate")
+    }
 
 
 def is_adapted(model: PreTrainedModel) -> bool:
@@ -262,11 +283,15 @@ def _refuse_tied_copies(model: PreTrainedModel, config: Any) -> None:
         )
 
 
+def _heads(model: PreTrainedModel) -> tuple[nn.Module | None, ...]:
+    return model.get_output_embeddings(), getattr(model, "score", None)
+
+
 def _refuse_all_but_linear(model: PreTrainedModel) -> None:
     """Heads and embeddings are used through their weights, which under ZeRO-3 an adapter cannot reach."""
     from peft.tuners.lora import LoraLayer
 
-    heads = (model.get_output_embeddings(), getattr(model, "score", None))
+    heads = _heads(model)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             kind = type(module.get_base_layer()).__name__

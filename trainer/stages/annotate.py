@@ -102,12 +102,12 @@ def judges_of(config: Config) -> list[Judge]:
         return [Judge(fold_config(config, fold), fold=fold) for fold in folds]
     if config.annotate.models is None:
         return [Judge(config)]
-    out = []
+    out, peft = [], config.peft and config.peft.of_given_models()
     for name in config.annotate.models:
         exported = Path(name).expanduser() / "model"
         update = {"model_name_or_path": str(exported) if exported.is_dir() else name, "init_config": None}
         model = config.model.model_copy(update={**update, "tokenizer_name_or_path": None})
-        out.append(Judge(config.model_copy(update={"model": model}), given=True))
+        out.append(Judge(config.model_copy(update={"model": model, "peft": peft}), given=True))
     return out
 
 

@@ -20,7 +20,11 @@ from madpo.trainer.engine import build_engine, deepspeed_config
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import build_module
 from madpo.trainer.model.partition import partitioned_loading
-from madpo.trainer.model.policy import refuse_unless_head_is_known, refuse_unless_packing_is_exact
+from madpo.trainer.model.policy import (
+    refuse_noise,
+    refuse_unless_head_is_known,
+    refuse_unless_packing_is_exact,
+)
 
 
 @dataclass(frozen=True)
@@ -108,4 +112,6 @@ def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: b
             refuse_unless_packing_is_exact(model, engine.device)
             if "scores" not in config.objective_entry.needs:
                 refuse_unless_head_is_known(model, engine.device)
+    if training:
+        refuse_noise(module.policy, engine.device)
     return engine
