@@ -112,6 +112,7 @@ def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: b
             refuse_unless_packing_is_exact(model, engine.device)
             if "scores" not in config.objective_entry.needs:
                 refuse_unless_head_is_known(model, engine.device)
-    if training:
+    quantised = config.peft is not None and config.peft.quantised
+    if training and not quantised:  # whose kernels round otherwise in training, without any noise
         refuse_noise(module.policy, engine.device)
     return engine
