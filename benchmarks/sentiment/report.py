@@ -167,8 +167,8 @@ def _margins(pairs: Path, recipe: Path, seeds: Sequence[int]) -> Iterator[str]:
         "Agreement is the cosine between a reward model's margins and the oracle's, both of one sign "
         "convention: 1 is the same up to scale, 0 is chance. Means over the seeds.\n"
     )
-    titles = ("tier", "pairs", "label agrees with the oracle", "|oracle margin|, quartiles")
-    of_models = ("agreement, own pairs", "agreement, held out", "80 % of |margin| below")
+    titles = ("tier", "pairs", "label agrees with the oracle", "oracle's absolute margins, quartiles")
+    of_models = ("agreement, own pairs", "agreement, held out", "80 % of its absolute margins below")
     yield _table((*titles, *of_models), rows)
 
 
