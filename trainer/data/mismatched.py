@@ -24,7 +24,7 @@ class MismatchedDataset(GroupDataset):
         super().__init__(groups.table, groups.name, groups.fingerprint)
         if len(groups) < 2:
             raise UserError(f"{groups.name}: one prompt is too few, each needs the completion of another")
-        if (groups.labelled < groups.sequences).any():
+        if ((groups.labelled > 0) & (groups.labelled < groups.sequences)).any():
             raise UserError(
                 f"{groups.name}: groups have completions that win as often as they lose, which are neither "
                 "desirable nor undesirable; set data.edges=best_worst"
