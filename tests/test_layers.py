@@ -21,6 +21,8 @@ LAYERS = [
     "madpo.trainer.data.rows",
     "madpo.trainer.section",
     "madpo.trainer.generate_config",
+    "madpo.trainer.model_config",
+    "madpo.trainer.train_config",
     "madpo.trainer.peft_config",
     "madpo.trainer.data_config",
     "madpo.trainer.config",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from madpo.trainer.config import Config
-from madpo.trainer.data.loader import plan_step
+from madpo.trainer.data.loader import plan_step, step_rules
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.engine import train_step
@@ -45,8 +45,7 @@ def zero3_steps(shard, config: Config, steps: int) -> list[tuple[float, dict[str
         meter = Meter()
         size = config.train.global_batch_size
         indices = order.take(step * size, size)
-        budget = config.train.micro_batch_tokens
-        plan = plan_step(groups, indices, config.objective_entry.item, budget, shard)
+        plan = plan_step(groups, indices, step_rules(config), shard)
         state = BatchState(memory, (config.seed, step))
         memory = train_step(engine, plan, config.optim.lr, meter, state)
         out.append((meter.reduce()["loss"], dict(gradients)))

@@ -17,77 +17,13 @@ from madpo.trainer.data_config import DataConfig
 from madpo.trainer.deepspeed_keys import DEEPSPEED_KEYS, OWNED_DEEPSPEED_KEYS
 from madpo.trainer.errors import UserError
 from madpo.trainer.generate_config import GenerateConfig
+from madpo.trainer.model_config import ModelConfig
 from madpo.trainer.objectives.base import Objective
 from madpo.trainer.objectives.build import as_one_objective
 from madpo.trainer.objectives.registry import OBJECTIVES, ObjectiveParams
 from madpo.trainer.peft_config import PeftConfig
 from madpo.trainer.section import Section
-
-
-class ModelConfig(Section):
-    model_name_or_path: str | None = Field(
-        default=None, description="weights to start from: folder or hub name"
-    )
-    model_revision: str | None = None
-    init_config: dict[str, Any] | None = Field(
-        default=None, description="build from scratch instead: `model_type` and that family's config values"
-    )
-    ref_model_name_or_path: str | None = Field(
-        default=None, description="frozen reference; null is the model that training starts from"
-    )
-    sync_ref_model: bool = Field(default=False, description="move the reference towards the policy (TR-DPO)")
-    ref_model_mixup_alpha: float = Field(default=0.6, gt=0, le=1, description="share of the policy in a move")
-    ref_model_sync_steps: int = Field(default=512, ge=1, description="optimiser steps between moves")
-    tokenizer_name_or_path: str | None = Field(default=None, description="null: beside the model")
-    attention: Literal["sdpa", "flash"] = Field(
-        default="sdpa", description="kernel of the packed attention; flash needs the flash-attn package"
-    )
-    gradient_checkpointing: bool = Field(default=False, description="recompute activations in backward")
-    router_aux_loss_coef: float = Field(
-        default=0.0, ge=0, description="weight of the load-balancing loss of mixtures of experts; 0: off"
-    )
-    resize_embeddings: bool = Field(
-        default=False, description="give a model whose tokenizer is larger the rows that it lacks"
-    )
-    freeze: list[str] = Field(
-        default_factory=list,
-        description="weights that stay: `embeddings`, `head`, or patterns of names as in *.layers.0.*",
-    )
-
-
-class OptimConfig(Section):
-    lr: float = Field(default=1e-6, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0, description="on matrices only, not on norms and biases")
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(default=1e-8, gt=0)
-    max_grad_norm: float = Field(default=1.0, ge=0, description="0: no clipping")
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = Field(default=0, ge=0)
-    warmup_ratio: float = Field(default=0.0, ge=0, lt=1, description="share of all steps; or warmup_steps")
-
-
-class TrainConfig(Section):
-    global_batch_size: int = Field(default=64, ge=1, description="groups (prompts) per step, over all ranks")
-    micro_batch_tokens: int = Field(default=16384, ge=2, description="packed tokens per forward and rank")
-    num_train_epochs: float = Field(default=1.0, gt=0)
-    max_steps: int | None = Field(default=None, ge=1, description="in place of num_train_epochs")
-    bf16: bool = True
-    logging_steps: int = Field(default=10, ge=1)
-    eval_steps: int | None = Field(default=None, ge=1, description="null: only at the end")
-    save_steps: int | None = Field(default=None, ge=1, description="null: only at the end")
-    save_total_limit: int = Field(default=2, ge=1, description="checkpoints kept")
-    export: bool = Field(default=True, description="write a Hugging Face model folder at the end")
-    export_merged: bool = Field(
-        default=False, description="beside an adapter, also write whole weights with it in them"
-    )
-    max_shard_size: str = Field(
-        default="5GB", pattern=r"^[1-9][0-9]*(KB|MB|GB)$", description="of an exported weights file"
-    )
-    head_gib: float = Field(default=2.0, gt=0, description="GiB of logits that the loss head keeps at once")
-    head_impl: Literal["auto", "triton", "torch"] = Field(
-        default="auto", description="of the loss head; auto: triton on GPUs, torch on CPUs"
-    )
+from madpo.trainer.train_config import OptimConfig, TrainConfig
 
 
 class AnnotateConfig(Section):

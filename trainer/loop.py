@@ -12,7 +12,7 @@ from typing import Any
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.feed import Feed
-from madpo.trainer.data.loader import evaluation_steps, plan_step
+from madpo.trainer.data.loader import evaluation_steps, plan_step, step_rules
 from madpo.trainer.dist import Shard
 from madpo.trainer.engine import evaluation_step, grad_norm, move_reference, train_step
 from madpo.trainer.errors import UserError
@@ -55,7 +55,7 @@ def train(
     on_save: Callable[[], None],
 ) -> None:
     """Train from `state` to the end of the plan. `on_record` gets every logged line, on all ranks."""
-    item, settings = config.objective_entry.item, config.train
+    settings, rules = config.train, step_rules(config)
     plan = plan_run(config, feed.num_groups)
     meter = Meter()
     logged_at, logged = time.perf_counter(), dataclasses.replace(state)
@@ -65,7 +65,7 @@ def train(
         count = min(settings.global_batch_size, plan.total_groups - state.consumed)
         assert count > 0, "the plan and the state disagree"
         groups, indices = feed.take(state.consumed, count)
-        step = plan_step(groups, indices, item, settings.micro_batch_tokens, shard)
+        step = plan_step(groups, indices, rules, shard)
 
         rate = learning_rate(config.optim, state.step, plan.total_steps)
         now = BatchState(state.memory, (config.seed, state.step))
@@ -120,14 +120,7 @@ def evaluate(
     """
     engine.eval()
     meter = Meter()
-    settings = config.train
-    steps = evaluation_steps(
-        groups,
-        config.objective_entry.item,
-        settings.global_batch_size,
-        settings.micro_batch_tokens,
-        shard,
-    )
+    steps = evaluation_steps(groups, step_rules(config), config.train.global_batch_size, shard)
     for number, step in enumerate(steps):
         evaluation_step(engine, step, meter, BatchState(memory, (config.seed, number)))
     return {f"eval_{name}": value for name, value in meter.reduce().items()}

@@ -14,7 +14,7 @@ from kernel_cases import relative_error
 from zero3 import padded_logps, plain_optimizer, zero3_steps
 
 from madpo.trainer.config import Config
-from madpo.trainer.data.loader import plan_step
+from madpo.trainer.data.loader import StepRules, plan_step
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.engine import train_step
 from madpo.trainer.metrics import Meter
@@ -152,7 +152,7 @@ def few_steps(shard, config: Config) -> tuple[Any, int]:
     fillers = 0
     for step in range(2):
         indices = DataOrder(len(groups), config.seed).take(step * 3, 3)
-        batches = plan_step(groups, indices, Item.EDGE, 256, shard).batches
+        batches = plan_step(groups, indices, StepRules(Item.EDGE, 256), shard).batches
         fillers += sum(batch.is_filler for batch in batches)
     return zero3_steps(shard, config, 2), fillers
 
@@ -167,7 +167,7 @@ def first_loss(shard, config: Config) -> dict[str, float]:
     assert groups is not None
     engine = start_engine(config, tokenizer, training=True)
     meter = Meter()
-    step = plan_step(groups, np.arange(BATCH), Item.EDGE, 256, shard)
+    step = plan_step(groups, np.arange(BATCH), StepRules(Item.EDGE, 256), shard)
     train_step(engine, step, 1e-3, meter, BatchState())
     engine.destroy()
     return meter.reduce()

@@ -17,7 +17,7 @@ from zero3 import padded_logps, zero3_steps
 
 from madpo.trainer import checkpoint
 from madpo.trainer.config import Config
-from madpo.trainer.data.loader import plan_step
+from madpo.trainer.data.loader import plan_step, step_rules
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.packing import pack
 from madpo.trainer.data.tokenise import TokenGroup
@@ -26,7 +26,6 @@ from madpo.trainer.model import prefix_attention
 from madpo.trainer.model.balance import expert_balance
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.model.policy import PolicyWithReference
-from madpo.trainer.objectives.base import Item
 from madpo.trainer.objectives.registry import OBJECTIVES
 from madpo.trainer.stages.setup import load_data
 from madpo.trainer.stages.train import run_training
@@ -102,7 +101,7 @@ def plain_step(config: Config, world_size: int) -> tuple[float, dict[str, torch.
     loss = -F.logsigmoid(0.1 * (ratios[:, 0] - ratios[:, 1])).mean()
     tokens, aux_loss = sum(groups.lengths[indices].tolist()), torch.zeros(())
     for rank in range(world_size):
-        plan = plan_step(groups, indices, Item.EDGE, config.train.micro_batch_tokens, Shard(rank, world_size))
+        plan = plan_step(groups, indices, step_rules(config), Shard(rank, world_size))
         for micro in plan.batches:
             if micro.is_filler:
                 continue

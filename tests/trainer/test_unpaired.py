@@ -13,7 +13,7 @@ from harness import make_config, write_pairs
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import load_groups
 from madpo.trainer.data.formats import TextGroup, layout_of, to_group
-from madpo.trainer.data.loader import item_counts, plan_step
+from madpo.trainer.data.loader import StepRules, item_counts, plan_step
 from madpo.trainer.data.mismatched import MismatchedDataset
 from madpo.trainer.dist import Shard
 from madpo.trainer.model.load import load_tokenizer
@@ -159,7 +159,7 @@ def test_one_prompt_is_too_few_to_borrow_from(tmp_path, tokenizer_folder):
 def test_the_step_counts_labelled_completions_only(tmp_path, tokenizer_folder):
     groups = groups_of(config_for(tmp_path, tokenizer_folder, ROWS))
     both = MismatchedDataset(groups, seed=4, max_length=32)
-    step = plan_step(both, np.arange(8), Item.SEQUENCE, 512, Shard(0, 1))
+    step = plan_step(both, np.arange(8), StepRules(Item.SEQUENCE, 512), Shard(0, 1))
     assert step.num_sequences == 16
     (batch,) = step.batches
     assert batch.scale == 1 / 8 and (batch.labels != 0).sum() == 8

@@ -7,11 +7,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.feed import Groups
 from madpo.trainer.data.packing import PackedBatch, filler, pack, plan_micro_batches
 from madpo.trainer.dist import Shard
 from madpo.trainer.objectives.base import Item
+
+
+@dataclass(frozen=True)
+class StepRules:
+    """How groups become steps."""
+
+    item: Item  # the unit that the loss is averaged over
+    budget: int  # packed tokens of a micro-batch
+
+
+def step_rules(config: Config) -> StepRules:
+    """The rules of a run."""
+    return StepRules(config.objective_entry.item, config.train.micro_batch_tokens)
 
 
 @dataclass(frozen=True)
@@ -26,8 +40,7 @@ class Step:
 def plan_step(
     groups: Groups,
     indices: np.ndarray,  # (B,) the groups of the global batch
-    item: Item,
-    budget: int,
+    rules: StepRules,
     shard: Shard,
 ) -> Step:
     """This rank's micro-batches of one step.
@@ -37,11 +50,11 @@ def plan_step(
     gradients over ranks, and the factor world_size makes that a sum. What is a mean over packed tokens
     instead has world_size / tokens as its scale.
     """
-    scale = shard.world_size / max(int(item_counts(groups, item)[indices].sum()), 1)
+    scale = shard.world_size / max(int(item_counts(groups, rules.item)[indices].sum()), 1)
     token_scale = shard.world_size / int(groups.lengths[indices].sum())
     ends = np.cumsum((groups.sequences[indices], groups.edges[indices]), axis=1)  # (2, B)
     places = np.concatenate((np.zeros_like(ends[:, :1]), ends[:, :-1]), axis=1).T.tolist()
-    plan = plan_micro_batches(groups.lengths[indices], budget, shard.world_size)[shard.rank]
+    plan = plan_micro_batches(groups.lengths[indices], rules.budget, shard.world_size)[shard.rank]
     batches = [
         pack(
             [groups[indices[p]] for p in positions],
@@ -65,13 +78,12 @@ def item_counts(groups: Groups, item: Item) -> np.ndarray:
 
 def evaluation_steps(
     groups: GroupDataset,
-    item: Item,
+    rules: StepRules,
     batch_size: int,
-    budget: int,
     shard: Shard,
     chosen: np.ndarray | None = None,  # (B,) which groups; None: all
 ) -> Iterator[Step]:
     """The groups once, in order, in stretches of `batch_size`."""
     chosen = np.arange(len(groups)) if chosen is None else chosen
     for start in range(0, len(chosen), batch_size):
-        yield plan_step(groups, chosen[start : start + batch_size], item, budget, shard)
+        yield plan_step(groups, chosen[start : start + batch_size], rules, shard)

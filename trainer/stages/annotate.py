@@ -18,7 +18,7 @@ from madpo.trainer.config import AnnotateConfig, Config
 from madpo.trainer.data.dataset import GroupDataset, load_groups
 from madpo.trainer.data.feed import content_of
 from madpo.trainer.data.folds import folds_of, without_fold
-from madpo.trainer.data.loader import evaluation_steps
+from madpo.trainer.data.loader import evaluation_steps, step_rules
 from madpo.trainer.data.source import open_source
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.errors import UserError
@@ -190,11 +190,9 @@ def _refuse_unfinished(judge: Judge, data: dict[str, GroupDataset], state: Train
 def completion_scores(engine: Any, groups: GroupDataset, config: Config, shard: Shard) -> torch.Tensor:
     """(S,) the reward model's score of every completion, in the order of the groups; on all ranks."""
     engine.eval()
-    train, first = config.train, 0
+    first = 0
     scores = torch.zeros(int(groups.sequences.sum()), dtype=torch.float64, device=engine.device)
-    for step in evaluation_steps(
-        groups, config.objective_entry.item, train.global_batch_size, train.micro_batch_tokens, shard
-    ):
+    for step in evaluation_steps(groups, step_rules(config), config.train.global_batch_size, shard):
         for batch in (batch.to(engine.device) for batch in step.batches):
             _, token_scores, *_ = engine(batch)
             sums = segment_sum(token_scores, batch.seq_lengths)

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer import dist
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
-from madpo.trainer.data.loader import evaluation_steps
+from madpo.trainer.data.loader import StepRules, evaluation_steps
 from madpo.trainer.data.order import permutation
 from madpo.trainer.dist import Shard
 from madpo.trainer.errors import UserError
@@ -129,10 +129,8 @@ def _measure(engine: Any, groups: GroupDataset, config: Config, shard: Shard, of
     """Log-probs of the completions of at most MOST_GROUPS groups, drawn by the seed."""
     engine.eval()
     chosen = np.sort(permutation(len(groups), config.seed, epoch=0)[:MOST_GROUPS])
-    settings, found = config.train, []
-    for step in evaluation_steps(
-        groups, Item.TOKEN, settings.global_batch_size, settings.micro_batch_tokens, shard, chosen
-    ):
+    rules, found = StepRules(Item.TOKEN, config.train.micro_batch_tokens), []
+    for step in evaluation_steps(groups, rules, config.train.global_batch_size, shard, chosen):
         for batch in step.batches:
             _, logps, *_ = engine(batch.to(engine.device))
             if not batch.is_filler:

@@ -1,0 +1,40 @@
+"""The config's section `model`: weights, reference, attention, what is frozen."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from madpo.trainer.section import Section
+
+
+class ModelConfig(Section):
+    model_name_or_path: str | None = Field(
+        default=None, description="weights to start from: folder or hub name"
+    )
+    model_revision: str | None = None
+    init_config: dict[str, Any] | None = Field(
+        default=None, description="build from scratch instead: `model_type` and that family's config values"
+    )
+    ref_model_name_or_path: str | None = Field(
+        default=None, description="frozen reference; null is the model that training starts from"
+    )
+    sync_ref_model: bool = Field(default=False, description="move the reference towards the policy (TR-DPO)")
+    ref_model_mixup_alpha: float = Field(default=0.6, gt=0, le=1, description="share of the policy in a move")
+    ref_model_sync_steps: int = Field(default=512, ge=1, description="optimiser steps between moves")
+    tokenizer_name_or_path: str | None = Field(default=None, description="null: beside the model")
+    attention: Literal["sdpa", "flash"] = Field(
+        default="sdpa", description="kernel of the packed attention; flash needs the flash-attn package"
+    )
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations in backward")
+    router_aux_loss_coef: float = Field(
+        default=0.0, ge=0, description="weight of the load-balancing loss of mixtures of experts; 0: off"
+    )
+    resize_embeddings: bool = Field(
+        default=False, description="give a model whose tokenizer is larger the rows that it lacks"
+    )
+    freeze: list[str] = Field(
+        default_factory=list,
+        description="weights that stay: `embeddings`, `head`, or patterns of names as in *.layers.0.*",
+    )

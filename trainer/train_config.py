@@ -1,0 +1,44 @@
+"""The config's sections `optim` and `train`: the optimiser, the steps and what is kept of them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from madpo.trainer.section import Section
+
+
+class OptimConfig(Section):
+    lr: float = Field(default=1e-6, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="on matrices only, not on norms and biases")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, ge=0, description="0: no clipping")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1, description="share of all steps; or warmup_steps")
+
+
+class TrainConfig(Section):
+    global_batch_size: int = Field(default=64, ge=1, description="groups (prompts) per step, over all ranks")
+    micro_batch_tokens: int = Field(default=16384, ge=2, description="packed tokens per forward and rank")
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    max_steps: int | None = Field(default=None, ge=1, description="in place of num_train_epochs")
+    bf16: bool = True
+    logging_steps: int = Field(default=10, ge=1)
+    eval_steps: int | None = Field(default=None, ge=1, description="null: only at the end")
+    save_steps: int | None = Field(default=None, ge=1, description="null: only at the end")
+    save_total_limit: int = Field(default=2, ge=1, description="checkpoints kept")
+    export: bool = Field(default=True, description="write a Hugging Face model folder at the end")
+    export_merged: bool = Field(
+        default=False, description="beside an adapter, also write whole weights with it in them"
+    )
+    max_shard_size: str = Field(
+        default="5GB", pattern=r"^[1-9][0-9]*(KB|MB|GB)$", description="of an exported weights file"
+    )
+    head_gib: float = Field(default=2.0, gt=0, description="GiB of logits that the loss head keeps at once")
+    head_impl: Literal["auto", "triton", "torch"] = Field(
+        default="auto", description="of the loss head; auto: triton on GPUs, torch on CPUs"
+    )
