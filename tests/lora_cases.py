@@ -7,11 +7,25 @@ from typing import Any
 
 import peft
 import torch
+from harness import make_config, save_model, write_pairs
 
 from madpo.trainer.config import Config
 from madpo.trainer.stages.train import run_training
 
 STAGE_2 = {"zero_optimization": {"stage": 2}}
+
+
+def adapter_config(folder: Path, tokenizer: Path, pairs: int, **sections: Any) -> Config:
+    """A run that puts a new adapter on a tiny model, with data of its own in the folder."""
+    base = save_model(folder / "base", tokenizer, seed=1)
+    write_pairs(folder / "pairs" / "train.jsonl", pairs)
+    write_pairs(folder / "pairs" / "test.jsonl", 11, seed=9)
+    tree = {
+        "model": {"model_name_or_path": str(base)},
+        "peft": {"lora_r": 4, "lora_alpha": 8},
+        "data": {"dataset_name": str(folder / "pairs"), "dataset_test_split": "test"},
+    }
+    return make_config(folder, {**tree, **sections})
 
 
 def changed(config: Config, **sections: Any) -> Config:

@@ -10,8 +10,8 @@ import peft
 import pytest
 import torch
 import yaml
-from harness import make_config, run_ranks, save_model, write_pairs
-from lora_cases import STAGE_2, changed, stored_adapter, train
+from harness import run_ranks
+from lora_cases import STAGE_2, adapter_config, changed, stored_adapter, train
 from safetensors.torch import load_file
 from zero3 import padded_logps
 
@@ -27,18 +27,7 @@ pytestmark = pytest.mark.ranks
 
 @pytest.fixture
 def config(tmp_path, tokenizer_folder) -> Config:
-    base = save_model(tmp_path / "base", tokenizer_folder, seed=1)
-    write_pairs(tmp_path / "pairs" / "train.jsonl", 21)
-    write_pairs(tmp_path / "pairs" / "test.jsonl", 11, seed=9)
-    return make_config(
-        tmp_path,
-        {
-            "model": {"model_name_or_path": str(base)},
-            "peft": {"lora_r": 4, "lora_alpha": 8},
-            "data": {"dataset_name": str(tmp_path / "pairs"), "dataset_test_split": "test"},
-            "optim": {"lr": 1e-2},
-        },
-    )
+    return adapter_config(tmp_path, tokenizer_folder, pairs=21, optim={"lr": 1e-2})
 
 
 def logged(config: Config, name: str) -> float:

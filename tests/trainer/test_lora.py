@@ -12,9 +12,9 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import make_config, run_ranks, save_model, write_pairs
+from harness import run_ranks
 from kernel_cases import relative_error
-from lora_cases import STAGE_2, changed, stored_adapter, train
+from lora_cases import STAGE_2, adapter_config, changed, stored_adapter, train
 from zero3 import padded_logps, plain_optimizer, zero3_steps
 
 from madpo.trainer.config import Config
@@ -33,19 +33,13 @@ PREFIX = "base_model.model."
 
 @pytest.fixture
 def config(tmp_path, tokenizer_folder) -> Config:
-    base = save_model(tmp_path / "base", tokenizer_folder, seed=1)
-    write_pairs(tmp_path / "pairs" / "train.jsonl", 40)
-    write_pairs(tmp_path / "pairs" / "test.jsonl", 11, seed=9)
-    return make_config(
+    return adapter_config(
         tmp_path,
-        {
-            "model": {"model_name_or_path": str(base)},
-            "peft": {"lora_r": 4, "lora_alpha": 8},
-            "data": {"dataset_name": str(tmp_path / "pairs"), "dataset_test_split": "test"},
-            "objective": {"loss_type": "madpo", "tau": 2.0},
-            "optim": {"lr": 3e-3, "weight_decay": 0.01},
-            "train": {"global_batch_size": BATCH},
-        },
+        tokenizer_folder,
+        pairs=40,
+        objective={"loss_type": "madpo", "tau": 2.0},
+        optim={"lr": 3e-3, "weight_decay": 0.01},
+        train={"global_batch_size": BATCH},
     )
 
 
