@@ -66,6 +66,9 @@ class DataConfig(Section):
     append_eos: Literal["auto", "always", "never"] = Field(
         default="auto", description="auto: plain text yes, conversations no (their template ends them)"
     )
+    merge_prompts: bool = Field(
+        default=True, description="rows of one prompt are one group of the batch; not of a stream"
+    )
     order: Literal["shuffled", "easy_to_hard", "as_is"] = Field(
         default="shuffled", description="of every epoch; easy_to_hard: by falling margin"
     )

@@ -71,7 +71,7 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
         prompt,
         completions,
         edges,
-        group.labels or _labels(edges, len(completions)),
+        group.labels or labels_of(edges, len(completions)),
         boundary_cut=max(len(prompt_only) - start, 0),
         truncated=sum(len(whole) > rules.max_length for whole in wholes),
         equal=len(group.edges) - len(edges),
@@ -79,7 +79,7 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
     )
 
 
-def _labels(edges: list[tuple[int, int, float | None]], count: int) -> list[int]:
+def labels_of(edges: list[tuple[int, int, float | None]], count: int) -> list[int]:
     """What edges say of single completions: desirable if it wins more often than it loses, and so on."""
     if not edges:
         return []

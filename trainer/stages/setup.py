@@ -12,6 +12,7 @@ from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.feed import Feed, WholeSet
 from madpo.trainer.data.folds import without_fold
+from madpo.trainer.data.merged import MergedDataset, merge_prompts
 from madpo.trainer.data.mismatched import MismatchedDataset
 from madpo.trainer.data.mixture import load_split
 from madpo.trainer.data.reader import open_reader
@@ -51,11 +52,12 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool
         feed = _stream(config, tokenizer)
     elif training or config.objective.quantiles:
         groups, report = training_groups(config, tokenizer)
-        train = _made_fit(groups, config)
-        feed = WholeSet(train, config.seed, data.order, report)
+        train = merged(_made_fit(groups, config), config)
+        feed = WholeSet(train, config.seed, data.order, report_of_merged(train, report))
     if data.has_test_split or not training:
         groups, held_out_report = load_split(data, True, tokenizer, supervised)
-        held_out = _made_fit(groups, config)
+        held_out = merged(_made_fit(groups, config), config)
+        held_out_report = report_of_merged(held_out, held_out_report)
     return Data(train, held_out, feed, held_out_report)
 
 
@@ -72,6 +74,25 @@ def training_groups(
     kept = {"groups": len(groups), "tokens": int(groups.lengths.sum()), "without_fold": data.fold}
     total = next(iter(report))
     return groups, report | {total: report[total] | kept}
+
+
+def merged(groups: GroupDataset, config: Config) -> GroupDataset:
+    """The groups with the rows of a prompt in one, if the config says so.
+
+    They have no more tokens than a pair may have: every micro-batch that holds pairs holds them, so that
+    they do not depend on `train.micro_batch_tokens`, which may change from run to continuation.
+    """
+    if not config.data.merge_prompts:
+        return groups
+    return merge_prompts(groups, config.objective_entry, most_tokens=2 * config.data.max_length)
+
+
+def report_of_merged(groups: GroupDataset, report: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The report, whose first entry is of all parts together, with the numbers of the groups as merged."""
+    if not isinstance(groups, MergedDataset):
+        return report
+    total = next(iter(report))
+    return report | {total: report[total] | groups.report}
 
 
 def _made_fit(groups: GroupDataset, config: Config) -> GroupDataset:
