@@ -72,6 +72,12 @@ class DataConfig(Section):
     order: Literal["shuffled", "easy_to_hard", "as_is"] = Field(
         default="shuffled", description="of every epoch; easy_to_hard: by falling margin"
     )
+    min_weight: float | None = Field(
+        default=None, gt=0, description="pairs that the objective weights less are left out of training"
+    )
+    sampling: Literal["uniform", "weight"] = Field(
+        default="uniform", description="weight: groups are drawn by the weight of their pairs, not weighted"
+    )
     folds: int | None = Field(default=None, ge=2, description="parts of the training split, by prompt")
     fold: int | None = Field(default=None, ge=0, description="the part, from 0, that is left out of training")
     on_bad_row: Literal["error", "drop"] = Field(default="error", description="a row that cannot be read")

@@ -161,16 +161,6 @@ def _flat(table: datasets.Dataset, name: str, of_each: Callable[[Any], Any] | No
     return (flat if of_each is None else of_each(flat)).to_numpy(zero_copy_only=False)
 
 
-def ranges(
-    counts: np.ndarray,  # (G,) of things that stand one group after another
-    chosen: np.ndarray,  # (n,) groups
-) -> np.ndarray:
-    """The places of all things of the chosen groups, in their order."""
-    taken = counts[chosen]
-    firsts = (np.cumsum(counts) - counts)[chosen]
-    return np.arange(taken.sum()) + np.repeat(firsts - (np.cumsum(taken) - taken), taken)
-
-
 def _column(table: datasets.Dataset, name: str) -> np.ndarray:
     return np.asarray(table.with_format("numpy")[name][:])
 

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from madpo.trainer.data.dataset import GroupDataset, ranges
+from madpo.trainer.data.dataset import GroupDataset
+from madpo.trainer.data.flat import ranges
 from madpo.trainer.data.tokenise import TokenGroup, labels_of
 from madpo.trainer.objectives.base import Item, Objective
 

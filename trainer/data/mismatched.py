@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from madpo.trainer.data.dataset import GroupDataset, ranges
+from madpo.trainer.data.dataset import GroupDataset
+from madpo.trainer.data.flat import ranges, sums
 from madpo.trainer.data.order import permutation
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
@@ -37,7 +38,7 @@ class MismatchedDataset(GroupDataset):
         more = self.sequences[self._partner]
         lent = self.completion_lengths[ranges(self.sequences, self._partner)]
         cut = np.minimum(lent, np.repeat(room, more))
-        borrowed = np.add.reduceat(cut, np.cumsum(more) - more)
+        borrowed = sums(cut, more)
         self.lengths = self.lengths + borrowed
         self.completion_tokens = self.completion_tokens + borrowed
         self.sequences = self.sequences + more

@@ -33,6 +33,7 @@ class TokenGroup:
     completions: list[list[int]]
     edges: list[tuple[int, int, float | None]]
     labels: list[int] = field(default_factory=list)  # 1 desirable, -1 undesirable, 0 neither; of all or none
+    weights: list[float] = field(default_factory=list)  # of the edges, in place of the objective's
     boundary_cut: int = 0  # prompt tokens that merged into the completion and moved there
     truncated: int = 0  # completions that lost their end
     equal: int = 0  # edges left out, as their two sides are the same tokens

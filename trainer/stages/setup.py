@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config import Config
@@ -17,6 +17,7 @@ from madpo.trainer.data.mismatched import MismatchedDataset
 from madpo.trainer.data.mixture import load_split
 from madpo.trainer.data.reader import open_reader
 from madpo.trainer.data.stream import Stream
+from madpo.trainer.data.weighted import draw_by_weight, drop_light, edge_weights, skip_weightless
 from madpo.trainer.engine import build_engine, deepspeed_config
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import build_module
@@ -87,6 +88,41 @@ def merged(groups: GroupDataset, config: Config) -> GroupDataset:
     return merge_prompts(groups, config.objective_entry, most_tokens=2 * config.data.max_length)
 
 
+def weighed(data: Data, config: Config) -> Data:
+    """The data seen through the weights of its pairs, whose parameters must be numbers by now: what weighs
+    nothing is not computed, and of the training groups light pairs are left out, or all drawn by weight, if
+    the config says so. Raises ValueError if that leaves nothing.
+    """
+    if config.objective_entry.weight is None:
+        return data
+    held_out = data.held_out and without_weightless(data.held_out, config)
+    if data.train is None:
+        return replace(data, held_out=held_out)
+    assert data.feed is not None
+    train, report, draws = data.train, data.feed.report(), None
+    if config.data.min_weight is not None:
+        train, found = drop_light(train, _weights(train, config), config.data.min_weight)
+        total = next(iter(report))
+        report = report | {total: report[total] | found}
+    if config.data.sampling == "weight":
+        train, draws = draw_by_weight(train, _weights(train, config))
+    else:
+        train = without_weightless(train, config)
+    feed = WholeSet(train, config.seed, config.data.order, report, draws)
+    return Data(train, held_out, feed, data.held_out_report)
+
+
+def without_weightless(groups: GroupDataset, config: Config) -> GroupDataset:
+    """The groups without the pairs whose loss the objective multiplies by 0."""
+    if config.objective_entry.weight is None:
+        return groups
+    return skip_weightless(groups, _weights(groups, config))
+
+
+def _weights(groups: GroupDataset, config: Config) -> np.ndarray:
+    return edge_weights(groups, config.objective_entry, config.objective)
+
+
 def report_of_merged(groups: GroupDataset, report: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The report, whose first entry is of all parts together, with the numbers of the groups as merged."""
     if not isinstance(groups, MergedDataset):
@@ -119,7 +155,7 @@ def _stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> Stream:
         end=train.max_steps * train.global_batch_size,
         supervised=entry.supervised,
         fewest=2 if "mismatched" in entry.needs else 1,
-        check=functools.partial(_made_fit, config=config),
+        check=lambda groups: without_weightless(_made_fit(groups, config), config),
     )
 
 
