@@ -110,6 +110,7 @@ def validate(config: Config) -> None:
     if model.router_aux_loss_coef and "scores" in config.objective_entry.needs:
         raise UserError("model.router_aux_loss_coef: it is not computed for reward models; set it to 0")
     _validate_data(config)
+    _validate_weights(config)
     if config.data.streaming:
         _validate_streaming(config)
     if config.annotate.folds is not None and config.data.folds is not None:
@@ -188,6 +189,27 @@ def _validate_data(config: Config) -> None:
             raise UserError(
                 f"data.{key}: every part of a mixture has its own; set data.datasets: [{{{of_part}: ...}}]"
             )
+
+
+def _validate_weights(config: Config) -> None:
+    """Of keys that look at the weights of pairs."""
+    data = config.data
+    set_keys = [*["min_weight"] * (data.min_weight is not None), *["sampling"] * (data.sampling == "weight")]
+    if not set_keys:
+        return
+    key = set_keys[0]
+    if config.objective_entry.weight is None:
+        known = ", ".join(name for name, entry in OBJECTIVES.items() if entry.weight is not None)
+        raise UserError(
+            f"data.{key}: {config.objective.loss_type} has no weight that follows from the margin alone; "
+            f"leave it out, or use loss_type {known}"
+        )
+    if data.streaming:
+        raise UserError(
+            f"data.{key}: it looks at the margins of the whole set, which a stream never has; leave it out"
+        )
+    if data.sampling == "weight" and data.order != "shuffled":
+        raise UserError(f"data.sampling: weight draws at random; set data.order=shuffled, not {data.order}")
 
 
 def _validate_streaming(config: Config) -> None:

@@ -66,8 +66,17 @@ class DataConfig(Section):
     append_eos: Literal["auto", "always", "never"] = Field(
         default="auto", description="auto: plain text yes, conversations no (their template ends them)"
     )
+    merge_prompts: bool = Field(
+        default=True, description="rows of one prompt are one group of the batch; not of a stream"
+    )
     order: Literal["shuffled", "easy_to_hard", "as_is"] = Field(
         default="shuffled", description="of every epoch; easy_to_hard: by falling margin"
+    )
+    min_weight: float | None = Field(
+        default=None, gt=0, description="pairs that the objective weights less are left out of training"
+    )
+    sampling: Literal["uniform", "weight"] = Field(
+        default="uniform", description="weight: groups are drawn by the weight of their pairs, not weighted"
     )
     folds: int | None = Field(default=None, ge=2, description="parts of the training split, by prompt")
     fold: int | None = Field(default=None, ge=0, description="the part, from 0, that is left out of training")

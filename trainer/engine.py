@@ -103,6 +103,8 @@ def train_step(
         engine.backward(loss)
         if not head.objective.needs_batch:
             _measure(engine.module, meter, batch, rows)
+    if step.uncomputed:
+        meter.add_count("loss", step.uncomputed)
     engine.step()
     return memory
 
@@ -118,6 +120,8 @@ def evaluation_step(engine: Any, step: Step, meter: Meter, state: BatchState) ->
     for batch in batches:
         _, *rows = engine(batch)
         _measure(engine.module, meter, batch, rows)
+    if step.uncomputed:
+        meter.add_count("loss", step.uncomputed)
 
 
 @torch.no_grad()

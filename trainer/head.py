@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -84,7 +84,10 @@ class PreferenceHead(nn.Module):
         if self.objective.needs_batch:
             return lambda logps, ref_logps, span: logps.new_zeros(())
         if self.objective.epilogue is not None:
-            return self.objective.epilogue(batch.margins, self.params)
+            loss = self.objective.epilogue(batch.margins, self.params)
+            if batch.edge_weights is None:
+                return loss
+            return replace(loss, weights=batch.edge_weights, margins=None, margin_weight=None)
         return partial(self._span_loss, batch)
 
     def _rows_loss(self, batch: PackedBatch, rows: RowStatistics, span: Span) -> Tensor:
@@ -125,4 +128,5 @@ def scored_span(
         batch.labels[span.sequences],
         log_collisions,
         kl,
+        None if batch.edge_weights is None else batch.edge_weights[span.edges],
     )

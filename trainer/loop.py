@@ -58,7 +58,7 @@ def train(
     settings, rules = config.train, step_rules(config)
     plan = plan_run(config, feed.num_groups)
     meter = Meter()
-    logged_at, logged = time.perf_counter(), dataclasses.replace(state)
+    logged_at, logged, skipped = time.perf_counter(), dataclasses.replace(state), 0
     engine.train()
 
     while state.step < plan.total_steps:
@@ -73,6 +73,7 @@ def train(
         state.step += 1
         state.consumed += count
         state.num_tokens += int(groups.lengths[indices].sum())
+        skipped += int((groups.counted_edges - groups.edges)[indices].clip(min=0).sum())
         if config.model.sync_ref_model and _due(state.step, config.model.ref_model_sync_steps):
             seed = config.seed + state.step  # any that a continuation finds again
             move_reference(engine, config.model.ref_model_mixup_alpha, seed)
@@ -90,9 +91,10 @@ def train(
                 "tokens_per_second": (state.num_tokens - logged.num_tokens) / seconds,
                 "step_time": seconds / (state.step - logged.step),
             }
+            record |= {"data/skipped_edges": skipped} if skipped else {}
             _refuse_non_finite(record, state.step)
             on_record(_stamped(record, state, feed))
-            logged_at, logged = time.perf_counter(), dataclasses.replace(state)
+            logged_at, logged, skipped = time.perf_counter(), dataclasses.replace(state), 0
 
         if held_out is not None and (is_last or _due(state.step, settings.eval_steps)):
             paused = time.perf_counter()

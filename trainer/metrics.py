@@ -52,6 +52,11 @@ class Meter:
             total = torch.cat((old[:2] + total[:2], torch.maximum(old[2:], total[2:])))
         self._totals[name] = total
 
+    def add_count(self, name: str, count: int) -> None:
+        """Have a mean that is known count so many values more, all 0; less, if it is negative."""
+        total = self._totals[name]
+        self._totals[name] = total + total.new_tensor([0, count, 0, 0])
+
     def add_correlation(self, name: str, x: Tensor, y: Tensor, where: Tensor) -> None:
         """Fold in pairs of values (k,) whose correlation is to be logged."""
         x, y = x.double(), y.double()

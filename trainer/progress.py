@@ -58,6 +58,11 @@ class Progress:
             dropped = sum(facts["dropped"].values())
             notes = [f"{facts['groups']} groups, {facts['tokens']} tokens"]
             notes += [f"{dropped} rows dropped"] if dropped else []
+            if "rows_merged" in facts:
+                saved = facts["tokens_saved_by_merging"]
+                notes += [
+                    f"{facts['rows_merged']} rows merged with others of their prompt, {saved} tokens saved"
+                ]
             counts = ("truncated_completions", "groups_with_moved_boundary", "rows_that_spell_special_tokens")
             for key in counts:
                 notes += [f"{facts[key]} {key.replace('_', ' ')}"] if facts[key] else []

@@ -23,6 +23,7 @@ from madpo.trainer.data.formats import TextGroup
 from madpo.trainer.data.rows import RowRules, read_row
 from madpo.trainer.data.source import Source
 from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.stages import setup
 from madpo.trainer.stages.annotate import _load as load
 from madpo.trainer.stages.annotate import fold_config, run_annotation
 from madpo.trainer.stages.setup import load_data
@@ -58,9 +59,8 @@ def changed(config: Config, section: str, **values: Any) -> Config:
 
 
 def training_groups(config: Config) -> GroupDataset:
-    groups = load_data(config, load_tokenizer(config.model), training=True).train
-    assert groups is not None
-    return groups
+    """A group for every row; training merges those of a prompt."""
+    return setup.training_groups(config, load_tokenizer(config.model))[0]
 
 
 def test_folds_cover_are_disjoint_and_keep_equal_prompts_together(config):
@@ -79,7 +79,7 @@ def test_folds_cover_are_disjoint_and_keep_equal_prompts_together(config):
         report = load_data(
             changed(config, "data", folds=FOLDS, fold=fold), load_tokenizer(config.model), True
         ).report["train"]
-        assert (report["groups"], report["without_fold"]) == (len(part), fold)
+        assert (2 * report["groups"], report["without_fold"]) == (len(part), fold)
         assert held_out is not None and len(held_out) == 9  # which is nobody's to train on
         index = next(i for i, row in enumerate(whole.rows) if row == part.rows[0])
         assert part[0] == whole[index]

@@ -75,7 +75,7 @@ def test_single_completions(labels, header):
 
 def test_completions_of_another_prompt_are_named():
     group = TokenGroup(ids("a"), [ids("b"), ids("c")], [], [1, 0])
-    texts = [text.plain for text in render_group(group, decode, "f, row 1", False, own=1)]
+    texts = [text.plain for text in render_group(group, decode, "f, row 1", False, borrows=True)]
     headers = [text for text in texts if text.startswith("completion")]
     assert headers == ["completion 1, 1 token, desirable", "completion 2, 1 token, of another prompt"]
 

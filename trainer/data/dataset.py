@@ -76,6 +76,7 @@ class GroupDataset:
         self.completion_tokens = _column(table, "num_completion_tokens")  # (G,)
         self.sequences = _column(table, "num_sequences")  # (G,)
         self.edges = _column(table, "num_edges")  # (G,)
+        self.counted_edges = self.edges  # (G,) of the mean, of which some views compute a part only
         self.labelled = _column(table, "num_labels")  # (G,) sequences that are desirable or not
 
     @cached_property
@@ -90,6 +91,7 @@ class GroupDataset:
 
     def select(self, indices: np.ndarray, name: str) -> GroupDataset:
         """The groups at `indices` (n,), under this name in messages and in the run's identity."""
+        assert type(self) is GroupDataset, "groups are selected before they are seen as anything else"
         rows = xxhash.xxh3_64_hexdigest(np.ascontiguousarray(indices, np.int64).tobytes())
         return GroupDataset(self.table.select(indices), name, f"{self.fingerprint}, groups {rows}")
 
@@ -104,7 +106,7 @@ class GroupDataset:
         return _flat(self.table, "margins")
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.lengths)
 
     def ease(self, order: str) -> np.ndarray | None:
         """(G,) what `data.order` sorts by, largest first; None for shuffled.

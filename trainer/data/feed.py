@@ -19,6 +19,7 @@ class Groups(Protocol):
     completion_tokens: np.ndarray  # (G,)
     sequences: np.ndarray  # (G,)
     edges: np.ndarray  # (G,)
+    counted_edges: np.ndarray  # (G,) of the mean, of which some views compute a part only
     labelled: np.ndarray  # (G,) sequences that are desirable or not
 
     def __getitem__(self, index: int) -> TokenGroup: ...
@@ -53,13 +54,20 @@ def content_of(groups: GroupDataset) -> str:
 
 
 class WholeSet:
-    """A data set that is known as a whole, in the order of `data.order`."""
+    """A data set that is known as a whole, in the order of `data.order`, or drawn by weights (G,)."""
 
-    def __init__(self, groups: GroupDataset, seed: int, order: str, report: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        groups: GroupDataset,
+        seed: int,
+        order: str,
+        report: dict[str, Any],
+        weights: np.ndarray | None = None,
+    ) -> None:
         self.content = content_of(groups)
         self.num_groups: int | None = len(groups)
         self._groups, self._report = groups, report
-        self._order = DataOrder(len(groups), seed, groups.ease(order))
+        self._order = DataOrder(len(groups), seed, groups.ease(order), weights)
 
     def take(self, consumed: int, count: int) -> tuple[Groups, np.ndarray]:
         return self._groups, self._order.take(consumed, count)
@@ -81,6 +89,7 @@ class Chained:
         self.completion_tokens = np.concatenate([part.completion_tokens for part in parts])
         self.sequences = np.concatenate([part.sequences for part in parts])
         self.edges = np.concatenate([part.edges for part in parts])
+        self.counted_edges = np.concatenate([part.counted_edges for part in parts])
         self.labelled = np.concatenate([part.labelled for part in parts])
 
     def __getitem__(self, index: int) -> TokenGroup:

@@ -35,6 +35,7 @@ class Step:
     batches: list[PackedBatch]  # as many as on every other rank
     num_sequences: int  # of all ranks together
     num_edges: int
+    uncomputed: int = 0  # items of the mean less those computed; on the main rank, for all
 
 
 def plan_step(
@@ -48,10 +49,13 @@ def plan_step(
     The loss of the step is the mean over the items of the global batch, whose number is known before
     a group is read. Each micro-batch carries world_size / items as its scale: DeepSpeed averages
     gradients over ranks, and the factor world_size makes that a sum. What is a mean over packed tokens
-    instead has world_size / tokens as its scale.
+    instead has world_size / tokens as its scale. Groups without completions count, and are not computed.
     """
-    scale = shard.world_size / max(int(item_counts(groups, rules.item)[indices].sum()), 1)
-    token_scale = shard.world_size / int(groups.lengths[indices].sum())
+    items = int(item_counts(groups, rules.item)[indices].sum())
+    uncomputed = int((groups.counted_edges - groups.edges)[indices].sum()) if rules.item is Item.EDGE else 0
+    indices = indices[groups.sequences[indices] > 0]
+    scale = shard.world_size / max(items, 1)
+    token_scale = shard.world_size / max(int(groups.lengths[indices].sum()), 1)
     ends = np.cumsum((groups.sequences[indices], groups.edges[indices]), axis=1)  # (2, B)
     places = np.concatenate((np.zeros_like(ends[:, :1]), ends[:, :-1]), axis=1).T.tolist()
     plan = plan_micro_batches(groups.lengths[indices], rules.budget, shard.world_size)[shard.rank]
@@ -66,14 +70,18 @@ def plan_step(
         else filler()
         for positions in plan
     ]
-    return Step(batches, *ends[:, -1].tolist())
+    totals = int(groups.sequences[indices].sum()), int(groups.edges[indices].sum())
+    return Step(batches, *totals, uncomputed if shard.is_main else 0)
 
 
 def item_counts(groups: Groups, item: Item) -> np.ndarray:
-    """(G,) how many losses of the given unit each group has."""
-    return {Item.EDGE: groups.edges, Item.SEQUENCE: groups.labelled, Item.TOKEN: groups.completion_tokens}[
-        item
-    ]
+    """(G,) how many losses of the given unit each group has in the mean."""
+    counts = {
+        Item.EDGE: groups.counted_edges,
+        Item.SEQUENCE: groups.labelled,
+        Item.TOKEN: groups.completion_tokens,
+    }
+    return counts[item]
 
 
 def evaluation_steps(

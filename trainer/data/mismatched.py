@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from madpo.trainer.data.dataset import GroupDataset
+from madpo.trainer.data.flat import ranges, sums
 from madpo.trainer.data.order import permutation
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
@@ -35,18 +36,12 @@ class MismatchedDataset(GroupDataset):
         self._partner[cycle] = np.roll(cycle, 1)
         room = max_length - (self.lengths - self.completion_tokens)
         more = self.sequences[self._partner]
-        cut = np.minimum(self.completion_lengths[self._sequences_of_partners()], np.repeat(room, more))
-        borrowed = np.add.reduceat(cut, np.cumsum(more) - more)
+        lent = self.completion_lengths[ranges(self.sequences, self._partner)]
+        cut = np.minimum(lent, np.repeat(room, more))
+        borrowed = sums(cut, more)
         self.lengths = self.lengths + borrowed
         self.completion_tokens = self.completion_tokens + borrowed
         self.sequences = self.sequences + more
-
-    def _sequences_of_partners(self) -> np.ndarray:
-        """(S,) the numbers of the sequences that groups borrow, in the order of the borrowing groups."""
-        more = self.sequences[self._partner]
-        firsts = (np.cumsum(self.sequences) - self.sequences)[self._partner]
-        within = np.arange(more.sum()) - np.repeat(np.cumsum(more) - more, more)
-        return np.repeat(firsts, more) + within
 
     def __getitem__(self, index: int) -> TokenGroup:
         own, partner = super().__getitem__(index), super().__getitem__(int(self._partner[index]))

@@ -12,12 +12,20 @@ class DataOrder:
 
     Position p of the sequence is group `permutation(seed, p // num_groups)[p % num_groups]`, so the
     number of groups consumed is all there is to resume from. With `ease` (G,) every epoch goes from easy
-    to hard: by falling ease, and shuffled among groups that are equally easy.
+    to hard: by falling ease, and shuffled among groups that are equally easy. With `weights` (G,) an epoch is
+    as many draws of groups in proportion to them, shuffled.
     """
 
-    def __init__(self, num_groups: int, seed: int, ease: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        num_groups: int,
+        seed: int,
+        ease: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
+    ) -> None:
         assert num_groups > 0 and (ease is None or len(ease) == num_groups)
-        self.num_groups, self._seed, self._ease = num_groups, seed, ease
+        assert weights is None or (ease is None and len(weights) == num_groups)
+        self.num_groups, self._seed, self._ease, self._weights = num_groups, seed, ease, weights
         self._permutation = functools.lru_cache(maxsize=2)(self._order_of_epoch)
 
     def take(self, consumed: int, count: int) -> np.ndarray:
@@ -32,6 +40,8 @@ class DataOrder:
 
     def _order_of_epoch(self, epoch: int) -> np.ndarray:
         shuffled = permutation(self.num_groups, self._seed, epoch)
+        if self._weights is not None:
+            return systematic_draws(self._weights, self._seed, epoch)[shuffled]
         if self._ease is None:
             return shuffled
         return shuffled[np.argsort(-self._ease[shuffled], kind="stable")]
@@ -42,3 +52,23 @@ def permutation(num_groups: int, seed: int, epoch: int) -> np.ndarray:
     does not promise for `permutation`."""
     words = np.random.Philox(key=[seed, epoch]).random_raw(num_groups)
     return np.argsort(words, kind="stable")
+
+
+def systematic_draws(
+    weights: np.ndarray,  # (G,) not negative, one of them positive
+    seed: int,
+    epoch: int,
+) -> np.ndarray:
+    """(G,) groups in rising order, each of them G w / sum(w) times, rounded up or down so that this is the
+    expectation.
+
+    One random number shifts G evenly spaced points over the weights laid end to end. Independent draws have
+    the same expectation, and numbers of times that vary more: from 0 to G.
+    """
+    # The counter keeps the number apart from those of the permutation.
+    word = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, 2]).random_raw(1)
+    shift = (word >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    ends = np.cumsum(weights, dtype=np.float64)
+    points = (np.arange(len(weights)) + shift) * (ends[-1] / len(weights))
+    # Rounding may put the last point onto the end.
+    return np.minimum(np.searchsorted(ends, points, side="right"), np.flatnonzero(weights)[-1])

@@ -57,6 +57,7 @@ class PackedBatch:
     scale: float = 1.0  # factor on the sum of item losses
     token_scale: float = 0.0  # factor on what is summed over packed tokens
     is_filler: bool = False  # keeps a rank in step that has no groups left; counts for nothing
+    edge_weights: Tensor | None = None  # (E,) in place of those that the objective gives
     slopes: Tensor | None = None  # (S,) of the losses' sum in the sequences' log-probs, where known before
 
     def to(self, device: torch.device | str) -> Self:
@@ -89,12 +90,14 @@ def pack(
     lengths: list[int] = []
     edges: list[tuple[int, int, float]] = []
     labels: list[int] = []
+    weights: list[float] = []
     sequence_places: list[int] = []
     edge_places: list[int] = []
     for index, group in enumerate(groups):
         first_sequence, first_edge = places[index] if places else (len(lengths), len(edges))
         sequence_places += range(first_sequence, first_sequence + len(group.completions))
         edge_places += range(first_edge, first_edge + len(group.edges))
+        weights += group.weights
         labels += group.labels or [0] * len(group.completions)
         prompt_start, first = len(ids), len(lengths)
         ids += group.prompt
@@ -136,6 +139,7 @@ def pack(
         scale=scale,
         token_scale=token_scale,
         is_filler=is_filler,
+        edge_weights=torch.tensor(weights, dtype=torch.float64) if weights else None,
     )
 
 

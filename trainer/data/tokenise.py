@@ -33,6 +33,7 @@ class TokenGroup:
     completions: list[list[int]]
     edges: list[tuple[int, int, float | None]]
     labels: list[int] = field(default_factory=list)  # 1 desirable, -1 undesirable, 0 neither; of all or none
+    weights: list[float] = field(default_factory=list)  # of the edges, in place of the objective's
     boundary_cut: int = 0  # prompt tokens that merged into the completion and moved there
     truncated: int = 0  # completions that lost their end
     equal: int = 0  # edges left out, as their two sides are the same tokens
@@ -71,7 +72,7 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
         prompt,
         completions,
         edges,
-        group.labels or _labels(edges, len(completions)),
+        group.labels or labels_of(edges, len(completions)),
         boundary_cut=max(len(prompt_only) - start, 0),
         truncated=sum(len(whole) > rules.max_length for whole in wholes),
         equal=len(group.edges) - len(edges),
@@ -79,7 +80,7 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
     )
 
 
-def _labels(edges: list[tuple[int, int, float | None]], count: int) -> list[int]:
+def labels_of(edges: list[tuple[int, int, float | None]], count: int) -> list[int]:
     """What edges say of single completions: desirable if it wins more often than it loses, and so on."""
     if not edges:
         return []

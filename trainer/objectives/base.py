@@ -96,6 +96,7 @@ class EdgeScores:
     chosen_lengths: Tensor | None = None  # (E,) completion tokens
     rejected_lengths: Tensor | None = None  # (E,)
     margins: Tensor | None = None  # (E,) score of the chosen minus score of the rejected
+    weights: Tensor | None = None  # (E,) in place of those that the objective would give
 
     @cached_property
     def chosen_logratios(self) -> Tensor:
@@ -174,6 +175,7 @@ class Scored:
     labels: Tensor  # (S,) 1 desirable, -1 undesirable, 0 neither
     log_collisions: Tensor | None = None  # (M,) log sum_v p_v^2 of the policy's distribution; a constant
     kl: Tensor | None = None  # (M,) KL(pi_ref || pi) of the distributions of a token
+    weights: Tensor | None = None  # (E,) of edges, in place of those that the objective would give
 
     @cached_property
     def logps(self) -> Tensor:
@@ -200,7 +202,7 @@ class Scored:
     @cached_property
     def edges(self) -> EdgeScores:
         """The same, edge by edge."""
-        return self.sequences.edges(self.winners, self.losers, self.margins)
+        return replace(self.sequences.edges(self.winners, self.losers, self.margins), weights=self.weights)
 
 
 Scores = EdgeScores | SequenceScores | Scored
@@ -239,6 +241,11 @@ Epilogue = Callable[[Tensor, Any], EdgeLoss]
 """(margins (E,), params) -> the same losses as data, for the kernels to form."""
 
 
+EdgeWeight = Callable[[Tensor, Any], Tensor]
+"""(margins (E,), params) -> weights (E,), not negative, where an edge's loss is its weight times something
+that does not depend on the margin. `EdgeScores.weights` come in their place."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """One entry of the registry: the function and its declared needs."""
@@ -249,6 +256,7 @@ class Objective:
     needs: frozenset[str] = frozenset()  # of NEEDS
     needs_of: Callable[[Any], frozenset[str]] | None = None  # where they depend on the parameters
     epilogue: Epilogue | None = None  # None: by autograd
+    weight: EdgeWeight | None = None  # None: the loss is no such product
 
     def __call__(self, scored: Scored, params: Params) -> Outcome:
         """The losses of some whole groups; not for an objective that needs the batch."""
@@ -298,6 +306,7 @@ def objective(
     needs: Iterable[str] | Callable[[Any], frozenset[str]] = (),
     item: Item = Item.EDGE,
     epilogue: Epilogue | None = None,
+    weight: EdgeWeight | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the function below under the `loss_type` of its parameters.
 
@@ -313,11 +322,12 @@ def objective(
             return result if isinstance(result, Outcome) else Outcome(result)
 
         if callable(needs):
-            entry = Objective(outcome, params, item, needs_of=needs, epilogue=epilogue)
+            entry = Objective(outcome, params, item, needs_of=needs, epilogue=epilogue, weight=weight)
         else:
-            entry = Objective(outcome, params, item, frozenset(needs), epilogue=epilogue)
+            entry = Objective(outcome, params, item, frozenset(needs), epilogue=epilogue, weight=weight)
         alone = entry.needs & {"tokens", "distributions", "scores"}
         assert not (entry.needs_batch and alone), f"{entry.name}: {alone} of a batch are not gathered"
+        assert weight is None or (item is Item.EDGE and not entry.needs_batch), f"{entry.name}: whose weight?"
         assert entry.name not in OBJECTIVES, f"{entry.name} is registered twice"
         OBJECTIVES[entry.name] = entry
         return function

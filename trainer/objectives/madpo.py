@@ -62,7 +62,11 @@ def epilogue(margins: Tensor, params: MADPOParams) -> EdgeLoss:
     return EdgeLoss(beta=params.beta, margins=margins, margin_weight=params.weight)
 
 
-@objective(MADPOParams, {"reference", "margins"}, epilogue=epilogue)
+def weight_of(margins: Tensor, params: MADPOParams) -> Tensor:
+    return params.weight(margins)
+
+
+@objective(MADPOParams, {"reference", "margins"}, epilogue=epilogue, weight=weight_of)
 def madpo(scores: EdgeScores, params: MADPOParams) -> Outcome:
     """L = w(h) (-log sigmoid(beta D)), a mean over pairs that is not divided by the sum of w.
 
@@ -71,6 +75,6 @@ def madpo(scores: EdgeScores, params: MADPOParams) -> Outcome:
     Source: Rho 2025 (arXiv 2510.05342).
     """
     assert scores.margins is not None
-    weight = params.weight(scores.margins.double())
+    weight = weight_of(scores.margins.double(), params) if scores.weights is None else scores.weights
     losses = -F.logsigmoid(params.beta * scores.deltas) * weight.to(scores.deltas.dtype)
     return Outcome(losses, {"madpo/weight": weight})

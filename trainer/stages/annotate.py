@@ -26,7 +26,7 @@ from madpo.trainer.loop import plan_run
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.objectives.base import segment_sum
 from madpo.trainer.objectives.reward import BradleyTerryParams
-from madpo.trainer.stages.setup import start_engine
+from madpo.trainer.stages.setup import merged, start_engine
 from madpo.trainer.state import TrainState
 
 
@@ -172,8 +172,10 @@ def _identity(judge: Judge, data: dict[str, GroupDataset], shard: Shard) -> dict
 
 
 def _training_groups(judge: Judge, data: dict[str, GroupDataset]) -> GroupDataset:
-    assert judge.config.data.folds is not None and judge.fold is not None
-    return without_fold(data[judge.config.data.dataset_train_split], judge.config.data.folds, judge.fold)
+    config = judge.config
+    assert config.data.folds is not None and judge.fold is not None
+    groups = without_fold(data[config.data.dataset_train_split], config.data.folds, judge.fold)
+    return merged(groups, config)
 
 
 def _refuse_unfinished(judge: Judge, data: dict[str, GroupDataset], state: TrainState) -> None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.feed import Feed, WholeSet
 from madpo.trainer.data.folds import without_fold
+from madpo.trainer.data.merged import MergedDataset, merge_prompts
 from madpo.trainer.data.mismatched import MismatchedDataset
 from madpo.trainer.data.mixture import load_split
 from madpo.trainer.data.reader import open_reader
 from madpo.trainer.data.stream import Stream
+from madpo.trainer.data.weighted import draw_by_weight, drop_light, edge_weights, skip_weightless
 from madpo.trainer.engine import build_engine, deepspeed_config
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import build_module
@@ -51,11 +53,12 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool
         feed = _stream(config, tokenizer)
     elif training or config.objective.quantiles:
         groups, report = training_groups(config, tokenizer)
-        train = _made_fit(groups, config)
-        feed = WholeSet(train, config.seed, data.order, report)
+        train = merged(_made_fit(groups, config), config)
+        feed = WholeSet(train, config.seed, data.order, report_of_merged(train, report))
     if data.has_test_split or not training:
         groups, held_out_report = load_split(data, True, tokenizer, supervised)
-        held_out = _made_fit(groups, config)
+        held_out = merged(_made_fit(groups, config), config)
+        held_out_report = report_of_merged(held_out, held_out_report)
     return Data(train, held_out, feed, held_out_report)
 
 
@@ -72,6 +75,60 @@ def training_groups(
     kept = {"groups": len(groups), "tokens": int(groups.lengths.sum()), "without_fold": data.fold}
     total = next(iter(report))
     return groups, report | {total: report[total] | kept}
+
+
+def merged(groups: GroupDataset, config: Config) -> GroupDataset:
+    """The groups with the rows of a prompt in one, if the config says so.
+
+    They have no more tokens than a pair may have: every micro-batch that holds pairs holds them, so that
+    they do not depend on `train.micro_batch_tokens`, which may change from run to continuation.
+    """
+    if not config.data.merge_prompts:
+        return groups
+    return merge_prompts(groups, config.objective_entry, most_tokens=2 * config.data.max_length)
+
+
+def weighed(data: Data, config: Config) -> Data:
+    """The data seen through the weights of its pairs, whose parameters must be numbers by now: what weighs
+    nothing is not computed, and of the training groups light pairs are left out, or all drawn by weight, if
+    the config says so. Raises ValueError if that leaves nothing.
+    """
+    if config.objective_entry.weight is None:
+        return data
+    held_out = data.held_out and without_weightless(data.held_out, config)
+    if data.train is None:
+        return replace(data, held_out=held_out)
+    assert data.feed is not None
+    train, report, draws = data.train, data.feed.report(), None
+    if config.data.min_weight is not None:
+        train, found = drop_light(train, _weights(train, config), config.data.min_weight)
+        total = next(iter(report))
+        report = report | {total: report[total] | found}
+    if config.data.sampling == "weight":
+        train, draws = draw_by_weight(train, _weights(train, config))
+    else:
+        train = without_weightless(train, config)
+    feed = WholeSet(train, config.seed, config.data.order, report, draws)
+    return Data(train, held_out, feed, data.held_out_report)
+
+
+def without_weightless(groups: GroupDataset, config: Config) -> GroupDataset:
+    """The groups without the pairs whose loss the objective multiplies by 0."""
+    if config.objective_entry.weight is None:
+        return groups
+    return skip_weightless(groups, _weights(groups, config))
+
+
+def _weights(groups: GroupDataset, config: Config) -> np.ndarray:
+    return edge_weights(groups, config.objective_entry, config.objective)
+
+
+def report_of_merged(groups: GroupDataset, report: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The report, whose first entry is of all parts together, with the numbers of the groups as merged."""
+    if not isinstance(groups, MergedDataset):
+        return report
+    total = next(iter(report))
+    return report | {total: report[total] | groups.report}
 
 
 def _made_fit(groups: GroupDataset, config: Config) -> GroupDataset:
@@ -98,7 +155,7 @@ def _stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> Stream:
         end=train.max_steps * train.global_batch_size,
         supervised=entry.supervised,
         fewest=2 if "mismatched" in entry.needs else 1,
-        check=functools.partial(_made_fit, config=config),
+        check=lambda groups: without_weightless(_made_fit(groups, config), config),
     )
 
 

@@ -15,7 +15,7 @@ from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import load_tokenizer
-from madpo.trainer.stages.setup import training_groups
+from madpo.trainer.stages.setup import merged, report_of_merged, training_groups
 
 Decode = Callable[[Sequence[int]], str]
 PROMPT = "dim"
@@ -37,15 +37,17 @@ def show_data(config: Config, count: int, console: Console) -> None:
             "data.streaming=false and data.dataset_name to it"
         )
     groups, reports = training_groups(config, tokenizer)
-    report = next(iter(reports.values()))  # of all parts together
-    if "mismatched" in entry.needs:
+    borrows = "mismatched" in entry.needs
+    if borrows:
         groups = MismatchedDataset(groups, config.seed, config.data.max_length)
+    groups = merged(groups, config)
+    report = next(iter(report_of_merged(groups, reports).values()))  # of all parts together
     order = DataOrder(len(groups), config.seed, groups.ease(config.data.order))
     decode, coloured = decoder(tokenizer), console.is_terminal and not console.no_color
     lines: list[Text] = []
     for index in order.take(0, min(count, len(groups))).tolist():
-        place, own = f"{groups.name}, row {groups.rows[index]}", groups.table[index]["num_sequences"]
-        lines += render_group(groups[index], decode, place, coloured, own)
+        place = f"{groups.name}, row {groups.rows[index]}"
+        lines += render_group(groups[index], decode, place, coloured, borrows)
     tokens, trained = int(groups.lengths.sum()), int(groups.completion_tokens.sum())
     console.print(*lines, *render_totals(report, tokens, trained, coloured), sep="\n", soft_wrap=True)
     groups.require(entry, config.objective.loss_type, config.train.micro_batch_tokens)
@@ -62,12 +64,12 @@ def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
 
 
 def render_group(
-    group: TokenGroup, decode: Decode, place: str, coloured: bool, own: int | None = None
+    group: TokenGroup, decode: Decode, place: str, coloured: bool, borrows: bool = False
 ) -> Iterator[Text]:
     """A group as lines: the prompt once, then every completion with what the edges say of it.
 
-    What is trained on is coloured, or stands in [[ ]]. Completions from `own` on were written for another
-    prompt.
+    What is trained on is coloured, or stands in [[ ]]. Where groups borrow, completions of label 0 were
+    written for another prompt.
     """
     yield Text(f"── {place}", style="bold")
     moved = f"; {group.boundary_cut} more merged into the completion and moved there"
@@ -75,7 +77,7 @@ def render_group(
     yield _body(decode(group.prompt), PROMPT if coloured else "")
     for index, completion in enumerate(group.completions):
         label = group.labels[index] if group.labels else 1
-        yield _header(_name(group, index), len(completion), _standing(group, index, own))
+        yield _header(_name(group, index), len(completion), _standing(group, index, borrows))
         text = _after(group.prompt, completion, decode)
         yield _body(text, STYLES[label]) if coloured else _body(f"[[{text}]]", "")
     if group.equal:
@@ -110,9 +112,9 @@ def _name(group: TokenGroup, index: int) -> str:
     return f"completion {index + 1}"
 
 
-def _standing(group: TokenGroup, index: int, own: int | None) -> str:
+def _standing(group: TokenGroup, index: int, borrows: bool) -> str:
     """What edges and labels say of a completion."""
-    if own is not None and index >= own:
+    if borrows and group.labels[index] == 0:
         return ", of another prompt"
     if not group.edges:
         return {1: ", desirable", -1: ", undesirable"}[group.labels[index]] if group.labels else ""
@@ -130,6 +132,11 @@ def render_totals(report: dict[str, Any], tokens: int, trained: int, coloured: b
         yield Text(f"fold {report['without_fold']} is left out", style="bold")
     for reason, number in report["dropped"].items():
         yield Text(f"{number:,} dropped: {reason}", style="bold")
+    if report.get("rows_merged"):
+        saved = report["tokens_saved_by_merging"]
+        yield Text(
+            f"{report['rows_merged']:,} rows merged with others of their prompt, {saved:,} tokens saved"
+        )
     shown = "coloured" if coloured else "in [[ ]]"
     yield Text(f"{tokens:,} tokens, {trained / tokens:.1%} of them trained on, {shown}")
     for name, says in COUNTS.items():

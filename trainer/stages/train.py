@@ -24,7 +24,7 @@ from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.progress import Progress
 from madpo.trainer.stages.export import export_model
 from madpo.trainer.stages.quantiles import resolve_quantiles
-from madpo.trainer.stages.setup import Data, load_data, start_engine
+from madpo.trainer.stages.setup import Data, load_data, start_engine, weighed
 from madpo.trainer.state import TrainState
 
 
@@ -38,11 +38,12 @@ def run_training(config: Config, command: str) -> None:
     checkpoints = folder / "checkpoints"
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, training=True)
-    feed = data.feed
-    assert feed is not None
     shard = dist.init(config.launch.timeout_minutes)
     lock = claim(folder, shard)
     config = resolve_quantiles(config, data, tokenizer, shard)
+    data = weighed(data, config)
+    feed = data.feed
+    assert feed is not None
     run = checkpoint.identity(config, shard, feed.content)
     tag = checkpoint.latest(checkpoints, run)
     engine = start_engine(config, tokenizer, training=True)

@@ -1,0 +1,23 @@
+"""What groups have several of each (completions, edges), in one array, one group after another."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def ranges(
+    counts: np.ndarray,  # (G,) of things that stand one group after another
+    chosen: np.ndarray,  # (n,) groups
+) -> np.ndarray:
+    """The places of all things of the chosen groups, in their order."""
+    taken = counts[chosen]
+    firsts = (np.cumsum(counts) - counts)[chosen]
+    return np.arange(taken.sum()) + np.repeat(firsts - (np.cumsum(taken) - taken), taken)
+
+
+def sums(
+    values: np.ndarray,  # (E,) of things that stand one group after another
+    counts: np.ndarray,  # (G,) of them, none 0
+) -> np.ndarray:
+    """(G,) sums over each group's."""
+    return np.add.reduceat(values, np.cumsum(counts) - counts)
