@@ -33,6 +33,7 @@ LAYERS = [
     "madpo.trainer.data",
     "madpo.trainer.head",
     "madpo.trainer.model",
+    "madpo.trainer.perf",
     "madpo.trainer.metrics",
     "madpo.trainer.whole_batch",
     "madpo.trainer.engine",

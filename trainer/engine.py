@@ -93,6 +93,16 @@ def train_step(
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
+    with meter.memory.phase("forward_backward"):
+        memory = forward_backward(engine, step, meter, state)
+    with meter.memory.phase("optimizer"):
+        engine.step()
+    return memory
+
+
+def forward_backward(engine: Any, step: Step, meter: Meter, state: BatchState) -> dict[str, list[float]]:
+    """The gradients of a step, and what `train_step` returns. For most objectives the host never waits for
+    the device; one of the whole batch has to hand its scores round."""
     head, memory = engine.module.head, {}
     batches = [batch.to(engine.device) for batch in step.batches]
     if head.objective.needs_batch:
@@ -103,21 +113,20 @@ def train_step(
         engine.backward(loss)
         if not head.objective.needs_batch:
             _measure(engine.module, meter, batch, rows)
-    engine.step()
     return memory
 
 
 @torch.no_grad()
 def evaluation_step(engine: Any, step: Step, meter: Meter, state: BatchState) -> None:
     """The metrics of a stretch of held-out groups."""
-    head = engine.module.head
     batches = [batch.to(engine.device) for batch in step.batches]
-    if head.objective.needs_batch:
-        _with_slopes(engine, step, batches, meter, state)
-        return
-    for batch in batches:
-        _, *rows = engine(batch)
-        _measure(engine.module, meter, batch, rows)
+    with meter.memory.phase("evaluation"):
+        if engine.module.head.objective.needs_batch:
+            _with_slopes(engine, step, batches, meter, state)
+            return
+        for batch in batches:
+            _, *rows = engine(batch)
+            _measure(engine.module, meter, batch, rows)
 
 
 @torch.no_grad()
