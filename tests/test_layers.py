@@ -36,6 +36,7 @@ LAYERS = [
     "madpo.trainer.perf",
     "madpo.trainer.metrics",
     "madpo.trainer.whole_batch",
+    "madpo.trainer.traces",
     "madpo.trainer.engine",
     "madpo.trainer.checkpoint",
     "madpo.trainer.loop",

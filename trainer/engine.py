@@ -15,6 +15,7 @@ from madpo.trainer.data.packing import PackedBatch
 from madpo.trainer.head import scored_span
 from madpo.trainer.metrics import Meter, add_batch, add_stats
 from madpo.trainer.objectives.base import BatchState
+from madpo.trainer.traces import scoring_passes
 from madpo.trainer.whole_batch import share_losses
 
 
@@ -124,9 +125,10 @@ def evaluation_step(engine: Any, step: Step, meter: Meter, state: BatchState) ->
         if engine.module.head.objective.needs_batch:
             _with_slopes(engine, step, batches, meter, state)
             return
-        for batch in batches:
-            _, *rows = engine(batch)
-            _measure(engine.module, meter, batch, rows)
+        with scoring_passes(engine):
+            for batch in batches:
+                _, *rows = engine(batch)
+                _measure(engine.module, meter, batch, rows)
 
 
 @torch.no_grad()
@@ -135,10 +137,11 @@ def _with_slopes(
 ) -> tuple[list[PackedBatch], dict[str, list[float]]]:
     """The batches with the slopes of losses that look at the whole step, and those losses' memory."""
     head, scored = engine.module.head, []
-    for batch in batches:
-        _, *rows = engine(batch)
-        add_stats(meter, batch, engine.module.stats)
-        scored.append(scored_span(batch, *rows))
+    with scoring_passes(engine):
+        for batch in batches:
+            _, *rows = engine(batch)
+            add_stats(meter, batch, engine.module.stats)
+            scored.append(scored_span(batch, *rows))
     outcomes, slopes = share_losses(step, batches, scored, head.objective, head.params, state)
     for batch, scores, outcome in zip(batches, scored, outcomes, strict=True):
         add_batch(meter, batch, scores, outcome, head.objective, head.params)

@@ -78,7 +78,8 @@ def plan_step(
         else filler()
         for positions in plan[shard.rank]
     ]
-    return Step(batches, *ends[:, -1].tolist(), len(indices), work_of(shapes, rules.cost, plan))
+    num_sequences, num_edges = ends[:, -1].tolist()
+    return Step(batches, num_sequences, num_edges, len(indices), work_of(shapes, rules.cost, plan))
 
 
 def training_steps(

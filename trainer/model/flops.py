@@ -76,8 +76,7 @@ def passes(model: PreTrainedModel) -> Passes:
 
 
 def _reference_cost(module: PolicyWithReference | RewardModel) -> Cost:
-    reference = getattr(module, "compared_with", None)
-    if reference is None:
+    if isinstance(module, RewardModel) or (reference := module.compared_with) is None:
         return Cost()
     with reference.state():
         return passes(reference.model).forward + Cost(per_row=2 * _numel(module.head.ref_weight))
