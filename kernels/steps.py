@@ -141,7 +141,7 @@ def dlogits_ref_(
     d.scatter_add_(1, columns.clamp(0, d.shape[1] - 1), torch.where(inside, slopes[:, None], 0))
     if not isinstance(slope, float) or slope != 1.0:
         d.mul_(slope)
-    d[slopes == 0] = 0.0
+    d.masked_fill_((slopes == 0)[:, None], 0.0)
     return d.to(dtype) if out is None else out.copy_(d)
 
 

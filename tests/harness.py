@@ -118,6 +118,11 @@ def make_config(folder: Path, tree: dict[str, Any]) -> Config:
     return Config.model_validate(defaults)
 
 
+def without_clock(record: dict[str, Any]) -> dict[str, Any]:
+    """A logged line without what no two runs have alike: time, speed, memory."""
+    return {k: v for k, v in record.items() if k != "time" and not k.startswith(("perf/", "eval_perf/"))}
+
+
 def random_groups(count: int, seed: int = 0, completions: int = 2, vocab: int = 300) -> list[TokenGroup]:
     random = np.random.default_rng(seed)
 

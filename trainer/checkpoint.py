@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "train.save_total_limit",
     "train.export",
     "train.max_shard_size",
+    "train.peak_tflops",
 )
 """Config keys, or their beginnings, that may differ between a run and its continuation. With
 `model.router_aux_loss_coef`, a loss of each packed row, `train.micro_batch_tokens` may not."""

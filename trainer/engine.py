@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from madpo.trainer.config import Config, OptimConfig
@@ -15,6 +16,7 @@ from madpo.trainer.data.packing import PackedBatch
 from madpo.trainer.head import scored_span
 from madpo.trainer.metrics import Meter, add_batch, add_stats
 from madpo.trainer.objectives.base import BatchState
+from madpo.trainer.traces import scoring_passes
 from madpo.trainer.whole_batch import share_losses
 
 
@@ -93,6 +95,16 @@ def train_step(
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
+    with meter.memory.phase("forward_backward"):
+        memory = forward_backward(engine, step, meter, state)
+    with meter.memory.phase("optimizer"):
+        engine.step()
+    return memory
+
+
+def forward_backward(engine: Any, step: Step, meter: Meter, state: BatchState) -> dict[str, list[float]]:
+    """The gradients of a step, and what `train_step` returns. For most objectives the host never waits for
+    the device; one of the whole batch has to hand its scores round."""
     head, memory = engine.module.head, {}
     batches = [batch.to(engine.device) for batch in step.batches]
     if head.objective.needs_batch:
@@ -103,24 +115,28 @@ def train_step(
         engine.backward(loss)
         if not head.objective.needs_batch:
             _measure(engine.module, meter, batch, rows)
-    if step.uncomputed:
-        meter.add_count("loss", step.uncomputed)
-    engine.step()
+    _count_uncomputed(meter, step)
     return memory
 
 
 @torch.no_grad()
 def evaluation_step(engine: Any, step: Step, meter: Meter, state: BatchState) -> None:
     """The metrics of a stretch of held-out groups."""
-    head = engine.module.head
     batches = [batch.to(engine.device) for batch in step.batches]
-    if head.objective.needs_batch:
-        _with_slopes(engine, step, batches, meter, state)
-        return
-    for batch in batches:
-        _, *rows = engine(batch)
-        _measure(engine.module, meter, batch, rows)
-    if step.uncomputed:
+    with meter.memory.phase("evaluation"):
+        if engine.module.head.objective.needs_batch:
+            _with_slopes(engine, step, batches, meter, state)
+            return
+        with scoring_passes(engine):
+            for batch in batches:
+                _, *rows = engine(batch)
+                _measure(engine.module, meter, batch, rows)
+    _count_uncomputed(meter, step)
+
+
+def _count_uncomputed(meter: Meter, step: Step) -> None:
+    """Items of loss 0 that are in the mean and in no batch; one rank counts them for all."""
+    if step.uncomputed and dist.get_rank() == 0:
         meter.add_count("loss", step.uncomputed)
 
 
@@ -130,10 +146,11 @@ def _with_slopes(
 ) -> tuple[list[PackedBatch], dict[str, list[float]]]:
     """The batches with the slopes of losses that look at the whole step, and those losses' memory."""
     head, scored = engine.module.head, []
-    for batch in batches:
-        _, *rows = engine(batch)
-        add_stats(meter, batch, engine.module.stats)
-        scored.append(scored_span(batch, *rows))
+    with scoring_passes(engine):
+        for batch in batches:
+            _, *rows = engine(batch)
+            add_stats(meter, batch, engine.module.stats)
+            scored.append(scored_span(batch, *rows))
     outcomes, slopes = share_losses(step, batches, scored, head.objective, head.params, state)
     for batch, scores, outcome in zip(batches, scored, outcomes, strict=True):
         add_batch(meter, batch, scores, outcome, head.objective, head.params)

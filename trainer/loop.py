@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -12,12 +11,16 @@ from typing import Any
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.feed import Feed
-from madpo.trainer.data.loader import evaluation_steps, plan_step, step_rules
+from madpo.trainer.data.loader import evaluation_steps, step_rules, training_steps
+from madpo.trainer.data.prefetch import prefetched
+from madpo.trainer.data.shapes import Work
 from madpo.trainer.dist import Shard
 from madpo.trainer.engine import evaluation_step, grad_norm, move_reference, train_step
 from madpo.trainer.errors import UserError
 from madpo.trainer.metrics import Meter
+from madpo.trainer.model.flops import step_cost
 from madpo.trainer.objectives.base import BatchState
+from madpo.trainer.perf import peak_flops, throughput
 from madpo.trainer.schedule import learning_rate
 from madpo.trainer.state import TrainState
 
@@ -55,25 +58,21 @@ def train(
     on_save: Callable[[], None],
 ) -> None:
     """Train from `state` to the end of the plan. `on_record` gets every logged line, on all ranks."""
-    settings, rules = config.train, step_rules(config)
+    settings, rules = config.train, step_rules(config, step_cost(engine.module))
     plan = plan_run(config, feed.num_groups)
-    meter = Meter()
-    logged_at, logged, skipped = time.perf_counter(), dataclasses.replace(state), 0
+    steps = training_steps(feed, rules, settings.global_batch_size, shard, state.consumed, plan.total_groups)
+    peak = peak_flops(settings.peak_tflops, engine.device, settings.bf16)
+    meter, work, logged_at, logged_step = Meter(), Work(), time.perf_counter(), state.step
     engine.train()
 
-    while state.step < plan.total_steps:
-        count = min(settings.global_batch_size, plan.total_groups - state.consumed)
-        assert count > 0, "the plan and the state disagree"
-        groups, indices = feed.take(state.consumed, count)
-        step = plan_step(groups, indices, rules, shard)
-
+    for step in prefetched(steps, engine.device):
         rate = learning_rate(config.optim, state.step, plan.total_steps)
         now = BatchState(state.memory, (config.seed, state.step))
         state.memory = train_step(engine, step, rate, meter, now)
         state.step += 1
-        state.consumed += count
-        state.num_tokens += int(groups.lengths[indices].sum())
-        skipped += int((groups.counted_edges - groups.edges)[indices].clip(min=0).sum())
+        state.consumed += step.num_groups
+        state.num_tokens += step.work.tokens
+        work += step.work
         if config.model.sync_ref_model and _due(state.step, config.model.ref_model_sync_steps):
             seed = config.seed + state.step  # any that a continuation finds again
             move_reference(engine, config.model.ref_model_mixup_alpha, seed)
@@ -88,18 +87,17 @@ def train(
                 "grad_norm": grad_norm(engine),
                 "learning_rate": rate,
                 "num_tokens": state.num_tokens,
-                "tokens_per_second": (state.num_tokens - logged.num_tokens) / seconds,
-                "step_time": seconds / (state.step - logged.step),
+                **throughput(work, state.step - logged_step, seconds, shard.world_size, peak),
             }
-            record |= {"data/skipped_edges": skipped} if skipped else {}
+            record |= {"data/skipped_edges": work.skipped_edges} if work.skipped_edges else {}
             _refuse_non_finite(record, state.step)
-            on_record(_stamped(record, state, feed))
-            logged_at, logged, skipped = time.perf_counter(), dataclasses.replace(state), 0
+            on_record(_stamped(record, state, step.epoch))
+            work, logged_at, logged_step = Work(), time.perf_counter(), state.step
 
         if held_out is not None and (is_last or _due(state.step, settings.eval_steps)):
             paused = time.perf_counter()
             record = evaluate(config, engine, held_out, shard, state.memory)
-            on_record(_stamped(record, state, feed))
+            on_record(_stamped(record, state, step.epoch))
             engine.train()
             logged_at += time.perf_counter() - paused
 
@@ -122,8 +120,9 @@ def evaluate(
     """
     engine.eval()
     meter = Meter()
-    steps = evaluation_steps(groups, step_rules(config), config.train.global_batch_size, shard)
-    for number, step in enumerate(steps):
+    rules = step_rules(config, step_cost(engine.module, training=False))
+    steps = evaluation_steps(groups, rules, config.train.global_batch_size, shard)
+    for number, step in enumerate(prefetched(steps, engine.device)):
         evaluation_step(engine, step, meter, BatchState(memory, (config.seed, number)))
     return {f"eval_{name}": value for name, value in meter.reduce().items()}
 
@@ -141,6 +140,6 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _stamped(record: Record, state: TrainState, feed: Feed) -> Record:
-    stamp = {"step": state.step, "time": time.time(), "epoch": round(feed.epoch(state.consumed), 4)}
+def _stamped(record: Record, state: TrainState, epoch: float) -> Record:
+    stamp = {"step": state.step, "time": time.time(), "epoch": round(epoch, 4)}
     return {**stamp, **record}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from madpo.trainer.data.packing import PackedBatch
 from madpo.trainer.objectives.base import Item, Objective, Outcome, Params, Scored
+from madpo.trainer.perf import MEMORY, PeakMemory
 from madpo.trainer.run_folder import metrics_lines
 
 MOMENTS = ("x", "y", "xx", "yy", "xy")
@@ -30,6 +31,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}  # name -> (4,) sum, count, -min, max
+        self.memory = PeakMemory()
 
     def add(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
         """Fold in the values (k,) of one micro-batch, or those `where` (k,) is true.
@@ -54,8 +56,7 @@ class Meter:
 
     def add_count(self, name: str, count: int) -> None:
         """Have a mean that is known count so many values more, all 0; less, if it is negative."""
-        total = self._totals[name]
-        self._totals[name] = total + total.new_tensor([0, count, 0, 0])
+        self._totals[name][1] += count
 
     def add_correlation(self, name: str, x: Tensor, y: Tensor, where: Tensor) -> None:
         """Fold in pairs of values (k,) whose correlation is to be logged."""
@@ -64,7 +65,13 @@ class Meter:
             self.add(f"{name} {moment}", values, where)
 
     def reduce(self) -> dict[str, float]:
-        """Means (and extrema) over all ranks, then start anew. One all-gather, one copy to the host."""
+        """Means (and extrema) over all ranks, then start anew. One all-gather, one copy to the host.
+
+        Of memory it is the rank that took the most.
+        """
+        device = next(iter(self._totals.values())).device
+        for name, gib in self.memory.take().items():
+            self.add(name, torch.tensor([gib], device=device))
         names = sorted(self._totals)
         local = torch.stack([self._totals[name] for name in names])  # (names, 4)
         self._totals = {}
@@ -85,7 +92,7 @@ class Meter:
                     f"{name}_max": maximum,
                 }
             else:
-                out[name] = total / count
+                out[name] = maximum if name.startswith(MEMORY) else total / count
         return _with_correlations(out)
 
 

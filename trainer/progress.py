@@ -24,7 +24,8 @@ SHORT = {
     "madpo/weight_mean": ("weight", ".3f"),
     "kl": ("kl", ".4f"),
     "grad_norm": ("grad", ".2f"),
-    "tokens_per_second": ("tok/s", ",.0f"),
+    "perf/tokens_per_second": ("tok/s", ",.0f"),
+    "perf/mfu": ("mfu", ".1%"),
 }
 """Metrics on the progress line: name -> (label, format)."""
 

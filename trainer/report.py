@@ -41,7 +41,9 @@ CHARTS = (
     Chart("MADPO weights", "mean and range; 1 is DPO", ("madpo/weight_mean",), 1.0, band=WEIGHTS),
     Chart("KL", "estimated distance from the reference, per token", ("kl",)),
     Chart("Length bias", "correlation of reward and length", ("rewards/length_correlation",), 0.0),
-    Chart("Throughput", "tokens per second on all devices together", ("tokens_per_second",)),
+    Chart("Throughput", "tokens per second on all devices together", ("perf/tokens_per_second",)),
+    Chart("Utilisation", "model FLOPs as a share of the devices' peak", ("perf/mfu",)),
+    Chart("Imbalance", "busiest rank's work over the mean; 1 is none", ("perf/imbalance",), 1.0),
     Chart("Learning rate", "as scheduled", ("learning_rate",)),
     Chart("Gradient norm", "before clipping", ("grad_norm",)),
 )

@@ -42,3 +42,6 @@ class TrainConfig(Section):
     head_impl: Literal["auto", "triton", "torch"] = Field(
         default="auto", description="of the loss head; auto: triton on GPUs, torch on CPUs"
     )
+    peak_tflops: float | None = Field(
+        default=None, gt=0, description="of one device, for perf/mfu; null: of common GPUs it is known"
+    )

@@ -11,6 +11,7 @@ from harness import random_groups
 
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.packing import Segment, filler, pack, plan_micro_batches
+from madpo.trainer.data.shapes import Cost, Shapes, StepCost, Work, work_of
 from madpo.trainer.data.tokenise import TokenGroup
 
 
@@ -76,6 +77,77 @@ def test_plan_balances_ranks():
     lengths = np.array([50, 10, 10, 10, 10, 10])
     (first,), (second,) = plan_micro_batches(lengths, 1000, 2)
     assert {lengths[first].sum(), lengths[second].sum()} == {50}
+
+
+def lognormal_shapes(random: np.random.Generator, count: int, max_length: int) -> Shapes:
+    """Prompts and pairs of completions, long-tailed as in chat data."""
+    prompts = np.minimum(random.lognormal(np.log(170), 1.0, count).astype(int) + 5, max_length // 2)
+    completions = random.lognormal(np.log(320), 0.9, 2 * count).astype(int) + 5
+    return Shapes(prompts, np.full(count, 2), np.minimum(completions, np.repeat(max_length - prompts, 2)))
+
+
+SMALL_MODEL = StepCost(Cost(per_token=1.0, per_row=0.38, per_look={None: 1.2e-4}))
+"""The proportions of matrices, output head and attention in Qwen2.5-0.5B."""
+
+
+def imbalance(shapes: Shapes, plan: list[list[list[int]]]) -> float:
+    work = work_of(shapes, SMALL_MODEL, plan)
+    return work.busiest / work.mean
+
+
+@pytest.mark.parametrize("count, budget", [(64, 16384), (128, 16384), (256, 16384)])
+def test_plan_balances_what_is_computed_in_as_few_micro_batches(count, budget):
+    random, tokens, costs = np.random.default_rng(1), [], []
+    for _ in range(20):
+        shapes = lognormal_shapes(random, count, 8192)
+        lengths = shapes.tokens().astype(int)
+        by_tokens = plan_micro_batches(lengths, budget, 8)
+        by_costs = plan_micro_batches(lengths, budget, 8, SMALL_MODEL.model.of(shapes))
+        assert len(by_costs[0]) == len(by_tokens[0])
+        assert all(lengths[positions].sum() <= budget for rank in by_costs for positions in rank)
+        tokens.append(imbalance(shapes, by_tokens))
+        costs.append(imbalance(shapes, by_costs))
+    assert np.mean(costs) < 1.03
+    assert np.mean(costs) - 1 < 0.5 * (np.mean(tokens) - 1)
+
+
+def test_bins_of_similar_cost_meet():
+    """Two long groups and many short ones: the long ones are computed at the same time."""
+    lengths, costs = np.array([10, 1, 1, 1, 1, 10]), np.array([100, 1, 1, 1, 1, 100])
+    plan = plan_micro_batches(lengths, 10, 2, costs)
+    assert [[costs[positions].sum() for positions in rank] for rank in plan] == [[100, 2], [100, 2]]
+
+
+def test_where_costs_leave_no_room_tokens_are_balanced():
+    """Costliest first, the group of 7 tokens would meet bins of 7 and 6."""
+    lengths, costs = np.array([7, 4, 3, 3, 3]), np.array([1, 2, 9, 8, 7])
+    plan = plan_micro_batches(lengths, 10, 2, costs)
+    assert {lengths[positions].sum() for (positions,) in plan} == {10}
+
+
+def test_shapes_by_hand():
+    """Prompt of 2 with completions of 3 and 1, prompt of 4 with one of 2; windows of 3."""
+    shapes = Shapes(np.array([2, 4]), np.array([2, 1]), np.array([3, 1, 2]))
+    assert shapes.tokens().tolist() == [6, 6]
+    assert shapes.tokens(shared=False).tolist() == [8, 6]
+    # 1 + 2 for the prompt, 3 + 4 + 5 and 3 for its completions; 1 + .. + 6.
+    assert shapes.looks().tolist() == [18, 21]
+    assert shapes.looks(shared=False).tolist() == [21, 21]
+    assert shapes.looks(window=3).tolist() == [1 + 2 + 9 + 3, 1 + 2 + 3 + 9]
+    assert shapes.padded_tokens(1) == 3 * 6
+    assert shapes.padded_tokens(2) == shapes.padded_tokens(5) == 2 * 5 + 6
+    assert shapes.at(np.array([1, 0, 1])).completions.tolist() == [2, 3, 1, 2]
+    cost = Cost(10.0, 1.0, {None: 0.5, 3: 1.0})
+    assert cost.of(shapes).tolist() == [60 + 4 + 9 + 15, 60 + 2 + 10.5 + 15]
+    assert (cost + cost).of(shapes).tolist() == (2 * cost.of(shapes)).tolist()
+
+
+def test_work_by_hand():
+    shapes = Shapes(np.array([1, 2, 3]), np.array([2, 2, 2]), np.array([1, 1, 2, 2, 3, 3]))
+    cost = StepCost(Cost(per_token=1.0), Cost(per_token=0.5))
+    work = work_of(shapes, cost, [[[0, 1], [2]], [[], []]])
+    assert work == Work(18, 24, 4 + 8 + 12, 18.0, 9.0, 18.0, 9.0)
+    assert work + work == Work(36, 48, 48, 36.0, 18.0, 36.0, 18.0)
 
 
 def test_plan_refuses_a_group_over_the_budget():

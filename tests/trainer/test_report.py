@@ -29,7 +29,7 @@ def make_run(folder: Path, steps: int = 12, weights: bool = True, **files: str) 
             "grad_norm": 1.0 + 0.1 * step,
             "learning_rate": 1e-4 / step,
             "num_tokens": 1234 * step,
-            "tokens_per_second": 8000.0 + step,
+            "perf/tokens_per_second": 8000.0 + step,
             "rewards/accuracies": 0.5 + 0.01 * step,
             "rewards/margins": 0.1 * step,
             "rewards/chosen": 0.03 * step,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from harness import LLAMA, make_config, run_ranks, save_model, write_pairs
+from harness import LLAMA, make_config, run_ranks, save_model, without_clock, write_pairs
 
 from madpo.trainer import loop
 from madpo.trainer.config import Config
@@ -29,10 +29,6 @@ pytestmark = pytest.mark.ranks
 
 def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_clock(record: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in record.items() if k not in ("time", "tokens_per_second", "step_time")}
 
 
 @pytest.fixture
@@ -88,8 +84,13 @@ OUR_NAMES = {
     "step",
     "time",
     "kl",
-    "tokens_per_second",
-    "step_time",
+    "perf/step_time",
+    "perf/tokens_per_second",
+    "perf/padded_tokens_per_second",
+    "perf/prefix_savings",
+    "perf/imbalance",
+    "perf/tflops_per_rank",
+    "perf/peak_memory_gib",
     "madpo/weight_mean",
     "madpo/weight_min",
     "madpo/weight_max",

@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 import pytest
-from harness import make_config, run_ranks, save_model, write_pairs
+from harness import make_config, run_ranks, save_model, without_clock, write_pairs
 from transformers import AutoTokenizer
 
 from madpo.trainer.config import Config
@@ -340,10 +340,9 @@ def train(shard, config: Config) -> None:
 
 def results(config: Config) -> tuple[list[dict[str, Any]], bytes]:
     """The metrics without the clock, and the exported weights."""
-    folder, clock = Path(config.output_dir), ("time", "tokens_per_second", "step_time")
+    folder = Path(config.output_dir)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept = [{k: v for k, v in line.items() if k not in clock} for line in lines]
-    return kept, (folder / "model" / "model.safetensors").read_bytes()
+    return [without_clock(line) for line in lines], (folder / "model" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.ranks

@@ -31,6 +31,7 @@ from madpo.trainer.data.formats import parse_json_line
 from madpo.trainer.data.order import permutation
 from madpo.trainer.data.packing import check_budget
 from madpo.trainer.data.rows import RowRules, choose_adapter, read_row
+from madpo.trainer.data.shapes import Shapes
 from madpo.trainer.data.source import Source, open_source
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, special_spellings, spells_special, tokenise
 from madpo.trainer.errors import UserError
@@ -104,6 +105,13 @@ class GroupDataset:
     def margins(self) -> np.ndarray:
         """(E,) margins of all edges; NaN where the data set has none."""
         return _flat(self.table, "margins")
+
+    def shapes(self, indices: np.ndarray) -> Shapes:
+        """The lengths of the groups at `indices` (B,), in that order."""
+        groups: Any = self.table.select_columns(["completions"]).with_format("arrow")[indices]
+        lists = groups.column(0).combine_chunks()
+        counts = [pc.call_function("list_value_length", [x]).to_numpy() for x in (lists, lists.flatten())]
+        return Shapes((self.lengths - self.completion_tokens)[indices], *counts)
 
     def __len__(self) -> int:
         return len(self.lengths)

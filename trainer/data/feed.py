@@ -9,6 +9,7 @@ import numpy as np
 
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.order import DataOrder
+from madpo.trainer.data.shapes import Shapes, joined
 from madpo.trainer.data.tokenise import TokenGroup
 
 
@@ -23,6 +24,10 @@ class Groups(Protocol):
     labelled: np.ndarray  # (G,) sequences that are desirable or not
 
     def __getitem__(self, index: int) -> TokenGroup: ...
+
+    def shapes(self, indices: np.ndarray) -> Shapes:
+        """The lengths of the groups at `indices` (B,), in that order."""
+        ...
 
 
 class Feed(Protocol):
@@ -96,3 +101,9 @@ class Chained:
         place = int(np.searchsorted(self._ends, index, side="right"))
         part = self._parts[place]
         return part[int(index) - (int(self._ends[place]) - len(part.lengths))]
+
+    def shapes(self, indices: np.ndarray) -> Shapes:
+        places = np.searchsorted(self._ends, indices, side="right")
+        firsts = self._ends - [len(part.lengths) for part in self._parts]
+        found = [part.shapes(indices[places == i] - firsts[i]) for i, part in enumerate(self._parts)]
+        return joined(found).at(np.argsort(np.argsort(places, kind="stable")))

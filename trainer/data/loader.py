@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
-from madpo.trainer.data.feed import Groups
+from madpo.trainer.data.feed import Feed, Groups
 from madpo.trainer.data.packing import PackedBatch, filler, pack, plan_micro_batches
+from madpo.trainer.data.shapes import TOKENS, StepCost, Work, work_of
 from madpo.trainer.dist import Shard
 from madpo.trainer.objectives.base import Item
 
@@ -21,21 +22,28 @@ class StepRules:
 
     item: Item  # the unit that the loss is averaged over
     budget: int  # packed tokens of a micro-batch
+    cost: StepCost = TOKENS  # what ranks are balanced by
 
 
-def step_rules(config: Config) -> StepRules:
+def step_rules(config: Config, cost: StepCost = TOKENS) -> StepRules:
     """The rules of a run."""
-    return StepRules(config.objective_entry.item, config.train.micro_batch_tokens)
+    return StepRules(config.objective_entry.item, config.train.micro_batch_tokens, cost)
 
 
 @dataclass(frozen=True)
 class Step:
     """One rank's part of an optimiser step, or of a stretch of an evaluation."""
 
-    batches: list[PackedBatch]  # as many as on every other rank
-    num_sequences: int  # of all ranks together
+    batches: list[PackedBatch]  # as many as on every other rank; all else is of all ranks together
+    num_sequences: int
     num_edges: int
-    uncomputed: int = 0  # items of the mean less those computed; on the main rank, for all
+    num_groups: int
+    work: Work
+    uncomputed: int = 0  # items of the mean less those computed
+    epoch: float = 0.0  # how often training has gone through its groups after this step
+
+    def pin_memory(self) -> Step:
+        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
 
 
 def plan_step(
@@ -53,12 +61,17 @@ def plan_step(
     """
     items = int(item_counts(groups, rules.item)[indices].sum())
     uncomputed = int((groups.counted_edges - groups.edges)[indices].sum()) if rules.item is Item.EDGE else 0
-    indices = indices[groups.sequences[indices] > 0]
+    skipped = int((groups.counted_edges - groups.edges)[indices].clip(min=0).sum())
+    num_groups, indices = len(indices), indices[groups.sequences[indices] > 0]
     scale = shard.world_size / max(items, 1)
     token_scale = shard.world_size / max(int(groups.lengths[indices].sum()), 1)
     ends = np.cumsum((groups.sequences[indices], groups.edges[indices]), axis=1)  # (2, B)
     places = np.concatenate((np.zeros_like(ends[:, :1]), ends[:, :-1]), axis=1).T.tolist()
-    plan = plan_micro_batches(groups.lengths[indices], rules.budget, shard.world_size)[shard.rank]
+    shapes = groups.shapes(indices)
+    # Not by what is computed again: the user may change that between a run and its continuation, and a
+    # group must not move to another micro-batch by it.
+    costs = rules.cost.model.of(shapes)
+    plan = plan_micro_batches(groups.lengths[indices], rules.budget, shard.world_size, costs)
     batches = [
         pack(
             [groups[indices[p]] for p in positions],
@@ -68,10 +81,26 @@ def plan_step(
         )
         if positions
         else filler()
-        for positions in plan
+        for positions in plan[shard.rank]
     ]
     totals = int(groups.sequences[indices].sum()), int(groups.edges[indices].sum())
-    return Step(batches, *totals, uncomputed if shard.is_main else 0)
+    work = work_of(shapes, rules.cost, plan, skipped_edges=skipped)
+    return Step(batches, *totals, num_groups, work, uncomputed)
+
+
+def training_steps(
+    feed: Feed,
+    rules: StepRules,
+    batch_size: int,
+    shard: Shard,
+    consumed: int,
+    total: int,
+) -> Iterator[Step]:
+    """The groups at positions consumed .. total - 1 of the feed, `batch_size` at a time."""
+    while consumed < total:
+        groups, indices = feed.take(consumed, min(batch_size, total - consumed))
+        consumed += len(indices)
+        yield replace(plan_step(groups, indices, rules, shard), epoch=feed.epoch(consumed))
 
 
 def item_counts(groups: Groups, item: Item) -> np.ndarray:

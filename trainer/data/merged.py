@@ -16,6 +16,7 @@ import xxhash
 
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.flat import ranges
+from madpo.trainer.data.shapes import Shapes, in_two_parts, shapes_of
 from madpo.trainer.data.tokenise import TokenGroup, labels_of
 from madpo.trainer.objectives.base import Item, Objective
 
@@ -89,6 +90,15 @@ class MergedDataset(GroupDataset):
     @cached_property
     def margins(self) -> np.ndarray:
         return self._groups.margins[ranges(self._groups.edges, self._members)]
+
+    def shapes(self, indices: np.ndarray) -> Shapes:
+        """Which completions rows share shows in the tokens: groups of several rows are read."""
+        firsts, counts = self._starts[indices], np.diff(self._starts)[indices]
+        return in_two_parts(
+            counts == 1,
+            lambda places: self._groups.shapes(self._members[firsts[places]]),
+            lambda places: shapes_of([self[int(index)] for index in indices[places]]),
+        )
 
     def require(self, objective: Objective, loss_type: str, budget: int) -> None:
         self._groups.require(objective, loss_type, budget)

@@ -9,6 +9,7 @@ import numpy as np
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.flat import ranges, sums
 from madpo.trainer.data.order import permutation
+from madpo.trainer.data.shapes import Shapes
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
 
@@ -42,6 +43,14 @@ class MismatchedDataset(GroupDataset):
         self.lengths = self.lengths + borrowed
         self.completion_tokens = self.completion_tokens + borrowed
         self.sequences = self.sequences + more
+
+    def shapes(self, indices: np.ndarray) -> Shapes:
+        own, partners = super().shapes(indices), super().shapes(self._partner[indices])
+        room = (self._max_length - own.prompts)[partners.owners]
+        borrowed = np.minimum(partners.completions, room)
+        owners = np.concatenate((own.owners, partners.owners))
+        completions = np.concatenate((own.completions, borrowed))[np.argsort(owners, kind="stable")]
+        return Shapes(own.prompts, own.sequences + partners.sequences, completions)
 
     def __getitem__(self, index: int) -> TokenGroup:
         own, partner = super().__getitem__(index), super().__getitem__(int(self._partner[index]))

@@ -68,6 +68,12 @@ class PackedBatch:
         }
         return dataclasses.replace(self, **moved)
 
+    def pin_memory(self) -> Self:
+        """The same in memory from which a GPU copies without making the host wait."""
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        pinned = {name: x.pin_memory() for name, x in tensors.items() if isinstance(x, Tensor)}
+        return dataclasses.replace(self, **pinned)
+
 
 def pack(
     groups: Sequence[TokenGroup],
@@ -81,10 +87,10 @@ def pack(
     `places` says where the first sequence and the first edge of each group stand among those of the step;
     without it the groups are the step.
     """
-    ids: list[int] = []
-    positions: list[int] = []
-    rows: list[int] = []
-    targets: list[int] = []
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    rows: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
     ends: list[int] = []
     segments: list[Segment] = []
     lengths: list[int] = []
@@ -93,25 +99,26 @@ def pack(
     weights: list[float] = []
     sequence_places: list[int] = []
     edge_places: list[int] = []
+    end = 0
     for index, group in enumerate(groups):
         first_sequence, first_edge = places[index] if places else (len(lengths), len(edges))
         sequence_places += range(first_sequence, first_sequence + len(group.completions))
         edge_places += range(first_edge, first_edge + len(group.edges))
         weights += group.weights
         labels += group.labels or [0] * len(group.completions)
-        prompt_start, first = len(ids), len(lengths)
-        ids += group.prompt
-        positions += range(len(group.prompt))
-        prompt_end = len(ids)
+        prompt_start, first = end, len(lengths)
+        prompt_end = end = prompt_start + len(group.prompt)
+        ids.append(_whole(group.prompt))
+        positions.append(np.arange(len(group.prompt)))
         segments.append(Segment(prompt_start, prompt_end, prompt_start, prompt_start))
         for completion in group.completions:
-            start = len(ids)
-            ids += completion
-            positions += range(len(group.prompt), len(group.prompt) + len(completion))
-            segments.append(Segment(start, len(ids), prompt_start, prompt_end))
-            rows += [prompt_end - 1, *range(start, len(ids) - 1)]
-            targets += completion
-            ends.append(len(ids) - 1)
+            start, end = end, end + len(completion)
+            ids.append(_whole(completion))
+            positions.append(np.arange(len(group.prompt), len(group.prompt) + len(completion)))
+            segments.append(Segment(start, end, prompt_start, prompt_end))
+            rows += [np.array([prompt_end - 1]), np.arange(start, end - 1)]
+            targets.append(ids[-1])
+            ends.append(end - 1)
             lengths.append(len(completion))
         edges += [
             (first + winner, first + loser, math.nan if margin is None else margin)
@@ -120,10 +127,10 @@ def pack(
     winners, losers, margins = zip(*edges, strict=True) if edges else ((), (), ())
     long = torch.int64
     return PackedBatch(
-        input_ids=torch.tensor(ids, dtype=long),
-        position_ids=torch.tensor(positions, dtype=long),
-        rows=torch.tensor(rows, dtype=long),
-        targets=torch.tensor(targets, dtype=long),
+        input_ids=_joined(ids),
+        position_ids=_joined(positions),
+        rows=_joined(rows),
+        targets=_joined(targets),
         ends=torch.tensor(ends, dtype=long),
         seq_lengths=torch.tensor(lengths, dtype=long),
         winners=torch.tensor(winners, dtype=long),
@@ -143,6 +150,14 @@ def pack(
     )
 
 
+def _whole(numbers: Sequence[int]) -> np.ndarray:
+    return np.asarray(numbers, dtype=np.int64)
+
+
+def _joined(parts: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0, np.int64))
+
+
 def filler() -> PackedBatch:
     """A smallest batch with weight zero, for a rank without groups: every rank must run the same
     number of forward and backward passes, or ZeRO-3's collectives hang."""
@@ -154,19 +169,24 @@ def plan_micro_batches(
     lengths: np.ndarray,  # (B,) packed tokens of each group of the step
     budget: int,
     world_size: int,
+    costs: np.ndarray | None = None,  # (B,) what each group takes to compute; None: its tokens
 ) -> list[list[list[int]]]:
     """Spread a step's groups over ranks and micro-batches: [rank][micro] -> positions into `lengths`.
 
-    The fewest micro-batches (the same number on every rank) whose tokens stay within `budget`; the
-    longest groups are placed first, each into the emptiest bin, so that ranks finish together.
-    Deterministic. Raises ValueError if one group exceeds the budget.
+    The fewest micro-batches (the same number on every rank) whose tokens stay within `budget`. Under ZeRO-3
+    ranks wait for each other in every micro-batch, so that all cost about the same: the costliest groups
+    are placed first, each into the cheapest bin that has room, and bins of similar cost meet. Deterministic.
+    Raises ValueError if one group exceeds the budget.
     """
     check_budget(lengths, budget)
-    order = np.argsort(-lengths, kind="stable")
+    costs = lengths if costs is None else costs
     micro_batches = max(1, -(-int(lengths.sum()) // (budget * world_size)))
     while True:
-        bins = _fill(lengths, order, budget, micro_batches * world_size)
+        num_bins = micro_batches * world_size
+        # Where the first finds no room, balancing tokens may yet.
+        bins = _fill(lengths, costs, budget, num_bins) or _fill(lengths, lengths, budget, num_bins)
         if bins is not None:
+            bins.sort(key=lambda positions: -costs[positions].sum())
             return [bins[rank::world_size] for rank in range(world_size)]
         micro_batches += 1
 
@@ -180,13 +200,16 @@ def check_budget(lengths: np.ndarray, budget: int) -> None:
         )
 
 
-def _fill(lengths: np.ndarray, order: np.ndarray, budget: int, num_bins: int) -> list[list[int]] | None:
-    loads = np.zeros(num_bins, dtype=np.int64)
+def _fill(lengths: np.ndarray, costs: np.ndarray, budget: int, num_bins: int) -> list[list[int]] | None:
+    """Groups in bins of at most `budget` tokens and about the same cost; None if they do not go in."""
+    tokens, loads = np.zeros(num_bins, dtype=np.int64), np.zeros(num_bins)
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    for index in order:
-        target = int(loads.argmin())
-        if loads[target] + lengths[index] > budget:
+    for index in np.argsort(-costs, kind="stable"):
+        has_room = tokens + lengths[index] <= budget
+        if not has_room.any():
             return None
-        loads[target] += lengths[index]
+        target = int(np.where(has_room, loads, np.inf).argmin())
+        tokens[target] += lengths[index]
+        loads[target] += costs[index]
         bins[target].append(int(index))
     return [sorted(positions) for positions in bins]

@@ -18,6 +18,7 @@ import torch
 
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.flat import ranges, sums
+from madpo.trainer.data.shapes import Shapes, in_two_parts, shapes_of
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Objective, Params
@@ -79,6 +80,14 @@ class TrimmedDataset(GroupDataset):
     def ease(self, order: str) -> np.ndarray | None:
         ease = self._groups.ease(order)
         return None if ease is None else ease[self._chosen]
+
+    def shapes(self, indices: np.ndarray) -> Shapes:
+        chosen = self._chosen[indices]
+        return in_two_parts(
+            self._whole[chosen],
+            lambda places: self._groups.shapes(chosen[places]),
+            lambda places: shapes_of([self[int(index)] for index in indices[places]]),
+        )
 
     def require(self, objective: Objective, loss_type: str, budget: int) -> None:
         self._groups.require(objective, loss_type, budget)

@@ -1,0 +1,129 @@
+"""Steps made in the background: the same ones, errors in their turn, and no thread that stays."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from harness import make_config, random_groups, run_ranks, save_model, write_pairs
+
+from madpo.trainer import loop
+from madpo.trainer.config import Config
+from madpo.trainer.data.loader import Step
+from madpo.trainer.data.packing import pack
+from madpo.trainer.data.prefetch import AHEAD, prefetched
+from madpo.trainer.data.shapes import Work
+from madpo.trainer.errors import UserError
+from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.stages.setup import load_data, start_engine
+from madpo.trainer.state import TrainState
+
+CPU = torch.device("cpu")
+
+
+def made(numbers: list[int], log: list[tuple[int, str]], fail_at: int | None = None) -> Iterator[Step]:
+    for number in numbers:
+        if number == fail_at:
+            raise UserError(f"row {number} is bad")
+        log.append((number, threading.current_thread().name))
+        yield Step([pack(random_groups(1, seed=number))], 2, 1, number, Work())
+
+
+def prefetch_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_all_steps_come_in_order_from_another_thread():
+    log: list[tuple[int, str]] = []
+    assert [step.num_groups for step in prefetched(made(list(range(7)), log), CPU)] == list(range(7))
+    assert {name for _, name in log} == {"prefetch_0"}
+    assert not prefetch_threads()
+
+
+def test_it_is_ahead_while_a_step_is_computed_and_no_further():
+    log: list[tuple[int, str]] = []
+    for step in prefetched(made(list(range(9)), log), CPU):
+        if step.num_groups == 3:
+            deadline = time.monotonic() + 10
+            while len(log) < 4 + AHEAD and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(0.05)
+            assert len(log) == 4 + AHEAD
+
+
+def test_an_error_comes_in_its_turn_with_its_message():
+    seen = []
+    with pytest.raises(UserError, match="row 3 is bad"):
+        for step in prefetched(made(list(range(9)), [], fail_at=3), CPU):
+            seen.append(step.num_groups)
+    assert seen == [0, 1, 2]
+    assert not prefetch_threads()
+
+
+@pytest.mark.parametrize("how", ["break", "raise"])
+def test_the_thread_ends_with_the_loop(how):
+    """Also while the exception, and with it the frame of the loop, is still held."""
+
+    def train() -> None:
+        for step in prefetched(made(list(range(99)), []), CPU):
+            assert prefetch_threads()
+            if step.num_groups == 2 and how == "break":
+                break
+            if step.num_groups == 2:
+                raise RuntimeError("out of memory")
+
+    if how == "break":
+        train()
+        assert not prefetch_threads()
+    else:
+        with pytest.raises(RuntimeError, match="out of memory") as held:
+            train()
+        assert held.value.__traceback__ is not None and not prefetch_threads()
+
+
+@pytest.mark.ranks
+def test_the_state_counts_what_was_trained_on_and_not_what_was_read(tmp_path: Path, tokenizer_folder):
+    model = save_model(tmp_path / "start", tokenizer_folder, seed=1)
+    config = make_config(
+        tmp_path,
+        {
+            "model": {"model_name_or_path": str(model)},
+            "data": {"dataset_name": str(write_pairs(tmp_path / "pairs.jsonl", 40))},
+            "train": {"max_steps": 4},
+        },
+    )
+    states, taken, threads = run_ranks(1, watched_training, config)[0]
+    assert states == [(step, 8 * step) for step in (1, 2, 3)]
+    assert taken == [(8 * step, 8) for step in range(4)]
+    assert not threads
+
+
+def watched_training(shard, config: Config) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[str]]:
+    """Stopped by an error after the third step, when the fourth has been taken from the feed."""
+    tokenizer = load_tokenizer(config.model)
+    feed = load_data(config, tokenizer, training=True).feed
+    assert feed is not None
+    engine = start_engine(config, tokenizer, training=True)
+    state, states, taken, original = TrainState(), list[tuple[int, int]](), list[tuple[int, int]](), feed.take
+
+    def take(consumed: int, count: int):
+        taken.append((consumed, count))
+        return original(consumed, count)
+
+    def on_record(record: loop.Record) -> None:
+        assert np.isfinite(record["loss"])
+        states.append((state.step, state.consumed))
+        if state.step == 3:
+            raise KeyboardInterrupt
+
+    setattr(feed, "take", take)  # noqa: B010
+    with suppress(KeyboardInterrupt):
+        loop.train(config, engine, feed, None, shard, state, on_record, lambda: None)
+    engine.destroy()
+    return states, taken, prefetch_threads()

@@ -1,0 +1,173 @@
+"""What is known of groups from their lengths alone: tokens, what attention looks at, what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from madpo.trainer.data.tokenise import TokenGroup
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The lengths of B groups with S completions."""
+
+    prompts: np.ndarray  # (B,) tokens
+    sequences: np.ndarray  # (B,) completions of each group
+    completions: np.ndarray  # (S,) tokens of each completion, one group after another
+
+    @cached_property
+    def owners(self) -> np.ndarray:
+        """(S,) the group of each completion."""
+        return np.repeat(np.arange(len(self.sequences)), self.sequences)
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """(S,) tokens of each completion with its prompt before it."""
+        return self.prompts[self.owners] + self.completions
+
+    def totals(
+        self,
+        values: np.ndarray,  # (S,) of each completion
+    ) -> np.ndarray:  # (B,)
+        return np.bincount(self.owners, values, minlength=len(self.sequences))
+
+    def tokens(self, shared: bool = True) -> np.ndarray:
+        """(B,) tokens of a group whose prompt is there once, or before every completion."""
+        return self.prompts + self.totals(self.completions) if shared else self.totals(self.rows)
+
+    def looks(self, window: int | None = None, shared: bool = True) -> np.ndarray:
+        """(B,) pairs of a query and a key that it sees: causal, the last `window` keys at most."""
+        whole, prompt = _causal_pairs(self.rows, window), _causal_pairs(self.prompts, window)
+        return self.totals(whole - prompt[self.owners]) + prompt if shared else self.totals(whole)
+
+    def padded_tokens(self, parts: int) -> int:
+        """Tokens of all groups in `parts` batches, in order and as even as can be, a row for every completion
+        with its prompt, padded to the longest of its batch."""
+        batches = np.array_split(np.arange(len(self.sequences)), parts)
+        longest = np.zeros(len(self.sequences), dtype=np.int64)
+        np.maximum.at(longest, self.owners, self.rows)
+        return int(sum(longest[batch].max() * self.sequences[batch].sum() for batch in batches if len(batch)))
+
+    def at(
+        self,
+        order: np.ndarray,  # (b,)
+    ) -> Shapes:
+        """Some of the groups, in this order."""
+        each = np.split(self.completions, np.cumsum(self.sequences)[:-1])
+        return Shapes(
+            self.prompts[order], self.sequences[order], np.concatenate([each[place] for place in order])
+        )
+
+
+def shapes_of(groups: Sequence[TokenGroup]) -> Shapes:
+    """Of groups that have been read."""
+    return Shapes(
+        np.array([len(group.prompt) for group in groups], dtype=np.int64),
+        np.array([len(group.completions) for group in groups], dtype=np.int64),
+        np.array([len(x) for group in groups for x in group.completions], dtype=np.int64),
+    )
+
+
+def in_two_parts(
+    is_first: np.ndarray,  # (B,) which of the groups
+    first: Callable[[np.ndarray], Shapes],  # (places among B,) -> their shapes
+    second: Callable[[np.ndarray], Shapes],
+) -> Shapes:
+    """The shapes of B groups, some of which are found in one way and the others in another."""
+    places = [np.flatnonzero(is_first), np.flatnonzero(~is_first)]
+    found = [find(of) for find, of in zip((first, second), places, strict=True) if len(of)]
+    return joined(found).at(np.argsort(np.concatenate(places))) if found else shapes_of([])
+
+
+def joined(parts: Iterable[Shapes]) -> Shapes:
+    """The groups of all parts, one part after another."""
+    columns = zip(*((part.prompts, part.sequences, part.completions) for part in parts), strict=True)
+    return Shapes(*map(np.concatenate, columns))
+
+
+def _causal_pairs(lengths: np.ndarray, window: int | None) -> np.ndarray:
+    """The sum over positions t of min(t + 1, window), for sequences of these lengths."""
+    near = lengths if window is None else np.minimum(lengths, window)
+    return near * (near + 1) // 2 + (lengths - near) * (window or 0)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What groups cost, as a linear function of what there is of them; in floating-point operations, or in
+    any unit where only the proportions count."""
+
+    per_token: float = 0.0
+    per_row: float = 0.0  # per completion token, each of which the output head scores
+    per_look: Mapping[int | None, float] = field(default_factory=dict)  # window -> per query and key
+
+    def __add__(self, other: Cost) -> Cost:
+        windows = self.per_look.keys() | other.per_look.keys()
+        looks = {w: self.per_look.get(w, 0.0) + other.per_look.get(w, 0.0) for w in windows}
+        return Cost(self.per_token + other.per_token, self.per_row + other.per_row, looks)
+
+    def __mul__(self, factor: float) -> Cost:
+        looks = {window: factor * each for window, each in self.per_look.items()}
+        return Cost(factor * self.per_token, factor * self.per_row, looks)
+
+    def of(self, shapes: Shapes, shared: bool = True) -> np.ndarray:
+        """(B,) of each group, its prompt computed once or with every completion."""
+        total = self.per_token * shapes.tokens(shared) + self.per_row * shapes.totals(shapes.completions)
+        for window, each in self.per_look.items():
+            total = total + each * shapes.looks(window, shared)
+        return total
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a step costs."""
+
+    model: Cost  # what the mathematics of the step asks for
+    again: Cost = field(default_factory=Cost)  # what is computed a second time, to save memory
+
+
+TOKENS = StepCost(Cost(per_token=1.0))
+"""Where no model is known."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step or several were, over all ranks."""
+
+    tokens: int = 0  # packed
+    unshared_tokens: int = 0  # with the prompt before every completion
+    padded_tokens: int = 0  # the same in batches of whole pairs, padded
+    flops: float = 0.0  # of the model
+    flops_again: float = 0.0
+    busiest: float = 0.0  # cost of the rank with the most to do, summed over micro-batches
+    mean: float = 0.0  # cost of a rank
+    skipped_edges: int = 0  # comparisons of weight 0, which were not computed
+
+    def __add__(self, other: Work) -> Work:
+        sums = (a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
+        return Work(*sums)
+
+
+def work_of(
+    shapes: Shapes,
+    cost: StepCost,
+    plan: list[list[list[int]]],  # [rank][micro] -> groups
+    shared: bool = True,
+    skipped_edges: int = 0,
+) -> Work:
+    """What a step is whose groups are spread over ranks and micro-batches by `plan`."""
+    flops, again = cost.model.of(shapes, shared), cost.again.of(shapes, shared)
+    loads = np.array([[flops[positions].sum() for positions in rank] for rank in plan])  # (ranks, micro)
+    return Work(
+        int(shapes.tokens(shared).sum()),
+        int(shapes.tokens(shared=False).sum()),
+        shapes.padded_tokens(loads.size),
+        float(flops.sum()),
+        float(again.sum()),
+        float(loads.max(0).sum()),
+        float(loads.sum() / len(plan)),
+        skipped_edges,
+    )

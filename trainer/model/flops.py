@@ -1,0 +1,156 @@
+"""What a packed step costs in floating-point operations, read off the model and its config.
+
+A multiplication and an addition are two operations. Of a matrix of P weights a token takes 2P forward, 2P
+for the gradient of its input and 2P for that of the weights, where these are formed: none for the weights
+of a frozen matrix, none for the input of what no trained weight comes before. A pair of a query and a key
+that it sees takes 2 per head and dimension for the score and 2 for the value, and twice that backward. An
+expert counts as often as tokens are sent to it. Look-ups, norms, rotations, softmax and the optimiser are
+left out, as is usual; and so are attention's scores that a kernel forms only to mask them.
+
+Source: Chowdhery et al. 2022 (arXiv 2204.02311), appendix B, for FLOPs of the model against those of the
+hardware.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from madpo.trainer.data.shapes import Cost, StepCost
+from madpo.trainer.model.balance import num_experts
+from madpo.trainer.model.lora import in_use
+from madpo.trainer.model.policy import PolicyWithReference, backbone
+from madpo.trainer.model.reward import RewardModel
+
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+"""Names of a config for the number of experts that see a token."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Costs of a model under its head."""
+
+    forward: Cost = field(default_factory=Cost)
+    backward: Cost = field(default_factory=Cost)
+    layers: Cost = field(default_factory=Cost)  # forward, of the layers that gradients go through
+    trains: bool = False  # whether gradients come to it at all
+
+
+def step_cost(module: PolicyWithReference | RewardModel, training: bool = True) -> StepCost:
+    """Of an optimiser step's micro-batches, or of their evaluation."""
+    policy, head = passes(module.policy), _head_weight(module)
+    forward = policy.forward + Cost(per_row=2 * head)
+    model, again = forward + _reference_cost(module), Cost()
+    if not training:
+        return StepCost(model)
+    sides = policy.trains + module.head.weight.requires_grad
+    model += policy.backward + Cost(per_row=2 * head * sides)
+    if module.head.objective.needs_batch:
+        again += forward  # a first pass, without gradients, finds the slopes
+    if module.policy.is_activation_checkpointing:
+        again += policy.layers
+    return StepCost(model, again)
+
+
+def passes(model: PreTrainedModel) -> Passes:
+    """Of the model under its head, with the adapter that it has just now."""
+    share = _share_of_experts(model)
+    looks, idle = iter(_looks(model.config)), _idle_adapters(model)
+    out = Passes()
+    trains = False
+    for block, is_layer in _blocks(backbone(model)):
+        weights = list(_weights(block, idle, share))
+        look = next(looks, {}) if is_layer else {}
+        trains = trains or any(parameter.requires_grad for parameter in block.parameters())
+        forward = Cost(2 * sum(size for size, _ in weights), 0, look)
+        trained = Cost(2 * sum(size for size, is_trained in weights if is_trained))
+        backward = forward + trained + Cost(per_look=look) if trains else Cost()
+        layers = forward if trains and is_layer else Cost()
+        out = Passes(out.forward + forward, out.backward + backward, out.layers + layers, trains)
+    return out
+
+
+def _reference_cost(module: PolicyWithReference | RewardModel) -> Cost:
+    if isinstance(module, RewardModel) or (reference := module.compared_with) is None:
+        return Cost()
+    with reference.state():
+        return passes(reference.model).forward + Cost(per_row=2 * _numel(module.head.ref_weight))
+
+
+def _head_weight(module: PolicyWithReference | RewardModel) -> int:
+    """Numbers in the matrix that every completion token meets: a reward model has none."""
+    return 0 if isinstance(module, RewardModel) else _numel(module.head.weight)
+
+
+def _blocks(module: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
+    """The parts in the order in which they are run, and whether each is a layer: embeddings, layers, norm."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from ((layer, True) for layer in child)
+        elif any(isinstance(grandchild, nn.ModuleList) for grandchild in child.children()):
+            yield from _blocks(child)
+        else:
+            yield child, False
+
+
+def _weights(block: nn.Module, idle: set[nn.Module], share_of_experts: float) -> Iterator[tuple[float, bool]]:
+    """How many numbers of each matrix a token meets, and whether it is trained."""
+    for module in _running(block, idle):
+        for parameter in module.parameters(recurse=False):
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            if isinstance(module, nn.Linear) and len(shape) > 1:
+                yield module.in_features * module.out_features, parameter.requires_grad  # packed if quantised
+            elif len(shape) == 2:
+                yield math.prod(shape), parameter.requires_grad
+            elif len(shape) == 3:
+                yield math.prod(shape) * share_of_experts, parameter.requires_grad
+
+
+def _running(module: nn.Module, idle: set[nn.Module]) -> Iterator[nn.Module]:
+    """The module and all in it, but for embeddings, which are looked up, and adapters that are off."""
+    if module in idle or isinstance(module, nn.Embedding):
+        return
+    yield module
+    for child in module.children():
+        yield from _running(child, idle)
+
+
+def _idle_adapters(model: PreTrainedModel) -> set[nn.Module]:
+    """Adapters, and copies of whole modules, that a call would not run."""
+    idle = set[nn.Module]()
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    for layer in layers:
+        active = [] if layer.disable_adapters else layer.active_adapters
+        for child in layer.children():
+            if isinstance(child, nn.ModuleDict):
+                idle.update(copy for name, copy in child.items() if name not in active)
+        if in_use(layer) is not layer and active:
+            idle.add(layer.original_module)
+    return idle
+
+
+def _share_of_experts(model: PreTrainedModel) -> float:
+    """Of the experts of a layer, those that see a token."""
+    chosen = [n for name in EXPERTS_PER_TOKEN if (n := getattr(model.config, name, None))]
+    return chosen[0] / num_experts(model) if chosen and num_experts(model) else 1.0
+
+
+def _looks(config: PreTrainedConfig) -> list[dict[int | None, float]]:
+    """Of each layer: window -> operations for one query and one key that it sees."""
+    values: Any = config
+    heads, window = values.num_attention_heads, getattr(config, "sliding_window", None)
+    size = getattr(config, "head_dim", None) or values.hidden_size // heads
+    of_score, of_value = (getattr(config, name, None) or size for name in ("qk_head_dim", "v_head_dim"))
+    default = "sliding_attention" if window else "full_attention"
+    kinds = getattr(config, "layer_types", None) or [default] * values.num_hidden_layers
+    each = 2.0 * heads * (of_score + of_value)
+    return [{window if kind == "sliding_attention" else None: each} for kind in kinds]
+
+
+def _numel(parameter: nn.Parameter | None) -> int:
+    return 0 if parameter is None else getattr(parameter, "ds_numel", parameter.numel())
