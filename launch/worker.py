@@ -61,6 +61,7 @@ def _run(args: argparse.Namespace) -> None:
 
     from madpo.trainer import dist
     from madpo.trainer.config import load
+    from madpo.trainer.deepspeed_checks import check_machine
 
     # torch 2.13 warns at every collective about a rename that DeepSpeed has yet to follow.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -69,6 +70,7 @@ def _run(args: argparse.Namespace) -> None:
         datasets.disable_progress_bars()
     config = load(args.config, args.overrides, args.task)
     dist.check_launcher()
+    check_machine(config.deepspeed)
     die_with_launcher()
     module, function = TASKS[args.task]
     run = getattr(import_module(f"madpo.trainer.stages.{module}"), function)

@@ -15,6 +15,7 @@ LAYERS = [
     "madpo.trainer.objectives",
     "madpo.trainer.strict_yaml",
     "madpo.trainer.deepspeed_keys",
+    "madpo.trainer.deepspeed_checks",
     "madpo.trainer.data.formats",
     "madpo.trainer.data.conversations",
     "madpo.trainer.data.adapters",

@@ -33,6 +33,8 @@ MAY_CHANGE = (
     "data.on_bad_row",
     "model.attention",
     "model.gradient_checkpointing",
+    "model.activation_offloading",
+    "model.use_liger_kernel",
     "train.micro_batch_tokens",
     "train.head_gib",
     "train.head_impl",
@@ -152,4 +154,12 @@ def load(engine: Any, root: Path, tag: str) -> TrainState:
         load_lr_scheduler_states=False,
     )
     refuse_if_any(None if path else f"{root / tag}: the checkpoint cannot be loaded; train with --fresh")
+    _forget_copies(engine)
     return TrainState(**json.loads((root / tag / STATE_FILE).read_text())["state"])
+
+
+def _forget_copies(engine: Any) -> None:
+    """ZeRO++ gathers from copies of the weights (zero_hpz_partition_size), which loading does not renew."""
+    for parameter in engine.module.parameters():
+        if getattr(parameter, "ds_secondary_tensor", None) is not None:
+            parameter.ds_secondary_tensor = None

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from madpo.trainer import strict_yaml
 from madpo.trainer.data_config import DataConfig
-from madpo.trainer.deepspeed_keys import DEEPSPEED_KEYS, OWNED_DEEPSPEED_KEYS
+from madpo.trainer.deepspeed_checks import check_block
 from madpo.trainer.errors import UserError
 from madpo.trainer.generate_config import GenerateConfig
 from madpo.trainer.model_config import ModelConfig
@@ -126,15 +126,7 @@ def validate(config: Config) -> None:
             f"completion(s) of data.max_length {config.data.max_length}; set it to at least "
             f"{completions * config.data.max_length}"
         )
-    for key in config.deepspeed:
-        if key in OWNED_DEEPSPEED_KEYS:
-            raise UserError(f"deepspeed.{key}: madpo sets this itself; use {OWNED_DEEPSPEED_KEYS[key]}")
-        if key not in DEEPSPEED_KEYS:
-            allowed = DEEPSPEED_KEYS - OWNED_DEEPSPEED_KEYS.keys()
-            raise UserError(f"deepspeed.{key}: unknown key{strict_yaml.nearest(key, allowed)}")
-    zero = config.deepspeed.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 3) not in (1, 2, 3):
-        raise UserError(f"deepspeed.zero_optimization: a mapping with stage 1, 2 or 3, got {zero!r}")
+    check_block(config.deepspeed)
     if config.peft is not None:
         validate_peft(config, config.peft)
 

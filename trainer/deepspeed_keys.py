@@ -17,25 +17,25 @@ OWNED_DEEPSPEED_KEYS = {
     "prescale_gradients": "nothing: the loss is a mean over the global batch",
     "gradient_predivide_factor": "nothing: the loss is a mean over the global batch",
     "steps_per_print": "train.logging_steps",
+    "activation_checkpointing": "model.gradient_checkpointing",
     "amp": "train.bf16",
+    "compile": "nothing: layers run uncompiled",
     "torch_autocast": "train.bf16",
     "elasticity": "nothing: it would change the batch size",
     "data_efficiency": "nothing: it would change the order of the data",
     "curriculum_learning": "nothing: it would change the order of the data",
     "sequence_parallel_size": "nothing: packed groups are not split over ranks",
-    "tensor_parallel": "nothing: every rank trains on its own groups",
+    "tensor_parallel": "nothing: every rank trains on its own groups, with the whole of the output layer",
     "pipeline": "nothing: every rank trains on its own groups",
 }
 """Keys that would contradict the rest of the config -> what to set instead."""
 
 DEEPSPEED_KEYS = frozenset(OWNED_DEEPSPEED_KEYS) | {
-    "activation_checkpointing",
     "aio",
     "autotuning",
     "checkpoint",
     "communication_data_type",
     "comms_logger",
-    "compile",
     "csv_monitor",
     "data_types",
     "dataloader_drop_last",

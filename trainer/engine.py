@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from madpo.trainer.config import Config, OptimConfig
 from madpo.trainer.data.loader import Step
 from madpo.trainer.data.packing import PackedBatch
+from madpo.trainer.deepspeed_checks import offload_device
 from madpo.trainer.head import scored_span
 from madpo.trainer.metrics import Meter, add_batch, add_stats
 from madpo.trainer.objectives.base import BatchState
@@ -51,9 +52,15 @@ def deepspeed_config(config: Config, training: bool = True) -> dict[str, Any]:
                 "weight_decay": config.optim.weight_decay,
                 # torch's own AdamW compiles nothing and resumes bit for bit.
                 "torch_adam": True,
+                **_fused_on_cpus(config),
             },
         }
     return out
+
+
+def _fused_on_cpus(config: Config) -> dict[str, bool]:
+    """An offloaded optimiser goes through memory once in a step, not once for each of its operations."""
+    return {"fused": True} if offload_device(config.deepspeed, "offload_optimizer") != "none" else {}
 
 
 def build_engine(config: Config, module: nn.Module, training: bool = True) -> Any:

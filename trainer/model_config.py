@@ -27,7 +27,16 @@ class ModelConfig(Section):
     attention: Literal["sdpa", "flash"] = Field(
         default="sdpa", description="kernel of the packed attention; flash needs the flash-attn package"
     )
-    gradient_checkpointing: bool = Field(default=False, description="recompute activations in backward")
+    gradient_checkpointing: bool | Literal["selective"] = Field(
+        default=False,
+        description="recompute activations in backward; selective: all but matrix products and attention",
+    )
+    activation_offloading: bool = Field(
+        default=False, description="saved activations wait for the backward pass in host memory"
+    )
+    use_liger_kernel: bool = Field(
+        default=False, description="Liger's kernels for norms, MLPs and rotary embeddings; needs liger-kernel"
+    )
     router_aux_loss_coef: float = Field(
         default=0.0, ge=0, description="weight of the load-balancing loss of mixtures of experts; 0: off"
     )

@@ -36,6 +36,16 @@ def test_defaults_and_dotted_overrides(path):
     assert config.train.global_batch_size == 64
 
 
+@pytest.mark.parametrize("text, value", [("true", True), ("false", False), ("selective", "selective")])
+def test_gradient_checkpointing_takes_three_values(path, tmp_path, text, value):
+    config = load(path, [f"model.gradient_checkpointing={text}"])
+    (tmp_path / "resolved.yaml").write_text(dump(config))
+    for one in (config, load(tmp_path / "resolved.yaml")):
+        assert one.model.gradient_checkpointing == value and isinstance(
+            one.model.gradient_checkpointing, type(value)
+        )
+
+
 def test_an_override_can_replace_a_block(path):
     config = load(path, ["objective={loss_type: dpo, beta: 1e-1}"])
     assert config.objective.model_dump() == {"loss_type": "dpo", "beta": 0.1}
@@ -108,6 +118,7 @@ ERRORS = [
     (["train.bf16=no"], r"train\.bf16: Input should be a valid boolean \(got 'no'\)"),
     (["deepspeed.tensor_parallel.autotp_size=2"], r"madpo sets this itself"),
     (["deepspeed.zero_optimization.stage=0"], r"stage 1, 2 or 3"),
+    (["model.gradient_checkpointing=some"], r"model\.gradient_checkpointing\..*'selective'"),
     (["model.attention=flash", "train.bf16=false"], r"flash computes in bf16"),
     (["train.eval_steps=5"], r"nothing to evaluate on"),
     (["objective={loss_type: nll}", "model.ref_model_name_or_path=x"], r"nll uses no reference"),

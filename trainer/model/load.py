@@ -21,10 +21,12 @@ from transformers.utils import logging
 
 from madpo.trainer.config import Config, ModelConfig, PeftConfig, validate_peft
 from madpo.trainer.errors import UserError
-from madpo.trainer.model import lora, prefix_attention
+from madpo.trainer.model import liger, lora, prefix_attention
 from madpo.trainer.model.balance import expert_balance
 from madpo.trainer.model.freeze import freeze
+from madpo.trainer.model.offload import offload_layers
 from madpo.trainer.model.policy import PolicyWithReference, Reference
+from madpo.trainer.model.recompute import checkpoint_layers
 from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.model.vocabulary import add_rows, fit_vocabulary
 from madpo.trainer.strict_yaml import nearest
@@ -88,8 +90,7 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
     if config.train.export_merged and not lora.is_adapted(policy):
         raise UserError("train.export_merged: the model has no adapter; leave it false")
     reference = _reference(config, policy, adapter, load) if entry.needs_reference else None
-    if model.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _spend_time_or_memory(policy, reference, config)
     if rewards:
         padding_token(tokenizer)
         return RewardModel(policy, entry, config.objective)
@@ -98,6 +99,18 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
     return PolicyWithReference(
         policy, reference, entry, config.objective, budget_bytes, config.train.head_impl, balance
     )
+
+
+def _spend_time_or_memory(policy: PreTrainedModel, reference: Reference | None, config: Config) -> None:
+    """What changes a run's speed and its memory, and no result. Raises ValueError where it cannot be had."""
+    model = config.model
+    if model.use_liger_kernel:
+        for one in {policy, policy if reference is None else reference.model}:
+            liger.use_kernels(one, rotate=model.gradient_checkpointing != "selective")
+    if model.gradient_checkpointing:
+        checkpoint_layers(policy, selective=model.gradient_checkpointing == "selective")
+    if model.activation_offloading:
+        offload_layers(policy)
 
 
 def load_sampler(config: Config, name: str, revision: str | None) -> PreTrainedModel:

@@ -1,0 +1,65 @@
+"""What of a layer's activations is kept for the backward pass, and what is computed again there."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+from madpo.trainer.errors import UserError
+
+KEPT = ("aten::mm", "aten::addmm", "aten::_grouped_mm", "aten::_scaled_dot_product_", "flash_attn::")
+"""Beginnings of the names of operations that `selective` does not repeat: products with weights and fused
+attention, nearly all of a layer's arithmetic. Products of activations (aten::bmm) are repeated: in attention
+that is written out, they are as large as the square of a sequence."""
+
+
+def checkpoint_layers(model: PreTrainedModel, selective: bool) -> None:
+    """Every decoder layer keeps its input alone, or with `selective` also what the operations in KEPT give.
+    The rest is computed again in the backward pass, by the same operations and to the same bits.
+
+    Source: Chen et al. 2016 (arXiv 1604.06174); the choice, Korthikanti et al. 2022 (arXiv 2205.05198).
+    Raises ValueError for a model whose layers cannot be checkpointed.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"model.gradient_checkpointing: {type(model).__name__} has none; set false")
+    options: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        options["context_fn"] = _keep_and_reuse
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear) and layer.bias is not None and hasattr(layer.weight, "ds_id"):
+                setattr(layer, "forward", partial(_linear_in_two, layer))  # noqa: B010
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _linear_in_two(layer: nn.Linear, hidden: Tensor) -> Tensor:
+    """A product and then a sum, as DeepSpeed has it under ZeRO-3, but not in place: the product is kept."""
+    return nn.functional.linear(hidden, layer.weight) + layer.bias
+
+
+def _keep_and_reuse() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """The contexts of a layer's forward pass and of its repetition."""
+    keep, reuse = create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.MUST_SAVE)
+    return _OnlyKept(keep), _OnlyKept(reuse)
+
+
+class _OnlyKept(TorchDispatchMode):
+    """Shows torch's context the operations in KEPT alone. It demands that a repetition runs what the forward
+    pass ran, operation by operation, and ZeRO-3 gathers other weights in the one than in the other."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().startswith(KEPT):
+            return self.inner.__torch_dispatch__(func, types, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
