@@ -30,6 +30,7 @@ from madpo.trainer.data.folds import hash_of_prompt
 from madpo.trainer.data.formats import parse_json_line
 from madpo.trainer.data.order import permutation
 from madpo.trainer.data.packing import check_budget
+from madpo.trainer.data.reference_logps import ReferenceLogps
 from madpo.trainer.data.rows import RowRules, choose_adapter, read_row
 from madpo.trainer.data.source import Source, open_source
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, special_spellings, spells_special, tokenise
@@ -77,6 +78,7 @@ class GroupDataset:
         self.sequences = _column(table, "num_sequences")  # (G,)
         self.edges = _column(table, "num_edges")  # (G,)
         self.labelled = _column(table, "num_labels")  # (G,) sequences that are desirable or not
+        self.reference: ReferenceLogps | None = None
 
     @cached_property
     def rows(self) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.order import DataOrder
+from madpo.trainer.data.reference_logps import ReferenceLogps
 from madpo.trainer.data.tokenise import TokenGroup
 
 
@@ -20,6 +21,7 @@ class Groups(Protocol):
     sequences: np.ndarray  # (G,)
     edges: np.ndarray  # (G,)
     labelled: np.ndarray  # (G,) sequences that are desirable or not
+    reference: ReferenceLogps | None  # if it was scored before
 
     def __getitem__(self, index: int) -> TokenGroup: ...
 
@@ -82,6 +84,7 @@ class Chained:
         self.sequences = np.concatenate([part.sequences for part in parts])
         self.edges = np.concatenate([part.edges for part in parts])
         self.labelled = np.concatenate([part.labelled for part in parts])
+        self.reference: ReferenceLogps | None = None  # of a stream there is none
 
     def __getitem__(self, index: int) -> TokenGroup:
         place = int(np.searchsorted(self._ends, index, side="right"))

@@ -55,15 +55,17 @@ def plan_step(
     ends = np.cumsum((groups.sequences[indices], groups.edges[indices]), axis=1)  # (2, B)
     places = np.concatenate((np.zeros_like(ends[:, :1]), ends[:, :-1]), axis=1).T.tolist()
     plan = plan_micro_batches(groups.lengths[indices], rules.budget, shard.world_size)[shard.rank]
+    known = groups.reference
     batches = [
         pack(
             [groups[indices[p]] for p in positions],
             scale,
             places=[places[p] for p in positions],
             token_scale=token_scale,
+            ref_logps=None if known is None else [known[indices[p]] for p in positions],
         )
         if positions
-        else filler()
+        else filler(with_reference=known is not None)
         for positions in plan
     ]
     return Step(batches, *ends[:, -1].tolist())

@@ -10,6 +10,7 @@ from madpo.trainer.config import Config
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.progress import metrics_table
 from madpo.trainer.stages.quantiles import resolve_quantiles
+from madpo.trainer.stages.reference import with_reference
 from madpo.trainer.stages.setup import load_data, start_engine
 from madpo.trainer.state import TrainState
 
@@ -27,9 +28,10 @@ def run_evaluation(config: Config) -> None:
         config = config.model_copy(update={"objective": params})
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, training=False)
-    assert data.held_out is not None
     shard = dist.init(config.launch.timeout_minutes)
     config = resolve_quantiles(config, data, tokenizer, shard)
+    data, _ = with_reference(config, data, tokenizer, shard, training=False)
+    assert data.held_out is not None
     tag = checkpoint.latest(folder / "checkpoints", checkpoint.model_identity(config, shard))
     engine = start_engine(config, tokenizer, training=tag is not None)
     state = checkpoint.load(engine, folder / "checkpoints", tag) if tag else TrainState()
