@@ -19,8 +19,8 @@ from zero3 import zero3_steps
 from madpo.trainer import reference_cache
 from madpo.trainer.checkpoint import identity
 from madpo.trainer.config import Config
+from madpo.trainer.data.feed import with_logps
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.reference_logps import with_logps
 from madpo.trainer.dist import Shard
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.stages import reference
@@ -157,6 +157,14 @@ def test_what_is_written_depends_on_ranks_and_budget_by_rounding_only(config, tm
     assert one.keys() == two.keys() and len(one) == 2
     for count, logps in one.items():
         assert logps.dtype == np.float32 and np.abs(logps - two[count]).max() < 2e-5
+
+
+def test_narrow_weights_are_scored_again_within_their_rounding(config):
+    """Also where every rank holds them whole."""
+    narrow = changed(config, train={"bf16": True}, deepspeed=STAGE_2)
+    for again in (False, True):
+        remarks = run_ranks(2, score, changed(narrow, train={"micro_batch_tokens": 512 if again else 128}))[0]
+        assert all(("scored again" in remark) is again for remark in remarks)
 
 
 def tamper(config: Config, count: int, place: int, by: float) -> Path:

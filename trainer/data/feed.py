@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -52,6 +53,18 @@ class Feed(Protocol):
 def content_of(groups: GroupDataset) -> str:
     """What a continuation of a run on these groups must find again."""
     return f"{len(groups)} groups, {groups.fingerprint}"
+
+
+def with_logps(
+    groups: GroupDataset,
+    flat: np.ndarray,  # (M,) float32, of all completion tokens
+) -> GroupDataset:
+    """The same groups, with what the reference thinks of them."""
+    starts = np.concatenate(([0], np.cumsum(groups.completion_tokens, dtype=np.int64)))
+    assert len(flat) == starts[-1]
+    out = copy.copy(groups)
+    out.reference = ReferenceLogps(flat, starts)
+    return out
 
 
 class WholeSet:

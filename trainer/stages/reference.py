@@ -21,10 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer import dist, reference_cache
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
-from madpo.trainer.data.feed import Feed, WholeSet
+from madpo.trainer.data.feed import Feed, WholeSet, with_logps
 from madpo.trainer.data.loader import Step, StepRules, evaluation_steps, plan_step, step_rules
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.reference_logps import with_logps
 from madpo.trainer.dist import Shard
 from madpo.trainer.engine import build_engine, deepspeed_config
 from madpo.trainer.errors import UserError
