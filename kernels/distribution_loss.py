@@ -29,7 +29,7 @@ class RowStatistics(NamedTuple):
     token_logps: Tensor  # (m,) log p(target), differentiable
     ref_token_logps: Tensor | None  # (m,)
     log_collisions: Tensor  # (m,) log sum_v p_v^2, a constant
-    kl: Tensor | None  # (m,) sum_v q_v (log q_v - log p_v), q the reference's; differentiable
+    kl: Tensor | None  # (m,) sum_v q_v (log q_v - log p_v), q the reference's where known; differentiable
 
     def detach(self) -> RowStatistics:
         logps, ref_logps, collisions, kl = self
@@ -63,7 +63,8 @@ def distribution_loss(
     """scale * sum of the losses, with gradients to `hidden`, `weight` and `bias`, formed in forward.
 
     Waves of whole groups take about `budget_bytes`; a larger group is a wave of its own. The reference is
-    given by its hidden states and weight. Raises ValueError for shapes that contradict each other.
+    given by its hidden states and weight, or by the log-probs of the targets, which tell no KL. Raises
+    ValueError for shapes that contradict each other.
     """
     require_head(hidden, weight, bias, targets)
     groups.check(len(targets))
@@ -132,7 +133,9 @@ def _statistics(
 ) -> RowStatistics:
     logps = _log_softmax(hidden, weight, bias, transform)
     collisions = torch.logsumexp(2 * logps.detach(), 1)
-    ref_token_logps = kl = None
+    ref_token_logps, kl = reference.token_logps, None
+    if ref_token_logps is not None:
+        ref_token_logps = ref_token_logps[rows].to(logps)
     if reference.hidden is not None and reference.weight is not None:
         with torch.no_grad():
             ref_hidden, ref_weight = reference.hidden[rows].to(hidden), reference.weight.to(hidden)

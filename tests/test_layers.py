@@ -45,6 +45,7 @@ LAYERS = [
     "madpo.trainer.endpoint",
     "madpo.trainer.judges",
     "madpo.trainer.parts",
+    "madpo.trainer.reference_cache",
     "madpo.trainer.progress",
     "madpo.trainer.page",
     "madpo.trainer.report",

@@ -14,6 +14,7 @@ from madpo.trainer.engine import train_step
 from madpo.trainer.metrics import Meter
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.objectives.base import BatchState
+from madpo.trainer.stages.reference import with_reference
 from madpo.trainer.stages.setup import load_data, start_engine
 
 
@@ -22,7 +23,8 @@ def zero3_steps(shard, config: Config, steps: int) -> list[tuple[float, dict[str
     from deepspeed.utils import safe_get_full_grad
 
     tokenizer = load_tokenizer(config.model)
-    groups = load_data(config, tokenizer, training=True).train
+    data, _ = with_reference(config, load_data(config, tokenizer, True), tokenizer, shard, training=True)
+    groups = data.train
     assert groups is not None
     engine = start_engine(config, tokenizer, training=True)
     order = DataOrder(len(groups), config.seed)

@@ -101,6 +101,7 @@ def validate(config: Config) -> None:
                 f"model.ref_model_name_or_path: {config.objective.loss_type} needs a reference, and a "
                 "model from scratch is none; name a trained model, or train with loss_type nll first"
             )
+    _validate_reference(config)
     if model.ref_model_name_or_path is not None and not config.objective_entry.needs_reference:
         raise UserError(f"model.ref_model_name_or_path: {config.objective.loss_type} uses no reference")
     if model.sync_ref_model and not config.objective_entry.needs_reference:
@@ -158,6 +159,38 @@ def validate_peft(config: Config, peft: PeftConfig) -> None:
         raise UserError(
             "train.export_merged: the base is quantised; export the adapter, and merge it with peft into the "
             "weights as they were before"
+        )
+
+
+def _validate_reference(config: Config) -> None:
+    model, entry, name = config.model, config.objective_entry, config.objective.loss_type
+    if model.reference == "auto":
+        return
+    if model.reference == "none" and entry.needs_reference:
+        raise UserError(f"model.reference: none, but {name} compares with a reference; set auto")
+    if model.reference != "none" and not entry.needs_reference:
+        raise UserError(f"model.reference: {model.reference}, but {name} uses no reference; set auto or none")
+    if model.reference == "adapter" and model.ref_model_name_or_path is not None:
+        raise UserError(
+            "model.reference: adapter is the policy without its adapter, and model.ref_model_name_or_path "
+            "names a model; leave the name out, or set joint or cached"
+        )
+    if model.reference != "cached":
+        return
+    if model.sync_ref_model:
+        raise UserError(
+            "model.reference: cached log-probs are of a reference that stays; set joint, or "
+            "sync_ref_model=false"
+        )
+    if config.data.streaming:
+        raise UserError(
+            "model.reference: cached needs the whole set before training, which a stream never "
+            "has; set auto, or data.streaming=false"
+        )
+    if "kl" in entry.needs:
+        raise UserError(
+            f"model.reference: cached keeps the log-prob of each completion token, and {name} "
+            "looks at the reference's whole distribution; set auto"
         )
 
 

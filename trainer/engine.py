@@ -31,6 +31,8 @@ def deepspeed_config(config: Config, training: bool = True) -> dict[str, Any]:
     }
     user = dict(config.deepspeed)
     zero |= user.pop("zero_optimization", {})
+    if not training and zero["stage"] < 3:
+        zero["stage"] = 0  # no optimiser to shard, and DeepSpeed refuses to
     out: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # bookkeeping only: micro-batches are packed to a budget
         "gradient_accumulation_steps": 1,

@@ -63,7 +63,9 @@ class PreferenceHead(nn.Module):
         """The loss (), and of each row (M,) what `scored_span` takes: token_logps, ref_token_logps, ..."""
         inputs = hidden, self.weight, batch.targets
         groups = Groups(batch.lengths, batch.group_sequences, batch.group_edges, batch.winners, batch.losers)
-        reference = Reference(ref_hidden, self.ref_weight, self.ref_bias) if ref_hidden is not None else None
+        reference = Reference(token_logps=batch.ref_token_logps)
+        if ref_hidden is not None:
+            reference = Reference(ref_hidden, self.ref_weight, self.ref_bias)
         options: Any = {
             "bias": self.bias,
             "transform": self.transform,

@@ -20,6 +20,11 @@ class ModelConfig(Section):
     ref_model_name_or_path: str | None = Field(
         default=None, description="frozen reference; null is the model that training starts from"
     )
+    reference: Literal["auto", "joint", "cached", "adapter", "none"] = Field(
+        default="auto",
+        description="joint: a model beside the policy; adapter: the policy without its adapter; cached: "
+        "scored once, before training; auto: none, adapter or joint, by objective and model",
+    )
     sync_ref_model: bool = Field(default=False, description="move the reference towards the policy (TR-DPO)")
     ref_model_mixup_alpha: float = Field(default=0.6, gt=0, le=1, description="share of the policy in a move")
     ref_model_sync_steps: int = Field(default=512, ge=1, description="optimiser steps between moves")

@@ -71,6 +71,31 @@ def test_equals_autograd_on_naive_logits(budget, transform, with_bias):
             assert relative_error(leaf.grad, truth.grad) < 1e-12
 
 
+def test_log_probs_that_were_scored_before_take_the_place_of_the_reference():
+    """All but the KL, which they do not tell."""
+    hidden, ref_hidden = torch.randn(2, M, H, dtype=torch.float64)
+    weight, ref_weight = torch.randn(2, V, H, dtype=torch.float64)
+    targets = torch.randint(0, V, (M,))
+    lengths = tuple(n for group in GROUPS for n in group)
+    groups = Groups(lengths, (2, 2), (1, 1), torch.tensor([0, 2]), torch.tensor([1, 3]))
+
+    def loss(rows: RowStatistics, span: Span) -> torch.Tensor:
+        assert rows.ref_token_logps is not None
+        return torch.sin(rows.token_logps - rows.ref_token_logps).sum()
+
+    def run(reference: Reference) -> tuple[Any, torch.Tensor]:
+        leaf = hidden.clone().requires_grad_()
+        out = distribution_loss(leaf, weight, targets, groups, loss, reference, budget_bytes=1)
+        out.loss.backward()
+        assert leaf.grad is not None
+        return out, leaf.grad
+
+    want, want_gradient = run(Reference(ref_hidden, ref_weight))
+    got, gradient = run(Reference(token_logps=want.rows.ref_token_logps))
+    assert torch.equal(got.loss, want.loss) and torch.equal(gradient, want_gradient)
+    assert torch.equal(got.rows.ref_token_logps, want.rows.ref_token_logps) and got.rows.kl is None
+
+
 def test_without_gradients_nothing_but_the_statistics_is_formed():
     hidden, weight = torch.randn(3, H), torch.randn(V, H, requires_grad=True)
     groups = Groups((1, 2), (2,), (1,), torch.tensor([0]), torch.tensor([1]))

@@ -122,6 +122,16 @@ ERRORS = [
     (["model.attention=flash", "train.bf16=false"], r"flash computes in bf16"),
     (["train.eval_steps=5"], r"nothing to evaluate on"),
     (["objective={loss_type: nll}", "model.ref_model_name_or_path=x"], r"nll uses no reference"),
+    (["objective={loss_type: nll}", "model.reference=cached"], r"cached, but nll uses no reference"),
+    (["model.reference=none"], r"none, but madpo compares with a reference; set auto"),
+    (["model.reference=of"], r"model\.reference: Input should be 'auto', 'joint', 'cached'"),
+    (["model={model_name_or_path: m, ref_model_name_or_path: x, reference: adapter}"], r"leave the name out"),
+    (["model.reference=cached", "model.sync_ref_model=true"], r"are of a reference that stays"),
+    (
+        ["model.reference=cached", "data.streaming=true", "train.max_steps=4"],
+        r"needs the whole set before training, which a stream never has",
+    ),
+    (["model.reference=cached", "objective={loss_type: tdpo}"], r"the reference's whole distribution"),
     (["output_dir.x=1"], r"output_dir is a value, not a section"),
     (["optim.lr=[1"], r"override 'optim\.lr=\[1'"),
 ]

@@ -148,6 +148,7 @@ RESUMED = {
     },
     "mismatched": {"objective": {"loss_type": "kto"}},
     "distributions": {"objective": {"loss_type": "tdpo"}},
+    "cached-reference": {"model": {"reference": "cached"}},
     "moving-reference": {"model": {"sync_ref_model": True, "ref_model_sync_steps": 2}},
 }
 

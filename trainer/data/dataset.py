@@ -30,6 +30,7 @@ from madpo.trainer.data.folds import hash_of_prompt
 from madpo.trainer.data.formats import parse_json_line
 from madpo.trainer.data.order import permutation
 from madpo.trainer.data.packing import check_budget
+from madpo.trainer.data.reference_logps import ReferenceLogps
 from madpo.trainer.data.rows import RowRules, choose_adapter, read_row
 from madpo.trainer.data.shapes import Shapes
 from madpo.trainer.data.source import Source, open_source
@@ -79,6 +80,7 @@ class GroupDataset:
         self.edges = _column(table, "num_edges")  # (G,)
         self.counted_edges = self.edges  # (G,) of the mean, of which some views compute a part only
         self.labelled = _column(table, "num_labels")  # (G,) sequences that are desirable or not
+        self.reference: ReferenceLogps | None = None
 
     @cached_property
     def rows(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.order import DataOrder
+from madpo.trainer.data.reference_logps import ReferenceLogps
 from madpo.trainer.data.shapes import Shapes, joined
 from madpo.trainer.data.tokenise import TokenGroup
 
@@ -22,6 +24,7 @@ class Groups(Protocol):
     edges: np.ndarray  # (G,)
     counted_edges: np.ndarray  # (G,) of the mean, of which some views compute a part only
     labelled: np.ndarray  # (G,) sequences that are desirable or not
+    reference: ReferenceLogps | None  # if it was scored before
 
     def __getitem__(self, index: int) -> TokenGroup: ...
 
@@ -58,6 +61,18 @@ def content_of(groups: GroupDataset) -> str:
     return f"{len(groups)} groups, {groups.fingerprint}"
 
 
+def with_logps(
+    groups: GroupDataset,
+    flat: np.ndarray,  # (M,) float32, of all completion tokens
+) -> GroupDataset:
+    """The same groups, with what the reference thinks of them."""
+    starts = np.concatenate(([0], np.cumsum(groups.completion_tokens, dtype=np.int64)))
+    assert len(flat) == starts[-1]
+    out = copy.copy(groups)
+    out.reference = ReferenceLogps(flat, starts)
+    return out
+
+
 class WholeSet:
     """A data set that is known as a whole, in the order of `data.order`, or drawn by weights (G,)."""
 
@@ -73,6 +88,12 @@ class WholeSet:
         self.num_groups: int | None = len(groups)
         self._groups, self._report = groups, report
         self._order = DataOrder(len(groups), seed, groups.ease(order), weights)
+
+    def seeing(self, groups: GroupDataset) -> WholeSet:
+        """The same order of the same groups, about which more is known."""
+        out = copy.copy(self)
+        out._groups = groups
+        return out
 
     def take(self, consumed: int, count: int) -> tuple[Groups, np.ndarray]:
         return self._groups, self._order.take(consumed, count)
@@ -96,6 +117,7 @@ class Chained:
         self.edges = np.concatenate([part.edges for part in parts])
         self.counted_edges = np.concatenate([part.counted_edges for part in parts])
         self.labelled = np.concatenate([part.labelled for part in parts])
+        self.reference: ReferenceLogps | None = None  # of a stream there is none
 
     def __getitem__(self, index: int) -> TokenGroup:
         place = int(np.searchsorted(self._ends, index, side="right"))

@@ -72,15 +72,17 @@ def plan_step(
     # group must not move to another micro-batch by it.
     costs = rules.cost.model.of(shapes)
     plan = plan_micro_batches(groups.lengths[indices], rules.budget, shard.world_size, costs)
+    known = groups.reference
     batches = [
         pack(
             [groups[indices[p]] for p in positions],
             scale,
             places=[places[p] for p in positions],
             token_scale=token_scale,
+            ref_logps=None if known is None else [known[indices[p]] for p in positions],
         )
         if positions
-        else filler()
+        else filler(with_reference=known is not None)
         for positions in plan[shard.rank]
     ]
     totals = int(groups.sequences[indices].sum()), int(groups.edges[indices].sum())

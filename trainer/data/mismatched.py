@@ -23,7 +23,7 @@ class MismatchedDataset(GroupDataset):
     """
 
     def __init__(self, groups: GroupDataset, seed: int, max_length: int) -> None:
-        super().__init__(groups.table, groups.name, groups.fingerprint)
+        super().__init__(groups.table, groups.name, f"{groups.fingerprint}, mismatched by {seed}")
         if len(groups) < 2:
             raise UserError(f"{groups.name}: one prompt is too few, each needs the completion of another")
         if ((groups.labelled > 0) & (groups.labelled < groups.sequences)).any():

@@ -58,6 +58,7 @@ class PackedBatch:
     token_scale: float = 0.0  # factor on what is summed over packed tokens
     is_filler: bool = False  # keeps a rank in step that has no groups left; counts for nothing
     edge_weights: Tensor | None = None  # (E,) in place of those that the objective gives
+    ref_token_logps: Tensor | None = None  # (M,) where the reference was scored before
     slopes: Tensor | None = None  # (S,) of the losses' sum in the sequences' log-probs, where known before
 
     def to(self, device: torch.device | str) -> Self:
@@ -81,6 +82,7 @@ def pack(
     is_filler: bool = False,
     places: Sequence[tuple[int, int]] | None = None,
     token_scale: float = 0.0,
+    ref_logps: Sequence[np.ndarray] | None = None,  # of each group (m,) float32
 ) -> PackedBatch:
     """Pack whole groups into one row, in the order given.
 
@@ -147,6 +149,7 @@ def pack(
         token_scale=token_scale,
         is_filler=is_filler,
         edge_weights=torch.tensor(weights, dtype=torch.float64) if weights else None,
+        ref_token_logps=None if ref_logps is None else torch.from_numpy(np.concatenate(ref_logps)),
     )
 
 
@@ -158,10 +161,11 @@ def _joined(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0, np.int64))
 
 
-def filler() -> PackedBatch:
+def filler(with_reference: bool = False) -> PackedBatch:
     """A smallest batch with weight zero, for a rank without groups: every rank must run the same
     number of forward and backward passes, or ZeRO-3's collectives hang."""
-    batch = pack([TokenGroup([0], [[0]], [])], scale=0.0, is_filler=True)
+    ref_logps = [np.zeros(1, np.float32)] if with_reference else None
+    batch = pack([TokenGroup([0], [[0]], [])], scale=0.0, is_filler=True, ref_logps=ref_logps)
     return dataclasses.replace(batch, sequence_places=batch.sequence_places[:0])
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.flat import ranges, sums
@@ -45,7 +46,8 @@ class TrimmedDataset(GroupDataset):
         factors: np.ndarray | None = None,  # (E,) of all edges, in place of the objective's weights
     ) -> None:
         assert groups.edges.all()
-        super().__init__(groups.table, groups.name, groups.fingerprint)
+        seen = xxhash.xxh3_64_hexdigest(np.packbits(keep).tobytes() + chosen.astype(np.int64).tobytes())
+        super().__init__(groups.table, groups.name, f"{groups.fingerprint}, trimmed {seen}")
         self._groups, self._keep, self._chosen, self._factors = groups, keep, chosen, factors
         self._firsts = np.cumsum(groups.edges) - groups.edges
         kept = sums(keep.astype(np.int64), groups.edges)

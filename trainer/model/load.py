@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,33 +63,16 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
     """Policy, reference where the objective needs one, and head; or a reward model. Raises ValueError for
     a model that cannot be loaded or does not fit its tokenizer."""
     entry, model = config.objective_entry, config.model
-    prefix_attention.register()
-    prefix_attention.require(model.attention)
-    attention = prefix_attention.NAMES[model.attention]
-    dtype = torch.bfloat16 if config.train.bf16 else torch.float32
-    torch.manual_seed(config.seed)
-    rewards = "scores" in entry.needs
-    kind: Any = AutoModelForSequenceClassification if rewards else AutoModelForCausalLM
-    options = {"num_labels": 1} if rewards else {}
-    load = partial(_load, config, dtype=dtype, attention=attention, kind=kind, **options)
-    adapter = _stored_adapter(config, model.model_name_or_path, model.model_revision)
-    if model.init_config:
-        policy = _from_scratch(model, tokenizer, dtype, attention, kind, **options)
-    else:
-        if adapter is not None:
-            lora.refuse_contradictions(adapter, config.peft or PeftConfig())
-        policy = load(model.model_name_or_path, model.model_revision, adapter)
-        if config.peft is not None and adapter is None:
-            start = str(model.model_name_or_path), model.model_revision
-            lora.attach(policy, lora.new_config(config.peft, *start, rewards), lora.POLICY)
-    fit_vocabulary(policy, len(tokenizer), model.resize_embeddings)
+    options = _options(config)
+    policy, adapter = _policy(config, tokenizer, options)
     if model.freeze:
         freeze(policy, model.freeze)
     if config.train.export_merged and not lora.is_adapted(policy):
         raise UserError("train.export_merged: the model has no adapter; leave it false")
-    reference = _reference(config, policy, adapter, load) if entry.needs_reference else None
+    is_scored = entry.needs_reference and model.reference != "cached"
+    reference = _reference(config, policy, adapter, options) if is_scored else None
     _spend_time_or_memory(policy, reference, config)
-    if rewards:
+    if "scores" in entry.needs:
         padding_token(tokenizer)
         return RewardModel(policy, entry, config.objective)
     budget_bytes = int(config.train.head_gib * 2**30)
@@ -113,12 +94,58 @@ def _spend_time_or_memory(policy: PreTrainedModel, reference: Reference | None, 
         offload_layers(policy)
 
 
+def load_reference(config: Config, tokenizer: PreTrainedTokenizerBase) -> Reference:
+    """The reference alone: of an adapter its base model with the adapter off, or as it was. Raises ValueError
+    as above."""
+    name, options = config.model.ref_model_name_or_path, _options(config)
+    if name is None:
+        policy, adapter = _policy(config, tokenizer, options)
+        return _without_adapter(policy, adapter) if lora.is_adapted(policy) else Reference(policy)
+    model = _load(config, name, None, _stored_adapter(config, name, None), **options)
+    fit_vocabulary(model, len(tokenizer), config.model.resize_embeddings)
+    return Reference(model)
+
+
+def _options(config: Config) -> dict[str, Any]:
+    """How the models of a run are loaded, whichever they are; the draws of what is new begin here."""
+    prefix_attention.register()
+    prefix_attention.require(config.model.attention)
+    torch.manual_seed(config.seed)
+    rewards = "scores" in config.objective_entry.needs
+    return {
+        "dtype": torch.bfloat16 if config.train.bf16 else torch.float32,
+        "attention": prefix_attention.NAMES[config.model.attention],
+        "kind": AutoModelForSequenceClassification if rewards else AutoModelForCausalLM,
+        **({"num_labels": 1} if rewards else {}),
+    }
+
+
+def _policy(
+    config: Config, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> tuple[PreTrainedModel, lora.StoredAdapter | None]:
+    """The model that training starts from, and the adapter if its name is that of one."""
+    model = config.model
+    adapter = _stored_adapter(config, model.model_name_or_path, model.model_revision)
+    if model.init_config:
+        policy = _from_scratch(model, tokenizer, **options)
+    else:
+        if adapter is not None:
+            lora.refuse_contradictions(adapter, config.peft or PeftConfig())
+        start = str(model.model_name_or_path), model.model_revision
+        policy = _load(config, *start, adapter, **options)
+        if config.peft is not None and adapter is None:
+            rewards = "scores" in config.objective_entry.needs
+            lora.attach(policy, lora.new_config(config.peft, *start, rewards), lora.POLICY)
+    fit_vocabulary(policy, len(tokenizer), model.resize_embeddings)
+    return policy, adapter
+
+
 def load_sampler(config: Config, name: str, revision: str | None) -> PreTrainedModel:
     """A language model to sample from, with the adapter on it if its name is that of one, and transformers'
     own attention. Raises ValueError as above."""
     dtype = torch.bfloat16 if config.train.bf16 else torch.float32
     options: Any = {"dtype": dtype, "attention": None, "kind": AutoModelForCausalLM}
-    return _load(config, name, revision, _adapter_named(config, name, revision), **options).eval()
+    return _load(config, name, revision, adapter_named(config, name, revision), **options).eval()
 
 
 def folder_of(name: str) -> str:
@@ -138,36 +165,43 @@ def state_of_files(name: str) -> list[tuple[str, int, int]]:
 
 
 def _reference(
-    config: Config, policy: PreTrainedModel, adapter: lora.StoredAdapter | None, load: Callable[..., Any]
+    config: Config, policy: PreTrainedModel, adapter: lora.StoredAdapter | None, options: dict[str, Any]
 ) -> Reference:
-    """The model named, or the one that training starts from: with an adapter on the policy, the policy's own
-    weights without it, or with a frozen copy of the adapter if that was trained before."""
+    """What is scored beside the policy: the model named, the policy without its adapter, or a frozen copy of
+    the model that training starts from."""
     model = config.model
-    if model.ref_model_name_or_path is None and lora.is_adapted(policy):
-        if adapter is not None:
-            lora.attach(policy, adapter.config, lora.REFERENCE, adapter.weights)
-        return Reference(policy, lora.switch(policy, None if adapter is None else lora.REFERENCE))
     named = model.ref_model_name_or_path
-    source = named or model.model_name_or_path, None if named else model.model_revision
-    reference = load(*source, _stored_adapter(config, *source))
+    if model.reference == "adapter" and not lora.is_adapted(policy):
+        raise UserError("model.reference: adapter, but the model has none; add a section peft, or set joint")
+    if named is None and lora.is_adapted(policy) and model.reference != "joint":
+        return _without_adapter(policy, adapter)
+    source = str(named or model.model_name_or_path), None if named else model.model_revision
+    reference = _load(config, *source, _stored_adapter(config, *source), **options)
     if model.resize_embeddings:
         add_rows(reference, policy.config.vocab_size)
-    _same_vocabulary(policy, reference)
+    refuse_other_vocabulary(policy.config.vocab_size, reference.config.vocab_size)
     if model.sync_ref_model:
         _same_shapes(policy, reference)
     return Reference(reference)
 
 
+def _without_adapter(policy: PreTrainedModel, adapter: lora.StoredAdapter | None) -> Reference:
+    """The policy's own weights without its adapter, or with a frozen copy of it if it was trained before."""
+    if adapter is not None:
+        lora.attach(policy, adapter.config, lora.REFERENCE, adapter.weights)
+    return Reference(policy, lora.switch(policy, None if adapter is None else lora.REFERENCE))
+
+
 def _stored_adapter(config: Config, name: str | None, revision: str | None) -> lora.StoredAdapter | None:
     """The adapter of that name, if it is one. Raises ValueError for one that cannot be used in this run."""
-    adapter = _adapter_named(config, name, revision)
+    adapter = adapter_named(config, name, revision)
     if adapter is not None:
         settings = config.peft or PeftConfig()
         validate_peft(config, settings.model_copy(update={"use_dora": adapter.config.use_dora}))
     return adapter
 
 
-def _adapter_named(config: Config, name: str | None, revision: str | None) -> lora.StoredAdapter | None:
+def adapter_named(config: Config, name: str | None, revision: str | None) -> lora.StoredAdapter | None:
     """The adapter of that name, if it is one. peft.base_model_name_or_path is the base of the config's own
     model alone. Raises ValueError if that is no adapter."""
     own = config.model.model_name_or_path
@@ -303,8 +337,8 @@ def _same_shapes(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
         )
 
 
-def _same_vocabulary(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
-    ours, theirs = policy.config.vocab_size, reference.config.vocab_size
+def refuse_other_vocabulary(ours: int, theirs: int) -> None:
+    """Raise ValueError unless policy and reference have as many tokens."""
     if ours != theirs:
         raise UserError(
             f"policy and reference have vocabularies of {ours} and {theirs} tokens; the reference must "

@@ -34,6 +34,7 @@ class PolicyWithReference(nn.Module):
     """Scores a packed batch under both models and hands the completion rows to the loss head.
 
     The reference has no gradient and no optimiser state; a model of its own stays in evaluation mode.
+    Without one, batches carry the log-probs that it gave before.
     """
 
     def __init__(
@@ -47,7 +48,6 @@ class PolicyWithReference(nn.Module):
         balance: ExpertBalance | None = None,
     ) -> None:
         super().__init__()
-        assert (reference is not None) or not objective.needs_reference
         self.policy, self.compared_with = policy, reference
         self.balance = balance
         self.stats: dict[str, Tensor] = {}  # (), of the last batch, means over its tokens
@@ -81,6 +81,7 @@ class PolicyWithReference(nn.Module):
         hidden = output.last_hidden_state[0].index_select(0, batch.rows)
         ref_hidden = None
         reference = self.compared_with
+        assert reference is None or batch.ref_token_logps is None, "a reference, and its log-probs, too"
         if reference is not None and batch.slopes is None:
             with torch.no_grad(), reference.state():
                 ref_hidden = scored_hidden(reference.model, batch, table)

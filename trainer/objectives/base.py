@@ -233,7 +233,8 @@ NEEDS = {
     "mismatched": "completions that were written for another prompt",
     "scores": "a reward model's scores in place of log-probs",
     "tokens": "log-probs of single tokens: the function takes `Scored`",
-    "distributions": "log_collisions and kl of `Scored`, from a slower head",
+    "distributions": "log_collisions of `Scored`, and kl where the reference is at hand, from a slower head",
+    "kl": "kl of `Scored`, which the reference's log-probs do not tell; distributions, too",
     "batch": "all items of the step at once",
 }
 

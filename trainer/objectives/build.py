@@ -71,7 +71,8 @@ FIELDS = {
     "lengths": ("chosen_lengths", "rejected_lengths", "lengths"),
     "margins": ("margins",),
     "labels": ("labels",),
-    "distributions": ("log_collisions", "kl"),
+    "distributions": ("log_collisions",),
+    "kl": ("kl",),
 }
 """Where the scores hold what an objective needs; of these names, each kind of scores has some."""
 

@@ -72,7 +72,7 @@ class TDPOParams(Params):
     )
 
 
-@objective(TDPOParams, {"reference", "distributions"})
+@objective(TDPOParams, {"reference", "distributions", "kl"})
 def tdpo(scored: Scored, params: TDPOParams) -> Outcome:
     """L = -log sigmoid(beta (D - alpha (K_l - sg[K_w]))), K = sum_t KL(pi_ref || pi) of the distributions.
 

@@ -10,6 +10,7 @@ from madpo.trainer.config import Config
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.progress import metrics_table
 from madpo.trainer.stages.quantiles import resolve_quantiles
+from madpo.trainer.stages.reference import with_reference
 from madpo.trainer.stages.setup import load_data, start_engine, weighed
 from madpo.trainer.state import TrainState
 
@@ -30,6 +31,7 @@ def run_evaluation(config: Config) -> None:
     shard = dist.init(config.launch.timeout_minutes)
     config = resolve_quantiles(config, data, tokenizer, shard)
     data = weighed(data, config)
+    data, _ = with_reference(config, data, tokenizer, shard, training=False)
     assert data.held_out is not None
     tag = checkpoint.latest(folder / "checkpoints", checkpoint.model_identity(config, shard))
     engine = start_engine(config, tokenizer, training=tag is not None)

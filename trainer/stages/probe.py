@@ -106,7 +106,7 @@ def _path(config: Config) -> Path:
 
 def _supervised(config: Config) -> Config:
     """The same model and data, with nothing but log-probs asked of them."""
-    model = config.model.model_copy(update={"ref_model_name_or_path": None})
+    model = config.model.model_copy(update={"ref_model_name_or_path": None, "reference": "auto"})
     data = config.data.model_copy(
         update={"order": "shuffled"}
     )  # completions alone have no margins to sort by

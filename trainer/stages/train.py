@@ -24,6 +24,11 @@ from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.progress import Progress
 from madpo.trainer.stages.export import export_model
 from madpo.trainer.stages.quantiles import resolve_quantiles
+from madpo.trainer.stages.reference import (
+    reference_remarks,
+    refuse_unless_policy_fits,
+    with_reference,
+)
 from madpo.trainer.stages.setup import Data, load_data, start_engine, weighed
 from madpo.trainer.state import TrainState
 
@@ -42,12 +47,16 @@ def run_training(config: Config, command: str) -> None:
     lock = claim(folder, shard)
     config = resolve_quantiles(config, data, tokenizer, shard)
     data = weighed(data, config)
+    assert data.feed is not None
+    run = checkpoint.identity(config, shard, data.feed.content)
+    tag = checkpoint.latest(checkpoints, run)
+    data, cached = with_reference(config, data, tokenizer, shard, training=True)
     feed = data.feed
     assert feed is not None
-    run = checkpoint.identity(config, shard, feed.content)
-    tag = checkpoint.latest(checkpoints, run)
     engine = start_engine(config, tokenizer, training=True)
     state = checkpoint.load(engine, checkpoints, tag) if tag else TrainState()
+    if cached is not None:
+        refuse_unless_policy_fits(config, engine, feed, shard, cached, is_fresh=tag is None)
 
     with ExitStack() as cleanup:
         sinks: list[Callable[[loop.Record], None]] = []
@@ -59,7 +68,8 @@ def run_training(config: Config, command: str) -> None:
             progress = Progress(loop.plan_run(config, feed.num_groups).total_steps)
             cleanup.callback(progress.close)
             parameters = count_parameters(engine.module.policy)
-            remarks = expert_remarks(engine.module.policy, config.model.router_aux_loss_coef)
+            remarks = reference_remarks(config, engine.module, feed, cached)
+            remarks += expert_remarks(engine.module.policy, config.model.router_aux_loss_coef)
             progress.announce(config, data.report, state, shard, engine.device, parameters, remarks)
             sinks = [metrics.write, progress.show]
         barrier()

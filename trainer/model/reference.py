@@ -1,0 +1,82 @@
+"""The reference by itself: a module that scores, and what tells one reference from another."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from madpo.trainer.config import Config
+from madpo.trainer.data.packing import PackedBatch
+from madpo.trainer.errors import UserError
+from madpo.trainer.head import Impl, PreferenceHead
+from madpo.trainer.model.load import adapter_named
+from madpo.trainer.model.policy import Reference, output_head, scored_hidden
+from madpo.trainer.model.prefix_attention import SegmentTable
+from madpo.trainer.objectives.registry import OBJECTIVES
+from madpo.trainer.objectives.sft import NLLParams
+
+FILES_READ = {".safetensors", ".bin"}
+CONFIGS_READ = ("config.json", "adapter_config.json")
+
+
+class ReferenceAlone(nn.Module):
+    """Scores packed batches as the reference beside a policy does, row for row by the same operations."""
+
+    def __init__(self, reference: Reference, budget_bytes: int, impl: Impl = "auto") -> None:
+        super().__init__()
+        self.model, self._state = reference.model.requires_grad_(False).eval(), reference.state
+        with reference.state():
+            head = output_head(reference.model)
+        self.head = PreferenceHead(head, None, OBJECTIVES["nll"], NLLParams(), budget_bytes, impl)
+
+    @torch.no_grad()
+    def forward(self, batch: PackedBatch) -> Tensor:  # (M,)
+        with self._state():
+            hidden = scored_hidden(self.model, batch, SegmentTable(batch.segments))
+        _, token_logps, *_ = self.head(hidden, None, batch)
+        assert token_logps is not None
+        return token_logps
+
+
+def weights_of_reference(config: Config) -> dict[str, Any]:
+    """Which weights the reference has, by content, as plain JSON. Raises ValueError if it cannot be told."""
+    model = config.model
+    named = model.ref_model_name_or_path
+    source = str(named or model.model_name_or_path), None if named else model.model_revision
+    adapter = adapter_named(config, *source)
+    out = {"weights": _content(*source)}
+    if adapter is not None:
+        out["weights of the adapter's base"] = _content(adapter.base, adapter.config.revision)
+    return out
+
+
+def _content(name: str, revision: str | None) -> dict[str, str]:
+    """File -> hash of its content; of a name on the hub its commit."""
+    folder = Path(name)
+    if folder.is_dir():
+        files = sorted(x for x in folder.iterdir() if x.suffix in FILES_READ or x.name in CONFIGS_READ)
+        with ThreadPoolExecutor(4) as readers:
+            return dict(zip([file.name for file in files], readers.map(_hash, files), strict=True))
+    options: Any = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    found = (cached_file(name, config, **options) for config in CONFIGS_READ)
+    commit = extract_commit_hash(next((str(file) for file in found if file), None), None)
+    if commit is None:
+        raise UserError(
+            f"model.reference: cached cannot tell which commit of {name!r} is used; download it and name "
+            "the folder, or set model.reference=auto"
+        )
+    return {name: commit}
+
+
+def _hash(file: Path) -> str:
+    content = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            content.update(block)
+    return content.hexdigest()
