@@ -85,7 +85,7 @@ def _meet(
         won, lost = places[scores.winners].double(), places[scores.losers].double()
         edges[:, batch.edge_places] = torch.stack((won, lost, scores.margins))
     dist.all_reduce(flat)
-    flat = flat.cpu()
+    flat = flat.cpu() / step.copies
     logps, ref_logps, lengths, labels = flat[: 4 * step.num_sequences].view(4, -1).unbind()
     winners, losers, margins = flat[4 * step.num_sequences :].view(3, step.num_edges).unbind()
     sequences = SequenceScores(

@@ -11,6 +11,7 @@ from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.feed import Groups
 from madpo.trainer.data.packing import PackedBatch, filler, pack, plan_micro_batches
+from madpo.trainer.data.slices import slice_of
 from madpo.trainer.dist import Shard
 from madpo.trainer.objectives.base import Item
 
@@ -21,11 +22,13 @@ class StepRules:
 
     item: Item  # the unit that the loss is averaged over
     budget: int  # packed tokens of a micro-batch
+    ranks_per_row: int = 1  # more than one: each has a slice of every row of its group of ranks
 
 
 def step_rules(config: Config) -> StepRules:
     """The rules of a run."""
-    return StepRules(config.objective_entry.item, config.train.micro_batch_tokens)
+    train = config.train
+    return StepRules(config.objective_entry.item, train.row_tokens, train.sequence_parallel_size)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Step:
     batches: list[PackedBatch]  # as many as on every other rank
     num_sequences: int  # of all ranks together
     num_edges: int
+    copies: int = 1  # ranks that share these batches, and know the log-probs of all of their rows
 
 
 def plan_step(
@@ -54,7 +58,8 @@ def plan_step(
     token_scale = shard.world_size / int(groups.lengths[indices].sum())
     ends = np.cumsum((groups.sequences[indices], groups.edges[indices]), axis=1)  # (2, B)
     places = np.concatenate((np.zeros_like(ends[:, :1]), ends[:, :-1]), axis=1).T.tolist()
-    plan = plan_micro_batches(groups.lengths[indices], rules.budget, shard.world_size)[shard.rank]
+    sharing = rules.ranks_per_row
+    rows = plan_micro_batches(groups.lengths[indices], rules.budget, shard.world_size // sharing)
     batches = [
         pack(
             [groups[indices[p]] for p in positions],
@@ -64,9 +69,11 @@ def plan_step(
         )
         if positions
         else filler()
-        for positions in plan
+        for positions in rows[shard.rank // sharing]
     ]
-    return Step(batches, *ends[:, -1].tolist())
+    if sharing > 1:
+        batches = [slice_of(batch, shard.rank % sharing, sharing) for batch in batches]
+    return Step(batches, *ends[:, -1].tolist(), copies=sharing)
 
 
 def item_counts(groups: Groups, item: Item) -> np.ndarray:
