@@ -59,7 +59,10 @@ class Meter:
             self.add(f"{name} {moment}", values, where)
 
     def reduce(self) -> dict[str, float]:
-        """Means (and extrema) over all ranks, then start anew. One all-gather, one copy to the host."""
+        """Means (and extrema) over all ranks, then start anew. One all-gather, one copy to the host.
+
+        Ranks that share their rows have the same values, all of them as often: no mean moves.
+        """
         names = sorted(self._totals)
         local = torch.stack([self._totals[name] for name in names])  # (names, 4)
         self._totals = {}

@@ -113,6 +113,7 @@ def across_slices(attention: Callable[..., tuple[Tensor, None]]) -> Callable[...
         *args: Any,
         **options: Any,
     ) -> tuple[Tensor, None]:  # (1, N / size, heads, head_dim)
+        assert query.shape[0] == 1, "a packed batch is one row"
         _refuse_uneven(query, key, group.size)
         copies = max(group.size // key.shape[1], 1)  # a rank needs one head of keys at the least
         key, value = (x.repeat_interleave(copies, dim=1) if copies > 1 else x for x in (key, value))

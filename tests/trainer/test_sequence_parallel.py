@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, tiny_model
@@ -77,11 +78,6 @@ def in_slices(config: Config, size: int, **sections: Any) -> Config:
     return changed(config, train=train, **sections)
 
 
-def row_of(batch: Any, tokens: int, size: int) -> list[Any]:
-    assert len(batch.input_ids) == tokens
-    return [slice_of(batch, index, size) for index in range(size)]
-
-
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 def test_slices_make_up_the_row(size):
     """Tokens with at most size - 1 behind them that only see each other; every scored row once."""
@@ -105,13 +101,11 @@ def test_the_groups_of_a_rank_do_not_depend_on_who_shares_them(config):
     """Two groups of two ranks have the rows that two ranks have, with twice the budget."""
     groups = load_data(config, load_tokenizer(config.model), training=True).train
     assert groups is not None
-    whole = [
-        plan_step(groups, torch.arange(20).numpy(), StepRules(Item.EDGE, 256), Shard(rank, 2))
-        for rank in (0, 1)
-    ]
+    indices = np.arange(20)
+    whole = [plan_step(groups, indices, StepRules(Item.EDGE, 256), Shard(rank, 2)) for rank in (0, 1)]
     for rank in range(4):
         rules = step_rules(in_slices(config, 2, train={"micro_batch_tokens": 128}))
-        step = plan_step(groups, torch.arange(20).numpy(), rules, Shard(rank, 4))
+        step = plan_step(groups, indices, rules, Shard(rank, 4))
         assert (step.copies, step.num_edges) == (2, whole[0].num_edges)
         for part, batch in zip(step.batches, whole[rank // 2].batches, strict=True):
             assert torch.equal(part.targets, batch.targets)
@@ -153,11 +147,13 @@ def models_in_slices(shard, families: list[str]) -> dict[str, tuple[float, float
 
 
 @ranks
-@pytest.mark.parametrize("size", [2, 4])
-def test_every_family_computes_the_same_in_slices(size):
+@pytest.mark.parametrize(
+    "size, families", [(2, list(FAMILIES)), (4, ["Llama 3", "Llama 4", "Gemma 2", "gpt-oss"])], ids=["2", "4"]
+)
+def test_every_family_computes_the_same_in_slices(size, families):
     """Windows, chunks, sinks, soft-caps, temperatures, experts; for 4 ranks two share a head of keys."""
-    for errors in run_ranks(size, models_in_slices, list(FAMILIES)):
-        assert errors.keys() == FAMILIES.keys()
+    for errors in run_ranks(size, models_in_slices, families):
+        assert list(errors) == families
         for family, (hidden, gradients) in errors.items():
             assert hidden < 1e-5 and gradients < 1e-5, family
 
@@ -188,7 +184,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 @ranks
 def test_other_objectives_equal_a_single_rank(config):
-    """Three ranks of four hold no head row of a lone group's short completions, too."""
     configs = []
     for block in OBJECTIVES.values():
         reference = block["loss_type"] in ("simpo", "nll")
@@ -197,7 +192,7 @@ def test_other_objectives_equal_a_single_rank(config):
     want = run_ranks(1, all_steps, configs, 2)[0]
     got = run_ranks(4, all_steps, [in_slices(one, 2) for one in configs], 2)[0]
     for name, ours, theirs in zip(OBJECTIVES, got, want, strict=True):
-        print(name)
+        assert len(ours) == 2, name
         compare(ours, theirs)
 
 
@@ -205,7 +200,7 @@ def own_rows(shard, config: Config) -> tuple[Any, int]:
     """Two steps of one group each, and the scored rows of this rank's slice in the first."""
     groups = load_data(config, load_tokenizer(config.model), training=True).train
     assert groups is not None
-    step = plan_step(groups, torch.tensor([0]).numpy(), step_rules(config), shard)
+    step = plan_step(groups, np.array([0]), step_rules(config), shard)
     return zero3_steps(shard, config, 2), len(step.batches[0].rows)
 
 
@@ -213,14 +208,9 @@ def own_rows(shard, config: Config) -> tuple[Any, int]:
 @pytest.mark.parametrize("changes", [{}, {"head_impl": "triton"}], ids=["torch", "triton"])
 def test_one_group_alone_and_slices_without_a_scored_row(config, tmp_path, changes):
     """A long prompt with short completions, of which the first two ranks of four hold the prompt only."""
-    import numpy as np
-
     random = np.random.default_rng(3)
     prompt = " ".join(sentence(random, 5, 6) for _ in range(8))
-    rows = [
-        {"prompt": prompt, "chosen": f" good {i}", "rejected": f" bad cold {i}", "margin": 1.0}
-        for i in range(3)
-    ]
+    rows = [{"prompt": prompt, "chosen": f" good {i}", "rejected": f" bad cold {i}"} for i in range(3)]
     path = tmp_path / "long.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"dataset_name": str(path), "dataset_test_split": None, "max_length": 100}
@@ -307,7 +297,8 @@ def saved_bytes(shard, size: int) -> int:
     """What backward needs of one forward of the backbone, without parameters."""
     group = join(size, 1.0)
     prefix_attention.register()
-    model = tiny_model("Llama 3", prefix_attention.NAMES["sdpa"], vocab_size=307)
+    options = {"vocab_size": 307, "num_key_value_heads": 4}  # fewer would be copied for 4 ranks
+    model = tiny_model("Llama 3", prefix_attention.NAMES["sdpa"], **options)
     batch = pack(random_groups(40))
     if group is not None:
         batch = slice_of(batch, group.index, size)
@@ -329,12 +320,11 @@ def test_a_rank_keeps_its_share_of_the_activations():
     (whole,) = run_ranks(1, saved_bytes, 1)
     for size in (2, 4):
         shares = [kept / whole for kept in run_ranks(size, saved_bytes, size)]
-        print(size, whole, shares)
         assert all(share == pytest.approx(1 / size, rel=0.1) for share in shares)
 
 
 def refused(shard, wrong: bool) -> None:
-    group = join(2, 1.0)
+    group = join(shard.world_size, 1.0)
     assert group is not None
     prefix_attention.register()
     model = tiny_model("Llama 3", prefix_attention.NAMES["sdpa"], vocab_size=307)
@@ -363,7 +353,7 @@ def test_ranks_and_heads_must_divide(config):
     with pytest.raises(
         AssertionError, match=r"3 ranks cannot share 4 heads, 2 of keys and values, evenly; .* allows 1, 2, 4"
     ):
-        run_ranks(3, start, in_slices(config, 3))
+        run_ranks(3, refused, False)
 
 
 @pytest.mark.parametrize(
@@ -373,13 +363,12 @@ def test_ranks_and_heads_must_divide(config):
         ({"model": {"router_aux_loss_coef": 0.1}}, "router_aux_loss_coef: it is a loss of whole rows"),
         (
             {"data": {"max_length": 1000}},
-            r"micro_batch_tokens: 256 .* max_length 1000, with 2 ranks to a row; set it to at least 1000$",
+            r"micro_batch_tokens: 256 .* max_length 1000, with 2 ranks to a row; set it to at least 1000\b",
         ),
     ],
 )
 def test_what_cannot_be_in_slices_is_refused(sections, message):
-    tree = {"data": {"dataset_name": "d"}, "model": {"model_name_or_path": "m"}, **sections}
-    for key in ("data", "model"):
-        tree[key] = {"data": {"dataset_name": "d"}, "model": {"model_name_or_path": "m"}}[key] | tree[key]
+    needed = {"data": {"dataset_name": "d"}, "model": {"model_name_or_path": "m"}}
+    tree = {key: {**needed.get(key, {}), **sections.get(key, {})} for key in needed | sections}
     with pytest.raises(ValueError, match=message):
         make_config(Path("folder"), {**tree, "train": {"sequence_parallel_size": 2}})
