@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from madpo.kernels.checks import require_head
-from madpo.kernels.layout import Groups, Span, plan_waves
+from madpo.kernels.layout import Groups, Span, Wave, plan_waves
 from madpo.kernels.preference_loss import PreferenceLossFunction, Reference
 from madpo.kernels.steps import TORCH, wide_dtype
 from madpo.kernels.transform import IDENTITY, LogitTransform
@@ -98,7 +98,8 @@ def _forward(
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     d_hidden = torch.zeros_like(hidden) if needs[0] else None
     parts: list[RowStatistics] = []
-    for wave in plan_waves(groups, len(weight), budget_bytes, wide, wide):
+    waves = plan_waves(groups, len(weight), budget_bytes, wide, wide)
+    for wave in waves or [Wave(groups.span, wide, len(weight))]:  # without a row, of no row
         rows = wave.span.rows
         wide_hidden = leaf(hidden[rows], needs[0])
         with torch.enable_grad():

@@ -28,6 +28,7 @@ LAYERS = [
     "madpo.trainer.data_config",
     "madpo.trainer.config",
     "madpo.trainer.dist",
+    "madpo.trainer.sequence_parallel",
     "madpo.trainer.run_folder",
     "madpo.trainer.state",
     "madpo.trainer.schedule",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+from kernel_cases import relative_error
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.loader import plan_step, step_rules
@@ -13,7 +15,7 @@ from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.engine import train_step
 from madpo.trainer.metrics import Meter
 from madpo.trainer.model.load import load_tokenizer
-from madpo.trainer.objectives.base import BatchState
+from madpo.trainer.objectives.base import BatchState, Item, SequenceScores
 from madpo.trainer.stages.reference import with_reference
 from madpo.trainer.stages.setup import load_data, start_engine
 
@@ -80,3 +82,51 @@ def padded_logps(model: Any, batch: list[TokenGroup], tokens: bool = False) -> t
     targets = labels[:, 1:]
     logps = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     return logps[targets != -100] if tokens else torch.where(targets == -100, 0.0, logps).sum(1)
+
+
+def plain_steps(config: Config, steps: int) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """Padded Hugging Face forward of the whole step at once, the objective, autograd, AdamW."""
+    from transformers import AutoModelForCausalLM
+
+    entry, model = config.objective_entry, config.model
+    assert model.model_name_or_path
+    policy: Any = AutoModelForCausalLM.from_pretrained(model.model_name_or_path)
+    reference: Any = AutoModelForCausalLM.from_pretrained(
+        str(model.ref_model_name_or_path or model.model_name_or_path)
+    )
+    groups = load_data(config, load_tokenizer(model), training=True).train
+    assert groups is not None
+    order, out, size = DataOrder(len(groups), config.seed), [], config.train.global_batch_size
+    memory: dict[str, list[float]] = {}
+    optimizer = plain_optimizer(policy, config)
+    for step in range(steps):
+        batch = [groups[index] for index in order.take(step * size, size)]
+        with torch.no_grad():
+            ref_logps = padded_logps(reference, batch).double() if entry.needs_reference else None
+        lengths = torch.tensor([len(c) for group in batch for c in group.completions])
+        labels = torch.tensor([label for group in batch for label in group.labels])
+        scores: Any = SequenceScores(padded_logps(policy, batch).double(), ref_logps, lengths, labels)
+        if entry.item is Item.EDGE:
+            winners = torch.arange(0, 2 * size, 2)
+            margins = torch.tensor([group.edges[0][2] for group in batch], dtype=torch.float64)
+            scores = scores.edges(winners, winners + 1, margins)
+        outcome = entry.function(scores, config.objective, BatchState(memory, (config.seed, step)))
+        memory = outcome.memory
+        items = size if entry.item is Item.EDGE else int((labels != 0).sum())
+        loss = outcome.losses.sum() / items
+        optimizer.zero_grad()
+        loss.backward()
+        out.append((loss.item(), {n: p.grad.clone() for n, p in policy.named_parameters()}))
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm)
+        optimizer.step()
+    return out
+
+
+def compare(got: Any, want: Any, tolerance: float = 1e-5) -> None:
+    """Losses and whole gradients of every step agree."""
+    for step, ((loss, gradients), (true_loss, true_gradients)) in enumerate(zip(got, want, strict=True)):
+        assert loss == pytest.approx(true_loss, rel=tolerance), f"loss of step {step}"
+        flat = [
+            torch.cat([g[n].flatten() for n in sorted(true_gradients)]) for g in (gradients, true_gradients)
+        ]
+        assert relative_error(*flat) < tolerance, f"gradient of step {step}"

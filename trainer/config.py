@@ -110,6 +110,7 @@ def validate(config: Config) -> None:
         raise UserError("model.attention: flash computes in bf16; set train.bf16=true or attention=sdpa")
     if model.router_aux_loss_coef and "scores" in config.objective_entry.needs:
         raise UserError("model.router_aux_loss_coef: it is not computed for reward models; set it to 0")
+    _validate_sequence_parallel(config)
     _validate_data(config)
     _validate_weights(config)
     if config.data.streaming:
@@ -121,15 +122,29 @@ def validate(config: Config) -> None:
     if optim.warmup_steps and optim.warmup_ratio:
         raise UserError("optim: set warmup_steps or warmup_ratio, not both")
     completions = 1 if config.objective_entry.supervised else 2
-    if train.micro_batch_tokens < completions * config.data.max_length:
+    if train.row_tokens < completions * config.data.max_length:
+        sharing = train.sequence_parallel_size
         raise UserError(
             f"train.micro_batch_tokens: {train.micro_batch_tokens} cannot hold one group of {completions} "
-            f"completion(s) of data.max_length {config.data.max_length}; set it to at least "
-            f"{completions * config.data.max_length}"
+            f"completion(s) of data.max_length {config.data.max_length}"
+            f"{f', with {sharing} ranks to a row' if sharing > 1 else ''}; set it to at least "
+            f"{-(-completions * config.data.max_length // sharing)}"
         )
     check_block(config.deepspeed)
     if config.peft is not None:
         validate_peft(config, config.peft)
+
+
+def _validate_sequence_parallel(config: Config) -> None:
+    if config.train.sequence_parallel_size == 1:
+        return
+    if "scores" in config.objective_entry.needs:
+        raise UserError("train.sequence_parallel_size: reward models are not trained in slices; set it to 1")
+    if config.model.router_aux_loss_coef:
+        raise UserError(
+            "model.router_aux_loss_coef: it is a loss of whole rows, which with train.sequence_parallel_size "
+            "no rank has; leave one of the two out"
+        )
 
 
 def validate_peft(config: Config, peft: PeftConfig) -> None:

@@ -146,7 +146,7 @@ def evaluation_step(engine: Any, step: Step, meter: Meter, state: BatchState) ->
 def _count_uncomputed(meter: Meter, step: Step) -> None:
     """Items of loss 0 that are in the mean and in no batch; one rank counts them for all."""
     if step.uncomputed and dist.get_rank() == 0:
-        meter.add_count("loss", step.uncomputed)
+        meter.add_count("loss", step.uncomputed * step.copies)
 
 
 @torch.no_grad()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from madpo.kernels.distribution_loss import RowStatistics, distribution_loss
+from madpo.kernels.distribution_loss import distribution_loss
 from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.layout import Groups, Span
 from madpo.kernels.preference_loss import Reference, SpanLoss, preference_loss
 from madpo.kernels.steps import Impl
 from madpo.kernels.transform import IDENTITY, LogitTransform
 from madpo.trainer.data.packing import PackedBatch
-from madpo.trainer.objectives.base import Objective, Params, Scored, segment_sum
+from madpo.trainer.objectives.base import Objective, Params, Scored
+from madpo.trainer.sequence_parallel import SequenceGroup
 
 __all__ = ["Impl", "LogitTransform", "OutputHead", "PreferenceHead", "scored_span"]
 
@@ -43,6 +46,7 @@ class PreferenceHead(nn.Module):
         params: Params,
         budget_bytes: int,
         impl: Impl = "auto",
+        sequence_group: SequenceGroup | None = None,
     ) -> None:
         super().__init__()
         assert reference is None or reference.transform == policy.transform
@@ -53,6 +57,7 @@ class PreferenceHead(nn.Module):
         self.params = params
         self.budget_bytes = budget_bytes
         self.impl: Impl = impl
+        self.sequence_group = sequence_group
 
     def forward(
         self,
@@ -60,31 +65,91 @@ class PreferenceHead(nn.Module):
         ref_hidden: Tensor | None,  # (M, H)
         batch: PackedBatch,
     ) -> tuple[Tensor | None, ...]:
-        """The loss (), and of each row (M,) what `scored_span` takes: token_logps, ref_token_logps, ..."""
-        inputs = hidden, self.weight, batch.targets
+        """The loss (), and of each row (M,) what `scored_span` takes: token_logps, ref_token_logps, ...
+
+        Of a batch in slices the hidden states are those of its own rows, (m, H).
+        """
+        if batch.own_rows is not None:
+            return self._in_slices(hidden, ref_hidden, batch, batch.own_rows)
         groups = Groups(batch.lengths, batch.group_sequences, batch.group_edges, batch.winners, batch.losers)
-        reference = Reference(token_logps=batch.ref_token_logps)
-        if ref_hidden is not None:
-            reference = Reference(ref_hidden, self.ref_weight, self.ref_bias)
+        reference = self._reference(ref_hidden, batch.ref_token_logps)
+        return self._score(hidden, reference, batch.targets, groups, self._loss(batch), batch.scale)
+
+    def _reference(
+        self,
+        hidden: Tensor | None,  # (M, H)
+        token_logps: Tensor | None = None,  # (M,) if they are known
+    ) -> Reference:
+        if hidden is None:
+            return Reference(token_logps=token_logps)
+        return Reference(hidden, self.ref_weight, self.ref_bias)
+
+    def _score(
+        self,
+        hidden: Tensor,  # (M, H)
+        reference: Reference,
+        targets: Tensor,  # (M,)
+        groups: Groups,
+        loss: EdgeLoss | Callable[..., Tensor],  # (what is known of the rows, one by one, and the span)
+        scale: float,
+    ) -> tuple[Tensor | None, ...]:
+        """As `forward`, for the loss of the groups' spans."""
+        inputs = hidden, self.weight, targets, groups
         options: Any = {
             "bias": self.bias,
             "transform": self.transform,
-            "scale": batch.scale,
+            "scale": scale,
             "budget_bytes": self.budget_bytes,
         }
         if "distributions" in self.objective.needs:
-            loss = partial(self._rows_loss, batch)
-            out = distribution_loss(*inputs, groups, loss, reference, **options)
+            assert not isinstance(loss, EdgeLoss)
+            out = distribution_loss(*inputs, lambda rows, span: loss(*rows, span), reference, **options)
             return out.loss, *out.rows
-        out = preference_loss(*inputs, groups, self._loss(batch), reference, impl=self.impl, **options)
+        out = preference_loss(*inputs, loss, reference, impl=self.impl, **options)
         return out.loss, out.token_logps, out.ref_token_logps
+
+    def _in_slices(
+        self,
+        hidden: Tensor,  # (m, H)
+        ref_hidden: Tensor | None,  # (m, H)
+        batch: PackedBatch,
+        own_rows: Tensor,  # (m,)
+    ) -> tuple[Tensor | None, ...]:
+        """As `forward`, by two passes over this rank's rows, whose slopes depend on those of other slices:
+        the log-probs of all slices meet and give the slopes, with which the second pass has the gradient of
+        the losses, by the chain rule. The sum over the group's ranks is the gradient of the whole row. The
+        loss itself is that of the stand-in, or 0 without gradients.
+        """
+        assert self.sequence_group is not None
+        targets = batch.targets[own_rows]
+        score: Any = partial(self._score, hidden, targets=targets, groups=_blocks(targets), scale=batch.scale)
+        if batch.slopes is not None:
+            return score(Reference(), loss=partial(_linear_loss, [_row_slopes(batch)[own_rows]]))
+        reference = self._reference(ref_hidden)
+        with torch.no_grad():
+            loss, *rows = score(reference, loss=_no_loss)
+        whole = self.sequence_group.meet(rows, own_rows, len(batch.targets))
+        if batch.ref_token_logps is not None:
+            whole[1] = batch.ref_token_logps
+        if torch.is_grad_enabled() and not self.objective.needs_batch:
+            slopes = [slope[own_rows] for slope in self._slopes(batch, whole)]
+            again = reference if "distributions" in self.objective.needs else Reference()
+            loss, *_ = score(again, loss=partial(_linear_loss, slopes))
+        return loss, *whole
+
+    def _slopes(self, batch: PackedBatch, rows: Sequence[Tensor | None]) -> list[Tensor]:
+        """Of the sum of the losses in what is known of each row; (M,) each."""
+        leaves = [row if row is None else row.clone().requires_grad_() for row in rows]
+        losses = self.objective(scored_span(batch, *leaves), self.params).losses.sum()  # type: ignore[arg-type]
+        known = [leaf for leaf in leaves if leaf is not None]
+        return list(torch.autograd.grad(losses, known, allow_unused=True, materialize_grads=True))
 
     def _loss(self, batch: PackedBatch) -> EdgeLoss | SpanLoss:
         """What the kernels form or differentiate; nothing where the losses wait for the whole batch."""
         if batch.slopes is not None:
-            return partial(_linear_loss, batch)
+            return partial(_linear_loss, [_row_slopes(batch)])
         if self.objective.needs_batch:
-            return lambda logps, ref_logps, span: logps.new_zeros(())
+            return _no_loss
         if self.objective.epilogue is not None:
             loss = self.objective.epilogue(batch.margins, self.params)
             if batch.edge_weights is None:
@@ -92,18 +157,35 @@ class PreferenceHead(nn.Module):
             return replace(loss, weights=batch.edge_weights, margins=None, margin_weight=None)
         return partial(self._span_loss, batch)
 
-    def _rows_loss(self, batch: PackedBatch, rows: RowStatistics, span: Span) -> Tensor:
+    def _span_loss(self, batch: PackedBatch, *rows_and_span: Any) -> Tensor:
+        *rows, span = rows_and_span
         return self.objective(scored_span(batch, *rows, span=span), self.params).losses.sum()
 
-    def _span_loss(self, batch: PackedBatch, logps: Tensor, ref_logps: Tensor | None, span: Span) -> Tensor:
-        return self.objective(scored_span(batch, logps, ref_logps, span=span), self.params).losses.sum()
+
+def _no_loss(logps: Tensor, *rest: Any) -> Tensor:
+    return logps.new_zeros(())
 
 
-def _linear_loss(batch: PackedBatch, logps: Tensor, ref_logps: Tensor | None, span: Span) -> Tensor:
-    """A stand-in that has the gradient of the losses whose slopes are known."""
+def _row_slopes(batch: PackedBatch) -> Tensor:
+    """(M,) every row has the slope of its sequence."""
     assert batch.slopes is not None
-    sums = segment_sum(logps, batch.seq_lengths[span.sequences])
-    return (sums * batch.slopes[span.sequences]).sum()
+    return batch.slopes.repeat_interleave(batch.seq_lengths, output_size=len(batch.targets))
+
+
+def _linear_loss(slopes: Sequence[Tensor], *rows_and_span: Any) -> Tensor:
+    """A stand-in that has the gradient of the losses whose slopes are known, (M,) for each value."""
+    *rows, span = rows_and_span
+    known = [row for row in rows if row is not None]
+    return torch.stack([(x * s[span.rows]).sum() for x, s in zip(known, slopes, strict=False)]).sum()
+
+
+BLOCK = 256
+
+
+def _blocks(targets: Tensor) -> Groups:
+    """Rows that are compared with nothing, in blocks, between which a wave of logits may end."""
+    full, rest = divmod(len(targets), BLOCK)
+    return Groups.alone([BLOCK] * full + [rest] * bool(rest), targets.device)
 
 
 WHOLE = Span(*(slice(0, None),) * 4)

@@ -67,7 +67,8 @@ class Meter:
     def reduce(self) -> dict[str, float]:
         """Means (and extrema) over all ranks, then start anew. One all-gather, one copy to the host.
 
-        Of memory it is the rank that took the most.
+        Of memory it is the rank that took the most. Ranks that share their rows have the same values, all of
+        them as often: no mean moves.
         """
         device = next(iter(self._totals.values())).device
         for name, gib in self.memory.take().items():

@@ -24,6 +24,9 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     global_batch_size: int = Field(default=64, ge=1, description="groups (prompts) per step, over all ranks")
     micro_batch_tokens: int = Field(default=16384, ge=2, description="packed tokens per forward and rank")
+    sequence_parallel_size: int = Field(
+        default=1, ge=1, description="ranks that share a packed row, for long ones; divides the model's heads"
+    )
     num_train_epochs: float = Field(default=1.0, gt=0)
     max_steps: int | None = Field(default=None, ge=1, description="in place of num_train_epochs")
     bf16: bool = True
@@ -45,3 +48,8 @@ class TrainConfig(Section):
     peak_tflops: float | None = Field(
         default=None, gt=0, description="of one device, for perf/mfu; null: of common GPUs it is known"
     )
+
+    @property
+    def row_tokens(self) -> int:
+        """The most that a packed row may hold."""
+        return self.micro_batch_tokens * self.sequence_parallel_size

@@ -70,7 +70,8 @@ def _meet(
 ) -> tuple[SequenceScores, Tensor, Tensor, Tensor]:
     """The scores of all completions (S,) and winners, losers, margins of all edges (E,), on the CPU.
 
-    Each rank fills the places of its own in a table of zeros, and the sum over ranks is the whole.
+    Each rank fills the places of its own in a table of zeros, and the sum over ranks is the whole, as often
+    as there are ranks to a row.
     """
     device = batches[0].labels.device
     flat = torch.zeros(4 * step.num_sequences + 3 * step.num_edges, dtype=torch.float64, device=device)
@@ -85,7 +86,7 @@ def _meet(
         won, lost = places[scores.winners].double(), places[scores.losers].double()
         edges[:, batch.edge_places] = torch.stack((won, lost, scores.margins))
     dist.all_reduce(flat)
-    flat = flat.cpu()
+    flat = flat.cpu() / step.copies
     logps, ref_logps, lengths, labels = flat[: 4 * step.num_sequences].view(4, -1).unbind()
     winners, losers, margins = flat[4 * step.num_sequences :].view(3, step.num_edges).unbind()
     sequences = SequenceScores(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from harness import make_config, run_ranks, save_model, write_pairs
 from kernel_cases import relative_error
-from zero3 import padded_logps, plain_optimizer, zero3_steps
+from zero3 import compare, padded_logps, plain_optimizer, zero3_steps
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.loader import StepRules, plan_step
@@ -70,15 +70,6 @@ def plain_steps(config: Config, steps: int) -> list[tuple[float, dict[str, torch
         torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm)
         optimizer.step()
     return out
-
-
-def compare(got, want, tolerance=1e-5):
-    for step, ((loss, gradients), (true_loss, true_gradients)) in enumerate(zip(got, want, strict=True)):
-        assert loss == pytest.approx(true_loss, rel=tolerance), f"loss of step {step}"
-        flat = [
-            torch.cat([g[n].flatten() for n in sorted(true_gradients)]) for g in (gradients, true_gradients)
-        ]
-        assert relative_error(*flat) < tolerance, f"gradient of step {step}"
 
 
 def test_two_zero3_ranks_equal_plain_pytorch(config):

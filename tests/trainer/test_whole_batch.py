@@ -11,14 +11,10 @@ import pytest
 import torch
 from harness import make_config, run_ranks, save_model, sentence, write_pairs
 from kernel_cases import relative_error
-from zero3 import padded_logps, plain_optimizer, zero3_steps
+from zero3 import plain_steps, zero3_steps
 
 from madpo.trainer.config import Config
-from madpo.trainer.data.order import DataOrder
-from madpo.trainer.model.load import load_tokenizer
-from madpo.trainer.objectives.base import BatchState, Item, SequenceScores
 from madpo.trainer.objectives.registry import OBJECTIVES
-from madpo.trainer.stages.setup import load_data
 
 pytestmark = pytest.mark.ranks
 
@@ -77,44 +73,6 @@ def needs_reference(block: dict[str, Any]) -> bool:
     return entry.of(entry.params.model_validate(block)).needs_reference
 
 
-def plain_steps(config: Config) -> list[tuple[float, dict[str, torch.Tensor]]]:
-    """Padded Hugging Face forward of the whole step at once, the objective, autograd, AdamW."""
-    from transformers import AutoModelForCausalLM
-
-    entry, model = config.objective_entry, config.model
-    assert model.model_name_or_path
-    policy: Any = AutoModelForCausalLM.from_pretrained(model.model_name_or_path)
-    reference: Any = AutoModelForCausalLM.from_pretrained(
-        str(model.ref_model_name_or_path or model.model_name_or_path)
-    )
-    groups = load_data(config, load_tokenizer(model), training=True).train
-    assert groups is not None
-    order, out = DataOrder(len(groups), config.seed), []
-    memory: dict[str, list[float]] = {}
-    optimizer = plain_optimizer(policy, config)
-    for step in range(STEPS):
-        batch = [groups[index] for index in order.take(step * BATCH, BATCH)]
-        with torch.no_grad():
-            ref_logps = padded_logps(reference, batch).double() if entry.needs_reference else None
-        lengths = torch.tensor([len(c) for group in batch for c in group.completions])
-        labels = torch.tensor([label for group in batch for label in group.labels])
-        scores: Any = SequenceScores(padded_logps(policy, batch).double(), ref_logps, lengths, labels)
-        if entry.item is Item.EDGE:
-            winners = torch.arange(0, 2 * BATCH, 2)
-            margins = torch.tensor([group.edges[0][2] for group in batch], dtype=torch.float64)
-            scores = scores.edges(winners, winners + 1, margins)
-        outcome = entry.function(scores, config.objective, BatchState(memory, (config.seed, step)))
-        memory = outcome.memory
-        items = BATCH if entry.item is Item.EDGE else int((labels != 0).sum())
-        loss = outcome.losses.sum() / items
-        optimizer.zero_grad()
-        loss.backward()
-        out.append((loss.item(), {n: p.grad.clone() for n, p in policy.named_parameters()}))
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm)
-        optimizer.step()
-    return out
-
-
 def all_steps(shard, configs: list[Config]) -> list[Any]:
     return [zero3_steps(shard, config, STEPS) for config in configs]
 
@@ -126,7 +84,7 @@ def test_any_split_equals_one_plain_batch(configs):
     alone = run_ranks(1, all_steps, small)[0]
     spread = run_ranks(4, all_steps, configs)[0]
     for config, *results in zip(configs, alone, spread, strict=True):
-        want = plain_steps(config)
+        want = plain_steps(config, STEPS)
         for result in results:
             for (loss, gradients), (plain_loss, plain_gradients) in zip(result, want, strict=True):
                 assert loss == pytest.approx(plain_loss, rel=1e-5), config.objective

@@ -12,6 +12,7 @@ from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.feed import Feed, Groups
 from madpo.trainer.data.packing import PackedBatch, filler, pack, plan_micro_batches
 from madpo.trainer.data.shapes import TOKENS, StepCost, Work, work_of
+from madpo.trainer.data.slices import slice_of
 from madpo.trainer.dist import Shard
 from madpo.trainer.objectives.base import Item
 
@@ -23,11 +24,13 @@ class StepRules:
     item: Item  # the unit that the loss is averaged over
     budget: int  # packed tokens of a micro-batch
     cost: StepCost = TOKENS  # what ranks are balanced by
+    ranks_per_row: int = 1  # more than one: each has a slice of every row of its group of ranks
 
 
 def step_rules(config: Config, cost: StepCost = TOKENS) -> StepRules:
     """The rules of a run."""
-    return StepRules(config.objective_entry.item, config.train.micro_batch_tokens, cost)
+    train, item = config.train, config.objective_entry.item
+    return StepRules(item, train.row_tokens, cost, train.sequence_parallel_size)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Step:
     num_edges: int
     num_groups: int
     work: Work
+    copies: int = 1  # ranks that share these batches, and know the log-probs of all of their rows
     uncomputed: int = 0  # items of the mean less those computed
     epoch: float = 0.0  # how often training has gone through its groups after this step
 
@@ -71,7 +75,9 @@ def plan_step(
     # Not by what is computed again: the user may change that between a run and its continuation, and a
     # group must not move to another micro-batch by it.
     costs = rules.cost.model.of(shapes)
-    plan = plan_micro_batches(groups.lengths[indices], rules.budget, shard.world_size, costs)
+    sharing = rules.ranks_per_row
+    bins = shard.world_size // sharing
+    plan = plan_micro_batches(groups.lengths[indices], rules.budget, bins, costs)
     known = groups.reference
     batches = [
         pack(
@@ -83,11 +89,13 @@ def plan_step(
         )
         if positions
         else filler(with_reference=known is not None)
-        for positions in plan[shard.rank]
+        for positions in plan[shard.rank // sharing]
     ]
+    if sharing > 1:
+        batches = [slice_of(batch, shard.rank % sharing, sharing) for batch in batches]
     totals = int(groups.sequences[indices].sum()), int(groups.edges[indices].sum())
     work = work_of(shapes, rules.cost, plan, skipped_edges=skipped)
-    return Step(batches, *totals, num_groups, work, uncomputed)
+    return Step(batches, *totals, num_groups, work, sharing, uncomputed)
 
 
 def training_steps(

@@ -36,7 +36,10 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Whole groups in one row. Tensors live on a device; counts and the segment table on the host."""
+    """Whole groups in one row. Tensors live on a device; counts and the segment table on the host.
+
+    Of a row that several ranks share, tokens and scored rows are those of one slice (data/slices.py).
+    """
 
     input_ids: Tensor  # (N,)
     position_ids: Tensor  # (N,)
@@ -60,6 +63,7 @@ class PackedBatch:
     edge_weights: Tensor | None = None  # (E,) in place of those that the objective gives
     ref_token_logps: Tensor | None = None  # (M,) where the reference was scored before
     slopes: Tensor | None = None  # (S,) of the losses' sum in the sequences' log-probs, where known before
+    own_rows: Tensor | None = None  # (m,) of a row in slices: which of the M rows these `rows` are
 
     def to(self, device: torch.device | str) -> Self:
         moved = {
@@ -199,8 +203,9 @@ def check_budget(lengths: np.ndarray, budget: int) -> None:
     """Raise ValueError if one group exceeds the budget."""
     if len(lengths) and lengths.max() > budget:
         raise UserError(
-            f"train.micro_batch_tokens: {budget} cannot hold a group of {lengths.max()} tokens; raise it, "
-            "lower data.max_length or, if groups hold many completions, set data.edges=best_worst"
+            f"train.micro_batch_tokens: {budget} cannot hold a group of {lengths.max()} tokens; raise it or "
+            "train.sequence_parallel_size (their product counts), lower data.max_length or, if groups hold "
+            "many completions, set data.edges=best_worst"
         )
 
 

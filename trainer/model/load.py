@@ -27,6 +27,7 @@ from madpo.trainer.model.policy import PolicyWithReference, Reference
 from madpo.trainer.model.recompute import checkpoint_layers
 from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.model.vocabulary import add_rows, fit_vocabulary
+from madpo.trainer.sequence_parallel import join
 from madpo.trainer.strict_yaml import nearest
 
 NEW_LAYER = "score.weight"
@@ -77,8 +78,9 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
         return RewardModel(policy, entry, config.objective)
     budget_bytes = int(config.train.head_gib * 2**30)
     balance = expert_balance(policy, model.router_aux_loss_coef)
+    group = join(config.train.sequence_parallel_size, config.launch.timeout_minutes)
     return PolicyWithReference(
-        policy, reference, entry, config.objective, budget_bytes, config.train.head_impl, balance
+        policy, reference, entry, config.objective, budget_bytes, config.train.head_impl, balance, group
     )
 
 

@@ -20,6 +20,7 @@ from madpo.trainer.model.balance import ExpertBalance
 from madpo.trainer.model.lora import in_use
 from madpo.trainer.model.prefix_attention import SegmentTable
 from madpo.trainer.objectives.base import Objective, Params
+from madpo.trainer.sequence_parallel import SequenceGroup
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ class PolicyWithReference(nn.Module):
         budget_bytes: int,
         impl: Impl = "auto",
         balance: ExpertBalance | None = None,
+        sequence_group: SequenceGroup | None = None,
     ) -> None:
         super().__init__()
         self.policy, self.compared_with = policy, reference
-        self.balance = balance
+        self.balance, self.sequence_group = balance, sequence_group
         self.stats: dict[str, Tensor] = {}  # (), of the last batch, means over its tokens
         self.reference = None if reference is None or reference.model is policy else reference.model
         if self.reference is not None:
@@ -62,7 +64,7 @@ class PolicyWithReference(nn.Module):
             raise UserError(
                 f"policy and reference treat their logits differently: {head.transform}, {ref_head.transform}"
             )
-        self.head = PreferenceHead(head, ref_head, objective, params, budget_bytes, impl)
+        self.head = PreferenceHead(head, ref_head, objective, params, budget_bytes, impl, sequence_group)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -75,7 +77,8 @@ class PolicyWithReference(nn.Module):
         distributions. A batch with `slopes` needs no reference any more. The loss of experts that are not in
         balance is in the loss, and in `stats`.
         """
-        table = SegmentTable(batch.segments)
+        assert (batch.own_rows is None) == (self.sequence_group is None), "rows in slices are for their group"
+        table = SegmentTable(batch.segments, self.sequence_group)
         options = {} if self.balance is None else {"output_router_logits": True}
         output = run_backbone(self.policy, batch, table, **options)
         hidden = output.last_hidden_state[0].index_select(0, batch.rows)

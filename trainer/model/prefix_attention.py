@@ -26,6 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from madpo.trainer.data.packing import Segment
 from madpo.trainer.errors import UserError
+from madpo.trainer.sequence_parallel import SequenceGroup, across_slices
 
 NAMES = {"sdpa": "prefix_sharing", "flash": "prefix_sharing_varlen"}
 """The config's `model.attention` -> the name in transformers' attention interface, which takes a name
@@ -43,10 +44,11 @@ class VarlenIndex(NamedTuple):
 
 
 class SegmentTable:
-    """The segments of one batch, with the masks that their attention needs, built once each."""
+    """The segments of one batch, with the masks that their attention needs, built once each; and the ranks
+    that share its row, if it is in slices."""
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
-        self.segments = tuple(segments)
+    def __init__(self, segments: Sequence[Segment], group: SequenceGroup | None = None) -> None:
+        self.segments, self.group = tuple(segments), group
         self.lengths = [segment.end - segment.start for segment in self.segments]
         index = {segment.start: number for number, segment in enumerate(self.segments)}
         # The number of the segment that is the prompt of each segment; None for a prompt.
@@ -181,14 +183,16 @@ def _written_out(
 
 def _tempered(module: Any, query: Tensor, segments: SegmentTable) -> Tensor:
     """Llama 4 scales the queries of layers without rotary embedding by the logarithm of their place in the
-    row, where it means the position: exchange the one for the other."""
+    row, or in a slice of it, where it means the position: exchange the one for the other."""
     if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
         return query
 
     def scale(place: Tensor) -> Tensor:
         return torch.log1p(torch.floor((place + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
 
-    rows = torch.arange(query.shape[2], device=query.device)
+    tokens = query.shape[2]
+    slices = 1 if segments.group is None else segments.group.size
+    rows = torch.arange(tokens, device=query.device) % (tokens // slices)
     exchange = scale(segments.positions(query.device)) / scale(rows)
     return (query * exchange[:, None]).to(query.dtype)
 
@@ -277,7 +281,7 @@ def _checked(
 def register() -> None:
     """Make NAMES known to transformers, with Sight in place of masks over the whole row."""
     for name, function in zip(NAMES.values(), (sdpa_prefix_attention, flash_prefix_attention), strict=True):
-        AttentionInterface.register(name, function)
+        AttentionInterface.register(name, across_slices(function))
         AttentionMaskInterface.register(name, Sight)
 
 

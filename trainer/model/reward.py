@@ -26,7 +26,7 @@ class RewardModel(nn.Module):
 
     def __init__(self, policy: PreTrainedModel, objective: Objective, params: Params) -> None:
         super().__init__()
-        self.policy, self.reference = policy, None
+        self.policy, self.reference, self.sequence_group = policy, None, None
         layer = in_use(getattr(policy, "score", None))
         if not isinstance(layer, nn.Linear) or layer.bias is not None or layer.out_features != 1:
             raise UserError(

@@ -129,11 +129,12 @@ def _measure(engine: Any, groups: GroupDataset, config: Config, shard: Shard, of
     """Log-probs of the completions of at most MOST_GROUPS groups, drawn by the seed."""
     engine.eval()
     chosen = np.sort(permutation(len(groups), config.seed, epoch=0)[:MOST_GROUPS])
-    rules, found = StepRules(Item.TOKEN, config.train.micro_batch_tokens), []
+    sharing = config.train.sequence_parallel_size
+    rules, found = StepRules(Item.TOKEN, config.train.row_tokens, sharing), []
     for step in evaluation_steps(groups, rules, config.train.global_batch_size, shard, chosen):
         for batch in step.batches:
             _, logps, *_ = engine(batch.to(engine.device))
-            if not batch.is_filler:
+            if not batch.is_filler and shard.rank % sharing == 0:  # the others of a row know the same
                 found += [part.double().cpu().numpy() for part in logps.split(batch.lengths)]
     everything: list[Any] = [None] * shard.world_size
     torch_dist.all_gather_object(everything, found)

@@ -27,6 +27,7 @@ from madpo.trainer.model.policy import (
     refuse_unless_head_is_known,
     refuse_unless_packing_is_exact,
 )
+from madpo.trainer.model.slice_check import refuse_unless_slicing_is_exact
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _made_fit(groups: GroupDataset, config: Config) -> GroupDataset:
     entry = config.objective_entry
     if "mismatched" in entry.needs:
         groups = MismatchedDataset(groups, config.seed, config.data.max_length)
-    groups.require(entry, config.objective.loss_type, config.train.micro_batch_tokens)
+    groups.require(entry, config.objective.loss_type, config.train.row_tokens)
     problem = config.objective.problem_with(groups.margins)
     if problem:
         raise UserError(f"{groups.name}: {problem}")
@@ -163,12 +164,14 @@ def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: b
     """The engine around policy, reference and head."""
     with partitioned_loading(deepspeed_config(config, training)):
         module = build_module(config, tokenizer)
-    engine = build_engine(config, module, training)
+    engine, group = build_engine(config, module, training), module.sequence_group
     for model in (module.policy, module.reference):
         if model is not None:
             refuse_unless_packing_is_exact(model, engine.device)
             if "scores" not in config.objective_entry.needs:
                 refuse_unless_head_is_known(model, engine.device)
+            if group is not None:
+                refuse_unless_slicing_is_exact(model, group, engine.device)
     quantised = config.peft is not None and config.peft.quantised
     if training and not quantised:  # whose kernels round otherwise in training, without any noise
         refuse_noise(module.policy, engine.device)
