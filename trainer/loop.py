@@ -17,6 +17,7 @@ from madpo.trainer.dist import Shard
 from madpo.trainer.engine import evaluation_step, grad_norm, move_reference, train_step
 from madpo.trainer.errors import UserError
 from madpo.trainer.metrics import Meter
+from madpo.trainer.model.prefix_attention import shares_rows
 from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.schedule import learning_rate
 from madpo.trainer.state import TrainState
@@ -55,7 +56,7 @@ def train(
     on_save: Callable[[], None],
 ) -> None:
     """Train from `state` to the end of the plan. `on_record` gets every logged line, on all ranks."""
-    settings, rules = config.train, step_rules(config)
+    settings, rules = config.train, step_rules(config, shares_rows(engine.module.policy))
     plan = plan_run(config, feed.num_groups)
     meter = Meter()
     logged_at, logged = time.perf_counter(), dataclasses.replace(state)
@@ -72,7 +73,7 @@ def train(
         state.memory = train_step(engine, step, rate, meter, now)
         state.step += 1
         state.consumed += count
-        state.num_tokens += int(groups.lengths[indices].sum())
+        state.num_tokens += int(rules.tokens(groups)[indices].sum())
         if config.model.sync_ref_model and _due(state.step, config.model.ref_model_sync_steps):
             seed = config.seed + state.step  # any that a continuation finds again
             move_reference(engine, config.model.ref_model_mixup_alpha, seed)
@@ -119,8 +120,8 @@ def evaluate(
     An objective of the whole batch sees stretches of `global_batch_size` groups, and `memory` unchanged.
     """
     engine.eval()
-    meter = Meter()
-    steps = evaluation_steps(groups, step_rules(config), config.train.global_batch_size, shard)
+    meter, rules = Meter(), step_rules(config, shares_rows(engine.module.policy))
+    steps = evaluation_steps(groups, rules, config.train.global_batch_size, shard)
     for number, step in enumerate(steps):
         evaluation_step(engine, step, meter, BatchState(memory, (config.seed, number)))
     return {f"eval_{name}": value for name, value in meter.reduce().items()}

@@ -10,7 +10,7 @@ import numpy as np
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.feed import Groups
-from madpo.trainer.data.packing import PackedBatch, filler, pack, plan_micro_batches
+from madpo.trainer.data.packing import PackedBatch, computed_tokens, filler, pack, plan_micro_batches
 from madpo.trainer.dist import Shard
 from madpo.trainer.objectives.base import Item
 
@@ -21,11 +21,18 @@ class StepRules:
 
     item: Item  # the unit that the loss is averaged over
     budget: int  # packed tokens of a micro-batch
+    prefix_sharing: bool = True  # a prompt is computed once for all its completions
+
+    def tokens(self, groups: Groups) -> np.ndarray:
+        """(G,) the tokens of each group that a forward computes."""
+        counts = groups.lengths, groups.completion_tokens, groups.sequences
+        return computed_tokens(*counts, self.prefix_sharing)
 
 
-def step_rules(config: Config) -> StepRules:
-    """The rules of a run."""
-    return StepRules(config.objective_entry.item, config.train.micro_batch_tokens)
+def step_rules(config: Config, shares_rows: bool = True) -> StepRules:
+    """The rules of a run, of a model whose layers let sequences share rows."""
+    shares = config.model.prefix_sharing and shares_rows
+    return StepRules(config.objective_entry.item, config.train.micro_batch_tokens, shares)
 
 
 @dataclass(frozen=True)
@@ -51,16 +58,18 @@ def plan_step(
     instead has world_size / tokens as its scale.
     """
     scale = shard.world_size / max(int(item_counts(groups, rules.item)[indices].sum()), 1)
-    token_scale = shard.world_size / int(groups.lengths[indices].sum())
+    lengths = rules.tokens(groups)[indices]
+    token_scale = shard.world_size / int(lengths.sum())
     ends = np.cumsum((groups.sequences[indices], groups.edges[indices]), axis=1)  # (2, B)
     places = np.concatenate((np.zeros_like(ends[:, :1]), ends[:, :-1]), axis=1).T.tolist()
-    plan = plan_micro_batches(groups.lengths[indices], rules.budget, shard.world_size)[shard.rank]
+    plan = plan_micro_batches(lengths, rules.budget, shard.world_size)[shard.rank]
     batches = [
         pack(
             [groups[indices[p]] for p in positions],
             scale,
             places=[places[p] for p in positions],
             token_scale=token_scale,
+            prefix_sharing=rules.prefix_sharing,
         )
         if positions
         else filler()

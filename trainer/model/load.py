@@ -22,8 +22,10 @@ from transformers.utils import logging
 from madpo.trainer.config import Config, ModelConfig, PeftConfig, validate_peft
 from madpo.trainer.errors import UserError
 from madpo.trainer.model import lora, prefix_attention
+from madpo.trainer.model.attention.choice import require
 from madpo.trainer.model.balance import expert_balance
 from madpo.trainer.model.freeze import freeze
+from madpo.trainer.model.partition import gather_convolutions
 from madpo.trainer.model.policy import PolicyWithReference, Reference
 from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.model.vocabulary import add_rows, fit_vocabulary
@@ -64,8 +66,8 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
     a model that cannot be loaded or does not fit its tokenizer."""
     entry, model = config.objective_entry, config.model
     prefix_attention.register()
-    prefix_attention.require(model.attention)
-    attention = prefix_attention.NAMES[model.attention]
+    require(model.attention)
+    attention = prefix_attention.NAMES["sdpa"]  # until `settle_attention`
     dtype = torch.bfloat16 if config.train.bf16 else torch.float32
     torch.manual_seed(config.seed)
     rewards = "scores" in entry.needs
@@ -88,6 +90,9 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
     if config.train.export_merged and not lora.is_adapted(policy):
         raise UserError("train.export_merged: the model has no adapter; leave it false")
     reference = _reference(config, policy, adapter, load) if entry.needs_reference else None
+    for part in (policy, reference.model if reference else None):
+        if part is not None:
+            gather_convolutions(part)
     if model.gradient_checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if rewards:
