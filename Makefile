@@ -24,7 +24,7 @@ demo: $(READY)  ## train MADPO on real preference data: two ZeRO-3 ranks, evalua
 test: $(READY) lint types  ## the whole suite
 	$(BIN)/python -m pytest
 
-test-gpu: $(READY)  ## the kernels on a GPU: real vocabularies, sanitizer; nothing to do without one
+test-gpu: $(READY)  ## the kernels and attention on a GPU: real vocabularies, sanitizer; nothing to do without one
 	MADPO_TEST_GPU=1 $(BIN)/python -m pytest tests/kernels
 
 bench: $(READY)  ## the loss head against every peer that is installed; see docs/kernels.md

@@ -10,9 +10,12 @@ import pytest
 import torch
 from harness import random_groups
 
+from madpo.trainer.data.loader import StepRules, plan_step
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.packing import Segment, computed_tokens, filler, pack, plan_micro_batches
 from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.dist import Shard
+from madpo.trainer.objectives.base import Item
 
 
 def test_pack_by_hand():
@@ -67,6 +70,34 @@ def test_what_is_planned_for_a_group_is_what_it_takes(prefix_sharing):
     lengths = tokens + np.array([len(group.prompt) for group in groups])
     planned = computed_tokens(lengths, tokens, sequences, prefix_sharing)
     assert planned.tolist() == [len(pack([g], prefix_sharing=prefix_sharing).input_ids) for g in groups]
+
+
+class Held:
+    """Groups in memory, with the counts that steps are planned from."""
+
+    def __init__(self, groups: list[TokenGroup]) -> None:
+        self.groups = groups
+        self.sequences = np.array([len(group.completions) for group in groups])
+        self.completion_tokens = np.array([sum(map(len, group.completions)) for group in groups])
+        self.lengths = self.completion_tokens + np.array([len(group.prompt) for group in groups])
+        self.edges = np.array([len(group.edges) for group in groups])
+        self.labelled = np.zeros_like(self.edges)
+
+    def __getitem__(self, index: int) -> TokenGroup:
+        return self.groups[index]
+
+
+@pytest.mark.parametrize("prefix_sharing", [True, False])
+def test_a_step_keeps_to_the_budget_of_what_it_computes(prefix_sharing):
+    groups = Held(random_groups(20, completions=3))
+    rules = StepRules(Item.EDGE, 100, prefix_sharing)
+    steps = [plan_step(groups, np.arange(20), rules, Shard(rank, 2)) for rank in range(2)]
+    batches = [batch for step in steps for batch in step.batches]
+    tokens = [len(batch.input_ids) for batch in batches if not batch.is_filler]
+    assert max(tokens) <= 100 and sum(tokens) == rules.tokens(groups).sum()
+    assert sum(len(batch.lengths) for batch in batches if not batch.is_filler) == 60
+    scale = next(batch.token_scale for batch in batches if not batch.is_filler)
+    assert scale * sum(tokens) == pytest.approx(2)
 
 
 def test_edges_of_later_groups_point_at_their_own_sequences():

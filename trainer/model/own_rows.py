@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from madpo.trainer.data.packing import PackedBatch, Segment
 
@@ -23,7 +23,7 @@ class RowsOutput(NamedTuple):
     router_logits: tuple[Tensor, ...] | None = None  # (N, experts) of each mixture
 
 
-def run_rows(model: nn.Module, batch: PackedBatch, **options: Any) -> RowsOutput:
+def run_rows(model: Any, batch: PackedBatch, **options: Any) -> RowsOutput:
     """The output of a backbone for a packed batch, computed in rows of their own.
 
     A prompt's tokens are taken from the row of its first completion: they are the same in all of them.
@@ -33,8 +33,10 @@ def run_rows(model: nn.Module, batch: PackedBatch, **options: Any) -> RowsOutput
     )
     output: Any = model(input_ids=batch.input_ids[index], use_cache=False, **options)
     logits = getattr(output, "router_logits", None)
+    # Mamba's residuals are float32 in any precision; like transformers, take its output to the head's.
+    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, places).to(model.dtype)
     return RowsOutput(
-        output.last_hidden_state.flatten(0, 1).index_select(0, places)[None],
+        hidden[None],
         logits and tuple(layer.reshape(index.numel(), -1).index_select(0, places) for layer in logits),
     )
 

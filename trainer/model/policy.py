@@ -165,7 +165,7 @@ def refuse_unless_head_is_known(model: PreTrainedModel, device: torch.device) ->
         inputs["segments"] = SegmentTable((Segment(0, ids.shape[1], 0, 0),))
     hidden = backbone(model)(**inputs).last_hidden_state
     head: Any = model.get_output_embeddings()
-    ours = output_head(model).transform(head(hidden).float())
+    ours = output_head(model).transform(head(hidden.to(model.dtype)).float())
     theirs = model(**inputs).logits.float()
     error = float((ours - theirs).norm() / theirs.norm())
     if not error < _tolerance(model):
