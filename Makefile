@@ -24,7 +24,7 @@ demo: $(READY)  ## train MADPO on real preference data: two ZeRO-3 ranks, evalua
 test: $(READY) lint types  ## the whole suite
 	$(BIN)/python -m pytest
 
-test-gpu: $(READY)  ## on a GPU: kernels, real vocabularies, sanitizer, no waiting; nothing to do without one
+test-gpu: $(READY)  ## on a GPU: kernels, attention, real vocabularies, sanitizer, no waiting; nothing to do without one
 	MADPO_TEST_GPU=1 $(BIN)/python -m pytest tests/kernels tests/trainer/test_waits.py
 
 bench: $(READY)  ## the loss head against every peer that is installed; see docs/kernels.md

@@ -37,6 +37,7 @@ WITHOUT_EFFECT = (
     "data.dataset_num_proc",
     "launch.timeout_minutes",
     "model.attention",
+    "model.prefix_sharing",
     "model.gradient_checkpointing",
     "train.head_gib",
     "train.head_impl",
@@ -45,6 +46,9 @@ WITHOUT_EFFECT = (
     "train.save_total_limit",
 )
 """Config keys that decide how a result is come by: with another value it is not done again."""
+
+OF_PACKED_ROWS = ("micro_batch_tokens", "prefix_sharing")
+"""Ends of those keys that have an effect where a loss is formed of each packed row."""
 
 KINDS = {"loss_type", "model_type"}
 REFERENCE = re.compile(r"\$\{([^${}]*)\}")
@@ -181,7 +185,7 @@ def _with_effect(tree: dict[str, Any]) -> dict[str, Any]:
     model = tree.get("model")
     balanced = isinstance(model, dict) and model.get("router_aux_loss_coef")  # a loss of each packed row
     for section, key in (name.split(".") for name in WITHOUT_EFFECT):
-        if isinstance(out.get(section), dict) and not (balanced and key == "micro_batch_tokens"):
+        if isinstance(out.get(section), dict) and not (balanced and key in OF_PACKED_ROWS):
             out[section].pop(key, None)
     return {key: value for key, value in out.items() if value != {} or tree[key] == {}}
 

@@ -15,6 +15,7 @@ from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.engine import train_step
 from madpo.trainer.metrics import Meter
 from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.model.prefix_attention import shares_rows
 from madpo.trainer.objectives.base import BatchState, Item, SequenceScores
 from madpo.trainer.stages.reference import with_reference
 from madpo.trainer.stages.setup import load_data, start_engine
@@ -30,6 +31,7 @@ def zero3_steps(shard, config: Config, steps: int) -> list[tuple[float, dict[str
     assert groups is not None
     engine = start_engine(config, tokenizer, training=True)
     order = DataOrder(len(groups), config.seed)
+    rules = step_rules(config, shares_rows(engine.module.policy))
     named = engine.module.policy.named_parameters()
     names = {name: parameter for name, parameter in named if parameter.requires_grad}
     gradients: dict[str, torch.Tensor] = {}
@@ -49,7 +51,7 @@ def zero3_steps(shard, config: Config, steps: int) -> list[tuple[float, dict[str
         meter = Meter()
         size = config.train.global_batch_size
         indices = order.take(step * size, size)
-        plan = plan_step(groups, indices, step_rules(config), shard)
+        plan = plan_step(groups, indices, rules, shard)
         state = BatchState(memory, (config.seed, step))
         memory = train_step(engine, plan, config.optim.lr, meter, state)
         out.append((meter.reduce()["loss"], dict(gradients)))

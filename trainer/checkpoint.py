@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "data.dataset_test_split",
     "data.on_bad_row",
     "model.attention",
+    "model.prefix_sharing",
     "model.gradient_checkpointing",
     "model.activation_offloading",
     "model.use_liger_kernel",
@@ -47,7 +48,9 @@ MAY_CHANGE = (
     "train.peak_tflops",
 )
 """Config keys, or their beginnings, that may differ between a run and its continuation. With
-`model.router_aux_loss_coef`, a loss of each packed row, `train.micro_batch_tokens` may not."""
+`model.router_aux_loss_coef`, a loss of each packed row, those in OF_PACKED_ROWS may not."""
+
+OF_PACKED_ROWS = frozenset({"model.prefix_sharing", "train.micro_batch_tokens"})
 
 
 def identity(config: Config, shard: Shard, content: str | None = None) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def identity(config: Config, shard: Shard, content: str | None = None) -> dict[s
         if section == "peft":  # whether there is one, too
             flat = {"": values is not None, **(values or {})}
         out |= {f"{section}.{key}".rstrip("."): value for key, value in flat.items()}
-    bound = {"train.micro_batch_tokens"} if config.model.router_aux_loss_coef else set[str]()  # a row's loss
+    bound = OF_PACKED_ROWS if config.model.router_aux_loss_coef else set[str]()
     out = {key: value for key, value in out.items() if key in bound or not key.startswith(MAY_CHANGE)}
     if content is not None:
         out["data (content)"] = content

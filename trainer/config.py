@@ -106,8 +106,10 @@ def validate(config: Config) -> None:
         raise UserError(f"model.ref_model_name_or_path: {config.objective.loss_type} uses no reference")
     if model.sync_ref_model and not config.objective_entry.needs_reference:
         raise UserError(f"model.sync_ref_model: {config.objective.loss_type} uses no reference")
-    if model.attention == "flash" and not train.bf16:
-        raise UserError("model.attention: flash computes in bf16; set train.bf16=true or attention=sdpa")
+    if model.attention in ("flash", "torch") and not train.bf16:
+        raise UserError(
+            f"model.attention: {model.attention} computes in bf16; set train.bf16=true or attention=auto"
+        )
     if model.router_aux_loss_coef and "scores" in config.objective_entry.needs:
         raise UserError("model.router_aux_loss_coef: it is not computed for reward models; set it to 0")
     _validate_sequence_parallel(config)

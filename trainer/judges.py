@@ -27,9 +27,10 @@ from madpo.trainer.endpoint import Endpoint, api_key
 from madpo.trainer.errors import UserError
 from madpo.trainer.generate_config import JudgeConfig
 from madpo.trainer.model.load import build_module, folder_of, load_tokenizer, state_of_files
-from madpo.trainer.model.policy import last_hidden, refuse_unless_packing_is_exact
+from madpo.trainer.model.policy import last_hidden
 from madpo.trainer.model.prefix_attention import SegmentTable
 from madpo.trainer.model.reward import RewardModel
+from madpo.trainer.model.settle import settle_attention
 from madpo.trainer.objectives.reward import BradleyTerryParams
 
 Scores = list[list[float | None]]
@@ -100,7 +101,7 @@ class RewardJudge:
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         )
         self.module = module.to(self.device).eval()
-        refuse_unless_packing_is_exact(module.policy, torch.device(self.device))
+        settle_attention(module.policy, config.model.attention, torch.device(self.device))
 
     def __call__(self, prompts: Sequence[TextGroup], completions: Sequence[Sequence[Text]]) -> Scores:
         """None for what cannot be trained on either: no token, or a prompt that fills `max_length`."""

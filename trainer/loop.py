@@ -19,6 +19,7 @@ from madpo.trainer.engine import evaluation_step, grad_norm, move_reference, tra
 from madpo.trainer.errors import UserError
 from madpo.trainer.metrics import Meter
 from madpo.trainer.model.flops import step_cost
+from madpo.trainer.model.prefix_attention import shares_rows
 from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.perf import peak_flops, throughput
 from madpo.trainer.schedule import learning_rate
@@ -58,8 +59,8 @@ def train(
     on_save: Callable[[], None],
 ) -> None:
     """Train from `state` to the end of the plan. `on_record` gets every logged line, on all ranks."""
-    settings, rules = config.train, step_rules(config, step_cost(engine.module))
-    plan = plan_run(config, feed.num_groups)
+    settings, plan = config.train, plan_run(config, feed.num_groups)
+    rules = step_rules(config, shares_rows(engine.module.policy), step_cost(engine.module))
     steps = training_steps(feed, rules, settings.global_batch_size, shard, state.consumed, plan.total_groups)
     peak = peak_flops(settings.peak_tflops, engine.device, settings.bf16)
     meter, work, logged_at, logged_step = Meter(), Work(), time.perf_counter(), state.step
@@ -120,7 +121,7 @@ def evaluate(
     """
     engine.eval()
     meter = Meter()
-    rules = step_rules(config, step_cost(engine.module, training=False))
+    rules = step_rules(config, shares_rows(engine.module.policy), step_cost(engine.module, training=False))
     steps = evaluation_steps(groups, rules, config.train.global_batch_size, shard)
     for number, step in enumerate(prefetched(steps, engine.device)):
         evaluation_step(engine, step, meter, BatchState(memory, (config.seed, number)))

@@ -29,8 +29,12 @@ class ModelConfig(Section):
     ref_model_mixup_alpha: float = Field(default=0.6, gt=0, le=1, description="share of the policy in a move")
     ref_model_sync_steps: int = Field(default=512, ge=1, description="optimiser steps between moves")
     tokenizer_name_or_path: str | None = Field(default=None, description="null: beside the model")
-    attention: Literal["sdpa", "flash"] = Field(
-        default="sdpa", description="kernel of the packed attention; flash needs the flash-attn package"
+    attention: Literal["auto", "flash", "torch", "flex", "sdpa"] = Field(
+        default="auto",
+        description="kernel of the packed attention; auto: the fastest that computes this model's",
+    )
+    prefix_sharing: bool = Field(
+        default=True, description="compute a prompt once for all its completions, not once for each"
     )
     gradient_checkpointing: bool | Literal["selective"] = Field(
         default=False,

@@ -7,12 +7,16 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from harness import random_groups
 
+from madpo.trainer.data.loader import StepRules, plan_step
 from madpo.trainer.data.order import DataOrder
-from madpo.trainer.data.packing import Segment, filler, pack, plan_micro_batches
-from madpo.trainer.data.shapes import Cost, Shapes, StepCost, Work, work_of
+from madpo.trainer.data.packing import Segment, computed_tokens, filler, pack, plan_micro_batches
+from madpo.trainer.data.shapes import Cost, Shapes, StepCost, Work, shapes_of, work_of
 from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.dist import Shard
+from madpo.trainer.objectives.base import Item
 
 
 def test_pack_by_hand():
@@ -30,8 +34,7 @@ def test_pack_by_hand():
         Segment(0, 2, 0, 0),
         Segment(2, 3, 0, 2),
         Segment(3, 6, 0, 2),
-        Segment(6, 7, 6, 6),
-        Segment(7, 9, 6, 7),
+        Segment(6, 9, 6, 6),
     )
     assert batch.rows.tolist() == [1, 1, 3, 4, 6, 7]
     assert batch.targets.tolist() == [20, 30, 31, 32, 50, 51]
@@ -40,6 +43,66 @@ def test_pack_by_hand():
     assert batch.margins.tolist() == [2.5]
     assert (batch.group_sequences, batch.group_edges) == ((2, 1), (1, 0))
     assert batch.scale == 0.5
+
+
+def test_pack_without_sharing_by_hand():
+    """The groups of the test above: the first prompt stands before each of its completions."""
+    groups = [TokenGroup([10, 11], [[20], [30, 31, 32]], [(1, 0, 2.5)]), TokenGroup([40], [[50, 51]], [])]
+    batch = pack(groups, scale=0.5, prefix_sharing=False)
+    assert batch.input_ids.tolist() == [10, 11, 20, 10, 11, 30, 31, 32, 40, 50, 51]
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2]
+    assert batch.segments == (Segment(0, 3, 0, 0), Segment(3, 8, 3, 3), Segment(8, 11, 8, 8))
+    assert batch.rows.tolist() == [1, 4, 5, 6, 8, 9]
+    assert batch.targets.tolist() == [20, 30, 31, 32, 50, 51]
+    assert batch.ends.tolist() == [2, 7, 10]
+    shared = pack(groups, scale=0.5)
+    for name in ("targets", "seq_lengths", "winners", "losers", "margins", "labels", "sequence_places"):
+        assert torch.equal(getattr(batch, name), getattr(shared, name)), name
+    assert (batch.lengths, batch.group_sequences) == (shared.lengths, shared.group_sequences)
+
+
+@pytest.mark.parametrize("prefix_sharing", [True, False])
+def test_what_is_planned_for_a_group_is_what_it_takes(prefix_sharing):
+    groups = [*random_groups(3), *random_groups(2, 1, completions=1), *random_groups(2, 2, completions=7)]
+    tokens, sequences = (
+        np.array([sum(map(len, group.completions)) for group in groups]),
+        np.array([len(group.completions) for group in groups]),
+    )
+    lengths = tokens + np.array([len(group.prompt) for group in groups])
+    planned = computed_tokens(lengths, tokens, sequences, prefix_sharing)
+    assert planned.tolist() == [len(pack([g], prefix_sharing=prefix_sharing).input_ids) for g in groups]
+
+
+class Held:
+    """Groups in memory, with the counts that steps are planned from."""
+
+    def __init__(self, groups: list[TokenGroup]) -> None:
+        self.groups = groups
+        self.sequences = np.array([len(group.completions) for group in groups])
+        self.completion_tokens = np.array([sum(map(len, group.completions)) for group in groups])
+        self.lengths = self.completion_tokens + np.array([len(group.prompt) for group in groups])
+        self.edges = self.counted_edges = np.array([len(group.edges) for group in groups])
+        self.reference = None
+        self.labelled = np.zeros_like(self.edges)
+
+    def __getitem__(self, index: int) -> TokenGroup:
+        return self.groups[index]
+
+    def shapes(self, indices: np.ndarray) -> Shapes:
+        return shapes_of([self.groups[index] for index in indices])
+
+
+@pytest.mark.parametrize("prefix_sharing", [True, False])
+def test_a_step_keeps_to_the_budget_of_what_it_computes(prefix_sharing):
+    groups = Held(random_groups(20, completions=3))
+    rules = StepRules(Item.EDGE, 100, prefix_sharing)
+    steps = [plan_step(groups, np.arange(20), rules, Shard(rank, 2)) for rank in range(2)]
+    batches = [batch for step in steps for batch in step.batches]
+    tokens = [len(batch.input_ids) for batch in batches if not batch.is_filler]
+    assert max(tokens) <= 100 and sum(tokens) == groups.shapes(np.arange(20)).tokens(prefix_sharing).sum()
+    assert sum(len(batch.lengths) for batch in batches if not batch.is_filler) == 60
+    scale = next(batch.token_scale for batch in batches if not batch.is_filler)
+    assert scale * sum(tokens) == pytest.approx(2)
 
 
 def test_edges_of_later_groups_point_at_their_own_sequences():

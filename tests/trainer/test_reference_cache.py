@@ -97,8 +97,9 @@ def name_for(config: Config) -> str:
     tokenizer = load_tokenizer(config.model)
     groups = load_data(config, tokenizer, training=True).train
     assert groups is not None
-    weights = weights_of_reference(config)
-    return path_of(Path("."), parts_of(config, weights, groups, len(tokenizer), torch.device("cpu"))).name
+    weights, attention = weights_of_reference(config), config.model.attention
+    parts = parts_of(config, weights, groups, len(tokenizer), attention, torch.device("cpu"))
+    return path_of(Path("."), parts).name
 
 
 KTO = {"objective": {"loss_type": "kto"}}

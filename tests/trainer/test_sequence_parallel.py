@@ -368,7 +368,7 @@ def test_ranks_and_heads_must_divide(config):
         ({"model": {"router_aux_loss_coef": 0.1}}, "router_aux_loss_coef: it is a loss of whole rows"),
         (
             {"data": {"max_length": 1000}},
-            r"micro_batch_tokens: 256 .* data.max_length 1000, with 2 ranks to a row; set it to at least 1000\b",
+            r"micro_batch_tokens: 256 .* max_length 1000, with 2 ranks to a row; set it to at least 1000\b",
         ),
     ],
 )

@@ -29,7 +29,7 @@ from madpo.trainer.data.adapters import ADAPTERS
 from madpo.trainer.data.folds import hash_of_prompt
 from madpo.trainer.data.formats import parse_json_line
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.packing import check_budget
+from madpo.trainer.data.packing import check_budget, computed_tokens
 from madpo.trainer.data.reference_logps import ReferenceLogps
 from madpo.trainer.data.rows import RowRules, choose_adapter, read_row
 from madpo.trainer.data.shapes import Shapes
@@ -140,9 +140,10 @@ class GroupDataset:
         counts = {name: row[name] for name in ("boundary_cut", "truncated", "equal")}
         return TokenGroup(row["prompt"], row["completions"], edges, row["labels"], **counts)
 
-    def require(self, objective: Objective, loss_type: str, budget: int) -> None:
+    def require(self, objective: Objective, loss_type: str, budget: int, prefix_sharing: bool = True) -> None:
         """Raise ValueError unless the groups hold what the objective needs and fit the token budget."""
-        check_budget(self.lengths, budget)
+        counts = self.lengths, self.completion_tokens, self.sequences
+        check_budget(computed_tokens(*counts, prefix_sharing), budget)
         if objective.item is Item.EDGE and not self.edges.all():
             raise UserError(
                 f"{self.name}: objective {loss_type} compares completions; give columns prompt, chosen "

@@ -23,14 +23,16 @@ class StepRules:
 
     item: Item  # the unit that the loss is averaged over
     budget: int  # packed tokens of a micro-batch
+    prefix_sharing: bool = True  # a prompt is computed once for all its completions
     cost: StepCost = TOKENS  # what ranks are balanced by
     ranks_per_row: int = 1  # more than one: each has a slice of every row of its group of ranks
 
 
-def step_rules(config: Config, cost: StepCost = TOKENS) -> StepRules:
-    """The rules of a run."""
-    train, item = config.train, config.objective_entry.item
-    return StepRules(item, train.row_tokens, cost, train.sequence_parallel_size)
+def step_rules(config: Config, shares_rows: bool = True, cost: StepCost = TOKENS) -> StepRules:
+    """The rules of a run, of a model whose layers let sequences share rows, or not."""
+    train, shares = config.train, config.model.prefix_sharing and shares_rows
+    item = config.objective_entry.item
+    return StepRules(item, train.row_tokens, shares, cost, train.sequence_parallel_size)
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,17 @@ def plan_step(
     skipped = int((groups.counted_edges - groups.edges)[indices].clip(min=0).sum())
     num_groups, indices = len(indices), indices[groups.sequences[indices] > 0]
     scale = shard.world_size / max(items, 1)
-    token_scale = shard.world_size / max(int(groups.lengths[indices].sum()), 1)
     ends = np.cumsum((groups.sequences[indices], groups.edges[indices]), axis=1)  # (2, B)
     places = np.concatenate((np.zeros_like(ends[:, :1]), ends[:, :-1]), axis=1).T.tolist()
-    shapes = groups.shapes(indices)
+    shapes, shared = groups.shapes(indices), rules.prefix_sharing
+    lengths = shapes.tokens(shared)
+    token_scale = shard.world_size / max(int(lengths.sum()), 1)
     # Not by what is computed again: the user may change that between a run and its continuation, and a
     # group must not move to another micro-batch by it.
-    costs = rules.cost.model.of(shapes)
+    costs = rules.cost.model.of(shapes, shared)
     sharing = rules.ranks_per_row
     bins = shard.world_size // sharing
-    plan = plan_micro_batches(groups.lengths[indices], rules.budget, bins, costs)
+    plan = plan_micro_batches(lengths, rules.budget, bins, costs)
     known = groups.reference
     batches = [
         pack(
@@ -86,6 +89,7 @@ def plan_step(
             places=[places[p] for p in positions],
             token_scale=token_scale,
             ref_logps=None if known is None else [known[indices[p]] for p in positions],
+            prefix_sharing=shared,
         )
         if positions
         else filler(with_reference=known is not None)
@@ -94,7 +98,7 @@ def plan_step(
     if sharing > 1:
         batches = [slice_of(batch, shard.rank % sharing, sharing) for batch in batches]
     totals = int(groups.sequences[indices].sum()), int(groups.edges[indices].sum())
-    work = work_of(shapes, rules.cost, plan, skipped_edges=skipped)
+    work = work_of(shapes, rules.cost, plan, shared, skipped)
     return Step(batches, *totals, num_groups, work, sharing, uncomputed)
 
 

@@ -4,6 +4,8 @@ For a group with prompt p (length a) and completions c1 .. ck the packed row is 
 ids restart at a for every completion. A completion attends to the prompt and to itself, never to a
 sibling. A scored row is the position that predicts a completion token; the prompt's last position
 predicts the first token of every completion, so it appears k times.
+
+Without sharing, and for a completion alone, the row is p c1 .. p ck, where each p ci is one segment.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from madpo.trainer.errors import UserError
 class Segment(NamedTuple):
     """Queries [start, end) attend causally to themselves and to keys [prompt_start, prompt_end).
 
-    The segments of a batch tile its row in order, and a prompt is a segment of its own.
+    The segments of a batch tile its row in order, and a prompt that is shared is a segment of its own.
     """
 
     start: int
     end: int
     prompt_start: int
-    prompt_end: int  # equal to prompt_start for a prompt, which sees itself only
+    prompt_end: int  # equal to prompt_start for what sees itself only
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,9 @@ def pack(
     places: Sequence[tuple[int, int]] | None = None,
     token_scale: float = 0.0,
     ref_logps: Sequence[np.ndarray] | None = None,  # of each group (m,) float32
+    prefix_sharing: bool = True,
 ) -> PackedBatch:
-    """Pack whole groups into one row, in the order given.
+    """Pack whole groups into one row, in the order given; each prompt once, or once for each completion.
 
     `places` says where the first sequence and the first edge of each group stand among those of the step;
     without it the groups are the step.
@@ -112,16 +115,23 @@ def pack(
         edge_places += range(first_edge, first_edge + len(group.edges))
         weights += group.weights
         labels += group.labels or [0] * len(group.completions)
-        prompt_start, first = end, len(lengths)
-        prompt_end = end = prompt_start + len(group.prompt)
-        ids.append(_whole(group.prompt))
-        positions.append(np.arange(len(group.prompt)))
-        segments.append(Segment(prompt_start, prompt_end, prompt_start, prompt_start))
-        for completion in group.completions:
+        first, shared = len(lengths), prefix_sharing and len(group.completions) > 1
+        prompt_start = prompt_end = end
+        for number, completion in enumerate(group.completions):
+            if number == 0 or not shared:
+                prompt_start, prompt_end = end, end + len(group.prompt)
+                ids.append(_whole(group.prompt))
+                positions.append(np.arange(len(group.prompt)))
+                if shared:
+                    segments.append(Segment(prompt_start, prompt_end, prompt_start, prompt_start))
+                end = prompt_end
             start, end = end, end + len(completion)
             ids.append(_whole(completion))
             positions.append(np.arange(len(group.prompt), len(group.prompt) + len(completion)))
-            segments.append(Segment(start, end, prompt_start, prompt_end))
+            if shared:
+                segments.append(Segment(start, end, prompt_start, prompt_end))
+            else:
+                segments.append(Segment(prompt_start, end, prompt_start, prompt_start))
             rows += [np.array([prompt_end - 1]), np.arange(start, end - 1)]
             targets.append(ids[-1])
             ends.append(end - 1)
@@ -163,6 +173,18 @@ def _whole(numbers: Sequence[int]) -> np.ndarray:
 
 def _joined(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0, np.int64))
+
+
+def computed_tokens(
+    lengths: np.ndarray,  # (G,) prompt and completions
+    completion_tokens: np.ndarray,  # (G,)
+    sequences: np.ndarray,  # (G,)
+    prefix_sharing: bool,
+) -> np.ndarray:
+    """(G,) the length of each group's part of a packed row."""
+    if prefix_sharing:
+        return lengths
+    return lengths + (np.maximum(sequences, 1) - 1) * (lengths - completion_tokens)
 
 
 def filler(with_reference: bool = False) -> PackedBatch:

@@ -91,8 +91,8 @@ class TrimmedDataset(GroupDataset):
             lambda places: shapes_of([self[int(index)] for index in indices[places]]),
         )
 
-    def require(self, objective: Objective, loss_type: str, budget: int) -> None:
-        self._groups.require(objective, loss_type, budget)
+    def require(self, objective: Objective, loss_type: str, budget: int, prefix_sharing: bool = True) -> None:
+        self._groups.require(objective, loss_type, budget, prefix_sharing)
 
     def __getitem__(self, index: int) -> TokenGroup:
         return self._trimmed(self._chosen[index])

@@ -20,9 +20,11 @@ from transformers.utils import logging
 from madpo.trainer.config import Config, ModelConfig, PeftConfig, validate_peft
 from madpo.trainer.errors import UserError
 from madpo.trainer.model import liger, lora, prefix_attention
+from madpo.trainer.model.attention.choice import require
 from madpo.trainer.model.balance import expert_balance
 from madpo.trainer.model.freeze import freeze
 from madpo.trainer.model.offload import offload_layers
+from madpo.trainer.model.partition import gather_convolutions
 from madpo.trainer.model.policy import PolicyWithReference, Reference
 from madpo.trainer.model.recompute import checkpoint_layers
 from madpo.trainer.model.reward import RewardModel
@@ -72,6 +74,9 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
         raise UserError("train.export_merged: the model has no adapter; leave it false")
     is_scored = entry.needs_reference and model.reference != "cached"
     reference = _reference(config, policy, adapter, options) if is_scored else None
+    for part in (policy, reference.model if reference else None):
+        if part is not None:
+            gather_convolutions(part)
     _spend_time_or_memory(policy, reference, config)
     if "scores" in entry.needs:
         padding_token(tokenizer)
@@ -111,12 +116,12 @@ def load_reference(config: Config, tokenizer: PreTrainedTokenizerBase) -> Refere
 def _options(config: Config) -> dict[str, Any]:
     """How the models of a run are loaded, whichever they are; the draws of what is new begin here."""
     prefix_attention.register()
-    prefix_attention.require(config.model.attention)
+    require(config.model.attention)
     torch.manual_seed(config.seed)
     rewards = "scores" in config.objective_entry.needs
     return {
         "dtype": torch.bfloat16 if config.train.bf16 else torch.float32,
-        "attention": prefix_attention.NAMES[config.model.attention],
+        "attention": prefix_attention.NAMES["sdpa"],  # until `settle_attention`
         "kind": AutoModelForSequenceClassification if rewards else AutoModelForCausalLM,
         **({"num_labels": 1} if rewards else {}),
     }

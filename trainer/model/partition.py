@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from deepspeed.utils import groups
+from torch import nn
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 
@@ -38,3 +39,16 @@ def partitioned_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
     finally:
         groups._create_zero_param_parallel_group = create
         unset_hf_deepspeed_config()
+
+
+def gather_convolutions(model: nn.Module) -> None:
+    """Layers that hold a convolution along the row, as those of Mamba do, hand its weight to a kernel
+    instead of calling it, so that ZeRO-3 would not see it used: have it gather such a layer as a whole."""
+    from deepspeed.utils import set_z3_leaf_modules_by_name
+
+    holders = [
+        name
+        for name, module in model.named_modules()
+        if any(isinstance(child, nn.Conv1d) for child in module.children())
+    ]
+    set_z3_leaf_modules_by_name(model, holders)

@@ -11,7 +11,7 @@ from madpo.trainer.data.slices import slice_of
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.policy import last_hidden
-from madpo.trainer.model.prefix_attention import SegmentTable
+from madpo.trainer.model.prefix_attention import SegmentTable, shares_rows
 from madpo.trainer.sequence_parallel import SequenceGroup
 
 TOLERANCE = {torch.float32: 1e-3}
@@ -28,6 +28,11 @@ def refuse_unless_slicing_is_exact(
     What counts is the middle token's error: in bf16 a router may send single tokens elsewhere. A model that
     mixes neighbours outside of attention is refused for packing before.
     """
+    if not shares_rows(model):
+        raise UserError(
+            f"train.sequence_parallel_size: {type(model).__name__} computes every completion in a row of its "
+            "own, which cannot be in slices; set it to 1"
+        )
     random = np.random.default_rng(2)
     high = min(model.config.vocab_size, 1000)
     draw = lambda count: random.integers(0, high, count).tolist()  # noqa: E731

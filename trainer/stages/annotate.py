@@ -24,6 +24,7 @@ from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.errors import UserError
 from madpo.trainer.loop import plan_run
 from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.model.prefix_attention import shares_rows
 from madpo.trainer.objectives.base import segment_sum
 from madpo.trainer.objectives.reward import BradleyTerryParams
 from madpo.trainer.stages.setup import merged, start_engine
@@ -125,7 +126,8 @@ def _load(config: Config) -> dict[str, GroupDataset]:
     data = {split: load_groups(config.data, split, tokenizer)[0] for split in splits if split is not None}
     plain = config.model_copy(update={"objective": BradleyTerryParams()})  # which asks no margin of the data
     for groups in data.values():
-        groups.require(plain.objective_entry, plain.objective.loss_type, config.train.micro_batch_tokens)
+        budget, shares = config.train.row_tokens, config.model.prefix_sharing
+        groups.require(plain.objective_entry, plain.objective.loss_type, budget, shares)
         if several := int((groups.edges > 1).sum()):
             raise UserError(
                 f"{groups.name}: annotate writes one margin a row, and {several} rows make several "
@@ -192,9 +194,9 @@ def _refuse_unfinished(judge: Judge, data: dict[str, GroupDataset], state: Train
 def completion_scores(engine: Any, groups: GroupDataset, config: Config, shard: Shard) -> torch.Tensor:
     """(S,) the reward model's score of every completion, in the order of the groups; on all ranks."""
     engine.eval()
-    first = 0
+    first, rules = 0, step_rules(config, shares_rows(engine.module.policy))
     scores = torch.zeros(int(groups.sequences.sum()), dtype=torch.float64, device=engine.device)
-    for step in evaluation_steps(groups, step_rules(config), config.train.global_batch_size, shard):
+    for step in evaluation_steps(groups, rules, config.train.global_batch_size, shard):
         for batch in (batch.to(engine.device) for batch in step.batches):
             _, token_scores, *_ = engine(batch)
             sums = segment_sum(token_scores, batch.seq_lengths)

@@ -6,6 +6,7 @@ base model knows of a task.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import asdict, dataclass, field
@@ -22,11 +23,12 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer import dist
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
-from madpo.trainer.data.loader import StepRules, evaluation_steps
+from madpo.trainer.data.loader import evaluation_steps, step_rules
 from madpo.trainer.data.order import permutation
 from madpo.trainer.dist import Shard
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import load_tokenizer, state_of_files
+from madpo.trainer.model.prefix_attention import shares_rows
 from madpo.trainer.objectives.base import Item
 from madpo.trainer.objectives.sft import NLLParams
 from madpo.trainer.stages.setup import load_data, start_engine
@@ -129,12 +131,13 @@ def _measure(engine: Any, groups: GroupDataset, config: Config, shard: Shard, of
     """Log-probs of the completions of at most MOST_GROUPS groups, drawn by the seed."""
     engine.eval()
     chosen = np.sort(permutation(len(groups), config.seed, epoch=0)[:MOST_GROUPS])
-    sharing = config.train.sequence_parallel_size
-    rules, found = StepRules(Item.TOKEN, config.train.row_tokens, sharing), []
+    shares = shares_rows(engine.module.policy)
+    rules, found = dataclasses.replace(step_rules(config, shares), item=Item.TOKEN), []
     for step in evaluation_steps(groups, rules, config.train.global_batch_size, shard, chosen):
         for batch in step.batches:
             _, logps, *_ = engine(batch.to(engine.device))
-            if not batch.is_filler and shard.rank % sharing == 0:  # the others of a row know the same
+            knows_first = shard.rank % rules.ranks_per_row == 0  # the others of its rows know the same
+            if knows_first and not batch.is_filler:
                 found += [part.double().cpu().numpy() for part in logps.split(batch.lengths)]
     everything: list[Any] = [None] * shard.world_size
     torch_dist.all_gather_object(everything, found)

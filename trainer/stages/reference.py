@@ -31,8 +31,10 @@ from madpo.trainer.loop import plan_run
 from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.model.load import load_reference, refuse_other_vocabulary
 from madpo.trainer.model.partition import partitioned_loading
-from madpo.trainer.model.policy import refuse_unless_head_is_known, refuse_unless_packing_is_exact
+from madpo.trainer.model.policy import refuse_unless_head_is_known
+from madpo.trainer.model.prefix_attention import shares_rows
 from madpo.trainer.model.reference import ReferenceAlone, weights_of_reference
+from madpo.trainer.model.settle import settle_attention
 from madpo.trainer.objectives.base import Item
 from madpo.trainer.parts import SECONDS_BETWEEN_NEWS, say
 from madpo.trainer.reference_cache import FORMAT_VERSION
@@ -68,13 +70,17 @@ def with_reference(
     if config.model.reference != "cached" or not config.objective_entry.needs_reference:
         return data, None
     weights = _on_main(shard, lambda: weights_of_reference(config))
-    splits = {"train": data.train if training else None, "held_out": data.held_out}
+    splits: dict[str, GroupDataset | None] = {
+        "train": data.train if training else None,
+        "held_out": data.held_out,
+    }
     found: dict[str, Any] = {}
     remarks: list[str] = []
     engine = _start(config, tokenizer)
+    attention: str = engine.module.model.config._attn_implementation
     for split, groups in splits.items():
         if groups is not None:
-            parts = parts_of(config, weights, groups, len(tokenizer), engine.device)
+            parts = parts_of(config, weights, groups, len(tokenizer), attention, engine.device)
             found[split], remark = _cached(engine, groups, parts, config, shard)
             remarks.append(remark)
     cached = CachedReference(engine.module.model.config.vocab_size, remarks)
@@ -94,6 +100,7 @@ def parts_of(
     weights: dict[str, Any],  # of `weights_of_reference`
     groups: GroupDataset,
     num_tokens: int,  # of the tokenizer
+    attention: str,  # as it was settled
     device: torch.device,
 ) -> dict[str, Any]:
     """Everything that decides a reference's log-probs but for their rounding. What its head does to logits
@@ -108,7 +115,7 @@ def parts_of(
         "data": groups.fingerprint,
         "completion tokens": int(groups.completion_tokens.sum()),
         "rows of the vocabulary": num_tokens if config.model.resize_embeddings else "as stored",
-        "attention": config.model.attention,
+        "attention": attention,
         "dtype": "bf16" if config.train.bf16 else "fp32",
         "head_impl": config.train.head_impl,
         "device": device.type,
@@ -125,7 +132,7 @@ def _start(config: Config, tokenizer: PreTrainedTokenizerBase) -> Any:
         budget_bytes = int(config.train.head_gib * 2**30)
         module = ReferenceAlone(reference, budget_bytes, config.train.head_impl)
     engine = build_engine(config, module, training=False)
-    refuse_unless_packing_is_exact(module.model, engine.device)
+    settle_attention(module.model, config.model.attention, engine.device)
     refuse_unless_head_is_known(module.model, engine.device)
     engine.eval()
     return engine
@@ -186,7 +193,8 @@ def refuse_unless_policy_fits(
     if not (is_fresh and is_own):
         return
     groups, indices = feed.take(0, min(config.train.global_batch_size, feed.num_groups or 1))
-    batch = plan_step(groups, indices, step_rules(config), shard).batches[0].to(engine.device)
+    rules = step_rules(config, shares_rows(engine.module.policy))
+    batch = plan_step(groups, indices, rules, shard).batches[0].to(engine.device)
     engine.eval()
     with torch.no_grad():
         _, token_logps, ref_token_logps, *_ = engine(batch)
@@ -225,7 +233,7 @@ def _scores(
     engine: Any, groups: GroupDataset, config: Config, shard: Shard, chosen: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
     """The reference's log-probs (m,) of stretches of the groups, in their order, on every rank."""
-    rules = replace(step_rules(config), item=Item.TOKEN)
+    rules = replace(step_rules(config, shares_rows(engine.module.model)), item=Item.TOKEN)
     chosen = np.arange(len(groups)) if chosen is None else chosen
     budget = BATCHES_BETWEEN_MEETINGS * rules.budget * shard.world_size
     size = max(1, round(budget * len(groups) / int(groups.lengths.sum())))

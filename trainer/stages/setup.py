@@ -22,11 +22,8 @@ from madpo.trainer.engine import build_engine, deepspeed_config
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import build_module
 from madpo.trainer.model.partition import partitioned_loading
-from madpo.trainer.model.policy import (
-    refuse_noise,
-    refuse_unless_head_is_known,
-    refuse_unless_packing_is_exact,
-)
+from madpo.trainer.model.policy import refuse_noise, refuse_unless_head_is_known
+from madpo.trainer.model.settle import settle_attention
 from madpo.trainer.model.slice_check import refuse_unless_slicing_is_exact
 
 
@@ -137,7 +134,8 @@ def _made_fit(groups: GroupDataset, config: Config) -> GroupDataset:
     entry = config.objective_entry
     if "mismatched" in entry.needs:
         groups = MismatchedDataset(groups, config.seed, config.data.max_length)
-    groups.require(entry, config.objective.loss_type, config.train.row_tokens)
+    budget, shares = config.train.row_tokens, config.model.prefix_sharing
+    groups.require(entry, config.objective.loss_type, budget, shares)
     problem = config.objective.problem_with(groups.margins)
     if problem:
         raise UserError(f"{groups.name}: {problem}")
@@ -161,13 +159,15 @@ def _stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> Stream:
 
 
 def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool) -> Any:
-    """The engine around policy, reference and head."""
+    """The engine around policy, reference and head. What a user should know of how the models attend is in
+    the module's `remarks`."""
     with partitioned_loading(deepspeed_config(config, training)):
         module = build_module(config, tokenizer)
     engine, group = build_engine(config, module, training), module.sequence_group
+    remarks = []
     for model in (module.policy, module.reference):
         if model is not None:
-            refuse_unless_packing_is_exact(model, engine.device)
+            remarks.append(settle_attention(model, config.model.attention, engine.device))
             if "scores" not in config.objective_entry.needs:
                 refuse_unless_head_is_known(model, engine.device)
             if group is not None:
@@ -175,4 +175,5 @@ def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: b
     quantised = config.peft is not None and config.peft.quantised
     if training and not quantised:  # whose kernels round otherwise in training, without any noise
         refuse_noise(module.policy, engine.device)
+    module.remarks = tuple(dict.fromkeys(remarks))
     return engine

@@ -50,7 +50,8 @@ def show_data(config: Config, count: int, console: Console) -> None:
         lines += render_group(groups[index], decode, place, coloured, borrows)
     tokens, trained = int(groups.lengths.sum()), int(groups.completion_tokens.sum())
     console.print(*lines, *render_totals(report, tokens, trained, coloured), sep="\n", soft_wrap=True)
-    groups.require(entry, config.objective.loss_type, config.train.row_tokens)
+    budget, shares = config.train.row_tokens, config.model.prefix_sharing
+    groups.require(entry, config.objective.loss_type, budget, shares)
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:

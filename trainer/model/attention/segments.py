@@ -1,0 +1,86 @@
+"""The segments of one packed row, and what the back-ends of attention derive from them, once each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from madpo.trainer.data.packing import Segment
+from madpo.trainer.sequence_parallel import SequenceGroup
+
+if TYPE_CHECKING:
+    from madpo.trainer.model.attention.call import Call
+
+
+class VarlenIndex(NamedTuple):
+    """The segments as calls for variable lengths want them."""
+
+    keys: Tensor | None  # (K,) positions of the keys, segment after segment: its prompt's, then its own
+    query_offsets: Tensor  # (segments + 1,) int32
+    key_offsets: Tensor  # (segments + 1,) int32
+    max_queries: int
+    max_keys: int
+
+
+class SegmentTable:
+    """The segments of one batch, with the indices that their attention needs, built once each; and the ranks
+    that share its row, if it is in slices.
+
+    All of it is arithmetic on the host's table: nothing waits for the device.
+    """
+
+    def __init__(self, segments: Sequence[Segment], group: SequenceGroup | None = None) -> None:
+        self.segments, self.group = tuple(segments), group
+        self.lengths = [segment.end - segment.start for segment in self.segments]
+        index = {segment.start: number for number, segment in enumerate(self.segments)}
+        # The number of the segment that is the prompt of each segment; None where it has none.
+        self.prompts = [
+            index[s.prompt_start] if s.prompt_end > s.prompt_start else None for s in self.segments
+        ]
+        self.survey: list[Call] | None = None  # where layers are asked what they need: their calls
+        self._varlen: VarlenIndex | None = None
+        self._positions: Tensor | None = None
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """(segments, 4) int64: start, end, prompt_start, prompt_end."""
+        return np.array(self.segments, dtype=np.int64)
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """(N,) the position of every token in its own sequence."""
+        start, end, prompt_start, prompt_end = self.bounds.T
+        return np.arange(end[-1]) - np.repeat(start - (prompt_end - prompt_start), end - start)
+
+    def varlen(self, device: torch.device) -> VarlenIndex:
+        """Offsets and key positions. Without any prompt that is shared the keys are the row itself."""
+        if self._varlen is None:
+            start, end, prompt_start, prompt_end = self.bounds.T
+            queries, counts = end - start, end - start + prompt_end - prompt_start
+            keys = None
+            if any(prompt is not None for prompt in self.prompts):
+                parts = [range(*ends) for s in self.segments for ends in ((s[2], s[3]), (s[0], s[1]))]
+                keys = _on(np.concatenate([np.arange(part.start, part.stop) for part in parts]), device)
+            self._varlen = VarlenIndex(
+                keys,
+                _on(np.concatenate(([0], queries.cumsum())).astype(np.int32), device),
+                _on(np.concatenate(([0], counts.cumsum())).astype(np.int32), device),
+                int(queries.max()),
+                int(counts.max()),
+            )
+        return self._varlen
+
+    def positions(self, device: torch.device) -> Tensor:
+        """(N,) the position of every token in its own sequence."""
+        if self._positions is None:
+            self._positions = _on(self.places, device)
+        return self._positions
+
+
+def _on(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
