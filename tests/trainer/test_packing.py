@@ -13,6 +13,7 @@ from harness import random_groups
 from madpo.trainer.data.loader import StepRules, plan_step
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.packing import Segment, computed_tokens, filler, pack, plan_micro_batches
+from madpo.trainer.data.reference_logps import ReferenceLogps
 from madpo.trainer.data.shapes import Cost, Shapes, StepCost, Work, shapes_of, work_of
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.dist import Shard
@@ -82,7 +83,7 @@ class Held:
         self.completion_tokens = np.array([sum(map(len, group.completions)) for group in groups])
         self.lengths = self.completion_tokens + np.array([len(group.prompt) for group in groups])
         self.edges = self.counted_edges = np.array([len(group.edges) for group in groups])
-        self.reference = None
+        self.reference: ReferenceLogps | None = None
         self.labelled = np.zeros_like(self.edges)
 
     def __getitem__(self, index: int) -> TokenGroup:
