@@ -29,6 +29,13 @@ ARMS = {
     "madpo-oracle": "the oracle's own margins, τ quantile",
     "madpo-noised": "the oracle's margins with noise of their own spread, τ quantile",
 }
+SHORT = {
+    **METHODS,
+    "madpo-paper-tau": "MADPO, τ 6.9",
+    "madpo-cross-fitted": "MADPO, cross-fitted",
+    "madpo-oracle": "MADPO, oracle's margins",
+    "madpo-noised": "MADPO, noised ones",
+}
 Settings = Mapping[Setting, Sample]
 
 
@@ -51,7 +58,7 @@ def write(
         f"# {title}\n",
         *_of_the_paper(sft, settings, beta),
         *_arms(settings, beta),
-        *_frontier(settings, beta),
+        *_frontier(settings),
         *_verdict(settings, beta),
         *_margins(Path(pairs), Path(recipe), seeds),
     ]
@@ -109,26 +116,28 @@ def _arms(settings: Settings, beta: float) -> Iterator[str]:
         yield _table(("tier", "margins and τ", "reward", "less DPO's", "less the first's", "KL"), rows)
 
 
-def _frontier(settings: Settings, beta: float) -> Iterator[str]:
+def _frontier(settings: Settings) -> Iterator[str]:
     rows = []
     for tier in TIERS:
-        dpo = settings.get(Setting("dpo", beta, tier))
-        for arm, label in METHODS.items():
-            if dpo is None or arm == "dpo" or len(_betas(settings, arm, tier)) < 2:
-                continue
-            kl = float(dpo.kls.mean())
-            rewards = at_equal_kl(settings, arm, tier, kl)
-            if rewards is None:
-                ends = [s.kls.mean() for x, s in settings.items() if (x.arm, x.tier) == (arm, tier)]
-                rows.append((tier, label, f"{kl:.1f}", f"its KLs are {min(ends):.1f} to {max(ends):.1f}", ""))
-            else:
-                seeds = min(len(rewards), len(dpo.rewards))
-                gap = estimate(rewards[:seeds] - dpo.rewards[:seeds])
-                rows.append((tier, label, f"{kl:.1f}", str(estimate(rewards)), gap.signed))
+        reach = [s.kls.mean() for x, s in settings.items() if (x.arm, x.tier) == ("dpo", tier)]
+        if len(reach) < 2:
+            continue
+        for arm, label in SHORT.items():
+            for beta in _betas(settings, arm, tier) if arm != "dpo" else []:
+                sample = settings[Setting(arm, beta, tier)]
+                kl = float(sample.kls.mean())
+                dpo = at_equal_kl(settings, "dpo", tier, kl)
+                there, gap = f"DPO's KLs are {min(reach):.1f} to {max(reach):.1f}", ""
+                if dpo is not None:
+                    seeds = min(len(dpo), len(sample.rewards))
+                    there, gap = str(estimate(dpo)), estimate(sample.rewards[:seeds] - dpo[:seeds]).signed
+                rows.append(
+                    (tier, label, f"{beta:g}", f"{kl:.1f}", str(estimate(sample.rewards)), there, gap)
+                )
     if rows:
-        yield f"\n## At the KL of DPO with β = {beta:g}\n"
-        yield "Between each method's two nearest β, on the scale of √KL.\n"
-        yield _table(("tier", "method", "KL", "reward", "less DPO's"), rows)
+        yield "\n## Against DPO at the same KL\n"
+        yield "DPO between its two nearest β, on the scale of √KL.\n"
+        yield _table(("tier", "method", "β", "KL", "reward", "DPO there", "less DPO's"), rows)
 
 
 def _verdict(settings: Settings, beta: float) -> Iterator[str]:
@@ -222,7 +231,7 @@ def plot(sft: Sample, settings: Settings, path: Path) -> None:
         return
     figure, axes = plt.subplots(1, len(tiers), figsize=(5.4 * len(tiers), 4.2), sharey=True, squeeze=False)
     for axis, tier in zip(axes[0], tiers, strict=True):
-        for arm, label in METHODS.items():
+        for arm, label in SHORT.items():
             betas = _betas(settings, arm, tier)
             samples = [settings[Setting(arm, beta, tier)] for beta in betas]
             if not samples:
