@@ -47,8 +47,10 @@ def deepspeed_config(config: Config, training: bool = True) -> dict[str, Any]:
                 "betas": [config.optim.adam_beta1, config.optim.adam_beta2],
                 "eps": config.optim.adam_epsilon,
                 "weight_decay": config.optim.weight_decay,
-                # torch's own AdamW compiles nothing and resumes bit for bit.
+                # torch's own AdamW compiles nothing and resumes bit for bit; fused, it goes through the
+                # weights once, which on a CPU takes a quarter of the time.
                 "torch_adam": True,
+                "fused": True,
             },
         }
     return out
