@@ -79,6 +79,7 @@ class Row:
     p75: float | None = None
     tokens_per_second: float | None = None  # padding-free tokens of both sequences of every pair
     times_first: float | None = None  # median over rounds of the first contender's time over its own
+    cpu_times_first: float | None = None  # the same in CPU time, None on a GPU
     peak_mib: float | None = None  # the largest rank's
     loss: float | None = None  # of the last block
     loss_gap: float | None = None  # the largest difference of any block from the first contender's
@@ -233,6 +234,9 @@ def _rows(
             p75=quarters[2] / what.block,
             tokens_per_second=statistics.median(tokens[i] / blocks[i].seconds for i in measured),
             times_first=statistics.median(first[i].seconds / blocks[i].seconds for i in measured),
+            cpu_times_first=None
+            if torch.cuda.is_available()
+            else statistics.median(first[i].cpu_seconds / blocks[i].cpu_seconds for i in measured),
             peak_mib=blocks[-1].peak_bytes / 2**20,
         )
     for name, reason in refused.items():

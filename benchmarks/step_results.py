@@ -19,7 +19,7 @@ LEGEND = """\
 - tokens/s: padding-free tokens of both sequences of every pair, each with its prompt, whatever a contender \
 shares or pads; the median of the rounds.
 - times the first: the median over rounds of the first contender's time over this one's, the two measured \
-one after the other.
+one after the other. In CPU time, of all ranks: steadier on a machine that is busy with other things.
 - peak: the most memory of any rank, on a GPU allocated, on a CPU resident beyond what imports took.
 - loss: of the last block of steps; off by: the largest difference of any block's from the first contender's.
 """
@@ -29,6 +29,7 @@ COLUMNS = {
     "spread": "quartiles",
     "tokens_per_second": "tokens/s",
     "times_first": "times the first",
+    "cpu_times_first": "in CPU time",
     "peak_mib": "peak MiB",
     "loss": "loss",
     "loss_gap": "off by",
@@ -36,6 +37,7 @@ COLUMNS = {
 FORMATS = {
     "tokens_per_second": ",.0f",
     "times_first": ".2f",
+    "cpu_times_first": ".2f",
     "peak_mib": ",.0f",
     "loss": ".5f",
     "loss_gap": ".0e",
@@ -63,10 +65,11 @@ def cells(row: dict[str, Any]) -> list[str]:
     if row["refused"]:
         return [row["contender"], row["refused"], *[""] * (len(COLUMNS) - 2)]
     shown = {**row, "spread": f"{row['p25']:.3g} - {row['p75']:.3g}"}
-    return [
-        value if isinstance(value := shown[name], str) else format(value, FORMATS.get(name, ".3g"))
-        for name in COLUMNS
-    ]
+    return [_cell(shown[name], FORMATS.get(name, ".3g")) for name in COLUMNS]
+
+
+def _cell(value: Any, form: str) -> str:
+    return "" if value is None else value if isinstance(value, str) else format(value, form)
 
 
 def write(folder: Path, found: dict[str, Any], rows: Sequence[Row]) -> list[Path]:

@@ -55,14 +55,14 @@ def test_trl_and_we_do_the_same_work(ranks, tmp_path):
 def test_rates_count_tokens_without_padding_and_wrong_losses_have_none(tmp_path):
     what = replace(mini_settings(), rounds=2, warmup=1, pairs=2)
     workload = step_workload.make_workload(tmp_path, "mini", "hh", 6, 96)
-    slow = [Block(9.0, 0.7, 0), Block(4.0, 0.6, 0), Block(4.0, 0.5, 2**20)]
-    fast = [Block(9.0, 0.7, 0), Block(1.0, 0.6, 0), Block(2.0, 0.50001, 2**21)]
-    wrong = [*fast[:2], Block(1.0, 0.51, 0)]
+    slow = [Block(9.0, 9.0, 0.7, 0), Block(4.0, 4.0, 0.6, 0), Block(4.0, 4.0, 0.5, 2**20)]
+    fast = [Block(9.0, 9.0, 0.7, 0), Block(1.0, 1.0, 0.6, 0), Block(2.0, 2.0, 0.50001, 2**21)]
+    wrong = [*fast[:2], Block(1.0, 1.0, 0.51, 0)]
     rows = list(step._rows(what, workload, {"a": slow, "b": fast, "c": wrong}, {"d": "failed: memory"}))
     pairs = workload.pairs()
     tokens = [sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs[i : i + 2]) for i in (2, 4)]
     assert rows[1].tokens_per_second == pytest.approx(np.median([tokens[0] / 1.0, tokens[1] / 2.0]))
-    assert (rows[0].times_first, rows[1].times_first) == (1.0, 3.0)
+    assert (rows[0].times_first, rows[1].times_first, rows[1].cpu_times_first) == (1.0, 3.0, 3.0)
     assert (rows[1].step_seconds, rows[1].peak_mib, rows[1].loss) == (1.5, 2.0, 0.50001)
     assert rows[2].refused == "wrong: its loss is off by 1.0e-02" and rows[2].tokens_per_second is None
     assert rows[3].refused == "failed: memory"
@@ -125,7 +125,7 @@ def test_results_of_one_day_are_kept_together(tmp_path):
     from madpo.benchmarks import step_results
 
     found = step_results.facts("madpo bench step")
-    row = step.Row("tiny", "hh", 1, 8, "float32", "madpo", 0.5, 0.4, 0.6, 1e4, 1.0, 100.0, 0.69, 0.0)
+    row = step.Row("tiny", "hh", 1, 8, "float32", "madpo", 0.5, 0.4, 0.6, 1e4, 1.0, None, 100.0, 0.69, 0.0)
     step_results.write(tmp_path, found, [row])
     step_results.write(tmp_path, found, [replace(row, data="ultrafeedback")])
     path, markdown = step_results.write(tmp_path, found, [replace(row, step_seconds=0.25, refused=None)])
