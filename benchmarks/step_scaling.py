@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AttentionInterface
 
 from madpo.benchmarks import measure, results
 from madpo.benchmarks.step_results import PACKAGES
@@ -27,7 +28,7 @@ from madpo.trainer.data.packing import PackedBatch, pack
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.dist import device as this_device
 from madpo.trainer.model.load import build_module, load_tokenizer
-from madpo.trainer.model.prefix_attention import SegmentTable, Sight, sdpa_prefix_attention
+from madpo.trainer.model.prefix_attention import SegmentTable, Sight
 
 GROUP_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
 PAIRS = (4, 8, 16, 32, 64, 128)
@@ -107,6 +108,9 @@ def _attention(model: Any, batch: PackedBatch) -> Callable[[], None]:
         for count in (heads, kv_heads, kv_heads)
     ]
 
+    query, key, value = leaves
+    attend = AttentionInterface()[config._attn_implementation]
+
     def causal(_: int, __: int, query: Tensor, key: Tensor) -> Tensor:
         return key <= query
 
@@ -115,8 +119,8 @@ def _attention(model: Any, batch: PackedBatch) -> Callable[[], None]:
         sight = Sight(causal, config)
         for _ in range(config.num_hidden_layers):
             with torch.no_grad():
-                sdpa_prefix_attention(torch.nn.Identity(), *leaves, sight, segments=table)
-            out, _ = sdpa_prefix_attention(torch.nn.Identity(), *leaves, sight, segments=table)
+                attend(None, query, key, value, sight, segments=table)
+            out, _ = attend(None, query, key, value, sight, segments=table)
             out.backward(torch.ones_like(out))
             for leaf in leaves:
                 leaf.grad = None

@@ -152,14 +152,15 @@ class Contender:
 
 
 def _rank(job: Job, rank: int, port: int, pipe: Connection) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(job.ranks),
-        LOCAL_WORLD_SIZE=str(job.ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    if job.ranks > 1:  # a process that is alone must not be told so, or accelerate wraps its model in DDP
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(job.ranks),
+            LOCAL_WORLD_SIZE=str(job.ranks),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
     torch.set_num_threads(job.threads)
     from transformers.utils import logging
 
@@ -219,7 +220,8 @@ def run_trl(job: Job, pipe: Connection) -> None:
     """DPOTrainer on the same tokens in the same order: alone in plain PyTorch, several ranks with ZeRO-3."""
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer  # pyright: ignore[reportMissingImports]
+    from trl.trainer.dpo_config import DPOConfig  # pyright: ignore[reportMissingImports]
+    from trl.trainer.dpo_trainer import DPOTrainer  # pyright: ignore[reportMissingImports]
 
     from madpo.trainer import dist
 
@@ -231,7 +233,7 @@ def run_trl(job: Job, pipe: Connection) -> None:
     losses: list[torch.Tensor] = []
 
     class Trainer(DPOTrainer):
-        def _prepare_dataset(self, dataset: Any, *others: Any) -> Any:
+        def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
             return dataset  # it is tokens already
 
         def compute_loss(self, *inputs: Any, **options: Any) -> Any:
@@ -242,6 +244,7 @@ def run_trl(job: Job, pipe: Connection) -> None:
     class Turns(TrainerCallback):
         def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
             assert not model.is_activation_checkpointing
+            assert job.ranks > 1 or trainer.model_wrapped is trainer.model
             gate.open()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -252,14 +255,14 @@ def run_trl(job: Job, pipe: Connection) -> None:
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     columns = dict(zip(names, map(list, zip(*job.workload.pairs(), strict=True)), strict=True))
     tokenizer = AutoTokenizer.from_pretrained(job.workload.model)
-    data = Dataset.from_dict(columns)
-    Trainer(
+    trainer = Trainer(
         job.workload.model,
         args=arguments,
-        train_dataset=data,
+        train_dataset=Dataset.from_dict(columns),
         processing_class=tokenizer,
         callbacks=[Turns()],
-    ).train()
+    )
+    trainer.train()
 
 
 def trl_arguments(job: Job, device: torch.device) -> dict[str, Any]:

@@ -161,6 +161,7 @@ def _save_model(folder: Path, config: dict[str, Any], seed: int) -> None:
     names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), own, strict=True))
     PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
     values = dict(config) | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    family = str(values.pop("model_type"))
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values))
     model.float().save_pretrained(folder)
