@@ -49,13 +49,13 @@ Key = tuple[str, int, str, str]
 """shape, rows, dtype, variant: the heads of one table."""
 
 
-def facts(command: str, device: torch.device) -> dict[str, Any]:
+def facts(command: str, device: torch.device, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """What was run, on what, with which versions."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "command": command,
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {name: found for name in packages if (found := _version(name))},
     }
 
 
@@ -66,9 +66,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-def stem(found: dict[str, Any]) -> str:
+def stem(found: dict[str, Any], what: str = "head") -> str:
     """As in head_nvidia-h200_2026-11-21."""
-    return f"head_{re.sub('[^a-z0-9]+', '-', found['hardware'].lower())}_{found['date']}"
+    return f"{what}_{re.sub('[^a-z0-9]+', '-', found['hardware'].lower())}_{found['date']}"
 
 
 def merge(path: Path, found: dict[str, Any], rows: Iterable[Row], absent: dict[str, str]) -> dict[str, Any]:

@@ -1,13 +1,15 @@
-"""`madpo bench`: run the loss head's benchmark, show it, write it down."""
+"""`madpo bench` and `madpo bench step`: run a benchmark, show it, write it down."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from madpo.benchmarks import head, results
+from madpo.benchmarks import head, results, step, step_results, step_scaling
 from madpo.benchmarks.peers import available
 
 
@@ -43,4 +45,45 @@ def run_bench(
     if what.device.type != "cuda":
         console.print(results.ON_A_CPU, style="yellow", soft_wrap=True)
     for path in results.write(output, found, measured, absent):
+        print(f"wrote {path}")
+
+
+def run_step_bench(what: step.Settings, output: Path) -> None:
+    """Raises ValueError for unknown names."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, log = Console(), Console(stderr=True)
+    found = step_results.facts(shlex.join(["madpo", *sys.argv[1:]]))
+    with TemporaryDirectory() as folder, log.status("starting") as status:
+        rows = step.run(what, Path(folder), status.update)
+    entries = [asdict(row) for row in rows]
+    table = Table(title=step_results.title(entries[0]), title_justify="left", title_style="bold")
+    for title in step_results.COLUMNS.values():
+        table.add_column(title, justify="left" if title == "contender" else "right")
+    for entry in entries:
+        table.add_row(*step_results.cells(entry))
+    console.print(table)
+    for path in step_results.write(output, found, rows):
+        print(f"wrote {path}")
+
+
+def run_scaling(model: str, iterations: int, output: Path) -> None:
+    """Raises ValueError for unknown names."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, log = Console(), Console(stderr=True)
+    found = step_scaling.facts(shlex.join(["madpo", *sys.argv[1:]]))
+    with TemporaryDirectory() as folder, log.status("starting") as status:
+        time = list(step_scaling.times(Path(folder), model, iterations, status.update))
+        memory = list(step_scaling.memory(model, status.update))
+    for titles, *lines in step_scaling.tables(time, memory):
+        table = Table()
+        for title in titles:
+            table.add_column(title, justify="right")
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+    for path in step_scaling.write(output, found, time, memory):
         print(f"wrote {path}")

@@ -165,8 +165,13 @@ def demo() -> None:
     raise typer.Exit(run_demo())
 
 
-@app.command()
+bench_app = typer.Typer(help="Measure the loss head, or a training step, against its peers.")
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback(invoke_without_command=True)
 def bench(
+    context: typer.Context,
     shape: Annotated[list[str] | None, typer.Option(help="as in Llama-3.1-8B; default: all")] = None,
     rows: Annotated[list[int] | None, typer.Option(help="completion rows; default: 512, 2048, 8192")] = None,
     head: Annotated[list[str] | None, typer.Option(help="as in madpo or TRL; default: all")] = None,
@@ -174,10 +179,39 @@ def bench(
     iterations: Annotated[int | None, typer.Option(help="default: 20")] = None,
     output: Annotated[Path, typer.Option(help="folder of the results")] = Path("benchmarks/results"),
 ) -> None:
-    """Measure the loss head against its peers, after checking that each is right."""
+    """Measure the loss head against its peers, after checking that each is right; or see COMMAND."""
+    if context.invoked_subcommand is not None:
+        return
     from madpo.launch.bench import run_bench
 
     run_bench(shape or [], rows or [], head or [], dtype, iterations, output)
+
+
+@bench_app.command("step")
+def bench_step(
+    model: Annotated[str, typer.Option(help="tiny, tiny-32k, Llama-3.2-1B or Qwen2.5-0.5B")] = "tiny",
+    data: Annotated[str, typer.Option(help="lengths as in ultrafeedback or hh, or demo")] = "ultrafeedback",
+    ranks: Annotated[int, typer.Option(help="processes; several: with ZeRO-3")] = 1,
+    pairs: Annotated[int | None, typer.Option(min=1, help="of a step; default: 8, on a GPU 64")] = None,
+    max_length: Annotated[int, typer.Option(min=4, help="tokens of a sequence")] = 1024,
+    dtype: Annotated[str | None, typer.Option(help="float32, or bfloat16, the default on a GPU")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="default: 12")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="of all ranks; default: torch's")] = None,
+    contender: Annotated[list[str] | None, typer.Option(help="as in madpo or TRL; default: all")] = None,
+    scaling: Annotated[bool, typer.Option("--scaling", help="instead: growth with tokens and pairs")] = False,
+    output: Annotated[Path, typer.Option(help="folder of the results")] = Path("benchmarks/results"),
+) -> None:
+    """Measure a whole training step against TRL's, and against ours with one feature off."""
+    from madpo.benchmarks import step
+    from madpo.launch.bench import run_scaling, run_step_bench
+
+    if scaling:
+        run_scaling(model, rounds or 3, output)
+        return
+
+    chosen = contender or []
+    what = step.settings(model, data, ranks, pairs, max_length, dtype, rounds, threads, chosen)
+    run_step_bench(what, output)
 
 
 def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) -> None:

@@ -1,0 +1,243 @@
+"""A whole training step against TRL's, and against ourselves with a feature off. `madpo bench step` runs it.
+
+Every contender trains the same model on the same pairs in the same order, in processes of its own, one
+block of steps at a time; in every round each has its turn, in a new order. What a contender is worth is
+the median over rounds of the first one's time, TRL's, over its own: a busy machine slows both. A contender
+whose losses are not those of the first one has no speed.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from madpo.benchmarks.step_worker import Block, Contender, Job
+from madpo.benchmarks.step_workload import Workload, make_workload, real_tokens
+from madpo.trainer.errors import UserError
+
+TRL, MADPO = "TRL", "madpo"
+TRIAL_ROUNDS = 3
+LOSS_TOLERANCE = {False: 1e-4, True: 2e-2}
+"""Whether in bf16 -> the largest difference of a block's mean loss that rounding explains."""
+
+
+class Variant(NamedTuple):
+    """How a contender of ours differs from the defaults."""
+
+    overrides: tuple[str, ...] = ()  # of our config
+    alone: bool = False  # one pair per micro-batch
+
+
+VARIANTS = {
+    MADPO: Variant(),
+    "madpo without packing": Variant(alone=True),
+    "madpo with ZeRO-2": Variant(("deepspeed.zero_optimization.stage=2",)),
+}
+"""Ours, and ours with one thing changed, to see what it is worth."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str
+    data: str
+    ranks: int
+    pairs: int  # of a step, over all ranks
+    max_length: int
+    bf16: bool
+    block: int  # steps in a turn
+    rounds: int  # measured
+    warmup: int  # rounds before
+    threads: int  # of all ranks together, on a CPU
+    trl_batch_sizes: tuple[int, ...]  # tried, the best is measured; none: TRL is left out
+    variants: tuple[str, ...]  # of ours
+    lr: float = 1e-4
+
+    @property
+    def steps(self) -> int:
+        return self.block * (self.rounds + self.warmup)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender; None where it was refused."""
+
+    model: str
+    data: str
+    ranks: int
+    pairs: int
+    dtype: str
+    contender: str
+    step_seconds: float | None = None
+    p25: float | None = None
+    p75: float | None = None
+    tokens_per_second: float | None = None  # padding-free tokens of both sequences of every pair
+    times_first: float | None = None  # median over rounds of the first contender's time over its own
+    cpu_times_first: float | None = None  # the same in CPU time, None on a GPU
+    peak_mib: float | None = None  # the largest rank's
+    loss: float | None = None  # of the last block
+    loss_gap: float | None = None  # the largest difference of any block from the first contender's
+    refused: str | None = None
+
+
+def settings(
+    model: str,
+    data: str,
+    ranks: int,
+    pairs: int | None,
+    max_length: int,
+    dtype: str | None,
+    rounds: int | None,
+    threads: int | None,
+    contenders: Sequence[str],
+) -> Settings:
+    """Complete and check what the command line gave. Raises ValueError."""
+    on_gpu = torch.cuda.is_available()
+    dtype = dtype or ("bfloat16" if on_gpu else "float32")
+    pairs = pairs or (64 if on_gpu else 8)
+    known = [TRL, *VARIANTS]
+    if unknown := [name for name in contenders if name not in known]:
+        raise UserError(f"--contender {unknown[0]}: unknown; choose from {', '.join(known)}")
+    if dtype not in ("bfloat16", "float32"):
+        raise UserError(f"--dtype {dtype}: choose bfloat16 or float32")
+    if ranks < 1 or pairs % ranks:
+        raise UserError(f"--pairs {pairs}: must be a multiple of --ranks {ranks}, for TRL to share them out")
+    wanted = contenders or known
+    if TRL in contenders and find_spec("trl") is None:
+        raise UserError("--contender TRL: it is not installed: pip install trl==1.16.0")
+    sizes = [n for n in range(1, pairs // ranks + 1) if pairs // ranks % n == 0 and n & (n - 1) == 0]
+    return Settings(
+        model,
+        data,
+        ranks,
+        pairs,
+        max_length,
+        dtype == "bfloat16",
+        block=5 if on_gpu else 1,
+        rounds=rounds or (10 if on_gpu else 12),
+        warmup=2,
+        threads=threads or torch.get_num_threads(),
+        trl_batch_sizes=tuple(sizes) if TRL in wanted and find_spec("trl") else (),
+        variants=tuple(name for name in VARIANTS if name in wanted),
+    )
+
+
+def run(what: Settings, folder: Path, log: Callable[[str], None]) -> list[Row]:
+    """All contenders' rows. `folder` takes the model and the pairs. Raises ValueError for unknown names."""
+    log("writing the model and the pairs")
+    workload = make_workload(folder, what.model, what.data, what.pairs * what.steps, what.max_length)
+    ours = _job(what, workload)
+    jobs = {name: replace(ours, **VARIANTS[name]._asdict()) for name in what.variants}
+    refused: dict[str, str] = {}
+    if what.trl_batch_sizes:
+        best = _best_batch_size(ours, what.trl_batch_sizes, log, refused)
+        if best is not None:
+            jobs = {f"{TRL}, batch size {best}": replace(ours, trainer=TRL, batch_size=best), **jobs}
+    rounds = tournament(jobs, what.rounds + what.warmup, log, refused)
+    return list(_rows(what, workload, rounds, refused))
+
+
+def _job(what: Settings, workload: Workload) -> Job:
+    return Job(
+        MADPO,
+        workload,
+        what.ranks,
+        max(1, what.threads // what.ranks),
+        what.pairs,
+        what.steps,
+        what.block,
+        what.bf16,
+        what.lr,
+    )
+
+
+def _best_batch_size(
+    ours: Job, sizes: Sequence[int], log: Callable[[str], None], refused: dict[str, str]
+) -> int | None:
+    """TRL's fastest micro-batch; None if it runs with none."""
+    if len(sizes) == 1:
+        return sizes[0]
+    jobs = {str(size): replace(ours, trainer=TRL, batch_size=size) for size in sizes}
+    failures: dict[str, str] = {}
+    rounds = tournament(jobs, TRIAL_ROUNDS, log, failures)
+    refused |= {f"{TRL}, batch size {size}": reason for size, reason in failures.items()}
+    times = {size: min(block.seconds for block in blocks[1:]) for size, blocks in rounds.items()}
+    return int(min(times, key=lambda size: times[size])) if times else None
+
+
+def tournament(
+    jobs: Mapping[str, Job], rounds: int, log: Callable[[str], None], refused: dict[str, str]
+) -> dict[str, list[Block]]:
+    """The blocks of each contender, in rounds. One that fails is in `refused` instead."""
+    contenders: dict[str, Contender] = {}
+    blocks: dict[str, list[Block]] = {}
+    order, shuffle = list(jobs), random.Random(0).shuffle
+
+    def attempt(name: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except RuntimeError as error:
+            if jobs[name].trainer == MADPO:
+                raise
+            order.remove(name)
+            contenders.pop(name, None)
+            blocks.pop(name, None)
+            refused[name] = f"failed: {str(error).strip().splitlines()[-1]}"
+
+    def start(name: str) -> None:
+        contenders[name] = Contender.start(jobs[name])
+
+    def turn(name: str) -> None:
+        blocks.setdefault(name, []).append(contenders[name].run_block())
+
+    try:
+        for name in jobs:
+            log(f"starting {name}")
+            attempt(name, lambda name=name: start(name))
+        for number in range(rounds):
+            log(f"round {number + 1} of {rounds}: {', '.join(order)}")
+            shuffle(order)
+            for name in list(order):
+                attempt(name, lambda name=name: turn(name))
+    finally:
+        for contender in contenders.values():
+            contender.stop()
+    return {name: blocks[name] for name in jobs if name in blocks}
+
+
+def _rows(
+    what: Settings, workload: Workload, rounds: Mapping[str, list[Block]], refused: Mapping[str, str]
+) -> Iterator[Row]:
+    pairs, size = workload.pairs(), what.pairs * what.block
+    tokens = [sum(map(real_tokens, pairs[i : i + size])) for i in range(0, len(pairs), size)]
+    first = next(iter(rounds.values()))
+    where = what.model, what.data, what.ranks, what.pairs, "bfloat16" if what.bf16 else "float32"
+    for name, blocks in rounds.items():
+        gap = max(abs(ours.loss - theirs.loss) for ours, theirs in zip(blocks, first, strict=True))
+        row = Row(*where, name, loss=blocks[-1].loss, loss_gap=gap)
+        if not gap <= LOSS_TOLERANCE[what.bf16]:
+            yield replace(row, refused=f"wrong: its loss is off by {gap:.1e}")
+            continue
+        measured = range(what.warmup, len(blocks))
+        times = [blocks[i].seconds for i in measured]
+        quarters = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+        yield replace(
+            row,
+            step_seconds=statistics.median(times) / what.block,
+            p25=quarters[0] / what.block,
+            p75=quarters[2] / what.block,
+            tokens_per_second=statistics.median(tokens[i] / blocks[i].seconds for i in measured),
+            times_first=statistics.median(first[i].seconds / blocks[i].seconds for i in measured),
+            cpu_times_first=None
+            if torch.cuda.is_available()
+            else statistics.median(first[i].cpu_seconds / blocks[i].cpu_seconds for i in measured),
+            peak_mib=blocks[-1].peak_bytes / 2**20,
+        )
+    for name, reason in refused.items():
+        yield Row(*where, name, refused=reason)

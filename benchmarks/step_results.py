@@ -1,0 +1,105 @@
+"""What the step's benchmark found: one table per workload, a JSON and a Markdown file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from madpo.benchmarks import results
+from madpo.benchmarks.step import Row
+
+PACKAGES = ("madpo", "torch", "transformers", "deepspeed", "trl", "accelerate", "triton", "flash-attn")
+LEGEND = """\
+- tokens/s: padding-free tokens of both sequences of every pair, each with its prompt, whatever a contender \
+shares or pads; the median of the rounds.
+- times the first: the median over rounds of the first contender's time over this one's, the two measured \
+one after the other. In CPU time, of all ranks: steadier on a machine that is busy with other things.
+- peak: the most memory of any rank, on a GPU allocated, on a CPU resident beyond what imports took.
+- loss: of the last block of steps; off by: the largest difference of any block's from the first contender's.
+"""
+COLUMNS = {
+    "contender": "contender",
+    "step_seconds": "s/step",
+    "spread": "quartiles",
+    "tokens_per_second": "tokens/s",
+    "times_first": "times the first",
+    "cpu_times_first": "in CPU time",
+    "peak_mib": "peak MiB",
+    "loss": "loss",
+    "loss_gap": "off by",
+}
+FORMATS = {
+    "tokens_per_second": ",.0f",
+    "times_first": ".2f",
+    "cpu_times_first": ".2f",
+    "peak_mib": ",.0f",
+    "loss": ".5f",
+    "loss_gap": ".0e",
+}
+WORKLOAD = ("model", "data", "ranks", "pairs", "dtype")
+
+
+def facts(command: str) -> dict[str, Any]:
+    """What was run, on what, with which versions; of a CPU how busy it was with other things."""
+    on_gpu = torch.cuda.is_available()
+    found = results.facts(command, torch.device("cuda" if on_gpu else "cpu"), PACKAGES)
+    if not on_gpu:
+        found["load"] = f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} before the start"
+    return found
+
+
+def title(row: dict[str, Any]) -> str:
+    """The workload in words."""
+    ranks = "1 rank" if row["ranks"] == 1 else f"{row['ranks']} ranks, ZeRO-3"
+    return f"{row['model']}, {row['data']} lengths, {row['pairs']} pairs a step, {row['dtype']}, {ranks}"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One line of a table."""
+    if row["refused"]:
+        return [row["contender"], row["refused"], *[""] * (len(COLUMNS) - 2)]
+    shown = {**row, "spread": f"{row['p25']:.3g} - {row['p75']:.3g}"}
+    return [_cell(shown[name], FORMATS.get(name, ".3g")) for name in COLUMNS]
+
+
+def _cell(value: Any, form: str) -> str:
+    return "" if value is None else value if isinstance(value, str) else format(value, form)
+
+
+def write(folder: Path, found: dict[str, Any], rows: Sequence[Row]) -> list[Path]:
+    """JSON and Markdown. A later run of the same day replaces the workloads that it measured again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{results.stem(found, 'step')}.json"
+    new = [asdict(row) for row in rows]
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    again = {_workload(row) for row in new}
+    everything = {**found, "rows": [*(row for row in old if _workload(row) not in again), *new]}
+    path.write_text(json.dumps(everything, indent=1) + "\n")
+    markdown = path.with_suffix(".md")
+    markdown.write_text(as_markdown(everything))
+    return [path, markdown]
+
+
+def as_markdown(everything: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in everything["versions"].items())
+    hardware = ", ".join(filter(None, (everything["hardware"], everything.get("load"))))
+    lines = [f"# Training step on {everything['hardware']}, {everything['date']}", ""]
+    lines += [f"`{everything['command']}`", "", f"{hardware}. Versions: {versions}.", "", LEGEND]
+    last = None
+    for row in everything["rows"]:
+        if _workload(row) != last:
+            last = _workload(row)
+            lines += ["", f"## {title(row)}", "", "| " + " | ".join(COLUMNS.values()) + " |"]
+            lines += ["|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
+        lines += ["| " + " | ".join(cells(row)) + " |"]
+    return "\n".join(lines) + "\n"
+
+
+def _workload(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in WORKLOAD)

@@ -1,0 +1,145 @@
+"""The step's benchmark: equal work, a wrong contender without a speed, and what it writes."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+from madpo.benchmarks import step, step_scaling, step_workload
+from madpo.benchmarks.step_feed import PairFeed
+from madpo.benchmarks.step_worker import Block
+from madpo.trainer.data.packing import plan_micro_batches
+from madpo.trainer.errors import UserError
+
+MINI = step_workload._llama(32, 64, 2, (4, 2), 500)
+
+
+def mini_settings(contenders=(), ranks=1) -> step.Settings:
+    what = step.settings("mini", "hh", ranks, 4, 96, "float32", 2, ranks, contenders)
+    return replace(what, warmup=1, lr=1e-3, trl_batch_sizes=what.trl_batch_sizes[-1:])
+
+
+@pytest.fixture(autouse=True)
+def mini(monkeypatch):
+    monkeypatch.setitem(step_workload.MODELS, "mini", MINI)
+
+
+def log(_: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_feature_that_is_off_costs_time_and_changes_no_loss(ranks, tmp_path):
+    rows = step.run(mini_settings(["madpo", "madpo without packing"], ranks), tmp_path, log)
+    assert [row.contender for row in rows] == ["madpo", "madpo without packing"]
+    assert all(row.refused is None and row.tokens_per_second and row.peak_mib for row in rows)
+    assert rows[0].loss != pytest.approx(math.log(2), abs=1e-5), "it trains"
+    assert rows[1].loss_gap is not None and rows[1].loss_gap < 1e-5
+
+
+@pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_trl_and_we_do_the_same_work(ranks, tmp_path):
+    rows = step.run(mini_settings(["TRL", "madpo"], ranks), tmp_path, log)
+    assert [row.contender.split(",")[0] for row in rows] == ["TRL", "madpo"]
+    assert rows[1].refused is None and rows[1].times_first
+    assert rows[1].loss_gap is not None and rows[1].loss_gap < 2e-5
+    assert rows[1].loss != pytest.approx(math.log(2), abs=1e-5), "it trains"
+
+
+def test_rates_count_tokens_without_padding_and_wrong_losses_have_none(tmp_path):
+    what = replace(mini_settings(), rounds=2, warmup=1, pairs=2)
+    workload = step_workload.make_workload(tmp_path, "mini", "hh", 6, 96)
+    slow = [Block(9.0, 9.0, 0.7, 0), Block(4.0, 4.0, 0.6, 0), Block(4.0, 4.0, 0.5, 2**20)]
+    fast = [Block(9.0, 9.0, 0.7, 0), Block(1.0, 1.0, 0.6, 0), Block(2.0, 2.0, 0.50001, 2**21)]
+    wrong = [*fast[:2], Block(1.0, 1.0, 0.51, 0)]
+    rows = list(step._rows(what, workload, {"a": slow, "b": fast, "c": wrong}, {"d": "failed: memory"}))
+    pairs = workload.pairs()
+    tokens = [sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs[i : i + 2]) for i in (2, 4)]
+    assert rows[1].tokens_per_second == pytest.approx(np.median([tokens[0] / 1.0, tokens[1] / 2.0]))
+    assert (rows[0].times_first, rows[1].times_first, rows[1].cpu_times_first) == (1.0, 3.0, 3.0)
+    assert (rows[1].step_seconds, rows[1].peak_mib, rows[1].loss) == (1.5, 2.0, 0.50001)
+    assert rows[2].refused == "wrong: its loss is off by 1.0e-02" and rows[2].tokens_per_second is None
+    assert rows[3].refused == "failed: memory"
+
+
+@pytest.mark.parametrize("name", list(step_workload.DATA))
+def test_lengths_have_the_published_medians(name):
+    lengths = step_workload.DATA[name]
+    pairs = step_workload.draw_pairs(lengths, 2000, 2048, 500, seed=1)
+    prompts, chosen = (np.array([len(pair[part]) for pair in pairs]) for part in (0, 1))
+    assert np.median(prompts) == pytest.approx(lengths.prompt, rel=0.05)
+    assert np.median(chosen) == pytest.approx(lengths.completion, rel=0.05)
+    assert np.median(prompts + chosen) == pytest.approx({"ultrafeedback": 409, "hh": 186}[name], rel=0.1)
+    cut = step_workload.draw_pairs(lengths, 200, 128, 500, seed=1)
+    assert max(len(prompt) + len(tail) for prompt, *tails in cut for tail in tails) == 128
+
+
+def test_pairs_that_claim_a_whole_micro_batch_are_packed_with_none():
+    pairs = step_workload.draw_pairs(step_workload.DATA["hh"], 6, 96, 500, seed=0)
+    for claimed, most in ((None, 6), (1000, 1)):
+        groups, indices = PairFeed(pairs, claimed).take(0, 6)
+        plan = plan_micro_batches(groups.lengths[indices], 1000 if claimed else 4096, 2)
+        assert max(len(micro) for rank in plan for micro in rank) <= most
+        assert sum(len(micro) for rank in plan for micro in rank) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"contenders": ["Axolotl"]}, "--contender Axolotl: unknown; choose from TRL"),
+        ({"dtype": "fp8"}, "--dtype fp8"),
+        ({"ranks": 2, "pairs": 3}, "--pairs 3"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(changes, named):
+    given = {
+        "model": "tiny",
+        "data": "hh",
+        "ranks": 1,
+        "pairs": 4,
+        "max_length": 96,
+        "dtype": None,
+        "rounds": 1,
+        "threads": 1,
+        "contenders": [],
+    }
+    with pytest.raises(UserError, match=named):
+        step.settings(**(given | changes))
+
+
+@pytest.mark.parametrize(("option", "value"), [("--model", "GPT-5"), ("--data", "wiki")])
+def test_the_command_names_what_it_does_not_know(option, value, tmp_path):
+    command = [sys.executable, "-m", "madpo.launch.cli", "bench", "step", option, value]
+    command += ["--output", str(tmp_path), "--contender", "madpo"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"error: {option} {value}")
+
+
+def test_results_of_one_day_are_kept_together(tmp_path):
+    from madpo.benchmarks import step_results
+
+    found = step_results.facts("madpo bench step")
+    row = step.Row("tiny", "hh", 1, 8, "float32", "madpo", 0.5, 0.4, 0.6, 1e4, 1.0, None, 100.0, 0.69, 0.0)
+    step_results.write(tmp_path, found, [row])
+    step_results.write(tmp_path, found, [replace(row, data="ultrafeedback")])
+    path, markdown = step_results.write(tmp_path, found, [replace(row, step_seconds=0.25, refused=None)])
+    rows = json.loads(path.read_text())["rows"]
+    assert [(r["data"], r["step_seconds"]) for r in rows] == [("ultrafeedback", 0.5), ("hh", 0.25)]
+    text = markdown.read_text()
+    assert "## tiny, hh lengths, 8 pairs a step, float32, 1 rank" in text and "| madpo | 0.25 |" in text
+
+
+def test_scaling_measures_every_size(tmp_path):
+    times = list(step_scaling.times(tmp_path / "work", "mini", 1, log, sizes=(64, 128)))
+    memory = list(step_scaling.memory("mini", log, counts=(2, 4)))
+    assert [time.tokens for time in times] == [64, 128] and all(t.seconds > t.attention > 0 for t in times)
+    assert [(m.pairs, m.rows) for m in memory] == [(2, 800), (4, 1600)]
+    path, markdown = step_scaling.write(tmp_path, step_scaling.facts("madpo"), times, memory)
+    assert len(json.loads(path.read_text())["time"]) == 2
+    assert markdown.read_text().count("\n|") == 8
