@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import weakref
@@ -22,6 +21,7 @@ from madpo.trainer.config import Config
 from madpo.trainer.data.feed import with_logps
 from madpo.trainer.data.order import permutation
 from madpo.trainer.dist import Shard
+from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.stages import reference
 from madpo.trainer.stages.evaluate import run_evaluation
@@ -127,7 +127,7 @@ def test_whole_runs_log_the_same_and_say_what_the_reference_costs(config, tmp_pa
     assert len(files_of(config)) == 2
     assert f"train.jsonl in {files_of(config)[0].parent}" in said
     assert "scored in" in said and "a sample scored again" in said
-    assert "reference: joint, a frozen model of 39,456 parameters beside the policy" in said.replace("\n", "")
+    assert "reference: joint, a frozen model of 38,496 parameters beside the policy" in said.replace("\n", "")
     assert "model.reference=cached would score every completion once in place of 2 times" in said
     assert records(config) == records(again)  # from the file that was there: bit for bit
     got, want = records(config), records(joint)
@@ -217,31 +217,30 @@ def test_a_run_from_its_reference_starts_at_a_margin_of_zero(config, tmp_path):
     run_ranks(1, start_at, named, 0.01)  # which starts elsewhere
 
 
-def keep_no_reference(shard: Shard, config: Config) -> tuple[int, int]:
-    """Models that are alive after scoring, and parameters of the module that is trained."""
-    alive: list[weakref.ref[Any]] = []
-    build = reference.ReferenceAlone
+def keep_no_reference(shard: Shard, config: Config) -> tuple[int, int, int]:
+    """Of the weights that the reference had, how many are in memory afterwards; and the trained module's."""
+    weights: list[weakref.ref[Any]] = []
+    start = reference._start
 
     def watched(*args: Any) -> Any:
-        module = build(*args)
-        alive.extend(weakref.ref(x) for x in (module, module.model))
-        return module
+        engine = start(*args)
+        parameters = list(engine.module.parameters())
+        weights.extend(weakref.ref(p.ds_tensor) for p in parameters)
+        return engine
 
-    reference.ReferenceAlone = watched  # type: ignore[misc]
-    tokenizer = load_tokenizer(config.model)
+    reference._start = watched
     score(shard, config)
-    gc.collect()
-    assert len(alive) == 2
-    engine = start_engine(config, tokenizer, training=True)
+    left = sum(weight() is not None for weight in weights)
+    engine = start_engine(config, load_tokenizer(config.model), training=True)
     module = engine.module
     assert module.reference is None and module.compared_with is None and module.head.ref_weight is None
-    owned = sum(p.ds_numel for p in module.parameters())
+    owned = count_parameters(module)[1]
     engine.destroy()
-    return sum(x() is not None for x in alive), owned
+    return len(weights), left, owned
 
 
 def test_no_reference_is_in_memory_while_training(config):
-    assert run_ranks(1, keep_no_reference, config) == [(0, 39_456)]
+    assert run_ranks(1, keep_no_reference, config) == [(21, 0, 38_496)]
 
 
 def test_a_reference_of_another_vocabulary_is_refused(config, tmp_path, tokenizer_folder):

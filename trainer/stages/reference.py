@@ -84,15 +84,26 @@ def with_reference(
             found[split], remark = _cached(engine, groups, parts, config, shard)
             remarks.append(remark)
     cached = CachedReference(engine.module.model.config.vocab_size, remarks)
-    engine.destroy()
-    del engine
-    gc.collect()  # hooks and modules hold each other, and the weights with them
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    _let_go(engine)
     if "train" in found:
         assert isinstance(data.feed, WholeSet)
         found["feed"] = data.feed.seeing(found["train"])
     return replace(data, **found), cached
+
+
+def _let_go(engine: Any) -> None:
+    """Free the reference's weights. DeepSpeed's hooks keep an engine and its module alive after `destroy`, so
+    the weights are taken out of them."""
+    module = engine.module
+    engine.destroy()
+    for parameter in module.parameters():
+        for partition in ("ds_tensor", "ds_secondary_tensor"):
+            if getattr(parameter, partition, None) is not None:
+                setattr(parameter, partition, None)
+        parameter.data = parameter.data.new_empty(0)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def parts_of(
