@@ -9,6 +9,8 @@ import numpy as np
 
 from madpo.benchmarks.step_workload import Pair
 from madpo.trainer.data.feed import Groups
+from madpo.trainer.data.reference_logps import ReferenceLogps
+from madpo.trainer.data.shapes import Shapes
 from madpo.trainer.data.tokenise import TokenGroup
 
 
@@ -25,9 +27,16 @@ class _Groups:
         if claimed is not None:
             self.lengths = claimed * ones
         self.sequences, self.edges, self.labelled = 2 * ones, ones, 2 * ones
+        self.counted_edges = self.edges
+        self.reference: ReferenceLogps | None = None
+        self._completions = np.array([[chosen, rejected] for _, chosen, rejected in counts])
 
     def __getitem__(self, index: int) -> TokenGroup:
         return self._groups[index]
+
+    def shapes(self, indices: np.ndarray) -> Shapes:
+        prompts = (self.lengths - self.completion_tokens)[indices]
+        return Shapes(prompts, self.sequences[indices], self._completions[indices].ravel())
 
 
 class PairFeed:
