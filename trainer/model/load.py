@@ -133,7 +133,7 @@ def _reference(
     if model.ref_model_name_or_path is None and lora.is_adapted(policy):
         if adapter is not None:
             lora.attach(policy, adapter.config, lora.REFERENCE, adapter.weights)
-        return Reference(policy, lora.switch(policy, None if adapter is None else lora.REFERENCE))
+        return Reference(policy, partial(lora.switch, adapter=None if adapter is None else lora.REFERENCE))
     named = model.ref_model_name_or_path
     source = named or model.model_name_or_path, None if named else model.model_revision
     reference = load(*source, _stored_adapter(config, *source))

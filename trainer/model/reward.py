@@ -23,6 +23,7 @@ class RewardModel(nn.Module):
     """Scores every completion of a packed batch. Without a reference; in all else like a policy."""
 
     stats: Mapping[str, Tensor] = MappingProxyType({})
+    remarks: tuple[str, ...] = ()
 
     def __init__(self, policy: PreTrainedModel, objective: Objective, params: Params) -> None:
         super().__init__()

@@ -21,9 +21,11 @@ from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import build_module
 from madpo.trainer.model.partition import partitioned_loading
 from madpo.trainer.model.policy import (
+    PolicyWithReference,
     refuse_noise,
     refuse_unless_head_is_known,
     refuse_unless_packing_is_exact,
+    share_traversal,
 )
 
 
@@ -115,4 +117,6 @@ def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: b
     quantised = config.peft is not None and config.peft.quantised
     if training and not quantised:  # whose kernels round otherwise in training, without any noise
         refuse_noise(module.policy, engine.device)
+    if isinstance(module, PolicyWithReference):
+        share_traversal(module, engine.device)
     return engine

@@ -58,7 +58,8 @@ def run_training(config: Config, command: str) -> None:
             progress = Progress(loop.plan_run(config, feed.num_groups).total_steps)
             cleanup.callback(progress.close)
             parameters = count_parameters(engine.module.policy)
-            remarks = expert_remarks(engine.module.policy, config.model.router_aux_loss_coef)
+            experts = expert_remarks(engine.module.policy, config.model.router_aux_loss_coef)
+            remarks = [*engine.module.remarks, *experts]
             progress.announce(config, data.report, state, shard, engine.device, parameters, remarks)
             sinks = [metrics.write, progress.show]
         barrier()
