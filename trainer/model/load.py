@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def _without_adapter(policy: PreTrainedModel, adapter: lora.StoredAdapter | None
     """The policy's own weights without its adapter, or with a frozen copy of it if it was trained before."""
     if adapter is not None:
         lora.attach(policy, adapter.config, lora.REFERENCE, adapter.weights)
-    return Reference(policy, lora.switch(policy, None if adapter is None else lora.REFERENCE))
+    return Reference(policy, partial(lora.switch, adapter=None if adapter is None else lora.REFERENCE))
 
 
 def _stored_adapter(config: Config, name: str | None, revision: str | None) -> lora.StoredAdapter | None:

@@ -181,7 +181,7 @@ def attach(model: PreTrainedModel, config: Any, name: str, weights: dict[str, Te
         if f".{name}." in parameter_name:
             parameter.data = parameter.data.to(dtype)  # peft makes them float32
         parameter.requires_grad_(f".{POLICY}." in parameter_name)
-    for layer in _layers(model):
+    for layer in adapted_layers(model):
         layer._active_adapter = [POLICY]
 
 
@@ -228,12 +228,12 @@ def in_use(module: Any) -> Any:
     return module.modules_to_save[module.active_adapters[0]]
 
 
-def switch(model: PreTrainedModel, adapter: str | None) -> Callable[[], AbstractContextManager[None]]:
-    """A context in which the model has another adapter, or with None no adapter at all.
+def switch(model: nn.Module, adapter: str | None) -> Callable[[], AbstractContextManager[None]]:
+    """A context in which the model, or a part of one, has another adapter, or with None no adapter at all.
 
     peft's own switches change requires_grad too, which has to stay as the optimiser found it.
     """
-    layers = _layers(model)
+    layers = adapted_layers(model)
 
     @contextmanager
     def switched() -> Iterator[None]:
@@ -250,7 +250,8 @@ def switch(model: PreTrainedModel, adapter: str | None) -> Callable[[], Abstract
     return switched
 
 
-def _layers(model: nn.Module) -> list[Any]:
+def adapted_layers(model: nn.Module) -> list[Any]:
+    """What an adapter has put into the model: around linear layers, and around whole modules."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 

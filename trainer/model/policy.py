@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.distributed as torch_dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,6 +22,7 @@ from madpo.trainer.model.balance import ExpertBalance
 from madpo.trainer.model.lora import in_use
 from madpo.trainer.model.own_rows import run_rows
 from madpo.trainer.model.prefix_attention import SegmentTable, Unshared, shares_rows
+from madpo.trainer.model.traversal import Context, Switch, Traversal, find_traversal
 from madpo.trainer.objectives.base import Objective, Params
 from madpo.trainer.sequence_parallel import SequenceGroup
 
@@ -29,7 +32,15 @@ class Reference:
     """What the policy is compared with: a model of its own, or the policy without its adapter."""
 
     model: PreTrainedModel
-    state: Callable[[], AbstractContextManager[None]] = nullcontext  # in which the model is the reference
+    switch: Switch = lambda part: nullcontext
+
+    def state(self) -> AbstractContextManager[None]:
+        """In which the model is the reference."""
+        return self._state()
+
+    @cached_property
+    def _state(self) -> Context:
+        return self.switch(self.model)
 
 
 class PolicyWithReference(nn.Module):
@@ -53,6 +64,7 @@ class PolicyWithReference(nn.Module):
         super().__init__()
         self.policy, self.compared_with = policy, reference
         self.balance, self.sequence_group = balance, sequence_group
+        self.traversal: Traversal | None = None  # of both together; set by `share_traversal`
         self.stats: dict[str, Tensor] = {}  # (), of the last batch, means over its tokens
         self.remarks: tuple[str, ...] = ()  # what a user should know of the models
         self.reference = None if reference is None or reference.model is policy else reference.model
@@ -82,14 +94,20 @@ class PolicyWithReference(nn.Module):
         assert (batch.own_rows is None) == (self.sequence_group is None), "rows in slices are for their group"
         table = SegmentTable(batch.segments, self.sequence_group)
         options = {} if self.balance is None else {"output_router_logits": True}
-        output = run_backbone(self.policy, batch, table, **options)
-        hidden = output.last_hidden_state[0].index_select(0, batch.rows)
+        run_policy = partial(run_backbone, self.policy, batch, table, **options)
+        reference = self.compared_with if batch.slopes is None else None
         ref_hidden = None
-        reference = self.compared_with
         assert reference is None or batch.ref_token_logps is None, "a reference, and its log-probs, too"
-        if reference is not None and batch.slopes is None:
-            with torch.no_grad(), reference.state():
-                ref_hidden = scored_hidden(reference.model, batch, table)
+        if reference is not None and self.traversal is not None:
+            with self.traversal.along() as companion:
+                output = run_policy()
+            ref_hidden = companion.last_hidden.index_select(0, batch.rows)
+        else:
+            if reference is not None:  # first: see `Companion.through_layer`
+                with torch.no_grad(), reference.state():
+                    ref_hidden = scored_hidden(reference.model, batch, table)
+            output = run_policy()
+        hidden = output.last_hidden_state[0].index_select(0, batch.rows)
         loss, *rows = self.head(hidden, ref_hidden, batch)
         if self.balance is not None:
             aux_loss = self.balance(output.router_logits)
@@ -250,6 +268,53 @@ def _rounded_once_more(embeddings: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@torch.no_grad()
+def share_traversal(module: PolicyWithReference, device: torch.device) -> None:
+    """Have policy and reference go through the layers together where they are one model and no bit depends
+    on it; elsewhere a remark says why not. All ranks must call it.
+
+    Tried with a reference that starts from the embeddings of other tokens: what one takes from the other, and
+    what a model does between its layers, shows although an adapter that is fresh changes nothing yet.
+    """
+    policy, reference = module.policy, module.compared_with
+    if reference is None or reference.model is not policy:
+        return
+    found = find_traversal(backbone(policy), reference.switch)
+    if module.balance is not None:
+        found = "the balance of the experts is the policy's alone (model.router_aux_loss_coef)"
+    if isinstance(found, Traversal):
+        differs = torch.tensor(not _is_exact(found, reference, device), dtype=torch.int32, device=device)
+        if torch_dist.is_initialized():
+            torch_dist.all_reduce(differs, torch_dist.ReduceOp.MAX)
+        if differs:
+            found = f"{type(policy).__name__} does more than run its layers one after another"
+    if isinstance(found, Traversal):
+        module.traversal = found
+    else:
+        module.remarks += (f"policy and reference take a forward pass each: {found}",)
+
+
+def _is_exact(traversal: Traversal, reference: Reference, device: torch.device) -> bool:
+    model = reference.model
+    ids = np.random.default_rng(2).integers(0, min(model.config.vocab_size, 1000), 96)
+    prompt, *completions = (part.tolist() for part in np.split(ids, 3))
+    batch = pack([TokenGroup(prompt, completions, [])]).to(device)
+    run = partial(last_hidden, model, batch, SegmentTable(batch.segments))
+
+    def others(hidden: Tensor) -> Tensor:
+        return hidden.roll(1, dims=1)
+
+    with traversal.starting_from(others), reference.state():
+        apart = run()
+    apart = torch.stack((run(), apart)).float()  # (2, N, H)
+    with traversal.along(others) as companion:
+        together = run()
+    if companion.hidden is None or companion.hidden.shape[1:] != together.shape:
+        return False
+    together = torch.stack((together, companion.last_hidden)).float()
+    return float((together - apart).norm() / apart.norm()) < _tolerance(model) / 100
 
 
 @torch.no_grad()

@@ -22,7 +22,12 @@ from madpo.trainer.engine import build_engine, deepspeed_config
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import build_module
 from madpo.trainer.model.partition import partitioned_loading
-from madpo.trainer.model.policy import refuse_noise, refuse_unless_head_is_known
+from madpo.trainer.model.policy import (
+    PolicyWithReference,
+    refuse_noise,
+    refuse_unless_head_is_known,
+    share_traversal,
+)
 from madpo.trainer.model.settle import settle_attention
 from madpo.trainer.model.slice_check import refuse_unless_slicing_is_exact
 
@@ -176,4 +181,6 @@ def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: b
     if training and not quantised:  # whose kernels round otherwise in training, without any noise
         refuse_noise(module.policy, engine.device)
     module.remarks = tuple(dict.fromkeys(remarks))
+    if isinstance(module, PolicyWithReference):
+        share_traversal(module, engine.device)
     return engine
