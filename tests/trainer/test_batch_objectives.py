@@ -38,7 +38,7 @@ def edges() -> EdgeScores:
 def arrays(scores: EdgeScores):
     """(a, b, u_w, u_l, n_w, n_l) as numpy."""
     won, lost, ref_won, ref_lost, n_w, n_l = (
-        getattr(scores, name).detach().numpy() for name in scores.__dataclass_fields__ if name != "margins"
+        getattr(scores, name).detach().numpy() for name in list(scores.__dataclass_fields__)[:6]
     )
     return won - ref_won, lost - ref_lost, won / n_w, lost / n_l, n_w, n_l
 

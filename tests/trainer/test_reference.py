@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import make_config, run_ranks, save_model, write_pairs
+from harness import make_config, run_ranks, save_model, without_clock, write_pairs
 from kernel_cases import relative_error
 from lora_cases import STAGE_2, changed, stored_adapter, train
 from zero3 import zero3_steps
@@ -109,8 +109,7 @@ def test_a_copy_beside_an_adapter_is_the_policy_without_it(config):
 
 def records(config: Config) -> list[dict[str, float]]:
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
-    clock = ("time", "tokens_per_second", "step_time")
-    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+    return [without_clock(json.loads(line)) for line in lines]
 
 
 def train_and_evaluate(shard, *configs: Config) -> None:
@@ -136,7 +135,7 @@ def test_whole_runs_log_the_same_and_say_what_the_reference_costs(config, tmp_pa
         for name in two:
             assert one[name] == pytest.approx(two[name], rel=1e-5, abs=1e-6), name
     evaluations = (json.loads((Path(c.output_dir) / "evaluation.json").read_text()) for c in (config, joint))
-    cached, beside = ({k: v for k, v in e.items() if k != "model"} for e in evaluations)
+    cached, beside = (without_clock({k: v for k, v in e.items() if k != "model"}) for e in evaluations)
     assert cached == pytest.approx(beside, rel=1e-5, abs=1e-6)
     assert cached["eval_loss"] == got[-1]["eval_loss"]
 

@@ -170,7 +170,7 @@ def output_head(model: PreTrainedModel) -> OutputHead:
     scaling = getattr(config, "logits_scaling", None) or 1.0
     # One family multiplies by what the others divide by.
     scale *= scaling if config.model_type == "hyperclovax" else 1.0 / scaling
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     return OutputHead(head.weight, head.bias, LogitTransform(scale, softcap))
 
 
