@@ -39,6 +39,7 @@ def run_evaluation(config: Config) -> None:
     record = loop.evaluate(config, engine, data.held_out, shard, state.memory)
     if shard.is_main:
         folder.mkdir(parents=True, exist_ok=True)
+        record = {name: value for name, value in record.items() if not name.startswith("eval_perf/")}
         result = {"model": tag or config.model.model_name_or_path, **record}
         (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
         print(metrics_table({str(result["model"]): record}), flush=True)
