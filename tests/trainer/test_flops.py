@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ def test_adapters_train_little_and_the_reference_goes_without_them():
     pytest.importorskip("peft")
     policy, batch = make(0), pack(random_groups(3))
     lora.attach(policy, lora.new_config(PeftConfig(lora_r=4), "base", None, False), lora.POLICY)
-    module = with_reference(policy, Reference(policy, lora.switch(policy, None)))
+    module = with_reference(policy, Reference(policy, partial(lora.switch, adapter=None)))
     # The first layer counts as a whole, but the inputs of its first matrices need no gradient.
     attention: Any = policy.get_submodule("model.layers.0.self_attn")
     first = [getattr(attention, f"{name}_proj") for name in "qkv"]
