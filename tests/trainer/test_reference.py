@@ -68,6 +68,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "distributions-of-the-policy": (2, {"objective": {"loss_type": "wpo"}}),
     "mismatched-and-whole-batch": (2, {"objective": {"loss_type": "kto"}}),
     "adapter": (2, {"peft": {"lora_r": 4, "lora_alpha": 8}}),
+    "in-slices": (2, {"train": {"sequence_parallel_size": 2}}),
+    "prompts-not-shared": (1, {"model": {"prefix_sharing": False}}),
     "adapter-stage-2": (2, {"peft": {"lora_r": 4, "lora_alpha": 8}, "deepspeed": STAGE_2}),
 }
 

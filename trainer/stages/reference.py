@@ -244,7 +244,8 @@ def _scores(
     engine: Any, groups: GroupDataset, config: Config, shard: Shard, chosen: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
     """The reference's log-probs (m,) of stretches of the groups, in their order, on every rank."""
-    rules = replace(step_rules(config, shares_rows(engine.module.model)), item=Item.TOKEN)
+    of_run = step_rules(config, shares_rows(engine.module.model))
+    rules = replace(of_run, item=Item.TOKEN, ranks_per_row=1)  # without gradients a long row fits one rank
     chosen = np.arange(len(groups)) if chosen is None else chosen
     budget = BATCHES_BETWEEN_MEETINGS * rules.budget * shard.world_size
     size = max(1, round(budget * len(groups) / int(groups.lengths.sum())))
