@@ -67,7 +67,7 @@ class DataConfig(Section):
         default="auto", description="auto: plain text yes, conversations no (their template ends them)"
     )
     merge_prompts: bool = Field(
-        default=True, description="rows of one prompt are one group of the batch; not of a stream"
+        default=False, description="rows of one prompt are one group of the batch; not of a stream"
     )
     order: Literal["shuffled", "easy_to_hard", "as_is"] = Field(
         default="shuffled", description="of every epoch; easy_to_hard: by falling margin"

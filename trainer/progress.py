@@ -64,6 +64,12 @@ class Progress:
                 notes += [
                     f"{facts['rows_merged']} rows merged with others of their prompt, {saved} tokens saved"
                 ]
+            if "rows_of_known_prompts" in facts and not config.objective_entry.supervised:
+                tokens = facts["tokens_of_known_prompts"]
+                notes += [
+                    f"{facts['rows_of_known_prompts']} rows repeat a prompt, {tokens} tokens "
+                    "(data.merge_prompts=true computes them once, and counts prompts in a step, not pairs)"
+                ]
             counts = ("truncated_completions", "groups_with_moved_boundary", "rows_that_spell_special_tokens")
             for key in counts:
                 notes += [f"{facts[key]} {key.replace('_', ' ')}"] if facts[key] else []

@@ -66,7 +66,7 @@ def labelled(seed: int = 0) -> list[dict[str, Any]]:
 def config_for(folder: Path, tokenizer: Path, rows: list[Any], objective: Any = None, **tree: Any) -> Config:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"dataset_name": str(path), **tree.pop("data", {})}
+    data = {"dataset_name": str(path), "merge_prompts": True, **tree.pop("data", {})}
     model = {"model_name_or_path": str(tokenizer)}
     return make_config(
         folder, {"model": model, "objective": objective or {"loss_type": "madpo"}, "data": data, **tree}

@@ -214,7 +214,7 @@ def test_one_group_alone_and_slices_without_a_scored_row(config, tmp_path, chang
     rows = [{"prompt": prompt, "chosen": f" good {i}", "rejected": f" bad cold {i}"} for i in range(3)]
     path = tmp_path / "long.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"dataset_name": str(path), "dataset_test_split": None, "max_length": 100, "merge_prompts": False}
+    data = {"dataset_name": str(path), "dataset_test_split": None, "max_length": 100}
     config = changed(config, data=data, train={"global_batch_size": 1, **changes})
     objectives = [{"loss_type": "dpo"}] if changes else [{"loss_type": "dpo"}, {"loss_type": "tdpo"}]
     for objective in objectives:

@@ -52,7 +52,8 @@ def rows_with(margins: list[float], prompts: int | None = None) -> list[dict[str
 def config_for(folder: Path, tokenizer: Path, rows: list[Any], objective: Any = None, **tree: Any) -> Config:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tree["data"] = {"dataset_name": str(path), "max_length": 96, **tree.get("data", {})}
+    data = {"dataset_name": str(path), "max_length": 96, "merge_prompts": True}
+    tree["data"] = {**data, **tree.get("data", {})}
     tree["model"] = {"model_name_or_path": str(tokenizer), **tree.get("model", {})}
     return make_config(folder, {"objective": objective or {"loss_type": "madpo"}, **tree})
 

@@ -38,6 +38,15 @@ def merge_prompts(groups: GroupDataset, objective: Objective, most_tokens: int) 
     return groups if alone else MergedDataset(groups, plan, once)
 
 
+def repeated_prompts(groups: GroupDataset) -> dict[str, int]:
+    """Rows whose prompt an earlier row has, and the tokens of these prompts; nothing where there is none."""
+    again = np.ones(len(groups), dtype=bool)
+    again[np.unique(groups.prompt_hashes, return_index=True)[1]] = False
+    prompts = groups.lengths - groups.completion_tokens
+    found = {"rows_of_known_prompts": int(again.sum()), "tokens_of_known_prompts": int(prompts[again].sum())}
+    return found if again.any() else {}
+
+
 class Plan(NamedTuple):
     """The groups that rows join, by the first row of each, and what each of G rows brings to its group."""
 

@@ -12,7 +12,7 @@ from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.feed import Feed, WholeSet
 from madpo.trainer.data.folds import without_fold
-from madpo.trainer.data.merged import MergedDataset, merge_prompts
+from madpo.trainer.data.merged import MergedDataset, merge_prompts, repeated_prompts
 from madpo.trainer.data.mismatched import MismatchedDataset
 from madpo.trainer.data.mixture import load_split
 from madpo.trainer.data.reader import open_reader
@@ -127,11 +127,11 @@ def _weights(groups: GroupDataset, config: Config) -> np.ndarray:
 
 
 def report_of_merged(groups: GroupDataset, report: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The report, whose first entry is of all parts together, with the numbers of the groups as merged."""
-    if not isinstance(groups, MergedDataset):
-        return report
+    """The report, whose first entry is of all parts together, with the numbers of the groups as merged, or
+    with what merging them would save."""
     total = next(iter(report))
-    return report | {total: report[total] | groups.report}
+    found = groups.report if isinstance(groups, MergedDataset) else repeated_prompts(groups)
+    return report | {total: report[total] | found}
 
 
 def _made_fit(groups: GroupDataset, config: Config) -> GroupDataset:
