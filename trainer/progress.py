@@ -64,7 +64,8 @@ class Progress:
                 notes += [
                     f"{facts['rows_merged']} rows merged with others of their prompt, {saved} tokens saved"
                 ]
-            if "rows_of_known_prompts" in facts and not config.objective_entry.supervised:
+            could_merge = not (config.data.merge_prompts or config.objective_entry.supervised)
+            if "rows_of_known_prompts" in facts and could_merge:
                 tokens = facts["tokens_of_known_prompts"]
                 notes += [
                     f"{facts['rows_of_known_prompts']} rows repeat a prompt, {tokens} tokens "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from harness import random_groups
 
-from madpo.trainer.data.loader import StepRules, plan_step
+from madpo.trainer.data.loader import StepRules, plan_step, refuse_unless_rows_fit
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.packing import Segment, computed_tokens, filler, pack, plan_micro_batches
 from madpo.trainer.data.reference_logps import ReferenceLogps
@@ -104,6 +105,18 @@ def test_a_step_keeps_to_the_budget_of_what_it_computes(prefix_sharing):
     assert sum(len(batch.lengths) for batch in batches if not batch.is_filler) == 60
     scale = next(batch.token_scale for batch in batches if not batch.is_filler)
     assert scale * sum(tokens) == pytest.approx(2)
+
+
+def test_a_group_is_measured_as_it_is_computed():
+    groups: Any = Held([TokenGroup([3] * 50, [[4] * 10] * 4, [(0, 1, None)])])
+    refuse_unless_rows_fit(groups, StepRules(Item.EDGE, 100))
+    with pytest.raises(ValueError, match="cannot hold a group of 240 tokens"):
+        refuse_unless_rows_fit(groups, StepRules(Item.EDGE, 100, prefix_sharing=False))
+
+
+def test_the_shapes_of_no_group():
+    shapes = shapes_of(random_groups(3)).at(np.array([], dtype=np.int64))
+    assert len(shapes.tokens()) == len(shapes.completions) == 0
 
 
 def test_edges_of_later_groups_point_at_their_own_sequences():

@@ -10,7 +10,14 @@ import numpy as np
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.feed import Feed, Groups
-from madpo.trainer.data.packing import PackedBatch, filler, pack, plan_micro_batches
+from madpo.trainer.data.packing import (
+    PackedBatch,
+    check_budget,
+    computed_tokens,
+    filler,
+    pack,
+    plan_micro_batches,
+)
 from madpo.trainer.data.shapes import TOKENS, StepCost, Work, work_of
 from madpo.trainer.data.slices import slice_of
 from madpo.trainer.dist import Shard
@@ -33,6 +40,12 @@ def step_rules(config: Config, shares_rows: bool = True, cost: StepCost = TOKENS
     train, shares = config.train, config.model.prefix_sharing and shares_rows
     item = config.objective_entry.item
     return StepRules(item, train.row_tokens, shares, cost, train.sequence_parallel_size)
+
+
+def refuse_unless_rows_fit(groups: GroupDataset, rules: StepRules) -> None:
+    """Raise ValueError if a group, as the model computes it, is more than a packed row may hold."""
+    counts = groups.lengths, groups.completion_tokens, groups.sequences
+    check_budget(computed_tokens(*counts, rules.prefix_sharing), rules.budget)
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,12 @@ def merge_prompts(groups: GroupDataset, objective: Objective, most_tokens: int) 
 
 def repeated_prompts(groups: GroupDataset) -> dict[str, int]:
     """Rows whose prompt an earlier row has, and the tokens of these prompts; nothing where there is none."""
-    again = np.ones(len(groups), dtype=bool)
-    again[np.unique(groups.prompt_hashes, return_index=True)[1]] = False
+    # What a mixture repeats of a row is merged with copies of others only: a row counts once.
+    keys = np.stack((groups.prompt_hashes, groups.rows), axis=1)
+    firsts = np.unique(keys, axis=0, return_index=True)[1]
+    again = np.zeros(len(groups), dtype=bool)
+    again[firsts] = True
+    again[firsts[np.unique(groups.prompt_hashes[firsts], return_index=True)[1]]] = False
     prompts = groups.lengths - groups.completion_tokens
     found = {"rows_of_known_prompts": int(again.sum()), "tokens_of_known_prompts": int(prompts[again].sum())}
     return found if again.any() else {}

@@ -227,7 +227,7 @@ def check_budget(lengths: np.ndarray, budget: int) -> None:
         raise UserError(
             f"train.micro_batch_tokens: {budget} cannot hold a group of {lengths.max()} tokens; raise it or "
             "train.sequence_parallel_size (their product counts), lower data.max_length or, if groups hold "
-            "many completions, set data.edges=best_worst"
+            "many completions, set data.edges=best_worst or data.merge_prompts=false"
         )
 
 

@@ -37,7 +37,8 @@ class Shapes:
 
     def tokens(self, shared: bool = True) -> np.ndarray:
         """(B,) tokens of a group whose prompt is there once, or before every completion."""
-        return self.prompts + self.totals(self.completions) if shared else self.totals(self.rows)
+        tokens = self.prompts + self.totals(self.completions) if shared else self.totals(self.rows)
+        return tokens.astype(np.int64)
 
     def looks(self, window: int | None = None, shared: bool = True) -> np.ndarray:
         """(B,) pairs of a query and a key that it sees: causal, the last `window` keys at most."""
@@ -57,6 +58,8 @@ class Shapes:
         order: np.ndarray,  # (b,)
     ) -> Shapes:
         """Some of the groups, in this order."""
+        if not len(order):
+            return shapes_of([])
         each = np.split(self.completions, np.cumsum(self.sequences)[:-1])
         return Shapes(
             self.prompts[order], self.sequences[order], np.concatenate([each[place] for place in order])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from madpo.trainer import checkpoint, dist, loop
@@ -11,7 +12,7 @@ from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.progress import metrics_table
 from madpo.trainer.stages.quantiles import resolve_quantiles
 from madpo.trainer.stages.reference import with_reference
-from madpo.trainer.stages.setup import load_data, start_engine, weighed
+from madpo.trainer.stages.setup import load_data, refuse_unless_data_fits, start_engine, weighed
 from madpo.trainer.state import TrainState
 
 
@@ -35,6 +36,7 @@ def run_evaluation(config: Config) -> None:
     assert data.held_out is not None
     tag = checkpoint.latest(folder / "checkpoints", checkpoint.model_identity(config, shard))
     engine = start_engine(config, tokenizer, training=tag is not None)
+    refuse_unless_data_fits(replace(data, train=None), config, engine)
     state = checkpoint.load(engine, folder / "checkpoints", tag) if tag else TrainState()
     record = loop.evaluate(config, engine, data.held_out, shard, state.memory)
     if shard.is_main:

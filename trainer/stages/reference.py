@@ -22,7 +22,13 @@ from madpo.trainer import dist, reference_cache
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.feed import Feed, WholeSet, with_logps
-from madpo.trainer.data.loader import Step, evaluation_steps, plan_step, step_rules
+from madpo.trainer.data.loader import (
+    Step,
+    evaluation_steps,
+    plan_step,
+    refuse_unless_rows_fit,
+    step_rules,
+)
 from madpo.trainer.data.order import permutation
 from madpo.trainer.dist import Shard
 from madpo.trainer.engine import build_engine, deepspeed_config
@@ -246,9 +252,10 @@ def _scores(
     """The reference's log-probs (m,) of stretches of the groups, in their order, on every rank."""
     of_run = step_rules(config, shares_rows(engine.module.model))
     rules = replace(of_run, item=Item.TOKEN, ranks_per_row=1)  # without gradients a long row fits one rank
+    refuse_unless_rows_fit(groups, rules)
     chosen = np.arange(len(groups)) if chosen is None else chosen
     budget = BATCHES_BETWEEN_MEETINGS * rules.budget * shard.world_size
-    size = max(1, round(budget * len(groups) / int(groups.lengths.sum())))
+    size = max(1, round(budget * len(groups) / max(int(groups.lengths.sum()), 1)))
     for number, step in enumerate(evaluation_steps(groups, rules, size, shard, chosen)):
         here = chosen[number * size : (number + 1) * size]
         yield _stretch(engine, step, groups.completion_tokens[here], groups.sequences[here])

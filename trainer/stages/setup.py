@@ -12,6 +12,7 @@ from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.feed import Feed, WholeSet
 from madpo.trainer.data.folds import without_fold
+from madpo.trainer.data.loader import refuse_unless_rows_fit, step_rules
 from madpo.trainer.data.merged import MergedDataset, merge_prompts, repeated_prompts
 from madpo.trainer.data.mismatched import MismatchedDataset
 from madpo.trainer.data.mixture import load_split
@@ -28,6 +29,7 @@ from madpo.trainer.model.policy import (
     refuse_unless_head_is_known,
     share_traversal,
 )
+from madpo.trainer.model.prefix_attention import shares_rows
 from madpo.trainer.model.settle import settle_attention
 from madpo.trainer.model.slice_check import refuse_unless_slicing_is_exact
 
@@ -161,6 +163,14 @@ def _stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> Stream:
         fewest=2 if "mismatched" in entry.needs else 1,
         check=lambda groups: without_weightless(_made_fit(groups, config), config),
     )
+
+
+def refuse_unless_data_fits(data: Data, config: Config, engine: Any) -> None:
+    """Raise ValueError if a group, as the engine's model computes it, exceeds the token budget."""
+    rules = step_rules(config, shares_rows(engine.module.policy))
+    for groups in (data.train, data.held_out):
+        if groups is not None:
+            refuse_unless_rows_fit(groups, rules)
 
 
 def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool) -> Any:

@@ -50,6 +50,8 @@ def show_data(config: Config, count: int, console: Console) -> None:
         lines += render_group(groups[index], decode, place, coloured, borrows)
     tokens, trained = int(groups.lengths.sum()), int(groups.completion_tokens.sum())
     console.print(*lines, *render_totals(report, tokens, trained, coloured), sep="\n", soft_wrap=True)
+    if config.data.min_weight is not None or config.data.sampling != "uniform":
+        console.print("data.min_weight and data.sampling are not applied here", style="yellow")
     budget, shares = config.train.row_tokens, config.model.prefix_sharing
     groups.require(entry, config.objective.loss_type, budget, shares)
 

@@ -29,7 +29,7 @@ from madpo.trainer.stages.reference import (
     refuse_unless_policy_fits,
     with_reference,
 )
-from madpo.trainer.stages.setup import Data, load_data, start_engine, weighed
+from madpo.trainer.stages.setup import Data, load_data, refuse_unless_data_fits, start_engine, weighed
 from madpo.trainer.state import TrainState
 
 
@@ -54,6 +54,7 @@ def run_training(config: Config, command: str) -> None:
     feed = data.feed
     assert feed is not None
     engine = start_engine(config, tokenizer, training=True)
+    refuse_unless_data_fits(data, config, engine)
     state = checkpoint.load(engine, checkpoints, tag) if tag else TrainState()
     if cached is not None:
         refuse_unless_policy_fits(config, engine, feed, shard, cached, is_fresh=tag is None)
