@@ -86,6 +86,8 @@ class RewardJudge:
                 "ref_model_name_or_path": None,
                 "tokenizer_name_or_path": None,
                 "gradient_checkpointing": False,
+                "activation_offloading": False,
+                "use_liger_kernel": False,
             }
         )
         peft = config.peft and config.peft.of_given_models()

@@ -17,7 +17,6 @@ from zero3 import zero3_steps
 
 from madpo.trainer.config import Config
 from madpo.trainer.deepspeed_checks import check_block, check_machine
-from madpo.trainer.engine import deepspeed_config
 
 CPU = {"device": "cpu"}
 OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -92,13 +91,6 @@ def test_resume_is_bitwise_also_with_a_reference_that_moves(config, tmp_path, na
 def losses(config: Config) -> list[float]:
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
-
-
-def test_only_an_offloaded_optimiser_is_fused(config):
-    """Without a GPU torch chooses the loop over tensors by itself, with one foreach: so nothing is said."""
-    offloaded = with_zero(config, {"offload_optimizer": CPU})
-    assert deepspeed_config(offloaded)["optimizer"]["params"]["fused"] is True
-    assert "fused" not in deepspeed_config(config)["optimizer"]["params"]
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

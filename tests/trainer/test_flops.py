@@ -21,6 +21,7 @@ from madpo.trainer.model.flops import passes, step_cost
 from madpo.trainer.model.freeze import freeze
 from madpo.trainer.model.policy import PolicyWithReference, Reference
 from madpo.trainer.model.prefix_attention import Sight
+from madpo.trainer.model.recompute import checkpoint_layers
 from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.objectives.base import OBJECTIVES
 from madpo.trainer.objectives.reward import BradleyTerryParams
@@ -117,7 +118,7 @@ def test_checkpointing_computes_the_layers_again():
     policy, batch = make(0).train(), pack(random_groups(3))
     module = with_reference(policy, Reference(make(1)))
     want = counted(module, batch)[0]
-    policy.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(policy, selective=False)
     cost = step_cost(module)
     last: Any = policy.get_submodule("model.layers.0.mlp.down_proj")
     spared = 2 * 2 * last.weight.numel() * len(batch.input_ids)

@@ -20,6 +20,7 @@ from madpo.trainer.data.packing import pack
 from madpo.trainer.errors import UserError
 from madpo.trainer.model import prefix_attention
 from madpo.trainer.model.balance import expert_balance
+from madpo.trainer.model.flops import passes
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.model.own_rows import row_index
 from madpo.trainer.model.policy import (
@@ -90,6 +91,7 @@ def test_the_check_at_start_finds_the_state_and_gives_rows_of_their_own(family, 
     remark = settle_attention(model, "auto", CPU)
     assert "the model's own" in remark and "prompts are not shared, and rows are padded" in remark
     assert not prefix_attention.shares_rows(model)
+    assert passes(model).forward.per_token > 0
     refuse_unless_packing_is_exact(model, CPU)
     refuse_unless_head_is_known(model, CPU)
 

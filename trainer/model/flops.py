@@ -52,7 +52,7 @@ def step_cost(module: PolicyWithReference | RewardModel, training: bool = True) 
     model += policy.backward + Cost(per_row=2 * head * sides)
     if module.head.objective.needs_batch:
         again += forward  # a first pass, without gradients, finds the slopes
-    if module.policy.is_activation_checkpointing:
+    if getattr(module.policy, "repeats_layers", False):
         again += policy.layers
     return StepCost(model, again)
 
@@ -143,13 +143,24 @@ def _share_of_experts(model: PreTrainedModel) -> float:
 def _looks(config: PreTrainedConfig) -> list[dict[int | None, float]]:
     """Of each layer: window -> operations for one query and one key that it sees."""
     values: Any = config
-    heads, window = values.num_attention_heads, getattr(config, "sliding_window", None)
-    size = getattr(config, "head_dim", None) or values.hidden_size // heads
-    of_score, of_value = (getattr(config, name, None) or size for name in ("qk_head_dim", "v_head_dim"))
+    varies = getattr(config, "is_heterogeneous", False)  # Gemma 4: from layer to layer
+    layers = list(values.per_layer_config) if varies else [values] * values.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
     default = "sliding_attention" if window else "full_attention"
-    kinds = getattr(config, "layer_types", None) or [default] * values.num_hidden_layers
-    each = 2.0 * heads * (of_score + of_value)
-    return [{window if kind == "sliding_attention" else None: each} for kind in kinds]
+    kinds = getattr(config, "layer_types", None) or [default] * len(layers)
+    return [
+        {window if kind == "sliding_attention" else None: _look(layer)}
+        if getattr(layer, "num_attention_heads", None)  # Mamba has none
+        else {}
+        for kind, layer in zip(kinds, layers, strict=False)
+    ]
+
+
+def _look(layer: Any) -> float:
+    heads = layer.num_attention_heads
+    size = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+    of_score, of_value = (getattr(layer, name, None) or size for name in ("qk_head_dim", "v_head_dim"))
+    return 2.0 * heads * (of_score + of_value)
 
 
 def _numel(parameter: nn.Parameter | None) -> int:

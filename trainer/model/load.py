@@ -108,10 +108,13 @@ def load_reference(config: Config, tokenizer: PreTrainedTokenizerBase) -> Refere
     name, options = config.model.ref_model_name_or_path, _options(config)
     if name is None:
         policy, adapter = _policy(config, tokenizer, options)
-        return _without_adapter(policy, adapter) if lora.is_adapted(policy) else Reference(policy)
-    model = _load(config, name, None, _stored_adapter(config, name, None), **options)
-    fit_vocabulary(model, len(tokenizer), config.model.resize_embeddings)
-    return Reference(model)
+        reference = _without_adapter(policy, adapter) if lora.is_adapted(policy) else Reference(policy)
+    else:
+        model = _load(config, name, None, _stored_adapter(config, name, None), **options)
+        fit_vocabulary(model, len(tokenizer), config.model.resize_embeddings)
+        reference = Reference(model)
+    gather_convolutions(reference.model)
+    return reference
 
 
 def _options(config: Config) -> dict[str, Any]:

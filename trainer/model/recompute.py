@@ -34,6 +34,7 @@ def checkpoint_layers(model: PreTrainedModel, selective: bool) -> None:
             if isinstance(layer, nn.Linear) and layer.bias is not None and hasattr(layer.weight, "ds_id"):
                 setattr(layer, "forward", partial(_linear_in_two, layer))  # noqa: B010
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    setattr(model, "repeats_layers", not selective)  # noqa: B010, for the count of operations
 
 
 def _linear_in_two(layer: nn.Linear, hidden: Tensor) -> Tensor:
