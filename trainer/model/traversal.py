@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,14 @@ from madpo.trainer.model import lora
 Context = Callable[[], AbstractContextManager[None]]
 Switch = Callable[[nn.Module], Context]
 """A model, or a part of one -> the context in which it is the reference's."""
+
+
+class Storey(NamedTuple):
+    """One layer of the backbone."""
+
+    layer: nn.Module
+    as_reference: Context
+    users: list[set[Any]]  # ZeRO-3's, of each weight that the policy uses: the modules that are using it
 
 
 @dataclass
@@ -41,17 +49,15 @@ class Companion:
         assert self.hidden is not None
         return self.hidden[0]
 
-    def through_layer(
-        self, layer: nn.Module, as_reference: Context, forward: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    def through_layer(self, storey: Storey, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """The policy's output; the hidden states come first among the arguments."""
         if args:
             hidden = self.start(args[0]) if self.hidden is None else self.hidden
             # First: in backward ZeRO-3 lets a module's weights go only if the policy was the last to use it.
-            with torch.no_grad(), as_reference(), _held(layer):
+            with torch.no_grad(), storey.as_reference(), _held(storey):
                 output = forward(hidden, *args[1:], **kwargs)
             self.hidden = output if isinstance(output, Tensor) else output[0]
-            self.past_layers = layer is self.last
+            self.past_layers = storey.layer is self.last
         return forward(*args, **kwargs)
 
     def through_module(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +72,7 @@ class Companion:
 class Traversal:
     """The parts of a backbone that hidden states go through."""
 
-    layers: list[tuple[nn.Module, Context]]
+    storeys: list[Storey]
     beside: list[nn.Module]  # such as the norm behind the layers
 
     @contextmanager
@@ -76,11 +82,11 @@ class Traversal:
         Afterwards the backbone is as before: what activation checkpointing computes again in backward is the
         policy's part alone.
         """
-        companion = Companion(start, self.layers[-1][0])
+        companion = Companion(start, self.storeys[-1].layer)
         with ExitStack() as replaced:
-            for layer, as_reference in self.layers:
-                through = partial(companion.through_layer, layer, as_reference, layer.forward)
-                replaced.enter_context(_forward_of(layer, through))
+            for storey in self.storeys:
+                through = partial(companion.through_layer, storey, storey.layer.forward)
+                replaced.enter_context(_forward_of(storey.layer, through))
             for module in self.beside:
                 through = partial(companion.through_module, module.forward)
                 replaced.enter_context(_forward_of(module, through))
@@ -93,7 +99,7 @@ class Traversal:
         def replace(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (start(args[0]), *args[1:]) if args else args
 
-        handle = self.layers[0][0].register_forward_pre_hook(replace)
+        handle = self.storeys[0].layer.register_forward_pre_hook(replace)
         try:
             yield
         finally:
@@ -101,7 +107,10 @@ class Traversal:
 
 
 def find_traversal(backbone: nn.Module, switch: Switch) -> Traversal | str:
-    """The way through a backbone whose adapter is in its layers, or what stands in it."""
+    """The way through a backbone whose adapter is in its layers, or what stands in it.
+
+    To be called when the engine is there: what ZeRO-3 keeps with a weight is looked up once.
+    """
     parents = [
         (parent, child)
         for parent in backbone.modules()
@@ -116,7 +125,7 @@ def find_traversal(backbone: nn.Module, switch: Switch) -> Traversal | str:
     if len(lora.adapted_layers(layers)) != len(lora.adapted_layers(backbone)):
         return "the adapter has weights outside the layers"
     beside = [child for child in parent.children() if child is not layers]
-    return Traversal([(layer, switch(layer)) for layer in layers], beside)
+    return Traversal([Storey(layer, switch(layer), _users(layer)) for layer in layers], beside)
 
 
 @contextmanager
@@ -132,16 +141,19 @@ def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
             module.forward = before
 
 
+def _users(layer: nn.Module) -> list[set[Any]]:
+    """The policy has no use for the frozen copy of an adapter."""
+    weights: list[Any] = [p for name, p in layer.named_parameters() if f".{lora.REFERENCE}." not in name]
+    return [p.ds_active_sub_modules for p in weights if hasattr(p, "ds_active_sub_modules")]
+
+
 @contextmanager
-def _held(layer: nn.Module) -> Iterator[None]:
-    """Inside, ZeRO-3 gathers weights as they are used and keeps them for the policy, which has no use for the
-    frozen copy of an adapter."""
-    held: list[Any] = [p for name, p in layer.named_parameters() if f".{lora.REFERENCE}." not in name]
-    users: list[set[Any]] = [p.ds_active_sub_modules for p in held if hasattr(p, "ds_active_sub_modules")]
-    for those in users:
+def _held(storey: Storey) -> Iterator[None]:
+    """Inside, ZeRO-3 gathers weights as they are used and keeps them for the policy."""
+    for those in storey.users:
         those.add(Traversal)
     try:
         yield
     finally:
-        for those in users:
+        for those in storey.users:
             those.discard(Traversal)
