@@ -30,6 +30,10 @@ SHORT = {
 """Metrics on the progress line: name -> (label, format)."""
 
 
+WORTH_A_WORD = 0.1
+"""Share of the tokens that merging prompts would save, from which on it is mentioned."""
+
+
 class Progress:
     """The progress of one run."""
 
@@ -64,13 +68,10 @@ class Progress:
                 notes += [
                     f"{facts['rows_merged']} rows merged with others of their prompt, {saved} tokens saved"
                 ]
+            repeated = facts.get("tokens_of_known_prompts", 0) / max(facts["tokens"], 1)
             could_merge = not (config.data.merge_prompts or config.objective_entry.supervised)
-            if "rows_of_known_prompts" in facts and could_merge:
-                tokens = facts["tokens_of_known_prompts"]
-                notes += [
-                    f"{facts['rows_of_known_prompts']} rows repeat a prompt, {tokens} tokens "
-                    "(data.merge_prompts=true computes them once, and counts prompts in a step, not pairs)"
-                ]
+            if could_merge and repeated > WORTH_A_WORD:
+                notes += [f"{repeated:.0%} of the tokens are prompts said before (data.merge_prompts)"]
             counts = ("truncated_completions", "groups_with_moved_boundary", "rows_that_spell_special_tokens")
             for key in counts:
                 notes += [f"{facts[key]} {key.replace('_', ' ')}"] if facts[key] else []
