@@ -59,7 +59,7 @@ def changed(config: Config, section: str, **values: Any) -> Config:
 
 
 def training_groups(config: Config) -> GroupDataset:
-    """A group for every row; training merges those of a prompt."""
+    """A group for every row, also where training merges those of a prompt."""
     return setup.training_groups(config, load_tokenizer(config.model))[0]
 
 
@@ -73,12 +73,9 @@ def test_folds_cover_are_disjoint_and_keep_equal_prompts_together(config):
         part = training_groups(changed(config, "data", folds=FOLDS, fold=fold))
         left_out.append(set(whole.rows.tolist()) - set(part.rows.tolist()))
         assert left_out[fold] == set(whole.rows[folds == fold].tolist())
-        held_out = load_data(
-            changed(config, "data", folds=FOLDS, fold=fold), load_tokenizer(config.model), False
-        ).held_out
-        report = load_data(
-            changed(config, "data", folds=FOLDS, fold=fold), load_tokenizer(config.model), True
-        ).report["train"]
+        merging = changed(config, "data", folds=FOLDS, fold=fold, merge_prompts=True)
+        held_out = load_data(merging, load_tokenizer(config.model), False).held_out
+        report = load_data(merging, load_tokenizer(config.model), True).report["train"]
         assert (2 * report["groups"], report["without_fold"]) == (len(part), fold)
         assert held_out is not None and len(held_out) == 9  # which is nobody's to train on
         index = next(i for i, row in enumerate(whole.rows) if row == part.rows[0])

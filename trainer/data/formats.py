@@ -230,6 +230,18 @@ def margin_of(row: Mapping[str, Any]) -> float | None:
     return None
 
 
+def with_edges(group: Any, edges: Sequence[tuple[int, int, float | None]]) -> Any:
+    """The group, of text or of tokens, with some of its edges and the completions that take part in them."""
+    places = sorted({place for edge in edges for place in edge[:2]})
+    new = {old: place for place, old in enumerate(places)}
+    return replace(
+        group,
+        completions=[group.completions[place] for place in places],
+        edges=[(new[winner], new[loser], margin) for winner, loser, margin in edges],
+        labels=[group.labels[place] for place in places] if group.labels else [],
+    )
+
+
 def label_of(row: Mapping[str, Any]) -> int:
     value = row.get("label")
     if value is None or value not in (True, False):  # 1 and 0 are equal to these

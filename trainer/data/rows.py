@@ -8,7 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from madpo.trainer.data.adapters import ADAPTERS, Adapter
-from madpo.trainer.data.formats import TextGroup, best_only, layout_of, margin_of, without_nulls
+from madpo.trainer.data.formats import (
+    TextGroup,
+    best_only,
+    layout_of,
+    margin_of,
+    with_edges,
+    without_nulls,
+)
 from madpo.trainer.errors import UserError
 
 Edge = tuple[int, int, float | None]
@@ -114,14 +121,7 @@ def choose_edges(group: TextGroup, which: Which) -> TextGroup:
             return not any((winner, x) in pairs and (x, loser) in pairs for x in beaten & beating)
         return which == "all" or (winner not in beaten and loser not in beating)
 
-    edges = [edge for edge in group.edges if keep(edge[0], edge[1])]
-    places = sorted({place for edge in edges for place in edge[:2]})
-    new = {old: place for place, old in enumerate(places)}
-    return replace(
-        group,
-        completions=[group.completions[place] for place in places],
-        edges=[(new[winner], new[loser], margin) for winner, loser, margin in edges],
-    )
+    return with_edges(group, [edge for edge in group.edges if keep(edge[0], edge[1])])
 
 
 def _tools(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ import xxhash
 
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.flat import ranges, sums
+from madpo.trainer.data.formats import with_edges
 from madpo.trainer.data.shapes import Shapes, in_two_parts, shapes_of
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
@@ -110,15 +111,7 @@ class TrimmedDataset(GroupDataset):
 
 def trimmed(group: TokenGroup, keep: Sequence[bool]) -> TokenGroup:
     """The group with some of its edges, and the completions that take part in them."""
-    edges = list(compress(group.edges, keep))
-    places = sorted({place for edge in edges for place in edge[:2]})
-    new = {old: place for place, old in enumerate(places)}
-    return replace(
-        group,
-        completions=[group.completions[place] for place in places],
-        edges=[(new[winner], new[loser], margin) for winner, loser, margin in edges],
-        labels=[group.labels[place] for place in places] if group.labels else [],
-    )
+    return with_edges(group, list(compress(group.edges, keep)))
 
 
 def skip_weightless(groups: GroupDataset, weights: np.ndarray) -> GroupDataset:
