@@ -19,10 +19,13 @@ from typing import NamedTuple
 import torch
 
 from madpo.benchmarks.step_worker import Block, Contender, Job
-from madpo.benchmarks.step_workload import Workload, make_workload, real_tokens
+from madpo.benchmarks.step_workload import Workload, make_workload, real_tokens, step_flops
+from madpo.trainer.dist import device as this_device
 from madpo.trainer.errors import UserError
+from madpo.trainer.perf import peak_flops
 
 TRL, MADPO = "TRL", "madpo"
+CACHED = "reference cached"
 TRIAL_ROUNDS = 3
 LOSS_TOLERANCE = {False: 1e-4, True: 2e-2}
 """Whether in bf16 -> the largest difference of a block's mean loss that rounding explains."""
@@ -33,14 +36,19 @@ class Variant(NamedTuple):
 
     overrides: tuple[str, ...] = ()  # of our config
     alone: bool = False  # one pair per micro-batch
+    cached: bool = False  # the reference is scored before
 
 
-VARIANTS = {
-    MADPO: Variant(),
-    "madpo without packing": Variant(alone=True),
-    "madpo with ZeRO-2": Variant(("deepspeed.zero_optimization.stage=2",)),
-}
-"""Ours, and ours with one thing changed, to see what it is worth."""
+def variants(ranks: int) -> dict[str, Variant]:
+    """Ours, and ours with one thing changed, to see what it is worth."""
+    other_stage = 3 if ranks == 1 else 2
+    return {
+        MADPO: Variant(),
+        "madpo without packing": Variant(alone=True),
+        "madpo without prefix sharing": Variant(("model.prefix_sharing=false",)),
+        f"madpo with ZeRO-{other_stage}": Variant((f"deepspeed.zero_optimization.stage={other_stage}",)),
+        f"madpo, {CACHED}": Variant(cached=True),
+    }
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Settings:
     warmup: int  # rounds before
     threads: int  # of all ranks together, on a CPU
     trl_batch_sizes: tuple[int, ...]  # tried, the best is measured; none: TRL is left out
-    variants: tuple[str, ...]  # of ours
+    variants: Mapping[str, Variant]  # of ours
     lr: float = 1e-4
 
     @property
@@ -78,6 +86,8 @@ class Row:
     p25: float | None = None
     p75: float | None = None
     tokens_per_second: float | None = None  # padding-free tokens of both sequences of every pair
+    tflops: float | None = None  # of a rank, those that the mathematics asks for: see `step_flops`
+    mfu: float | None = None  # of what is known of the GPU
     times_first: float | None = None  # median over rounds of the first contender's time over its own
     cpu_times_first: float | None = None  # the same in CPU time, None on a GPU
     peak_mib: float | None = None  # the largest rank's
@@ -101,9 +111,13 @@ def settings(
     on_gpu = torch.cuda.is_available()
     dtype = dtype or ("bfloat16" if on_gpu else "float32")
     pairs = pairs or (64 if on_gpu else 8)
-    known = [TRL, *VARIANTS]
-    if unknown := [name for name in contenders if name not in known]:
-        raise UserError(f"--contender {unknown[0]}: unknown; choose from {', '.join(known)}")
+    ours = variants(ranks)
+    known = [TRL, *ours]
+    if unknown := [name for name in contenders if name not in known and "=" not in name]:
+        raise UserError(
+            f"--contender {unknown[0]}: unknown; choose from {', '.join(known)}, or give keys of our config, "
+            "as in model.use_liger_kernel=true"
+        )
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"--dtype {dtype}: choose bfloat16 or float32")
     if ranks < 1 or pairs % ranks:
@@ -124,7 +138,8 @@ def settings(
         warmup=2,
         threads=threads or torch.get_num_threads(),
         trl_batch_sizes=tuple(sizes) if TRL in wanted and find_spec("trl") else (),
-        variants=tuple(name for name in VARIANTS if name in wanted),
+        variants={name: variant for name, variant in ours.items() if name in wanted}
+        | {f"madpo, {keys}": Variant(tuple(keys.split())) for keys in contenders if "=" in keys},
     )
 
 
@@ -133,12 +148,15 @@ def run(what: Settings, folder: Path, log: Callable[[str], None]) -> list[Row]:
     log("writing the model and the pairs")
     workload = make_workload(folder, what.model, what.data, what.pairs * what.steps, what.max_length)
     ours = _job(what, workload)
-    jobs = {name: replace(ours, **VARIANTS[name]._asdict()) for name in what.variants}
+    jobs = {name: replace(ours, **variant._asdict()) for name, variant in what.variants.items()}
     refused: dict[str, str] = {}
     if what.trl_batch_sizes:
         best = _best_batch_size(ours, what.trl_batch_sizes, log, refused)
         if best is not None:
-            jobs = {f"{TRL}, batch size {best}": replace(ours, trainer=TRL, batch_size=best), **jobs}
+            name, trl = f"{TRL}, batch size {best}", replace(ours, trainer=TRL, batch_size=best)
+            jobs = {name: trl, **jobs}
+            if any(variant.cached for variant in what.variants.values()):
+                jobs[f"{name}, {CACHED}"] = replace(trl, cached=True)
     rounds = tournament(jobs, what.rounds + what.warmup, log, refused)
     return list(_rows(what, workload, rounds, refused))
 
@@ -215,8 +233,11 @@ def _rows(
     what: Settings, workload: Workload, rounds: Mapping[str, list[Block]], refused: Mapping[str, str]
 ) -> Iterator[Row]:
     pairs, size = workload.pairs(), what.pairs * what.block
-    tokens = [sum(map(real_tokens, pairs[i : i + size])) for i in range(0, len(pairs), size)]
+    starts = range(0, len(pairs), size)
+    tokens = [sum(map(real_tokens, pairs[i : i + size])) for i in starts]
+    flops = {cached: step_flops(workload, cached) for cached in (False, True)}
     first = next(iter(rounds.values()))
+    peak = peak_flops(None, this_device(), what.bf16)
     where = what.model, what.data, what.ranks, what.pairs, "bfloat16" if what.bf16 else "float32"
     for name, blocks in rounds.items():
         gap = max(abs(ours.loss - theirs.loss) for ours, theirs in zip(blocks, first, strict=True))
@@ -226,6 +247,8 @@ def _rows(
             continue
         measured = range(what.warmup, len(blocks))
         times = [blocks[i].seconds for i in measured]
+        work = [flops[CACHED in name][i : i + size].sum() / what.ranks for i in starts]
+        rate = statistics.median(work[i] / blocks[i].seconds for i in measured)
         quarters = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
         yield replace(
             row,
@@ -233,6 +256,8 @@ def _rows(
             p25=quarters[0] / what.block,
             p75=quarters[2] / what.block,
             tokens_per_second=statistics.median(tokens[i] / blocks[i].seconds for i in measured),
+            tflops=rate / 1e12,
+            mfu=None if peak is None else rate / peak,
             times_first=statistics.median(first[i].seconds / blocks[i].seconds for i in measured),
             cpu_times_first=None
             if torch.cuda.is_available()

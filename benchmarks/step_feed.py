@@ -14,7 +14,7 @@ from madpo.trainer.data.shapes import Shapes
 from madpo.trainer.data.tokenise import TokenGroup
 
 
-class _Groups:
+class PairGroups:
     def __init__(self, pairs: Sequence[Pair], claimed: int | None) -> None:
         self._groups = [
             TokenGroup(prompt, [chosen, rejected], [(0, 1, None)], [1, -1])
@@ -46,11 +46,11 @@ class PairFeed:
     content = "pairs of the benchmark"
 
     def __init__(self, pairs: Sequence[Pair], claimed: int | None = None) -> None:
-        self._groups: Groups = _Groups(pairs, claimed)
+        self.groups: Groups = PairGroups(pairs, claimed)
         self.num_groups: int | None = len(pairs)
 
     def take(self, consumed: int, count: int) -> tuple[Groups, np.ndarray]:
-        return self._groups, np.arange(consumed, consumed + count)
+        return self.groups, np.arange(consumed, consumed + count)
 
     def epoch(self, consumed: int) -> float:
         assert self.num_groups is not None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ PACKAGES = ("madpo", "torch", "transformers", "deepspeed", "trl", "accelerate", 
 LEGEND = """\
 - tokens/s: padding-free tokens of both sequences of every pair, each with its prompt, whatever a contender \
 shares or pads; the median of the rounds.
+- TFLOP/s and MFU: of a rank, by what the mathematics asks for, the same of every contender: shared prompts \
+once, the head on completions only, the reference's forward unless it is cached.
 - times the first: the median over rounds of the first contender's time over this one's, the two measured \
 one after the other. In CPU time, of all ranks: steadier on a machine that is busy with other things.
 - peak: the most memory of any rank, on a GPU allocated, on a CPU resident beyond what imports took.
@@ -28,6 +31,8 @@ COLUMNS = {
     "step_seconds": "s/step",
     "spread": "quartiles",
     "tokens_per_second": "tokens/s",
+    "tflops": "TFLOP/s",
+    "mfu": "MFU",
     "times_first": "times the first",
     "cpu_times_first": "in CPU time",
     "peak_mib": "peak MiB",
@@ -36,6 +41,7 @@ COLUMNS = {
 }
 FORMATS = {
     "tokens_per_second": ",.0f",
+    "mfu": ".1%",
     "times_first": ".2f",
     "cpu_times_first": ".2f",
     "peak_mib": ",.0f",
@@ -60,12 +66,21 @@ def title(row: dict[str, Any]) -> str:
     return f"{row['model']}, {row['data']} lengths, {row['pairs']} pairs a step, {row['dtype']}, {ranks}"
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Those of COLUMNS that any of the rows has a value in."""
+    return {
+        name: title
+        for name, title in COLUMNS.items()
+        if name == "spread" or any(row[name] is not None for row in rows)
+    }
+
+
+def cells(row: dict[str, Any], columns: Iterable[str]) -> list[str]:
     """One line of a table."""
     if row["refused"]:
-        return [row["contender"], row["refused"], *[""] * (len(COLUMNS) - 2)]
+        return [row["contender"], row["refused"], *["" for _ in columns][2:]]
     shown = {**row, "spread": f"{row['p25']:.3g} - {row['p75']:.3g}"}
-    return [_cell(shown[name], FORMATS.get(name, ".3g")) for name in COLUMNS]
+    return [_cell(shown[name], FORMATS.get(name, ".3g")) for name in columns]
 
 
 def _cell(value: Any, form: str) -> str:
@@ -91,13 +106,12 @@ def as_markdown(everything: dict[str, Any]) -> str:
     hardware = ", ".join(filter(None, (everything["hardware"], everything.get("load"))))
     lines = [f"# Training step on {everything['hardware']}, {everything['date']}", ""]
     lines += [f"`{everything['command']}`", "", f"{hardware}. Versions: {versions}.", "", LEGEND]
-    last = None
-    for row in everything["rows"]:
-        if _workload(row) != last:
-            last = _workload(row)
-            lines += ["", f"## {title(row)}", "", "| " + " | ".join(COLUMNS.values()) + " |"]
-            lines += ["|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
-        lines += ["| " + " | ".join(cells(row)) + " |"]
+    for _, group in groupby(everything["rows"], _workload):
+        rows = list(group)
+        columns = columns_of(rows)
+        lines += ["", f"## {title(rows[0])}", "", "| " + " | ".join(columns.values()) + " |"]
+        lines += ["|---" + "|---:" * (len(columns) - 1) + "|"]
+        lines += ["| " + " | ".join(cells(row, columns)) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -72,7 +72,7 @@ def times(
     tree: dict[str, Any] = {
         "output_dir": str(folder),
         "model": {"model_name_or_path": workload.model},
-        "data": {"dataset_name": "pairs.json", "max_length": 64},
+        "data": {"dataset_name": workload.data, "max_length": 64},
         "objective": {"loss_type": "dpo"},
         "train": {"bf16": device.type == "cuda"},
     }

@@ -43,6 +43,7 @@ class Job:
     lr: float
     overrides: tuple[str, ...] = ()  # of our config
     alone: bool = False  # ours: one pair per micro-batch
+    cached: bool = False  # whether the reference is scored once, before the first block
     batch_size: int = 1  # TRL's per_device_train_batch_size
 
 
@@ -179,16 +180,21 @@ def run_madpo(job: Job, pipe: Connection) -> None:
     from madpo.benchmarks.step_feed import PairFeed
     from madpo.trainer import dist
     from madpo.trainer.config import from_tree
+    from madpo.trainer.data.feed import with_logps
     from madpo.trainer.loop import train
     from madpo.trainer.model.load import load_tokenizer
+    from madpo.trainer.stages.reference import score_once
     from madpo.trainer.stages.setup import start_engine
     from madpo.trainer.state import TrainState
     from madpo.trainer.strict_yaml import override
 
     tree: dict[str, Any] = {
         "output_dir": job.workload.folder,
-        "model": {"model_name_or_path": job.workload.model},
-        "data": {"dataset_name": "pairs.json", "max_length": job.workload.max_length},
+        "model": {
+            "model_name_or_path": job.workload.model,
+            "reference": "cached" if job.cached else "auto",
+        },
+        "data": {"dataset_name": job.workload.data, "max_length": job.workload.max_length},
         "objective": {"loss_type": "dpo", "beta": BETA},
         "optim": {"lr": job.lr, "lr_scheduler_type": "constant"},
         "train": {
@@ -201,8 +207,11 @@ def run_madpo(job: Job, pipe: Connection) -> None:
     config = from_tree(override(tree, job.overrides), "benchmark")
     shard, device = dist.init(10.0), dist.device()
     gate = Gate(pipe, device)
+    tokenizer = load_tokenizer(config.model)
     feed = PairFeed(job.workload.pairs(), config.train.micro_batch_tokens if job.alone else None)
-    engine = start_engine(config, load_tokenizer(config.model), training=True)
+    if job.cached:
+        feed.groups = with_logps(feed.groups, score_once(config, feed.groups, tokenizer, shard))
+    engine = start_engine(config, tokenizer, training=True)
     gate.open()
     train(
         config,
@@ -252,13 +261,11 @@ def run_trl(job: Job, pipe: Connection) -> None:
                 gate.close_block(lambda: float(torch.stack(losses).mean()))
                 losses.clear()
 
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    columns = dict(zip(names, map(list, zip(*job.workload.pairs(), strict=True)), strict=True))
     tokenizer = AutoTokenizer.from_pretrained(job.workload.model)
     trainer = Trainer(
         job.workload.model,
         args=arguments,
-        train_dataset=Dataset.from_dict(columns),
+        train_dataset=Dataset.load_from_disk(job.workload.data),
         processing_class=tokenizer,
         callbacks=[Turns()],
     )
@@ -274,6 +281,7 @@ def trl_arguments(job: Job, device: torch.device) -> dict[str, Any]:
         "max_steps": job.steps,
         "max_length": job.workload.max_length,
         "beta": BETA,
+        "precompute_ref_log_probs": job.cached,
         "learning_rate": job.lr,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 1.0,

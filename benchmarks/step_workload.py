@@ -14,11 +14,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from madpo.trainer.data.shapes import shapes_of
+from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
+from madpo.trainer.model.flops import step_cost
+from madpo.trainer.model.policy import PolicyWithReference, Reference
+from madpo.trainer.objectives.base import OBJECTIVES
 
 Pair = tuple[list[int], list[int], list[int]]
 """Tokens of prompt, chosen and rejected completion."""
+
+COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+"""Those of a pair in the data set, as TRL names them."""
 
 FIRST_WORD = 4
 """The tokenizer's own tokens come before."""
@@ -68,7 +78,7 @@ completions twice (KHuss/hh-rlhf-formatted). Real lengths are less regular than 
 
 @dataclass(frozen=True)
 class Workload:
-    """A folder with `model/` and `pairs.json`."""
+    """A folder with `model/` and the data set `pairs/`."""
 
     folder: str
     max_length: int
@@ -78,8 +88,13 @@ class Workload:
     def model(self) -> str:
         return str(Path(self.folder) / "model")
 
+    @property
+    def data(self) -> str:
+        return str(Path(self.folder) / "pairs")
+
     def pairs(self) -> list[Pair]:
-        return [tuple(pair) for pair in json.loads((Path(self.folder) / "pairs.json").read_text())]
+        columns = Dataset.load_from_disk(self.data)
+        return list(zip(*(columns[name] for name in COLUMNS), strict=True))
 
 
 def real_tokens(pair: Pair) -> int:
@@ -87,6 +102,19 @@ def real_tokens(pair: Pair) -> int:
     whatever a contender shares or pads."""
     prompt, chosen, rejected = map(len, pair)
     return 2 * prompt + chosen + rejected
+
+
+def step_flops(workload: Workload, cached: bool) -> np.ndarray:  # (num_pairs,)
+    """What the mathematics of training asks for, the same of every contender: the prompt once, the head on
+    completions only, the reference's forward unless it is cached, nothing a second time."""
+    config = AutoConfig.from_pretrained(workload.model)
+    with torch.device("meta"):
+        policy, reference = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    objective = OBJECTIVES["dpo"]
+    compared = None if cached else Reference(reference)
+    module = PolicyWithReference(policy, compared, objective, objective.params(), budget_bytes=0)
+    groups = [TokenGroup(prompt, tails, [(0, 1, None)]) for prompt, *tails in workload.pairs()]
+    return step_cost(module).model.of(shapes_of(groups))
 
 
 def make_workload(
@@ -103,9 +131,11 @@ def make_workload(
     else:
         pairs = draw_pairs(DATA[data], num_pairs, max_length, vocab, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "pairs.json").write_text(json.dumps(pairs))
+    workload = Workload(str(folder), max_length, num_pairs)
+    columns = dict(zip(COLUMNS, map(list, zip(*pairs, strict=True)), strict=True))
+    Dataset.from_dict(columns).save_to_disk(workload.data)
     _save_model(folder / "model", MODELS[model], seed)
-    return Workload(str(folder), max_length, num_pairs)
+    return workload
 
 
 def draw_pairs(lengths: Lengths, count: int, max_length: int, vocab: int, seed: int) -> list[Pair]:
@@ -153,7 +183,7 @@ def _save_model(folder: Path, config: dict[str, Any], seed: int) -> None:
     """Random weights in float32 with a tokenizer that has no words, since the pairs are tokens already."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     own = ["<pad>", "<s>", "</s>", "<unk>"]
     assert len(own) == FIRST_WORD

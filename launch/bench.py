@@ -59,10 +59,11 @@ def run_step_bench(what: step.Settings, output: Path) -> None:
         rows = step.run(what, Path(folder), status.update)
     entries = [asdict(row) for row in rows]
     table = Table(title=step_results.title(entries[0]), title_justify="left", title_style="bold")
-    for title in step_results.COLUMNS.values():
+    columns = step_results.columns_of(entries)
+    for title in columns.values():
         table.add_column(title, justify="left" if title == "contender" else "right")
     for entry in entries:
-        table.add_row(*step_results.cells(entry))
+        table.add_row(*step_results.cells(entry, columns))
     console.print(table)
     for path in step_results.write(output, found, rows):
         print(f"wrote {path}")

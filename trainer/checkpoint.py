@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from madpo.trainer.config import Config
+from madpo.trainer.deepspeed_checks import zero_stage
 from madpo.trainer.dist import Shard, barrier, from_main, refuse_if_any
 from madpo.trainer.state import TrainState
 
@@ -55,7 +56,8 @@ OF_PACKED_ROWS = frozenset({"model.prefix_sharing", "train.micro_batch_tokens"})
 
 def identity(config: Config, shard: Shard, content: str | None = None) -> dict[str, Any]:
     """What must not change between a run and its continuation, as dotted keys. `content` is the data's."""
-    out: dict[str, Any] = {"number of ranks": shard.world_size}
+    stage = zero_stage(config.deepspeed, shard.world_size)
+    out: dict[str, Any] = {"number of ranks": shard.world_size, "ZeRO stage": stage}
     for section, values in config.model_dump(mode="json", by_alias=True).items():
         flat = values if isinstance(values, dict) else {"": values}
         if section == "peft":  # whether there is one, too
@@ -70,7 +72,7 @@ def identity(config: Config, shard: Shard, content: str | None = None) -> dict[s
 
 def model_identity(config: Config, shard: Shard) -> dict[str, Any]:
     """The part of the identity that says which weights fit."""
-    parts = ("model.", "peft", "number of ranks")
+    parts = ("model.", "peft", "number of ranks", "ZeRO stage")
     return {key: value for key, value in identity(config, shard).items() if key.startswith(parts)}
 
 

@@ -59,6 +59,14 @@ def _check_offload(where: str, offload: Any, stage: int) -> None:
             raise UserError(f"{where}.{key}: {reason}; leave it out")
 
 
+def zero_stage(block: dict[str, Any], ranks: int) -> int:
+    """The stage that was asked for; else 3, which shares the weights out, too, but 2 for a rank that is alone
+    and has nobody to share with, unless a key is of stage 3."""
+    zero = block.get("zero_optimization", {})
+    of_stage_3 = any(key.startswith(("stage3_", "offload_", "zero_")) for key in zero)
+    return zero.get("stage", 3 if ranks > 1 or of_stage_3 else 2)
+
+
 def check_machine(block: dict[str, Any]) -> None:
     """Raises ValueError for what this machine lacks. To be called on the machine that trains."""
     import torch

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from madpo.trainer.config import Config, OptimConfig
 from madpo.trainer.data.loader import Step
 from madpo.trainer.data.packing import PackedBatch
+from madpo.trainer.deepspeed_checks import zero_stage
 from madpo.trainer.head import scored_span
 from madpo.trainer.metrics import Meter, add_batch, add_stats
 from madpo.trainer.objectives.base import BatchState
@@ -23,7 +24,7 @@ from madpo.trainer.whole_batch import share_losses
 def deepspeed_config(config: Config, training: bool = True) -> dict[str, Any]:
     """DeepSpeed's configuration. The user's `deepspeed` block comes last and fills or replaces."""
     zero = {
-        "stage": 3,
+        "stage": zero_stage(config.deepspeed, dist.get_world_size()),
         "overlap_comm": torch.cuda.is_available(),
         "contiguous_gradients": True,
         "stage3_gather_16bit_weights_on_model_save": True,

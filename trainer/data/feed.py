@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,9 @@ class Groups(Protocol):
     def shapes(self, indices: np.ndarray) -> Shapes:
         """The lengths of the groups at `indices` (B,), in that order."""
         ...
+
+
+AnyGroups = TypeVar("AnyGroups", bound=Groups)
 
 
 class Feed(Protocol):
@@ -62,9 +65,9 @@ def content_of(groups: GroupDataset) -> str:
 
 
 def with_logps(
-    groups: GroupDataset,
+    groups: AnyGroups,
     flat: np.ndarray,  # (M,) float32, of all completion tokens
-) -> GroupDataset:
+) -> AnyGroups:
     """The same groups, with what the reference thinks of them."""
     starts = np.concatenate(([0], np.cumsum(groups.completion_tokens, dtype=np.int64)))
     assert len(flat) == starts[-1]

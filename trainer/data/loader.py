@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from madpo.trainer.config import Config
-from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.feed import Feed, Groups
 from madpo.trainer.data.packing import (
     PackedBatch,
@@ -42,7 +41,7 @@ def step_rules(config: Config, shares_rows: bool = True, cost: StepCost = TOKENS
     return StepRules(item, train.row_tokens, shares, cost, train.sequence_parallel_size)
 
 
-def refuse_unless_rows_fit(groups: GroupDataset, rules: StepRules) -> None:
+def refuse_unless_rows_fit(groups: Groups, rules: StepRules) -> None:
     """Raise ValueError if a group, as the model computes it, is more than a packed row may hold."""
     counts = groups.lengths, groups.completion_tokens, groups.sequences
     check_budget(computed_tokens(*counts, rules.prefix_sharing), rules.budget)
@@ -141,13 +140,13 @@ def item_counts(groups: Groups, item: Item) -> np.ndarray:
 
 
 def evaluation_steps(
-    groups: GroupDataset,
+    groups: Groups,
     rules: StepRules,
     batch_size: int,
     shard: Shard,
     chosen: np.ndarray | None = None,  # (B,) which groups; None: all
 ) -> Iterator[Step]:
     """The groups once, in order, in stretches of `batch_size`."""
-    chosen = np.arange(len(groups)) if chosen is None else chosen
+    chosen = np.arange(len(groups.lengths)) if chosen is None else chosen
     for start in range(0, len(chosen), batch_size):
         yield plan_step(groups, chosen[start : start + batch_size], rules, shard)

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer import dist, reference_cache
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
-from madpo.trainer.data.feed import Feed, WholeSet, with_logps
+from madpo.trainer.data.feed import Feed, Groups, WholeSet, with_logps
 from madpo.trainer.data.loader import (
     Step,
     evaluation_steps,
@@ -95,6 +95,16 @@ def with_reference(
         assert isinstance(data.feed, WholeSet)
         found["feed"] = data.feed.seeing(found["train"])
     return replace(data, **found), cached
+
+
+def score_once(
+    config: Config, groups: Groups, tokenizer: PreTrainedTokenizerBase, shard: Shard
+) -> np.ndarray:  # (M,)
+    """The reference's log-probs of all completion tokens on every rank, kept in no file."""
+    engine = _start(config, tokenizer)
+    found = np.concatenate(list(_scores(engine, groups, config, shard)))
+    _let_go(engine)
+    return found
 
 
 def _let_go(engine: Any) -> None:
@@ -247,15 +257,15 @@ def _difference(
 
 
 def _scores(
-    engine: Any, groups: GroupDataset, config: Config, shard: Shard, chosen: np.ndarray | None = None
+    engine: Any, groups: Groups, config: Config, shard: Shard, chosen: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
     """The reference's log-probs (m,) of stretches of the groups, in their order, on every rank."""
     of_run = step_rules(config, shares_rows(engine.module.model))
     rules = replace(of_run, item=Item.TOKEN, ranks_per_row=1)  # without gradients a long row fits one rank
     refuse_unless_rows_fit(groups, rules)
-    chosen = np.arange(len(groups)) if chosen is None else chosen
+    chosen = np.arange(len(groups.lengths)) if chosen is None else chosen
     budget = BATCHES_BETWEEN_MEETINGS * rules.budget * shard.world_size
-    size = max(1, round(budget * len(groups) / max(int(groups.lengths.sum()), 1)))
+    size = max(1, round(budget * len(groups.lengths) / max(int(groups.lengths.sum()), 1)))
     for number, step in enumerate(evaluation_steps(groups, rules, size, shard, chosen)):
         here = chosen[number * size : (number + 1) * size]
         yield _stretch(engine, step, groups.completion_tokens[here], groups.sequences[here])
