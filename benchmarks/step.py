@@ -26,6 +26,8 @@ from madpo.trainer.perf import peak_flops
 
 TRL, MADPO = "TRL", "madpo"
 CACHED = "reference cached"
+TRL_DEFAULT = 8
+"""Its per_device_train_batch_size where none is given."""
 TRIAL_ROUNDS = 3
 LOSS_TOLERANCE = {False: 1e-4, True: 2e-2}
 """Whether in bf16 -> the largest difference of a block's mean loss that rounding explains."""
@@ -150,13 +152,7 @@ def run(what: Settings, folder: Path, log: Callable[[str], None]) -> list[Row]:
     ours = _job(what, workload)
     jobs = {name: replace(ours, **variant._asdict()) for name, variant in what.variants.items()}
     refused: dict[str, str] = {}
-    if what.trl_batch_sizes:
-        best = _best_batch_size(ours, what.trl_batch_sizes, log, refused)
-        if best is not None:
-            name, trl = f"{TRL}, batch size {best}", replace(ours, trainer=TRL, batch_size=best)
-            jobs = {name: trl, **jobs}
-            if any(variant.cached for variant in what.variants.values()):
-                jobs[f"{name}, {CACHED}"] = replace(trl, cached=True)
+    jobs = _trl_jobs(what, ours, log, refused) | jobs
     rounds = tournament(jobs, what.rounds + what.warmup, log, refused)
     return list(_rows(what, workload, rounds, refused))
 
@@ -175,18 +171,44 @@ def _job(what: Settings, workload: Workload) -> Job:
     )
 
 
+def _trl_jobs(
+    what: Settings, ours: Job, log: Callable[[str], None], refused: dict[str, str]
+) -> dict[str, Job]:
+    """TRL with its fastest micro-batch, the first contender; the same with a cached reference, if ours is
+    measured with one; and as it comes."""
+    if not what.trl_batch_sizes:
+        return {}
+    best = _best_batch_size(ours, what.trl_batch_sizes, log, refused)
+    if best is None:
+        return {}
+    fastest = replace(ours, trainer=TRL, batch_size=best)
+    jobs = {name_of(fastest): fastest}
+    if any(variant.cached for variant in what.variants.values()):
+        jobs[f"{name_of(fastest)}, {CACHED}"] = replace(fastest, cached=True)
+    default = replace(fastest, batch_size=TRL_DEFAULT)
+    if TRL_DEFAULT in what.trl_batch_sizes and name_of(default) not in {*jobs, *refused}:
+        jobs[f"{name_of(default)}, its default"] = default
+    return jobs
+
+
+def name_of(trl: Job) -> str:
+    return f"{TRL}, batch size {trl.batch_size}"
+
+
 def _best_batch_size(
     ours: Job, sizes: Sequence[int], log: Callable[[str], None], refused: dict[str, str]
 ) -> int | None:
     """TRL's fastest micro-batch; None if it runs with none."""
     if len(sizes) == 1:
         return sizes[0]
-    jobs = {str(size): replace(ours, trainer=TRL, batch_size=size) for size in sizes}
-    failures: dict[str, str] = {}
-    rounds = tournament(jobs, TRIAL_ROUNDS, log, failures)
-    refused |= {f"{TRL}, batch size {size}": reason for size, reason in failures.items()}
-    times = {size: min(block.seconds for block in blocks[1:]) for size, blocks in rounds.items()}
-    return int(min(times, key=lambda size: times[size])) if times else None
+    tried = [replace(ours, trainer=TRL, batch_size=size) for size in sizes]
+    rounds = tournament({name_of(job): job for job in tried}, TRIAL_ROUNDS, log, refused)
+    times = {
+        job.batch_size: min(block.seconds for block in rounds[name_of(job)][1:])
+        for job in tried
+        if name_of(job) in rounds
+    }
+    return min(times, key=lambda size: times[size]) if times else None
 
 
 def tournament(
@@ -201,7 +223,7 @@ def tournament(
         try:
             action()
         except RuntimeError as error:
-            if jobs[name].trainer == MADPO:
+            if jobs[name].trainer == MADPO and "=" not in name:
                 raise
             order.remove(name)
             contenders.pop(name, None)
