@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -110,17 +111,51 @@ def train_step(
 def forward_backward(engine: Any, step: Step, meter: Meter, state: BatchState) -> dict[str, list[float]]:
     """The gradients of a step, and what `train_step` returns. For most objectives the host never waits for
     the device; one of the whole batch has to hand its scores round."""
-    head, memory = engine.module.head, {}
-    batches = [batch.to(engine.device) for batch in step.batches]
-    if head.objective.needs_batch:
-        batches, memory = _with_slopes(engine, step, batches, meter, state)
-    for index, batch in enumerate(batches):
-        engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-        loss, *rows = engine(batch)
-        engine.backward(loss)
-        if not head.objective.needs_batch:
+    batches, memory = [batch.to(engine.device) for batch in step.batches], {}
+    if engine.module.head.objective.needs_batch:
+        memory = _whole_step(engine, step, batches, meter, state)
+    else:
+        for batch in _accumulated(engine, batches):
+            loss, *rows = engine(batch)
+            engine.backward(loss)
             _measure(engine.module, meter, batch, rows)
     _count_uncomputed(meter, step)
+    return memory
+
+
+def _accumulated(engine: Any, batches: Sequence[PackedBatch]) -> Iterator[PackedBatch]:
+    """The batches, whose gradients the engine puts together at the last."""
+    for index, batch in enumerate(batches):
+        engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+        yield batch
+
+
+def _whole_step(
+    engine: Any, step: Step, batches: list[PackedBatch], meter: Meter, state: BatchState
+) -> dict[str, list[float]]:
+    """As `forward_backward`, for an objective of the whole step, all of whose scores are to be known before
+    the first backward. So of several micro-batches each is computed twice; of a single one only its rows are
+    scored twice, in the head."""
+    head = engine.module.head
+    if len(batches) > 1:
+        rows = _scored(engine, batches, meter)
+        slopes, memory = _shared(head, step, batches, rows, meter, state)
+        pairs = zip(batches, slopes, strict=True)
+        for batch in _accumulated(engine, [dataclasses.replace(each, slopes=slope) for each, slope in pairs]):
+            loss, *_ = engine(batch)
+            engine.backward(loss)
+        return memory
+    memory = {}
+
+    def find_slopes(batch: PackedBatch, rows: Sequence[Tensor | None]) -> Tensor:
+        (slopes,), found = _shared(head, step, [batch], [rows], meter, state)
+        memory.update(found)
+        return slopes
+
+    for batch in _accumulated(engine, batches):
+        loss, *_ = engine(batch, find_slopes)
+        add_stats(meter, batch, engine.module.stats)
+        engine.backward(loss)
     return memory
 
 
@@ -130,7 +165,8 @@ def evaluation_step(engine: Any, step: Step, meter: Meter, state: BatchState) ->
     batches = [batch.to(engine.device) for batch in step.batches]
     with meter.memory.phase("evaluation"):
         if engine.module.head.objective.needs_batch:
-            _with_slopes(engine, step, batches, meter, state)
+            rows = _scored(engine, batches, meter)
+            _shared(engine.module.head, step, batches, rows, meter, state)
             return
         with scoring_passes(engine):
             for batch in batches:
@@ -146,21 +182,32 @@ def _count_uncomputed(meter: Meter, step: Step) -> None:
 
 
 @torch.no_grad()
-def _with_slopes(
-    engine: Any, step: Step, batches: list[PackedBatch], meter: Meter, state: BatchState
-) -> tuple[list[PackedBatch], dict[str, list[float]]]:
-    """The batches with the slopes of losses that look at the whole step, and those losses' memory."""
-    head, scored = engine.module.head, []
+def _scored(engine: Any, batches: Sequence[PackedBatch], meter: Meter) -> list[list[Tensor | None]]:
+    """What is known of the rows of each batch."""
+    out = []
     with scoring_passes(engine):
         for batch in batches:
             _, *rows = engine(batch)
             add_stats(meter, batch, engine.module.stats)
-            scored.append(scored_span(batch, *rows))
+            out.append(rows)
+    return out
+
+
+@torch.no_grad()
+def _shared(
+    head: Any,
+    step: Step,
+    batches: Sequence[PackedBatch],
+    rows: Sequence[Sequence[Tensor | None]],
+    meter: Meter,
+    state: BatchState,
+) -> tuple[list[Tensor], dict[str, list[float]]]:
+    """The slopes (S,) of each batch in losses that look at the whole step, and those losses' memory."""
+    scored = [scored_span(batch, *known) for batch, known in zip(batches, rows, strict=True)]  # type: ignore[arg-type]
     outcomes, slopes = share_losses(step, batches, scored, head.objective, head.params, state)
     for batch, scores, outcome in zip(batches, scored, outcomes, strict=True):
         add_batch(meter, batch, scores, outcome, head.objective, head.params)
-    pairs = zip(batches, slopes, strict=True)
-    return [dataclasses.replace(batch, slopes=slope) for batch, slope in pairs], outcomes[0].memory
+    return slopes, outcomes[0].memory
 
 
 @torch.no_grad()

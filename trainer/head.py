@@ -20,7 +20,11 @@ from madpo.trainer.data.packing import PackedBatch
 from madpo.trainer.objectives.base import Objective, Params, Scored
 from madpo.trainer.sequence_parallel import SequenceGroup
 
-__all__ = ["Impl", "LogitTransform", "OutputHead", "PreferenceHead", "scored_span"]
+__all__ = ["FindSlopes", "Impl", "LogitTransform", "OutputHead", "PreferenceHead", "scored_span"]
+
+
+FindSlopes = Callable[[PackedBatch, Sequence[Tensor | None]], Tensor]
+"""(a batch, what is known of its rows (M,)) -> the slopes (S,) of the step's losses in its log-probs."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +68,24 @@ class PreferenceHead(nn.Module):
         hidden: Tensor,  # (M, H) policy, scored rows
         ref_hidden: Tensor | None,  # (M, H)
         batch: PackedBatch,
+        find_slopes: FindSlopes | None = None,
     ) -> tuple[Tensor | None, ...]:
         """The loss (), and of each row (M,) what `scored_span` takes: token_logps, ref_token_logps, ...
 
-        Of a batch in slices the hidden states are those of its own rows, (m, H).
+        Of a batch in slices the hidden states are those of its own rows, (m, H). With `find_slopes` a first
+        pass over the rows finds what they are worth, and the loss is that of a batch with these slopes.
         """
         if batch.own_rows is not None:
-            return self._in_slices(hidden, ref_hidden, batch, batch.own_rows)
+            return self._in_slices(hidden, ref_hidden, batch, batch.own_rows, find_slopes)
         groups = Groups(batch.lengths, batch.group_sequences, batch.group_edges, batch.winners, batch.losers)
+        score: Any = partial(self._score, hidden, targets=batch.targets, groups=groups, scale=batch.scale)
         reference = self._reference(ref_hidden, batch.ref_token_logps)
-        return self._score(hidden, reference, batch.targets, groups, self._loss(batch), batch.scale)
+        if find_slopes is None:
+            return score(reference, loss=self._loss(batch))
+        with torch.no_grad():
+            _, *rows = score(reference, loss=_no_loss)
+        loss, *_ = score(Reference(), loss=self._loss(replace(batch, slopes=find_slopes(batch, rows))))
+        return loss, *rows
 
     def _reference(
         self,
@@ -114,6 +126,7 @@ class PreferenceHead(nn.Module):
         ref_hidden: Tensor | None,  # (m, H)
         batch: PackedBatch,
         own_rows: Tensor,  # (m,)
+        find_slopes: FindSlopes | None,
     ) -> tuple[Tensor | None, ...]:
         """As `forward`, by two passes over this rank's rows, whose slopes depend on those of other slices:
         the log-probs of all slices meet and give the slopes, with which the second pass has the gradient of
@@ -131,7 +144,10 @@ class PreferenceHead(nn.Module):
         whole = self.sequence_group.meet(rows, own_rows, len(batch.targets))
         if batch.ref_token_logps is not None:
             whole[1] = batch.ref_token_logps
-        if torch.is_grad_enabled() and not self.objective.needs_batch:
+        if find_slopes is not None:
+            batch = replace(batch, slopes=find_slopes(batch, whole))
+            loss, *_ = score(Reference(), loss=partial(_linear_loss, [_row_slopes(batch)[own_rows]]))
+        elif torch.is_grad_enabled() and not self.objective.needs_batch:
             slopes = [slope[own_rows] for slope in self._slopes(batch, whole)]
             again = reference if "distributions" in self.objective.needs else Reference()
             loss, *_ = score(again, loss=partial(_linear_loss, slopes))

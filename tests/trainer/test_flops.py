@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from madpo.trainer.config import PeftConfig
 from madpo.trainer.data.packing import PackedBatch, pack
-from madpo.trainer.data.shapes import Cost, Shapes
+from madpo.trainer.data.shapes import Cost, Shapes, work_of
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.model import lora, prefix_attention
 from madpo.trainer.model.flops import passes, step_cost
@@ -126,11 +126,19 @@ def test_checkpointing_computes_the_layers_again():
     assert counted(module, batch)[0] == want + of_matrices(cost.again, batch) - spared
 
 
-def test_an_objective_of_the_whole_batch_computes_the_policy_twice():
+def test_an_objective_of_the_whole_batch_scores_twice_and_in_parts_computes_the_policy_twice():
     module = with_reference(make(0), Reference(make(1)), "beta_dpo")
     cost, dpo = step_cost(module), step_cost(with_reference(make(0), Reference(make(1))))
     assert cost.model == dpo.model
-    assert cost.again == step_cost(with_reference(make(0), None, "simpo"), training=False).model
+    head = 2 * module.head.weight.numel()
+    assert cost.again == Cost(per_row=head)
+    once_more = step_cost(with_reference(make(0), None, "simpo"), training=False).model
+    assert cost.again + cost.again_in_parts == once_more
+
+    lengths = np.array([5, 7])
+    shapes = Shapes(lengths, np.array([1, 1]), lengths)
+    alone, apart = (work_of(shapes, cost, plan).flops_again for plan in ([[[0, 1]]], [[[0], [1]]]))
+    assert (alone, apart) == (12 * head, once_more.of(shapes).sum())
 
 
 def test_a_reward_model_has_no_head_of_its_own_to_count():

@@ -130,6 +130,7 @@ class StepCost:
 
     model: Cost  # what the mathematics of the step asks for
     again: Cost = field(default_factory=Cost)  # what is computed a second time, to save memory
+    again_in_parts: Cost = field(default_factory=Cost)  # what else is, of a step of several micro-batches
 
 
 TOKENS = StepCost(Cost(per_token=1.0))
@@ -162,14 +163,15 @@ def work_of(
     skipped_edges: int = 0,
 ) -> Work:
     """What a step is whose groups are spread over ranks and micro-batches by `plan`."""
-    flops, again = cost.model.of(shapes, shared), cost.again.of(shapes, shared)
+    flops = cost.model.of(shapes, shared)
     loads = np.array([[flops[positions].sum() for positions in rank] for rank in plan])  # (ranks, micro)
+    again = cost.again + cost.again_in_parts if loads.shape[1] > 1 else cost.again
     return Work(
         int(shapes.tokens(shared).sum()),
         int(shapes.tokens(shared=False).sum()),
         shapes.padded_tokens(loads.size),
         float(flops.sum()),
-        float(again.sum()),
+        float(again.of(shapes, shared).sum()),
         float(loads.max(0).sum()),
         float(loads.sum() / len(plan)),
         skipped_edges,

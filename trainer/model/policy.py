@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from madpo.trainer.data.packing import PackedBatch, Segment, pack
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
-from madpo.trainer.head import Impl, LogitTransform, OutputHead, PreferenceHead
+from madpo.trainer.head import FindSlopes, Impl, LogitTransform, OutputHead, PreferenceHead
 from madpo.trainer.model.balance import ExpertBalance
 from madpo.trainer.model.lora import in_use
 from madpo.trainer.model.own_rows import run_rows
@@ -86,7 +86,7 @@ class PolicyWithReference(nn.Module):
             self.reference.eval()
         return self
 
-    def forward(self, batch: PackedBatch) -> tuple[Tensor | None, ...]:
+    def forward(self, batch: PackedBatch, find_slopes: FindSlopes | None = None) -> tuple[Tensor | None, ...]:
         """The loss (), token_logps (M,), ref_token_logps (M,) or None, and more where the objective looks at
         distributions. A batch with `slopes` needs no reference any more. The loss of experts that are not in
         balance is in the loss, and in `stats`.
@@ -108,7 +108,7 @@ class PolicyWithReference(nn.Module):
                     ref_hidden = scored_hidden(reference.model, batch, table)
             output = run_policy()
         hidden = output.last_hidden_state[0].index_select(0, batch.rows)
-        loss, *rows = self.head(hidden, ref_hidden, batch)
+        loss, *rows = self.head(hidden, ref_hidden, batch, find_slopes)
         if self.balance is not None:
             aux_loss = self.balance(output.router_logits)
             self.stats = {"aux_loss": aux_loss.detach()}
