@@ -10,6 +10,7 @@ Ours runs `loop.train`, TRL its DPOTrainer's `train`; both stop between blocks, 
 from __future__ import annotations
 
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -163,9 +164,11 @@ def _rank(job: Job, rank: int, port: int, pipe: Connection) -> None:
             MASTER_PORT=str(port),
         )
     torch.set_num_threads(job.threads)
+    from tqdm import tqdm
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    tqdm.set_lock(threading.RLock())  # not one between processes, which would outlive this one
     try:
         (run_trl if job.trainer == "TRL" else run_madpo)(job, pipe)
         pipe.recv()

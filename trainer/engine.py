@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -75,6 +76,20 @@ def build_engine(config: Config, module: nn.Module, training: bool = True) -> An
         model_parameters=groups,
     )
     return engine
+
+
+def release(engine: Any) -> None:
+    """Free what an engine holds. DeepSpeed's hooks keep it and its module alive after `destroy`, so weights
+    and optimiser are taken out of them."""
+    engine.destroy()
+    for parameter in engine.module.parameters():
+        for partition in ("ds_tensor", "ds_secondary_tensor"):
+            if getattr(parameter, partition, None) is not None:
+                setattr(parameter, partition, None)
+        parameter.data, parameter.grad = parameter.data.new_empty(0), None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from madpo.trainer.data.folds import folds_of, without_fold
 from madpo.trainer.data.loader import evaluation_steps, step_rules
 from madpo.trainer.data.source import open_source
 from madpo.trainer.dist import Shard, barrier
+from madpo.trainer.engine import release
 from madpo.trainer.errors import UserError
 from madpo.trainer.loop import plan_run
 from madpo.trainer.model.load import load_tokenizer
@@ -162,7 +163,7 @@ def _score(judge: Judge, data: dict[str, GroupDataset], shard: Shard) -> tuple[s
         firsts = np.cumsum(groups.sequences) - groups.sequences
         pairs = [groups[index].edges[0][:2] for index in range(len(groups))]
         scores[split] = flat[firsts[:, None] + np.array(pairs)]
-    engine.destroy()
+    release(engine)
     return str(checkpoints / tag) if tag else str(config.model.model_name_or_path), scores
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer import checkpoint, dist
 from madpo.trainer.config import Config
 from madpo.trainer.dist import Shard, barrier
+from madpo.trainer.engine import release
 from madpo.trainer.errors import UserError
 from madpo.trainer.model import lora
 from madpo.trainer.model.load import load_tokenizer, padding_token
@@ -34,7 +35,7 @@ def run_export(config: Config) -> None:
     engine = start_engine(config, tokenizer, training=True)
     state = checkpoint.load(engine, folder / "checkpoints", tag)
     export_model(engine, tokenizer, config, folder, shard, state)
-    engine.destroy()
+    release(engine)
 
 
 def export_model(

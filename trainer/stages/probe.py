@@ -26,6 +26,7 @@ from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.loader import evaluation_steps, step_rules
 from madpo.trainer.data.order import permutation
 from madpo.trainer.dist import Shard
+from madpo.trainer.engine import release
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import load_tokenizer, state_of_files
 from madpo.trainer.model.prefix_attention import shares_rows
@@ -95,7 +96,7 @@ def stored_probe(
         return Probe(**stored)
     engine = start_engine(_supervised(config), tokenizer, training=False)
     probe = _measure(engine, groups, config, shard, of)
-    engine.destroy()
+    release(engine)
     if shard.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(probe), indent=2) + "\n")

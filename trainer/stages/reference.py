@@ -5,7 +5,6 @@ While it is scored the reference is alone in memory, and while the policy is tra
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from madpo.trainer.data.loader import (
 )
 from madpo.trainer.data.order import permutation
 from madpo.trainer.dist import Shard
-from madpo.trainer.engine import build_engine, deepspeed_config
+from madpo.trainer.engine import build_engine, deepspeed_config, release
 from madpo.trainer.errors import UserError
 from madpo.trainer.loop import plan_run
 from madpo.trainer.model.freeze import count_parameters
@@ -90,7 +89,7 @@ def with_reference(
             found[split], remark = _cached(engine, groups, parts, config, shard)
             remarks.append(remark)
     cached = CachedReference(engine.module.model.config.vocab_size, remarks)
-    _let_go(engine)
+    release(engine)
     if "train" in found:
         assert isinstance(data.feed, WholeSet)
         found["feed"] = data.feed.seeing(found["train"])
@@ -103,23 +102,8 @@ def score_once(
     """The reference's log-probs of all completion tokens on every rank, kept in no file."""
     engine = _start(config, tokenizer)
     found = np.concatenate(list(_scores(engine, groups, config, shard)))
-    _let_go(engine)
+    release(engine)
     return found
-
-
-def _let_go(engine: Any) -> None:
-    """Free the reference's weights. DeepSpeed's hooks keep an engine and its module alive after `destroy`, so
-    the weights are taken out of them."""
-    module = engine.module
-    engine.destroy()
-    for parameter in module.parameters():
-        for partition in ("ds_tensor", "ds_secondary_tensor"):
-            if getattr(parameter, partition, None) is not None:
-                setattr(parameter, partition, None)
-        parameter.data = parameter.data.new_empty(0)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def parts_of(

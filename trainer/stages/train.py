@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from madpo.trainer import checkpoint, dist, loop
 from madpo.trainer.config import Config, dump
 from madpo.trainer.dist import Shard, barrier, refuse_if_any
+from madpo.trainer.engine import release
 from madpo.trainer.metrics import MetricsFile
 from madpo.trainer.model.balance import expert_remarks
 from madpo.trainer.model.freeze import count_parameters
@@ -89,7 +90,7 @@ def run_training(config: Config, command: str) -> None:
 
     if config.train.export:
         export_model(engine, tokenizer, config, folder, shard, state)
-    engine.destroy()
+    release(engine)
     lock.release()
 
 

@@ -1,0 +1,64 @@
+"""What an engine held is free after it was released, though DeepSpeed still refers to the engine."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from harness import make_config, run_ranks, save_model, write_pairs
+from lora_cases import changed
+
+from madpo.trainer.config import Config
+from madpo.trainer.data.loader import plan_step, step_rules
+from madpo.trainer.engine import release, train_step
+from madpo.trainer.metrics import Meter
+from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.objectives.base import BatchState
+from madpo.trainer.stages.setup import load_data, start_engine
+
+pytestmark = pytest.mark.ranks
+
+
+def live_bytes() -> int:
+    """Of all tensors that Python can reach."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def held_and_left(shard, config: Config, training: bool) -> tuple[int, int]:
+    """Bytes that an engine after a step holds, and that stay when it is released."""
+    tokenizer = load_tokenizer(config.model)
+    groups = load_data(config, tokenizer, training=True).train
+    assert groups is not None
+    before = live_bytes()
+    engine = start_engine(config, tokenizer, training)
+    if training:
+        step = plan_step(groups, np.arange(4), step_rules(config), shard)
+        train_step(engine, step, 1e-3, Meter(), BatchState())
+    held = live_bytes() - before
+    release(engine)
+    del engine
+    return held, live_bytes() - before
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "scoring"])
+@pytest.mark.parametrize(("stage", "ranks"), [(2, 1), (3, 2)])
+def test_nothing_of_an_engine_stays(tmp_path, tokenizer_folder, stage, ranks, training):
+    config = make_config(
+        tmp_path,
+        {
+            "model": {"model_name_or_path": str(save_model(tmp_path / "start", tokenizer_folder, seed=1))},
+            "data": {"dataset_name": str(write_pairs(tmp_path / "pairs.jsonl", 12))},
+            "objective": {"loss_type": "dpo"},
+        },
+    )
+    config = changed(config, deepspeed={"zero_optimization": {"stage": stage}})
+    for held, left in run_ranks(ranks, held_and_left, config, training):
+        assert held > 100_000 and left < 0.02 * held
