@@ -92,9 +92,11 @@ def write(folder: Path, found: dict[str, Any], rows: Sequence[Row]) -> list[Path
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{results.stem(found, 'step')}.json"
     new = [asdict(row) for row in rows]
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    old = json.loads(path.read_text()) if path.exists() else {"rows": [], "commands": []}
     again = {_workload(row) for row in new}
-    everything = {**found, "rows": [*(row for row in old if _workload(row) not in again), *new]}
+    rows = [*(row for row in old["rows"] if _workload(row) not in again), *new]
+    commands = list(dict.fromkeys((*old["commands"], found["command"])))
+    everything = {**found, "commands": commands, "rows": rows}
     path.write_text(json.dumps(everything, indent=1) + "\n")
     markdown = path.with_suffix(".md")
     markdown.write_text(as_markdown(everything))
@@ -105,7 +107,8 @@ def as_markdown(everything: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in everything["versions"].items())
     hardware = ", ".join(filter(None, (everything["hardware"], everything.get("load"))))
     lines = [f"# Training step on {everything['hardware']}, {everything['date']}", ""]
-    lines += [f"`{everything['command']}`", "", f"{hardware}. Versions: {versions}.", "", LEGEND]
+    lines += [*(f"    {command}" for command in everything["commands"]), ""]
+    lines += [f"{hardware}. Versions: {versions}.", "", LEGEND]
     for _, group in groupby(everything["rows"], _workload):
         rows = list(group)
         columns = columns_of(rows)
