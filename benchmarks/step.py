@@ -124,7 +124,7 @@ def settings(
         raise UserError(f"--dtype {dtype}: choose bfloat16 or float32")
     if ranks < 1 or pairs % ranks:
         raise UserError(f"--pairs {pairs}: must be a multiple of --ranks {ranks}, for TRL to share them out")
-    wanted = contenders or known
+    wanted = [name for name in contenders if "=" not in name] or known
     if TRL in contenders and find_spec("trl") is None:
         raise UserError("--contender TRL: it is not installed: pip install trl==1.16.0")
     sizes = [n for n in range(1, pairs // ranks + 1) if pairs // ranks % n == 0 and n & (n - 1) == 0]

@@ -94,9 +94,10 @@ def write(folder: Path, found: dict[str, Any], rows: Sequence[Row]) -> list[Path
     new = [asdict(row) for row in rows]
     old = json.loads(path.read_text()) if path.exists() else {"rows": [], "commands": []}
     again = {_workload(row) for row in new}
-    rows = [*(row for row in old["rows"] if _workload(row) not in again), *new]
-    commands = list(dict.fromkeys((*old["commands"], found["command"])))
-    everything = {**found, "commands": commands, "rows": rows}
+    kept = [row for row in old["rows"] if _workload(row) not in again]
+    load = f"  # {found['load']}" if "load" in found else ""
+    commands = [*old["commands"], found["command"] + load]
+    everything = {**found, "commands": commands, "rows": kept + new}
     path.write_text(json.dumps(everything, indent=1) + "\n")
     markdown = path.with_suffix(".md")
     markdown.write_text(as_markdown(everything))
@@ -105,10 +106,9 @@ def write(folder: Path, found: dict[str, Any], rows: Sequence[Row]) -> list[Path
 
 def as_markdown(everything: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in everything["versions"].items())
-    hardware = ", ".join(filter(None, (everything["hardware"], everything.get("load"))))
     lines = [f"# Training step on {everything['hardware']}, {everything['date']}", ""]
     lines += [*(f"    {command}" for command in everything["commands"]), ""]
-    lines += [f"{hardware}. Versions: {versions}.", "", LEGEND]
+    lines += [f"{everything['hardware']}. Versions: {versions}.", "", LEGEND]
     for _, group in groupby(everything["rows"], _workload):
         rows = list(group)
         columns = columns_of(rows)

@@ -77,8 +77,9 @@ def run_scaling(model: str, iterations: int, output: Path) -> None:
     console, log = Console(), Console(stderr=True)
     found = step_scaling.facts(shlex.join(["madpo", *sys.argv[1:]]))
     with TemporaryDirectory() as folder, log.status("starting") as status:
-        time = list(step_scaling.times(Path(folder), model, iterations, status.update))
+        # First: of memory that was let go and stays with the process, none counts as new.
         memory = list(step_scaling.memory(model, status.update))
+        time = list(step_scaling.times(Path(folder), model, iterations, status.update))
     for titles, *lines in step_scaling.tables(time, memory):
         table = Table()
         for title in titles:

@@ -51,13 +51,13 @@ MAY_CHANGE = (
 """Config keys, or their beginnings, that may differ between a run and its continuation. With
 `model.router_aux_loss_coef`, a loss of each packed row, those in OF_PACKED_ROWS may not."""
 
+STAGE = "deepspeed.zero_optimization.stage"
 OF_PACKED_ROWS = frozenset({"model.prefix_sharing", "train.micro_batch_tokens"})
 
 
 def identity(config: Config, shard: Shard, content: str | None = None) -> dict[str, Any]:
     """What must not change between a run and its continuation, as dotted keys. `content` is the data's."""
-    stage = zero_stage(config.deepspeed, shard.world_size)
-    out: dict[str, Any] = {"number of ranks": shard.world_size, "ZeRO stage": stage}
+    out: dict[str, Any] = {"number of ranks": shard.world_size}
     for section, values in config.model_dump(mode="json", by_alias=True).items():
         flat = values if isinstance(values, dict) else {"": values}
         if section == "peft":  # whether there is one, too
@@ -65,6 +65,7 @@ def identity(config: Config, shard: Shard, content: str | None = None) -> dict[s
         out |= {f"{section}.{key}".rstrip("."): value for key, value in flat.items()}
     bound = OF_PACKED_ROWS if config.model.router_aux_loss_coef else set[str]()
     out = {key: value for key, value in out.items() if key in bound or not key.startswith(MAY_CHANGE)}
+    out[STAGE] = zero_stage(config.deepspeed, shard.world_size)
     if content is not None:
         out["data (content)"] = content
     return out
@@ -72,7 +73,7 @@ def identity(config: Config, shard: Shard, content: str | None = None) -> dict[s
 
 def model_identity(config: Config, shard: Shard) -> dict[str, Any]:
     """The part of the identity that says which weights fit."""
-    parts = ("model.", "peft", "number of ranks", "ZeRO stage")
+    parts = ("model.", "peft", "number of ranks", STAGE)
     return {key: value for key, value in identity(config, shard).items() if key.startswith(parts)}
 
 

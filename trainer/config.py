@@ -6,6 +6,7 @@ ValueError that names the key, the value and what is allowed, all of them at onc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -14,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from madpo.trainer import strict_yaml
 from madpo.trainer.data_config import DataConfig
-from madpo.trainer.deepspeed_checks import check_block
+from madpo.trainer.deepspeed_checks import check_block, zero_stage
 from madpo.trainer.errors import UserError
 from madpo.trainer.generate_config import GenerateConfig
 from madpo.trainer.model_config import ModelConfig
@@ -165,7 +166,7 @@ def validate_peft(config: Config, peft: PeftConfig) -> None:
         raise UserError("model.freeze: with peft nothing but the adapter is trained; leave freeze out")
     if peft.quantised and not config.train.bf16:
         raise UserError("peft.load_in_4bit, load_in_8bit: they compute in bf16; set train.bf16=true")
-    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 3)
+    stage = zero_stage(config.deepspeed, int(os.environ.get("WORLD_SIZE", "1")))
     if stage == 3 and (peft.quantised or peft.use_dora):
         key = "use_dora" if peft.use_dora else "load_in_4bit, load_in_8bit"
         raise UserError(

@@ -61,7 +61,7 @@ def _check_offload(where: str, offload: Any, stage: int) -> None:
 
 def zero_stage(block: dict[str, Any], ranks: int) -> int:
     """The stage that was asked for; else 3, which shares the weights out, too, but 2 for a rank that is alone
-    and has nobody to share with, unless a key is of stage 3."""
+    and has nobody to share with, unless a key is of stage 3 by its name: stage3_*, offload_*, zero_*."""
     zero = block.get("zero_optimization", {})
     of_stage_3 = any(key.startswith(("stage3_", "offload_", "zero_")) for key in zero)
     return zero.get("stage", 3 if ranks > 1 or of_stage_3 else 2)

@@ -6,6 +6,8 @@ import dataclasses
 import gc
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from madpo.trainer.deepspeed_checks import zero_stage
 from madpo.trainer.head import scored_span
 from madpo.trainer.metrics import Meter, add_batch, add_stats
 from madpo.trainer.objectives.base import BatchState
-from madpo.trainer.traces import scoring_passes
+from madpo.trainer.traces import passes_of
 from madpo.trainer.whole_batch import share_losses
 
 
@@ -70,18 +72,23 @@ def build_engine(config: Config, module: nn.Module, training: bool = True) -> An
 
     logger.setLevel(logging.ERROR)
     groups: Any = parameter_groups(module, config.optim) if training else None
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        config=deepspeed_config(config, training),
-        model_parameters=groups,
-    )
+    with redirect_stdout(StringIO()):  # where it prints how much memory there is, in bf16 without stage 3
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            config=deepspeed_config(config, training),
+            model_parameters=groups,
+        )
     return engine
 
 
 def release(engine: Any) -> None:
     """Free what an engine holds. DeepSpeed's hooks keep it and its module alive after `destroy`, so weights
     and optimiser are taken out of them."""
+    sharded = engine.optimizer
     engine.destroy()
+    for optimizer in (getattr(sharded, "optimizer", None), sharded):
+        if optimizer is not None:
+            vars(optimizer).clear()
     for parameter in engine.module.parameters():
         for partition in ("ds_tensor", "ds_secondary_tensor"):
             if getattr(parameter, partition, None) is not None:
@@ -167,10 +174,11 @@ def _whole_step(
         memory.update(found)
         return slopes
 
-    for batch in _accumulated(engine, batches):
-        loss, *_ = engine(batch, find_slopes)
-        add_stats(meter, batch, engine.module.stats)
-        engine.backward(loss)
+    with passes_of(engine, "scoring and training"):
+        for batch in _accumulated(engine, batches):
+            loss, *_ = engine(batch, find_slopes)
+            add_stats(meter, batch, engine.module.stats)
+            engine.backward(loss)
     return memory
 
 
@@ -183,7 +191,7 @@ def evaluation_step(engine: Any, step: Step, meter: Meter, state: BatchState) ->
             rows = _scored(engine, batches, meter)
             _shared(engine.module.head, step, batches, rows, meter, state)
             return
-        with scoring_passes(engine):
+        with passes_of(engine, "scoring"):
             for batch in batches:
                 _, *rows = engine(batch)
                 _measure(engine.module, meter, batch, rows)
@@ -200,7 +208,7 @@ def _count_uncomputed(meter: Meter, step: Step) -> None:
 def _scored(engine: Any, batches: Sequence[PackedBatch], meter: Meter) -> list[list[Tensor | None]]:
     """What is known of the rows of each batch."""
     out = []
-    with scoring_passes(engine):
+    with passes_of(engine, "scoring"):
         for batch in batches:
             _, *rows = engine(batch)
             add_stats(meter, batch, engine.module.stats)

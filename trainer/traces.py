@@ -9,25 +9,27 @@ from typing import Any
 
 
 @contextmanager
-def scoring_passes(engine: Any) -> Iterator[None]:
-    """Inside are passes without backward, in a training step or between two.
+def passes_of(engine: Any, kind: str) -> Iterator[None]:
+    """Inside are passes, with backward or without, that go through the modules in another order than those
+    outside and those of another kind.
 
     DeepSpeed keeps one order and throws it away at the first module that is not the one it expects. Then it
     gathers nothing ahead for two passes, and ranks compare what they have recorded, number by number: a few
-    hundred waits for the device. So these passes have a record of their own.
+    hundred waits for the device. So each kind has a record of its own.
     """
     offload = getattr(engine.optimizer, "parameter_offload", None)
-    if offload is None:  # not ZeRO-3, or no training, where all passes are of this kind
+    if offload is None:  # not ZeRO-3, or no training, where all passes are of one kind
         yield
         return
-    training = offload.param_coordinator
-    if not hasattr(offload, "scoring_coordinator"):
-        offload.scoring_coordinator = _unlearnt(training)
-    offload.param_coordinator = offload.scoring_coordinator
+    usual = offload.param_coordinator
+    records = vars(offload).setdefault("records", {})
+    if kind not in records:
+        records[kind] = _unlearnt(usual)
+    offload.param_coordinator = records[kind]
     try:
         yield
     finally:
-        offload.param_coordinator = training
+        offload.param_coordinator = usual
 
 
 def _unlearnt(coordinator: Any) -> Any:

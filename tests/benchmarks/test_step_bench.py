@@ -113,6 +113,14 @@ def test_settings_that_cannot_be_are_named(changes, named):
         step.settings(**(given | changes))
 
 
+def test_keys_are_one_more_contender():
+    what = mini_settings(["objective.beta=0.3 model.prefix_sharing=false"])
+    assert what.variants["madpo"].overrides == () and len(what.variants) == 6
+    *_, (name, variant) = what.variants.items()
+    assert name == "madpo, objective.beta=0.3 model.prefix_sharing=false"
+    assert variant.overrides == ("objective.beta=0.3", "model.prefix_sharing=false")
+
+
 @pytest.mark.parametrize(("option", "value"), [("--model", "GPT-5"), ("--data", "wiki")])
 def test_the_command_names_what_it_does_not_know(option, value, tmp_path):
     command = [sys.executable, "-m", "madpo.launch.cli", "bench", "step", option, value]

@@ -185,13 +185,15 @@ def test_odd_yaml_is_refused(text):
         strict_yaml.parse(text, "test")
 
 
-def test_deepspeed_block_is_passed_through(path):
+def test_deepspeed_block_is_passed_through(path, monkeypatch):
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
     config = load(path, ["deepspeed={zero_optimization: {stage3_prefetch_bucket_size: 7}, dump_state: true}"])
     got = deepspeed_config(config)
     assert got["zero_optimization"]["stage"] == 3
     assert got["zero_optimization"]["stage3_prefetch_bucket_size"] == 7
     assert got["dump_state"] is True
     assert got["gradient_clipping"] == config.optim.max_grad_norm
+    assert deepspeed_config(load(path))["zero_optimization"]["stage"] == 2
 
 
 def test_deepspeed_keys_are_those_of_the_installed_deepspeed():

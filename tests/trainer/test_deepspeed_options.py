@@ -16,7 +16,7 @@ from lora_cases import changed, train
 from zero3 import zero3_steps
 
 from madpo.trainer.config import Config
-from madpo.trainer.deepspeed_checks import check_block, check_machine
+from madpo.trainer.deepspeed_checks import check_block, check_machine, zero_stage
 
 CPU = {"device": "cpu"}
 OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -91,6 +91,24 @@ def test_resume_is_bitwise_also_with_a_reference_that_moves(config, tmp_path, na
 def losses(config: Config) -> list[float]:
     lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
+@pytest.mark.parametrize(
+    ("zero", "ranks", "stage"),
+    [
+        ({}, 1, 2),
+        ({}, 2, 3),
+        ({"overlap_comm": False}, 1, 2),
+        ({"stage3_prefetch_bucket_size": 7}, 1, 3),
+        ({"offload_param": CPU}, 1, 3),
+        ({"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}, 1, 3),
+        ({"stage": 1, "offload_optimizer": CPU}, 2, 1),
+        ({"stage": 3}, 1, 3),
+    ],
+)
+def test_a_lone_rank_shares_nothing_out_unless_it_is_asked_to(zero, ranks, stage):
+    assert zero_stage({"zero_optimization": zero}, ranks) == stage
+    assert zero or zero_stage({}, ranks) == stage
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -139,8 +139,11 @@ def test_metrics_are_those_of_the_global_batch(config, tmp_path):
                 assert two[name] == pytest.approx(one[name], rel=2e-5, abs=1e-6), name
 
 
+ALONE: dict[str, Any] = {"deepspeed": {"zero_optimization": {}}, "train": {"bf16": True}}
+"""For one rank, which then uses ZeRO-2."""
 RESUMED = {
     "madpo": {},
+    "alone": ALONE,
     "memory-of-the-whole-batch": {"objective": {"loss_type": "beta_dpo"}},
     "curriculum-and-quantile": {
         "objective": {"loss_type": "mixdpo", "threshold": "quantile:0.3"},
@@ -156,8 +159,9 @@ RESUMED = {
 @pytest.mark.parametrize("sections", RESUMED.values(), ids=RESUMED)
 def test_resume_is_bitwise_the_run_that_was_not_cut_off(config, tmp_path, sections):
     sections = {"objective": config.objective.model_dump(by_alias=True), **sections}
+    ranks = 1 if "deepspeed" in sections else 2
     whole = with_sections(config, output_dir=str(tmp_path / "whole"), **sections)
-    run_ranks(2, train, whole)
+    run_ranks(ranks, train, whole)
 
     # The same run, cut off after the checkpoint of step 3: later files and metrics are gone or torn.
     cut = with_sections(config, output_dir=str(tmp_path / "cut"), **sections)
@@ -168,7 +172,7 @@ def test_resume_is_bitwise_the_run_that_was_not_cut_off(config, tmp_path, sectio
     (folder / "checkpoints" / "latest").write_text("step-00000003")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
-    run_ranks(2, train, cut)
+    run_ranks(ranks, train, cut)
 
     want, got = ([without_clock(line) for line in records(Path(run.output_dir))] for run in (whole, cut))
     assert got == want
@@ -294,6 +298,14 @@ def test_another_number_of_ranks_is_refused(config):
         run_ranks(2, evaluate_only, config)
 
 
+def test_another_stage_of_zero_is_refused(config):
+    alone = changed(config, train={"max_steps": 1, "export": False}, deepspeed={"zero_optimization": {}})
+    run_ranks(1, train, alone)
+    for task in (train, evaluate_only):
+        with pytest.raises(AssertionError, match=r"deepspeed\.zero_optimization\.stage: 2 there, 3 now"):
+            run_ranks(1, task, changed(alone, deepspeed={"zero_optimization": {"stage": 3}}))
+
+
 def test_things_that_change_no_number_may_change(config):
     run_ranks(2, train, changed(config, train={"max_steps": 1, "export": False}))
     free = {"max_steps": 1, "export": False, "micro_batch_tokens": 512, "logging_steps": 3}
@@ -392,13 +404,15 @@ def test_the_export_loads_in_transformers_and_scores_like_the_run(
     assert "madpo" in card and "rewards/accuracies" in card
 
 
-def test_evaluation_and_export_of_a_checkpoint_agree_with_training(config):
-    run_ranks(2, train, config)
+@pytest.mark.parametrize(("ranks", "sections"), [(2, {}), (1, ALONE)], ids=["two ranks", "alone"])
+def test_evaluation_and_export_of_a_checkpoint_agree_with_training(config, ranks, sections):
+    config = changed(config, **sections)
+    run_ranks(ranks, train, config)
     folder = Path(config.output_dir)
     trained = records(folder)[-1]
     exported = model_bytes(config)
     shutil.rmtree(folder / "model")
-    run_ranks(2, evaluate_and_export, config)
+    run_ranks(ranks, evaluate_and_export, config)
     evaluated = json.loads((folder / "evaluation.json").read_text())
     assert evaluated["model"] == "step-00000006"
     for name in ("eval_loss", "eval_rewards/accuracies", "eval_kl"):

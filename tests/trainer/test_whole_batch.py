@@ -9,12 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.zero.partitioned_param_coordinator import (
+    PartitionedParameterCoordinator as Coordinator,
+)
 from harness import make_config, run_ranks, save_model, sentence, write_pairs
 from kernel_cases import relative_error
 from zero3 import plain_steps, zero3_steps
 
 from madpo.trainer.config import Config
+from madpo.trainer.data.loader import plan_step, step_rules
+from madpo.trainer.engine import train_step
+from madpo.trainer.metrics import Meter
+from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.objectives.registry import OBJECTIVES
+from madpo.trainer.stages.setup import load_data, start_engine
 
 pytestmark = pytest.mark.ranks
 
@@ -75,6 +84,32 @@ def needs_reference(block: dict[str, Any]) -> bool:
 
 def all_steps(shard, configs: list[Config]) -> list[Any]:
     return [zero3_steps(shard, config, STEPS) for config in configs]
+
+
+def forgotten(shard, config: Config, steps: int) -> tuple[list[int], int]:
+    """The number of micro-batches of each step, and how often ZeRO-3 threw away an order of modules."""
+    times, forget = [], Coordinator._invalidate_trace
+    setattr(Coordinator, "_invalidate_trace", lambda self: (times.append(self), forget(self)))  # noqa: B010
+    tokenizer = load_tokenizer(config.model)
+    groups = load_data(config, tokenizer, training=True).train
+    assert groups is not None
+    engine, rules, counts = start_engine(config, tokenizer, training=True), step_rules(config), []
+    memory: dict[str, list[float]] = {}
+    for number in range(steps):
+        # Two groups are one micro-batch, and seven are several.
+        step = plan_step(groups, np.arange(7 if number % 2 else 2), rules, shard)
+        memory = train_step(engine, step, 1e-3, Meter(), BatchState(memory, (0, number)))
+        counts.append(len(step.batches))
+    return counts, len(times)
+
+
+def test_orders_of_modules_are_kept_where_steps_alternate(configs):
+    """One micro-batch goes through the modules otherwise than the several of another step."""
+    train = configs[0].train.model_copy(update={"micro_batch_tokens": 128})
+    config = configs[0].model_copy(update={"train": train})
+    counts, times = run_ranks(1, forgotten, config, 6)[0]
+    assert counts[::2] == [1] * 3 and min(counts[1::2]) > 1
+    assert times == 0
 
 
 def test_any_split_equals_one_plain_batch(configs):
