@@ -80,7 +80,7 @@ def padded_logps(model: Any, batch: list[TokenGroup], tokens: bool = False) -> t
         ids[row, :end] = torch.tensor(prompt + completion)
         labels[row, len(prompt) : end] = torch.tensor(completion)
     present = torch.arange(longest) < torch.tensor([len(p) + len(c) for p, c in rows])[:, None]
-    logits = model(input_ids=ids, attention_mask=present.long()).logits[:, :-1]
+    logits = model(input_ids=ids, attention_mask=present.long(), use_cache=False).logits[:, :-1]
     targets = labels[:, 1:]
     logps = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     return logps[targets != -100] if tokens else torch.where(targets == -100, 0.0, logps).sum(1)

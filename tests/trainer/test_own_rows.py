@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ from attention_cases import mixed_groups, packed_logps, padded_logps
 from families import tiny_model
 from harness import make_config, random_groups, run_ranks, write_pairs
 from kernel_cases import relative_error
+from lora_cases import changed, stored_adapter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from madpo.trainer.config import Config
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.packing import pack
 from madpo.trainer.errors import UserError
@@ -157,20 +160,31 @@ def test_the_experts_loss_knows_no_padding():
     assert module.stats["aux_loss"].item() == pytest.approx(balance(layers).item(), rel=1e-6)
 
 
-@pytest.mark.ranks
-def test_the_gradients_of_two_zero3_ranks_are_those_of_plain_pytorch(tmp_path, tokenizer_folder):
-    start = tmp_path / "start"
-    stateful("mamba2", "eager", vocab_size=311).save_pretrained(start)
+def stored(folder: Path, tokenizer_folder: Path, family: str) -> Config:
+    """A run that starts from a tiny model of the family."""
+    start = folder / "start"
+    stateful(family, "eager", vocab_size=311).save_pretrained(start)
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(start)
     tree = {
         "model": {"model_name_or_path": str(start)},
-        "data": {"dataset_name": str(write_pairs(tmp_path / "pairs.jsonl", 12))},
+        "data": {"dataset_name": str(write_pairs(folder / "pairs.jsonl", 12))},
     }
-    config = make_config(tmp_path, tree)
+    return make_config(folder, tree)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", STATEFUL)
+def test_the_gradients_of_two_zero3_ranks_are_those_of_plain_pytorch(
+    tmp_path, tokenizer_folder, family, checkpointing
+):
+    config = changed(
+        stored(tmp_path, tokenizer_folder, family), model={"gradient_checkpointing": checkpointing}
+    )
     groups = load_data(config, load_tokenizer(config.model), training=True).train
     assert groups is not None
     batch = [groups[index] for index in DataOrder(len(groups), config.seed).take(0, 8)]
-    model: Any = AutoModelForCausalLM.from_pretrained(str(start))
+    model: Any = AutoModelForCausalLM.from_pretrained(str(config.model.model_name_or_path))
     logps = zero3.padded_logps(model, batch).view(-1, 2)
     ratios = logps - logps.detach()
     (-F.logsigmoid(0.1 * (ratios[:, 0] - ratios[:, 1]))).mean().backward()
@@ -178,3 +192,19 @@ def test_the_gradients_of_two_zero3_ranks_are_those_of_plain_pytorch(tmp_path, t
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             assert relative_error(gradients[name], parameter.grad) < 2e-5, name
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("family", ["mamba2", "qwen3_next"])
+def test_an_adapter_on_two_zero3_ranks_has_the_gradients_of_one_rank_without(
+    tmp_path, tokenizer_folder, family
+):
+    """Where nothing before the first layer has a gradient."""
+    config = stored(tmp_path, tokenizer_folder, family)
+    modules = {"mamba2": ["in_proj"], "qwen3_next": ["in_proj_qkvz", "out_proj"]}[family]
+    base = Path(str(config.model.model_name_or_path))
+    adapter = stored_adapter(tmp_path / "adapter", base, tokenizer_folder, target_modules=modules)
+    config = changed(config, model={"model_name_or_path": str(adapter)})
+    alone = changed(config, deepspeed={"zero_optimization": {"stage": 2}})
+    want = run_ranks(1, zero3.zero3_steps, alone, 2)[0]
+    zero3.compare(run_ranks(2, zero3.zero3_steps, config, 2)[0], want)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from deepspeed.runtime.zero import partition_parameters as init
 from deepspeed.utils import groups
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 
@@ -25,30 +28,52 @@ class _Zero3Config:
 def partitioned_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
     """Inside, `from_pretrained` and `from_config` build straight into ZeRO-3 partitions."""
     config = _Zero3Config(deepspeed_config)  # transformers keeps a weak reference only
-    set_hf_deepspeed_config(config)
-    create = groups._create_zero_param_parallel_group
+    create, wrap = groups._create_zero_param_parallel_group, init.zero_wrapper_for_fp_tensor_constructor
 
     def create_once(size: int) -> None:
         """The group that ZeRO++ keeps a second copy in is one, and DeepSpeed makes it with every model."""
         if groups._get_zero_param_intra_parallel_group() is None:
             create(size)
 
+    def wrap_constructor(
+        function: Callable[..., Tensor], target_fp_dtype: torch.dtype | None, target_device: Any
+    ) -> Callable[..., Tensor]:
+        """DeepSpeed gives all that is constructed the weights' dtype, also a constant that names another."""
+        cast = wrap(function, target_fp_dtype, target_device)  # type: ignore[arg-type]
+        keep = wrap(function, None, target_device)  # type: ignore[arg-type]
+        if function is not torch.tensor:
+            return cast
+        return lambda *args, **kwargs: (keep if kwargs.get("dtype") else cast)(*args, **kwargs)
+
+    set_hf_deepspeed_config(config)
     groups._create_zero_param_parallel_group = create_once
+    init.zero_wrapper_for_fp_tensor_constructor = wrap_constructor
     try:
         yield
     finally:
         groups._create_zero_param_parallel_group = create
+        init.zero_wrapper_for_fp_tensor_constructor = wrap
         unset_hf_deepspeed_config()
 
 
 def gather_convolutions(model: nn.Module) -> None:
     """Layers that hold a convolution along the row, as those of Mamba do, hand its weight to a kernel
     instead of calling it, so that ZeRO-3 would not see it used: have it gather such a layer as a whole."""
-    from deepspeed.utils import set_z3_leaf_modules_by_name
+    from deepspeed.utils import set_z3_leaf_module
 
-    holders = [
-        name
-        for name, module in model.named_modules()
-        if any(isinstance(child, nn.Conv1d) for child in module.children())
-    ]
-    set_z3_leaf_modules_by_name(model, holders)
+    for module in model.modules():
+        if any(isinstance(child, nn.Conv1d) for child in module.children()):
+            set_z3_leaf_module(module, True)
+            module.register_forward_pre_hook(_show_input, with_kwargs=True)
+
+
+def _show_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The first input by its position, and with a gradient. DeepSpeed lets go of such a layer's weights when
+    that gradient is there, or, if it sees no input that has one, before those of the weights are."""
+    first = next(iter(inspect.signature(module.forward).parameters))
+    if not args and first in kwargs:
+        kwargs = dict(kwargs)
+        args = (kwargs.pop(first),)
+    if args and torch.is_grad_enabled() and not args[0].requires_grad:
+        args = (args[0].detach().requires_grad_(), *args[1:])
+    return args, kwargs
