@@ -201,6 +201,9 @@ def _rank(
     )
     from madpo.trainer import dist
 
+    # torch replaces its thread pool at the first use after a fork; two of the threads that load a model
+    # would do so at once, and one of them find none.
+    torch.set_num_threads(1)
     try:
         shard = dist.init(1.0)
         _send(result, True, function(shard, *args))
