@@ -141,7 +141,7 @@ def _memory(count: int, hidden: int, vocab: int, device: torch.device) -> Memory
     lengths = [PAIR_ROWS // 2] * (2 * count)
     rows = sum(lengths)
     states, ref_states = torch.randn(2, rows, hidden, device=device)
-    weight = torch.randn(vocab, hidden, device=device).requires_grad_()
+    weight = (torch.randn(vocab, hidden, device=device) * hidden**-0.5).requires_grad_()
     states.requires_grad_()
     targets = torch.randint(vocab, (rows,), device=device)
     groups = Groups.pairs(lengths, device)
