@@ -18,10 +18,12 @@ from typing import NamedTuple
 
 import torch
 
+from madpo.benchmarks.step_feed import Packing
 from madpo.benchmarks.step_worker import Block, Contender, Job
 from madpo.benchmarks.step_workload import Workload, make_workload, real_tokens, step_flops
 from madpo.trainer.dist import device as this_device
 from madpo.trainer.errors import UserError
+from madpo.trainer.model.lora import require_peft
 from madpo.trainer.perf import peak_flops
 
 TRL, MADPO = "TRL", "madpo"
@@ -37,26 +39,36 @@ class Variant(NamedTuple):
     """How a contender of ours differs from the defaults."""
 
     overrides: tuple[str, ...] = ()  # of our config
-    alone: bool = False  # one pair per micro-batch
+    packing: Packing = "balanced"
+    one_traversal: bool = True
     cached: bool = False  # the reference is scored before
+    may_fail: bool = False
 
 
-def variants(ranks: int) -> dict[str, Variant]:
+def variants(ranks: int, lora: bool) -> dict[str, Variant]:
     """Ours, and ours with one thing changed, to see what it is worth."""
     other_stage = 3 if ranks == 1 else 2
-    return {
+    out = {
         MADPO: Variant(),
-        "madpo without packing": Variant(alone=True),
+        "madpo without packing": Variant(packing="alone"),
+        "madpo without balance": Variant(packing="counted"),
         "madpo without prefix sharing": Variant(("model.prefix_sharing=false",)),
+        "madpo without one traversal": Variant(one_traversal=False),
         f"madpo with ZeRO-{other_stage}": Variant((f"deepspeed.zero_optimization.stage={other_stage}",)),
         f"madpo, {CACHED}": Variant(cached=True),
     }
+    if ranks == 1:
+        del out["madpo without balance"]
+    if not lora:
+        del out["madpo without one traversal"]
+    return out
 
 
 @dataclass(frozen=True)
 class Settings:
     model: str
     data: str
+    lora: bool
     ranks: int
     pairs: int  # of a step, over all ranks
     max_length: int
@@ -80,6 +92,7 @@ class Row:
 
     model: str
     data: str
+    lora: bool
     ranks: int
     pairs: int
     dtype: str
@@ -101,6 +114,7 @@ class Row:
 def settings(
     model: str,
     data: str,
+    lora: bool,
     ranks: int,
     pairs: int | None,
     max_length: int,
@@ -113,7 +127,7 @@ def settings(
     on_gpu = torch.cuda.is_available()
     dtype = dtype or ("bfloat16" if on_gpu else "float32")
     pairs = pairs or (64 if on_gpu else 8)
-    ours = variants(ranks)
+    ours = variants(ranks, lora)
     known = [TRL, *ours]
     if unknown := [name for name in contenders if name not in known and "=" not in name]:
         raise UserError(
@@ -124,6 +138,8 @@ def settings(
         raise UserError(f"--dtype {dtype}: choose bfloat16 or float32")
     if ranks < 1 or pairs % ranks:
         raise UserError(f"--pairs {pairs}: must be a multiple of --ranks {ranks}, for TRL to share them out")
+    if lora:
+        require_peft()
     wanted = [name for name in contenders if "=" not in name] or known
     if TRL in contenders and find_spec("trl") is None:
         raise UserError("--contender TRL: it is not installed: pip install trl==1.16.0")
@@ -131,6 +147,7 @@ def settings(
     return Settings(
         model,
         data,
+        lora,
         ranks,
         pairs,
         max_length,
@@ -141,7 +158,11 @@ def settings(
         threads=threads or torch.get_num_threads(),
         trl_batch_sizes=tuple(sizes) if TRL in wanted and find_spec("trl") else (),
         variants={name: variant for name, variant in ours.items() if name in wanted}
-        | {f"madpo, {keys}": Variant(tuple(keys.split())) for keys in contenders if "=" in keys},
+        | {
+            f"madpo, {keys}": Variant(tuple(keys.split()), may_fail=True)
+            for keys in contenders
+            if "=" in keys
+        },
     )
 
 
@@ -154,7 +175,7 @@ def run(what: Settings, folder: Path, log: Callable[[str], None]) -> list[Row]:
     refused: dict[str, str] = {}
     jobs = _trl_jobs(what, ours, log, refused) | jobs
     rounds = tournament(jobs, what.rounds + what.warmup, log, refused)
-    return list(_rows(what, workload, rounds, refused))
+    return list(_rows(what, workload, jobs, rounds, refused))
 
 
 def _job(what: Settings, workload: Workload) -> Job:
@@ -168,6 +189,7 @@ def _job(what: Settings, workload: Workload) -> Job:
         what.block,
         what.bf16,
         what.lr,
+        what.lora,
     )
 
 
@@ -223,7 +245,7 @@ def tournament(
         try:
             action()
         except RuntimeError as error:
-            if jobs[name].trainer == MADPO and "=" not in name:
+            if jobs[name].trainer == MADPO and not jobs[name].may_fail:
                 raise
             order.remove(name)
             contenders.pop(name, None)
@@ -252,15 +274,20 @@ def tournament(
 
 
 def _rows(
-    what: Settings, workload: Workload, rounds: Mapping[str, list[Block]], refused: Mapping[str, str]
+    what: Settings,
+    workload: Workload,
+    jobs: Mapping[str, Job],
+    rounds: Mapping[str, list[Block]],
+    refused: Mapping[str, str],
 ) -> Iterator[Row]:
     pairs, size = workload.pairs(), what.pairs * what.block
     starts = range(0, len(pairs), size)
     tokens = [sum(map(real_tokens, pairs[i : i + size])) for i in starts]
-    flops = {cached: step_flops(workload, cached) for cached in (False, True)}
-    first = next(iter(rounds.values()))
+    flops = {cached: step_flops(workload, what.lora, cached) for cached in (False, True)}
+    first = next(iter(rounds.values()), [])
     peak = peak_flops(None, this_device(), what.bf16)
-    where = what.model, what.data, what.ranks, what.pairs, "bfloat16" if what.bf16 else "float32"
+    dtype = "bfloat16" if what.bf16 else "float32"
+    where = what.model, what.data, what.lora, what.ranks, what.pairs, dtype
     for name, blocks in rounds.items():
         gap = max(abs(ours.loss - theirs.loss) for ours, theirs in zip(blocks, first, strict=True))
         row = Row(*where, name, loss=blocks[-1].loss, loss_gap=gap)
@@ -269,7 +296,7 @@ def _rows(
             continue
         measured = range(what.warmup, len(blocks))
         times = [blocks[i].seconds for i in measured]
-        work = [flops[CACHED in name][i : i + size].sum() / what.ranks for i in starts]
+        work = [flops[jobs[name].cached][i : i + size].sum() / what.ranks for i in starts]
         rate = statistics.median(work[i] / blocks[i].seconds for i in measured)
         quarters = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
         yield replace(

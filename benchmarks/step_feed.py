@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from madpo.trainer.data.feed import Groups
 from madpo.trainer.data.reference_logps import ReferenceLogps
 from madpo.trainer.data.shapes import Shapes
 from madpo.trainer.data.tokenise import TokenGroup
+
+Packing = Literal["balanced", "counted", "alone"]
+"""Micro-batches of equal cost, of equal numbers of pairs, or of one pair."""
 
 
 class PairGroups:
@@ -29,23 +32,26 @@ class PairGroups:
         self.sequences, self.edges, self.labelled = 2 * ones, ones, 2 * ones
         self.counted_edges = self.edges
         self.reference: ReferenceLogps | None = None
-        self._completions = np.array([[chosen, rejected] for _, chosen, rejected in counts])
+        self._completions = np.array([tails if claimed is None else [0, 0] for _, *tails in counts])
 
     def __getitem__(self, index: int) -> TokenGroup:
         return self._groups[index]
 
     def shapes(self, indices: np.ndarray) -> Shapes:
-        prompts = (self.lengths - self.completion_tokens)[indices]
-        return Shapes(prompts, self.sequences[indices], self._completions[indices].ravel())
+        completions = self._completions[indices]
+        prompts = self.lengths[indices] - completions.sum(axis=1)
+        return Shapes(prompts, self.sequences[indices], completions.ravel())
 
 
 class PairFeed:
-    """The pairs in order. Where `claimed` is given, each says that it has so many tokens: with a whole
-    micro-batch's, none is packed with another."""
+    """The pairs in order. Unless packing is balanced, all claim to be alike: each as long as a micro-batch,
+    so that none is packed with another, or as the longest of all."""
 
     content = "pairs of the benchmark"
 
-    def __init__(self, pairs: Sequence[Pair], claimed: int | None = None) -> None:
+    def __init__(self, pairs: Sequence[Pair], packing: Packing, budget: int) -> None:
+        longest = max(sum(map(len, pair)) for pair in pairs)
+        claimed = {"balanced": None, "counted": longest, "alone": budget}[packing]
         self.groups: Groups = PairGroups(pairs, claimed)
         self.num_groups: int | None = len(pairs)
 

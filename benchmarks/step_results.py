@@ -48,7 +48,7 @@ FORMATS = {
     "loss": ".5f",
     "loss_gap": ".0e",
 }
-WORKLOAD = ("model", "data", "ranks", "pairs", "dtype")
+WORKLOAD = ("model", "data", "lora", "ranks", "pairs", "dtype")
 
 
 def facts(command: str) -> dict[str, Any]:
@@ -63,7 +63,8 @@ def facts(command: str) -> dict[str, Any]:
 def title(row: dict[str, Any]) -> str:
     """The workload in words."""
     ranks = "1 rank" if row["ranks"] == 1 else f"{row['ranks']} ranks, ZeRO-3"
-    return f"{row['model']}, {row['data']} lengths, {row['pairs']} pairs a step, {row['dtype']}, {ranks}"
+    trained = f"{row['model']}{', LoRA' if row['lora'] else ''}"
+    return f"{trained}, {row['data']} lengths, {row['pairs']} pairs a step, {row['dtype']}, {ranks}"
 
 
 def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, str]:

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.multiprocessing as mp
 
-from madpo.benchmarks.step_workload import Workload
+from madpo.benchmarks.step_feed import Packing
+from madpo.benchmarks.step_workload import Workload, fresh_adapter
 from madpo.trainer.dist import free_port
 
 START_SECONDS = 600.0
@@ -42,10 +43,13 @@ class Job:
     block: int  # steps between two stops
     bf16: bool
     lr: float
-    overrides: tuple[str, ...] = ()  # of our config
-    alone: bool = False  # ours: one pair per micro-batch
+    lora: bool  # whether an adapter is trained in place of all weights
     cached: bool = False  # whether the reference is scored once, before the first block
     batch_size: int = 1  # TRL's per_device_train_batch_size
+    overrides: tuple[str, ...] = ()  # of our config, as the other two below
+    packing: Packing = "balanced"
+    one_traversal: bool = True  # of an adapter's policy and reference
+    may_fail: bool = False  # the user chose the keys
 
 
 class Block(NamedTuple):
@@ -207,14 +211,18 @@ def run_madpo(job: Job, pipe: Connection) -> None:
             "bf16": job.bf16,
         },
     }
+    if job.lora:
+        tree["peft"] = {}
     config = from_tree(override(tree, job.overrides), "benchmark")
     shard, device = dist.init(10.0), dist.device()
     gate = Gate(pipe, device)
     tokenizer = load_tokenizer(config.model)
-    feed = PairFeed(job.workload.pairs(), config.train.micro_batch_tokens if job.alone else None)
+    feed = PairFeed(job.workload.pairs(), job.packing, config.train.micro_batch_tokens)
     if job.cached:
         feed.groups = with_logps(feed.groups, score_once(config, feed.groups, tokenizer, shard))
     engine = start_engine(config, tokenizer, training=True)
+    if not job.one_traversal:
+        engine.module.traversal = None
     gate.open()
     train(
         config,
@@ -271,6 +279,7 @@ def run_trl(job: Job, pipe: Connection) -> None:
         train_dataset=Dataset.load_from_disk(job.workload.data),
         processing_class=tokenizer,
         callbacks=[Turns()],
+        peft_config=fresh_adapter(job.workload) if job.lora else None,
     )
     trainer.train()
 

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from madpo.trainer.config import PeftConfig
 from madpo.trainer.data.shapes import shapes_of
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
+from madpo.trainer.model import lora
 from madpo.trainer.model.flops import step_cost
 from madpo.trainer.model.policy import PolicyWithReference, Reference
 from madpo.trainer.objectives.base import OBJECTIVES
@@ -104,14 +107,23 @@ def real_tokens(pair: Pair) -> int:
     return 2 * prompt + chosen + rejected
 
 
-def step_flops(workload: Workload, cached: bool) -> np.ndarray:  # (num_pairs,)
+def fresh_adapter(workload: Workload) -> Any:
+    """peft's description of our default adapter. Raises ValueError without peft."""
+    return lora.new_config(PeftConfig(), workload.model, None, scores=False)
+
+
+def step_flops(workload: Workload, adapted: bool, cached: bool) -> np.ndarray:  # (num_pairs,)
     """What the mathematics of training asks for, the same of every contender: the prompt once, the head on
     completions only, the reference's forward unless it is cached, nothing a second time."""
     config = AutoConfig.from_pretrained(workload.model)
     with torch.device("meta"):
-        policy, reference = (AutoModelForCausalLM.from_config(config) for _ in range(2))
-    objective = OBJECTIVES["dpo"]
-    compared = None if cached else Reference(reference)
+        policy = AutoModelForCausalLM.from_config(config)
+        if adapted:
+            lora.attach(policy, fresh_adapter(workload), lora.POLICY)
+            reference = Reference(policy, partial(lora.switch, adapter=None))
+        else:
+            reference = Reference(AutoModelForCausalLM.from_config(config))
+    objective, compared = OBJECTIVES["dpo"], None if cached else reference
     module = PolicyWithReference(policy, compared, objective, objective.params(), budget_bytes=0)
     groups = [TokenGroup(prompt, tails, [(0, 1, None)]) for prompt, *tails in workload.pairs()]
     return step_cost(module).model.of(shapes_of(groups))

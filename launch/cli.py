@@ -191,6 +191,7 @@ def bench(
 def bench_step(
     model: Annotated[str, typer.Option(help="tiny, tiny-32k, Llama-3.2-1B or Qwen2.5-0.5B")] = "tiny",
     data: Annotated[str, typer.Option(help="lengths as in ultrafeedback or hh, or demo")] = "ultrafeedback",
+    lora: Annotated[bool, typer.Option("--lora", help="train an adapter, not all weights")] = False,
     ranks: Annotated[int, typer.Option(help="processes; several: with ZeRO-3")] = 1,
     pairs: Annotated[int | None, typer.Option(min=1, help="of a step; default: 8, on a GPU 64")] = None,
     max_length: Annotated[int, typer.Option(min=4, help="tokens of a sequence")] = 1024,
@@ -210,7 +211,7 @@ def bench_step(
         return
 
     chosen = contender or []
-    what = step.settings(model, data, ranks, pairs, max_length, dtype, rounds, threads, chosen)
+    what = step.settings(model, data, lora, ranks, pairs, max_length, dtype, rounds, threads, chosen)
     run_step_bench(what, output)
 
 

@@ -14,13 +14,14 @@ from madpo.benchmarks import step, step_scaling, step_workload
 from madpo.benchmarks.step_feed import PairFeed
 from madpo.benchmarks.step_worker import Block
 from madpo.trainer.data.packing import plan_micro_batches
+from madpo.trainer.data.shapes import Cost
 from madpo.trainer.errors import UserError
 
 MINI = step_workload._llama(32, 64, 2, (4, 2), 500)
 
 
-def mini_settings(contenders=(), ranks=1) -> step.Settings:
-    what = step.settings("mini", "hh", ranks, 4, 96, "float32", 2, ranks, contenders)
+def mini_settings(contenders=(), ranks=1, lora=False) -> step.Settings:
+    what = step.settings("mini", "hh", lora, ranks, 4, 96, "float32", 2, ranks, contenders)
     return replace(what, warmup=1, lr=1e-3, trl_batch_sizes=what.trl_batch_sizes[-1:])
 
 
@@ -33,19 +34,30 @@ def log(_: str) -> None:
     pass
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_feature_that_is_off_costs_time_and_changes_no_loss(ranks, tmp_path):
-    rows = step.run(mini_settings(["madpo", "madpo without packing"], ranks), tmp_path, log)
-    assert [row.contender for row in rows] == ["madpo", "madpo without packing"]
+@pytest.mark.parametrize(
+    ("ranks", "lora", "names"),
+    [
+        (1, False, ["madpo", "madpo without packing"]),
+        (2, False, ["madpo", "madpo without packing", "madpo without balance"]),
+        (2, True, ["madpo", "madpo without one traversal", "madpo, reference cached"]),
+    ],
+)
+def test_a_feature_that_is_off_costs_time_and_changes_no_loss(ranks, lora, names, tmp_path):
+    if lora:
+        pytest.importorskip("peft")
+    rows = step.run(mini_settings(names, ranks, lora), tmp_path, log)
+    assert [row.contender for row in rows] == names
     assert all(row.refused is None and row.tokens_per_second and row.peak_mib for row in rows)
     assert rows[0].loss != pytest.approx(math.log(2), abs=1e-5), "it trains"
-    assert rows[1].loss_gap is not None and rows[1].loss_gap < 1e-5
+    assert all(row.loss_gap is not None and row.loss_gap < 1e-5 for row in rows)
 
 
 @pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_trl_and_we_do_the_same_work(ranks, tmp_path):
-    rows = step.run(mini_settings(["TRL", "madpo"], ranks), tmp_path, log)
+@pytest.mark.parametrize(("ranks", "lora"), [(1, False), (2, False), (1, True)])
+def test_trl_and_we_do_the_same_work(ranks, lora, tmp_path):
+    if lora:
+        pytest.importorskip("peft")
+    rows = step.run(mini_settings(["TRL", "madpo"], ranks, lora), tmp_path, log)
     assert [row.contender.split(",")[0] for row in rows] == ["TRL", "madpo"]
     assert rows[1].refused is None and rows[1].times_first
     assert rows[1].loss_gap is not None and rows[1].loss_gap < 2e-5
@@ -58,7 +70,9 @@ def test_rates_count_tokens_without_padding_and_wrong_losses_have_none(tmp_path)
     slow = [Block(9.0, 9.0, 0.7, 0), Block(4.0, 4.0, 0.6, 0), Block(4.0, 4.0, 0.5, 2**20)]
     fast = [Block(9.0, 9.0, 0.7, 0), Block(1.0, 1.0, 0.6, 0), Block(2.0, 2.0, 0.50001, 2**21)]
     wrong = [*fast[:2], Block(1.0, 1.0, 0.51, 0)]
-    rows = list(step._rows(what, workload, {"a": slow, "b": fast, "c": wrong}, {"d": "failed: memory"}))
+    rounds = {"a": slow, "b": fast, "c": wrong}
+    jobs = dict.fromkeys(rounds, step._job(what, workload))
+    rows = list(step._rows(what, workload, jobs, rounds, {"d": "failed: memory"}))
     pairs = workload.pairs()
     tokens = [sum(2 * len(p) + len(c) + len(r) for p, c, r in pairs[i : i + 2]) for i in (2, 4)]
     assert rows[1].tokens_per_second == pytest.approx(np.median([tokens[0] / 1.0, tokens[1] / 2.0]))
@@ -80,13 +94,16 @@ def test_lengths_have_the_published_medians(name):
     assert max(len(prompt) + len(tail) for prompt, *tails in cut for tail in tails) == 128
 
 
-def test_pairs_that_claim_a_whole_micro_batch_are_packed_with_none():
-    pairs = step_workload.draw_pairs(step_workload.DATA["hh"], 6, 96, 500, seed=0)
-    for claimed, most in ((None, 6), (1000, 1)):
-        groups, indices = PairFeed(pairs, claimed).take(0, 6)
-        plan = plan_micro_batches(groups.lengths[indices], 1000 if claimed else 4096, 2)
-        assert max(len(micro) for rank in plan for micro in rank) <= most
-        assert sum(len(micro) for rank in plan for micro in rank) == 6
+@pytest.mark.parametrize(("packing", "micro_batches"), [("balanced", 1), ("counted", 1), ("alone", 3)])
+def test_pairs_that_claim_to_be_alike_are_spread_by_number(packing, micro_batches):
+    pairs = [([1] * 8, [2] * length, [3] * length) for length in (100, 1, 1, 1, 1, 1)]
+    groups, indices = PairFeed(pairs, packing, budget=4096).take(0, 6)
+    shapes = groups.shapes(indices)
+    costs = Cost(per_token=1.0, per_row=1.0, per_look={None: 1.0}).of(shapes)
+    plan = plan_micro_batches(shapes.tokens(), 4096, 2, costs)
+    sizes = sorted(len(micro) for rank in plan for micro in rank)
+    assert sizes == {"balanced": [1, 5], "counted": [3, 3], "alone": [1] * 6}[packing]
+    assert [len(rank) for rank in plan] == [micro_batches] * 2
 
 
 @pytest.mark.parametrize(
@@ -101,6 +118,7 @@ def test_settings_that_cannot_be_are_named(changes, named):
     given = {
         "model": "tiny",
         "data": "hh",
+        "lora": False,
         "ranks": 1,
         "pairs": 4,
         "max_length": 96,
@@ -133,7 +151,9 @@ def test_results_of_one_day_are_kept_together(tmp_path):
     from madpo.benchmarks import step_results
 
     found = step_results.facts("madpo bench step")
-    row = step.Row("tiny", "hh", 1, 8, "float32", "madpo", 0.5, 0.4, 0.6, 1e4, 1.0, None, 100.0, 0.69, 0.0)
+    row = step.Row(
+        "tiny", "hh", False, 1, 8, "float32", "madpo", 0.5, 0.4, 0.6, 1e4, 1.0, None, 100.0, 0.69, 0.0
+    )
     step_results.write(tmp_path, found, [row])
     step_results.write(tmp_path, found, [replace(row, data="ultrafeedback")])
     path, markdown = step_results.write(tmp_path, found, [replace(row, step_seconds=0.25, refused=None)])
