@@ -53,7 +53,7 @@ def zero3_steps(shard, config: Config, steps: int) -> list[tuple[float, dict[str
         indices = order.take(step * size, size)
         plan = plan_step(groups, indices, rules, shard)
         state = BatchState(memory, (config.seed, step))
-        memory = train_step(engine, plan, config.optim.lr, meter, state)
+        memory = train_step(engine, plan, config.optim.lr, meter, state).memory
         out.append((meter.reduce()["loss"], dict(gradients)))
     engine.destroy()
     return out if shard.is_main else []

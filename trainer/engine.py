@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,19 +17,22 @@ from torch import Tensor, nn
 from madpo.trainer.config import Config, OptimConfig
 from madpo.trainer.data.loader import Step
 from madpo.trainer.data.packing import PackedBatch
+from madpo.trainer.data.shapes import Work
 from madpo.trainer.deepspeed_checks import zero_stage
 from madpo.trainer.head import scored_span
 from madpo.trainer.metrics import Meter, add_batch, add_stats
 from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.traces import passes_of
-from madpo.trainer.whole_batch import share_losses
+from madpo.trainer.whole_batch import own_slopes, share_losses
 
 
 def deepspeed_config(config: Config, training: bool = True) -> dict[str, Any]:
     """DeepSpeed's configuration. The user's `deepspeed` block comes last and fills or replaces."""
+    ranks = dist.get_world_size()
     zero = {
-        "stage": zero_stage(config.deepspeed, dist.get_world_size()),
-        "overlap_comm": torch.cuda.is_available(),
+        "stage": zero_stage(config.deepspeed, ranks),
+        # A lone rank has nothing to overlap, and ZeRO-2 would wait for the device after every backward.
+        "overlap_comm": torch.cuda.is_available() and ranks > 1,
         "contiguous_gradients": True,
         "stage3_gather_16bit_weights_on_model_save": True,
     }
@@ -114,35 +117,39 @@ def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def train_step(
-    engine: Any, step: Step, learning_rate: float, meter: Meter, state: BatchState
-) -> dict[str, list[float]]:
-    """Forward and backward of every micro-batch, then one optimiser update.
+class Done(NamedTuple):
+    """What is left of a step."""
 
-    Returns what the objective wants to find in the next step's state.
-    """
+    memory: dict[str, list[float]]  # what the objective wants to find in the next step's state
+    work: Work
+
+
+def train_step(engine: Any, step: Step, learning_rate: float, meter: Meter, state: BatchState) -> Done:
+    """Forward and backward of every micro-batch, then one optimiser update."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     with meter.memory.phase("forward_backward"):
-        memory = forward_backward(engine, step, meter, state)
+        done = forward_backward(engine, step, meter, state)
     with meter.memory.phase("optimizer"):
         engine.step()
-    return memory
+    return done
 
 
-def forward_backward(engine: Any, step: Step, meter: Meter, state: BatchState) -> dict[str, list[float]]:
-    """The gradients of a step, and what `train_step` returns. For most objectives the host never waits for
-    the device; one of the whole batch has to hand its scores round."""
-    batches, memory = [batch.to(engine.device) for batch in step.batches], {}
+def forward_backward(engine: Any, step: Step, meter: Meter, state: BatchState) -> Done:
+    """The gradients of a step. For most objectives the host never waits for the device; one of the whole
+    batch has to hand its scores round."""
+    batches, done = [batch.to(engine.device) for batch in step.batches], Done({}, step.work)
     if engine.module.head.objective.needs_batch:
-        memory = _whole_step(engine, step, batches, meter, state)
+        done = (_whole_step_in_parts if len(batches) > 1 else _whole_step)(
+            engine, step, batches, meter, state
+        )
     else:
         for batch in _accumulated(engine, batches):
             loss, *rows = engine(batch)
             engine.backward(loss)
             _measure(engine.module, meter, batch, rows)
     _count_uncomputed(meter, step)
-    return memory
+    return done
 
 
 def _accumulated(engine: Any, batches: Sequence[PackedBatch]) -> Iterator[PackedBatch]:
@@ -152,34 +159,41 @@ def _accumulated(engine: Any, batches: Sequence[PackedBatch]) -> Iterator[Packed
         yield batch
 
 
-def _whole_step(
-    engine: Any, step: Step, batches: list[PackedBatch], meter: Meter, state: BatchState
-) -> dict[str, list[float]]:
-    """As `forward_backward`, for an objective of the whole step, all of whose scores are to be known before
-    the first backward. So of several micro-batches each is computed twice; of a single one only its rows are
-    scored twice, in the head."""
-    head = engine.module.head
-    if len(batches) > 1:
-        rows = _scored(engine, batches, meter)
-        slopes, memory = _shared(head, step, batches, rows, meter, state)
-        pairs = zip(batches, slopes, strict=True)
-        for batch in _accumulated(engine, [dataclasses.replace(each, slopes=slope) for each, slope in pairs]):
-            loss, *_ = engine(batch)
-            engine.backward(loss)
-        return memory
-    memory = {}
+def _whole_step(engine: Any, step: Step, batches: list[PackedBatch], meter: Meter, state: BatchState) -> Done:
+    """As `forward_backward`, of a single micro-batch and an objective of the whole step, all of whose scores
+    are to be known before the backward: its rows are scored twice, in the head."""
+    head, memory = engine.module.head, dict[str, list[float]]()
 
     def find_slopes(batch: PackedBatch, rows: Sequence[Tensor | None]) -> Tensor:
-        (slopes,), found = _shared(head, step, [batch], [rows], meter, state)
+        slopes, found = _shared(head, step, [batch], [rows], meter, state)
         memory.update(found)
-        return slopes
+        return own_slopes(slopes, batch)
 
     with passes_of(engine, "scoring and training"):
         for batch in _accumulated(engine, batches):
             loss, *_ = engine(batch, find_slopes)
             add_stats(meter, batch, engine.module.stats)
             engine.backward(loss)
-    return memory
+    return Done(memory, step.work)
+
+
+def _whole_step_in_parts(
+    engine: Any, step: Step, batches: list[PackedBatch], meter: Meter, state: BatchState
+) -> Done:
+    """The same of several micro-batches: each is computed twice, the second time without the completions that
+    turned out to be worth nothing."""
+    module = engine.module
+    slopes, memory = _shared(module.head, step, batches, _scored(engine, batches, meter), meter, state)
+    batches = [dataclasses.replace(batch, slopes=own_slopes(slopes, batch)) for batch in batches]
+    work = step.work
+    # The balance of the experts is a mean over all tokens, and slices of a row have no whole completions.
+    if module.balance is None and module.sequence_group is None:
+        batches = [batch.without((batch.slopes == 0).cpu().numpy()) for batch in batches]
+        work += step.spared((slopes == 0).numpy())
+    for batch in _accumulated(engine, batches):
+        loss, *_ = engine(batch)
+        engine.backward(loss)
+    return Done(memory, work)
 
 
 @torch.no_grad()
@@ -224,8 +238,8 @@ def _shared(
     rows: Sequence[Sequence[Tensor | None]],
     meter: Meter,
     state: BatchState,
-) -> tuple[list[Tensor], dict[str, list[float]]]:
-    """The slopes (S,) of each batch in losses that look at the whole step, and those losses' memory."""
+) -> tuple[Tensor, dict[str, list[float]]]:
+    """The slopes of all completions in losses that look at the whole step, and those losses' memory."""
     scored = [scored_span(batch, *known) for batch, known in zip(batches, rows, strict=True)]  # type: ignore[arg-type]
     outcomes, slopes = share_losses(step, batches, scored, head.objective, head.params, state)
     for batch, scores, outcome in zip(batches, scored, outcomes, strict=True):

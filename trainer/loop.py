@@ -69,11 +69,11 @@ def train(
     for step in prefetched(steps, engine.device):
         rate = learning_rate(config.optim, state.step, plan.total_steps)
         now = BatchState(state.memory, (config.seed, state.step))
-        state.memory = train_step(engine, step, rate, meter, now)
+        state.memory, done = train_step(engine, step, rate, meter, now)
         state.step += 1
         state.consumed += step.num_groups
         state.num_tokens += step.work.tokens
-        work += step.work
+        work += done
         if config.model.sync_ref_model and _due(state.step, config.model.ref_model_sync_steps):
             seed = config.seed + state.step  # any that a continuation finds again
             move_reference(engine, config.model.ref_model_mixup_alpha, seed)

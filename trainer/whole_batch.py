@@ -3,7 +3,7 @@
 A first pass, without gradients, gives the log-prob of every completion. They meet on all ranks in the
 step's own order, so that the losses do not depend on how the step was spread; autograd on these few
 numbers gives each completion's slope. A second pass with the slopes as constants has the gradient of the
-losses, by the chain rule.
+losses, by the chain rule; completions whose slope is 0 have no part in it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def share_losses(
     objective: Objective,
     params: Params,
     state: BatchState,
-) -> tuple[list[Outcome], list[Tensor]]:
-    """For each of this rank's batches its part of the losses, and the slopes (S,) of its completions.
+) -> tuple[list[Outcome], Tensor]:
+    """For each of this rank's batches its part of the losses, and the slopes of all completions of the step.
 
     Every rank calls this once a step. The outcomes carry the memory for the next step.
     """
@@ -45,9 +45,7 @@ def share_losses(
         edges = sequences.edges(winners, losers, margins)
         outcome = objective.function(edges if objective.item is Item.EDGE else sequences, params, state)
         (slopes,) = torch.autograd.grad(outcome.losses.sum(), leaf)
-    return [_part(outcome, batch, objective.item) for batch in batches], [
-        _own_slopes(slopes, batch) for batch in batches
-    ]
+    return [_part(outcome, batch, objective.item) for batch in batches], slopes
 
 
 def _part(outcome: Outcome, batch: PackedBatch, item: Item) -> Outcome:
@@ -58,7 +56,10 @@ def _part(outcome: Outcome, batch: PackedBatch, item: Item) -> Outcome:
     return Outcome(part.pop(""), part, outcome.memory)
 
 
-def _own_slopes(slopes: Tensor, batch: PackedBatch) -> Tensor:
+def own_slopes(
+    slopes: Tensor,  # of all completions of the step
+    batch: PackedBatch,
+) -> Tensor:
     """(S,) of one batch's completions; 0 for a filler's, which has no place in the step."""
     own = slopes.new_zeros(len(batch.lengths), device=batch.labels.device)
     own[: len(batch.sequence_places)] = slopes.to(own.device)[batch.sequence_places]

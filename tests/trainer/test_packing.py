@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ from harness import random_groups
 
 from madpo.trainer.data.loader import StepRules, plan_step, refuse_unless_rows_fit
 from madpo.trainer.data.order import DataOrder
-from madpo.trainer.data.packing import Segment, computed_tokens, filler, pack, plan_micro_batches
+from madpo.trainer.data.packing import PackedBatch, Segment, computed_tokens, filler, pack, plan_micro_batches
 from madpo.trainer.data.reference_logps import ReferenceLogps
-from madpo.trainer.data.shapes import Cost, Shapes, StepCost, Work, shapes_of, work_of
+from madpo.trainer.data.shapes import Cost, Shapes, StepCost, Work, shapes_of, spared, work_of
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.dist import Shard
 from madpo.trainer.objectives.base import Item
@@ -221,10 +222,56 @@ def test_shapes_by_hand():
 
 def test_work_by_hand():
     shapes = Shapes(np.array([1, 2, 3]), np.array([2, 2, 2]), np.array([1, 1, 2, 2, 3, 3]))
-    cost = StepCost(Cost(per_token=1.0), Cost(per_token=0.5))
+    cost = StepCost(Cost(per_token=1.0), again=Cost(per_token=0.5))
     work = work_of(shapes, cost, [[[0, 1], [2]], [[], []]])
     assert work == Work(18, 24, 4 + 8 + 12, 18.0, 9.0, 18.0, 9.0)
     assert work + work == Work(36, 48, 48, 36.0, 18.0, 36.0, 18.0)
+
+
+def test_what_a_second_pass_is_spared_by_hand():
+    shapes = Shapes(np.array([1, 2, 3]), np.array([2, 2, 2]), np.array([1, 1, 2, 2, 3, 3]))
+    left_out = np.array([True, False, False, False, True, True])
+    left = shapes.without(left_out)
+    assert (left.tokens().tolist(), left.sequences.tolist()) == ([1 + 1, 2 + 2 + 2, 0], [1, 2, 0])
+    cost = StepCost(Cost(per_token=9.0), Cost(per_token=2.0), Cost(per_token=1.0), Cost(per_row=1.0))
+    less = Work(flops=-2.0 * 10, flops_again=-1.0 * 10 - 7)
+    assert spared(shapes, left_out, cost) == less
+    assert spared(shapes, ~left_out & left_out, cost) == Work()
+
+
+def visible(batch: PackedBatch) -> torch.Tensor:
+    """(N, N) which queries see which keys."""
+    sees = torch.zeros(len(batch.input_ids), len(batch.input_ids), dtype=torch.bool)
+    for start, end, prompt_start, prompt_end in batch.segments:
+        sees[start:end, prompt_start:prompt_end] = True
+        sees[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
+    return sees
+
+
+@pytest.mark.parametrize("prefix_sharing", [True, False])
+@pytest.mark.parametrize("left_out", ["1000000", "0110000", "1111110", "0001101", "1111111", "0000000"])
+def test_a_batch_without_completions_is_that_of_groups_without_them(left_out, prefix_sharing):
+    groups = [group for n in (2, 1, 4) for group in random_groups(1, n, completions=n)]
+    gone = np.array([letter == "1" for letter in left_out])
+    whole = pack(groups, 0.25, prefix_sharing=prefix_sharing)
+    got = replace(whole, slopes=torch.arange(7.0)).without(gone)
+    assert got.slopes is not None
+    kept, first = [], 0
+    if gone.all():
+        gone[0] = False
+    for group in groups:
+        stays = [not out for out in gone[first : first + len(group.completions)]]
+        first += len(stays)
+        if any(stays):
+            kept.append(
+                replace(group, completions=list(itertools.compress(group.completions, stays)), edges=[])
+            )
+    want = pack(kept, 0.25, prefix_sharing=prefix_sharing)
+    for name in ("input_ids", "position_ids", "rows", "targets", "ends", "seq_lengths"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    assert (got.lengths, got.group_sequences, got.scale) == (want.lengths, want.group_sequences, 0.25)
+    assert got.sequence_places.tolist() == np.flatnonzero(~gone).tolist() == got.slopes.tolist()
+    assert torch.equal(visible(got), visible(want))
 
 
 def test_plan_refuses_a_group_over_the_budget():

@@ -15,12 +15,13 @@ from harness import make_config, random_groups, run_ranks, save_model, write_pai
 
 from madpo.trainer import loop
 from madpo.trainer.config import Config
-from madpo.trainer.data.loader import Step
+from madpo.trainer.data.loader import Step, StepRules
 from madpo.trainer.data.packing import pack
 from madpo.trainer.data.prefetch import AHEAD, prefetched
-from madpo.trainer.data.shapes import Work
+from madpo.trainer.data.shapes import Work, shapes_of
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.objectives.base import Item
 from madpo.trainer.stages.setup import load_data, start_engine
 from madpo.trainer.state import TrainState
 
@@ -32,7 +33,8 @@ def made(numbers: list[int], log: list[tuple[int, str]], fail_at: int | None = N
         if number == fail_at:
             raise UserError(f"row {number} is bad")
         log.append((number, threading.current_thread().name))
-        yield Step([pack(random_groups(1, seed=number))], 2, 1, number, Work())
+        batches, rules = [pack(random_groups(1, seed=number))], StepRules(Item.EDGE, 64)
+        yield Step(batches, 2, 1, number, Work(), shapes_of([]), rules)
 
 
 def prefetch_threads() -> list[str]:

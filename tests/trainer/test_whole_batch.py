@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from zero3 import plain_steps, zero3_steps
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.loader import plan_step, step_rules
+from madpo.trainer.data.shapes import StepCost, Work, shapes_of
+from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.engine import train_step
 from madpo.trainer.metrics import Meter
+from madpo.trainer.model.flops import step_cost
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.objectives.registry import OBJECTIVES
@@ -98,7 +102,7 @@ def forgotten(shard, config: Config, steps: int) -> tuple[list[int], int]:
     for number in range(steps):
         # Two groups are one micro-batch, and seven are several.
         step = plan_step(groups, np.arange(7 if number % 2 else 2), rules, shard)
-        memory = train_step(engine, step, 1e-3, Meter(), BatchState(memory, (0, number)))
+        memory = train_step(engine, step, 1e-3, Meter(), BatchState(memory, (0, number))).memory
         counts.append(len(step.batches))
     return counts, len(times)
 
@@ -110,6 +114,35 @@ def test_orders_of_modules_are_kept_where_steps_alternate(configs):
     counts, times = run_ranks(1, forgotten, config, 6)[0]
     assert counts[::2] == [1] * 3 and min(counts[1::2]) > 1
     assert times == 0
+
+
+def two_passes(shard, config: Config) -> tuple[list[int], Work, StepCost, list[TokenGroup]]:
+    """The tokens of each pass of a step, its work, what it is measured by, and its groups."""
+    tokenizer = load_tokenizer(config.model)
+    groups = load_data(config, tokenizer, training=True).train
+    assert groups is not None
+    engine = start_engine(config, tokenizer, training=True)
+    rules = step_rules(config, cost=step_cost(engine.module))
+    step = plan_step(groups, np.arange(BATCH), rules, shard)
+    sizes = list[int]()
+    engine.module.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0].input_ids)))
+    done = train_step(engine, step, 1e-3, Meter(), BatchState({}, (0, 0)))
+    passes = np.array(sizes).reshape(2, -1).sum(1).tolist()
+    return passes, done.work, rules.cost, [groups[index] for index in range(BATCH)]
+
+
+def test_the_second_pass_is_spared_what_is_worth_nothing(configs):
+    """KTO's completions for other prompts, whose mean is a constant in its loss."""
+    kto = configs[-1]
+    config = kto.model_copy(update={"train": kto.train.model_copy(update={"micro_batch_tokens": 64})})
+    passes, work, cost, groups = run_ranks(1, two_passes, config)[0]
+    assert all(group.labels[1:] == [0] for group in groups)
+    own = shapes_of([replace(group, completions=group.completions[:1]) for group in groups])
+    assert passes == [work.tokens, own.tokens().sum()] and passes[0] > 1.2 * passes[1]
+    forward, backward = cost.forward.of(shapes_of(groups)), cost.backward.of(own)
+    assert work.flops == pytest.approx((forward + backward).sum(), rel=1e-12)
+    again = (cost.again + cost.again_in_parts).of(own)
+    assert work.flops_again == pytest.approx(again.sum(), rel=1e-12)
 
 
 def test_any_split_equals_one_plain_batch(configs):

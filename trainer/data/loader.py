@@ -17,7 +17,7 @@ from madpo.trainer.data.packing import (
     pack,
     plan_micro_batches,
 )
-from madpo.trainer.data.shapes import TOKENS, StepCost, Work, work_of
+from madpo.trainer.data.shapes import TOKENS, Shapes, StepCost, Work, spared, work_of
 from madpo.trainer.data.slices import slice_of
 from madpo.trainer.dist import Shard
 from madpo.trainer.objectives.base import Item
@@ -56,9 +56,18 @@ class Step:
     num_edges: int
     num_groups: int
     work: Work
+    shapes: Shapes  # of the groups that are computed, whose completions have the places of `batches`
+    rules: StepRules
     copies: int = 1  # ranks that share these batches, and know the log-probs of all of their rows
     uncomputed: int = 0  # items of the mean less those computed
     epoch: float = 0.0  # how often training has gone through its groups after this step
+
+    def spared(
+        self,
+        left_out: np.ndarray,  # (S,) bool, of all completions
+    ) -> Work:
+        """To be added to `work` where the second pass of an objective of the whole batch leaves some out."""
+        return spared(self.shapes, left_out, self.rules.cost, self.rules.prefix_sharing)
 
     def pin_memory(self) -> Step:
         return replace(self, batches=[batch.pin_memory() for batch in self.batches])
@@ -111,7 +120,7 @@ def plan_step(
         batches = [slice_of(batch, shard.rank % sharing, sharing) for batch in batches]
     totals = int(groups.sequences[indices].sum()), int(groups.edges[indices].sum())
     work = work_of(shapes, rules.cost, plan, shared, skipped)
-    return Step(batches, *totals, num_groups, work, sharing, uncomputed)
+    return Step(batches, *totals, num_groups, work, shapes, rules, sharing, uncomputed)
 
 
 def training_steps(

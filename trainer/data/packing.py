@@ -67,6 +67,51 @@ class PackedBatch:
     slopes: Tensor | None = None  # (S,) of the losses' sum in the sequences' log-probs, where known before
     own_rows: Tensor | None = None  # (m,) of a row in slices: which of the M rows these `rows` are
 
+    def without(
+        self,
+        left_out: np.ndarray,  # (S,) bool
+    ) -> Self:
+        """For losses whose slopes are known: the batch without some completions, and without the prompts of
+        which none is left. What compares completions goes. Of a batch that would be empty the first stays.
+        """
+        is_kept = ~left_out
+        if not is_kept.any():
+            is_kept[0] = True
+        if is_kept.all():
+            return self
+        tokens, segments = _left(self.segments, is_kept)
+        new_places = np.full(len(self.input_ids), -1)
+        new_places[tokens] = np.arange(len(tokens))
+        rows, sequences = np.flatnonzero(np.repeat(is_kept, self.lengths)), np.flatnonzero(is_kept)
+        of_tokens, of_rows, of_sequences, places = (
+            torch.from_numpy(index).to(self.input_ids.device)
+            for index in (tokens, rows, sequences, new_places)
+        )
+        owners = np.repeat(np.arange(len(self.group_sequences)), self.group_sequences)
+        sizes = np.unique(owners[is_kept], return_counts=True)[1].tolist()
+        return dataclasses.replace(
+            self,
+            input_ids=self.input_ids[of_tokens],
+            position_ids=self.position_ids[of_tokens],
+            rows=places[self.rows[of_rows]],
+            targets=self.targets[of_rows],
+            ends=places[self.ends[of_sequences]],
+            seq_lengths=self.seq_lengths[of_sequences],
+            winners=self.winners[:0],
+            losers=self.losers[:0],
+            margins=self.margins[:0],
+            labels=self.labels[of_sequences],
+            sequence_places=self.sequence_places[of_sequences],
+            edge_places=self.edge_places[:0],
+            segments=tuple(segments),
+            lengths=tuple(self.lengths[place] for place in sequences),
+            group_sequences=tuple(sizes),
+            group_edges=(0,) * len(sizes),
+            edge_weights=None,
+            ref_token_logps=None,
+            slopes=None if self.slopes is None else self.slopes[of_sequences],
+        )
+
     def to(self, device: torch.device | str) -> Self:
         moved = {
             field.name: value.to(device, non_blocking=True)
@@ -80,6 +125,29 @@ class PackedBatch:
         tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         pinned = {name: x.pin_memory() for name, x in tensors.items() if isinstance(x, Tensor)}
         return dataclasses.replace(self, **pinned)
+
+
+def _left(
+    segments: Sequence[Segment],
+    is_kept: np.ndarray,  # (S,) completions
+) -> tuple[np.ndarray, list[Segment]]:
+    """The tokens of the completions kept, and of their prompts, as places (n,); and their segments there."""
+    shared = {segment.prompt_start for segment in segments if segment.prompt_start < segment.prompt_end}
+    completions = [segment for segment in segments if segment.start not in shared]
+    kept = {segment for segment, keep in zip(completions, is_kept, strict=True) if keep}
+    prompts = {segment.prompt_start for segment in kept}
+    new_starts: dict[int, int] = {}
+    tokens, out, end = [np.empty(0, np.int64)], list[Segment](), 0
+    for segment in segments:
+        start, old_end, prompt_start, prompt_end = segment
+        if not (start in prompts if start in shared else segment in kept):
+            continue
+        new_starts[start] = end
+        prompt = new_starts[prompt_start]
+        out.append(Segment(end, end + old_end - start, prompt, prompt + prompt_end - prompt_start))
+        tokens.append(np.arange(start, old_end))
+        end += old_end - start
+    return np.concatenate(tokens), out
 
 
 def pack(

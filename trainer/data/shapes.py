@@ -65,6 +65,14 @@ class Shapes:
             self.prompts[order], self.sequences[order], np.concatenate([each[place] for place in order])
         )
 
+    def without(
+        self,
+        left_out: np.ndarray,  # (S,) bool
+    ) -> Shapes:
+        """The same groups without some completions, and without the prompts of those that lose all."""
+        sequences = self.totals(~left_out).astype(np.int64)
+        return Shapes(np.where(sequences, self.prompts, 0), sequences, self.completions[~left_out])
+
 
 def shapes_of(groups: Sequence[TokenGroup]) -> Shapes:
     """Of groups that have been read."""
@@ -128,9 +136,15 @@ class Cost:
 class StepCost:
     """What a step costs."""
 
-    model: Cost  # what the mathematics of the step asks for
+    forward: Cost  # of policy and reference
+    backward: Cost = field(default_factory=Cost)
     again: Cost = field(default_factory=Cost)  # what is computed a second time, to save memory
     again_in_parts: Cost = field(default_factory=Cost)  # what else is, of a step of several micro-batches
+
+    @property
+    def model(self) -> Cost:
+        """What the mathematics of the step asks for."""
+        return self.forward + self.backward
 
 
 TOKENS = StepCost(Cost(per_token=1.0))
@@ -176,3 +190,18 @@ def work_of(
         float(loads.sum() / len(plan)),
         skipped_edges,
     )
+
+
+def spared(
+    shapes: Shapes,
+    left_out: np.ndarray,  # (S,) bool
+    cost: StepCost,
+    shared: bool = True,
+) -> Work:
+    """What is less, of a step in parts whose second pass has no completion that was left out; to be added."""
+    left = shapes.without(left_out)
+
+    def difference(of: Cost) -> float:
+        return float(of.of(left, shared).sum() - of.of(shapes, shared).sum())
+
+    return Work(flops=difference(cost.backward), flops_again=difference(cost.again + cost.again_in_parts))

@@ -45,16 +45,16 @@ def step_cost(module: PolicyWithReference | RewardModel, training: bool = True) 
     """Of an optimiser step's micro-batches, or of their evaluation."""
     policy, head = passes(module.policy), _head_weight(module)
     forward = policy.forward + Cost(per_row=2 * head)
-    model, again, again_in_parts = forward + _reference_cost(module), Cost(), Cost()
+    forward, again, again_in_parts = forward + _reference_cost(module), Cost(), Cost()
     if not training:
-        return StepCost(model)
+        return StepCost(forward)
     sides = policy.trains + module.head.weight.requires_grad
-    model += policy.backward + Cost(per_row=2 * head * sides)
+    backward = policy.backward + Cost(per_row=2 * head * sides)
     if module.head.objective.needs_batch:  # a first pass, without gradients, finds the slopes
         again, again_in_parts = Cost(per_row=2 * head), policy.forward
     if getattr(module.policy, "repeats_layers", False):
         again += policy.layers
-    return StepCost(model, again, again_in_parts)
+    return StepCost(forward, backward, again, again_in_parts)
 
 
 def passes(model: PreTrainedModel) -> Passes:
