@@ -1,13 +1,15 @@
 """A whole training step against TRL's, and against ourselves with a feature off. `madpo bench step` runs it.
 
 Every contender trains the same model on the same pairs in the same order, in processes of its own, one
-block of steps at a time; in every round each has its turn, in a new order. What a contender is worth is
-the median over rounds of the first one's time, TRL's, over its own: a busy machine slows both. A contender
-whose losses are not those of the first one has no speed.
+block of steps at a time. On a CPU all have their turn in every round, in a new order: a busy machine slows
+all of them. On a GPU each would need the memory of the others, and comes to its end before the next. What a
+contender is worth is the median over rounds of the first one's time, TRL's, over its own. A contender whose
+losses are not those of the first one has no speed.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,12 +52,12 @@ def variants(ranks: int, lora: bool) -> dict[str, Variant]:
     other_stage = 3 if ranks == 1 else 2
     out = {
         MADPO: Variant(),
+        f"madpo, {CACHED}": Variant(cached=True),
         "madpo without packing": Variant(packing="alone"),
         "madpo without balance": Variant(packing="counted"),
         "madpo without prefix sharing": Variant(("model.prefix_sharing=false",)),
         "madpo without one traversal": Variant(one_traversal=False),
         f"madpo with ZeRO-{other_stage}": Variant((f"deepspeed.zero_optimization.stage={other_stage}",)),
-        f"madpo, {CACHED}": Variant(cached=True),
     }
     if ranks == 1:
         del out["madpo without balance"]
@@ -79,7 +81,8 @@ class Settings:
     threads: int  # of all ranks together, on a CPU
     trl_batch_sizes: tuple[int, ...]  # tried, the best is measured; none: TRL is left out
     variants: Mapping[str, Variant]  # of ours
-    lr: float = 1e-4
+    lr: float
+    together: bool  # all in each round
 
     @property
     def steps(self) -> int:
@@ -153,8 +156,8 @@ def settings(
         max_length,
         dtype == "bfloat16",
         block=5 if on_gpu else 1,
-        rounds=rounds or (10 if on_gpu else 12),
-        warmup=2,
+        rounds=rounds or (4 if on_gpu else 12),
+        warmup=1 if on_gpu else 2,
         threads=threads or torch.get_num_threads(),
         trl_batch_sizes=tuple(sizes) if TRL in wanted and find_spec("trl") else (),
         variants={name: variant for name, variant in ours.items() if name in wanted}
@@ -163,19 +166,27 @@ def settings(
             for keys in contenders
             if "=" in keys
         },
+        lr=1e-4 if dtype == "float32" else 1e-6,  # in bf16 larger steps soon part one trainer from another
+        together=not on_gpu,
     )
 
 
-def run(what: Settings, folder: Path, log: Callable[[str], None]) -> list[Row]:
-    """All contenders' rows. `folder` takes the model and the pairs. Raises ValueError for unknown names."""
+def run(what: Settings, folder: Path, log: Callable[[str], None]) -> Iterator[list[Row]]:
+    """The rows of all contenders so far, as often as there are more. `folder` takes the model and the pairs.
+
+    Raises ValueError for unknown names.
+    """
     log("writing the model and the pairs")
     workload = make_workload(folder, what.model, what.data, what.pairs * what.steps, what.max_length)
     ours = _job(what, workload)
     jobs = {name: replace(ours, **variant._asdict()) for name, variant in what.variants.items()}
     refused: dict[str, str] = {}
     jobs = _trl_jobs(what, ours, log, refused) | jobs
-    rounds = tournament(jobs, what.rounds + what.warmup, log, refused)
-    return list(_rows(what, workload, jobs, rounds, refused))
+    rounds = dict[str, list[Block]]()
+    for names in [list(jobs)] if what.together or not jobs else [[name] for name in jobs]:
+        some = {name: jobs[name] for name in names}
+        rounds |= tournament(some, what.rounds + what.warmup, log, refused)
+        yield list(_rows(what, workload, jobs, rounds, refused))
 
 
 def _job(what: Settings, workload: Workload) -> Job:
@@ -200,7 +211,7 @@ def _trl_jobs(
     measured with one; and as it comes."""
     if not what.trl_batch_sizes:
         return {}
-    best = _best_batch_size(ours, what.trl_batch_sizes, log, refused)
+    best = _best_batch_size(what, ours, log, refused)
     if best is None:
         return {}
     fastest = replace(ours, trainer=TRL, batch_size=best)
@@ -218,19 +229,40 @@ def name_of(trl: Job) -> str:
 
 
 def _best_batch_size(
-    ours: Job, sizes: Sequence[int], log: Callable[[str], None], refused: dict[str, str]
+    what: Settings, ours: Job, log: Callable[[str], None], refused: dict[str, str]
 ) -> int | None:
     """TRL's fastest micro-batch; None if it runs with none."""
+
+    def seconds(*sizes: int) -> list[float]:
+        tried = [replace(ours, trainer=TRL, batch_size=size) for size in sizes]
+        count = min(TRIAL_ROUNDS, what.rounds + what.warmup)
+        rounds = tournament({name_of(job): job for job in tried}, count, log, refused)
+        blocks = [rounds.get(name_of(job), []) for job in tried]
+        return [min((block.seconds for block in of_one[1:]), default=math.inf) for of_one in blocks]
+
+    sizes = what.trl_batch_sizes
     if len(sizes) == 1:
         return sizes[0]
-    tried = [replace(ours, trainer=TRL, batch_size=size) for size in sizes]
-    rounds = tournament({name_of(job): job for job in tried}, TRIAL_ROUNDS, log, refused)
-    times = {
-        job.batch_size: min(block.seconds for block in rounds[name_of(job)][1:])
-        for job in tried
-        if name_of(job) in rounds
-    }
-    return min(times, key=lambda size: times[size]) if times else None
+    times = dict(zip(sizes, seconds(*sizes), strict=True)) if what.together else climb(sizes, seconds)
+    best = min(times, key=lambda size: times[size])
+    return best if times[best] < math.inf else None
+
+
+def climb(sizes: Sequence[int], seconds: Callable[[int], Sequence[float]]) -> dict[int, float]:
+    """size -> time, from TRL's default on for as long as the next one up, or else down, is faster: trying
+    all would take longer than what is to be measured."""
+    start = min(range(len(sizes)), key=lambda i: abs(sizes[i] - TRL_DEFAULT))
+    (best,) = seconds(sizes[start])
+    times = {sizes[start]: best}
+    for way in (sizes[start + 1 :], sizes[:start][::-1]):
+        for size in way:
+            (times[size],) = seconds(size)
+            if times[size] >= best:
+                break
+            best = times[size]
+        if best < times[sizes[start]]:
+            break
+    return times
 
 
 def tournament(
@@ -245,7 +277,8 @@ def tournament(
         try:
             action()
         except RuntimeError as error:
-            if jobs[name].trainer == MADPO and not jobs[name].may_fail:
+            no_memory = "OutOfMemoryError" in str(error)
+            if jobs[name].trainer == MADPO and not (jobs[name].may_fail or no_memory):
                 raise
             order.remove(name)
             contenders.pop(name, None)
@@ -311,7 +344,7 @@ def _rows(
             cpu_times_first=None
             if torch.cuda.is_available()
             else statistics.median(first[i].cpu_seconds / blocks[i].cpu_seconds for i in measured),
-            peak_mib=blocks[-1].peak_bytes / 2**20,
+            peak_mib=max(block.peak_bytes for block in blocks) / 2**20,
         )
     for name, reason in refused.items():
         yield Row(*where, name, refused=reason)

@@ -97,7 +97,7 @@ def write(folder: Path, found: dict[str, Any], rows: Sequence[Row]) -> list[Path
     again = {_workload(row) for row in new}
     kept = [row for row in old["rows"] if _workload(row) not in again]
     load = f"  # {found['load']}" if "load" in found else ""
-    commands = [*old["commands"], found["command"] + load]
+    commands = list(dict.fromkeys([*old["commands"], found["command"] + load]))
     everything = {**found, "commands": commands, "rows": kept + new}
     path.write_text(json.dumps(everything, indent=1) + "\n")
     markdown = path.with_suffix(".md")

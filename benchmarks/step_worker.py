@@ -58,7 +58,7 @@ class Block(NamedTuple):
     seconds: float
     cpu_seconds: float  # of all ranks together: on a busy machine the steadier measure
     loss: float  # mean over the block's steps, of the rank's own pairs or of all
-    peak_bytes: int  # so far: on a GPU allocated, on a CPU resident beyond what imports took
+    peak_bytes: int  # on a GPU allocated in the block, on a CPU resident so far beyond what imports took
 
 
 class Gate:
@@ -73,22 +73,27 @@ class Gate:
         self._pipe.send(None)
         self._wait()
 
-    def close_block(self, loss: Callable[[], float]) -> None:
-        """Tell how long the block took, and wait for the next turn. The loss is asked for afterwards."""
+    def close_block(self, loss: Callable[[], float], peak_bytes: float | None = None) -> None:
+        """Tell how long the block took, and wait for the next turn. The loss is asked for afterwards.
+
+        `peak_bytes` on a GPU is for those who reset torch's count within the block.
+        """
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._started
         cpu_seconds = time.process_time() - self._cpu_started
-        self._pipe.send(Block(seconds, cpu_seconds, loss(), self._peak()))
+        self._pipe.send(Block(seconds, cpu_seconds, loss(), self._peak(peak_bytes)))
         self._wait()
 
     def _wait(self) -> None:
         self._pipe.recv()  # ends in EOFError when nobody asks any more
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
 
-    def _peak(self) -> int:
+    def _peak(self, counted: float | None) -> int:
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
+            return torch.cuda.max_memory_allocated() if counted is None else int(counted)
         return resident("VmHWM") - self._imports
 
 
@@ -190,6 +195,7 @@ def run_madpo(job: Job, pipe: Connection) -> None:
     from madpo.trainer.data.feed import with_logps
     from madpo.trainer.loop import train
     from madpo.trainer.model.load import load_tokenizer
+    from madpo.trainer.perf import MEMORY
     from madpo.trainer.stages.reference import score_once
     from madpo.trainer.stages.setup import start_engine
     from madpo.trainer.state import TrainState
@@ -231,7 +237,7 @@ def run_madpo(job: Job, pipe: Connection) -> None:
         None,
         shard,
         TrainState(),
-        on_record=lambda record: gate.close_block(lambda: record["loss"]),
+        on_record=lambda record: gate.close_block(lambda: record["loss"], record[MEMORY] * 2**30),
         on_save=lambda: None,
     )
 
@@ -302,7 +308,10 @@ def trl_arguments(job: Job, device: torch.device) -> dict[str, Any]:
         "activation_checkpointing": False,
         "bf16": job.bf16,
         "use_cpu": device.type == "cpu",
-        "model_init_kwargs": {"dtype": "bfloat16" if job.bf16 and job.ranks > 1 else "float32"},
+        "model_init_kwargs": {
+            "dtype": "bfloat16" if job.bf16 and job.ranks > 1 else "float32",
+            "device_map": None,  # its default spreads a model over a GPU and the host as there is room
+        },
         "logging_strategy": "no",
         "save_strategy": "no",
         "logging_nan_inf_filter": False,

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -31,10 +32,12 @@ def run_bench(
     _, absent = available()
     for name, reason in absent.items():
         log.print(f"without {name}: {reason}", style="dim", markup=False)
-    measured = []
+    measured, paths = list[head.Row](), list[Path]()
     with log.status("starting") as status:
-        for row in head.run(what, lambda text: status.update(text)):
-            measured.append(row)
+        rows_so_far = head.run(what, lambda text: status.update(text))
+        for _, of_problem in groupby(rows_so_far, key=lambda row: (row.shape, row.rows, row.variant)):
+            measured += of_problem
+            paths = results.write(output, found, measured, absent)
     for key, entries in results.tables(results.merge(Path("/nonexistent"), found, measured, absent)).items():
         table = Table(title="{}, {} rows, {}, {}".format(*key), title_justify="left", title_style="bold")
         for title in results.columns_of(key[3]).values():
@@ -44,7 +47,7 @@ def run_bench(
         console.print(table)
     if what.device.type != "cuda":
         console.print(results.ON_A_CPU, style="yellow", soft_wrap=True)
-    for path in results.write(output, found, measured, absent):
+    for path in paths:
         print(f"wrote {path}")
 
 
@@ -55,8 +58,10 @@ def run_step_bench(what: step.Settings, output: Path) -> None:
 
     console, log = Console(), Console(stderr=True)
     found = step_results.facts(shlex.join(["madpo", *sys.argv[1:]]))
+    rows, paths = list[step.Row](), list[Path]()
     with TemporaryDirectory() as folder, log.status("starting") as status:
-        rows = step.run(what, Path(folder), status.update)
+        for rows in step.run(what, Path(folder), status.update):
+            paths = step_results.write(output, found, rows)
     entries = [asdict(row) for row in rows]
     table = Table(title=step_results.title(entries[0]), title_justify="left", title_style="bold")
     columns = step_results.columns_of(entries)
@@ -65,7 +70,7 @@ def run_step_bench(what: step.Settings, output: Path) -> None:
     for entry in entries:
         table.add_row(*step_results.cells(entry, columns))
     console.print(table)
-    for path in step_results.write(output, found, rows):
+    for path in paths:
         print(f"wrote {path}")
 
 

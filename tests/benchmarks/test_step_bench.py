@@ -39,13 +39,13 @@ def log(_: str) -> None:
     [
         (1, False, ["madpo", "madpo without packing"]),
         (2, False, ["madpo", "madpo without packing", "madpo without balance"]),
-        (2, True, ["madpo", "madpo without one traversal", "madpo, reference cached"]),
+        (2, True, ["madpo", "madpo, reference cached", "madpo without one traversal"]),
     ],
 )
 def test_a_feature_that_is_off_costs_time_and_changes_no_loss(ranks, lora, names, tmp_path):
     if lora:
         pytest.importorskip("peft")
-    rows = step.run(mini_settings(names, ranks, lora), tmp_path, log)
+    (rows,) = step.run(mini_settings(names, ranks, lora), tmp_path, log)
     assert [row.contender for row in rows] == names
     assert all(row.refused is None and row.tokens_per_second and row.peak_mib for row in rows)
     assert rows[0].loss != pytest.approx(math.log(2), abs=1e-5), "it trains"
@@ -57,11 +57,31 @@ def test_a_feature_that_is_off_costs_time_and_changes_no_loss(ranks, lora, names
 def test_trl_and_we_do_the_same_work(ranks, lora, tmp_path):
     if lora:
         pytest.importorskip("peft")
-    rows = step.run(mini_settings(["TRL", "madpo"], ranks, lora), tmp_path, log)
+    (rows,) = step.run(mini_settings(["TRL", "madpo"], ranks, lora), tmp_path, log)
     assert [row.contender.split(",")[0] for row in rows] == ["TRL", "madpo"]
     assert rows[1].refused is None and rows[1].times_first
     assert rows[1].loss_gap is not None and rows[1].loss_gap < 2e-5
     assert rows[1].loss != pytest.approx(math.log(2), abs=1e-5), "it trains"
+
+
+def test_where_each_needs_all_of_the_memory_one_comes_after_the_other(tmp_path):
+    what = replace(mini_settings(["madpo", "madpo, reference cached"]), together=False)
+    first, both = step.run(what, tmp_path, log)
+    assert [row.contender for row in both] == ["madpo", "madpo, reference cached"]
+    assert first == both[:1] and both[1].times_first and both[1].refused is None
+
+
+@pytest.mark.parametrize(
+    ("times", "tried"),
+    [
+        ({1: 9, 2: 8, 4: 7, 8: 6, 16: 5, 32: 6, 64: 1}, [8, 16, 32]),
+        ({1: 9, 2: 8, 4: 5, 8: 6, 16: math.inf}, [8, 16, 4, 2]),
+        ({1: 5, 2: 6, 4: 7}, [4, 2, 1]),
+        ({1: 5}, [1]),
+    ],
+)
+def test_micro_batches_are_tried_for_as_long_as_they_get_faster(times, tried):
+    assert step.climb(list(times), lambda size: [times[size]]) == {size: times[size] for size in tried}
 
 
 def test_rates_count_tokens_without_padding_and_wrong_losses_have_none(tmp_path):

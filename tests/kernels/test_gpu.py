@@ -1,5 +1,6 @@
 """What only a GPU can show: real vocabularies, offsets beyond 2^31, memory, and no wait for the device."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -173,6 +174,7 @@ def test_the_sanitizer_finds_nothing(tool):
         text=True,
         timeout=280,
         check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     if "Device not supported" in done.stdout + done.stderr:
         pytest.skip("compute-sanitizer does not support this device here")

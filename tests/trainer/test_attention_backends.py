@@ -147,6 +147,29 @@ def torch_varlen(
     return varlen_in_plain_torch(query, key, value, cu_seq_q, cu_seq_k, scale, window_size[0])
 
 
+def torch_varlen_2_11(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+):
+    """That of torch 2.11, which does not say that heads may share keys."""
+    assert window_size[1] == 0 and query.shape[1] == key.shape[1] == value.shape[1]
+    return varlen_in_plain_torch(query, key, value, cu_seq_q, cu_seq_k, scale, window_size[0])
+
+
+def forget_functions():
+    varlen.flash_function.cache_clear()
+    varlen.torch_function.cache_clear()
+
+
 @pytest.fixture
 def _stand_ins(monkeypatch):
     """Packages with the documented functions in plain torch: the kernels themselves run on GPUs only."""
@@ -156,9 +179,9 @@ def _stand_ins(monkeypatch):
         package.flash_attn_varlen_func = function  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, name, package)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_varlen)
-    varlen.flash_function.cache_clear()
+    forget_functions()
     yield
-    varlen.flash_function.cache_clear()
+    forget_functions()
 
 
 @pytest.mark.usefixtures("_stand_ins")
@@ -173,6 +196,16 @@ def test_the_calls_for_variable_lengths_describe_the_same_attention(family, back
         for prefix_sharing in (True, False):
             want, got = (packed_logps(model, mixed_groups(), prefix_sharing) for model in models)
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_stand_ins")
+def test_an_older_torch_gets_as_many_heads_of_keys(monkeypatch):
+    want, got = (tiny_model("Llama 3", NAMES[name], vocab_size=307) for name in ("sdpa", "torch"))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_varlen_2_11)
+    varlen.torch_function.cache_clear()
+    with torch.no_grad():
+        same = [packed_logps(model, mixed_groups(), True) for model in (want, got)]
+        torch.testing.assert_close(*same, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt-oss"])

@@ -103,6 +103,7 @@ def waits(shard, config: Config) -> tuple[Counter[str], Counter[str]]:
     return ours.found, theirs.found
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a process that has used the GPU cannot be forked")
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_a_step_hands_no_value_to_the_host(tmp_path, tokenizer_folder, objective):
     ours, theirs = run_ranks(1, waits, prepared(tmp_path, tokenizer_folder, objective))[0]
@@ -124,7 +125,7 @@ def test_what_would_wait_is_found():
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: make test-gpu")
 @pytest.mark.parametrize("objective", ALONE.values(), ids=ALONE)
 def test_on_a_gpu_the_host_does_not_wait(tmp_path, tokenizer_folder, objective):
-    """In this process: one that has used the GPU cannot be forked."""
+    """In this process, and in one world for all cases: DeepSpeed keeps the groups of the first."""
     config = prepared(tmp_path, tokenizer_folder, objective, train={"bf16": True})
     engine, steps = engine_and_steps(dist.init(1.0), config, WARM + 1)
     for number, step in enumerate(steps):
@@ -135,4 +136,3 @@ def test_on_a_gpu_the_host_does_not_wait(tmp_path, tokenizer_folder, objective):
         torch.cuda.set_sync_debug_mode("default")
         engine.step()
     engine.destroy()
-    dist.leave()

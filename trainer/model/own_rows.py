@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from madpo.trainer.data.packing import PackedBatch, Segment
+from madpo.trainer.model.attention.segments import on_device
 
 
 class RowsOutput(NamedTuple):
@@ -28,9 +28,7 @@ def run_rows(model: Any, batch: PackedBatch, **options: Any) -> RowsOutput:
 
     A prompt's tokens are taken from the row of its first completion: they are the same in all of them.
     """
-    index, places = (
-        torch.from_numpy(x).to(batch.input_ids.device, non_blocking=True) for x in row_index(batch.segments)
-    )
+    index, places = (on_device(x, batch.input_ids.device) for x in row_index(batch.segments))
     output: Any = model(input_ids=batch.input_ids[index], use_cache=False, **options)
     logits = getattr(output, "router_logits", None)
     # Mamba's residuals are float32 in any precision; like transformers, take its output to the head's.

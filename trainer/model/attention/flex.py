@@ -18,9 +18,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from madpo.trainer.model.attention.call import Call
-from madpo.trainer.model.attention.segments import SegmentTable
+from madpo.trainer.model.attention.segments import SegmentTable, on_device
 
 BLOCK = 128
+COMPILATIONS = 64
+"""Kernels that one process may need: per kind of layer, with and without gradients, for one block or more.
+torch's limit of 8 would have the others run unfused, with a line in the log."""
 
 
 def attend(call: Call) -> Tensor:  # (1, N, heads, head_dim)
@@ -59,6 +62,8 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, COMPILATIONS)
     return torch.compile(flex_attention, dynamic=True)
 
 
@@ -77,7 +82,7 @@ def block_mask(call: Call) -> BlockMask:
     if table in sight.kept:
         return sight.kept[table]
     row = _Row(table)
-    number, first, last, place = (torch.from_numpy(x).to(device, non_blocking=True) for x in row.tokens)
+    number, first, last, place = (on_device(x, device) for x in row.tokens)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         own = number[query] == number[key]
@@ -87,7 +92,7 @@ def block_mask(call: Call) -> BlockMask:
     some, whole = row.blocks()
     if not sight.is_causal:  # what a block sees in whole is known of causal masks only
         some, whole = some | whole, np.zeros_like(whole)
-    lists = [torch.from_numpy(x).to(device, non_blocking=True) for x in (*_listed(some), *_listed(whole))]
+    lists = [on_device(x, device) for x in (*_listed(some), *_listed(whole))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         sight.kept[table] = BlockMask.from_kv_blocks(

@@ -65,11 +65,11 @@ class SegmentTable:
             keys = None
             if any(prompt is not None for prompt in self.prompts):
                 parts = [range(*ends) for s in self.segments for ends in ((s[2], s[3]), (s[0], s[1]))]
-                keys = _on(np.concatenate([np.arange(part.start, part.stop) for part in parts]), device)
+                keys = on_device(np.concatenate([np.arange(part.start, part.stop) for part in parts]), device)
             self._varlen = VarlenIndex(
                 keys,
-                _on(np.concatenate(([0], queries.cumsum())).astype(np.int32), device),
-                _on(np.concatenate(([0], counts.cumsum())).astype(np.int32), device),
+                on_device(np.concatenate(([0], queries.cumsum())).astype(np.int32), device),
+                on_device(np.concatenate(([0], counts.cumsum())).astype(np.int32), device),
                 int(queries.max()),
                 int(counts.max()),
             )
@@ -78,9 +78,11 @@ class SegmentTable:
     def positions(self, device: torch.device) -> Tensor:
         """(N,) the position of every token in its own sequence."""
         if self._positions is None:
-            self._positions = _on(self.places, device)
+            self._positions = on_device(self.places, device)
         return self._positions
 
 
-def _on(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy for which the host does not wait."""
+    tensor = torch.from_numpy(array)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -47,19 +47,26 @@ def flash_attend(call: Call, version: int) -> Tensor:  # (1, N, heads, head_dim)
 
 def torch_attend(call: Call) -> Tensor:  # (1, N, heads, head_dim)
     """By torch.nn.attention.varlen, of which window_size (-1, 0) is the causal mask."""
-    from torch.nn.attention.varlen import varlen_attn
-
     assert call.softcap is None, "refused at the start of the run"
+    function, accepted = torch_function()
     index = call.segments.varlen(call.query.device)
-    out = varlen_attn(
-        *_gathered(call),
+    q, k, v = _gathered(call)
+    if "enable_gqa" in accepted:
+        options: dict[str, Any] = {"enable_gqa": call.is_grouped}
+    else:
+        options, copies = {}, q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
+    out = function(
+        q,
+        k,
+        v,
         index.query_offsets,
         index.key_offsets,
         index.max_queries,
         index.max_keys,
         scale=call.scale,
         window_size=(-1 if call.sight.local_size is None else call.sight.local_size - 1, 0),
-        enable_gqa=call.is_grouped,
+        **options,
     )
     assert isinstance(out, Tensor)
     return out[None]
@@ -101,6 +108,15 @@ MAJORS = {4: (9, 10, 11), 3: (9,), 2: tuple(range(8, 13))}
 
 
 @functools.cache
+def torch_function() -> tuple[Callable[..., Any], frozenset[str]]:
+    """The function and its parameters, which differ between torch's versions. Raises ImportError where there
+    is none yet."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+@functools.cache
 def flash_function(version: int) -> tuple[Callable[..., Any], frozenset[str]]:
     """The function and its parameters. Raises ImportError without the package."""
     function = FLASH[version]()
@@ -135,6 +151,8 @@ def torch_problem(call: Call) -> str | None:
     """Why torch's kernel does not compute the call, as far as is known before it is tried."""
     if call.softcap is not None:
         return "it does not compute this model's soft-caps"
+    if not {"window_size", "scale"} <= torch_function()[1]:
+        return f"that of torch {torch.__version__} takes no window"
     odd = call.query.shape[3] % 8
     width = f"it wants heads of a multiple of 8 dimensions, not of {call.query.shape[3]}" if odd else None
     return _common_problem(call) or width
