@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ COLUMNS = {
     "loss": "loss",
     "loss_gap": "off by",
 }
+TELLING = ("contender", "step_seconds", "times_first", "tokens_per_second", "mfu", "peak_mib", "loss")
+"""The columns that a screen shows first, which may have no room for all."""
 FORMATS = {
     "tokens_per_second": ",.0f",
     "mfu": ".1%",
@@ -74,6 +76,15 @@ def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
         for name, title in COLUMNS.items()
         if name == "spread" or any(row[name] is not None for row in rows)
     }
+
+
+def that_fit(rows: Sequence[dict[str, Any]], width: int) -> dict[str, str]:
+    """Those of `columns_of` for which a table on a screen so wide has room, the most telling first."""
+    columns = columns_of(rows)
+    order = dict.fromkeys([*(name for name in TELLING if name in columns), *columns])
+    sizes = [3 + max(len(columns[name]), *(len(cells(row, [name])[0]) for row in rows)) for name in order]
+    fitting = sum(total < width for total in accumulate(sizes))
+    return {name: columns[name] for name in list(order)[:fitting]}
 
 
 def cells(row: dict[str, Any], columns: Iterable[str]) -> list[str]:

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -173,6 +174,7 @@ def _rank(job: Job, rank: int, port: int, pipe: Connection) -> None:
             MASTER_PORT=str(port),
         )
     torch.set_num_threads(job.threads)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of DeepSpeed and TRL, at every step
     from tqdm import tqdm
     from transformers.utils import logging
 

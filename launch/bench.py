@@ -62,14 +62,16 @@ def run_step_bench(what: step.Settings, output: Path) -> None:
     with TemporaryDirectory() as folder, log.status("starting") as status:
         for rows in step.run(what, Path(folder), status.update):
             paths = step_results.write(output, found, rows)
-    entries = [asdict(row) for row in rows]
-    table = Table(title=step_results.title(entries[0]), title_justify="left", title_style="bold")
-    columns = step_results.columns_of(entries)
+    entries, refused = [asdict(row) for row in rows if not row.refused], [row for row in rows if row.refused]
+    table = Table(title=step_results.title(asdict(rows[0])), title_justify="left", title_style="bold")
+    columns = step_results.that_fit(entries, console.width)
     for title in columns.values():
-        table.add_column(title, justify="left" if title == "contender" else "right")
+        table.add_column(title, justify="left" if title == "contender" else "right", no_wrap=True)
     for entry in entries:
         table.add_row(*step_results.cells(entry, columns))
     console.print(table)
+    for row in refused:
+        console.print(f"{row.contender}: {row.refused}", soft_wrap=True, markup=False)
     for path in paths:
         print(f"wrote {path}")
 

@@ -4,13 +4,13 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
-from madpo.benchmarks import step, step_scaling, step_workload
+from madpo.benchmarks import step, step_results, step_scaling, step_workload
 from madpo.benchmarks.step_feed import PairFeed
 from madpo.benchmarks.step_worker import Block
 from madpo.trainer.data.packing import plan_micro_batches
@@ -167,13 +167,29 @@ def test_the_command_names_what_it_does_not_know(option, value, tmp_path):
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"error: {option} {value}")
 
 
-def test_results_of_one_day_are_kept_together(tmp_path):
-    from madpo.benchmarks import step_results
+ROW = step.Row(
+    *("tiny", "hh", False, 1, 8, "float32", "madpo"),
+    step_seconds=0.5,
+    p25=0.4,
+    p75=0.6,
+    tokens_per_second=1e4,
+    tflops=0.1,
+    times_first=1.0,
+    peak_mib=100.0,
+    loss=0.69,
+    loss_gap=0.0,
+)
 
-    found = step_results.facts("madpo bench step")
-    row = step.Row(
-        "tiny", "hh", False, 1, 8, "float32", "madpo", 0.5, 0.4, 0.6, 1e4, 1.0, None, 100.0, 0.69, 0.0
-    )
+
+def test_a_screen_shows_the_columns_that_it_has_room_for():
+    rows = [asdict(ROW), asdict(replace(ROW, contender="madpo without prefix sharing"))]
+    assert list(step_results.that_fit(rows, 60)) == ["contender", "step_seconds", "times_first"]
+    assert list(step_results.that_fit(rows, 95))[-1] == "loss"
+    assert step_results.that_fit(rows, 200).keys() == step_results.columns_of(rows).keys()
+
+
+def test_results_of_one_day_are_kept_together(tmp_path):
+    found, row = step_results.facts("madpo bench step"), ROW
     step_results.write(tmp_path, found, [row])
     step_results.write(tmp_path, found, [replace(row, data="ultrafeedback")])
     path, markdown = step_results.write(tmp_path, found, [replace(row, step_seconds=0.25, refused=None)])
