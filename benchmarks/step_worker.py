@@ -183,7 +183,7 @@ def _rank(job: Job, rank: int, port: int, pipe: Connection) -> None:
     try:
         (run_trl if job.trainer == "TRL" else run_madpo)(job, pipe)
         pipe.recv()
-    except EOFError:
+    except (EOFError, BrokenPipeError):  # nobody asks any more
         pass
     except BaseException:
         pipe.send(traceback.format_exc())
