@@ -45,13 +45,13 @@ class PairGroups:
 
 class PairFeed:
     """The pairs in order. Unless packing is balanced, all claim to be alike: each as long as a micro-batch,
-    so that none is packed with another, or as the longest of all."""
+    so that none is packed with another, or as the mean, for as many micro-batches as if balanced."""
 
     content = "pairs of the benchmark"
 
     def __init__(self, pairs: Sequence[Pair], packing: Packing, budget: int) -> None:
-        longest = max(sum(map(len, pair)) for pair in pairs)
-        claimed = {"balanced": None, "counted": longest, "alone": budget}[packing]
+        tokens = sum(len(part) for pair in pairs for part in pair)
+        claimed = {"balanced": None, "counted": -(-tokens // len(pairs)), "alone": budget}[packing]
         self.groups: Groups = PairGroups(pairs, claimed)
         self.num_groups: int | None = len(pairs)
 

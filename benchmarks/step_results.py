@@ -21,8 +21,9 @@ LEGEND = """\
 shares or pads; the median of the rounds.
 - TFLOP/s and MFU: of a rank, by what the mathematics asks for, the same of every contender: shared prompts \
 once, the head on completions only, the reference's forward unless it is cached.
-- times the first: the median over rounds of the first contender's time over this one's, the two measured \
-one after the other. In CPU time, of all ranks: steadier on a machine that is busy with other things.
+- times the first: the median over rounds of the first contender's time over this one's. On a CPU contenders \
+take turns in every round; on a GPU, whose memory each needs, one comes to its end before the next. In CPU \
+time, of all ranks: steadier on a machine that is busy with other things.
 - peak: the most memory of any rank, on a GPU allocated, on a CPU resident beyond what imports took.
 - loss: of the last block of steps; off by: the largest difference of any block's from the first contender's.
 """
@@ -82,8 +83,8 @@ def that_fit(rows: Sequence[dict[str, Any]], width: int) -> dict[str, str]:
     """Those of `columns_of` for which a table on a screen so wide has room, the most telling first."""
     columns = columns_of(rows)
     order = dict.fromkeys([*(name for name in TELLING if name in columns), *columns])
-    sizes = [3 + max(len(columns[name]), *(len(cells(row, [name])[0]) for row in rows)) for name in order]
-    fitting = sum(total < width for total in accumulate(sizes))
+    sizes = [3 + max(map(len, [columns[name], *(cells(row, [name])[0] for row in rows)])) for name in order]
+    fitting = max(1, sum(total < width for total in accumulate(sizes)))
     return {name: columns[name] for name in list(order)[:fitting]}
 
 

@@ -311,7 +311,8 @@ def trl_arguments(job: Job, device: torch.device) -> dict[str, Any]:
         "bf16": job.bf16,
         "use_cpu": device.type == "cpu",
         "model_init_kwargs": {
-            "dtype": "bfloat16" if job.bf16 and job.ranks > 1 else "float32",
+            # Weights that are trained are in float32, by DeepSpeed's copies or under autocast.
+            "dtype": "bfloat16" if job.bf16 and (job.ranks > 1 or job.lora) else "float32",
             "device_map": None,  # its default spreads a model over a GPU and the host as there is room
         },
         "logging_strategy": "no",

@@ -66,7 +66,8 @@ def run_step_bench(what: step.Settings, output: Path) -> None:
     table = Table(title=step_results.title(asdict(rows[0])), title_justify="left", title_style="bold")
     columns = step_results.that_fit(entries, console.width)
     for title in columns.values():
-        table.add_column(title, justify="left" if title == "contender" else "right", no_wrap=True)
+        is_name = title == "contender"
+        table.add_column(title, justify="left" if is_name else "right", no_wrap=not is_name)
     for entry in entries:
         table.add_row(*step_results.cells(entry, columns))
     console.print(table)

@@ -31,13 +31,13 @@ def deepspeed_config(config: Config, training: bool = True) -> dict[str, Any]:
     ranks = dist.get_world_size()
     zero = {
         "stage": zero_stage(config.deepspeed, ranks),
-        # A lone rank has nothing to overlap, and ZeRO-2 would wait for the device after every backward.
-        "overlap_comm": torch.cuda.is_available() and ranks > 1,
         "contiguous_gradients": True,
         "stage3_gather_16bit_weights_on_model_save": True,
     }
     user = dict(config.deepspeed)
     zero |= user.pop("zero_optimization", {})
+    # Without stage 3, whose copies from and to the host overlap too, a lone rank would only wait for it.
+    zero.setdefault("overlap_comm", torch.cuda.is_available() and (ranks > 1 or zero["stage"] == 3))
     if not training and zero["stage"] < 3:
         zero["stage"] = 0  # no optimiser to shard, and DeepSpeed refuses to
     out: dict[str, Any] = {
@@ -184,13 +184,13 @@ def _whole_step_in_parts(
     turned out to be worth nothing."""
     module = engine.module
     slopes, memory = _shared(module.head, step, batches, _scored(engine, batches, meter), meter, state)
-    batches = [dataclasses.replace(batch, slopes=own_slopes(slopes, batch)) for batch in batches]
+    on_host = [dataclasses.replace(batch, slopes=own_slopes(slopes, batch)) for batch in step.batches]
     work = step.work
     # The balance of the experts is a mean over all tokens, and slices of a row have no whole completions.
     if module.balance is None and module.sequence_group is None:
-        batches = [batch.without((batch.slopes == 0).cpu().numpy()) for batch in batches]
+        on_host = [batch.without((own_slopes(slopes, batch) == 0).numpy()) for batch in on_host]
         work += step.spared((slopes == 0).numpy())
-    for batch in _accumulated(engine, batches):
+    for batch in _accumulated(engine, [batch.to(engine.device) for batch in on_host]):
         loss, *_ = engine(batch)
         engine.backward(loss)
     return Done(memory, work)

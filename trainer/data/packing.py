@@ -71,21 +71,21 @@ class PackedBatch:
         self,
         left_out: np.ndarray,  # (S,) bool
     ) -> Self:
-        """For losses whose slopes are known: the batch without some completions, and without the prompts of
-        which none is left. What compares completions goes. Of a batch that would be empty the first stays.
+        """For losses whose slopes are known: the batch, on the host, without some completions, and without
+        the prompts of which none is left. What compares completions goes. Of a batch that would be empty
+        the shortest stays.
         """
         is_kept = ~left_out
         if not is_kept.any():
-            is_kept[0] = True
+            is_kept[np.argmin(self.lengths)] = True
         if is_kept.all():
             return self
         tokens, segments = _left(self.segments, is_kept)
         new_places = np.full(len(self.input_ids), -1)
         new_places[tokens] = np.arange(len(tokens))
         rows, sequences = np.flatnonzero(np.repeat(is_kept, self.lengths)), np.flatnonzero(is_kept)
-        of_tokens, of_rows, of_sequences, places = (
-            torch.from_numpy(index).to(self.input_ids.device)
-            for index in (tokens, rows, sequences, new_places)
+        of_tokens, of_rows, of_sequences, places = map(
+            torch.from_numpy, (tokens, rows, sequences, new_places)
         )
         owners = np.repeat(np.arange(len(self.group_sequences)), self.group_sequences)
         sizes = np.unique(owners[is_kept], return_counts=True)[1].tolist()
