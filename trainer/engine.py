@@ -184,11 +184,12 @@ def _whole_step_in_parts(
     turned out to be worth nothing."""
     module = engine.module
     slopes, memory = _shared(module.head, step, batches, _scored(engine, batches, meter), meter, state)
-    on_host = [dataclasses.replace(batch, slopes=own_slopes(slopes, batch)) for batch in step.batches]
+    own = [own_slopes(slopes, batch) for batch in step.batches]
+    on_host = [dataclasses.replace(b, slopes=each) for b, each in zip(step.batches, own, strict=True)]
     work = step.work
     # The balance of the experts is a mean over all tokens, and slices of a row have no whole completions.
     if module.balance is None and module.sequence_group is None:
-        on_host = [batch.without((own_slopes(slopes, batch) == 0).numpy()) for batch in on_host]
+        on_host = [batch.without((each == 0).numpy()) for batch, each in zip(on_host, own, strict=True)]
         work += step.spared((slopes == 0).numpy())
     for batch in _accumulated(engine, [batch.to(engine.device) for batch in on_host]):
         loss, *_ = engine(batch)
