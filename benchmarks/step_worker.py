@@ -230,7 +230,8 @@ def run_madpo(job: Job, pipe: Connection) -> None:
         feed.groups = with_logps(feed.groups, score_once(config, feed.groups, tokenizer, shard))
     engine = start_engine(config, tokenizer, training=True)
     if not job.one_traversal:
-        engine.module.traversal = None
+        module: Any = engine.module
+        module.traversal = None
     gate.open()
     train(
         config,

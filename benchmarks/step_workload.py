@@ -24,8 +24,9 @@ from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
 from madpo.trainer.model import lora
 from madpo.trainer.model.flops import step_cost
-from madpo.trainer.model.policy import PolicyWithReference, Reference
-from madpo.trainer.objectives.base import OBJECTIVES
+from madpo.trainer.model.policy import PolicyWithReference
+from madpo.trainer.objectives.build import build
+from madpo.trainer.scoring_module import ReferenceScorer
 
 Pair = tuple[list[int], list[int], list[int]]
 """Tokens of prompt, chosen and rejected completion."""
@@ -120,11 +121,10 @@ def step_flops(workload: Workload, adapted: bool, cached: bool) -> np.ndarray:  
         policy = AutoModelForCausalLM.from_config(config)
         if adapted:
             lora.attach(policy, fresh_adapter(workload), lora.POLICY)
-            reference = Reference(policy, partial(lora.switch, adapter=None))
+            reference = ReferenceScorer(policy, partial(lora.switch, adapter=None))
         else:
-            reference = Reference(AutoModelForCausalLM.from_config(config))
-    objective, compared = OBJECTIVES["dpo"], None if cached else reference
-    module = PolicyWithReference(policy, compared, objective, objective.params(), budget_bytes=0)
+            reference = ReferenceScorer(AutoModelForCausalLM.from_config(config))
+    module = PolicyWithReference(policy, None if cached else reference, build("dpo"), budget_bytes=0)
     groups = [TokenGroup(prompt, tails, [(0, 1, None)]) for prompt, *tails in workload.pairs()]
     return step_cost(module).model.of(shapes_of(groups))
 

@@ -17,34 +17,22 @@ from madpo.kernels.checks import require_head
 from madpo.kernels.layout import Groups, Span, Wave, plan_waves
 from madpo.kernels.preference_loss import PreferenceLossFunction, Reference
 from madpo.kernels.steps import TORCH, wide_dtype
+from madpo.kernels.token_scores import TokenScores
 from madpo.kernels.transform import IDENTITY, LogitTransform
 
 COPIES = 8
 """Tensors of the logits' size that are alive at once at most: both models', in and out of softmax, slopes."""
 
 
-class RowStatistics(NamedTuple):
-    """Of m rows, in the wide type."""
-
-    token_logps: Tensor  # (m,) log p(target), differentiable
-    ref_token_logps: Tensor | None  # (m,)
-    log_collisions: Tensor  # (m,) log sum_v p_v^2, a constant
-    kl: Tensor | None  # (m,) sum_v q_v (log q_v - log p_v), q the reference's where known; differentiable
-
-    def detach(self) -> RowStatistics:
-        logps, ref_logps, collisions, kl = self
-        return RowStatistics(logps.detach(), ref_logps, collisions, kl if kl is None else kl.detach())
-
-
-RowsLoss = Callable[[RowStatistics, Span], Tensor]
-"""(statistics of the span's rows, span) -> sum of the span's losses, a scalar."""
+TokensLoss = Callable[[TokenScores, Span], Tensor]
+"""(scores of the span's tokens, differentiable, span) -> sum of the span's losses, a scalar."""
 
 
 class DistributionLoss(NamedTuple):
     """Only `loss` carries a gradient."""
 
     loss: Tensor  # () scale * sum of the losses
-    rows: RowStatistics  # (M,)
+    tokens: TokenScores  # (M,)
 
 
 def distribution_loss(
@@ -52,7 +40,7 @@ def distribution_loss(
     weight: Tensor,  # (V, H)
     targets: Tensor,  # (M,) in [0, V)
     groups: Groups,
-    loss: RowsLoss,
+    loss: TokensLoss,
     reference: Reference | None = None,
     *,
     bias: Tensor | None = None,  # (V,)
@@ -72,14 +60,14 @@ def distribution_loss(
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     forward = partial(_forward, needs, targets, groups, loss, reference, transform, scale, budget_bytes)
     out = PreferenceLossFunction.apply(hidden, weight, bias, forward, TORCH)
-    return DistributionLoss(out[0], RowStatistics(*out[1:]))  # type: ignore[index]
+    return DistributionLoss(out[0], TokenScores(*out[1:]))  # type: ignore[index]
 
 
 def _forward(
     needs: Sequence[bool],
     targets: Tensor,
     groups: Groups,
-    loss: RowsLoss,
+    loss: TokensLoss,
     reference: Reference,
     transform: LogitTransform,
     scale: float,
@@ -97,7 +85,7 @@ def _forward(
     wide_bias = None if bias is None else leaf(bias, needs[2])
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     d_hidden = torch.zeros_like(hidden) if needs[0] else None
-    parts: list[RowStatistics] = []
+    parts: list[TokenScores] = []
     waves = plan_waves(groups, len(weight), budget_bytes, wide, wide)
     for wave in waves or [Wave(groups.span, wide, len(weight))]:  # without a row, of no row
         rows = wave.span.rows
@@ -131,7 +119,7 @@ def _statistics(
     reference: Reference,
     rows: slice,
     transform: LogitTransform,
-) -> RowStatistics:
+) -> TokenScores:
     logps = _log_softmax(hidden, weight, bias, transform)
     collisions = torch.logsumexp(2 * logps.detach(), 1)
     ref_token_logps, kl = reference.token_logps, None
@@ -143,7 +131,7 @@ def _statistics(
             ref_logps = _log_softmax(ref_hidden, ref_weight, reference.bias, transform)
             ref_token_logps = _at(ref_logps, targets)
         kl = (ref_logps.exp() * (ref_logps - logps)).sum(1)
-    return RowStatistics(_at(logps, targets), ref_token_logps, collisions, kl)
+    return TokenScores(_at(logps, targets), ref_token_logps, collisions, kl)
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:

@@ -12,13 +12,12 @@ from madpo.trainer.config import Config
 from madpo.trainer.data.loader import plan_step, step_rules
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.tokenise import TokenGroup
-from madpo.trainer.engine import train_step
 from madpo.trainer.metrics import Meter
 from madpo.trainer.model.load import load_tokenizer
-from madpo.trainer.model.prefix_attention import shares_rows
 from madpo.trainer.objectives.base import BatchState, Item, SequenceScores
 from madpo.trainer.stages.reference import with_reference
 from madpo.trainer.stages.setup import load_data, start_engine
+from madpo.trainer.step import train_step
 
 
 def zero3_steps(shard, config: Config, steps: int) -> list[tuple[float, dict[str, torch.Tensor]]]:
@@ -31,18 +30,18 @@ def zero3_steps(shard, config: Config, steps: int) -> list[tuple[float, dict[str
     assert groups is not None
     engine = start_engine(config, tokenizer, training=True)
     order = DataOrder(len(groups), config.seed)
-    rules = step_rules(config, shares_rows(engine.module.policy))
+    rules = step_rules(config, engine.module)
     named = engine.module.policy.named_parameters()
     names = {name: parameter for name, parameter in named if parameter.requires_grad}
     gradients: dict[str, torch.Tensor] = {}
     engine_step = engine.step
 
-    def step_and_keep_gradients() -> None:
+    def step_and_keep_gradients(learning_rate: float) -> None:
         for name, parameter in names.items():
             gradient = safe_get_full_grad(parameter)
             assert gradient is not None
             gradients[name] = gradient.clone()
-        engine_step()
+        engine_step(learning_rate)
 
     engine.step = step_and_keep_gradients
     out = []
@@ -55,7 +54,7 @@ def zero3_steps(shard, config: Config, steps: int) -> list[tuple[float, dict[str
         state = BatchState(memory, (config.seed, step))
         memory = train_step(engine, plan, config.optim.lr, meter, state).memory
         out.append((meter.reduce()["loss"], dict(gradients)))
-    engine.destroy()
+    engine.release()
     return out if shard.is_main else []
 
 
@@ -90,7 +89,7 @@ def plain_steps(config: Config, steps: int) -> list[tuple[float, dict[str, torch
     """Padded Hugging Face forward of the whole step at once, the objective, autograd, AdamW."""
     from transformers import AutoModelForCausalLM
 
-    entry, model = config.objective_entry, config.model
+    entry, model = config.bound_objective, config.model
     assert model.model_name_or_path
     policy: Any = AutoModelForCausalLM.from_pretrained(model.model_name_or_path)
     reference: Any = AutoModelForCausalLM.from_pretrained(
@@ -112,7 +111,7 @@ def plain_steps(config: Config, steps: int) -> list[tuple[float, dict[str, torch
             winners = torch.arange(0, 2 * size, 2)
             margins = torch.tensor([group.edges[0][2] for group in batch], dtype=torch.float64)
             scores = scores.edges(winners, winners + 1, margins)
-        outcome = entry.function(scores, config.objective, BatchState(memory, (config.seed, step)))
+        outcome = entry.outcome(scores, BatchState(memory, (config.seed, step)))
         memory = outcome.memory
         items = size if entry.item is Item.EDGE else int((labels != 0).sum())
         loss = outcome.losses.sum() / items

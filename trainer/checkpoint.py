@@ -17,6 +17,7 @@ from typing import Any
 from madpo.trainer.config import Config
 from madpo.trainer.deepspeed_checks import zero_stage
 from madpo.trainer.dist import Shard, barrier, from_main, refuse_if_any
+from madpo.trainer.engine import Engine
 from madpo.trainer.state import TrainState
 
 STATE_FILE = "train_state.json"
@@ -78,7 +79,7 @@ def model_identity(config: Config, shard: Shard) -> dict[str, Any]:
 
 
 def save(
-    engine: Any,
+    engine: Engine,
     root: Path,
     state: TrainState,
     run: dict[str, Any],
@@ -92,9 +93,7 @@ def save(
     if it moves.
     """
     tag = f"step-{state.step:08d}"
-    engine.save_checkpoint(
-        str(root), tag=tag, save_latest=False, exclude_frozen_parameters=not with_reference
-    )
+    engine.save(root, tag, with_frozen=with_reference)
     if shard.is_main:
         content = {"state": dataclasses.asdict(state), "run": run}
         (root / tag / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
@@ -151,21 +150,8 @@ def _problem(folder: Path, run: dict[str, Any]) -> str | None:
     )
 
 
-def load(engine: Any, root: Path, tag: str) -> TrainState:
+def load(engine: Engine, root: Path, tag: str) -> TrainState:
     """Restore weights and optimiser. Raises ValueError on all ranks if one of them cannot."""
-    path, _ = engine.load_checkpoint(
-        str(root),
-        tag=tag,
-        load_module_strict=False,  # a reference that stays is not in it
-        load_lr_scheduler_states=False,
-    )
-    refuse_if_any(None if path else f"{root / tag}: the checkpoint cannot be loaded; train with --fresh")
-    _forget_copies(engine)
+    is_there = engine.load(root, tag)
+    refuse_if_any(None if is_there else f"{root / tag}: the checkpoint cannot be loaded; train with --fresh")
     return TrainState(**json.loads((root / tag / STATE_FILE).read_text())["state"])
-
-
-def _forget_copies(engine: Any) -> None:
-    """ZeRO++ gathers from copies of the weights (zero_hpz_partition_size), which loading does not renew."""
-    for parameter in engine.module.parameters():
-        if getattr(parameter, "ds_secondary_tensor", None) is not None:
-            parameter.ds_secondary_tensor = None

@@ -19,8 +19,8 @@ from madpo.trainer.deepspeed_checks import check_block, zero_stage
 from madpo.trainer.errors import UserError
 from madpo.trainer.generate_config import GenerateConfig
 from madpo.trainer.model_config import ModelConfig
-from madpo.trainer.objectives.base import Objective
-from madpo.trainer.objectives.build import as_one_objective
+from madpo.trainer.objectives.base import Need
+from madpo.trainer.objectives.build import BoundObjective, as_one_objective, bind
 from madpo.trainer.objectives.registry import OBJECTIVES, ObjectiveParams
 from madpo.trainer.peft_config import PeftConfig
 from madpo.trainer.section import Section
@@ -78,8 +78,9 @@ class Config(Section):
         return as_one_objective(value) if isinstance(value, dict) else value
 
     @property
-    def objective_entry(self) -> Objective:
-        return OBJECTIVES[self.objective.loss_type].of(self.objective)
+    def bound_objective(self) -> BoundObjective:
+        """The objective with its parameters."""
+        return bind(self.objective)
 
     @model_validator(mode="after")
     def _validate(self) -> Self:
@@ -97,21 +98,21 @@ def validate(config: Config) -> None:
             raise UserError("model.init_config: model_type is missing, for example llama")
         if model.tokenizer_name_or_path is None:
             raise UserError("model.tokenizer_name_or_path: a model from scratch needs a tokenizer")
-        if config.objective_entry.needs_reference and model.ref_model_name_or_path is None:
+        if config.bound_objective.needs_reference and model.ref_model_name_or_path is None:
             raise UserError(
                 f"model.ref_model_name_or_path: {config.objective.loss_type} needs a reference, and a "
                 "model from scratch is none; name a trained model, or train with loss_type nll first"
             )
     _validate_reference(config)
-    if model.ref_model_name_or_path is not None and not config.objective_entry.needs_reference:
+    if model.ref_model_name_or_path is not None and not config.bound_objective.needs_reference:
         raise UserError(f"model.ref_model_name_or_path: {config.objective.loss_type} uses no reference")
-    if model.sync_ref_model and not config.objective_entry.needs_reference:
+    if model.sync_ref_model and not config.bound_objective.needs_reference:
         raise UserError(f"model.sync_ref_model: {config.objective.loss_type} uses no reference")
     if model.attention in ("flash", "torch") and not train.bf16:
         raise UserError(
             f"model.attention: {model.attention} computes in bf16; set train.bf16=true or attention=auto"
         )
-    if model.router_aux_loss_coef and "scores" in config.objective_entry.needs:
+    if model.router_aux_loss_coef and config.bound_objective.is_reward_model:
         raise UserError("model.router_aux_loss_coef: it is not computed for reward models; set it to 0")
     _validate_sequence_parallel(config)
     _validate_data(config)
@@ -124,7 +125,7 @@ def validate(config: Config) -> None:
         raise UserError("train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split")
     if optim.warmup_steps and optim.warmup_ratio:
         raise UserError("optim: set warmup_steps or warmup_ratio, not both")
-    completions = 1 if config.objective_entry.supervised else 2
+    completions = 1 if config.bound_objective.supervised else 2
     if train.row_tokens < completions * config.data.max_length:
         sharing = train.sequence_parallel_size
         raise UserError(
@@ -141,7 +142,7 @@ def validate(config: Config) -> None:
 def _validate_sequence_parallel(config: Config) -> None:
     if config.train.sequence_parallel_size == 1:
         return
-    if "scores" in config.objective_entry.needs:
+    if config.bound_objective.is_reward_model:
         raise UserError("train.sequence_parallel_size: reward models are not trained in slices; set it to 1")
     if config.model.router_aux_loss_coef:
         raise UserError(
@@ -181,7 +182,7 @@ def validate_peft(config: Config, peft: PeftConfig) -> None:
 
 
 def _validate_reference(config: Config) -> None:
-    model, entry, name = config.model, config.objective_entry, config.objective.loss_type
+    model, entry, name = config.model, config.bound_objective, config.objective.loss_type
     if model.reference == "auto":
         return
     if model.reference == "none" and entry.needs_reference:
@@ -205,7 +206,7 @@ def _validate_reference(config: Config) -> None:
             "model.reference: cached needs the whole set before training, which a stream never "
             "has; set auto, or data.streaming=false"
         )
-    if "kl" in entry.needs:
+    if Need.KL in entry.needs:
         raise UserError(
             f"model.reference: cached keeps the log-prob of each completion token, and {name} "
             "looks at the reference's whole distribution; set auto"
@@ -241,7 +242,7 @@ def _validate_weights(config: Config) -> None:
     if not set_keys:
         return
     key = set_keys[0]
-    if config.objective_entry.weight is None:
+    if config.bound_objective.weight is None:
         known = ", ".join(name for name, entry in OBJECTIVES.items() if entry.weight is not None)
         raise UserError(
             f"data.{key}: {config.objective.loss_type} has no weight that follows from the margin alone; "
@@ -295,7 +296,7 @@ def from_tree(tree: dict[str, Any], origin: str, task: str = "train") -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{origin}: {_explain(error)}") from None
-    kinds = {"sft": config.objective_entry.supervised, "reward": "scores" in config.objective_entry.needs}
+    kinds = {"sft": config.bound_objective.supervised, "reward": config.bound_objective.is_reward_model}
     if not kinds.get(task, True):
         raise UserError(
             f"{origin}: objective.loss_type: {config.objective.loss_type} is no objective of madpo {task}, "

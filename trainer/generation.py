@@ -17,7 +17,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from madpo.trainer import dist
 from madpo.trainer.config import Config
-from madpo.trainer.engine import build_engine, deepspeed_config, release
+from madpo.trainer.engine import Engine, deepspeed_config
 from madpo.trainer.errors import UserError
 from madpo.trainer.generate_config import GenerateConfig
 from madpo.trainer.model.load import load_sampler
@@ -84,9 +84,9 @@ def open_sampler(
         return _Transformers(settings, model, tokenizer)
     with partitioned_loading(deepspeed_config(config, training=False)):
         model = load_sampler(config, name, revision)
-    engine = build_engine(config, model, training=False)
+    engine = Engine(config, model, training=False)
     engine.eval()
-    return _Transformers(settings, engine.module, tokenizer, partial(release, engine))
+    return _Transformers(settings, engine.module, tokenizer, engine.release)
 
 
 def ends_of(eos_token_id: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

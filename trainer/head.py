@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +11,19 @@ from torch import Tensor, nn
 from madpo.kernels.distribution_loss import distribution_loss
 from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.layout import Groups, Span
-from madpo.kernels.preference_loss import Reference, SpanLoss, preference_loss
+from madpo.kernels.preference_loss import Reference, preference_loss
 from madpo.kernels.steps import Impl
+from madpo.kernels.token_scores import TokenScores
 from madpo.kernels.transform import IDENTITY, LogitTransform
 from madpo.trainer.data.packing import PackedBatch
-from madpo.trainer.objectives.base import Objective, Params, Scored
-from madpo.trainer.sequence_parallel import SequenceGroup
+from madpo.trainer.objectives.base import Need
+from madpo.trainer.objectives.build import BoundObjective
+from madpo.trainer.scoring_module import Gradients, Mode, ScoredLoss
 
-__all__ = ["FindSlopes", "Impl", "LogitTransform", "OutputHead", "PreferenceHead", "scored_span"]
+__all__ = ["Impl", "LogitTransform", "OutputHead", "OutputLayers", "PreferenceHead"]
 
-
-FindSlopes = Callable[[PackedBatch, Sequence[Tensor | None]], Tensor]
-"""(a batch, what is known of its rows (M,)) -> the slopes (S,) of the step's losses in its log-probs."""
+SpanLoss = Callable[[TokenScores, Span], Tensor]
+"""(scores of the span's tokens, span) -> () the sum of the span's losses."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +35,20 @@ class OutputHead:
     transform: LogitTransform = IDENTITY
 
 
-class PreferenceHead(nn.Module):
+class OutputLayers(nn.Module):
     """Holds the output embeddings of policy and reference, shared with the models that own them.
 
     A module of its own so that ZeRO-3 gathers the two weights around its forward and backward only.
+    What is formed from them, whole rows or slices, is a subclass's matter.
     """
 
     def __init__(
         self,
         policy: OutputHead,
         reference: OutputHead | None,
-        objective: Objective,
-        params: Params,
+        objective: BoundObjective,
         budget_bytes: int,
         impl: Impl = "auto",
-        sequence_group: SequenceGroup | None = None,
     ) -> None:
         super().__init__()
         assert reference is None or reference.transform == policy.transform
@@ -58,175 +56,163 @@ class PreferenceHead(nn.Module):
         self.ref_weight = reference.weight if reference else None
         self.ref_bias = reference.bias if reference else None
         self.objective = objective
-        self.params = params
         self.budget_bytes = budget_bytes
         self.impl: Impl = impl
-        self.sequence_group = sequence_group
 
     def forward(
         self,
-        hidden: Tensor,  # (M, H) policy, scored rows
+        hidden: Tensor,  # (M, H) of the policy, at the positions that predict the batch's own targets
         ref_hidden: Tensor | None,  # (M, H)
         batch: PackedBatch,
-        find_slopes: FindSlopes | None = None,
+        mode: Mode = Mode.LOSS,
+        gradients: Gradients = None,
     ) -> tuple[Tensor | None, ...]:
-        """The loss (), and of each row (M,) what `scored_span` takes: token_logps, ref_token_logps, ...
+        """The loss () and the fields of `TokenScores`, as a plain tuple, as `mode` asks."""
+        out = self._of_mode(hidden, ref_hidden, batch, mode, gradients)
+        return out.loss, *out.tokens
 
-        Of a batch in slices the hidden states are those of its own rows, (m, H). With `find_slopes` a first
-        pass over the rows finds what they are worth, and the loss is that of a batch with these slopes.
-        """
-        if batch.own_rows is not None:
-            return self._in_slices(hidden, ref_hidden, batch, batch.own_rows, find_slopes)
-        groups = Groups(batch.lengths, batch.group_sequences, batch.group_edges, batch.winners, batch.losers)
-        score: Any = partial(self._score, hidden, targets=batch.targets, groups=groups, scale=batch.scale)
-        reference = self._reference(ref_hidden, batch.ref_token_logps)
-        if find_slopes is None:
-            return score(reference, loss=self._loss(batch))
-        with torch.no_grad():
-            _, *rows = score(reference, loss=_no_loss)
-        loss, *_ = score(Reference(), loss=self._loss(replace(batch, slopes=find_slopes(batch, rows))))
-        return loss, *rows
-
-    def _reference(
+    def _of_mode(
         self,
-        hidden: Tensor | None,  # (M, H)
-        token_logps: Tensor | None = None,  # (M,) if they are known
-    ) -> Reference:
-        if hidden is None:
-            return Reference(token_logps=token_logps)
-        return Reference(hidden, self.ref_weight, self.ref_bias)
+        hidden: Tensor,  # (M, H)
+        ref_hidden: Tensor | None,  # (M, H)
+        batch: PackedBatch,
+        mode: Mode,
+        gradients: Gradients,
+    ) -> ScoredLoss:
+        if mode is Mode.FROM_GRADIENTS:
+            assert isinstance(gradients, Tensor)
+            return self.loss_from_gradients(hidden, batch, gradients)
+        if mode is Mode.LOSS:
+            return self.loss(hidden, ref_hidden, batch)
+        tokens = self.score(hidden, ref_hidden, batch)
+        if mode is Mode.SCORE:
+            return ScoredLoss(hidden.new_zeros(()), tokens)
+        assert callable(gradients)
+        return ScoredLoss(self.loss_from_gradients(hidden, batch, gradients(batch, tokens)).loss, tokens)
 
-    def _score(
+    def score(self, hidden: Tensor, ref_hidden: Tensor | None, batch: PackedBatch) -> TokenScores:
+        """The scores (M,) of all tokens of the batch's rows, without gradients; arguments as in `forward`."""
+        raise NotImplementedError
+
+    def loss(self, hidden: Tensor, ref_hidden: Tensor | None, batch: PackedBatch) -> ScoredLoss:
+        """`batch.scale` times the sum of the batch's losses, and the scores; arguments as in `forward`."""
+        raise NotImplementedError
+
+    def loss_from_gradients(
+        self,
+        hidden: Tensor,  # (M, H)
+        batch: PackedBatch,
+        dloss_dlogps: Tensor,  # (S,)
+    ) -> ScoredLoss:
+        """A loss that has these gradients in the completions' log-probs, times `batch.scale`.
+
+        By the chain rule it has the gradient in weights and hidden states of the losses that they are of.
+        """
+        raise NotImplementedError
+
+    def run_kernels(
         self,
         hidden: Tensor,  # (M, H)
         reference: Reference,
         targets: Tensor,  # (M,)
         groups: Groups,
-        loss: EdgeLoss | Callable[..., Tensor],  # (what is known of the rows, one by one, and the span)
+        loss: EdgeLoss | SpanLoss,
         scale: float,
-    ) -> tuple[Tensor | None, ...]:
-        """As `forward`, for the loss of the groups' spans."""
+    ) -> ScoredLoss:
+        """`scale` times the sum of the losses, and the tokens' scores, from the fused kernels."""
         inputs = hidden, self.weight, targets, groups
-        options: Any = {
-            "bias": self.bias,
-            "transform": self.transform,
-            "scale": scale,
-            "budget_bytes": self.budget_bytes,
-        }
-        if "distributions" in self.objective.needs:
+        transform, budget = self.transform, self.budget_bytes
+        if Need.DISTRIBUTIONS in self.objective.needs:
             assert not isinstance(loss, EdgeLoss)
-            out = distribution_loss(*inputs, lambda rows, span: loss(*rows, span), reference, **options)
-            return out.loss, *out.rows
-        out = preference_loss(*inputs, loss, reference, impl=self.impl, **options)
-        return out.loss, out.token_logps, out.ref_token_logps
+            wide = distribution_loss(
+                *inputs,
+                loss,
+                reference,
+                bias=self.bias,
+                transform=transform,
+                scale=scale,
+                budget_bytes=budget,
+            )
+            return ScoredLoss(wide.loss, wide.tokens)
+        out = preference_loss(
+            *inputs,
+            loss if isinstance(loss, EdgeLoss) else _without_distributions(loss),
+            reference,
+            bias=self.bias,
+            transform=transform,
+            scale=scale,
+            budget_bytes=budget,
+            impl=self.impl,
+        )
+        return ScoredLoss(out.loss, TokenScores(out.token_logps, out.ref_token_logps))
 
-    def _in_slices(
-        self,
-        hidden: Tensor,  # (m, H)
-        ref_hidden: Tensor | None,  # (m, H)
-        batch: PackedBatch,
-        own_rows: Tensor,  # (m,)
-        find_slopes: FindSlopes | None,
-    ) -> tuple[Tensor | None, ...]:
-        """As `forward`, by two passes over this rank's rows, whose slopes depend on those of other slices:
-        the log-probs of all slices meet and give the slopes, with which the second pass has the gradient of
-        the losses, by the chain rule. The sum over the group's ranks is the gradient of the whole row. The
-        loss itself is that of the stand-in, or 0 without gradients.
-        """
-        assert self.sequence_group is not None
-        targets = batch.targets[own_rows]
-        score: Any = partial(self._score, hidden, targets=targets, groups=_blocks(targets), scale=batch.scale)
-        if batch.slopes is not None:
-            return score(Reference(), loss=partial(_linear_loss, [_row_slopes(batch)[own_rows]]))
-        reference = self._reference(ref_hidden)
+
+class PreferenceHead(OutputLayers):
+    """Scores and loss of whole packed rows."""
+
+    def score(self, hidden: Tensor, ref_hidden: Tensor | None, batch: PackedBatch) -> TokenScores:
         with torch.no_grad():
-            loss, *rows = score(reference, loss=_no_loss)
-        whole = self.sequence_group.meet(rows, own_rows, len(batch.targets))
-        if batch.ref_token_logps is not None:
-            whole[1] = batch.ref_token_logps
-        if find_slopes is not None:
-            batch = replace(batch, slopes=find_slopes(batch, whole))
-            loss, *_ = score(Reference(), loss=partial(_linear_loss, [_row_slopes(batch)[own_rows]]))
-        elif torch.is_grad_enabled() and not self.objective.needs_batch:
-            slopes = [slope[own_rows] for slope in self._slopes(batch, whole)]
-            again = reference if "distributions" in self.objective.needs else Reference()
-            loss, *_ = score(again, loss=partial(_linear_loss, slopes))
-        return loss, *whole
+            return self._run(hidden, ref_hidden, batch, no_loss).tokens
 
-    def _slopes(self, batch: PackedBatch, rows: Sequence[Tensor | None]) -> list[Tensor]:
-        """Of the sum of the losses in what is known of each row; (M,) each."""
-        leaves = [row if row is None else row.clone().requires_grad_() for row in rows]
-        losses = self.objective(scored_span(batch, *leaves), self.params).losses.sum()  # type: ignore[arg-type]
-        known = [leaf for leaf in leaves if leaf is not None]
-        return list(torch.autograd.grad(losses, known, allow_unused=True, materialize_grads=True))
+    def loss(self, hidden: Tensor, ref_hidden: Tensor | None, batch: PackedBatch) -> ScoredLoss:
+        return self._run(hidden, ref_hidden, batch, self._losses(batch))
 
-    def _loss(self, batch: PackedBatch) -> EdgeLoss | SpanLoss:
-        """What the kernels form or differentiate; nothing where the losses wait for the whole batch."""
-        if batch.slopes is not None:
-            return partial(_linear_loss, [_row_slopes(batch)])
-        if self.objective.needs_batch:
-            return _no_loss
-        if self.objective.epilogue is not None:
-            loss = self.objective.epilogue(batch.margins, self.params)
-            if batch.edge_weights is None:
-                return loss
-            return replace(loss, weights=batch.edge_weights, margins=None, margin_weight=None)
-        return partial(self._span_loss, batch)
+    def loss_from_gradients(self, hidden: Tensor, batch: PackedBatch, dloss_dlogps: Tensor) -> ScoredLoss:
+        loss = linear_loss(TokenScores(of_tokens(dloss_dlogps, batch)))
+        return self.run_kernels(hidden, Reference(), batch.targets, groups_of(batch), loss, batch.scale)
 
-    def _span_loss(self, batch: PackedBatch, *rows_and_span: Any) -> Tensor:
-        *rows, span = rows_and_span
-        return self.objective(scored_span(batch, *rows, span=span), self.params).losses.sum()
+    def _run(
+        self,
+        hidden: Tensor,  # (M, H)
+        ref_hidden: Tensor | None,  # (M, H)
+        batch: PackedBatch,
+        loss: EdgeLoss | SpanLoss,
+    ) -> ScoredLoss:
+        reference = Reference(token_logps=batch.ref_token_logps)
+        if ref_hidden is not None:
+            reference = Reference(ref_hidden, self.ref_weight, self.ref_bias)
+        return self.run_kernels(hidden, reference, batch.targets, groups_of(batch), loss, batch.scale)
+
+    def _losses(self, batch: PackedBatch) -> EdgeLoss | SpanLoss:
+        """What the kernels form, or a function that autograd differentiates."""
+        loss = self.objective.epilogue(batch.margins)
+        if loss is None:
+            return lambda tokens, span: self.objective.of_groups(batch.scored(tokens, span)).losses.sum()
+        if batch.edge_weights is None:
+            return loss
+        return replace(loss, weights=batch.edge_weights, margins=None, margin_weight=None)
 
 
-def _no_loss(logps: Tensor, *rest: Any) -> Tensor:
-    return logps.new_zeros(())
+def groups_of(batch: PackedBatch) -> Groups:
+    """The structure of a batch, as the kernels take it."""
+    return Groups(batch.lengths, batch.group_sequences, batch.group_edges, batch.winners, batch.losers)
 
 
-def _row_slopes(batch: PackedBatch) -> Tensor:
-    """(M,) every row has the slope of its sequence."""
-    assert batch.slopes is not None
-    return batch.slopes.repeat_interleave(batch.seq_lengths, output_size=len(batch.targets))
+def no_loss(tokens: TokenScores, span: Span) -> Tensor:
+    """() a constant 0, where scores alone are asked for."""
+    return tokens.token_logps.new_zeros(())
 
 
-def _linear_loss(slopes: Sequence[Tensor], *rows_and_span: Any) -> Tensor:
-    """A stand-in that has the gradient of the losses whose slopes are known, (M,) for each value."""
-    *rows, span = rows_and_span
-    known = [row for row in rows if row is not None]
-    return torch.stack([(x * s[span.rows]).sum() for x, s in zip(known, slopes, strict=False)]).sum()
-
-
-BLOCK = 256
-
-
-def _blocks(targets: Tensor) -> Groups:
-    """Rows that are compared with nothing, in blocks, between which a wave of logits may end."""
-    full, rest = divmod(len(targets), BLOCK)
-    return Groups.alone([BLOCK] * full + [rest] * bool(rest), targets.device)
-
-
-WHOLE = Span(*(slice(0, None),) * 4)
-
-
-def scored_span(
+def of_tokens(
+    dloss_dlogps: Tensor,  # (S,)
     batch: PackedBatch,
-    token_logps: Tensor,  # (m,) of the span's rows
-    ref_token_logps: Tensor | None = None,  # (m,)
-    log_collisions: Tensor | None = None,  # (m,)
-    kl: Tensor | None = None,  # (m,)
-    *,
-    span: Span = WHOLE,
-) -> Scored:
-    """What the objective sees of some whole groups, or of the whole batch; sequences count from the first."""
-    first = span.sequences.start
-    return Scored(
-        token_logps,
-        ref_token_logps,
-        batch.seq_lengths[span.sequences],
-        batch.winners[span.edges] - first,
-        batch.losers[span.edges] - first,
-        batch.margins[span.edges],
-        batch.labels[span.sequences],
-        log_collisions,
-        kl,
-        None if batch.edge_weights is None else batch.edge_weights[span.edges],
-    )
+) -> Tensor:
+    """(M,) the gradient in each token's log-prob: that of its completion, which is their sum."""
+    return dloss_dlogps.repeat_interleave(batch.seq_lengths, output_size=len(batch.targets))
+
+
+def linear_loss(
+    gradients: TokenScores,  # (M,) the gradient in each field that has one
+) -> SpanLoss:
+    """A stand-in for losses whose gradients in the tokens' scores are known."""
+
+    def loss(tokens: TokenScores, span: Span) -> Tensor:
+        pairs = zip(tokens, gradients, strict=True)
+        parts = [(x * g[span.rows]).sum() for x, g in pairs if x is not None and g is not None]
+        return torch.stack(parts).sum()
+
+    return loss
+
+
+def _without_distributions(loss: SpanLoss) -> Callable[[Tensor, Tensor | None, Span], Tensor]:
+    return lambda logps, ref_logps, span: loss(TokenScores(logps, ref_logps), span)

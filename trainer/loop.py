@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
@@ -15,15 +14,16 @@ from madpo.trainer.data.loader import evaluation_steps, step_rules, training_ste
 from madpo.trainer.data.prefetch import prefetched
 from madpo.trainer.data.shapes import Work
 from madpo.trainer.dist import Shard
-from madpo.trainer.engine import evaluation_step, grad_norm, move_reference, train_step
+from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
 from madpo.trainer.metrics import Meter
 from madpo.trainer.model.flops import step_cost
-from madpo.trainer.model.prefix_attention import shares_rows
 from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.perf import peak_flops, throughput
+from madpo.trainer.reference.moving import move_reference
 from madpo.trainer.schedule import learning_rate
 from madpo.trainer.state import TrainState
+from madpo.trainer.step import evaluation_step, train_step
 
 Record = dict[str, float]
 
@@ -50,7 +50,7 @@ def plan_run(config: Config, num_groups: int | None) -> Plan:
 
 def train(
     config: Config,
-    engine: Any,
+    engine: Engine,
     feed: Feed,
     held_out: GroupDataset | None,
     shard: Shard,
@@ -60,7 +60,7 @@ def train(
 ) -> None:
     """Train from `state` to the end of the plan. `on_record` gets every logged line, on all ranks."""
     settings, plan = config.train, plan_run(config, feed.num_groups)
-    rules = step_rules(config, shares_rows(engine.module.policy), step_cost(engine.module))
+    rules = step_rules(config, engine.module, step_cost(engine.module))
     steps = training_steps(feed, rules, settings.global_batch_size, shard, state.consumed, plan.total_groups)
     peak = peak_flops(settings.peak_tflops, engine.device, settings.bf16)
     meter, work, logged_at, logged_step = Meter(), Work(), time.perf_counter(), state.step
@@ -76,7 +76,9 @@ def train(
         work += done
         if config.model.sync_ref_model and _due(state.step, config.model.ref_model_sync_steps):
             seed = config.seed + state.step  # any that a continuation finds again
-            move_reference(engine, config.model.ref_model_mixup_alpha, seed)
+            alpha, models = config.model.ref_model_mixup_alpha, engine.module
+            assert models.reference is not None
+            move_reference(models.policy, models.reference, alpha, seed, engine.device)
         is_last = state.step == plan.total_steps
 
         saves = is_last or _due(state.step, settings.save_steps)
@@ -85,7 +87,7 @@ def train(
             record = meter.reduce()
             seconds = time.perf_counter() - logged_at
             record |= {
-                "grad_norm": grad_norm(engine),
+                "grad_norm": engine.grad_norm(),
                 "learning_rate": rate,
                 "num_tokens": state.num_tokens,
                 **throughput(work, state.step - logged_step, seconds, shard.world_size, peak),
@@ -110,7 +112,7 @@ def train(
 
 def evaluate(
     config: Config,
-    engine: Any,
+    engine: Engine,
     groups: GroupDataset,
     shard: Shard,
     memory: Mapping[str, list[float]],
@@ -121,7 +123,7 @@ def evaluate(
     """
     engine.eval()
     meter = Meter()
-    rules = step_rules(config, shares_rows(engine.module.policy), step_cost(engine.module, training=False))
+    rules = step_rules(config, engine.module, step_cost(engine.module, training=False))
     steps = evaluation_steps(groups, rules, config.train.global_batch_size, shard)
     for number, step in enumerate(prefetched(steps, engine.device)):
         evaluation_step(engine, step, meter, BatchState(memory, (config.seed, number)))

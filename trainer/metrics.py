@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from madpo.trainer.data.packing import PackedBatch
-from madpo.trainer.objectives.base import Item, Objective, Outcome, Params, Scored
+from madpo.trainer.objectives.base import Item, Outcome, Scored
+from madpo.trainer.objectives.build import BoundObjective
 from madpo.trainer.perf import MEMORY, PeakMemory
 from madpo.trainer.run_folder import metrics_lines
 
@@ -112,8 +113,7 @@ def add_batch(
     batch: PackedBatch,
     scored: Scored,
     outcome: Outcome,
-    objective: Objective,
-    params: Params,
+    objective: BoundObjective,
 ) -> None:
     """Fold one micro-batch's metrics into the meter. Names depend on the objective alone."""
     keep = 0 if batch.is_filler else None
@@ -124,7 +124,7 @@ def add_batch(
         for name, values in outcome.stats.items():
             meter.add(name, values[:keep], where)
         if objective.item is not Item.TOKEN:
-            _add_completions(meter, batch, scored, objective, getattr(params, "beta", 1.0))
+            _add_completions(meter, batch, scored, objective)
         if scored.ref_token_logps is not None:
             drift = scored.token_logps.double() - scored.ref_token_logps.double()
             if objective.item is Item.SEQUENCE:
@@ -138,13 +138,11 @@ def add_stats(meter: Meter, batch: PackedBatch, stats: Mapping[str, Tensor]) -> 
         meter.add(name, value.expand(0 if batch.is_filler else len(batch.input_ids)))
 
 
-def _add_completions(
-    meter: Meter, batch: PackedBatch, scored: Scored, objective: Objective, beta: float
-) -> None:
+def _add_completions(meter: Meter, batch: PackedBatch, scored: Scored, objective: BoundObjective) -> None:
     """Rewards, log-probs and lengths of chosen and rejected, or of desirable and undesirable, completions."""
-    are_rewards, pairs = "scores" in objective.needs, objective.item is Item.EDGE
+    are_rewards, pairs = objective.is_reward_model, objective.item is Item.EDGE
     per_token = scored.logps / scored.lengths.clamp(min=1)
-    rewards = beta * (per_token if scored.ref_token_logps is None else scored.logratios)
+    rewards = objective.beta * (per_token if scored.ref_token_logps is None else scored.logratios)
     values = {"rewards": rewards, "logps": scored.logps, "lengths": scored.lengths.double()}
     if are_rewards:
         rewards = values["rewards"] = values.pop("logps")

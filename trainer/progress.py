@@ -51,9 +51,9 @@ class Progress:
         shard: Shard,
         device: torch.device,
         parameters: tuple[int, int],  # trained, all
-        remarks: Sequence[str] = (),
+        notes: Sequence[str] = (),
     ) -> None:
-        """The facts of the run, before its first step; `remarks` are further ones, a line each."""
+        """The facts of the run, before its first step; `notes` are further ones, a line each."""
         out = self._console.print
         where = f"{shard.world_size} rank(s) on {device.type}"
         out(f"[bold]{config.objective.loss_type}[/] into {config.output_dir}, {where}")
@@ -69,15 +69,15 @@ class Progress:
                     f"{facts['rows_merged']} rows merged with others of their prompt, {saved} tokens saved"
                 ]
             repeated = facts.get("tokens_of_known_prompts", 0) / max(facts["tokens"], 1)
-            could_merge = not (config.data.merge_prompts or config.objective_entry.supervised)
+            could_merge = not (config.data.merge_prompts or config.bound_objective.supervised)
             if could_merge and repeated > WORTH_A_WORD:
                 notes += [f"{repeated:.0%} of the tokens are prompts said before (data.merge_prompts)"]
             counts = ("truncated_completions", "groups_with_moved_boundary", "rows_that_spell_special_tokens")
             for key in counts:
                 notes += [f"{facts[key]} {key.replace('_', ' ')}"] if facts[key] else []
             out(f"  {split}: {', '.join(notes)}")
-        for remark in remarks:
-            out(f"  {remark}")
+        for note in notes:
+            out(f"  {note}")
         if state.step:
             out(f"  resuming after step {state.step} of {self._total}")
         if self._console.is_terminal and state.step < self._total:

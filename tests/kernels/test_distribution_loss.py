@@ -6,21 +6,27 @@ import pytest
 import torch
 from kernel_cases import relative_error
 
-from madpo.kernels.distribution_loss import RowStatistics, distribution_loss
+from madpo.kernels.distribution_loss import distribution_loss
 from madpo.kernels.layout import Groups, Span
 from madpo.kernels.preference_loss import Reference
+from madpo.kernels.token_scores import TokenScores
 from madpo.kernels.transform import LogitTransform
 
 M, H, V = 14, 10, 67
 GROUPS = ((3, 4), (1, 6))
 
 
-def span_loss(rows: RowStatistics, span: Span) -> torch.Tensor:
+def collisions_of(tokens: TokenScores) -> torch.Tensor:
+    assert tokens.log_collisions is not None
+    return tokens.log_collisions
+
+
+def span_loss(rows: TokenScores, span: Span) -> torch.Tensor:
     """Something that goes through everything differentiable, and reads the rest."""
     assert rows.kl is not None and rows.ref_token_logps is not None
     weights = torch.arange(span.rows.start, span.rows.stop, dtype=rows.kl.dtype) / M
     ratios = rows.token_logps - rows.ref_token_logps
-    return (weights * (torch.sin(ratios) + rows.kl.square() + rows.log_collisions * ratios)).sum()
+    return (weights * (torch.sin(ratios) + rows.kl.square() + collisions_of(rows) * ratios)).sum()
 
 
 @pytest.mark.parametrize("budget", [2**31, 1], ids=["one-wave", "a-wave-each"])
@@ -56,14 +62,14 @@ def test_equals_autograd_on_naive_logits(budget, transform, with_bias):
     p, q = logps(*plain), logps(ref_hidden, ref_weight, ref_bias)
     at = torch.arange(M), targets
     collisions = p.detach().exp().square().sum(1).log()
-    rows = RowStatistics(
+    rows = TokenScores(
         p[at], q[at], collisions, torch.nn.functional.kl_div(p, q, log_target=True, reduction="none").sum(1)
     )
     whole = slice(0, None)
     want = 0.7 * span_loss(rows, Span(whole, whole, whole, slice(0, M)))
     (3 * want).backward()
     assert relative_error(out.loss, want) < 1e-12
-    for got, truth in zip(out.rows, rows, strict=True):
+    for got, truth in zip(out.tokens, rows, strict=True):
         assert got is not None and truth is not None and not got.requires_grad
         assert relative_error(got, truth) < 1e-12
     for leaf, truth in zip(leaves, plain, strict=True):
@@ -79,7 +85,7 @@ def test_log_probs_that_were_scored_before_take_the_place_of_the_reference():
     lengths = tuple(n for group in GROUPS for n in group)
     groups = Groups(lengths, (2, 2), (1, 1), torch.tensor([0, 2]), torch.tensor([1, 3]))
 
-    def loss(rows: RowStatistics, span: Span) -> torch.Tensor:
+    def loss(rows: TokenScores, span: Span) -> torch.Tensor:
         assert rows.ref_token_logps is not None
         return torch.sin(rows.token_logps - rows.ref_token_logps).sum()
 
@@ -91,9 +97,9 @@ def test_log_probs_that_were_scored_before_take_the_place_of_the_reference():
         return out, leaf.grad
 
     want, want_gradient = run(Reference(ref_hidden, ref_weight))
-    got, gradient = run(Reference(token_logps=want.rows.ref_token_logps))
+    got, gradient = run(Reference(token_logps=want.tokens.ref_token_logps))
     assert torch.equal(got.loss, want.loss) and torch.equal(gradient, want_gradient)
-    assert torch.equal(got.rows.ref_token_logps, want.rows.ref_token_logps) and got.rows.kl is None
+    assert torch.equal(got.tokens.ref_token_logps, want.tokens.ref_token_logps) and got.tokens.kl is None
 
 
 def test_without_gradients_nothing_but_the_statistics_is_formed():
@@ -101,15 +107,15 @@ def test_without_gradients_nothing_but_the_statistics_is_formed():
     groups = Groups((1, 2), (2,), (1,), torch.tensor([0]), torch.tensor([1]))
     with torch.no_grad():
         out = distribution_loss(
-            hidden, weight, torch.tensor([1, 2, 3]), groups, lambda rows, span: rows.log_collisions.sum()
+            hidden, weight, torch.tensor([1, 2, 3]), groups, lambda rows, span: collisions_of(rows).sum()
         )
-    assert not out.loss.requires_grad and out.rows.kl is None and out.rows.ref_token_logps is None
+    assert not out.loss.requires_grad and out.tokens.kl is None and out.tokens.ref_token_logps is None
     uniform = torch.zeros(V, H)
     with torch.no_grad():
         flat = distribution_loss(
-            hidden, uniform, torch.tensor([1, 2, 3]), groups, lambda rows, span: rows.log_collisions.sum()
+            hidden, uniform, torch.tensor([1, 2, 3]), groups, lambda rows, span: collisions_of(rows).sum()
         )
-    torch.testing.assert_close(flat.rows.log_collisions.exp(), torch.full((3,), 1 / V))
+    torch.testing.assert_close(collisions_of(flat.tokens).exp(), torch.full((3,), 1 / V))
 
 
 def test_narrow_inputs_are_computed_wide_and_return_narrow_gradients():
@@ -120,7 +126,7 @@ def test_narrow_inputs_are_computed_wide_and_return_narrow_gradients():
         hidden, weight, torch.tensor([1, 2, 3]), groups, lambda rows, span: rows.token_logps.sum()
     )
     out.loss.backward()
-    assert out.rows.token_logps.dtype == torch.float32
+    assert out.tokens.token_logps.dtype == torch.float32
     assert hidden.grad is not None and hidden.grad.dtype == torch.bfloat16
     wide = hidden.detach().double().requires_grad_()
     (wide @ weight.detach().double().T).log_softmax(1)[

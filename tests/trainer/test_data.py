@@ -273,7 +273,7 @@ def test_a_missing_margin_is_refused_when_the_objective_needs_it(tmp_path, token
     )
     groups, _ = load_groups(config.data, "train", tokenizer)
     with pytest.raises(ValueError, match="1 of 4 rows have no margin"):
-        groups.require(config.objective_entry, "madpo", 4096)
+        groups.require(config.bound_objective, 4096)
 
 
 def test_supervised_rows_are_refused_by_pairwise_objectives(tmp_path, tokenizer):
@@ -282,7 +282,7 @@ def test_supervised_rows_are_refused_by_pairwise_objectives(tmp_path, tokenizer)
     config = config_for(tmp_path, path)
     groups, _ = load_groups(config.data, "train", tokenizer)
     with pytest.raises(ValueError, match="compares completions"):
-        groups.require(config.objective_entry, "dpo", 4096)
+        groups.require(config.bound_objective, 4096)
 
 
 def test_the_report_counts_what_was_cut_and_dropped(tmp_path, tokenizer):

@@ -16,11 +16,11 @@ from zero3 import compare, padded_logps, plain_optimizer, zero3_steps
 from madpo.trainer.config import Config
 from madpo.trainer.data.loader import StepRules, plan_step
 from madpo.trainer.data.order import DataOrder
-from madpo.trainer.engine import train_step
 from madpo.trainer.metrics import Meter
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.objectives.base import BatchState, Item, MarginWeight
 from madpo.trainer.stages.setup import load_data, start_engine
+from madpo.trainer.step import train_step
 
 pytestmark = pytest.mark.ranks
 
@@ -156,11 +156,11 @@ def first_loss(shard, config: Config) -> dict[str, float]:
     tokenizer = load_tokenizer(config.model)
     groups = load_data(config, tokenizer, training=True).train
     assert groups is not None
-    engine = start_engine(config, tokenizer, training=True)
+    engine: Any = start_engine(config, tokenizer, training=True)
     meter = Meter()
     step = plan_step(groups, np.arange(BATCH), StepRules(Item.EDGE, 256), shard)
     train_step(engine, step, 1e-3, meter, BatchState())
-    engine.destroy()
+    engine.release()
     return meter.reduce()
 
 
@@ -198,7 +198,7 @@ def test_no_reference_parameter_is_trained(config, tmp_path: Path):
 
 
 def trainable_names(shard, config: Config) -> list[str]:
-    engine = start_engine(config, load_tokenizer(config.model), training=True)
+    engine: Any = start_engine(config, load_tokenizer(config.model), training=True)
     names = [name for name, p in engine.module.named_parameters() if p.requires_grad]
-    engine.destroy()
+    engine.release()
     return names

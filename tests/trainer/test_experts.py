@@ -26,6 +26,7 @@ from madpo.trainer.model import prefix_attention
 from madpo.trainer.model.balance import expert_balance
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.model.policy import PolicyWithReference
+from madpo.trainer.objectives.build import bind
 from madpo.trainer.objectives.registry import OBJECTIVES
 from madpo.trainer.stages.setup import load_data
 from madpo.trainer.stages.train import run_training
@@ -44,7 +45,7 @@ def test_the_loss_is_that_of_transformers(family, checkpointing):
         ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     (group,) = random_groups(1, completions=1, vocab=VOCAB)
     entry = OBJECTIVES["nll"]
-    module = PolicyWithReference(ours, None, entry, entry.params(), 2**20, balance=expert_balance(ours, 0.5))
+    module = PolicyWithReference(ours, None, bind(entry.params()), 2**20, balance=expert_balance(ours, 0.5))
     module.train()
     ids = torch.tensor([group.prompt + group.completions[0]])
     batch = pack([group], scale=0.0, token_scale=1 / ids.shape[1])

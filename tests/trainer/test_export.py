@@ -150,7 +150,7 @@ def sums_around_a_merge(shard, config: Config) -> list[dict[str, float]]:
     merged = gather(whole_weights(policy), shard)
     assert bool(merged) == shard.is_main
     out.append(sums())
-    engine.destroy()
+    engine.release()
     return out
 
 

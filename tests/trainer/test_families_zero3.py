@@ -62,7 +62,7 @@ def load_and_export(shard, config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     engine = start_engine(config, tokenizer, training=True)
     export_model(engine, tokenizer, config, Path(config.output_dir), shard, TrainState())
-    engine.destroy()
+    engine.release()
 
 
 PUBLISHED = {

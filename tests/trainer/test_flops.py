@@ -19,12 +19,13 @@ from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.model import lora, prefix_attention
 from madpo.trainer.model.flops import passes, step_cost
 from madpo.trainer.model.freeze import freeze
-from madpo.trainer.model.policy import PolicyWithReference, Reference
+from madpo.trainer.model.policy import PolicyWithReference
 from madpo.trainer.model.prefix_attention import Sight
 from madpo.trainer.model.recompute import checkpoint_layers
 from madpo.trainer.model.reward import RewardModel
-from madpo.trainer.objectives.base import OBJECTIVES
+from madpo.trainer.objectives.build import bind, build
 from madpo.trainer.objectives.reward import BradleyTerryParams
+from madpo.trainer.scoring_module import ReferenceScorer
 
 NO_DROPOUT = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -52,9 +53,8 @@ def make(seed: int, **changes: Any) -> PreTrainedModel:
     return model
 
 
-def with_reference(policy: PreTrainedModel, reference: Reference | None, loss_type: str = "dpo"):
-    objective = OBJECTIVES[loss_type]
-    return PolicyWithReference(policy, reference, objective, objective.params(), 2**30)
+def with_reference(policy: PreTrainedModel, reference: ReferenceScorer | None, loss_type: str = "dpo"):
+    return PolicyWithReference(policy, reference, build(loss_type), 2**30)
 
 
 def counted(module: Any, batch: PackedBatch, backward: bool = True) -> tuple[int, int]:
@@ -73,7 +73,10 @@ def of_matrices(cost: Cost, batch: PackedBatch) -> float:
 
 @pytest.mark.parametrize("changes", FAMILIES.values(), ids=FAMILIES)
 def test_matrices_are_counted_exactly(changes):
-    module, batch = with_reference(make(0, **changes), Reference(make(1, **changes))), pack(random_groups(3))
+    module, batch = (
+        with_reference(make(0, **changes), ReferenceScorer(make(1, **changes))),
+        pack(random_groups(3)),
+    )
     assert counted(module, batch)[0] == of_matrices(step_cost(module).model, batch)
     with torch.no_grad():
         want = counted(module, batch, backward=False)[0]
@@ -85,7 +88,7 @@ def test_matrices_are_counted_exactly(changes):
 def test_frozen_weights_have_no_gradient_of_their_own(part):
     policy, batch = make(0), pack(random_groups(3))
     freeze(policy, [part])
-    module = with_reference(policy, Reference(make(1)))
+    module = with_reference(policy, ReferenceScorer(make(1)))
     assert counted(module, batch)[0] == of_matrices(step_cost(module).model, batch)
 
 
@@ -104,7 +107,7 @@ def test_adapters_train_little_and_the_reference_goes_without_them():
     pytest.importorskip("peft")
     policy, batch = make(0), pack(random_groups(3))
     lora.attach(policy, lora.new_config(PeftConfig(lora_r=4), "base", None, False), lora.POLICY)
-    module = with_reference(policy, Reference(policy, partial(lora.switch, adapter=None)))
+    module = with_reference(policy, ReferenceScorer(policy, partial(lora.switch, adapter=None)))
     # The first layer counts as a whole, but the inputs of its first matrices need no gradient.
     attention: Any = policy.get_submodule("model.layers.0.self_attn")
     first = [getattr(attention, f"{name}_proj") for name in "qkv"]
@@ -116,7 +119,7 @@ def test_adapters_train_little_and_the_reference_goes_without_them():
 def test_checkpointing_computes_the_layers_again():
     """But for the last matrix of each, whose result backward has no use for."""
     policy, batch = make(0).train(), pack(random_groups(3))
-    module = with_reference(policy, Reference(make(1)))
+    module = with_reference(policy, ReferenceScorer(make(1)))
     want = counted(module, batch)[0]
     checkpoint_layers(policy, selective=False)
     cost = step_cost(module)
@@ -127,8 +130,8 @@ def test_checkpointing_computes_the_layers_again():
 
 
 def test_an_objective_of_the_whole_batch_scores_twice_and_in_parts_computes_the_policy_twice():
-    module = with_reference(make(0), Reference(make(1)), "beta_dpo")
-    cost, dpo = step_cost(module), step_cost(with_reference(make(0), Reference(make(1))))
+    module = with_reference(make(0), ReferenceScorer(make(1)), "beta_dpo")
+    cost, dpo = step_cost(module), step_cost(with_reference(make(0), ReferenceScorer(make(1))))
     assert cost.model == dpo.model
     head = 2 * module.head.weight.numel()
     assert cost.again == Cost(per_row=head)
@@ -148,7 +151,7 @@ def test_a_reward_model_has_no_head_of_its_own_to_count():
     config = AutoConfig.for_model(**LLAMA, num_labels=1)
     model: Any = AutoModelForSequenceClassification.from_config(config, attn_implementation="prefix_sharing")
     module, batch = (
-        RewardModel(model, OBJECTIVES["bradley_terry"], BradleyTerryParams()),
+        RewardModel(model, bind(BradleyTerryParams())),
         pack(random_groups(3)),
     )
     head = 3 * 2 * LLAMA["hidden_size"] * len(batch.lengths)

@@ -7,10 +7,12 @@ import torch
 from kernel_cases import relative_error
 from torch import nn
 
+from madpo.kernels.token_scores import TokenScores
 from madpo.trainer.data.packing import pack
 from madpo.trainer.data.tokenise import TokenGroup
-from madpo.trainer.head import OutputHead, PreferenceHead, scored_span
+from madpo.trainer.head import OutputHead, PreferenceHead
 from madpo.trainer.objectives.base import Item
+from madpo.trainer.objectives.build import bind
 from madpo.trainer.objectives.registry import OBJECTIVES
 
 H, V = 12, 61
@@ -36,14 +38,13 @@ def batch_of(item: Item):
 @pytest.mark.parametrize("rows", [1000, 9], ids=["one-wave", "waves-and-slabs"])
 @pytest.mark.parametrize("name", ONE_BATCH)
 def test_every_objective_through_the_head(name, rows):
-    params = OBJECTIVES[name].params()
-    entry = OBJECTIVES[name].of(params)
+    entry = bind(OBJECTIVES[name].params())
     batch = batch_of(entry.item)
     hidden, ref_hidden = torch.randn(2, len(batch.targets), H, dtype=torch.float64)
     weight, ref_weight = (nn.Parameter(torch.randn(V, H, dtype=torch.float64) * 0.4) for _ in range(2))
     ref_weight.requires_grad_(False)
     reference = OutputHead(ref_weight) if entry.needs_reference else None
-    head = PreferenceHead(OutputHead(weight), reference, entry, params, rows * 64 * 8)
+    head = PreferenceHead(OutputHead(weight), reference, entry, rows * 64 * 8)
     leaf = hidden.clone().requires_grad_()
     loss, logps, ref_logps, *_ = head(leaf, ref_hidden if entry.needs_reference else None, batch)
     loss.backward()
@@ -59,8 +60,8 @@ def test_every_objective_through_the_head(name, rows):
     ref = of_targets(other) if entry.needs_reference else None
     collisions = policy.detach().exp().square().sum(1).log()
     kl = (other.exp() * (other - policy)).sum(1)
-    scored = scored_span(batch, of_targets(policy), ref, collisions, kl)
-    want = 0.25 * entry(scored, params).losses.sum()
+    scored = batch.scored(TokenScores(of_targets(policy), ref, collisions, kl))
+    want = 0.25 * entry.of_groups(scored).losses.sum()
     want.backward()
     assert relative_error(loss, want) < 1e-12
     assert relative_error(logps, scored.token_logps) < 1e-12

@@ -51,9 +51,9 @@ def continued(config, tmp_path, tokenizer_folder) -> Config:
 
 
 def start_weights(shard, config: Config) -> dict[str, torch.Tensor]:
-    engine = start_engine(config, load_tokenizer(config.model), training=True)
+    engine: Any = start_engine(config, load_tokenizer(config.model), training=True)
     weights = gather(adapter_weights(engine.module.policy), shard)
-    engine.destroy()
+    engine.release()
     return weights
 
 
@@ -190,18 +190,18 @@ def test_the_margin_before_the_first_step_is_exactly_zero(config, continued, kin
 
 def trained_names(shard, config: Config) -> list[list[str]]:
     """Before, in the reference, and after."""
-    engine = start_engine(config, load_tokenizer(config.model), training=True)
+    engine: Any = start_engine(config, load_tokenizer(config.model), training=True)
     module = engine.module
 
     def names() -> list[str]:
         return [name for name, p in module.named_parameters() if p.requires_grad]
 
     before = names()
-    with module.compared_with.state():
+    with module.reference_scorer.state():
         within = names()
     out = [before, within, names()]
     assert module.reference is None and (module.head.ref_weight is module.head.weight)
-    engine.destroy()
+    engine.release()
     return out
 
 

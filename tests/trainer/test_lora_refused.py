@@ -165,12 +165,13 @@ def embedding(folder: Path) -> torch.Tensor:
 def first_embeddings(shard, config: Config) -> list[torch.Tensor]:
     import deepspeed
 
-    engine, out = start_engine(config, load_tokenizer(config.model), training=True), []
+    engine: Any = start_engine(config, load_tokenizer(config.model), training=True)
+    out = []
     for model in (engine.module.policy, engine.module.reference):
         weight = model.get_input_embeddings().weight
         with deepspeed.zero.GatheredParameters([weight]):
             out.append(weight.detach().clone())
-    engine.destroy()
+    engine.release()
     return out
 
 

@@ -104,7 +104,7 @@ def test_a_step_on_merged_rows_is_the_step_on_the_rows(tmp_path, tokenizer_folde
             train={"global_batch_size": len(rows()), "micro_batch_tokens": 256},
         )
         paths = {"model_name_or_path": str(model)}
-        if config.objective_entry.needs_reference:
+        if config.bound_objective.needs_reference:
             paths["ref_model_name_or_path"] = str(reference)
         tree = config.model_dump(mode="json", by_alias=True) | {"model": paths}
         config = Config.model_validate(tree)

@@ -32,6 +32,7 @@ from madpo.trainer.model.policy import (
     refuse_unless_packing_is_exact,
 )
 from madpo.trainer.model.settle import settle_attention
+from madpo.trainer.objectives.build import bind
 from madpo.trainer.objectives.registry import OBJECTIVES
 from madpo.trainer.stages.setup import load_data
 
@@ -146,7 +147,7 @@ def test_the_experts_loss_knows_no_padding():
     ours = stateful("qwen3_next", NAME)
     settle_attention(ours, "auto", CPU)
     entry = OBJECTIVES["nll"]
-    module = PolicyWithReference(ours, None, entry, entry.params(), 2**20, balance=expert_balance(ours, 0.5))
+    module = PolicyWithReference(ours, None, bind(entry.params()), 2**20, balance=expert_balance(ours, 0.5))
     module(pack([group, alone], token_scale=1.0))
     logits: list[Any] = []
     for number, part in enumerate((*group.completions, *alone.completions)):

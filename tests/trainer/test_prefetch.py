@@ -127,5 +127,5 @@ def watched_training(shard, config: Config) -> tuple[list[tuple[int, int]], list
     setattr(feed, "take", take)  # noqa: B010
     with suppress(KeyboardInterrupt):
         loop.train(config, engine, feed, None, shard, state, on_record, lambda: None)
-    engine.destroy()
+    engine.release()
     return states, taken, prefetch_threads()

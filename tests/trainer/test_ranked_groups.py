@@ -171,9 +171,9 @@ def test_a_group_beyond_the_budget_is_refused_with_its_size(tmp_path, tokenizer)
     config = config_for(tmp_path, path)
     groups, _ = load_groups(config.data, "train", tokenizer)
     with pytest.raises(ValueError, match=rf"cannot hold a group of {groups.lengths[0]} tokens.*best_worst"):
-        groups.require(config.objective_entry, "dpo", config.train.micro_batch_tokens)
+        groups.require(config.bound_objective, config.train.micro_batch_tokens)
     few, _ = load_groups(config_for(tmp_path, path, edges="best_worst").data, "train", tokenizer)
-    few.require(config.objective_entry, "dpo", config.train.micro_batch_tokens)
+    few.require(config.bound_objective, config.train.micro_batch_tokens)
 
 
 def show(tokenizer, row: dict[str, Any], **data: Any) -> tuple[str, list[str]]:

@@ -146,7 +146,7 @@ def score(shard: Shard, config: Config) -> list[str]:
     tokenizer = load_tokenizer(config.model)
     _, cached = reference.with_reference(config, load_data(config, tokenizer, True), tokenizer, shard, True)
     assert cached is not None
-    return cached.remarks
+    return cached.notes
 
 
 def test_what_is_written_depends_on_ranks_and_budget_by_rounding_only(config, tmp_path):
@@ -205,9 +205,9 @@ def start_at(shard: Shard, config: Config, wrong: float) -> None:
     assert data.train is not None and data.train.reference is not None and cached is not None
     groups = with_logps(data.train, data.train.reference.flat + np.float32(wrong))
     feed = reference.WholeSet(groups, config.seed, config.data.order, {})
-    engine = start_engine(config, tokenizer, training=True)
+    engine: Any = start_engine(config, tokenizer, training=True)
     reference.refuse_unless_policy_fits(config, engine, feed, shard, cached, is_fresh=True)
-    engine.destroy()
+    engine.release()
 
 
 def test_a_run_from_its_reference_starts_at_a_margin_of_zero(config, tmp_path):
@@ -232,11 +232,11 @@ def keep_no_reference(shard: Shard, config: Config) -> tuple[int, int, int]:
     reference._start = watched
     score(shard, config)
     left = sum(weight() is not None for weight in weights)
-    engine = start_engine(config, load_tokenizer(config.model), training=True)
+    engine: Any = start_engine(config, load_tokenizer(config.model), training=True)
     module = engine.module
-    assert module.reference is None and module.compared_with is None and module.head.ref_weight is None
+    assert module.reference is None and module.reference_scorer is None and module.head.ref_weight is None
     owned = count_parameters(module)[1]
-    engine.destroy()
+    engine.release()
     return len(weights), left, owned
 
 

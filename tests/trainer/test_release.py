@@ -13,11 +13,11 @@ from lora_cases import changed
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.loader import plan_step, step_rules
-from madpo.trainer.engine import release, train_step
 from madpo.trainer.metrics import Meter
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.stages.setup import load_data, start_engine
+from madpo.trainer.step import train_step
 
 pytestmark = pytest.mark.ranks
 
@@ -45,7 +45,7 @@ def held_and_left(shard, config: Config, training: bool) -> tuple[int, int]:
             step = plan_step(groups, np.arange(4), step_rules(config), shard)
             train_step(engine, step, 1e-3, Meter(), BatchState())
         held = live_bytes() - before
-        release(engine)
+        engine.release()
         del engine
     return held, live_bytes() - before
 

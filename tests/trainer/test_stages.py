@@ -16,8 +16,8 @@ from harness import LLAMA, make_config, run_ranks, save_model, without_clock, wr
 
 from madpo.trainer import loop
 from madpo.trainer.config import Config
-from madpo.trainer.engine import _rounded
 from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.reference.moving import rounded
 from madpo.trainer.stages.evaluate import run_evaluation
 from madpo.trainer.stages.export import run_export
 from madpo.trainer.stages.setup import load_data, start_engine
@@ -201,12 +201,12 @@ def test_a_narrow_reference_moves_by_less_than_its_last_place():
     theirs = torch.full((40_000,), -1.0, dtype=torch.bfloat16)
     ours = torch.full_like(theirs, -1.0078125)  # the next number
     mixed = torch.lerp(theirs.float(), ours.float(), 0.25)
-    got = _rounded(mixed, torch.Generator().manual_seed(3))
+    got = rounded(mixed, torch.Generator().manual_seed(3))
     assert set(got.tolist()) == {-1.0, -1.0078125}
     assert (got == ours).double().mean().item() == pytest.approx(0.25, abs=0.01)
-    assert torch.equal(got, _rounded(mixed, torch.Generator().manual_seed(3)))
+    assert torch.equal(got, rounded(mixed, torch.Generator().manual_seed(3)))
     exact = torch.randn(100).bfloat16()
-    assert torch.equal(_rounded(exact.float(), torch.Generator()), exact)
+    assert torch.equal(rounded(exact.float(), torch.Generator()), exact)
 
 
 def weights_by_step(shard, config: Config) -> list[dict[str, dict[str, torch.Tensor]]]:
@@ -228,7 +228,7 @@ def weights_by_step(shard, config: Config) -> list[dict[str, dict[str, torch.Ten
         out.append({"start": start, **{name: weights(model) for name, model in models.items()}})
 
     loop.train(config, engine, feed, None, shard, TrainState(), keep, lambda: None)
-    engine.destroy()
+    engine.release()
     return out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -16,8 +15,10 @@ from madpo.trainer.config import PeftConfig
 from madpo.trainer.data.packing import PackedBatch, pack
 from madpo.trainer.model import lora, prefix_attention
 from madpo.trainer.model.balance import expert_balance
-from madpo.trainer.model.policy import PolicyWithReference, Reference, share_traversal
+from madpo.trainer.model.policy import PolicyWithReference, share_traversal
+from madpo.trainer.objectives.build import bind
 from madpo.trainer.objectives.registry import OBJECTIVES
+from madpo.trainer.scoring_module import Mode, ReferenceScorer
 
 CPU = torch.device("cpu")
 
@@ -36,10 +37,10 @@ def adapted(
     for name, parameter in model.named_parameters():
         if "lora_B" in name and trained:
             torch.nn.init.normal_(parameter, std=0.1)
-    reference = Reference(model, partial(lora.switch, adapter=lora.REFERENCE if frozen_copy else None))
+    reference = ReferenceScorer(model, partial(lora.switch, adapter=lora.REFERENCE if frozen_copy else None))
     entry = OBJECTIVES["dpo"]
     balance = expert_balance(model, coef)
-    return PolicyWithReference(model, reference, entry, entry.params(), 2**20, balance=balance).train()
+    return PolicyWithReference(model, reference, bind(entry.params()), 2**20, balance=balance).train()
 
 
 def a_batch() -> PackedBatch:
@@ -49,7 +50,7 @@ def a_batch() -> PackedBatch:
 def outcome(module: PolicyWithReference) -> dict[str, Tensor]:
     """Loss, log-probs of both models, and all gradients."""
     module.zero_grad()
-    loss, logps, ref_logps = module(a_batch())
+    loss, logps, ref_logps, *_ = module(a_batch())
     assert loss is not None and logps is not None and ref_logps is not None
     loss.backward()
     gradients: dict[str, Any] = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
@@ -69,7 +70,7 @@ def calls(module: PolicyWithReference) -> list[bool]:
 def compare(module: PolicyWithReference) -> None:
     want = outcome(module)
     share_traversal(module, CPU)
-    assert module.traversal is not None and not module.remarks
+    assert module.traversal is not None and not module.notes
     got = outcome(module)
     assert got.keys() == want.keys() and len(got) > 3
     assert not torch.equal(got["logps"], got["ref_logps"]), "the adapter must matter"
@@ -110,17 +111,16 @@ def test_a_pass_that_needs_no_reference_takes_none_along():
     module = adapted("Mistral")
     share_traversal(module, CPU)
     batch = a_batch()
-    batch = dataclasses.replace(batch, slopes=torch.ones(len(batch.seq_lengths)))
-    loss, _, ref_logps = module(batch)
-    assert ref_logps is None
+    loss, _, ref_logps, *_ = module(batch, Mode.FROM_GRADIENTS, torch.ones(len(batch.seq_lengths)))
+    assert loss is not None and ref_logps is None
     loss.backward()
 
 
 def refused(module: PolicyWithReference) -> str:
     share_traversal(module, CPU)
     assert module.traversal is None
-    (remark,) = module.remarks
-    return remark
+    (note,) = module.notes
+    return note
 
 
 def test_embeddings_of_its_own_keep_the_reference_apart():

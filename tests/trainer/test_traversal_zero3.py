@@ -120,7 +120,7 @@ def traffic(shard, config: Config) -> dict[str, Any]:
             engine.backward(loss)
             engine.step()
         out["both" if training else "forward"].append(gathered[0])
-    engine.destroy()
+    engine.release()
     layers = {name: p.ds_numel for name, p in parameters.items() if ".layers." in name}
     return out | {
         "whole": whole,

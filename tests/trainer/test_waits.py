@@ -20,11 +20,11 @@ from madpo.trainer import dist
 from madpo.trainer.config import Config
 from madpo.trainer.data.loader import plan_step, step_rules
 from madpo.trainer.data.prefetch import prefetched
-from madpo.trainer.engine import forward_backward
 from madpo.trainer.metrics import Meter
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.stages.setup import load_data, start_engine
+from madpo.trainer.step import forward_backward
 
 pytestmark = pytest.mark.ranks
 
@@ -97,9 +97,9 @@ def waits(shard, config: Config) -> tuple[Counter[str], Counter[str]]:
         with ours:
             forward_backward(engine, step, meter, BatchState())
         with theirs:
-            engine.step()
+            engine.step(1e-3)
         assert meter.reduce()["loss"] > 0
-    engine.destroy()
+    engine.release()
     return ours.found, theirs.found
 
 
@@ -134,5 +134,5 @@ def test_on_a_gpu_the_host_does_not_wait(tmp_path, tokenizer_folder, objective):
         torch.cuda.set_sync_debug_mode("error" if number == WARM else "default")
         forward_backward(engine, step, Meter(), BatchState())
         torch.cuda.set_sync_debug_mode("default")
-        engine.step()
-    engine.destroy()
+        engine.step(1e-3)
+    engine.release()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from harness import make_config, run_ranks, save_model, sentence
 
+from madpo.kernels.token_scores import TokenScores
 from madpo.trainer import loop
 from madpo.trainer.config import Config
 from madpo.trainer.data.feed import WholeSet
@@ -20,7 +21,7 @@ from madpo.trainer.data.order import DataOrder, systematic_draws
 from madpo.trainer.data.packing import PackedBatch
 from madpo.trainer.data.weighted import TrimmedDataset, draw_by_weight, edge_weights, skip_weightless
 from madpo.trainer.dist import Shard
-from madpo.trainer.head import OutputHead, PreferenceHead, scored_span
+from madpo.trainer.head import OutputHead, PreferenceHead
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.objectives.base import Item
 from madpo.trainer.stages.setup import load_data, start_engine, weighed
@@ -79,7 +80,7 @@ def losses_and_gradients(shard: Shard, config: Config, skips: bool) -> list[Any]
     assert data.feed is not None
     loop.train(config, engine, data.feed, data.train, shard, TrainState(), records.append, lambda: None)
     weights = [parameter.detach().clone() for parameter in _whole(engine.module.policy)]
-    engine.destroy()
+    engine.release()
     return [records, weights] if shard.is_main else []
 
 
@@ -223,8 +224,8 @@ def gradient(groups: Any, indices: Any, config: Config, seed: int = 5) -> torch.
     table = torch.from_numpy(np.random.default_rng(seed).normal(-3, 1, (2, 400))).requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
     for batch in plan_step(groups, np.asarray(indices), RULES, ALONE).batches:
-        scored = scored_span(batch, table[0, batch.targets], table[1, batch.targets].detach())
-        total = total + batch.scale * config.objective_entry(scored, config.objective).losses.sum()
+        scored = batch.scored(TokenScores(table[0, batch.targets], table[1, batch.targets].detach()))
+        total = total + batch.scale * config.bound_objective.of_groups(scored).losses.sum()
     return torch.autograd.grad(total, table)[0][0]
 
 
@@ -238,7 +239,7 @@ def test_the_expectation_of_a_drawn_step_is_the_weighted_loss(tmp_path, tokenize
     config = config_for(tmp_path, tokenizer_folder, rows_with(SPREAD, prompts))
     groups = unweighed(config)
     assert len(groups) == prompts
-    weights = edge_weights(groups, config.objective_entry, config.objective)
+    weights = edge_weights(groups, config.bound_objective)
     drawn, of_groups = draw_by_weight(groups, weights)
     truth = gradient(groups, range(prompts), config)
     chances = of_groups / of_groups.sum()
@@ -257,7 +258,7 @@ def test_merged_pairs_of_a_group_keep_their_relative_weights(tmp_path, tokenizer
     config = config_for(tmp_path, tokenizer_folder, rows_with(SPREAD, 4), data={"sampling": "weight"})
     groups = unweighed(config)
     data = data_of(config)
-    weights = edge_weights(groups, config.objective_entry, config.objective)
+    weights = edge_weights(groups, config.bound_objective)
     firsts = np.cumsum(groups.edges) - groups.edges
     for index, (first, count) in enumerate(zip(firsts, groups.edges, strict=True)):
         own = weights[first : first + count]
@@ -288,14 +289,15 @@ def test_weights_of_the_batch_take_the_place_of_the_objectives_in_the_head(tmp_p
     weight = torch.nn.Parameter(torch.randn(311, 16) / 4)
 
     def loss(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        entry, params = config.objective_entry, config.objective
+        objective = config.bound_objective
         reference = OutputHead(torch.nn.Parameter(weight.detach().flip(0), requires_grad=False))
-        head = PreferenceHead(OutputHead(weight), reference, entry, params, 2**30)
-        value, logps, ref_logps = head(hidden, ref_hidden, batch)
+        head = PreferenceHead(OutputHead(weight), reference, objective, 2**30)
+        value, logps, ref_logps, *_ = head(hidden, ref_hidden, batch)
         assert value is not None and logps is not None
-        shown = entry(scored_span(batch, logps, ref_logps), params)
+        scored = batch.scored(TokenScores(logps, ref_logps))
+        shown = objective.of_groups(scored)
         torch.testing.assert_close(value.double(), batch.scale * shown.losses.sum(), rtol=1e-5, atol=1e-6)
-        dpo = -torch.nn.functional.logsigmoid(params.beta * scored_span(batch, logps, ref_logps).edges.deltas)
+        dpo = -torch.nn.functional.logsigmoid(objective.beta * scored.edges.deltas)
         return value, dpo
 
     value, dpo = loss(batch)
@@ -309,7 +311,7 @@ def test_weights_of_the_batch_take_the_place_of_the_objectives_in_the_head(tmp_p
 
 def _with_weights(config: Config) -> tuple[Any, np.ndarray]:
     groups = unweighed(config)
-    return groups, edge_weights(groups, config.objective_entry, config.objective)
+    return groups, edge_weights(groups, config.bound_objective)
 
 
 def test_weights_that_are_all_positive_change_nothing(tmp_path, tokenizer_folder):

@@ -21,13 +21,13 @@ from madpo.trainer.config import Config
 from madpo.trainer.data.loader import plan_step, step_rules
 from madpo.trainer.data.shapes import StepCost, Work, shapes_of
 from madpo.trainer.data.tokenise import TokenGroup
-from madpo.trainer.engine import train_step
 from madpo.trainer.metrics import Meter
 from madpo.trainer.model.flops import step_cost
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.objectives.registry import OBJECTIVES
 from madpo.trainer.stages.setup import load_data, start_engine
+from madpo.trainer.step import train_step
 
 pytestmark = pytest.mark.ranks
 
@@ -125,7 +125,8 @@ def two_passes(shard, config: Config) -> tuple[list[int], Work, StepCost, list[T
     rules = step_rules(config, cost=step_cost(engine.module))
     step = plan_step(groups, np.arange(BATCH), rules, shard)
     sizes = list[int]()
-    engine.module.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0].input_ids)))
+    module: Any = engine.module
+    module.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0].input_ids)))
     done = train_step(engine, step, 1e-3, Meter(), BatchState({}, (0, 0)))
     passes = np.array(sizes).reshape(2, -1).sum(1).tolist()
     return passes, done.work, rules.cost, [groups[index] for index in range(BATCH)]

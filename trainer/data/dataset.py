@@ -36,7 +36,8 @@ from madpo.trainer.data.shapes import Shapes
 from madpo.trainer.data.source import Source, open_source
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, special_spellings, spells_special, tokenise
 from madpo.trainer.errors import UserError
-from madpo.trainer.objectives.base import Item, Objective
+from madpo.trainer.objectives.base import Item, Need
+from madpo.trainer.objectives.build import BoundObjective
 
 FORMAT_VERSION = 5
 """Part of the cache key; raise it when the same rows would give other tokens."""
@@ -140,16 +141,17 @@ class GroupDataset:
         counts = {name: row[name] for name in ("boundary_cut", "truncated", "equal")}
         return TokenGroup(row["prompt"], row["completions"], edges, row["labels"], **counts)
 
-    def require(self, objective: Objective, loss_type: str, budget: int, prefix_sharing: bool = True) -> None:
+    def require(self, objective: BoundObjective, budget: int, prefix_sharing: bool = True) -> None:
         """Raise ValueError unless the groups hold what the objective needs and fit the token budget."""
         counts = self.lengths, self.completion_tokens, self.sequences
         check_budget(computed_tokens(*counts, prefix_sharing), budget)
+        loss_type = objective.loss_type
         if objective.item is Item.EDGE and not self.edges.all():
             raise UserError(
                 f"{self.name}: objective {loss_type} compares completions; give columns prompt, chosen "
                 "and rejected, or use loss_type nll"
             )
-        if "labels" in objective.needs and not self.labelled.all():
+        if Need.LABELS in objective.needs and not self.labelled.all():
             raise UserError(
                 f"{self.name}: objective {loss_type} needs labels; give columns prompt, completion and label "
                 "(true or false), or prompt, chosen and rejected"

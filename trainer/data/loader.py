@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -34,10 +35,19 @@ class StepRules:
     ranks_per_row: int = 1  # more than one: each has a slice of every row of its group of ranks
 
 
-def step_rules(config: Config, shares_rows: bool = True, cost: StepCost = TOKENS) -> StepRules:
-    """The rules of a run, of a model whose layers let sequences share rows, or not."""
-    train, shares = config.train, config.model.prefix_sharing and shares_rows
-    item = config.objective_entry.item
+class Packs(Protocol):
+    """A model, as far as it decides how groups are packed."""
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether sequences may share a packed row, and completions their prompt."""
+        ...
+
+
+def step_rules(config: Config, module: Packs | None = None, cost: StepCost = TOKENS) -> StepRules:
+    """The rules of a run; without a module those of one in which sequences may share rows."""
+    train, shares = config.train, config.model.prefix_sharing and (module is None or module.shares_rows)
+    item = config.bound_objective.item
     return StepRules(item, train.row_tokens, shares, cost, train.sequence_parallel_size)
 
 

@@ -18,10 +18,11 @@ from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.flat import ranges
 from madpo.trainer.data.shapes import Shapes, in_two_parts, shapes_of
 from madpo.trainer.data.tokenise import TokenGroup, labels_of
-from madpo.trainer.objectives.base import Item, Objective
+from madpo.trainer.objectives.base import Item
+from madpo.trainer.objectives.build import BoundObjective
 
 
-def merge_prompts(groups: GroupDataset, objective: Objective, most_tokens: int) -> GroupDataset:
+def merge_prompts(groups: GroupDataset, objective: BoundObjective, most_tokens: int) -> GroupDataset:
     """The groups with those of one prompt (equal token ids) joined; the same where there are none to join.
 
     No comparison and no label is lost: a comparison that two rows make is made twice. Under objectives of
@@ -113,8 +114,8 @@ class MergedDataset(GroupDataset):
             lambda places: shapes_of([self[int(index)] for index in indices[places]]),
         )
 
-    def require(self, objective: Objective, loss_type: str, budget: int, prefix_sharing: bool = True) -> None:
-        self._groups.require(objective, loss_type, budget, prefix_sharing)
+    def require(self, objective: BoundObjective, budget: int, prefix_sharing: bool = True) -> None:
+        self._groups.require(objective, budget, prefix_sharing)
 
     def __getitem__(self, index: int) -> TokenGroup:
         members = self._members[self._starts[index] : self._starts[index + 1]]

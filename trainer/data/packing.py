@@ -20,8 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from madpo.kernels.layout import Span
+from madpo.kernels.token_scores import TokenScores
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
+from madpo.trainer.objectives.base import Scored
+
+WHOLE = Span(*(slice(0, None),) * 4)
+"""All of a batch, whatever its size."""
 
 
 class Segment(NamedTuple):
@@ -64,22 +70,23 @@ class PackedBatch:
     is_filler: bool = False  # keeps a rank in step that has no groups left; counts for nothing
     edge_weights: Tensor | None = None  # (E,) in place of those that the objective gives
     ref_token_logps: Tensor | None = None  # (M,) where the reference was scored before
-    slopes: Tensor | None = None  # (S,) of the losses' sum in the sequences' log-probs, where known before
     own_rows: Tensor | None = None  # (m,) of a row in slices: which of the M rows these `rows` are
 
     def without(
         self,
         left_out: np.ndarray,  # (S,) bool
-    ) -> Self:
-        """For losses whose slopes are known: the batch, on the host, without some completions, and without
-        the prompts of which none is left. What compares completions goes. Of a batch that would be empty
-        the shortest stays.
+    ) -> tuple[Self, Tensor]:
+        """The batch, on the host, without some completions and the prompts that lose all of theirs; and
+        (s,) which completions are kept.
+
+        For losses whose gradients are known: what compares completions goes. If none would be left, the
+        shortest stays, because every rank must run as many batches.
         """
         is_kept = ~left_out
         if not is_kept.any():
             is_kept[np.argmin(self.lengths)] = True
         if is_kept.all():
-            return self
+            return self, torch.arange(len(self.lengths))
         tokens, segments = _left(self.segments, is_kept)
         new_places = np.full(len(self.input_ids), -1)
         new_places[tokens] = np.arange(len(tokens))
@@ -89,7 +96,7 @@ class PackedBatch:
         )
         owners = np.repeat(np.arange(len(self.group_sequences)), self.group_sequences)
         sizes = np.unique(owners[is_kept], return_counts=True)[1].tolist()
-        return dataclasses.replace(
+        batch = dataclasses.replace(
             self,
             input_ids=self.input_ids[of_tokens],
             position_ids=self.position_ids[of_tokens],
@@ -109,7 +116,28 @@ class PackedBatch:
             group_edges=(0,) * len(sizes),
             edge_weights=None,
             ref_token_logps=None,
-            slopes=None if self.slopes is None else self.slopes[of_sequences],
+        )
+        return batch, of_sequences
+
+    def scored(
+        self,
+        tokens: TokenScores,  # (m,) of the span's tokens
+        span: Span = WHOLE,
+    ) -> Scored:
+        """What an objective sees of some whole groups, or of the whole batch; sequences count from the
+        span's first."""
+        first = span.sequences.start
+        return Scored(
+            tokens.token_logps,
+            tokens.ref_token_logps,
+            self.seq_lengths[span.sequences],
+            self.winners[span.edges] - first,
+            self.losers[span.edges] - first,
+            self.margins[span.edges],
+            self.labels[span.sequences],
+            tokens.log_collisions,
+            tokens.kl,
+            None if self.edge_weights is None else self.edge_weights[span.edges],
         )
 
     def to(self, device: torch.device | str) -> Self:

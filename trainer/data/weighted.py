@@ -23,13 +23,13 @@ from madpo.trainer.data.formats import with_edges
 from madpo.trainer.data.shapes import Shapes, in_two_parts, shapes_of
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
-from madpo.trainer.objectives.base import Objective, Params
+from madpo.trainer.objectives.build import BoundObjective
 
 
-def edge_weights(groups: GroupDataset, objective: Objective, params: Params) -> np.ndarray:
+def edge_weights(groups: GroupDataset, objective: BoundObjective) -> np.ndarray:
     """(E,) the weights that an objective gives the edges of all groups, in float64."""
     assert objective.weight is not None
-    return objective.weight(torch.from_numpy(groups.margins.astype(np.float64)), params).numpy()
+    return objective.weight(torch.from_numpy(groups.margins.astype(np.float64))).numpy()
 
 
 class TrimmedDataset(GroupDataset):
@@ -92,8 +92,8 @@ class TrimmedDataset(GroupDataset):
             lambda places: shapes_of([self[int(index)] for index in indices[places]]),
         )
 
-    def require(self, objective: Objective, loss_type: str, budget: int, prefix_sharing: bool = True) -> None:
-        self._groups.require(objective, loss_type, budget, prefix_sharing)
+    def require(self, objective: BoundObjective, budget: int, prefix_sharing: bool = True) -> None:
+        self._groups.require(objective, budget, prefix_sharing)
 
     def __getitem__(self, index: int) -> TokenGroup:
         return self._trimmed(self._chosen[index])

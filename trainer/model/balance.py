@@ -63,16 +63,16 @@ def expert_balance(model: PreTrainedModel, coef: float) -> ExpertBalance | None:
     return ExpertBalance(coef, *parts)
 
 
-def expert_remarks(model: PreTrainedModel, coef: float) -> list[str]:
+def expert_notes(model: PreTrainedModel, coef: float) -> list[str]:
     """What a user should know of the experts before the first step."""
     experts = num_experts(model)
     if not experts:
         return []
     state = f"weighs {coef:g}" if coef else "is off (model.router_aux_loss_coef)"
-    remarks = [f"{experts} experts a layer; the loss that keeps them in balance {state}"]
+    notes = [f"{experts} experts a layer; the loss that keeps them in balance {state}"]
     if is_adapted(model) and any("expert" in name and _rank(p) == 3 for name, p in model.named_parameters()):
-        remarks.append("the experts have no adapter: all of a layer are one parameter, out of LoRA's reach")
-    return remarks
+        notes.append("the experts have no adapter: all of a layer are one parameter, out of LoRA's reach")
+    return notes
 
 
 def _rank(parameter: Any) -> int:

@@ -24,8 +24,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from madpo.trainer.data.shapes import Cost, StepCost
 from madpo.trainer.model.balance import num_experts
 from madpo.trainer.model.lora import in_use
-from madpo.trainer.model.policy import PolicyWithReference, backbone
-from madpo.trainer.model.reward import RewardModel
+from madpo.trainer.model.policy import backbone
+from madpo.trainer.scoring_module import ScoringModule
 
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 """Names of a config for the number of experts that see a token."""
@@ -41,7 +41,7 @@ class Passes:
     trains: bool = False  # whether gradients come to it at all
 
 
-def step_cost(module: PolicyWithReference | RewardModel, training: bool = True) -> StepCost:
+def step_cost(module: ScoringModule, training: bool = True) -> StepCost:
     """Of an optimiser step's micro-batches, or of their evaluation."""
     policy, head = passes(module.policy), _head_weight(module)
     forward = policy.forward + Cost(per_row=2 * head)
@@ -75,16 +75,17 @@ def passes(model: PreTrainedModel) -> Passes:
     return out
 
 
-def _reference_cost(module: PolicyWithReference | RewardModel) -> Cost:
-    if isinstance(module, RewardModel) or (reference := module.compared_with) is None:
+def _reference_cost(module: ScoringModule) -> Cost:
+    reference = module.reference_scorer
+    if reference is None:
         return Cost()
     with reference.state():
         return passes(reference.model).forward + Cost(per_row=2 * _numel(module.head.ref_weight))
 
 
-def _head_weight(module: PolicyWithReference | RewardModel) -> int:
+def _head_weight(module: ScoringModule) -> int:
     """Numbers in the matrix that every completion token meets: a reward model has none."""
-    return 0 if isinstance(module, RewardModel) else _numel(module.head.weight)
+    return 0 if module.head.objective.is_reward_model else _numel(module.head.weight)
 
 
 def _blocks(module: nn.Module) -> Iterator[tuple[nn.Module, bool]]:

@@ -26,10 +26,11 @@ from madpo.trainer.model.balance import expert_balance
 from madpo.trainer.model.freeze import freeze
 from madpo.trainer.model.offload import offload_layers
 from madpo.trainer.model.partition import gather_convolutions
-from madpo.trainer.model.policy import PolicyWithReference, Reference
+from madpo.trainer.model.policy import PolicyWithReference
 from madpo.trainer.model.recompute import checkpoint_layers
 from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.model.vocabulary import add_rows, fit_vocabulary
+from madpo.trainer.scoring_module import ReferenceScorer
 from madpo.trainer.sequence_parallel import join
 from madpo.trainer.strict_yaml import nearest
 
@@ -66,31 +67,31 @@ def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
 def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWithReference | RewardModel:
     """Policy, reference where the objective needs one, and head; or a reward model. Raises ValueError for
     a model that cannot be loaded or does not fit its tokenizer."""
-    entry, model = config.objective_entry, config.model
+    objective, model = config.bound_objective, config.model
     options = _options(config)
     policy, adapter = _policy(config, tokenizer, options)
     if model.freeze:
         freeze(policy, model.freeze)
     if config.train.export_merged and not lora.is_adapted(policy):
         raise UserError("train.export_merged: the model has no adapter; leave it false")
-    is_scored = entry.needs_reference and model.reference != "cached"
+    is_scored = objective.needs_reference and model.reference != "cached"
     reference = _reference(config, policy, adapter, options) if is_scored else None
     for part in (policy, reference.model if reference else None):
         if part is not None:
             gather_convolutions(part)
     _spend_time_or_memory(policy, reference, config)
-    if "scores" in entry.needs:
+    if objective.is_reward_model:
         padding_token(tokenizer)
-        return RewardModel(policy, entry, config.objective)
+        return RewardModel(policy, objective)
     budget_bytes = int(config.train.head_gib * 2**30)
     balance = expert_balance(policy, model.router_aux_loss_coef)
     group = join(config.train.sequence_parallel_size, config.launch.timeout_minutes)
     return PolicyWithReference(
-        policy, reference, entry, config.objective, budget_bytes, config.train.head_impl, balance, group
+        policy, reference, objective, budget_bytes, config.train.head_impl, balance, group
     )
 
 
-def _spend_time_or_memory(policy: PreTrainedModel, reference: Reference | None, config: Config) -> None:
+def _spend_time_or_memory(policy: PreTrainedModel, reference: ReferenceScorer | None, config: Config) -> None:
     """What changes a run's speed and its memory, and no result. Raises ValueError where it cannot be had."""
     model = config.model
     if model.use_liger_kernel:
@@ -102,17 +103,17 @@ def _spend_time_or_memory(policy: PreTrainedModel, reference: Reference | None, 
         offload_layers(policy)
 
 
-def load_reference(config: Config, tokenizer: PreTrainedTokenizerBase) -> Reference:
+def load_reference(config: Config, tokenizer: PreTrainedTokenizerBase) -> ReferenceScorer:
     """The reference alone: of an adapter its base model with the adapter off, or as it was. Raises ValueError
     as above."""
     name, options = config.model.ref_model_name_or_path, _options(config)
     if name is None:
         policy, adapter = _policy(config, tokenizer, options)
-        reference = _without_adapter(policy, adapter) if lora.is_adapted(policy) else Reference(policy)
+        reference = _without_adapter(policy, adapter) if lora.is_adapted(policy) else ReferenceScorer(policy)
     else:
         model = _load(config, name, None, _stored_adapter(config, name, None), **options)
         fit_vocabulary(model, len(tokenizer), config.model.resize_embeddings)
-        reference = Reference(model)
+        reference = ReferenceScorer(model)
     gather_convolutions(reference.model)
     return reference
 
@@ -122,7 +123,7 @@ def _options(config: Config) -> dict[str, Any]:
     prefix_attention.register()
     require(config.model.attention)
     torch.manual_seed(config.seed)
-    rewards = "scores" in config.objective_entry.needs
+    rewards = config.bound_objective.is_reward_model
     return {
         "dtype": torch.bfloat16 if config.train.bf16 else torch.float32,
         "attention": prefix_attention.NAMES["sdpa"],  # until `settle_attention`
@@ -145,7 +146,7 @@ def _policy(
         start = str(model.model_name_or_path), model.model_revision
         policy = _load(config, *start, adapter, **options)
         if config.peft is not None and adapter is None:
-            rewards = "scores" in config.objective_entry.needs
+            rewards = config.bound_objective.is_reward_model
             lora.attach(policy, lora.new_config(config.peft, *start, rewards), lora.POLICY)
     fit_vocabulary(policy, len(tokenizer), model.resize_embeddings)
     return policy, adapter
@@ -177,7 +178,7 @@ def state_of_files(name: str) -> list[tuple[str, int, int]]:
 
 def _reference(
     config: Config, policy: PreTrainedModel, adapter: lora.StoredAdapter | None, options: dict[str, Any]
-) -> Reference:
+) -> ReferenceScorer:
     """What is scored beside the policy: the model named, the policy without its adapter, or a frozen copy of
     the model that training starts from."""
     model = config.model
@@ -193,14 +194,14 @@ def _reference(
     refuse_other_vocabulary(policy.config.vocab_size, reference.config.vocab_size)
     if model.sync_ref_model:
         _same_shapes(policy, reference)
-    return Reference(reference)
+    return ReferenceScorer(reference)
 
 
-def _without_adapter(policy: PreTrainedModel, adapter: lora.StoredAdapter | None) -> Reference:
+def _without_adapter(policy: PreTrainedModel, adapter: lora.StoredAdapter | None) -> ReferenceScorer:
     """The policy's own weights without its adapter, or with a frozen copy of it if it was trained before."""
     if adapter is not None:
         lora.attach(policy, adapter.config, lora.REFERENCE, adapter.weights)
-    return Reference(policy, partial(lora.switch, adapter=None if adapter is None else lora.REFERENCE))
+    return ReferenceScorer(policy, partial(lora.switch, adapter=None if adapter is None else lora.REFERENCE))
 
 
 def _stored_adapter(config: Config, name: str | None, revision: str | None) -> lora.StoredAdapter | None:

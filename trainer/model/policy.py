@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property, partial
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -17,30 +16,16 @@ from transformers import PreTrainedModel
 from madpo.trainer.data.packing import PackedBatch, Segment, pack
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
-from madpo.trainer.head import FindSlopes, Impl, LogitTransform, OutputHead, PreferenceHead
+from madpo.trainer.head import Impl, LogitTransform, OutputHead, OutputLayers, PreferenceHead
 from madpo.trainer.model.balance import ExpertBalance
 from madpo.trainer.model.lora import in_use
 from madpo.trainer.model.own_rows import run_rows
 from madpo.trainer.model.prefix_attention import SegmentTable, Unshared, shares_rows
-from madpo.trainer.model.traversal import Context, Switch, Traversal, find_traversal
-from madpo.trainer.objectives.base import Objective, Params
+from madpo.trainer.model.traversal import Traversal, find_traversal
+from madpo.trainer.objectives.build import BoundObjective
+from madpo.trainer.scoring_module import Gradients, Mode, ReferenceScorer
 from madpo.trainer.sequence_parallel import SequenceGroup
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the policy is compared with: a model of its own, or the policy without its adapter."""
-
-    model: PreTrainedModel
-    switch: Switch = lambda part: nullcontext
-
-    def state(self) -> AbstractContextManager[None]:
-        """In which the model is the reference."""
-        return self._state()
-
-    @cached_property
-    def _state(self) -> Context:
-        return self.switch(self.model)
+from madpo.trainer.sliced_head import SlicedHead
 
 
 class PolicyWithReference(nn.Module):
@@ -53,20 +38,19 @@ class PolicyWithReference(nn.Module):
     def __init__(
         self,
         policy: PreTrainedModel,
-        reference: Reference | None,
-        objective: Objective,
-        params: Params,
+        reference: ReferenceScorer | None,
+        objective: BoundObjective,
         budget_bytes: int,
         impl: Impl = "auto",
         balance: ExpertBalance | None = None,
         sequence_group: SequenceGroup | None = None,
     ) -> None:
         super().__init__()
-        self.policy, self.compared_with = policy, reference
+        self.policy, self.reference_scorer = policy, reference
         self.balance, self.sequence_group = balance, sequence_group
         self.traversal: Traversal | None = None  # of both together; set by `share_traversal`
         self.stats: dict[str, Tensor] = {}  # (), of the last batch, means over its tokens
-        self.remarks: tuple[str, ...] = ()  # what a user should know of the models
+        self.notes: list[str] = []  # what a user should know of the models
         self.reference = None if reference is None or reference.model is policy else reference.model
         if self.reference is not None:
             self.reference.requires_grad_(False).eval()
@@ -78,7 +62,20 @@ class PolicyWithReference(nn.Module):
             raise UserError(
                 f"policy and reference treat their logits differently: {head.transform}, {ref_head.transform}"
             )
-        self.head = PreferenceHead(head, ref_head, objective, params, budget_bytes, impl, sequence_group)
+        layers = head, ref_head, objective, budget_bytes, impl
+        self.head: OutputLayers = PreferenceHead(*layers)
+        if sequence_group is not None:
+            self.head = SlicedHead(*layers, sequence_group=sequence_group)
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether sequences may share a packed row, and completions their prompt."""
+        return shares_rows(self.policy)
+
+    @property
+    def loss_of_tokens(self) -> bool:
+        """Whether the balance of experts, a mean over all packed tokens, is in the loss."""
+        return self.balance is not None
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -86,16 +83,19 @@ class PolicyWithReference(nn.Module):
             self.reference.eval()
         return self
 
-    def forward(self, batch: PackedBatch, find_slopes: FindSlopes | None = None) -> tuple[Tensor | None, ...]:
-        """The loss (), token_logps (M,), ref_token_logps (M,) or None, and more where the objective looks at
-        distributions. A batch with `slopes` needs no reference any more. The loss of experts that are not in
-        balance is in the loss, and in `stats`.
+    def forward(
+        self, batch: PackedBatch, mode: Mode = Mode.LOSS, gradients: Gradients = None
+    ) -> tuple[Tensor | None, ...]:
+        """The loss () and the fields of `TokenScores`, as `mode` asks.
+
+        FROM_GRADIENTS needs no reference. The loss of experts that are not in balance is in the loss, and
+        in `stats`.
         """
         assert (batch.own_rows is None) == (self.sequence_group is None), "rows in slices are for their group"
         table = SegmentTable(batch.segments, self.sequence_group)
         options = {} if self.balance is None else {"output_router_logits": True}
         run_policy = partial(run_backbone, self.policy, batch, table, **options)
-        reference = self.compared_with if batch.slopes is None else None
+        reference = None if mode is Mode.FROM_GRADIENTS else self.reference_scorer
         ref_hidden = None
         assert reference is None or batch.ref_token_logps is None, "a reference, and its log-probs, too"
         if reference is not None and self.traversal is not None:
@@ -108,13 +108,13 @@ class PolicyWithReference(nn.Module):
                     ref_hidden = scored_hidden(reference.model, batch, table)
             output = run_policy()
         hidden = output.last_hidden_state[0].index_select(0, batch.rows)
-        loss, *rows = self.head(hidden, ref_hidden, batch, find_slopes)
+        loss, *tokens = self.head(hidden, ref_hidden, batch, mode, gradients)
         if self.balance is not None:
             aux_loss = self.balance(output.router_logits)
             self.stats = {"aux_loss": aux_loss.detach()}
             share = batch.token_scale * len(batch.input_ids)
             loss = loss + self.balance.coef * share * aux_loss
-        return loss, *rows
+        return loss, *tokens
 
 
 def scored_hidden(model: PreTrainedModel, batch: PackedBatch, table: SegmentTable) -> Tensor:
@@ -273,12 +273,12 @@ def _rounded_once_more(embeddings: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def share_traversal(module: PolicyWithReference, device: torch.device) -> None:
     """Have policy and reference go through the layers together where they are one model and no bit depends
-    on it; elsewhere a remark says why not. All ranks must call it.
+    on it; elsewhere a note says why not. All ranks must call it.
 
     Tried with a reference that starts from the embeddings of other tokens: what one takes from the other, and
     what a model does between its layers, shows although an adapter that is fresh changes nothing yet.
     """
-    policy, reference = module.policy, module.compared_with
+    policy, reference = module.policy, module.reference_scorer
     if reference is None or reference.model is not policy:
         return
     found = find_traversal(backbone(policy), reference.switch)
@@ -293,10 +293,10 @@ def share_traversal(module: PolicyWithReference, device: torch.device) -> None:
     if isinstance(found, Traversal):
         module.traversal = found
     else:
-        module.remarks += (f"policy and reference take a forward pass each: {found}",)
+        module.notes.append(f"policy and reference take a forward pass each: {found}")
 
 
-def _is_exact(traversal: Traversal, reference: Reference, device: torch.device) -> bool:
+def _is_exact(traversal: Traversal, reference: ReferenceScorer, device: torch.device) -> bool:
     model = reference.model
     ids = np.random.default_rng(2).integers(0, min(model.config.vocab_size, 1000), 96)
     prompt, *completions = (part.tolist() for part in np.split(ids, 3))

@@ -16,10 +16,11 @@ from madpo.trainer.data.packing import PackedBatch
 from madpo.trainer.errors import UserError
 from madpo.trainer.head import Impl, PreferenceHead
 from madpo.trainer.model.load import adapter_named
-from madpo.trainer.model.policy import Reference, output_head, scored_hidden
-from madpo.trainer.model.prefix_attention import SegmentTable
-from madpo.trainer.objectives.registry import OBJECTIVES
+from madpo.trainer.model.policy import output_head, scored_hidden
+from madpo.trainer.model.prefix_attention import SegmentTable, shares_rows
+from madpo.trainer.objectives.build import bind
 from madpo.trainer.objectives.sft import NLLParams
+from madpo.trainer.scoring_module import Gradients, Mode, ReferenceScorer
 
 FILES_READ = {".safetensors", ".bin"}
 CONFIGS_READ = ("config.json", "adapter_config.json")
@@ -28,20 +29,27 @@ CONFIGS_READ = ("config.json", "adapter_config.json")
 class ReferenceAlone(nn.Module):
     """Scores packed batches as the reference beside a policy does, row for row by the same operations."""
 
-    def __init__(self, reference: Reference, budget_bytes: int, impl: Impl = "auto") -> None:
+    def __init__(self, reference: ReferenceScorer, budget_bytes: int, impl: Impl = "auto") -> None:
         super().__init__()
         self.model, self._state = reference.model.requires_grad_(False).eval(), reference.state
         with reference.state():
             head = output_head(reference.model)
-        self.head = PreferenceHead(head, None, OBJECTIVES["nll"], NLLParams(), budget_bytes, impl)
+        self.head = PreferenceHead(head, None, bind(NLLParams()), budget_bytes, impl)
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether sequences may share a packed row, and completions their prompt."""
+        return shares_rows(self.model)
 
     @torch.no_grad()
-    def forward(self, batch: PackedBatch) -> Tensor:  # (M,)
+    def forward(
+        self, batch: PackedBatch, mode: Mode = Mode.SCORE, gradients: Gradients = None
+    ) -> tuple[Tensor | None, ...]:
+        """A loss of 0 and the fields of `TokenScores`, whose `token_logps` are the reference's."""
+        assert mode is Mode.SCORE
         with self._state():
             hidden = scored_hidden(self.model, batch, SegmentTable(batch.segments))
-        _, token_logps, *_ = self.head(hidden, None, batch)
-        assert token_logps is not None
-        return token_logps
+        return self.head(hidden, None, batch, mode)
 
 
 def weights_of_reference(config: Config) -> dict[str, Any]:

@@ -10,24 +10,30 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from madpo.kernels.token_scores import TokenScores
 from madpo.trainer.data.packing import PackedBatch
 from madpo.trainer.errors import UserError
-from madpo.trainer.head import scored_span
 from madpo.trainer.model.lora import in_use
 from madpo.trainer.model.policy import last_hidden
-from madpo.trainer.model.prefix_attention import SegmentTable
-from madpo.trainer.objectives.base import Objective, Params
+from madpo.trainer.model.prefix_attention import SegmentTable, shares_rows
+from madpo.trainer.objectives.build import BoundObjective
+from madpo.trainer.scoring_module import Gradients, Mode, ReferenceScorer
+from madpo.trainer.sequence_parallel import SequenceGroup
 
 
 class RewardModel(nn.Module):
     """Scores every completion of a packed batch. Without a reference; in all else like a policy."""
 
     stats: Mapping[str, Tensor] = MappingProxyType({})
-    remarks: tuple[str, ...] = ()
+    reference: PreTrainedModel | None = None
+    reference_scorer: ReferenceScorer | None = None
+    sequence_group: SequenceGroup | None = None
+    loss_of_tokens = False
 
-    def __init__(self, policy: PreTrainedModel, objective: Objective, params: Params) -> None:
+    def __init__(self, policy: PreTrainedModel, objective: BoundObjective) -> None:
         super().__init__()
-        self.policy, self.reference, self.sequence_group = policy, None, None
+        self.policy = policy
+        self.notes: list[str] = []
         layer = in_use(getattr(policy, "score", None))
         if not isinstance(layer, nn.Linear) or layer.bias is not None or layer.out_features != 1:
             raise UserError(
@@ -35,29 +41,42 @@ class RewardModel(nn.Module):
                 f"over the backbone, found {layer}"
             )
         weight: Any = layer.weight
-        self.head = RewardHead(weight, objective, params)
+        self.head = RewardHead(weight, objective)
 
-    def forward(self, batch: PackedBatch) -> tuple[Tensor | None, ...]:
+    @property
+    def shares_rows(self) -> bool:
+        """Whether sequences may share a packed row, and completions their prompt."""
+        return shares_rows(self.policy)
+
+    def forward(
+        self, batch: PackedBatch, mode: Mode = Mode.LOSS, gradients: Gradients = None
+    ) -> tuple[Tensor | None, ...]:
         """The loss (), and (M,) the score of each completion at its last token, 0 at the others: so that
         sums over a completion are its score, as those of log-probs are its log-prob."""
         hidden = last_hidden(self.policy, batch, SegmentTable(batch.segments))
-        return self.head(hidden.index_select(0, batch.ends), batch)
+        return self.head(hidden.index_select(0, batch.ends), batch, mode)
 
 
 class RewardHead(nn.Module):
     """Shares the layer's weight with the model that owns it; scores and loss are formed in float32."""
 
-    def __init__(self, weight: nn.Parameter, objective: Objective, params: Params) -> None:
+    def __init__(self, weight: nn.Parameter, objective: BoundObjective) -> None:
         super().__init__()
-        self.weight, self.objective, self.params = weight, objective, params
+        self.weight, self.objective = weight, objective
+        self.ref_weight: nn.Parameter | None = None
 
     def forward(
         self,
         hidden: Tensor,  # (S, H) at the completions' last tokens
         batch: PackedBatch,
+        mode: Mode,
     ) -> tuple[Tensor | None, ...]:
+        assert mode in (Mode.LOSS, Mode.SCORE), "no objective of the global batch takes scores"
         scores = (hidden.float() @ self.weight.float().T)[:, 0]
         last_rows = batch.seq_lengths.cumsum(0) - 1
         token_scores = torch.zeros(len(batch.targets), device=scores.device).index_put((last_rows,), scores)
-        losses = self.objective(scored_span(batch, token_scores), self.params).losses
-        return batch.scale * losses.sum().float(), token_scores.detach(), None
+        tokens = TokenScores(token_scores)
+        if mode is Mode.SCORE:
+            return scores.new_zeros(()), *tokens.detach()
+        losses = self.objective.of_groups(batch.scored(tokens)).losses
+        return batch.scale * losses.sum().float(), *tokens.detach()

@@ -20,9 +20,9 @@ def settle_attention(model: PreTrainedModel, wanted: str, device: torch.device) 
     line that says which and why. Raises ValueError if the scores are not exact either way, or the back-end
     that is wanted does not compute this model's attention."""
     try:
-        remark = f"attention: {_settle_backend(model, wanted, device)}"
+        note = f"attention: {_settle_backend(model, wanted, device)}"
         refuse_unless_packing_is_exact(model, device)
-        return remark
+        return note
     except Unshared as reason:
         before, name = model.config._attn_implementation, own_attention(model)
         model.set_attn_implementation(name)

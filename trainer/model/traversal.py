@@ -10,7 +10,7 @@ through the frozen base would cost as much as the policy's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,10 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from madpo.trainer.model import lora
-
-Context = Callable[[], AbstractContextManager[None]]
-Switch = Callable[[nn.Module], Context]
-"""A model, or a part of one -> the context in which it is the reference's."""
+from madpo.trainer.scoring_module import Context, Switch
 
 
 class Storey(NamedTuple):

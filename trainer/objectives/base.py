@@ -32,6 +32,7 @@ __all__ = [
     "EdgeScores",
     "Item",
     "MarginWeight",
+    "Need",
     "Objective",
     "Outcome",
     "Params",
@@ -225,18 +226,37 @@ class Outcome:
     memory: dict[str, list[float]] = field(default_factory=dict)  # to find in the next step's BatchState
 
 
-NEEDS = {
-    "reference": "log-probs under the reference",
-    "margins": "margins of the pairs",
-    "lengths": "lengths of the completions",
-    "labels": "which completions are desirable",
-    "mismatched": "completions that were written for another prompt",
-    "scores": "a reward model's scores in place of log-probs",
-    "tokens": "log-probs of single tokens: the function takes `Scored`",
-    "distributions": "log_collisions of `Scored`, and kl where the reference is at hand, from a slower head",
-    "kl": "kl of `Scored`, which the reference's log-probs do not tell; distributions, too",
-    "batch": "all items of the step at once",
-}
+class Need(StrEnum):
+    """What an objective needs beside the log-probs of its completions."""
+
+    REFERENCE = "reference"
+    """Log-probs under the reference."""
+    MARGINS = "margins"
+    """Margins of the pairs."""
+    LENGTHS = "lengths"
+    """Lengths of the completions."""
+    LABELS = "labels"
+    """Which completions are desirable."""
+    MISMATCHED = "mismatched"
+    """Completions that were written for another prompt."""
+    SCORES = "scores"
+    """A reward model's scores in place of log-probs."""
+    TOKENS = "tokens"
+    """Log-probs of single tokens: the function takes `Scored`."""
+    DISTRIBUTIONS = "distributions"
+    """`log_collisions` of `Scored`, and `kl` where the reference is at hand, from a slower head."""
+    KL = "kl"
+    """`kl` of `Scored`, which the reference's log-probs do not tell; needs `distributions`, too."""
+    BATCH = "batch"
+    """All items of the step at once."""
+
+
+def _needs(names: Iterable[str]) -> frozenset[Need]:
+    """Raises AssertionError for a name that is no need."""
+    unknown = sorted(set(names) - set(Need))
+    assert not unknown, f"unknown needs {', '.join(unknown)}; choose from {', '.join(Need)}"
+    return frozenset(Need(name) for name in names)
+
 
 Epilogue = Callable[[Tensor, Any], EdgeLoss]
 """(margins (E,), params) -> the same losses as data, for the kernels to form."""
@@ -254,8 +274,8 @@ class Objective:
     function: Callable[[Any, Any, BatchState], Outcome]
     params: type[Params]
     item: Item = Item.EDGE
-    needs: frozenset[str] = frozenset()  # of NEEDS
-    needs_of: Callable[[Any], frozenset[str]] | None = None  # where they depend on the parameters
+    needs: frozenset[Need] = frozenset()
+    needs_of: Callable[[Any], Iterable[str]] | None = None  # where they depend on the parameters
     epilogue: Epilogue | None = None  # None: by autograd
     weight: EdgeWeight | None = None  # None: the loss is no such product
 
@@ -268,7 +288,7 @@ class Objective:
     @property
     def view(self) -> type[Scores]:
         """What the function takes."""
-        if self.item is Item.TOKEN or self.needs & {"tokens", "distributions"}:
+        if self.item is Item.TOKEN or self.needs & {Need.TOKENS, Need.DISTRIBUTIONS}:
             return Scored
         return EdgeScores if self.item is Item.EDGE else SequenceScores
 
@@ -278,19 +298,24 @@ class Objective:
 
     def of(self, params: Params) -> Objective:
         """The objective with the needs that it has under these parameters."""
-        return self if self.needs_of is None else replace(self, needs=self.needs_of(params))
+        return self if self.needs_of is None else replace(self, needs=_needs(self.needs_of(params)))
 
     @property
     def needs_reference(self) -> bool:
-        return "reference" in self.needs
+        return Need.REFERENCE in self.needs
 
     @property
     def needs_margin(self) -> bool:
-        return "margins" in self.needs
+        return Need.MARGINS in self.needs
 
     @property
     def needs_batch(self) -> bool:
-        return "batch" in self.needs
+        return Need.BATCH in self.needs
+
+    @property
+    def is_reward_model(self) -> bool:
+        """Whether it trains a reward model, on scores in place of log-probs."""
+        return Need.SCORES in self.needs
 
     @property
     def supervised(self) -> bool:
@@ -304,7 +329,7 @@ OBJECTIVES: dict[str, Objective] = {}
 
 def objective(
     params: type[Params],
-    needs: Iterable[str] | Callable[[Any], frozenset[str]] = (),
+    needs: Iterable[str] | Callable[[Any], Iterable[str]] = (),
     item: Item = Item.EDGE,
     epilogue: Epilogue | None = None,
     weight: EdgeWeight | None = None,
@@ -312,7 +337,8 @@ def objective(
     """Register the function below under the `loss_type` of its parameters.
 
     It takes (scores, params), and as a third argument a `BatchState` if it wants it, and returns an
-    Outcome or just the losses.
+    Outcome or just the losses. `needs` are members of `Need` or their values. Raises AssertionError for
+    a name that is none.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -325,8 +351,8 @@ def objective(
         if callable(needs):
             entry = Objective(outcome, params, item, needs_of=needs, epilogue=epilogue, weight=weight)
         else:
-            entry = Objective(outcome, params, item, frozenset(needs), epilogue=epilogue, weight=weight)
-        alone = entry.needs & {"tokens", "distributions", "scores"}
+            entry = Objective(outcome, params, item, _needs(needs), epilogue=epilogue, weight=weight)
+        alone = entry.needs & {Need.TOKENS, Need.DISTRIBUTIONS, Need.SCORES}
         assert not (entry.needs_batch and alone), f"{entry.name}: {alone} of a batch are not gathered"
         assert weight is None or (item is Item.EDGE and not entry.needs_batch), f"{entry.name}: whose weight?"
         assert entry.name not in OBJECTIVES, f"{entry.name} is registered twice"

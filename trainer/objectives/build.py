@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -9,7 +10,17 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from madpo.trainer.objectives.base import BatchState, Objective, Outcome, Params, Scores
+from madpo.trainer.objectives.base import (
+    BatchState,
+    EdgeLoss,
+    Item,
+    Need,
+    Objective,
+    Outcome,
+    Params,
+    Scored,
+    Scores,
+)
 
 ALIASES = {"sigmoid": "dpo", "sft": "chosen_nll"}
 """Names of other libraries."""
@@ -40,15 +51,66 @@ def as_one_objective(block: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class BoundObjective:
-    """Call it with `EdgeScores`, `SequenceScores` or `Scored`, as `entry.view` says: one loss per item."""
+    """An objective with its parameters.
+
+    Call it with `EdgeScores`, `SequenceScores` or `Scored`, as `entry.view` says: one loss per item.
+    """
 
     entry: Objective
     params: Params
 
     @property
-    def needs(self) -> frozenset[str]:
+    def loss_type(self) -> str:
+        return self.entry.name
+
+    @property
+    def item(self) -> Item:
+        """The unit that the loss is averaged over."""
+        return self.entry.item
+
+    @property
+    def needs(self) -> frozenset[Need]:
         """What it needs beside the log-probs: reference, margins, lengths, labels, tokens, batch, ..."""
         return self.entry.needs
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.entry.needs_reference
+
+    @property
+    def needs_margin(self) -> bool:
+        return self.entry.needs_margin
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether its losses look at all items of the step, of all ranks, at once."""
+        return self.entry.needs_batch
+
+    @property
+    def is_reward_model(self) -> bool:
+        return self.entry.is_reward_model
+
+    @property
+    def supervised(self) -> bool:
+        return self.entry.supervised
+
+    @property
+    def beta(self) -> float:
+        """The factor between log-ratios and rewards in the metrics; 1 where the objective has none."""
+        return getattr(self.params, "beta", 1.0)
+
+    @property
+    def weight(self) -> Callable[[Tensor], Tensor] | None:
+        """Margins (E,) -> the weights (E,) of the pairs, where the loss is such a product."""
+        weight = self.entry.weight
+        return None if weight is None else lambda margins: weight(margins, self.params)
+
+    def epilogue(
+        self,
+        margins: Tensor,  # (E,)
+    ) -> EdgeLoss | None:
+        """The losses as data for the kernels to form; None where autograd differentiates the function."""
+        return None if self.entry.epilogue is None else self.entry.epilogue(margins, self.params)
 
     def __call__(self, scores: Scores, state: BatchState | None = None) -> Tensor:
         """(items,) losses, unreduced. Raises ValueError if something it needs is missing."""
@@ -65,16 +127,27 @@ class BoundObjective:
                     raise ValueError(f"{self.entry.name} needs {name}")
         return self.entry.function(scores, self.params, state or BatchState())
 
+    def of_groups(self, scored: Scored) -> Outcome:
+        """The losses of whole groups; not for an objective that needs the batch."""
+        return self.entry(scored, self.params)
+
 
 FIELDS = {
-    "reference": ("ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_token_logps"),
-    "lengths": ("chosen_lengths", "rejected_lengths", "lengths"),
-    "margins": ("margins",),
-    "labels": ("labels",),
-    "distributions": ("log_collisions",),
-    "kl": ("kl",),
+    Need.REFERENCE: ("ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_token_logps"),
+    Need.LENGTHS: ("chosen_lengths", "rejected_lengths", "lengths"),
+    Need.MARGINS: ("margins",),
+    Need.LABELS: ("labels",),
+    Need.DISTRIBUTIONS: ("log_collisions",),
+    Need.KL: ("kl",),
 }
 """Where the scores hold what an objective needs; of these names, each kind of scores has some."""
+
+
+def bind(params: Params) -> BoundObjective:
+    """The objective that these parameters are of."""
+    from madpo.trainer.objectives.registry import OBJECTIVES
+
+    return BoundObjective(OBJECTIVES[params.model_fields["loss_type"].default].of(params), params)
 
 
 def build(name: str, /, **parameters: Any) -> BoundObjective:
@@ -98,4 +171,4 @@ def build(name: str, /, **parameters: Any) -> BoundObjective:
             for problem in error.errors()
         ]
         raise ValueError(f"{name}: {'; '.join(problems)}") from None
-    return BoundObjective(entry.of(params), params)
+    return bind(params)

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from madpo.trainer.objectives.base import BatchState, EdgeScores, Outcome, Params, objective
+from madpo.trainer.objectives.base import BatchState, EdgeScores, Need, Outcome, Params, objective
 from madpo.trainer.objectives.build import BoundObjective, build
 from madpo.trainer.objectives.fields import Average
 from madpo.trainer.objectives.reference_free import chosen_nll
@@ -42,7 +42,7 @@ class WeightedSumParams(Params):
         for bound in self.objectives:
             if bound.entry.view is not EdgeScores:
                 raise ValueError(f"terms: {bound.entry.name} is no objective of pairs")
-        if len({"scores" in bound.needs for bound in self.objectives}) > 1:
+        if len({bound.is_reward_model for bound in self.objectives}) > 1:
             raise ValueError("terms: losses of reward models and of language models do not mix")
         return self
 
@@ -70,14 +70,14 @@ class WeightedSumParams(Params):
     @property
     def beta(self) -> float:
         """The first term's, for the metrics."""
-        return getattr(self.objectives[0].params, "beta", 1.0)
+        return self.objectives[0].beta
 
 
 def _without_type(term: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in term.items() if key != "loss_type"}
 
 
-def needs(params: WeightedSumParams) -> frozenset[str]:
+def needs(params: WeightedSumParams) -> frozenset[Need]:
     return frozenset().union(*(bound.needs for bound in params.objectives))
 
 

@@ -21,13 +21,13 @@ from madpo.trainer.data.folds import folds_of, without_fold
 from madpo.trainer.data.loader import evaluation_steps, step_rules
 from madpo.trainer.data.source import open_source
 from madpo.trainer.dist import Shard, barrier
-from madpo.trainer.engine import release
+from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
 from madpo.trainer.loop import plan_run
 from madpo.trainer.model.load import load_tokenizer
-from madpo.trainer.model.prefix_attention import shares_rows
 from madpo.trainer.objectives.base import segment_sum
 from madpo.trainer.objectives.reward import BradleyTerryParams
+from madpo.trainer.scoring_module import Mode
 from madpo.trainer.stages.setup import merged, start_engine
 from madpo.trainer.state import TrainState
 
@@ -53,7 +53,7 @@ def run_annotation(config: Config) -> None:
     scored. What the source gave as a margin or score is kept under `..._given`, so that one scale is left.
     Raises ValueError.
     """
-    if "scores" not in config.objective_entry.needs:
+    if not config.bound_objective.is_reward_model:
         raise UserError(
             f"objective.loss_type: annotate takes the config of a reward run (bradley_terry), not of "
             f"{config.objective.loss_type}"
@@ -128,7 +128,7 @@ def _load(config: Config) -> dict[str, GroupDataset]:
     plain = config.model_copy(update={"objective": BradleyTerryParams()})  # which asks no margin of the data
     for groups in data.values():
         budget, shares = config.train.row_tokens, config.model.prefix_sharing
-        groups.require(plain.objective_entry, plain.objective.loss_type, budget, shares)
+        groups.require(plain.bound_objective, budget, shares)
         if several := int((groups.edges > 1).sum()):
             raise UserError(
                 f"{groups.name}: annotate writes one margin a row, and {several} rows make several "
@@ -163,7 +163,7 @@ def _score(judge: Judge, data: dict[str, GroupDataset], shard: Shard) -> tuple[s
         firsts = np.cumsum(groups.sequences) - groups.sequences
         pairs = [groups[index].edges[0][:2] for index in range(len(groups))]
         scores[split] = flat[firsts[:, None] + np.array(pairs)]
-    release(engine)
+    engine.release()
     return str(checkpoints / tag) if tag else str(config.model.model_name_or_path), scores
 
 
@@ -192,14 +192,14 @@ def _refuse_unfinished(judge: Judge, data: dict[str, GroupDataset], state: Train
 
 
 @torch.no_grad()
-def completion_scores(engine: Any, groups: GroupDataset, config: Config, shard: Shard) -> torch.Tensor:
+def completion_scores(engine: Engine, groups: GroupDataset, config: Config, shard: Shard) -> torch.Tensor:
     """(S,) the reward model's score of every completion, in the order of the groups; on all ranks."""
     engine.eval()
-    first, rules = 0, step_rules(config, shares_rows(engine.module.policy))
+    first, rules = 0, step_rules(config, engine.module)
     scores = torch.zeros(int(groups.sequences.sum()), dtype=torch.float64, device=engine.device)
     for step in evaluation_steps(groups, rules, config.train.global_batch_size, shard):
         for batch in (batch.to(engine.device) for batch in step.batches):
-            _, token_scores, *_ = engine(batch)
+            token_scores = engine(batch, Mode.SCORE).tokens.token_logps
             sums = segment_sum(token_scores, batch.seq_lengths)
             scores[first + batch.sequence_places] = sums[: len(batch.sequence_places)]
         first += step.num_sequences

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from madpo.trainer import checkpoint, dist, loop
 from madpo.trainer.config import Config
-from madpo.trainer.engine import release
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.progress import metrics_table
 from madpo.trainer.stages.quantiles import resolve_quantiles
@@ -46,4 +45,4 @@ def run_evaluation(config: Config) -> None:
         result = {"model": tag or config.model.model_name_or_path, **record}
         (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
         print(metrics_table({str(result["model"]): record}), flush=True)
-    release(engine)
+    engine.release()

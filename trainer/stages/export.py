@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer import checkpoint, dist
 from madpo.trainer.config import Config
 from madpo.trainer.dist import Shard, barrier
-from madpo.trainer.engine import release
+from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
 from madpo.trainer.model import lora
 from madpo.trainer.model.load import load_tokenizer, padding_token
@@ -35,11 +35,11 @@ def run_export(config: Config) -> None:
     engine = start_engine(config, tokenizer, training=True)
     state = checkpoint.load(engine, folder / "checkpoints", tag)
     export_model(engine, tokenizer, config, folder, shard, state)
-    release(engine)
+    engine.release()
 
 
 def export_model(
-    engine: Any,
+    engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     run: Path,
@@ -49,7 +49,7 @@ def export_model(
     """Write the policy into `<run>/model`: its weights, or its adapter, and then on request the two merged
     into `<run>/merged`. They are gathered on rank 0; each folder appears complete or not at all."""
     policy = engine.module.policy
-    if "scores" in config.objective_entry.needs:
+    if config.bound_objective.is_reward_model:
         policy.config.pad_token_id = tokenizer.pad_token_id = padding_token(tokenizer)
     folders = {"model": lora.is_adapted(policy)}
     if config.train.export_merged:

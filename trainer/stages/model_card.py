@@ -48,7 +48,7 @@ def model_card(config: Config, run: Path, state: TrainState, policy: Any, adapte
 
 
 def _scores(config: Config) -> bool:
-    return "scores" in config.objective_entry.needs
+    return config.bound_objective.is_reward_model
 
 
 def _base(config: Config, policy: Any) -> str | None:

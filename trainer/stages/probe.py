@@ -26,12 +26,12 @@ from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.loader import evaluation_steps, step_rules
 from madpo.trainer.data.order import permutation
 from madpo.trainer.dist import Shard
-from madpo.trainer.engine import release
+from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import load_tokenizer, state_of_files
-from madpo.trainer.model.prefix_attention import shares_rows
 from madpo.trainer.objectives.base import Item
 from madpo.trainer.objectives.sft import NLLParams
+from madpo.trainer.scoring_module import Mode
 from madpo.trainer.stages.setup import load_data, start_engine
 
 MOST_GROUPS = 2000
@@ -96,7 +96,7 @@ def stored_probe(
         return Probe(**stored)
     engine = start_engine(_supervised(config), tokenizer, training=False)
     probe = _measure(engine, groups, config, shard, of)
-    release(engine)
+    engine.release()
     if shard.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(probe), indent=2) + "\n")
@@ -128,15 +128,14 @@ def _identity(config: Config, groups: GroupDataset) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _measure(engine: Any, groups: GroupDataset, config: Config, shard: Shard, of: dict[str, Any]) -> Probe:
+def _measure(engine: Engine, groups: GroupDataset, config: Config, shard: Shard, of: dict[str, Any]) -> Probe:
     """Log-probs of the completions of at most MOST_GROUPS groups, drawn by the seed."""
     engine.eval()
     chosen = np.sort(permutation(len(groups), config.seed, epoch=0)[:MOST_GROUPS])
-    shares = shares_rows(engine.module.policy)
-    rules, found = dataclasses.replace(step_rules(config, shares), item=Item.TOKEN), []
+    rules, found = dataclasses.replace(step_rules(config, engine.module), item=Item.TOKEN), []
     for step in evaluation_steps(groups, rules, config.train.global_batch_size, shard, chosen):
         for batch in step.batches:
-            _, logps, *_ = engine(batch.to(engine.device))
+            logps = engine(batch.to(engine.device), Mode.SCORE).tokens.token_logps
             knows_first = shard.rank % rules.ranks_per_row == 0  # the others of its rows know the same
             if knows_first and not batch.is_filler:
                 found += [part.double().cpu().numpy() for part in logps.split(batch.lengths)]

@@ -25,7 +25,7 @@ def resolve_quantiles(config: Config, data: Data, tokenizer: PreTrainedTokenizer
     if not params.quantiles:
         return config
     assert data.train is not None
-    if config.objective_entry.needs_margin:
+    if config.bound_objective.needs_margin:
         values = data.train.margins
     else:
         values = stored_probe(config, data.train, tokenizer, shard).percentiles

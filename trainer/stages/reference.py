@@ -30,19 +30,19 @@ from madpo.trainer.data.loader import (
 )
 from madpo.trainer.data.order import permutation
 from madpo.trainer.dist import Shard
-from madpo.trainer.engine import build_engine, deepspeed_config, release
+from madpo.trainer.engine import Engine, deepspeed_config
 from madpo.trainer.errors import UserError
 from madpo.trainer.loop import plan_run
 from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.model.load import load_reference, refuse_other_vocabulary
 from madpo.trainer.model.partition import partitioned_loading
 from madpo.trainer.model.policy import refuse_unless_head_is_known
-from madpo.trainer.model.prefix_attention import shares_rows
 from madpo.trainer.model.reference import ReferenceAlone, weights_of_reference
 from madpo.trainer.model.settle import settle_attention
-from madpo.trainer.objectives.base import Item
+from madpo.trainer.objectives.base import Item, Need
 from madpo.trainer.parts import SECONDS_BETWEEN_NEWS, say
 from madpo.trainer.reference_cache import FORMAT_VERSION
+from madpo.trainer.scoring_module import Mode, ScoringModule
 from madpo.trainer.stages.setup import Data
 
 RECHECKED = 8
@@ -61,7 +61,7 @@ class CachedReference:
     """What is known of the reference once it is gone."""
 
     vocab_size: int
-    remarks: list[str]  # what was scored or found, a line for each set
+    notes: list[str]  # what was scored or found, a line for each set
 
 
 def with_reference(
@@ -72,7 +72,7 @@ def with_reference(
     What is not there is scored, on all ranks; of what is there a sample is scored again. Raises ValueError on
     all ranks for a file that is damaged, or whose numbers are not those of the reference.
     """
-    if config.model.reference != "cached" or not config.objective_entry.needs_reference:
+    if config.model.reference != "cached" or not config.bound_objective.needs_reference:
         return data, None
     weights = _on_main(shard, lambda: weights_of_reference(config))
     splits: dict[str, GroupDataset | None] = {
@@ -80,16 +80,16 @@ def with_reference(
         "held_out": data.held_out,
     }
     found: dict[str, Any] = {}
-    remarks: list[str] = []
+    notes: list[str] = []
     engine = _start(config, tokenizer)
-    attention: str = engine.module.model.config._attn_implementation
+    attention = str(engine.module.model.config._attn_implementation)
     for split, groups in splits.items():
         if groups is not None:
             parts = parts_of(config, weights, groups, len(tokenizer), attention, engine.device)
-            found[split], remark = _cached(engine, groups, parts, config, shard)
-            remarks.append(remark)
-    cached = CachedReference(engine.module.model.config.vocab_size, remarks)
-    release(engine)
+            found[split], note = _cached(engine, groups, parts, config, shard)
+            notes.append(note)
+    cached = CachedReference(engine.module.model.config.vocab_size, notes)
+    engine.release()
     if "train" in found:
         assert isinstance(data.feed, WholeSet)
         found["feed"] = data.feed.seeing(found["train"])
@@ -102,7 +102,7 @@ def score_once(
     """The reference's log-probs of all completion tokens on every rank, kept in no file."""
     engine = _start(config, tokenizer)
     found = np.concatenate(list(_scores(engine, groups, config, shard)))
-    release(engine)
+    engine.release()
     return found
 
 
@@ -136,13 +136,13 @@ def parts_of(
     }
 
 
-def _start(config: Config, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _start(config: Config, tokenizer: PreTrainedTokenizerBase) -> Engine[ReferenceAlone]:
     """An engine around the reference alone, without an optimiser."""
     with partitioned_loading(deepspeed_config(config, training=False)):
         reference = load_reference(config, tokenizer)
         budget_bytes = int(config.train.head_gib * 2**30)
         module = ReferenceAlone(reference, budget_bytes, config.train.head_impl)
-    engine = build_engine(config, module, training=False)
+    engine = Engine(config, module, training=False)
     settle_attention(module.model, config.model.attention, engine.device)
     refuse_unless_head_is_known(module.model, engine.device)
     engine.eval()
@@ -150,7 +150,7 @@ def _start(config: Config, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _cached(
-    engine: Any, groups: GroupDataset, parts: dict[str, Any], config: Config, shard: Shard
+    engine: Engine[ReferenceAlone], groups: GroupDataset, parts: dict[str, Any], config: Config, shard: Shard
 ) -> tuple[GroupDataset, str]:
     """The groups with log-probs from the file, which is written if it is not there; and what was done."""
     folder = Path(config.data.cache_dir).expanduser()
@@ -175,7 +175,9 @@ def _cached(
     return groups, f"reference: cached, {count:,} log-probs of {groups.name} in {path}, {done}"
 
 
-def _recheck(engine: Any, groups: GroupDataset, config: Config, shard: Shard, path: Path) -> None:
+def _recheck(
+    engine: Engine[ReferenceAlone], groups: GroupDataset, config: Config, shard: Shard, path: Path
+) -> None:
     """Raise ValueError on all ranks if a sample of the groups, drawn by the seed, is scored otherwise now."""
     chosen = np.sort(permutation(len(groups), config.seed, epoch=0)[:RECHECKED])
     now = np.concatenate(list(_scores(engine, groups, config, shard, chosen)))
@@ -192,7 +194,7 @@ def _recheck(engine: Any, groups: GroupDataset, config: Config, shard: Shard, pa
 
 
 def refuse_unless_policy_fits(
-    config: Config, engine: Any, feed: Feed, shard: Shard, cached: CachedReference, is_fresh: bool
+    config: Config, engine: Engine, feed: Feed, shard: Shard, cached: CachedReference, is_fresh: bool
 ) -> None:
     """Raise ValueError on all ranks for a policy with another vocabulary, and for a fresh run from its own
     reference that does not begin at a margin of 0: the policy gives the completions of the first micro-batch
@@ -204,19 +206,20 @@ def refuse_unless_policy_fits(
     if not (is_fresh and is_own):
         return
     groups, indices = feed.take(0, min(config.train.global_batch_size, feed.num_groups or 1))
-    rules = step_rules(config, shares_rows(engine.module.policy))
+    rules = step_rules(config, engine.module)
     batch = plan_step(groups, indices, rules, shard).batches[0].to(engine.device)
     engine.eval()
     with torch.no_grad():
-        _, token_logps, ref_token_logps, *_ = engine(batch)
-    drift = (token_logps - ref_token_logps)[: 0 if batch.is_filler else None]
+        tokens = engine(batch, Mode.SCORE).tokens
+    assert tokens.ref_token_logps is not None
+    drift = (tokens.token_logps - tokens.ref_token_logps)[: 0 if batch.is_filler else None]
     dist.refuse_if_any(
         _difference(
             drift,
             config.train.bf16,
             "model.reference: training starts at the reference, but the policy's log-probs differ from those "
             "that were cached for it",
-            f"delete the file, or set model.reference=auto ({'; '.join(cached.remarks)})",
+            f"delete the file, or set model.reference=auto ({'; '.join(cached.notes)})",
         )
     )
 
@@ -241,10 +244,14 @@ def _difference(
 
 
 def _scores(
-    engine: Any, groups: Groups, config: Config, shard: Shard, chosen: np.ndarray | None = None
+    engine: Engine[ReferenceAlone],
+    groups: Groups,
+    config: Config,
+    shard: Shard,
+    chosen: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """The reference's log-probs (m,) of stretches of the groups, in their order, on every rank."""
-    of_run = step_rules(config, shares_rows(engine.module.model))
+    of_run = step_rules(config, engine.module)
     rules = replace(of_run, item=Item.TOKEN, ranks_per_row=1)  # without gradients a long row fits one rank
     refuse_unless_rows_fit(groups, rules)
     chosen = np.arange(len(groups.lengths)) if chosen is None else chosen
@@ -257,7 +264,7 @@ def _scores(
 
 @torch.no_grad()
 def _stretch(
-    engine: Any,
+    engine: Engine[ReferenceAlone],
     step: Step,
     tokens: np.ndarray,  # (G,) completion tokens of each group of the stretch
     sequences: np.ndarray,  # (G,)
@@ -266,7 +273,7 @@ def _stretch(
     first_token, first_sequence = (np.cumsum(counts) - counts for counts in (tokens, sequences))
     flat = torch.zeros(int(tokens.sum()), dtype=torch.float32, device=engine.device)
     for batch in step.batches:
-        logps = engine(batch.to(engine.device))
+        logps = engine(batch.to(engine.device), Mode.SCORE).tokens.token_logps
         if batch.is_filler:
             continue
         firsts = np.cumsum((0, *batch.group_sequences[:-1]), dtype=np.int64)
@@ -302,20 +309,22 @@ def _on_main(shard: Shard, work: Callable[[], Any]) -> Any:
     return dist.from_main(value)
 
 
-def reference_remarks(config: Config, module: Any, feed: Feed, cached: CachedReference | None) -> list[str]:
+def reference_notes(
+    config: Config, module: ScoringModule, feed: Feed, cached: CachedReference | None
+) -> list[str]:
     """How the reference is scored, what that costs, and whether cached log-probs would cost less."""
     if cached is not None:
-        return cached.remarks
-    if getattr(module, "compared_with", None) is None:
+        return cached.notes
+    if module.reference_scorer is None:
         return []
     plan, extra = plan_run(config, feed.num_groups), "one more forward pass a step"
     if module.reference is None:
-        remark = f"reference: the policy without its adapter: no second model, {extra}"
+        note = f"reference: the policy without its adapter: no second model, {extra}"
     else:
         size = count_parameters(module.reference)[1]
-        remark = f"reference: joint, a frozen model of {size:,} parameters beside the policy, {extra}"
-    can_be_cached = not config.model.sync_ref_model and "kl" not in config.objective_entry.needs
+        note = f"reference: joint, a frozen model of {size:,} parameters beside the policy, {extra}"
+    can_be_cached = not config.model.sync_ref_model and Need.KL not in config.bound_objective.needs
     if feed.num_groups is not None and can_be_cached and plan.total_groups > feed.num_groups:
         times = plan.total_groups / feed.num_groups
-        remark += f"; model.reference=cached would score every completion once in place of {times:.3g} times"
-    return [remark]
+        note += f"; model.reference=cached would score every completion once in place of {times:.3g} times"
+    return [note]

@@ -19,7 +19,7 @@ from madpo.trainer.data.mixture import load_split
 from madpo.trainer.data.reader import open_reader
 from madpo.trainer.data.stream import Stream
 from madpo.trainer.data.weighted import draw_by_weight, drop_light, edge_weights, skip_weightless
-from madpo.trainer.engine import build_engine, deepspeed_config
+from madpo.trainer.engine import Engine, deepspeed_config
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import build_module
 from madpo.trainer.model.partition import partitioned_loading
@@ -29,9 +29,10 @@ from madpo.trainer.model.policy import (
     refuse_unless_head_is_known,
     share_traversal,
 )
-from madpo.trainer.model.prefix_attention import shares_rows
 from madpo.trainer.model.settle import settle_attention
 from madpo.trainer.model.slice_check import refuse_unless_slicing_is_exact
+from madpo.trainer.objectives.base import Need
+from madpo.trainer.scoring_module import ScoringModule
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool
 
     Evaluation reads the training split too if a threshold is a quantile of it.
     """
-    data, supervised = config.data, config.objective_entry.supervised
+    data, supervised = config.data, config.bound_objective.supervised
     train, held_out, feed, held_out_report = None, None, None, {}
     if training and data.streaming:
         feed = _stream(config, tokenizer)
@@ -73,7 +74,7 @@ def training_groups(
     """The training groups without the fold that is left out, and the report of `load_split`, whose first
     entry, of all parts together, has the numbers without it. Raises ValueError."""
     data = config.data
-    groups, report = load_split(data, False, tokenizer, config.objective_entry.supervised)
+    groups, report = load_split(data, False, tokenizer, config.bound_objective.supervised)
     if data.folds is None or data.fold is None:
         return groups, report
     groups = without_fold(groups, data.folds, data.fold)
@@ -90,7 +91,7 @@ def merged(groups: GroupDataset, config: Config) -> GroupDataset:
     """
     if not config.data.merge_prompts:
         return groups
-    return merge_prompts(groups, config.objective_entry, most_tokens=2 * config.data.max_length)
+    return merge_prompts(groups, config.bound_objective, most_tokens=2 * config.data.max_length)
 
 
 def weighed(data: Data, config: Config) -> Data:
@@ -98,7 +99,7 @@ def weighed(data: Data, config: Config) -> Data:
     nothing is not computed, and of the training groups light pairs are left out, or all drawn by weight, if
     the config says so. Raises ValueError if that leaves nothing.
     """
-    if config.objective_entry.weight is None:
+    if config.bound_objective.weight is None:
         return data
     held_out = data.held_out and without_weightless(data.held_out, config)
     if data.train is None:
@@ -119,13 +120,13 @@ def weighed(data: Data, config: Config) -> Data:
 
 def without_weightless(groups: GroupDataset, config: Config) -> GroupDataset:
     """The groups without the pairs whose loss the objective multiplies by 0."""
-    if config.objective_entry.weight is None:
+    if config.bound_objective.weight is None:
         return groups
     return skip_weightless(groups, _weights(groups, config))
 
 
 def _weights(groups: GroupDataset, config: Config) -> np.ndarray:
-    return edge_weights(groups, config.objective_entry, config.objective)
+    return edge_weights(groups, config.bound_objective)
 
 
 def report_of_merged(groups: GroupDataset, report: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -138,11 +139,11 @@ def report_of_merged(groups: GroupDataset, report: dict[str, dict[str, Any]]) ->
 
 def _made_fit(groups: GroupDataset, config: Config) -> GroupDataset:
     """The groups as the objective takes them. Raises ValueError if they cannot serve it."""
-    entry = config.objective_entry
-    if "mismatched" in entry.needs:
+    objective = config.bound_objective
+    if Need.MISMATCHED in objective.needs:
         groups = MismatchedDataset(groups, config.seed, config.data.max_length)
     budget, shares = config.train.row_tokens, config.model.prefix_sharing
-    groups.require(entry, config.objective.loss_type, budget, shares)
+    groups.require(objective, budget, shares)
     problem = config.objective.problem_with(groups.margins)
     if problem:
         raise UserError(f"{groups.name}: {problem}")
@@ -150,7 +151,7 @@ def _made_fit(groups: GroupDataset, config: Config) -> GroupDataset:
 
 
 def _stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> Stream:
-    data, train, entry = config.data, config.train, config.objective_entry
+    data, train, objective = config.data, config.train, config.bound_objective
     assert train.max_steps is not None
     return Stream(
         open_reader(data, data.dataset_train_split),
@@ -159,38 +160,38 @@ def _stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> Stream:
         tokenizer,
         config.seed,
         end=train.max_steps * train.global_batch_size,
-        supervised=entry.supervised,
-        fewest=2 if "mismatched" in entry.needs else 1,
+        supervised=objective.supervised,
+        fewest=2 if Need.MISMATCHED in objective.needs else 1,
         check=lambda groups: without_weightless(_made_fit(groups, config), config),
     )
 
 
-def refuse_unless_data_fits(data: Data, config: Config, engine: Any) -> None:
+def refuse_unless_data_fits(data: Data, config: Config, engine: Engine) -> None:
     """Raise ValueError if a group, as the engine's model computes it, exceeds the token budget."""
-    rules = step_rules(config, shares_rows(engine.module.policy))
+    rules = step_rules(config, engine.module)
     for groups in (data.train, data.held_out):
         if groups is not None:
             refuse_unless_rows_fit(groups, rules)
 
 
-def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool) -> Any:
+def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool) -> Engine:
     """The engine around policy, reference and head. What a user should know of how the models attend is in
-    the module's `remarks`."""
+    the module's `notes`."""
     with partitioned_loading(deepspeed_config(config, training)):
         module = build_module(config, tokenizer)
-    engine, group = build_engine(config, module, training), module.sequence_group
-    remarks = []
+    engine, group = Engine[ScoringModule](config, module, training), module.sequence_group
+    notes = []
     for model in (module.policy, module.reference):
         if model is not None:
-            remarks.append(settle_attention(model, config.model.attention, engine.device))
-            if "scores" not in config.objective_entry.needs:
+            notes.append(settle_attention(model, config.model.attention, engine.device))
+            if not config.bound_objective.is_reward_model:
                 refuse_unless_head_is_known(model, engine.device)
             if group is not None:
                 refuse_unless_slicing_is_exact(model, group, engine.device)
     quantised = config.peft is not None and config.peft.quantised
     if training and not quantised:  # whose kernels round otherwise in training, without any noise
         refuse_noise(module.policy, engine.device)
-    module.remarks = tuple(dict.fromkeys(remarks))
+    module.notes = list(dict.fromkeys(notes))
     if isinstance(module, PolicyWithReference):
         share_traversal(module, engine.device)
     return engine

@@ -15,6 +15,7 @@ from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.objectives.base import Need
 from madpo.trainer.stages.setup import merged, report_of_merged, training_groups
 
 Decode = Callable[[Sequence[int]], str]
@@ -30,14 +31,14 @@ def show_data(config: Config, count: int, console: Console) -> None:
     objective.
     """
     tokenizer = load_tokenizer(config.model)
-    entry = config.objective_entry
+    objective = config.bound_objective
     if config.data.streaming:
         raise UserError(
             "data.streaming: show-data looks at the whole set; copy some rows into a file, and set "
             "data.streaming=false and data.dataset_name to it"
         )
     groups, reports = training_groups(config, tokenizer)
-    borrows = "mismatched" in entry.needs
+    borrows = Need.MISMATCHED in objective.needs
     if borrows:
         groups = MismatchedDataset(groups, config.seed, config.data.max_length)
     groups = merged(groups, config)
@@ -53,7 +54,7 @@ def show_data(config: Config, count: int, console: Console) -> None:
     if config.data.min_weight is not None or config.data.sampling != "uniform":
         console.print("data.min_weight and data.sampling are not applied here", style="yellow")
     budget, shares = config.train.row_tokens, config.model.prefix_sharing
-    groups.require(entry, config.objective.loss_type, budget, shares)
+    groups.require(objective, budget, shares)
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:

@@ -17,16 +17,15 @@ from filelock import FileLock, Timeout
 from madpo.trainer import checkpoint, dist, loop
 from madpo.trainer.config import Config, dump
 from madpo.trainer.dist import Shard, barrier, refuse_if_any
-from madpo.trainer.engine import release
 from madpo.trainer.metrics import MetricsFile
-from madpo.trainer.model.balance import expert_remarks
+from madpo.trainer.model.balance import expert_notes
 from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.model.load import load_tokenizer
 from madpo.trainer.progress import Progress
 from madpo.trainer.stages.export import export_model
 from madpo.trainer.stages.quantiles import resolve_quantiles
 from madpo.trainer.stages.reference import (
-    reference_remarks,
+    reference_notes,
     refuse_unless_policy_fits,
     with_reference,
 )
@@ -70,9 +69,9 @@ def run_training(config: Config, command: str) -> None:
             progress = Progress(loop.plan_run(config, feed.num_groups).total_steps)
             cleanup.callback(progress.close)
             parameters = count_parameters(engine.module.policy)
-            remarks = [*engine.module.remarks, *reference_remarks(config, engine.module, feed, cached)]
-            remarks += expert_remarks(engine.module.policy, config.model.router_aux_loss_coef)
-            progress.announce(config, data.report, state, shard, engine.device, parameters, remarks)
+            notes = [*engine.module.notes, *reference_notes(config, engine.module, feed, cached)]
+            notes += expert_notes(engine.module.policy, config.model.router_aux_loss_coef)
+            progress.announce(config, data.report, state, shard, engine.device, parameters, notes)
             sinks = [metrics.write, progress.show]
         barrier()
 
@@ -90,7 +89,7 @@ def run_training(config: Config, command: str) -> None:
 
     if config.train.export:
         export_model(engine, tokenizer, config, folder, shard, state)
-    release(engine)
+    engine.release()
     lock.release()
 
 

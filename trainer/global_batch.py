@@ -1,0 +1,203 @@
+"""Objectives whose losses look at every completion of a step, whichever rank and micro-batch it is in.
+
+    score all micro-batches, without gradients
+      -> all ranks exchange the completions' log-probs, in the step's own order
+      -> the losses, and by autograd on these few numbers their gradient in each log-prob
+      -> train the micro-batches with these gradients as constants, without completions whose gradient is 0
+
+By the chain rule the last pass has the gradient of the losses, and they do not depend on how the step was
+spread over ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from madpo.kernels.token_scores import TokenScores
+from madpo.trainer.data.loader import Step
+from madpo.trainer.data.packing import PackedBatch
+from madpo.trainer.data.shapes import Work
+from madpo.trainer.engine import Engine
+from madpo.trainer.metrics import Meter, add_batch, add_stats
+from madpo.trainer.objectives.base import BatchState, Item, Outcome, Scored, SequenceScores
+from madpo.trainer.objectives.build import BoundObjective
+from madpo.trainer.scoring_module import Mode
+
+
+class Losses(NamedTuple):
+    """The losses of a step, and what follows from them."""
+
+    dloss_dlogps: Tensor  # (S,) of all completions of the step, on the CPU
+    memory: dict[str, list[float]]  # what the objective wants to find in the next step's state
+
+
+def forward_backward(
+    engine: Engine, step: Step, batches: Sequence[PackedBatch], meter: Meter, state: BatchState
+) -> tuple[dict[str, list[float]], Work]:
+    """The gradients of a step whose `batches` are on the engine's device; the objective's memory for the
+    next step, and the work that was done."""
+    if len(batches) == 1:
+        return _in_one_pass(engine, step, batches[0], meter, state), step.work
+    return _in_two_passes(engine, step, batches, meter, state)
+
+
+def evaluate(
+    engine: Engine, step: Step, batches: Sequence[PackedBatch], meter: Meter, state: BatchState
+) -> None:
+    """Fold the metrics of a step into the meter, without gradients."""
+    _losses(engine.module.head.objective, step, batches, _scored(engine, batches, meter), meter, state)
+
+
+def _in_one_pass(
+    engine: Engine, step: Step, batch: PackedBatch, meter: Meter, state: BatchState
+) -> dict[str, list[float]]:
+    """Forward and backward where each rank has one micro-batch.
+
+    The backbone runs once, the head twice: first for the log-probs, which all ranks exchange; then for a
+    loss with the gradients that follow.
+    """
+    memory = dict[str, list[float]]()
+
+    def exchange(batch: PackedBatch, tokens: TokenScores) -> Tensor:
+        losses = _losses(engine.module.head.objective, step, [batch], [tokens], meter, state)
+        memory.update(losses.memory)
+        return own_gradients(losses.dloss_dlogps, batch)
+
+    with engine.passes_of("scoring and training"):
+        for one in engine.accumulate([batch]):
+            out = engine(one, Mode.EXCHANGE, exchange)
+            add_stats(meter, one, engine.module.stats)
+            engine.backward(out.loss)
+    return memory
+
+
+def _in_two_passes(
+    engine: Engine, step: Step, batches: Sequence[PackedBatch], meter: Meter, state: BatchState
+) -> tuple[dict[str, list[float]], Work]:
+    """Forward and backward of several micro-batches, each computed twice: a scoring pass without gradients,
+    then a training pass without the completions whose gradient is 0."""
+    module = engine.module
+    tokens = _scored(engine, batches, meter)
+    losses = _losses(module.head.objective, step, batches, tokens, meter, state)
+    on_host = [(batch, own_gradients(losses.dloss_dlogps, batch)) for batch in step.batches]
+    work = step.work
+    # A loss of all packed tokens needs all of them, and slices of a row have no whole completions.
+    if not module.loss_of_tokens and module.sequence_group is None:
+        on_host = [_without_zeros(batch, gradients) for batch, gradients in on_host]
+        work += step.spared((losses.dloss_dlogps == 0).numpy())
+    for batch, gradients in engine.accumulate(on_host):
+        out = engine(batch.to(engine.device), Mode.FROM_GRADIENTS, gradients.to(engine.device))
+        engine.backward(out.loss)
+    return losses.memory, work
+
+
+def _without_zeros(
+    batch: PackedBatch,
+    gradients: Tensor,  # (S,)
+) -> tuple[PackedBatch, Tensor]:
+    """The batch without the completions whose gradient is 0, and the gradients of the others."""
+    batch, kept = batch.without((gradients == 0).numpy())
+    return batch, gradients[kept]
+
+
+@torch.no_grad()
+def _scored(engine: Engine, batches: Sequence[PackedBatch], meter: Meter) -> list[TokenScores]:
+    """The scores of every batch under policy and reference, without gradients."""
+    out = []
+    with engine.passes_of("scoring"):
+        for batch in batches:
+            out.append(engine(batch, Mode.SCORE).tokens)
+            add_stats(meter, batch, engine.module.stats)
+    return out
+
+
+@torch.no_grad()
+def _losses(
+    objective: BoundObjective,
+    step: Step,
+    batches: Sequence[PackedBatch],
+    tokens: Sequence[TokenScores],  # of each batch
+    meter: Meter,
+    state: BatchState,
+) -> Losses:
+    """Exchange the scores, form the losses of the whole step, and fold this rank's part into the meter."""
+    scored = [batch.scored(known) for batch, known in zip(batches, tokens, strict=True)]
+    outcomes, gradients = share_losses(step, batches, scored, objective, state)
+    for batch, scores, outcome in zip(batches, scored, outcomes, strict=True):
+        add_batch(meter, batch, scores, outcome, objective)
+    return Losses(gradients, outcomes[0].memory)
+
+
+def share_losses(
+    step: Step,
+    batches: Sequence[PackedBatch],
+    scored: Sequence[Scored],  # of each batch
+    objective: BoundObjective,
+    state: BatchState,
+) -> tuple[list[Outcome], Tensor]:
+    """For each of this rank's batches its part of the losses; and (S,) the gradient of their sum in the
+    log-prob of every completion of the step.
+
+    Every rank calls this once a step. The outcomes carry the memory for the next step.
+    """
+    sequences, winners, losers, margins = _exchange(step, batches, scored)
+    leaf = sequences.logps.requires_grad_()
+    with torch.enable_grad():
+        edges = sequences.edges(winners, losers, margins)
+        scores = edges if objective.item is Item.EDGE else sequences
+        outcome = objective.entry.function(scores, objective.params, state)
+        (gradients,) = torch.autograd.grad(outcome.losses.sum(), leaf)
+    return [_part(outcome, batch, objective.item) for batch in batches], gradients
+
+
+def _part(outcome: Outcome, batch: PackedBatch, item: Item) -> Outcome:
+    """What the outcome of the step says of one batch."""
+    places = batch.edge_places if item is Item.EDGE else batch.sequence_places
+    values = {"": outcome.losses.detach(), **outcome.stats}
+    part = {name: of.to(places.device)[places] for name, of in values.items()}
+    return Outcome(part.pop(""), part, outcome.memory)
+
+
+def own_gradients(
+    gradients: Tensor,  # of all completions of the step
+    batch: PackedBatch,
+) -> Tensor:
+    """(S,) those of one batch's completions; 0 for a dummy batch's, which has no place in the step."""
+    own = gradients.new_zeros(len(batch.lengths), device=batch.labels.device)
+    own[: len(batch.sequence_places)] = gradients.to(own.device)[batch.sequence_places]
+    return own
+
+
+def _exchange(
+    step: Step, batches: Sequence[PackedBatch], scored: Sequence[Scored]
+) -> tuple[SequenceScores, Tensor, Tensor, Tensor]:
+    """The scores of all completions (S,) and winners, losers, margins of all edges (E,), on the CPU.
+
+    Each rank fills the places of its own in a table of zeros, and the sum over ranks is the whole, as often
+    as there are ranks to a row.
+    """
+    device = batches[0].labels.device
+    flat = torch.zeros(4 * step.num_sequences + 3 * step.num_edges, dtype=torch.float64, device=device)
+    table = flat[: 4 * step.num_sequences].view(4, step.num_sequences)
+    edges = flat[4 * step.num_sequences :].view(3, step.num_edges)
+    has_reference = scored[0].ref_token_logps is not None
+    for batch, scores in zip(batches, scored, strict=True):
+        places = batch.sequence_places
+        ref_logps = scores.ref_logps if has_reference else torch.zeros_like(scores.logps)
+        columns = torch.stack((scores.logps, ref_logps, scores.lengths.double(), scores.labels.double()))
+        table[:, places] = columns[:, : len(places)]
+        won, lost = places[scores.winners].double(), places[scores.losers].double()
+        edges[:, batch.edge_places] = torch.stack((won, lost, scores.margins))
+    dist.all_reduce(flat)
+    flat = flat.cpu() / step.copies
+    logps, ref_logps, lengths, labels = flat[: 4 * step.num_sequences].view(4, -1).unbind()
+    winners, losers, margins = flat[4 * step.num_sequences :].view(3, step.num_edges).unbind()
+    sequences = SequenceScores(
+        logps.clone(), ref_logps if has_reference else None, lengths.long(), labels.long()
+    )
+    return sequences, winners.long(), losers.long(), margins

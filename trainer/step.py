@@ -1,0 +1,89 @@
+"""One optimiser step of any number of micro-batches, and one step of an evaluation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from madpo.kernels.token_scores import TokenScores
+from madpo.trainer import global_batch
+from madpo.trainer.data.loader import Step
+from madpo.trainer.data.packing import PackedBatch
+from madpo.trainer.data.shapes import Work
+from madpo.trainer.engine import Engine
+from madpo.trainer.metrics import Meter, add_batch, add_stats
+from madpo.trainer.objectives.base import BatchState
+from madpo.trainer.scoring_module import Mode, ScoringModule
+
+
+class Done(NamedTuple):
+    """What is left of a step."""
+
+    memory: dict[str, list[float]]  # what the objective wants to find in the next step's state
+    work: Work
+
+
+def train_step(engine: Engine, step: Step, learning_rate: float, meter: Meter, state: BatchState) -> Done:
+    """Forward and backward of every micro-batch, then one optimiser update."""
+    with meter.memory.phase("forward_backward"):
+        done = forward_backward(engine, step, meter, state)
+    with meter.memory.phase("optimizer"):
+        engine.step(learning_rate)
+    return done
+
+
+def forward_backward(engine: Engine, step: Step, meter: Meter, state: BatchState) -> Done:
+    """The gradients of a step.
+
+    For most objectives the host never waits for the device; one of the global batch has to exchange scores.
+    """
+    batches = [batch.to(engine.device) for batch in step.batches]
+    if engine.module.head.objective.needs_batch:
+        done = Done(*global_batch.forward_backward(engine, step, batches, meter, state))
+    else:
+        for batch in engine.accumulate(batches):
+            out = engine(batch)
+            engine.backward(out.loss)
+            _measure(engine.module, meter, batch, out.tokens)
+        done = Done({}, step.work)
+    _count_skipped(meter, step)
+    return done
+
+
+@torch.no_grad()
+def evaluation_step(engine: Engine, step: Step, meter: Meter, state: BatchState) -> None:
+    """Fold the metrics of a chunk of held-out groups into the meter."""
+    batches = [batch.to(engine.device) for batch in step.batches]
+    with meter.memory.phase("evaluation"):
+        if engine.module.head.objective.needs_batch:
+            global_batch.evaluate(engine, step, batches, meter, state)
+            return
+        with engine.passes_of("scoring"):
+            for batch in batches:
+                _measure(engine.module, meter, batch, engine(batch, Mode.SCORE).tokens)
+    _count_skipped(meter, step)
+
+
+def _count_skipped(meter: Meter, step: Step) -> None:
+    """Count the pairs of weight 0, which are in the mean loss and in no batch; rank 0 counts for all."""
+    if step.uncomputed and dist.get_rank() == 0:
+        meter.add_count("loss", step.uncomputed * step.copies)
+
+
+@torch.no_grad()
+def _measure(
+    module: ScoringModule,
+    meter: Meter,
+    batch: PackedBatch,
+    tokens: TokenScores,  # (M,)
+) -> None:
+    """Fold a batch's metrics into the meter.
+
+    The head has formed the loss where it trains; here the objective is computed again, on the small
+    vectors, for its values by item.
+    """
+    scored, objective = batch.scored(tokens), module.head.objective
+    add_stats(meter, batch, module.stats)
+    add_batch(meter, batch, scored, objective.of_groups(scored), objective)
