@@ -8,8 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from madpo.benchmarks.step_workload import Pair
-from madpo.trainer.data.feed import Groups
-from madpo.trainer.data.reference_logps import ReferenceLogps
+from madpo.trainer.data.groups import GroupCounts, ReferenceLogps, TokenGroups
 from madpo.trainer.data.shapes import Shapes
 from madpo.trainer.data.tokenise import TokenGroup
 
@@ -25,12 +24,15 @@ class PairGroups:
         ]
         counts = [[len(tokens) for tokens in pair] for pair in pairs]
         ones = np.ones(len(pairs), dtype=np.int64)
-        self.completion_tokens = np.array([chosen + rejected for _, chosen, rejected in counts])
-        self.lengths = np.array([sum(lengths) for lengths in counts])
-        if claimed is not None:
-            self.lengths = claimed * ones
-        self.sequences, self.edges, self.labelled = 2 * ones, ones, 2 * ones
-        self.counted_edges = self.edges
+        lengths = np.array([sum(lengths) for lengths in counts]) if claimed is None else claimed * ones
+        self.counts = GroupCounts(
+            lengths=lengths,
+            completion_tokens=np.array([chosen + rejected for _, chosen, rejected in counts]),
+            sequences=2 * ones,
+            edges=ones,
+            counted_edges=ones,
+            labelled=2 * ones,
+        )
         self.reference: ReferenceLogps | None = None
         self._completions = np.array([tails if claimed is None else [0, 0] for _, *tails in counts])
 
@@ -39,8 +41,8 @@ class PairGroups:
 
     def shapes(self, indices: np.ndarray) -> Shapes:
         completions = self._completions[indices]
-        prompts = self.lengths[indices] - completions.sum(axis=1)
-        return Shapes(prompts, self.sequences[indices], completions.ravel())
+        prompts = self.counts.lengths[indices] - completions.sum(axis=1)
+        return Shapes(prompts, self.counts.sequences[indices], completions.ravel())
 
 
 class PairFeed:
@@ -52,10 +54,10 @@ class PairFeed:
     def __init__(self, pairs: Sequence[Pair], packing: Packing, budget: int) -> None:
         tokens = sum(len(part) for pair in pairs for part in pair)
         claimed = {"balanced": None, "counted": -(-tokens // len(pairs)), "alone": budget}[packing]
-        self.groups: Groups = PairGroups(pairs, claimed)
+        self.groups: TokenGroups = PairGroups(pairs, claimed)
         self.num_groups: int | None = len(pairs)
 
-    def take(self, consumed: int, count: int) -> tuple[Groups, np.ndarray]:
+    def take(self, consumed: int, count: int) -> tuple[TokenGroups, np.ndarray]:
         return self.groups, np.arange(consumed, consumed + count)
 
     def epoch(self, consumed: int) -> float:

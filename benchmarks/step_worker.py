@@ -194,7 +194,7 @@ def run_madpo(job: Job, pipe: Connection) -> None:
     from madpo.benchmarks.step_feed import PairFeed
     from madpo.trainer import dist
     from madpo.trainer.config import from_tree
-    from madpo.trainer.data.feed import with_logps
+    from madpo.trainer.data.groups import with_logps
     from madpo.trainer.loop import train
     from madpo.trainer.model.load import load_tokenizer
     from madpo.trainer.perf import MEMORY

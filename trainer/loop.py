@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from madpo.trainer.config import Config
-from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.feed import Feed
+from madpo.trainer.data.groups import TokenDataset
 from madpo.trainer.data.loader import evaluation_steps, step_rules, training_steps
 from madpo.trainer.data.prefetch import prefetched
 from madpo.trainer.data.shapes import Work
@@ -52,7 +52,7 @@ def train(
     config: Config,
     engine: Engine,
     feed: Feed,
-    held_out: GroupDataset | None,
+    held_out: TokenDataset | None,
     shard: Shard,
     state: TrainState,
     on_record: Callable[[Record], None],
@@ -113,7 +113,7 @@ def train(
 def evaluate(
     config: Config,
     engine: Engine,
-    groups: GroupDataset,
+    groups: TokenDataset,
     shard: Shard,
     memory: Mapping[str, list[float]],
 ) -> Record:

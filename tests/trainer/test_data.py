@@ -14,6 +14,7 @@ from madpo.trainer.config import Config
 from madpo.trainer.data import dataset as dataset_module
 from madpo.trainer.data.dataset import load_groups
 from madpo.trainer.data.formats import TextGroup, layout_of, parse_json_line, to_group
+from madpo.trainer.data.groups import check_groups
 from madpo.trainer.data.tokenise import TokenRules, tokenise
 
 CHAT = (
@@ -273,7 +274,7 @@ def test_a_missing_margin_is_refused_when_the_objective_needs_it(tmp_path, token
     )
     groups, _ = load_groups(config.data, "train", tokenizer)
     with pytest.raises(ValueError, match="1 of 4 rows have no margin"):
-        groups.require(config.bound_objective, 4096)
+        check_groups(groups, config.bound_objective, 4096)
 
 
 def test_supervised_rows_are_refused_by_pairwise_objectives(tmp_path, tokenizer):
@@ -282,7 +283,7 @@ def test_supervised_rows_are_refused_by_pairwise_objectives(tmp_path, tokenizer)
     config = config_for(tmp_path, path)
     groups, _ = load_groups(config.data, "train", tokenizer)
     with pytest.raises(ValueError, match="compares completions"):
-        groups.require(config.bound_objective, 4096)
+        check_groups(groups, config.bound_objective, 4096)
 
 
 def test_the_report_counts_what_was_cut_and_dropped(tmp_path, tokenizer):
@@ -302,7 +303,7 @@ def test_the_report_counts_what_was_cut_and_dropped(tmp_path, tokenizer):
     }
     assert report["truncated_completions"] == 1
     assert report["groups_with_moved_boundary"] == 1
-    assert report["tokens"] == groups.lengths.sum()
+    assert report["tokens"] == groups.counts.lengths.sum()
 
 
 def test_nothing_left_to_train_on_is_an_error_with_numbers(tmp_path, tokenizer):

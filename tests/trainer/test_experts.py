@@ -100,7 +100,7 @@ def plain_step(config: Config, world_size: int) -> tuple[float, dict[str, torch.
     logps = padded_logps(model, batch).view(-1, 2)
     ratios = logps - logps.detach()
     loss = -F.logsigmoid(0.1 * (ratios[:, 0] - ratios[:, 1])).mean()
-    tokens, aux_loss = sum(groups.lengths[indices].tolist()), torch.zeros(())
+    tokens, aux_loss = sum(groups.counts.lengths[indices].tolist()), torch.zeros(())
     for rank in range(world_size):
         plan = plan_step(groups, indices, step_rules(config), Shard(rank, world_size))
         for micro in plan.batches:

@@ -139,7 +139,7 @@ def test_prompt_and_common_completions_stand_once_and_every_comparison_stays(tmp
         assert told == [(p.completions[0], p.completions[1], p.edges[0][2]) for p in parts]
     report = loaded.report["train"]
     assert (report["rows"], report["groups"], report["rows_merged"]) == (18, PROMPTS, 12)
-    assert report["tokens"] == plain.lengths.sum() - report["tokens_saved_by_merging"]
+    assert report["tokens"] == plain.counts.lengths.sum() - report["tokens_saved_by_merging"]
     assert groups.rows.tolist() == plain.rows[:PROMPTS].tolist()
     assert groups.ease("easy_to_hard") == pytest.approx(plain.margins.reshape(3, PROMPTS).mean(0))
 
@@ -155,11 +155,13 @@ def test_the_counts_are_those_of_the_groups(tmp_path, tokenizer_folder, rows, lo
     groups = train_of(config)
     assert isinstance(groups, MergedDataset)
     every = [groups[index] for index in range(len(groups))]
-    assert groups.lengths.tolist() == [len(g.prompt) + sum(map(len, g.completions)) for g in every]
-    assert groups.completion_tokens.tolist() == [sum(map(len, g.completions)) for g in every]
-    assert groups.sequences.tolist() == [len(g.completions) for g in every]
-    assert groups.edges.tolist() == groups.counted_edges.tolist() == [len(g.edges) for g in every]
-    assert groups.labelled.tolist() == [sum(label != 0 for label in g.labels) for g in every]
+    assert groups.counts.lengths.tolist() == [len(g.prompt) + sum(map(len, g.completions)) for g in every]
+    assert groups.counts.completion_tokens.tolist() == [sum(map(len, g.completions)) for g in every]
+    assert groups.counts.sequences.tolist() == [len(g.completions) for g in every]
+    assert (
+        groups.counts.edges.tolist() == groups.counts.counted_edges.tolist() == [len(g.edges) for g in every]
+    )
+    assert groups.counts.labelled.tolist() == [sum(label != 0 for label in g.labels) for g in every]
     margins = [edge[2] for g in every for edge in g.edges]
     np.testing.assert_array_equal(groups.margins, np.array(margins, dtype=float))
 
@@ -174,13 +176,13 @@ def test_a_group_ends_where_it_would_be_larger_than_a_pair_may_be(tmp_path, toke
     rows = [{"prompt": "the:", "chosen": f" {'a ' * n}", "rejected": f" {'b ' * n}"} for n in range(4, 16)]
     config = config_for(tmp_path, tokenizer_folder, rows, {"loss_type": "dpo"}, data={"max_length": 24})
     groups = train_of(config)
-    assert 1 < len(groups) < len(rows) and groups.lengths.max() <= 48
-    assert groups.edges.sum() == len(rows) and (np.diff(groups.rows) > 0).all()
+    assert 1 < len(groups) < len(rows) and groups.counts.lengths.max() <= 48
+    assert groups.counts.edges.sum() == len(rows) and (np.diff(groups.rows) > 0).all()
     prompt = len(groups[0].prompt)
     for index in range(len(groups) - 1):  # the next row would have exceeded it
         following = groups[index + 1]
         more = sum(map(len, following.completions[:2]))
-        assert groups.lengths[index] + more > 48 and len(following.prompt) == prompt
+        assert groups.counts.lengths[index] + more > 48 and len(following.prompt) == prompt
 
 
 def test_rows_that_a_mixture_repeats_stay_repeated(tmp_path, tokenizer_folder):
@@ -193,7 +195,7 @@ def test_rows_that_a_mixture_repeats_stay_repeated(tmp_path, tokenizer_folder):
     assert len(once) == PROMPTS and once[0].edges[0] == once[0].edges[2]
     assert [groups[i] for i in range(PROMPTS)] == [once[i] for i in range(PROMPTS)]
     assert [groups[i] for i in range(PROMPTS, 2 * PROMPTS)] == [once[i] for i in range(PROMPTS)]
-    assert groups.edges.sum() == 2 * 13 + round(0.5 * 13)
+    assert groups.counts.edges.sum() == 2 * 13 + round(0.5 * 13)
 
 
 def test_supervised_rows_and_prompts_that_stand_once_are_left_alone(tmp_path, tokenizer_folder):

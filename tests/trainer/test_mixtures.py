@@ -137,7 +137,7 @@ def test_the_report_has_every_part_and_the_total(tmp_path, tokenizer, parts):
     assert (two["rows"], two["groups"], two["fraction"]) == (8, 16, 2.0)
     assert one["dropped"] == total["dropped"] == {"chosen and rejected are the same tokens": 1}
     assert (total["rows"], total["groups"]) == (21, len(groups))
-    assert total["tokens"] == one["tokens"] + two["tokens"] == groups.lengths.sum()
+    assert total["tokens"] == one["tokens"] + two["tokens"] == groups.counts.lengths.sum()
     assert total["margin_mean"] == pytest.approx(groups.margins.mean())
     assert (total["margin_min"], total["margin_max"]) == (groups.margins.min(), groups.margins.max())
 
@@ -148,7 +148,7 @@ def test_without_a_fold_the_total_alone_is_of_what_is_trained_on(tmp_path, token
     config = config_for(tmp_path, *({"path": str(part)} for part in parts), data={"folds": 2, "fold": 1})
     groups, report = training_groups(config, tokenizer)
     assert [report[name] for name in ("train 1", "train 2")] == [whole["train 1"], whole["train 2"]]
-    kept = {"groups": len(groups), "tokens": groups.lengths.sum(), "without_fold": 1}
+    kept = {"groups": len(groups), "tokens": groups.counts.lengths.sum(), "without_fold": 1}
     assert report["train"] == whole["train"] | kept and len(groups) < whole["train"]["groups"]
 
 
@@ -194,7 +194,7 @@ def test_quantiles_and_mismatched_completions_are_of_the_mixture(tmp_path, token
     assert groups is not None and len(groups) == 32
     assert [len(groups[i].completions) for i in range(32)] == [4] * 32
     lengths = [len(groups[i].prompt) + sum(map(len, groups[i].completions)) for i in range(32)]
-    assert groups.lengths.tolist() == lengths
+    assert groups.counts.lengths.tolist() == lengths
 
 
 REFUSED = [

@@ -12,10 +12,10 @@ import pytest
 import torch
 from harness import random_groups
 
+from madpo.trainer.data.groups import GroupCounts, ReferenceLogps
 from madpo.trainer.data.loader import StepRules, plan_step, refuse_unless_rows_fit
 from madpo.trainer.data.order import DataOrder
-from madpo.trainer.data.packing import PackedBatch, Segment, computed_tokens, filler, pack, plan_micro_batches
-from madpo.trainer.data.reference_logps import ReferenceLogps
+from madpo.trainer.data.packing import PackedBatch, Segment, filler, pack, plan_micro_batches
 from madpo.trainer.data.shapes import Cost, Shapes, StepCost, Work, shapes_of, spared, work_of
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.dist import Shard
@@ -67,12 +67,7 @@ def test_pack_without_sharing_by_hand():
 @pytest.mark.parametrize("prefix_sharing", [True, False])
 def test_what_is_planned_for_a_group_is_what_it_takes(prefix_sharing):
     groups = [*random_groups(3), *random_groups(2, 1, completions=1), *random_groups(2, 2, completions=7)]
-    tokens, sequences = (
-        np.array([sum(map(len, group.completions)) for group in groups]),
-        np.array([len(group.completions) for group in groups]),
-    )
-    lengths = tokens + np.array([len(group.prompt) for group in groups])
-    planned = computed_tokens(lengths, tokens, sequences, prefix_sharing)
+    planned = Held(groups).counts.computed_tokens(prefix_sharing)
     assert planned.tolist() == [len(pack([g], prefix_sharing=prefix_sharing).input_ids) for g in groups]
 
 
@@ -81,12 +76,17 @@ class Held:
 
     def __init__(self, groups: list[TokenGroup]) -> None:
         self.groups = groups
-        self.sequences = np.array([len(group.completions) for group in groups])
-        self.completion_tokens = np.array([sum(map(len, group.completions)) for group in groups])
-        self.lengths = self.completion_tokens + np.array([len(group.prompt) for group in groups])
-        self.edges = self.counted_edges = np.array([len(group.edges) for group in groups])
+        tokens = np.array([sum(map(len, group.completions)) for group in groups])
+        edges = np.array([len(group.edges) for group in groups])
+        self.counts = GroupCounts(
+            lengths=tokens + np.array([len(group.prompt) for group in groups]),
+            completion_tokens=tokens,
+            sequences=np.array([len(group.completions) for group in groups]),
+            edges=edges,
+            counted_edges=edges,
+            labelled=np.zeros_like(edges),
+        )
         self.reference: ReferenceLogps | None = None
-        self.labelled = np.zeros_like(self.edges)
 
     def __getitem__(self, index: int) -> TokenGroup:
         return self.groups[index]

@@ -9,7 +9,7 @@ from harness import make_config, run_ranks, write_pairs
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset, load_groups
-from madpo.trainer.data.feed import Chained, Groups
+from madpo.trainer.data.groups import ConcatenatedGroups, TokenGroups
 from madpo.trainer.data.mismatched import MismatchedDataset
 from madpo.trainer.data.shapes import Work
 from madpo.trainer.metrics import Meter
@@ -97,15 +97,15 @@ def groups_of(config: Config) -> GroupDataset:
 def test_shapes_are_those_of_the_groups(config, kind):
     whole = groups_of(config)
     odd = whole.select(np.arange(1, 29, 2)[::-1], "odd")
-    groups: Groups = {
+    groups: TokenGroups = {
         "whole": lambda: whole,
         "selected": lambda: odd,
         "mismatched": lambda: MismatchedDataset(whole, seed=3, max_length=24),
-        "chained": lambda: Chained([odd, whole]),
+        "chained": lambda: ConcatenatedGroups([odd, whole]),
     }[kind]()
-    indices = np.random.default_rng(0).integers(0, len(groups.lengths), 12)
+    indices = np.random.default_rng(0).integers(0, len(groups.counts.lengths), 12)
     shapes, read = groups.shapes(indices), [groups[int(index)] for index in indices]
     assert shapes.prompts.tolist() == [len(group.prompt) for group in read]
     assert shapes.sequences.tolist() == [len(group.completions) for group in read]
     assert shapes.completions.tolist() == [len(c) for group in read for c in group.completions]
-    assert shapes.tokens().tolist() == groups.lengths[indices].tolist()
+    assert shapes.tokens().tolist() == groups.counts.lengths[indices].tolist()

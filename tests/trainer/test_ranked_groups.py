@@ -22,6 +22,7 @@ from madpo.trainer.data import dataset as dataset_module
 from madpo.trainer.data.adapters import ADAPTERS
 from madpo.trainer.data.dataset import groups_key, load_groups, rules_of
 from madpo.trainer.data.formats import TextGroup
+from madpo.trainer.data.groups import check_groups
 from madpo.trainer.data.rows import RowRules, read_row
 from madpo.trainer.data.tokenise import TokenRules, tokenise
 from madpo.trainer.model.load import load_tokenizer
@@ -170,10 +171,12 @@ def test_a_group_beyond_the_budget_is_refused_with_its_size(tmp_path, tokenizer)
     path = write(tmp_path / "rows.jsonl", [row])
     config = config_for(tmp_path, path)
     groups, _ = load_groups(config.data, "train", tokenizer)
-    with pytest.raises(ValueError, match=rf"cannot hold a group of {groups.lengths[0]} tokens.*best_worst"):
-        groups.require(config.bound_objective, config.train.micro_batch_tokens)
+    with pytest.raises(
+        ValueError, match=rf"cannot hold a group of {groups.counts.lengths[0]} tokens.*best_worst"
+    ):
+        check_groups(groups, config.bound_objective, config.train.micro_batch_tokens)
     few, _ = load_groups(config_for(tmp_path, path, edges="best_worst").data, "train", tokenizer)
-    few.require(config.bound_objective, config.train.micro_batch_tokens)
+    check_groups(few, config.bound_objective, config.train.micro_batch_tokens)
 
 
 def show(tokenizer, row: dict[str, Any], **data: Any) -> tuple[str, list[str]]:

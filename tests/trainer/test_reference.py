@@ -18,7 +18,7 @@ from zero3 import zero3_steps
 from madpo.trainer import reference_cache
 from madpo.trainer.checkpoint import identity
 from madpo.trainer.config import Config
-from madpo.trainer.data.feed import with_logps
+from madpo.trainer.data.groups import with_logps
 from madpo.trainer.data.order import permutation
 from madpo.trainer.dist import Shard
 from madpo.trainer.model.freeze import count_parameters
@@ -184,8 +184,8 @@ def test_a_sample_is_scored_again_at_every_start(config):
     run_ranks(1, score, config)
     groups = load_data(config, load_tokenizer(config.model), training=True).train
     assert groups is not None
-    count, drawn = int(groups.completion_tokens.sum()), int(permutation(21, config.seed, 0)[0])
-    place = int(groups.completion_tokens[:drawn].sum())
+    count, drawn = int(groups.counts.completion_tokens.sum()), int(permutation(21, config.seed, 0)[0])
+    place = int(groups.counts.completion_tokens[:drawn].sum())
     path = tamper(config, count, place, by=0.05)
     with pytest.raises(AssertionError, match=r"log-probs are others, by .* delete it"):
         run_ranks(2, score, config)

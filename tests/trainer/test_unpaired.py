@@ -13,7 +13,7 @@ from harness import make_config, write_pairs
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import load_groups
 from madpo.trainer.data.formats import TextGroup, layout_of, to_group
-from madpo.trainer.data.loader import StepRules, item_counts, plan_step
+from madpo.trainer.data.loader import StepRules, plan_step
 from madpo.trainer.data.mismatched import MismatchedDataset
 from madpo.trainer.dist import Shard
 from madpo.trainer.model.load import load_tokenizer
@@ -76,14 +76,14 @@ def test_a_label_is_true_or_false(label):
 def test_labels_come_with_the_groups(tmp_path, tokenizer_folder):
     groups = groups_of(config_for(tmp_path, tokenizer_folder, ROWS))
     assert [groups[i].labels for i in range(12)] == [[1 if i % 3 else -1] for i in range(12)]
-    assert groups.labelled.tolist() == [1] * 12
+    assert groups.counts.labelled.tolist() == [1] * 12
 
 
 def test_pairs_are_two_labelled_completions(tmp_path, tokenizer_folder):
     write_pairs(tmp_path / "train.jsonl", 5)
     groups = groups_of(config_for(tmp_path, tokenizer_folder, None))
     assert groups[0].labels == [1, -1]
-    assert item_counts(groups, Item.SEQUENCE).tolist() == [2] * 5
+    assert groups.counts.items(Item.SEQUENCE).tolist() == [2] * 5
 
 
 def test_imitation_leaves_out_what_is_undesirable(tmp_path, tokenizer_folder):
@@ -118,12 +118,12 @@ def test_every_completion_serves_another_prompt_once(tmp_path, tokenizer_folder)
         group, own = both[index], groups[index]
         assert group.prompt == own.prompt and group.completions[0] == own.completions[0]
         assert group.labels == [*own.labels, 0]
-        assert both.lengths[index] == len(group.prompt) + sum(map(len, group.completions))
-        assert both.completion_tokens[index] == sum(map(len, group.completions))
+        assert both.counts.lengths[index] == len(group.prompt) + sum(map(len, group.completions))
+        assert both.counts.completion_tokens[index] == sum(map(len, group.completions))
         lent.append(int(both._partner[index]))
         assert group.completions[1] == groups[lent[-1]].completions[0]
     assert sorted(lent) == list(range(12)) and all(a != b for a, b in enumerate(lent))
-    assert both.sequences.tolist() == [2] * 12 and both.labelled.tolist() == [1] * 12
+    assert both.counts.sequences.tolist() == [2] * 12 and both.counts.labelled.tolist() == [1] * 12
     again = MismatchedDataset(groups, seed=4, max_length=32)
     assert (again._partner == both._partner).all()
     assert (MismatchedDataset(groups, seed=5, max_length=32)._partner != both._partner).any()
@@ -132,22 +132,22 @@ def test_every_completion_serves_another_prompt_once(tmp_path, tokenizer_folder)
 def test_pairs_borrow_both_completions_cut_one_by_one(tmp_path, tokenizer_folder):
     write_pairs(tmp_path / "train.jsonl", 20)
     groups = groups_of(config_for(tmp_path, tokenizer_folder, None))
-    both = MismatchedDataset(groups, seed=4, max_length=int(groups.lengths.max()) // 2)
+    both = MismatchedDataset(groups, seed=4, max_length=int(groups.counts.lengths.max()) // 2)
     kept = [len(c) for i in range(20) for c in groups[i].completions]
     assert groups.completion_lengths.tolist() == kept
     for index in range(20):
         group = both[index]
-        assert both.lengths[index] == len(group.prompt) + sum(map(len, group.completions))
+        assert both.counts.lengths[index] == len(group.prompt) + sum(map(len, group.completions))
 
 
 def test_a_borrowed_completion_is_cut_where_it_would_be_too_long(tmp_path, tokenizer_folder):
     groups = groups_of(config_for(tmp_path, tokenizer_folder, ROWS))
-    longest = int((groups.lengths).max())
+    longest = int((groups.counts.lengths).max())
     both = MismatchedDataset(groups, seed=4, max_length=longest)
     for index in range(12):
         group = both[index]
         assert len(group.prompt) + len(group.completions[1]) <= longest
-        assert both.lengths[index] == len(group.prompt) + sum(map(len, group.completions))
+        assert both.counts.lengths[index] == len(group.prompt) + sum(map(len, group.completions))
 
 
 def test_one_prompt_is_too_few_to_borrow_from(tmp_path, tokenizer_folder):

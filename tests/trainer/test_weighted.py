@@ -125,15 +125,18 @@ def test_of_a_group_that_is_kept_in_part_only_what_its_edges_compare_is_left(tmp
     config = config_for(tmp_path, tokenizer_folder, rows_with([1.0, 2.0, -4.0, -4.0, 0.5, -4.0], 2), STEEP)
     whole, train = unweighed(config), data_of(config).train
     assert len(whole) == len(train) == 2 and isinstance(train, TrimmedDataset)
-    assert whole.edges.tolist() == train.counted_edges.tolist() == [3, 3] and train.edges.tolist() == [2, 1]
+    assert whole.counts.edges.tolist() == train.counts.counted_edges.tolist() == [
+        3,
+        3,
+    ] and train.counts.edges.tolist() == [2, 1]
     for index, kept in ((0, [0, 2]), (1, [0])):
         group, before = train[index], whole[index]
         told = [(group.completions[w], group.completions[x], margin) for w, x, margin in group.edges]
         edges = [before.edges[k] for k in kept]
         assert told == [(before.completions[w], before.completions[x], margin) for w, x, margin in edges]
-        assert len(group.completions) == train.sequences[index] == 2 * len(kept)
-        assert train.lengths[index] == len(group.prompt) + sum(map(len, group.completions))
-        assert train.labelled[index] == len(group.labels) == len(group.completions)
+        assert len(group.completions) == train.counts.sequences[index] == 2 * len(kept)
+        assert train.counts.lengths[index] == len(group.prompt) + sum(map(len, group.completions))
+        assert train.counts.labelled[index] == len(group.labels) == len(group.completions)
     assert train.margins.tolist() == [1.0, 0.5, 2.0]
     step = plan_step(train, np.arange(2), RULES, ALONE)
     assert step.batches[0].scale == 1 / 6 and (step.num_edges, step.uncomputed) == (3, 3)
@@ -150,8 +153,8 @@ def test_a_stream_skips_too(tmp_path, tokenizer_folder):
     )
     feed = data_of(config).feed
     groups, indices = feed.take(0, 12)
-    assert groups.counted_edges[indices].tolist() == [1] * 12
-    assert groups.edges[indices].tolist() == [int(margin > 0) for margin in MIXED[:12]]
+    assert groups.counts.counted_edges[indices].tolist() == [1] * 12
+    assert groups.counts.edges[indices].tolist() == [int(margin > 0) for margin in MIXED[:12]]
     assert plan_step(groups, indices, RULES, ALONE).uncomputed == 8
 
 
@@ -161,7 +164,7 @@ def test_light_pairs_are_left_out_and_told(tmp_path, tokenizer_folder):
     weights = config.objective.weight(torch.tensor(margins, dtype=torch.float64)).numpy()
     data = data_of(config)
     assert sorted(data.train.margins.tolist()) == sorted(np.array(margins)[weights >= 0.5].tolist())
-    assert data.train.edges.tolist() == data.train.counted_edges.tolist()
+    assert data.train.counts.edges.tolist() == data.train.counts.counted_edges.tolist()
     report = data.feed.report()["train"]
     assert report["pairs_below_min_weight"] == (weights < 0.5).sum() > 0
     assert report["share_of_weight_below"] == pytest.approx(weights[weights < 0.5].sum() / weights.sum())
@@ -259,11 +262,11 @@ def test_merged_pairs_of_a_group_keep_their_relative_weights(tmp_path, tokenizer
     groups = unweighed(config)
     data = data_of(config)
     weights = edge_weights(groups, config.bound_objective)
-    firsts = np.cumsum(groups.edges) - groups.edges
-    for index, (first, count) in enumerate(zip(firsts, groups.edges, strict=True)):
+    firsts = np.cumsum(groups.counts.edges) - groups.counts.edges
+    for index, (first, count) in enumerate(zip(firsts, groups.counts.edges, strict=True)):
         own = weights[first : first + count]
         assert data.train[index].weights == pytest.approx(weights.mean() * own / own.sum())
-    assert data.train.counted_edges.tolist() == [1] * 4 and isinstance(data.feed, WholeSet)
+    assert data.train.counts.counted_edges.tolist() == [1] * 4 and isinstance(data.feed, WholeSet)
     assert data.feed.num_groups == 4
 
 

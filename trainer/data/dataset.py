@@ -28,16 +28,13 @@ from madpo.trainer.config import DataConfig
 from madpo.trainer.data.adapters import ADAPTERS
 from madpo.trainer.data.folds import hash_of_prompt
 from madpo.trainer.data.formats import parse_json_line
+from madpo.trainer.data.groups import GroupCounts, ReferenceLogps, ease_of
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.packing import check_budget, computed_tokens
-from madpo.trainer.data.reference_logps import ReferenceLogps
 from madpo.trainer.data.rows import RowRules, choose_adapter, read_row
 from madpo.trainer.data.shapes import Shapes
 from madpo.trainer.data.source import Source, open_source
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, special_spellings, spells_special, tokenise
 from madpo.trainer.errors import UserError
-from madpo.trainer.objectives.base import Item, Need
-from madpo.trainer.objectives.build import BoundObjective
 
 FORMAT_VERSION = 5
 """Part of the cache key; raise it when the same rows would give other tokens."""
@@ -75,27 +72,47 @@ class GroupDataset:
         self.name = name
         self.fingerprint = fingerprint  # of the rows and everything that made tokens of them
         self.table = table
-        self.lengths = _column(table, "num_tokens")  # (G,) packed tokens
-        self.completion_tokens = _column(table, "num_completion_tokens")  # (G,)
-        self.sequences = _column(table, "num_sequences")  # (G,)
-        self.edges = _column(table, "num_edges")  # (G,)
-        self.counted_edges = self.edges  # (G,) of the mean, of which some views compute a part only
-        self.labelled = _column(table, "num_labels")  # (G,) sequences that are desirable or not
+        edges = _column(table, "num_edges")
+        self.counts = GroupCounts(
+            lengths=_column(table, "num_tokens"),
+            completion_tokens=_column(table, "num_completion_tokens"),
+            sequences=_column(table, "num_sequences"),
+            edges=edges,
+            counted_edges=edges,
+            labelled=_column(table, "num_labels"),
+        )
         self.reference: ReferenceLogps | None = None
 
-    @cached_property
+    @property
     def rows(self) -> np.ndarray:
         """(G,) the line in a .jsonl file that a group comes from, else the number of its row."""
+        return self._rows
+
+    @property
+    def prompt_hashes(self) -> np.ndarray:
+        """(G,) equal where the prompts' text is."""
+        return self._prompt_hashes
+
+    @property
+    def margins(self) -> np.ndarray:
+        """(E,) margins of all edges; NaN where the data set has none."""
+        return self._margins
+
+    # A protocol's property cannot be a cached one, so each has its column beside it.
+    @cached_property
+    def _rows(self) -> np.ndarray:
         return _column(self.table, "row")
 
     @cached_property
-    def prompt_hashes(self) -> np.ndarray:
-        """(G,) equal where the prompts' text is."""
+    def _prompt_hashes(self) -> np.ndarray:
         return _column(self.table, "prompt_hash")
+
+    @cached_property
+    def _margins(self) -> np.ndarray:
+        return _flat(self.table, "margins")
 
     def select(self, indices: np.ndarray, name: str) -> GroupDataset:
         """The groups at `indices` (n,), under this name in messages and in the run's identity."""
-        assert type(self) is GroupDataset, "groups are selected before they are seen as anything else"
         rows = xxhash.xxh3_64_hexdigest(np.ascontiguousarray(indices, np.int64).tobytes())
         return GroupDataset(self.table.select(indices), name, f"{self.fingerprint}, groups {rows}")
 
@@ -104,65 +121,25 @@ class GroupDataset:
         """(S,) tokens of every completion."""
         return _flat(self.table, "completions", lambda x: pc.call_function("list_value_length", [x]))
 
-    @cached_property
-    def margins(self) -> np.ndarray:
-        """(E,) margins of all edges; NaN where the data set has none."""
-        return _flat(self.table, "margins")
-
     def shapes(self, indices: np.ndarray) -> Shapes:
         """The lengths of the groups at `indices` (B,), in that order."""
         groups: Any = self.table.select_columns(["completions"]).with_format("arrow")[indices]
         lists = groups.column(0).combine_chunks()
         counts = [pc.call_function("list_value_length", [x]).to_numpy() for x in (lists, lists.flatten())]
-        return Shapes((self.lengths - self.completion_tokens)[indices], *counts)
+        return Shapes((self.counts.lengths - self.counts.completion_tokens)[indices], *counts)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.counts)
 
     def ease(self, order: str) -> np.ndarray | None:
-        """(G,) what `data.order` sorts by, largest first; None for shuffled.
-
-        easy_to_hard takes the mean margin of a group's edges. Raises ValueError if a group has none.
-        """
-        if order == "shuffled":
-            return None
-        if order == "as_is":
-            return -np.arange(len(self), dtype=np.float64)
-        if np.isnan(self.margins).any() or not self.edges.all():
-            raise UserError(
-                f"data.order: easy_to_hard sorts by margin, and {self.name} has pairs without one, or rows "
-                "that are no pairs here; give a `margin` column (score of chosen minus score of rejected)"
-            )
-        return np.add.reduceat(self.margins, np.cumsum(self.edges) - self.edges) / self.edges
+        """(G,) what `data.order` sorts by, largest first; None for shuffled. Raises UserError."""
+        return ease_of(self.name, order, self.margins, self.counts.edges) if order != "shuffled" else None
 
     def __getitem__(self, index: int) -> TokenGroup:
         row = self.table[int(index)]
         edges = list(zip(row["winners"], row["losers"], row["margins"], strict=True))
         counts = {name: row[name] for name in ("boundary_cut", "truncated", "equal")}
         return TokenGroup(row["prompt"], row["completions"], edges, row["labels"], **counts)
-
-    def require(self, objective: BoundObjective, budget: int, prefix_sharing: bool = True) -> None:
-        """Raise ValueError unless the groups hold what the objective needs and fit the token budget."""
-        counts = self.lengths, self.completion_tokens, self.sequences
-        check_budget(computed_tokens(*counts, prefix_sharing), budget)
-        loss_type = objective.loss_type
-        if objective.item is Item.EDGE and not self.edges.all():
-            raise UserError(
-                f"{self.name}: objective {loss_type} compares completions; give columns prompt, chosen "
-                "and rejected, or use loss_type nll"
-            )
-        if Need.LABELS in objective.needs and not self.labelled.all():
-            raise UserError(
-                f"{self.name}: objective {loss_type} needs labels; give columns prompt, completion and label "
-                "(true or false), or prompt, chosen and rejected"
-            )
-        missing = np.flatnonzero(_column(self.table, "num_margins") < self.edges)
-        if objective.needs_margin and len(missing):
-            raise UserError(
-                f"{self.name}: {len(missing)} of {len(self)} rows have no margin, which objective "
-                f"{loss_type} needs; give a `margin` column (score of chosen minus score of rejected) or "
-                "use loss_type dpo"
-            )
 
 
 def _flat(table: datasets.Dataset, name: str, of_each: Callable[[Any], Any] | None = None) -> np.ndarray:

@@ -9,16 +9,15 @@ from typing import Protocol
 import numpy as np
 
 from madpo.trainer.config import Config
-from madpo.trainer.data.feed import Feed, Groups
+from madpo.trainer.data.feed import Feed
+from madpo.trainer.data.groups import TokenGroups
 from madpo.trainer.data.packing import (
     PackedBatch,
-    check_budget,
-    computed_tokens,
     filler,
     pack,
     plan_micro_batches,
 )
-from madpo.trainer.data.shapes import TOKENS, Shapes, StepCost, Work, spared, work_of
+from madpo.trainer.data.shapes import TOKENS, Shapes, StepCost, Work, check_budget, spared, work_of
 from madpo.trainer.data.slices import slice_of
 from madpo.trainer.dist import Shard
 from madpo.trainer.objectives.base import Item
@@ -51,10 +50,9 @@ def step_rules(config: Config, module: Packs | None = None, cost: StepCost = TOK
     return StepRules(item, train.row_tokens, shares, cost, train.sequence_parallel_size)
 
 
-def refuse_unless_rows_fit(groups: Groups, rules: StepRules) -> None:
-    """Raise ValueError if a group, as the model computes it, is more than a packed row may hold."""
-    counts = groups.lengths, groups.completion_tokens, groups.sequences
-    check_budget(computed_tokens(*counts, rules.prefix_sharing), rules.budget)
+def refuse_unless_rows_fit(groups: TokenGroups, rules: StepRules) -> None:
+    """Raise UserError if a group, as the model computes it, is more than a packed row may hold."""
+    check_budget(groups.counts.computed_tokens(rules.prefix_sharing), rules.budget)
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Step:
 
 
 def plan_step(
-    groups: Groups,
+    groups: TokenGroups,
     indices: np.ndarray,  # (B,) the groups of the global batch
     rules: StepRules,
     shard: Shard,
@@ -96,12 +94,15 @@ def plan_step(
     gradients over ranks, and the factor world_size makes that a sum. What is a mean over packed tokens
     instead has world_size / tokens as its scale. Groups without completions count, and are not computed.
     """
-    items = int(item_counts(groups, rules.item)[indices].sum())
-    uncomputed = int((groups.counted_edges - groups.edges)[indices].sum()) if rules.item is Item.EDGE else 0
-    skipped = int((groups.counted_edges - groups.edges)[indices].clip(min=0).sum())
-    num_groups, indices = len(indices), indices[groups.sequences[indices] > 0]
+    counts = groups.counts.at(indices)
+    items = int(counts.items(rules.item).sum())
+    not_computed = counts.counted_edges - counts.edges
+    uncomputed = int(not_computed.sum()) if rules.item is Item.EDGE else 0
+    skipped = int(not_computed.clip(min=0).sum())
+    num_groups, indices = len(indices), indices[counts.sequences > 0]
+    counts = groups.counts.at(indices)
     scale = shard.world_size / max(items, 1)
-    ends = np.cumsum((groups.sequences[indices], groups.edges[indices]), axis=1)  # (2, B)
+    ends = np.cumsum((counts.sequences, counts.edges), axis=1)  # (2, B)
     places = np.concatenate((np.zeros_like(ends[:, :1]), ends[:, :-1]), axis=1).T.tolist()
     shapes, shared = groups.shapes(indices), rules.prefix_sharing
     lengths = shapes.tokens(shared)
@@ -128,7 +129,7 @@ def plan_step(
     ]
     if sharing > 1:
         batches = [slice_of(batch, shard.rank % sharing, sharing) for batch in batches]
-    totals = int(groups.sequences[indices].sum()), int(groups.edges[indices].sum())
+    totals = int(counts.sequences.sum()), int(counts.edges.sum())
     work = work_of(shapes, rules.cost, plan, shared, skipped)
     return Step(batches, *totals, num_groups, work, shapes, rules, sharing, uncomputed)
 
@@ -148,24 +149,14 @@ def training_steps(
         yield replace(plan_step(groups, indices, rules, shard), epoch=feed.epoch(consumed))
 
 
-def item_counts(groups: Groups, item: Item) -> np.ndarray:
-    """(G,) how many losses of the given unit each group has in the mean."""
-    counts = {
-        Item.EDGE: groups.counted_edges,
-        Item.SEQUENCE: groups.labelled,
-        Item.TOKEN: groups.completion_tokens,
-    }
-    return counts[item]
-
-
 def evaluation_steps(
-    groups: Groups,
+    groups: TokenGroups,
     rules: StepRules,
     batch_size: int,
     shard: Shard,
     chosen: np.ndarray | None = None,  # (B,) which groups; None: all
 ) -> Iterator[Step]:
     """The groups once, in order, in stretches of `batch_size`."""
-    chosen = np.arange(len(groups.lengths)) if chosen is None else chosen
+    chosen = np.arange(len(groups.counts)) if chosen is None else chosen
     for start in range(0, len(chosen), batch_size):
         yield plan_step(groups, chosen[start : start + batch_size], rules, shard)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -14,15 +13,17 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.flat import ranges
+from madpo.trainer.data.groups import GroupCounts, ReferenceLogps, TabledGroups, TokenDataset, ease_of
 from madpo.trainer.data.shapes import Shapes, in_two_parts, shapes_of
 from madpo.trainer.data.tokenise import TokenGroup, labels_of
 from madpo.trainer.objectives.base import Item
 from madpo.trainer.objectives.build import BoundObjective
 
 
-def merge_prompts(groups: GroupDataset, objective: BoundObjective, most_tokens: int) -> GroupDataset:
+def merge_prompts(
+    groups: TabledGroups, objective: BoundObjective, most_tokens: int
+) -> TabledGroups | MergedDataset:
     """The groups with those of one prompt (equal token ids) joined; the same where there are none to join.
 
     No comparison and no label is lost: a comparison that two rows make is made twice. Under objectives of
@@ -39,7 +40,7 @@ def merge_prompts(groups: GroupDataset, objective: BoundObjective, most_tokens: 
     return groups if alone else MergedDataset(groups, plan, once)
 
 
-def repeated_prompts(groups: GroupDataset) -> dict[str, int]:
+def repeated_prompts(groups: TokenDataset) -> dict[str, int]:
     """Rows whose prompt an earlier row has, and the tokens of these prompts; nothing where there is none."""
     # What a mixture repeats of a row is merged with copies of others only: a row counts once.
     keys = np.stack((groups.prompt_hashes, groups.rows), axis=1)
@@ -47,7 +48,7 @@ def repeated_prompts(groups: GroupDataset) -> dict[str, int]:
     again = np.zeros(len(groups), dtype=bool)
     again[firsts] = True
     again[firsts[np.unique(groups.prompt_hashes[firsts], return_index=True)[1]]] = False
-    prompts = groups.lengths - groups.completion_tokens
+    prompts = groups.counts.lengths - groups.counts.completion_tokens
     found = {"rows_of_known_prompts": int(again.sum()), "tokens_of_known_prompts": int(prompts[again].sum())}
     return found if again.any() else {}
 
@@ -62,22 +63,27 @@ class Plan(NamedTuple):
     labelled: np.ndarray  # (G,)
 
 
-class MergedDataset(GroupDataset):
+class MergedDataset:
     """Groups of one prompt as one, at the place of the first; R rows become G groups. `once`: a completion
     that several rows have is kept once."""
 
-    def __init__(self, groups: GroupDataset, plan: Plan, once: bool) -> None:
+    def __init__(self, groups: TabledGroups, plan: Plan, once: bool) -> None:
         content = xxhash.xxh3_64_hexdigest(np.ascontiguousarray(plan.leaders, np.int64).tobytes())
-        super().__init__(groups.table, groups.name, f"{groups.fingerprint}, merged {content}")
+        self.name, self.fingerprint = groups.name, f"{groups.fingerprint}, merged {content}"
+        self.reference: ReferenceLogps | None = None
         self._groups, self._once = groups, once
         self._members = np.argsort(plan.leaders, kind="stable")  # (R,) one group after another
         leads = plan.leaders[self._members] == self._members
         self._starts = np.append(np.flatnonzero(leads), len(leads))  # (G + 1,)
-        self.lengths = self._sums(plan.tokens)
-        self.completion_tokens = self._sums(plan.completion_tokens)
-        self.sequences = self._sums(plan.sequences)
-        self.edges = self.counted_edges = self._sums(groups.edges)
-        self.labelled = self._sums(plan.labelled)
+        edges = self._sums(groups.counts.edges)
+        self.counts = GroupCounts(
+            lengths=self._sums(plan.tokens),
+            completion_tokens=self._sums(plan.completion_tokens),
+            sequences=self._sums(plan.sequences),
+            edges=edges,
+            counted_edges=edges,
+            labelled=self._sums(plan.labelled),
+        )
 
     def _sums(self, of_rows: np.ndarray) -> np.ndarray:
         return np.add.reduceat(of_rows[self._members], self._starts[:-1])
@@ -87,23 +93,23 @@ class MergedDataset(GroupDataset):
         """What changes in the report of the rows."""
         return {
             "groups": len(self),
-            "tokens": int(self.lengths.sum()),
+            "tokens": int(self.counts.lengths.sum()),
             "rows_merged": len(self._groups) - len(self),
-            "tokens_saved_by_merging": int(self._groups.lengths.sum() - self.lengths.sum()),
+            "tokens_saved_by_merging": int(self._groups.counts.lengths.sum() - self.counts.lengths.sum()),
         }
 
-    @cached_property
+    @property
     def rows(self) -> np.ndarray:
         """(G,) as in GroupDataset, of the first row of a group."""
         return self._groups.rows[self._members[self._starts[:-1]]]
 
-    @cached_property
+    @property
     def prompt_hashes(self) -> np.ndarray:
         return self._groups.prompt_hashes[self._members[self._starts[:-1]]]
 
-    @cached_property
+    @property
     def margins(self) -> np.ndarray:
-        return self._groups.margins[ranges(self._groups.edges, self._members)]
+        return self._groups.margins[ranges(self._groups.counts.edges, self._members)]
 
     def shapes(self, indices: np.ndarray) -> Shapes:
         """Which completions rows share shows in the tokens: groups of several rows are read."""
@@ -114,8 +120,11 @@ class MergedDataset(GroupDataset):
             lambda places: shapes_of([self[int(index)] for index in indices[places]]),
         )
 
-    def require(self, objective: BoundObjective, budget: int, prefix_sharing: bool = True) -> None:
-        self._groups.require(objective, budget, prefix_sharing)
+    def ease(self, order: str) -> np.ndarray | None:
+        return ease_of(self.name, order, self.margins, self.counts.edges) if order != "shuffled" else None
+
+    def __len__(self) -> int:
+        return len(self.counts)
 
     def __getitem__(self, index: int) -> TokenGroup:
         members = self._members[self._starts[index] : self._starts[index + 1]]
@@ -175,12 +184,17 @@ class _Group:
     wins: Counter[int] = field(default_factory=Counter)  # by place, comparisons won less lost
 
 
-def _plan(groups: GroupDataset, most_tokens: int, once: bool) -> Plan:
+def _plan(groups: TabledGroups, most_tokens: int, once: bool) -> Plan:
     """Row after row joins the last group of its prompt, or opens another if that would grow too large."""
     prompts = _numbered(hashed for column in _read(groups.table, "prompt") for hashed in _hashes(column))
     shared = np.flatnonzero(np.bincount(prompts)[prompts] > 1)
     leaders = np.arange(len(groups))
-    brought = [groups.lengths, groups.completion_tokens, groups.sequences, groups.labelled]
+    brought = [
+        groups.counts.lengths,
+        groups.counts.completion_tokens,
+        groups.counts.sequences,
+        groups.counts.labelled,
+    ]
     tokens, completion_tokens, sequences, labelled = (x.astype(np.int64) for x in brought)
     copies: Counter[tuple[Any, ...]] = Counter()
     last: dict[tuple[int, int], _Group] = {}  # of a prompt, and of which copy

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from madpo.kernels.layout import Span
 from madpo.kernels.token_scores import TokenScores
+from madpo.trainer.data.shapes import check_budget
 from madpo.trainer.data.tokenise import TokenGroup
-from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Scored
 
 WHOLE = Span(*(slice(0, None),) * 4)
@@ -271,18 +271,6 @@ def _joined(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0, np.int64))
 
 
-def computed_tokens(
-    lengths: np.ndarray,  # (G,) prompt and completions
-    completion_tokens: np.ndarray,  # (G,)
-    sequences: np.ndarray,  # (G,)
-    prefix_sharing: bool,
-) -> np.ndarray:
-    """(G,) the length of each group's part of a packed row."""
-    if prefix_sharing:
-        return lengths
-    return lengths + (np.maximum(sequences, 1) - 1) * (lengths - completion_tokens)
-
-
 def filler(with_reference: bool = False) -> PackedBatch:
     """A smallest batch with weight zero, for a rank without groups: every rank must run the same
     number of forward and backward passes, or ZeRO-3's collectives hang."""
@@ -315,16 +303,6 @@ def plan_micro_batches(
             bins.sort(key=lambda positions: -costs[positions].sum())
             return [bins[rank::world_size] for rank in range(world_size)]
         micro_batches += 1
-
-
-def check_budget(lengths: np.ndarray, budget: int) -> None:
-    """Raise ValueError if one group exceeds the budget."""
-    if len(lengths) and lengths.max() > budget:
-        raise UserError(
-            f"train.micro_batch_tokens: {budget} cannot hold a group of {lengths.max()} tokens; raise it or "
-            "train.sequence_parallel_size (their product counts), lower data.max_length or, if groups hold "
-            "many completions, set data.edges=best_worst or data.merge_prompts=false"
-        )
 
 
 def _fill(lengths: np.ndarray, costs: np.ndarray, budget: int, num_bins: int) -> list[list[int]] | None:

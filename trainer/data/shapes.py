@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,19 @@ def _causal_pairs(lengths: np.ndarray, window: int | None) -> np.ndarray:
     """The sum over positions t of min(t + 1, window), for sequences of these lengths."""
     near = lengths if window is None else np.minimum(lengths, window)
     return near * (near + 1) // 2 + (lengths - near) * (window or 0)
+
+
+def check_budget(
+    lengths: np.ndarray,  # (G,) tokens of a packed row
+    budget: int,
+) -> None:
+    """Raise UserError if one group exceeds the budget."""
+    if len(lengths) and lengths.max() > budget:
+        raise UserError(
+            f"train.micro_batch_tokens: {budget} cannot hold a group of {lengths.max()} tokens; raise it or "
+            "train.sequence_parallel_size (their product counts), lower data.max_length or, if groups hold "
+            "many completions, set data.edges=best_worst or data.merge_prompts=false"
+        )
 
 
 @dataclass(frozen=True)

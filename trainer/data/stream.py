@@ -34,7 +34,7 @@ from madpo.trainer.data.dataset import (
     tokenise_all,
     usable_rows,
 )
-from madpo.trainer.data.feed import Chained, Groups
+from madpo.trainer.data.groups import ConcatenatedGroups, TokenDataset, TokenGroups
 from madpo.trainer.data.mixture import total_report
 from madpo.trainer.data.order import permutation
 from madpo.trainer.data.reader import FIRST_ROWS, Reader
@@ -76,7 +76,7 @@ class Stream:
         end: int,
         supervised: bool = False,
         fewest: int = 1,
-        check: Callable[[GroupDataset], GroupDataset] = lambda groups: groups,
+        check: Callable[[GroupDataset], TokenDataset] = lambda groups: groups,
     ) -> None:
         self._reader, self._data, self._split, self._tokenizer = reader, data, split, tokenizer
         self._seed, self._end, self._fewest, self._check = seed, end, fewest, check
@@ -92,20 +92,20 @@ class Stream:
         self._background = ThreadPoolExecutor(1)
         self._groups(self._locate(0).block)  # so that bad rows at the beginning are found before a start
 
-    def take(self, consumed: int, count: int) -> tuple[Groups, np.ndarray]:
-        pieces: list[Groups] = []
+    def take(self, consumed: int, count: int) -> tuple[TokenGroups, np.ndarray]:
+        pieces: list[TokenGroups] = []
         chosen: list[np.ndarray] = []
         stop = consumed + count
         while consumed < stop:
             place = self._locate(consumed)
             groups = self._groups(place.block)
             here = self._order(place, len(groups))[consumed - place.first : stop - place.first]
-            chosen.append(here + sum(len(piece.lengths) for piece in pieces))
+            chosen.append(here + sum(len(piece.counts) for piece in pieces))
             pieces.append(groups)
             consumed += len(here)
             if place.first + len(groups) < self._end:
                 self._prepare_after(place.block)
-        return (pieces[0] if len(pieces) == 1 else Chained(pieces)), np.concatenate(chosen)
+        return (pieces[0] if len(pieces) == 1 else ConcatenatedGroups(pieces)), np.concatenate(chosen)
 
     def epoch(self, consumed: int) -> float:
         """Whole passes that were begun before the last group: how long one is shows only at its end."""
@@ -155,7 +155,7 @@ class Stream:
             self._notes.append(note)
         return self._notes[block]
 
-    def _load(self, block: int) -> GroupDataset:
+    def _load(self, block: int) -> TokenDataset:
         table = self._table(block)
         groups = GroupDataset(table.select(usable_rows(table)), self._reader.name, self._path(block).name)
         return self._check(groups)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from itertools import compress
 from typing import Any
 
@@ -17,22 +16,22 @@ import numpy as np
 import torch
 import xxhash
 
-from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.flat import ranges, sums
 from madpo.trainer.data.formats import with_edges
+from madpo.trainer.data.groups import GroupCounts, ReferenceLogps, TokenDataset
 from madpo.trainer.data.shapes import Shapes, in_two_parts, shapes_of
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.build import BoundObjective
 
 
-def edge_weights(groups: GroupDataset, objective: BoundObjective) -> np.ndarray:
+def edge_weights(groups: TokenDataset, objective: BoundObjective) -> np.ndarray:
     """(E,) the weights that an objective gives the edges of all groups, in float64."""
     assert objective.weight is not None
     return objective.weight(torch.from_numpy(groups.margins.astype(np.float64))).numpy()
 
 
-class TrimmedDataset(GroupDataset):
+class TrimmedDataset:
     """Some groups with some of their edges, and with the completions that these compare.
 
     A group without any edge left has no tokens and is not computed.
@@ -40,44 +39,44 @@ class TrimmedDataset(GroupDataset):
 
     def __init__(
         self,
-        groups: GroupDataset,
+        groups: TokenDataset,
         keep: np.ndarray,  # (E,) which of all edges
         chosen: np.ndarray,  # (G,) which of all groups
         counted: np.ndarray,  # (G,) edges that each stands for in the mean of a step
         factors: np.ndarray | None = None,  # (E,) of all edges, in place of the objective's weights
     ) -> None:
-        assert groups.edges.all()
+        all_counts = groups.counts
+        assert all_counts.edges.all()
         seen = xxhash.xxh3_64_hexdigest(np.packbits(keep).tobytes() + chosen.astype(np.int64).tobytes())
-        super().__init__(groups.table, groups.name, f"{groups.fingerprint}, trimmed {seen}")
+        self.name, self.fingerprint = groups.name, f"{groups.fingerprint}, trimmed {seen}"
+        self.reference: ReferenceLogps | None = None
         self._groups, self._keep, self._chosen, self._factors = groups, keep, chosen, factors
-        self._firsts = np.cumsum(groups.edges) - groups.edges
-        kept = sums(keep.astype(np.int64), groups.edges)
-        self._whole = kept == groups.edges
+        self._firsts = np.cumsum(all_counts.edges) - all_counts.edges
+        kept = sums(keep.astype(np.int64), all_counts.edges)
+        self._whole = kept == all_counts.edges
         names = "lengths", "completion_tokens", "sequences", "labelled"
-        counts = {name: getattr(groups, name) * (kept > 0) for name in names}
+        counts = {name: getattr(all_counts, name) * (kept > 0) for name in names}
         for index in np.flatnonzero((kept > 0) & ~self._whole):
             group = self._trimmed(index)
             counts["completion_tokens"][index] = tokens = sum(map(len, group.completions))
             counts["lengths"][index] = len(group.prompt) + tokens
             counts["sequences"][index] = len(group.completions)
             counts["labelled"][index] = sum(label != 0 for label in group.labels)
-        self.lengths, self.completion_tokens, self.sequences, self.labelled = (
-            counts[name][chosen] for name in names
-        )
-        self.edges, self.counted_edges = kept[chosen], counted
+        of_chosen = {name: values[chosen] for name, values in counts.items()}
+        self.counts = GroupCounts(**of_chosen, edges=kept[chosen], counted_edges=counted)
 
-    @cached_property
+    @property
     def rows(self) -> np.ndarray:
         return self._groups.rows[self._chosen]
 
-    @cached_property
+    @property
     def prompt_hashes(self) -> np.ndarray:
         return self._groups.prompt_hashes[self._chosen]
 
-    @cached_property
+    @property
     def margins(self) -> np.ndarray:
         """(E,) of the edges that are left."""
-        places = ranges(self._groups.edges, self._chosen)
+        places = ranges(self._groups.counts.edges, self._chosen)
         return self._groups.margins[places[self._keep[places]]]
 
     def ease(self, order: str) -> np.ndarray | None:
@@ -92,8 +91,8 @@ class TrimmedDataset(GroupDataset):
             lambda places: shapes_of([self[int(index)] for index in indices[places]]),
         )
 
-    def require(self, objective: BoundObjective, budget: int, prefix_sharing: bool = True) -> None:
-        self._groups.require(objective, budget, prefix_sharing)
+    def __len__(self) -> int:
+        return len(self.counts)
 
     def __getitem__(self, index: int) -> TokenGroup:
         return self._trimmed(self._chosen[index])
@@ -101,7 +100,7 @@ class TrimmedDataset(GroupDataset):
     def _trimmed(self, index: int) -> TokenGroup:
         """Of all groups the one at this place."""
         group, first = self._groups[int(index)], self._firsts[index]
-        edges = slice(first, first + self._groups.edges[index])
+        edges = slice(first, first + self._groups.counts.edges[index])
         if not self._whole[index]:
             group = trimmed(group, self._keep[edges].tolist())
         if self._factors is None:
@@ -114,18 +113,18 @@ def trimmed(group: TokenGroup, keep: Sequence[bool]) -> TokenGroup:
     return with_edges(group, list(compress(group.edges, keep)))
 
 
-def skip_weightless(groups: GroupDataset, weights: np.ndarray) -> GroupDataset:
+def skip_weightless(groups: TokenDataset, weights: np.ndarray) -> TokenDataset:
     """The groups without the edges whose weight is exactly 0, which count in the mean as before: the same
     losses and gradients. `weights` (E,)."""
     keep = weights != 0
     if keep.all():
         return groups
-    return TrimmedDataset(groups, keep, np.arange(len(groups)), groups.edges)
+    return TrimmedDataset(groups, keep, np.arange(len(groups)), groups.counts.edges)
 
 
 def drop_light(
-    groups: GroupDataset, weights: np.ndarray, least: float
-) -> tuple[GroupDataset, dict[str, Any]]:
+    groups: TokenDataset, weights: np.ndarray, least: float
+) -> tuple[TokenDataset, dict[str, Any]]:
     """The groups without the edges lighter than `least`, which then count no more, and a report of that.
 
     `weights` (E,). Raises ValueError if none is left.
@@ -142,13 +141,13 @@ def drop_light(
     }
     if keep.all():
         return groups, report
-    kept = sums(keep.astype(np.int64), groups.edges)
+    kept = sums(keep.astype(np.int64), groups.counts.edges)
     chosen = np.flatnonzero(kept)
     left = TrimmedDataset(groups, keep, chosen, kept[chosen])
-    return left, report | {"groups": len(left), "tokens": int(left.lengths.sum())}
+    return left, report | {"groups": len(left), "tokens": int(left.counts.lengths.sum())}
 
 
-def draw_by_weight(groups: GroupDataset, weights: np.ndarray) -> tuple[GroupDataset, np.ndarray]:
+def draw_by_weight(groups: TokenDataset, weights: np.ndarray) -> tuple[TokenDataset, np.ndarray]:
     """The groups as they are to be drawn, and (G,) the weights W to draw them by: the sums over their edges.
 
     With E edges of weights w, the mean that training descends is L = sum_e w_e l_e / E. A group drawn with
@@ -156,10 +155,10 @@ def draw_by_weight(groups: GroupDataset, weights: np.ndarray) -> tuple[GroupData
     expectation L, whatever the sizes of groups; pairs alone have the factor sum W / E, the mean weight.
     Raises ValueError if all weights are 0.
     """
-    of_groups = sums(weights, groups.edges)
+    of_groups = sums(weights, groups.counts.edges)
     if not of_groups.any():
         raise UserError(f"data.sampling: all pairs of {groups.name} have weight 0; none can be drawn")
-    share = weights / np.repeat(np.where(of_groups > 0, of_groups, 1.0), groups.edges)
-    everything, one_item = np.arange(len(groups)), np.ones_like(groups.edges)
+    share = weights / np.repeat(np.where(of_groups > 0, of_groups, 1.0), groups.counts.edges)
+    everything, one_item = np.arange(len(groups)), np.ones_like(groups.counts.edges)
     factors = weights.mean() * share
     return TrimmedDataset(groups, weights != 0, everything, one_item, factors), of_groups

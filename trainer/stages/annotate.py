@@ -18,6 +18,7 @@ from madpo.trainer.config import AnnotateConfig, Config
 from madpo.trainer.data.dataset import GroupDataset, load_groups
 from madpo.trainer.data.feed import content_of
 from madpo.trainer.data.folds import folds_of, without_fold
+from madpo.trainer.data.groups import TokenDataset, check_groups
 from madpo.trainer.data.loader import evaluation_steps, step_rules
 from madpo.trainer.data.source import open_source
 from madpo.trainer.dist import Shard, barrier
@@ -128,8 +129,8 @@ def _load(config: Config) -> dict[str, GroupDataset]:
     plain = config.model_copy(update={"objective": BradleyTerryParams()})  # which asks no margin of the data
     for groups in data.values():
         budget, shares = config.train.row_tokens, config.model.prefix_sharing
-        groups.require(plain.bound_objective, budget, shares)
-        if several := int((groups.edges > 1).sum()):
+        check_groups(groups, plain.bound_objective, budget, shares)
+        if several := int((groups.counts.edges > 1).sum()):
             raise UserError(
                 f"{groups.name}: annotate writes one margin a row, and {several} rows make several "
                 "comparisons; set data.edges=best_worst, or write the rows as pairs"
@@ -160,7 +161,7 @@ def _score(judge: Judge, data: dict[str, GroupDataset], shard: Shard) -> tuple[s
     scores = {}
     for split, groups in data.items():
         flat = completion_scores(engine, groups, config, shard).numpy()
-        firsts = np.cumsum(groups.sequences) - groups.sequences
+        firsts = np.cumsum(groups.counts.sequences) - groups.counts.sequences
         pairs = [groups[index].edges[0][:2] for index in range(len(groups))]
         scores[split] = flat[firsts[:, None] + np.array(pairs)]
     engine.release()
@@ -174,7 +175,7 @@ def _identity(judge: Judge, data: dict[str, GroupDataset], shard: Shard) -> dict
     return checkpoint.identity(judge.config, shard, content_of(_training_groups(judge, data)))
 
 
-def _training_groups(judge: Judge, data: dict[str, GroupDataset]) -> GroupDataset:
+def _training_groups(judge: Judge, data: dict[str, GroupDataset]) -> TokenDataset:
     config = judge.config
     assert config.data.folds is not None and judge.fold is not None
     groups = without_fold(data[config.data.dataset_train_split], config.data.folds, judge.fold)
@@ -196,7 +197,7 @@ def completion_scores(engine: Engine, groups: GroupDataset, config: Config, shar
     """(S,) the reward model's score of every completion, in the order of the groups; on all ranks."""
     engine.eval()
     first, rules = 0, step_rules(config, engine.module)
-    scores = torch.zeros(int(groups.sequences.sum()), dtype=torch.float64, device=engine.device)
+    scores = torch.zeros(int(groups.counts.sequences.sum()), dtype=torch.float64, device=engine.device)
     for step in evaluation_steps(groups, rules, config.train.global_batch_size, shard):
         for batch in (batch.to(engine.device) for batch in step.batches):
             token_scores = engine(batch, Mode.SCORE).tokens.token_logps

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer import dist
 from madpo.trainer.config import Config
-from madpo.trainer.data.dataset import GroupDataset
+from madpo.trainer.data.groups import TokenDataset
 from madpo.trainer.data.loader import evaluation_steps, step_rules
 from madpo.trainer.data.order import permutation
 from madpo.trainer.dist import Shard
@@ -87,7 +87,7 @@ def run_probe(config: Config) -> None:
 
 
 def stored_probe(
-    config: Config, groups: GroupDataset, tokenizer: PreTrainedTokenizerBase, shard: Shard
+    config: Config, groups: TokenDataset, tokenizer: PreTrainedTokenizerBase, shard: Shard
 ) -> Probe:
     """The probe in the run folder if it is of this model and data; else it is made and put there."""
     path, of = _path(config), _identity(config, groups)
@@ -116,7 +116,7 @@ def _supervised(config: Config) -> Config:
     return config.model_copy(update={"objective": NLLParams(), "model": model, "data": data})
 
 
-def _identity(config: Config, groups: GroupDataset) -> dict[str, Any]:
+def _identity(config: Config, groups: TokenDataset) -> dict[str, Any]:
     names = ("model_name_or_path", "model_revision", "init_config")
     return {
         **{name: getattr(config.model, name) for name in names},
@@ -128,7 +128,7 @@ def _identity(config: Config, groups: GroupDataset) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _measure(engine: Engine, groups: GroupDataset, config: Config, shard: Shard, of: dict[str, Any]) -> Probe:
+def _measure(engine: Engine, groups: TokenDataset, config: Config, shard: Shard, of: dict[str, Any]) -> Probe:
     """Log-probs of the completions of at most MOST_GROUPS groups, drawn by the seed."""
     engine.eval()
     chosen = np.sort(permutation(len(groups), config.seed, epoch=0)[:MOST_GROUPS])

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer import dist, reference_cache
 from madpo.trainer.config import Config
-from madpo.trainer.data.dataset import GroupDataset
-from madpo.trainer.data.feed import Feed, Groups, WholeSet, with_logps
+from madpo.trainer.data.feed import Feed, WholeSet
+from madpo.trainer.data.groups import TokenDataset, TokenGroups, with_logps
 from madpo.trainer.data.loader import (
     Step,
     evaluation_steps,
@@ -75,7 +75,7 @@ def with_reference(
     if config.model.reference != "cached" or not config.bound_objective.needs_reference:
         return data, None
     weights = _on_main(shard, lambda: weights_of_reference(config))
-    splits: dict[str, GroupDataset | None] = {
+    splits: dict[str, TokenDataset | None] = {
         "train": data.train if training else None,
         "held_out": data.held_out,
     }
@@ -97,7 +97,7 @@ def with_reference(
 
 
 def score_once(
-    config: Config, groups: Groups, tokenizer: PreTrainedTokenizerBase, shard: Shard
+    config: Config, groups: TokenGroups, tokenizer: PreTrainedTokenizerBase, shard: Shard
 ) -> np.ndarray:  # (M,)
     """The reference's log-probs of all completion tokens on every rank, kept in no file."""
     engine = _start(config, tokenizer)
@@ -109,7 +109,7 @@ def score_once(
 def parts_of(
     config: Config,
     weights: dict[str, Any],  # of `weights_of_reference`
-    groups: GroupDataset,
+    groups: TokenDataset,
     num_tokens: int,  # of the tokenizer
     attention: str,  # as it was settled
     device: torch.device,
@@ -124,7 +124,7 @@ def parts_of(
         "format": FORMAT_VERSION,
         **weights,
         "data": groups.fingerprint,
-        "completion tokens": int(groups.completion_tokens.sum()),
+        "completion tokens": int(groups.counts.completion_tokens.sum()),
         "rows of the vocabulary": num_tokens if config.model.resize_embeddings else "as stored",
         "attention": attention,
         "dtype": "bf16" if config.train.bf16 else "fp32",
@@ -150,12 +150,12 @@ def _start(config: Config, tokenizer: PreTrainedTokenizerBase) -> Engine[Referen
 
 
 def _cached(
-    engine: Engine[ReferenceAlone], groups: GroupDataset, parts: dict[str, Any], config: Config, shard: Shard
-) -> tuple[GroupDataset, str]:
+    engine: Engine[ReferenceAlone], groups: TokenDataset, parts: dict[str, Any], config: Config, shard: Shard
+) -> tuple[TokenDataset, str]:
     """The groups with log-probs from the file, which is written if it is not there; and what was done."""
     folder = Path(config.data.cache_dir).expanduser()
     path = reference_cache.path_of(folder, parts)
-    count, is_there = int(groups.completion_tokens.sum()), dist.from_main(path.is_file())
+    count, is_there = int(groups.counts.completion_tokens.sum()), dist.from_main(path.is_file())
     start = time.monotonic()
     if not is_there:
         if shard.is_main and (other := reference_cache.nearest(folder, parts)):
@@ -176,7 +176,7 @@ def _cached(
 
 
 def _recheck(
-    engine: Engine[ReferenceAlone], groups: GroupDataset, config: Config, shard: Shard, path: Path
+    engine: Engine[ReferenceAlone], groups: TokenDataset, config: Config, shard: Shard, path: Path
 ) -> None:
     """Raise ValueError on all ranks if a sample of the groups, drawn by the seed, is scored otherwise now."""
     chosen = np.sort(permutation(len(groups), config.seed, epoch=0)[:RECHECKED])
@@ -245,7 +245,7 @@ def _difference(
 
 def _scores(
     engine: Engine[ReferenceAlone],
-    groups: Groups,
+    groups: TokenGroups,
     config: Config,
     shard: Shard,
     chosen: np.ndarray | None = None,
@@ -254,12 +254,12 @@ def _scores(
     of_run = step_rules(config, engine.module)
     rules = replace(of_run, item=Item.TOKEN, ranks_per_row=1)  # without gradients a long row fits one rank
     refuse_unless_rows_fit(groups, rules)
-    chosen = np.arange(len(groups.lengths)) if chosen is None else chosen
+    chosen = np.arange(len(groups.counts.lengths)) if chosen is None else chosen
     budget = BATCHES_BETWEEN_MEETINGS * rules.budget * shard.world_size
-    size = max(1, round(budget * len(groups.lengths) / max(int(groups.lengths.sum()), 1)))
+    size = max(1, round(budget * len(groups.counts.lengths) / max(int(groups.counts.lengths.sum()), 1)))
     for number, step in enumerate(evaluation_steps(groups, rules, size, shard, chosen)):
         here = chosen[number * size : (number + 1) * size]
-        yield _stretch(engine, step, groups.completion_tokens[here], groups.sequences[here])
+        yield _stretch(engine, step, groups.counts.completion_tokens[here], groups.counts.sequences[here])
 
 
 @torch.no_grad()
@@ -284,9 +284,9 @@ def _stretch(
     return flat.cpu().numpy()
 
 
-def _with_news(stretches: Iterator[np.ndarray], groups: GroupDataset, shard: Shard) -> Iterator[np.ndarray]:
+def _with_news(stretches: Iterator[np.ndarray], groups: TokenDataset, shard: Shard) -> Iterator[np.ndarray]:
     """The same, kept on rank 0 alone, which says now and then how far it has come."""
-    count, done, last = int(groups.completion_tokens.sum()), 0, time.monotonic()
+    count, done, last = int(groups.counts.completion_tokens.sum()), 0, time.monotonic()
     for stretch in stretches:
         if not shard.is_main:
             continue

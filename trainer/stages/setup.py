@@ -12,6 +12,7 @@ from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.feed import Feed, WholeSet
 from madpo.trainer.data.folds import without_fold
+from madpo.trainer.data.groups import TabledGroups, TokenDataset, check_groups
 from madpo.trainer.data.loader import refuse_unless_rows_fit, step_rules
 from madpo.trainer.data.merged import MergedDataset, merge_prompts, repeated_prompts
 from madpo.trainer.data.mismatched import MismatchedDataset
@@ -37,8 +38,8 @@ from madpo.trainer.scoring_module import ScoringModule
 
 @dataclass(frozen=True)
 class Data:
-    train: GroupDataset | None  # None also for a stream
-    held_out: GroupDataset | None
+    train: TokenDataset | None  # None also for a stream
+    held_out: TokenDataset | None
     feed: Feed | None  # of the training groups
     held_out_report: dict[str, Any]
 
@@ -78,12 +79,12 @@ def training_groups(
     if data.folds is None or data.fold is None:
         return groups, report
     groups = without_fold(groups, data.folds, data.fold)
-    kept = {"groups": len(groups), "tokens": int(groups.lengths.sum()), "without_fold": data.fold}
+    kept = {"groups": len(groups), "tokens": int(groups.counts.lengths.sum()), "without_fold": data.fold}
     total = next(iter(report))
     return groups, report | {total: report[total] | kept}
 
 
-def merged(groups: GroupDataset, config: Config) -> GroupDataset:
+def merged(groups: TabledGroups, config: Config) -> TokenDataset:
     """The groups with the rows of a prompt in one, if the config says so.
 
     They have no more tokens than a pair may have: every micro-batch that holds pairs holds them, so that
@@ -118,18 +119,18 @@ def weighed(data: Data, config: Config) -> Data:
     return Data(train, held_out, feed, data.held_out_report)
 
 
-def without_weightless(groups: GroupDataset, config: Config) -> GroupDataset:
+def without_weightless(groups: TokenDataset, config: Config) -> TokenDataset:
     """The groups without the pairs whose loss the objective multiplies by 0."""
     if config.bound_objective.weight is None:
         return groups
     return skip_weightless(groups, _weights(groups, config))
 
 
-def _weights(groups: GroupDataset, config: Config) -> np.ndarray:
+def _weights(groups: TokenDataset, config: Config) -> np.ndarray:
     return edge_weights(groups, config.bound_objective)
 
 
-def report_of_merged(groups: GroupDataset, report: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def report_of_merged(groups: TokenDataset, report: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The report, whose first entry is of all parts together, with the numbers of the groups as merged, or
     with what merging them would save."""
     total = next(iter(report))
@@ -137,13 +138,14 @@ def report_of_merged(groups: GroupDataset, report: dict[str, dict[str, Any]]) ->
     return report | {total: report[total] | found}
 
 
-def _made_fit(groups: GroupDataset, config: Config) -> GroupDataset:
+def _made_fit(loaded: GroupDataset, config: Config) -> TabledGroups:
     """The groups as the objective takes them. Raises ValueError if they cannot serve it."""
     objective = config.bound_objective
+    groups: TabledGroups = loaded
     if Need.MISMATCHED in objective.needs:
-        groups = MismatchedDataset(groups, config.seed, config.data.max_length)
+        groups = MismatchedDataset(loaded, config.seed, config.data.max_length)
     budget, shares = config.train.row_tokens, config.model.prefix_sharing
-    groups.require(objective, budget, shares)
+    check_groups(groups, objective, budget, shares)
     problem = config.objective.problem_with(groups.margins)
     if problem:
         raise UserError(f"{groups.name}: {problem}")

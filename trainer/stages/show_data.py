@@ -10,6 +10,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config import Config
+from madpo.trainer.data.groups import check_groups
 from madpo.trainer.data.mismatched import MismatchedDataset
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.tokenise import TokenGroup
@@ -49,12 +50,12 @@ def show_data(config: Config, count: int, console: Console) -> None:
     for index in order.take(0, min(count, len(groups))).tolist():
         place = f"{groups.name}, row {groups.rows[index]}"
         lines += render_group(groups[index], decode, place, coloured, borrows)
-    tokens, trained = int(groups.lengths.sum()), int(groups.completion_tokens.sum())
+    tokens, trained = int(groups.counts.lengths.sum()), int(groups.counts.completion_tokens.sum())
     console.print(*lines, *render_totals(report, tokens, trained, coloured), sep="\n", soft_wrap=True)
     if config.data.min_weight is not None or config.data.sampling != "uniform":
         console.print("data.min_weight and data.sampling are not applied here", style="yellow")
     budget, shares = config.train.row_tokens, config.model.prefix_sharing
-    groups.require(objective, budget, shares)
+    check_groups(groups, objective, budget, shares)
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:

@@ -1,0 +1,212 @@
+"""Token groups by index: what training, scoring and evaluation read, whatever the groups come from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol, Self, TypeVar
+
+import datasets
+import numpy as np
+
+from madpo.trainer.data.shapes import Shapes, check_budget, joined
+from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.errors import UserError
+from madpo.trainer.objectives.base import Item, Need
+from madpo.trainer.objectives.build import BoundObjective
+
+
+@dataclass(frozen=True)
+class GroupCounts:
+    """The numbers that batches are planned from, known before a group is read."""
+
+    lengths: np.ndarray  # (G,) packed tokens: prompt and completions
+    completion_tokens: np.ndarray  # (G,)
+    sequences: np.ndarray  # (G,) completions
+    edges: np.ndarray  # (G,)
+    counted_edges: np.ndarray  # (G,) of the mean, of which some views compute a part only
+    labelled: np.ndarray  # (G,) sequences that are desirable or not
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def at(self, indices: np.ndarray) -> Self:
+        """The counts of the groups at `indices` (n,)."""
+        return type(self)(*(getattr(self, field.name)[indices] for field in fields(self)))
+
+    @classmethod
+    def concatenated(cls, parts: Iterable[GroupCounts]) -> Self:
+        """The counts of several sets of groups, one set after another."""
+        parts = list(parts)
+        return cls(*(np.concatenate([getattr(x, field.name) for x in parts]) for field in fields(cls)))
+
+    def computed_tokens(self, prefix_sharing: bool) -> np.ndarray:
+        """(G,) the length of each group's part of a packed row."""
+        if prefix_sharing:
+            return self.lengths
+        return self.lengths + (np.maximum(self.sequences, 1) - 1) * (self.lengths - self.completion_tokens)
+
+    def items(self, item: Item) -> np.ndarray:
+        """(G,) how many losses of the given unit each group has in the mean."""
+        counts = {
+            Item.EDGE: self.counted_edges,
+            Item.SEQUENCE: self.labelled,
+            Item.TOKEN: self.completion_tokens,
+        }
+        return counts[item]
+
+
+@dataclass(frozen=True)
+class ReferenceLogps:
+    """The reference's log-probs of all completion tokens, group after group."""
+
+    flat: np.ndarray  # (M,) float32
+    starts: np.ndarray  # (G + 1,) where each group's begin
+
+    def __getitem__(self, index: int) -> np.ndarray:  # (m,)
+        """The log-probs of one group."""
+        return self.flat[self.starts[index] : self.starts[index + 1]]
+
+
+class TokenGroups(Protocol):
+    """Token groups by index, and the counts that batches are planned from."""
+
+    reference: ReferenceLogps | None  # if the reference was scored before
+
+    @property
+    def counts(self) -> GroupCounts: ...
+
+    def __getitem__(self, index: int) -> TokenGroup: ...
+
+    def shapes(self, indices: np.ndarray) -> Shapes:
+        """The lengths of the groups at `indices` (B,), in that order."""
+        ...
+
+
+class TokenDataset(TokenGroups, Protocol):
+    """The groups of a data set that is known as a whole, or a view of one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the rows and everything that made tokens, and this view, of them."""
+        ...
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(G,) the line in a .jsonl file that a group comes from, else the number of its row."""
+        ...
+
+    @property
+    def prompt_hashes(self) -> np.ndarray:
+        """(G,) equal where the prompts' text is."""
+        ...
+
+    @property
+    def margins(self) -> np.ndarray:
+        """(E,) margins of all edges; NaN where the data set has none."""
+        ...
+
+    def ease(self, order: str) -> np.ndarray | None:
+        """(G,) what `data.order` sorts by, largest first; None for shuffled. Raises UserError."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+class TabledGroups(TokenDataset, Protocol):
+    """Groups that stand in a table, a row each. A view that joins or drops groups has none."""
+
+    @property
+    def table(self) -> datasets.Dataset:
+        """Prompts, completions and edges as they were tokenised, without what a view adds to them."""
+        ...
+
+
+AnyGroups = TypeVar("AnyGroups", bound=TokenGroups)
+
+
+def with_logps(
+    groups: AnyGroups,
+    flat: np.ndarray,  # (M,) float32, of all completion tokens
+) -> AnyGroups:
+    """A copy of the groups that carries the reference's log-probs."""
+    starts = np.concatenate(([0], np.cumsum(groups.counts.completion_tokens, dtype=np.int64)))
+    assert len(flat) == starts[-1]
+    out = copy.copy(groups)
+    out.reference = ReferenceLogps(flat, starts)
+    return out
+
+
+class ConcatenatedGroups:
+    """Several sets of groups as one, one after another."""
+
+    def __init__(self, parts: Sequence[TokenGroups]) -> None:
+        self._parts = parts
+        self._sizes = np.array([len(part.counts) for part in parts])
+        self._ends = np.cumsum(self._sizes)
+        self.counts = GroupCounts.concatenated(part.counts for part in parts)
+        self.reference: ReferenceLogps | None = None  # of a stream there is none
+
+    def __getitem__(self, index: int) -> TokenGroup:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self._parts[number][int(index) - int(self._ends[number] - self._sizes[number])]
+
+    def shapes(self, indices: np.ndarray) -> Shapes:
+        numbers = np.searchsorted(self._ends, indices, side="right")
+        firsts = self._ends - self._sizes
+        parts = [part.shapes(indices[numbers == i] - firsts[i]) for i, part in enumerate(self._parts)]
+        return joined(parts).at(np.argsort(np.argsort(numbers, kind="stable")))
+
+
+def ease_of(
+    name: str,
+    order: str,
+    margins: np.ndarray,  # (E,)
+    edges: np.ndarray,  # (G,)
+) -> np.ndarray | None:
+    """(G,) what `data.order` sorts by, largest first; None for shuffled.
+
+    easy_to_hard takes the mean margin of a group's edges. Raises UserError if a group has none.
+    """
+    if order == "shuffled":
+        return None
+    if order == "as_is":
+        return -np.arange(len(edges), dtype=np.float64)
+    if np.isnan(margins).any() or not edges.all():
+        raise UserError(
+            f"data.order: easy_to_hard sorts by margin, and {name} has pairs without one, or rows "
+            "that are no pairs here; give a `margin` column (score of chosen minus score of rejected)"
+        )
+    return np.add.reduceat(margins, np.cumsum(edges) - edges) / edges
+
+
+def check_groups(
+    groups: TokenDataset, objective: BoundObjective, budget: int, prefix_sharing: bool = True
+) -> None:
+    """Raise UserError unless the groups hold what the objective needs and fit the token budget."""
+    counts, loss_type = groups.counts, objective.loss_type
+    check_budget(counts.computed_tokens(prefix_sharing), budget)
+    if objective.item is Item.EDGE and not counts.edges.all():
+        raise UserError(
+            f"{groups.name}: objective {loss_type} compares completions; give columns prompt, chosen "
+            "and rejected, or use loss_type nll"
+        )
+    if Need.LABELS in objective.needs and not counts.labelled.all():
+        raise UserError(
+            f"{groups.name}: objective {loss_type} needs labels; give columns prompt, completion and label "
+            "(true or false), or prompt, chosen and rejected"
+        )
+    if not objective.needs_margin:
+        return
+    owners = np.repeat(np.arange(len(groups)), counts.edges)
+    missing = len(np.unique(owners[np.isnan(groups.margins)]))
+    if missing:
+        raise UserError(
+            f"{groups.name}: {missing} of {len(groups)} rows have no margin, which objective "
+            f"{loss_type} needs; give a `margin` column (score of chosen minus score of rejected) or "
+            "use loss_type dpo"
+        )
