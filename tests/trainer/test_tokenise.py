@@ -176,6 +176,7 @@ def test_a_prompt_of_the_assistants_own_words_is_continued_by_the_assistant_only
     tokens = tokenise(group, tokenizer, TokenRules(64))
     whole = [tokenizer.decode(tokens.prompt + x) for x in tokens.completions]
     assert whole == ["<user>film?<assistant>It is good<eos>", "<user>film?<assistant>It is bad<eos>"]
+    assert tokens.boundary_cut == 0
     wrong = [{"role": "tool", "content": "x"}, *said("good")]
     with pytest.raises(ValueError, match="the prompt ends with words of the assistant"):
         tokenise(pair(group.prompt, wrong, said("bad")), tokenizer, TokenRules(64))
