@@ -18,7 +18,6 @@ from madpo.trainer.config import Config
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.engine import release
 from madpo.trainer.model.load import build_module, load_tokenizer
-from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.objectives import EdgeScores, build
 from madpo.trainer.stages.annotate import run_annotation
 from madpo.trainer.stages.setup import load_data, start_engine
@@ -235,12 +234,12 @@ def test_a_language_model_gets_a_new_score_layer(config, tmp_path, tokenizer_fol
         assert torch.equal(here, there)
     moved = (trained - start).abs()
     assert moved.min() > 0 and moved.max() < 3 * config.optim.lr  # two steps of Adam move every weight
-    again, other = ({**tree, "seed": seed, "output_dir": str(tmp_path / str(seed))} for seed in (42, 43))
-    found = [run_ranks(1, first_layer, Config.model_validate(each))[0] for each in (again, other)]
-    assert torch.equal(found[0], start) and not torch.equal(found[1], start)
+    seeds = [Config.model_validate({**tree, "seed": seed}) for seed in (42, 42, 43)]
+    (layers,) = run_ranks(1, first_layers, seeds)
+    assert torch.equal(layers[0], layers[1]) and not torch.equal(layers[0], layers[2])
 
 
-def first_layer(shard, config: Config) -> torch.Tensor:
-    module = build_module(config, load_tokenizer(config.model))
-    assert isinstance(module, RewardModel)
-    return module.head.weight.detach().clone()
+def first_layers(shard, configs: list[Config]) -> list[torch.Tensor]:
+    """The score layers (1, H) that models of these configs begin with."""
+    modules: list[Any] = [build_module(config, load_tokenizer(config.model)) for config in configs]
+    return [module.head.weight.detach().clone() for module in modules]
