@@ -97,6 +97,8 @@ def save(
     if shard.is_main:
         content = {"state": dataclasses.asdict(state), "run": run}
         (root / tag / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    # DeepSpeed 0.19's save_checkpoint ends with a barrier of its own, so that nothing would change today
+    # without this one; it is here because the commit must not depend on that.
     barrier()
     if shard.is_main:
         partial = root / "latest.partial"

@@ -16,7 +16,7 @@ from zero3 import zero3_steps
 from madpo.trainer.config import Config
 from madpo.trainer.data.feed import WholeSet
 from madpo.trainer.data.loader import StepRules, plan_step
-from madpo.trainer.data.merged import MergedDataset, joined
+from madpo.trainer.data.merged import MergedDataset, joined, merge_prompts
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.dist import Shard
 from madpo.trainer.model.load import load_tokenizer
@@ -149,8 +149,6 @@ def test_prompt_and_common_completions_stand_once_and_every_comparison_stays(tmp
     [(pairs, "dpo"), (pairs, "kto"), (ranked, "dpo"), (ranked, "apo_zero_unpaired"), (labelled, "kto")],
 )
 def test_the_counts_are_those_of_the_groups(tmp_path, tokenizer_folder, rows, loss_type):
-    if (rows is labelled and loss_type == "dpo") or (rows is ranked and loss_type == "kto"):
-        return
     config = config_for(tmp_path, tokenizer_folder, rows(), {"loss_type": loss_type}, data={"max_length": 96})
     groups = train_of(config)
     assert isinstance(groups, MergedDataset)
@@ -183,6 +181,21 @@ def test_a_group_ends_where_it_would_be_larger_than_a_pair_may_be(tmp_path, toke
         following = groups[index + 1]
         more = sum(map(len, following.completions[:2]))
         assert groups.counts.lengths[index] + more > 48 and len(following.prompt) == prompt
+
+
+def test_rows_that_fill_the_limit_to_the_token_make_one_group(tmp_path, tokenizer_folder):
+    rows = [{"prompt": "the:", "chosen": f" {'a ' * n}", "rejected": f" {'b ' * n}"} for n in (3, 5, 4)]
+    data = {"max_length": 24, "merge_prompts": False}
+    config = config_for(tmp_path, tokenizer_folder, rows, {"loss_type": "dpo"}, data=data)
+    groups, entry = train_of(config), config.objective_entry
+    together = [len(groups[0].prompt) + groups.completion_tokens[:n].sum() for n in (1, 2, 3)]
+    for most, want in ((together[2], [3]), (together[2] - 1, [2, 1]), (together[1], [2, 1]), (1, [1, 1, 1])):
+        assert merge_prompts(groups, entry, int(most)).edges.tolist() == want
+    # A completion that the group has already takes no more room.
+    again = [*rows[:2], {**rows[1], "rejected": rows[0]["chosen"]}]
+    groups = train_of(config_for(tmp_path, tokenizer_folder, again, {"loss_type": "dpo"}, data=data))
+    assert merge_prompts(groups, entry, int(together[1])).edges.tolist() == [3]
+    assert merge_prompts(groups, entry, int(together[1]) - 1).edges.tolist() == [1, 2]
 
 
 def test_rows_that_a_mixture_repeats_stay_repeated(tmp_path, tokenizer_folder):

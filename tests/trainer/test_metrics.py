@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from harness import run_ranks
+from harness import random_groups, run_ranks
 
-from madpo.trainer.metrics import Meter
-
-pytestmark = pytest.mark.ranks
+from madpo.trainer.data.packing import filler, pack
+from madpo.trainer.metrics import Meter, MetricsFile, add_stats
 
 
 def halves(shard) -> dict[str, float]:
@@ -28,6 +27,7 @@ def halves(shard) -> dict[str, float]:
     return meter.reduce()
 
 
+@pytest.mark.ranks
 def test_values_of_two_ranks():
     first, second = run_ranks(2, halves)
     assert first == second
@@ -43,3 +43,40 @@ def test_values_of_two_ranks():
     assert first.keys() == {"all", "some", "correlation"} | {
         f"madpo/weight_{x}" for x in ("mean", "min", "max")
     }
+
+
+def of_the_model(shard) -> dict[str, float]:
+    """One rank has two micro-batches, the other fillers, as with fewer groups than ranks."""
+    meter = Meter()
+    for seed in (1, 2):
+        batch = filler() if shard.rank else pack(random_groups(1, seed=seed))
+        value = torch.tensor(99.0 if shard.rank else float(seed))
+        add_stats(meter, batch, {"router/aux_loss": value})
+    meter.add("every", torch.tensor([1.0 + shard.rank]))
+    meter.add_count("every", 2 if shard.rank else -1)
+    found = meter.reduce()
+    meter.add("every", torch.tensor([5.0]))  # of the next line alone
+    return found | {"next": meter.reduce()["every"]}
+
+
+@pytest.mark.ranks
+def test_what_a_model_measures_is_a_mean_over_the_tokens_of_groups_and_not_of_fillers():
+    first, second = run_ranks(2, of_the_model)
+    assert first == second
+    tokens = [len(pack(random_groups(1, seed=seed)).input_ids) for seed in (1, 2)]
+    assert first["router/aux_loss"] == pytest.approx((tokens[0] + 2 * tokens[1]) / sum(tokens))
+    assert first["every"] == pytest.approx((1 + 2) / (1 + 1 + 2 - 1)) and first["next"] == 5.0
+
+
+def test_lines_of_steps_that_are_done_again_are_taken_out(tmp_path):
+    """Of the step resumed from they stay; half a line at the end goes."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [f'{{"step": {step}, "loss": {step}.5}}\n' for step in (1, 3, 3, 4)]
+    path.write_text("".join(lines) + '{"step": 2, "lo')
+    file = MetricsFile(tmp_path, 3)
+    assert path.read_text() == "".join(lines[:3])
+    file.write({"step": 4, "loss": 0.25})
+    assert path.read_text() == "".join(lines[:3]) + '{"step": 4, "loss": 0.25}\n'  # before it is closed
+    file.close()
+    MetricsFile(tmp_path, 0).close()
+    assert path.read_text() == "" and [x.name for x in tmp_path.iterdir()] == [path.name]

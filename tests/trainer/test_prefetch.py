@@ -89,6 +89,31 @@ def test_the_thread_ends_with_the_loop(how):
         assert held.value.__traceback__ is not None and not prefetch_threads()
 
 
+def test_steps_for_a_gpu_are_made_in_pinned_memory_by_a_thread_on_that_gpu(monkeypatch):
+    """With stand-ins for the two calls that need a GPU."""
+    pinned, devices = list[str](), list[tuple[str, str]]()
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(threading.current_thread().name)
+        return tensor.clone()
+
+    def set_device(device: torch.device) -> None:
+        devices.append((str(device), threading.current_thread().name))
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    log: list[tuple[int, str]] = []
+    steps = list(prefetched(made([0, 1], log), torch.device("cuda", 3)))
+    assert devices == [("cuda:3", "prefetch_0")] and set(pinned) == {"prefetch_0"}
+    for step, want in zip(steps, made([0, 1], []), strict=True):
+        found, wanted = (vars(x.batches[0]) for x in (step, want))
+        tensors = {name for name, value in wanted.items() if isinstance(value, torch.Tensor)}
+        assert len(pinned) == 2 * len(tensors) and all(torch.equal(found[x], wanted[x]) for x in tensors)
+        assert all(found[name] == wanted[name] for name in wanted.keys() - tensors)
+    pinned.clear()
+    assert len(list(prefetched(made([0], log), CPU))) == 1 and not pinned and len(devices) == 1
+
+
 @pytest.mark.ranks
 def test_the_state_counts_what_was_trained_on_and_not_what_was_read(tmp_path: Path, tokenizer_folder):
     model = save_model(tmp_path / "start", tokenizer_folder, seed=1)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commits import Commits, no_rename
 from harness import make_config, save_model, write_pairs
 from lora_cases import changed, stored_adapter
 
@@ -79,6 +80,35 @@ def test_log_probs_that_are_not_finite_are_not_kept(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    commits = Commits().watch(monkeypatch)
+    path = path_of(tmp_path / "cache", PARTS)
+    write(path, LOGPS, PARTS)
+    assert commits.calls == [("replace", path.name)] and not commits.unsynced
+
+
+def test_a_file_that_is_written_in_part_is_not_there(path, monkeypatch):
+    """Neither a new one nor over the one that was there."""
+
+    def half(tensors: Any, file: Any, header: Any) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    other = path_of(path.parent, {**PARTS, "dtype": "bf16"})
+    for failing, name in ((half, "save_file"), (no_rename, "os.replace")):
+        for target in (path, other):
+            with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+                patch.setattr(f"madpo.trainer.reference_cache.{name}", failing)
+                write(target, 2 * LOGPS, PARTS)
+            assert np.array_equal(read(path, PARTS, len(LOGPS)), LOGPS) and not other.exists()
+
+
+def test_the_numbers_are_looked_at_only_if_all_are_to_be(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4] + b"\0\0\0\0")
+    assert read(path, PARTS, len(LOGPS), whole=False)[-1] == 0.0
+
+
 @pytest.fixture
 def config(tmp_path, tokenizer_folder) -> Config:
     save_model(tmp_path / "start", tokenizer_folder, seed=1)
@@ -93,12 +123,12 @@ def config(tmp_path, tokenizer_folder) -> Config:
     )
 
 
-def name_for(config: Config) -> str:
+def name_for(config: Config, device: str = "cpu") -> str:
     tokenizer = load_tokenizer(config.model)
     groups = load_data(config, tokenizer, training=True).train
     assert groups is not None
     weights, attention = weights_of_reference(config), config.model.attention
-    parts = parts_of(config, weights, groups, len(tokenizer), attention, torch.device("cpu"))
+    parts = parts_of(config, weights, groups, len(tokenizer), attention, torch.device(device))
     return path_of(Path("."), parts).name
 
 
@@ -135,7 +165,9 @@ def test_the_name_depends_on_all_that_decides_the_numbers(config, tmp_path):
         names[what] = name_for(changed(config, **sections))
     other = str(tmp_path / "other")
     names["named reference"] = name_for(changed(config, model={"ref_model_name_or_path": other}))
+    names["device"] = name_for(config, "cuda")
     assert len(set(names.values())) == len(names), names
+    assert name_for(config, "cuda:1") == names["device"]
     for what, sections in SAME.items():
         assert name_for(changed(config, **sections)) == names["as it is"], what
     assert name_for(changed(config, **KTO, train={"bf16": False})) == names["mismatched"]

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import make_config, plain_scores, run_ranks, save_classifier, save_model, write_pairs
+from harness import LLAMA, make_config, plain_scores, run_ranks, save_classifier, save_model, write_pairs
 from kernel_cases import relative_error
 from zero3 import plain_optimizer, zero3_steps
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.order import DataOrder
-from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.engine import release
+from madpo.trainer.model.load import build_module, load_tokenizer
 from madpo.trainer.objectives import EdgeScores, build
 from madpo.trainer.stages.annotate import run_annotation
-from madpo.trainer.stages.setup import load_data
+from madpo.trainer.stages.setup import load_data, start_engine
 from madpo.trainer.stages.train import run_training
 
 BATCH = 7
@@ -203,11 +204,42 @@ def test_annotation_wants_a_reward_run(config):
         run_annotation(Config.model_validate(tree))
 
 
+def new_layer(shard, config: Config) -> list[torch.Tensor]:
+    """The score layer (1, H) as a run finds it, then what the run of the same seed exports."""
+    import deepspeed
+    from safetensors.torch import load_file
+
+    engine = start_engine(config, load_tokenizer(config.model), training=True)
+    with deepspeed.zero.GatheredParameters([engine.module.head.weight]):
+        start = engine.module.head.weight.detach().clone()
+    release(engine)
+    run_training(config, "madpo train test.yaml")
+    exported = load_file(Path(config.output_dir) / "model" / "model.safetensors")
+    return [start, exported["score.weight"]]
+
+
 @pytest.mark.ranks
 def test_a_language_model_gets_a_new_score_layer(config, tmp_path, tokenizer_folder):
+    """Random by the run's seed, the same on all ranks, trained and exported."""
     model = save_model(tmp_path / "language-model", tokenizer_folder, seed=2)
     tree = config.model_dump(by_alias=True)
     tree["model"]["model_name_or_path"] = str(model)
-    tree["train"] |= {"max_steps": 2, "export": False}
+    tree["train"] |= {"max_steps": 2}
+    tree["data"] |= {"dataset_test_split": None}
     tree["objective"] = {"loss_type": "bradley_terry"}
-    run_ranks(2, train, Config.model_validate(tree))
+    first, second = run_ranks(2, new_layer, Config.model_validate(tree))
+    start, trained = first
+    assert start.shape == trained.shape == (1, LLAMA["hidden_size"]) and start.std() > 0
+    for here, there in zip(first, second, strict=True):
+        assert torch.equal(here, there)
+    moved = (trained - start).abs()
+    assert moved.min() > 0 and moved.max() < 3 * config.optim.lr  # two steps of Adam move every weight
+    seeds = [Config.model_validate({**tree, "seed": seed}) for seed in (42, 42, 43)]
+    (layers,) = run_ranks(1, first_layers, seeds)
+    assert torch.equal(layers[0], layers[1]) and not torch.equal(layers[0], layers[2])
+
+
+def first_layers(shard, configs: list[Config]) -> list[torch.Tensor]:
+    """The score layers (1, H) that models of these configs begin with."""
+    modules: list[Any] = [build_module(config, load_tokenizer(config.model)) for config in configs]
+    return [module.head.weight.detach().clone() for module in modules]

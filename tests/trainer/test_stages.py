@@ -306,12 +306,6 @@ def test_another_stage_of_zero_is_refused(config):
             run_ranks(1, task, changed(alone, deepspeed={"zero_optimization": {"stage": 3}}))
 
 
-def test_things_that_change_no_number_may_change(config):
-    run_ranks(2, train, changed(config, train={"max_steps": 1, "export": False}))
-    free = {"max_steps": 1, "export": False, "micro_batch_tokens": 512, "logging_steps": 3}
-    run_ranks(2, train, changed(config, train=free))
-
-
 def private_disk(shard, config: Config, folder: str) -> None:
     """Every rank with an output folder of its own, as on nodes that share no storage."""
     train(shard, changed(config, output_dir=f"{folder}/disk{shard.rank}"))

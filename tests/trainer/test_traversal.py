@@ -192,3 +192,26 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was():
         handle.remove()
         assert state() == before
     assert all(torch.equal(value, want[name]) for name, value in outcome(module).items())
+
+
+def test_a_forward_that_was_replaced_before_is_used_and_stays():
+    """As Liger and selective recomputation replace it, on the instance."""
+    module, used = adapted("Mistral"), []
+    layer: Any = module.policy.model.layers[0]
+    plain = outcome(module)
+    original = layer.forward
+
+    def replaced(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        used.append(torch.is_grad_enabled())
+        return 1.5 * original(hidden, *args, **kwargs)
+
+    layer.forward = replaced
+    want = outcome(module)
+    assert not torch.equal(want["logps"], plain["logps"])
+    share_traversal(module, CPU)
+    assert module.traversal is not None
+    used.clear()
+    got = outcome(module)
+    assert used == [False, True] and vars(layer)["forward"] is replaced
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert not any("forward" in vars(other) for other in module.policy.model.layers[1:])

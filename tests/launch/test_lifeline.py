@@ -1,0 +1,71 @@
+"""A process and the launcher that it must not outlive: dead before it began, or dying later."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from madpo.launch.lifeline import LAUNCHER_PID
+
+CHILD = """
+import sys, time
+{before}
+from madpo.launch.lifeline import die_with_launcher
+die_with_launcher()
+print("alive", flush=True)
+time.sleep({seconds})
+print("done", flush=True)
+"""
+
+
+def start(launcher: str | None, seconds: float, before: str = "") -> subprocess.Popen[str]:
+    """A process with such a launcher, that lives so long if it is let."""
+    env = {name: value for name, value in os.environ.items() if name != LAUNCHER_PID}
+    env |= {"PYTHONPATH": os.pathsep.join(sys.path)} | ({} if launcher is None else {LAUNCHER_PID: launcher})
+    command = [sys.executable, "-c", CHILD.format(before=before, seconds=seconds)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+
+
+def gone() -> str:
+    """The number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return str(process.pid)
+
+
+def test_a_process_whose_launcher_is_dead_already_ends_at_once():
+    process = start(gone(), 100)
+    output, _ = process.communicate()
+    assert (output, process.returncode) == ("", -signal.SIGTERM)
+
+
+def test_a_process_ends_with_its_launcher():
+    launcher = subprocess.Popen(["sleep", "100"])
+    process = start(str(launcher.pid), 100)
+    assert process.stdout is not None and process.stdout.readline() == "alive\n"
+    assert process.poll() is None
+    launcher.kill()
+    launcher.wait()
+    output, _ = process.communicate()
+    assert (output, process.returncode) == ("", -signal.SIGTERM)
+
+
+WITHOUT_WATCHING = {
+    "no launcher": (None, ""),
+    "an old kernel": (
+        "1",
+        "import os\ndef none(pid): raise OSError(38, 'Function not implemented')\nos.pidfd_open = none",
+    ),
+    "another system": (gone(), "sys.platform = 'darwin'"),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_WATCHING)
+def test_where_nothing_can_be_watched_the_process_goes_on(case):
+    launcher, before = WITHOUT_WATCHING[case]
+    output, _ = (process := start(launcher, 0, before)).communicate()
+    assert (output, process.returncode) == ("alive\ndone\n", 0)

@@ -1,0 +1,197 @@
+"""Text groups from rows at their edges: which layout, which prompt, which numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from madpo.trainer.data.formats import (
+    TextGroup,
+    best_only,
+    finite,
+    label_of,
+    layout_of,
+    margin_of,
+    objects,
+    parse_json_line,
+    ranked,
+    same_kind,
+    to_group,
+    with_edges,
+    without_nulls,
+)
+
+
+def talk(*texts: str) -> list[dict[str, Any]]:
+    """Messages of user and assistant in turn."""
+    return [
+        {"role": "user" if number % 2 == 0 else "assistant", "content": text}
+        for number, text in enumerate(texts)
+    ]
+
+
+@pytest.mark.parametrize("longer", ["chosen", "rejected"])
+def test_a_conversation_that_goes_on_where_the_other_ends_leaves_no_side_empty(longer):
+    """One side is the beginning of the other: the prompt ends one message earlier."""
+    short, long = talk("a?", "b"), talk("a?", "b", "c?", "d")
+    shorter = "rejected" if longer == "chosen" else "chosen"
+    # The longer side then holds words of the user, which are never trained on.
+    with pytest.raises(ValueError, match="a completion has the roles assistant, user, assistant"):
+        to_group({longer: long, shorter: short}, "preference")
+    long = [*talk("a?", "b"), {"role": "assistant", "content": "and c"}]
+    group = to_group({longer: long, shorter: short}, "preference")
+    want = {longer: long[1:], shorter: short[1:]}
+    assert group.prompt == talk("a?")
+    assert group.completions == [want["chosen"], want["rejected"]]
+
+
+def test_equal_conversations_keep_their_last_message_as_completion():
+    group = to_group({"chosen": talk("a?", "b"), "rejected": talk("a?", "b")}, "preference")
+    assert (group.prompt, group.completions) == (talk("a?"), [talk("a?", "b")[1:]] * 2)
+
+
+def test_conversations_that_share_nothing_need_a_prompt():
+    with pytest.raises(ValueError, match="do not start with the same message"):
+        to_group({"chosen": talk("a?", "b"), "rejected": talk("x?", "b")}, "preference")
+    with pytest.raises(ValueError, match="do not start with the same message"):
+        to_group({"chosen": talk("a?", "b")[1:], "rejected": talk("a?", "c")[1:]}, "preference")
+    group = to_group(
+        {"prompt": talk("a?"), "chosen": talk("", "b")[1:], "rejected": talk("", "c")[1:]}, "preference"
+    )
+    assert group.prompt == talk("a?") and group.completions == [talk("", "b")[1:], talk("", "c")[1:]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "supervised", "plain"),
+    [
+        ("prompt chosen rejected", "preference", "preference"),
+        ("chosen rejected text", "text", "preference"),
+        ("prompt completion label", "prompt-completion", "unpaired"),
+        ("prompt completion", "prompt-completion", "prompt-completion"),
+        ("prompt completion messages", "prompt-completion", "prompt-completion"),
+        ("messages text", "messages", "messages"),
+        ("prompt completions scores", "scored", "scored"),
+        ("prompt completions scores chosen rejected", "scored", "preference"),
+    ],
+)
+def test_the_layout_by_the_columns(columns, supervised, plain):
+    assert layout_of(columns.split()) == plain
+    assert layout_of(columns.split(), supervised=True) == supervised
+
+
+def test_a_label_of_a_supervised_row_says_only_what_is_not_to_be_imitated():
+    row = {"prompt": "a", "completion": "b"}
+    for label, want in ((False, [-1]), (True, []), (None, []), (0, [])):
+        assert to_group({**row, "label": label}, "prompt-completion").labels == want
+    assert to_group({**row, "label": True}, "unpaired").labels == [1]
+    assert to_group({**row, "label": 0}, "unpaired").labels == [-1]
+
+
+def test_labels_are_true_or_false_in_either_spelling():
+    assert [label_of({"label": x}) for x in (True, 1, 1.0, False, 0)] == [1, 1, 1, -1, -1]
+    for wrong in (None, 2, -1, "true", 0.5):
+        with pytest.raises(ValueError, match="label: true"):
+            label_of({"label": wrong})
+
+
+def test_margins_come_from_the_first_columns_that_hold_some():
+    scores = {"score_chosen": 3, "score_rejected": 1, "chosen_score": 10, "rejected_score": 2}
+    assert margin_of({**scores, "margin": -0.5}) == -0.5
+    assert margin_of({**scores, "margin": 0}) == 0.0
+    assert margin_of({**scores, "margin": None}) == 2.0
+    assert margin_of({**scores, "score_chosen": None}) == 8.0
+    assert margin_of({**scores, "score_rejected": None}) == 8.0
+    assert margin_of({"score_chosen": 0, "score_rejected": 0}) == 0.0
+    assert margin_of({"score_chosen": 3, "rejected_score": 1}) is None
+
+
+def test_numbers_are_finite_and_no_truth_values():
+    assert finite(3, "x") == 3.0 and finite(-1.7e308, "x") == -1.7e308
+    for wrong in (True, "1", None, float("nan"), float("inf"), -float("inf"), 10**400):
+        with pytest.raises(ValueError, match="x: expected a finite number"):
+            finite(wrong, "x")
+
+
+def test_ranked_completions_are_compared_where_their_scores_differ():
+    group = ranked("a", ["x", "y", "z"], [1.0, 3.0, 1.0])
+    assert group.edges == [(1, 0, 2.0), (1, 2, 2.0)] and group.compared
+    assert ranked("a", ["x", "y"], [0.5, 1.0], with_margins=False).edges == [(1, 0, None)]
+    assert ranked("a", ["x", "y"], [1.0, 1.0]).edges == []
+
+
+def test_scored_rows_leave_out_what_has_no_score():
+    row = {"prompt": "", "completions": ["x", "", "z"], "scores": [0.0, None, -2]}
+    group = to_group(row, "scored")
+    assert (group.prompt, group.completions, group.edges) == ("", ["x", "z"], [(0, 1, 2.0)])
+    assert to_group({**row, "scores": [0.0, 1.0, -2]}, "scored", supervised=True).completions == [""]
+    with pytest.raises(ValueError, match="scores: 2 numbers for 3 completions"):
+        to_group({**row, "scores": [1, 2]}, "scored")
+    with pytest.raises(ValueError, match="no completion has a score"):
+        to_group({**row, "scores": [None] * 3}, "scored", supervised=True)
+    with pytest.raises(ValueError, match=r"scores\[2\]: expected a finite number"):
+        to_group({**row, "scores": [1, 2, "3"]}, "scored")
+    with pytest.raises(ValueError, match="completions: expected a list of at least 2"):
+        to_group({**row, "completions": ["x"], "scores": [1]}, "scored")
+
+
+def test_the_best_completion_is_the_first_that_nothing_is_better_than():
+    edges: list[Any] = [(1, 0, None), (2, 0, None)]
+    assert best_only(TextGroup("a", ["x", "y", "z"], edges, [0, 1, 1])) == TextGroup("a", ["y"], [])
+    alone = TextGroup("a", ["x"], [], [1])
+    assert best_only(alone) is alone
+
+
+def test_lists_have_their_least_length():
+    assert objects({"x": [1]}, "x") == [1] and objects({"x": [1, 2]}, "x", at_least=2) == [1, 2]
+    for wrong, least in ((None, 1), ([], 1), ([1], 2), ("ab", 2)):
+        with pytest.raises(ValueError, match=f"x: expected a list of at least {least}"):
+            objects({"x": wrong}, "x", at_least=least)
+
+
+def test_some_edges_of_a_group_keep_the_completions_they_compare():
+    group = TextGroup("a", ["w", "x", "y", "z"], [(0, 1, 1.0), (3, 1, 2.0), (2, 0, 3.0)], [1, -1, 1, -1])
+    left = with_edges(group, group.edges[1:2])
+    assert (left.completions, left.edges, left.labels) == (["x", "z"], [(1, 0, 2.0)], [-1, -1])
+
+
+def test_conversations_of_a_single_message_are_refused_and_of_two_are_not():
+    with pytest.raises(ValueError, match="at least two messages"):
+        to_group({"messages": talk("a")}, "messages")
+    assert to_group({"messages": talk("a", "b")}, "messages").completions == [talk("a", "b")[1:]]
+    with pytest.raises(ValueError, match="put conversations in a `messages` column"):
+        to_group({"text": talk("a", "b")}, "text")
+
+
+def test_completions_end_with_the_assistant_and_hold_no_one_elses_words():
+    tool, system = {"role": "tool", "content": "x"}, {"role": "system", "content": "x"}
+    (answer,) = talk("", "b")[1:]
+    calls = {"role": "assistant", "tool_calls": [{"name": "look"}]}
+    assert same_kind(talk("a"), [calls, tool, answer]) == [[calls, tool, answer]]
+    for wrong in ([answer, tool], [system, answer], [*talk("a"), answer]):
+        with pytest.raises(ValueError, match="a completion has the roles"):
+            same_kind(talk("a"), wrong)
+    with pytest.raises(ValueError, match="must all be text or all be lists"):
+        same_kind("a", [answer])
+
+
+def test_nulls_are_taken_out_at_any_depth():
+    assert without_nulls({"a": None, "b": [{"c": None, "d": 0}], "e": ""}) == {"b": [{"d": 0}], "e": ""}
+
+
+def test_a_tool_call_needs_no_text_and_a_message_of_another_does():
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+    row = {"prompt": talk("a"), "chosen": [calls], "rejected": talk("", "b")[1:]}
+    assert to_group(row, "preference").completions[0] == [
+        {"role": "assistant", "tool_calls": [{"name": "look"}]}
+    ]
+    for wrong in ({**calls, "role": "user"}, {**calls, "tool_calls": []}, {"role": 1, "content": "x"}):
+        with pytest.raises(ValueError, match="chosen: a message needs text under role"):
+            to_group({**row, "chosen": [wrong]}, "preference")
+
+
+def test_lines_that_are_no_rows_are_named():
+    with pytest.raises(ValueError, match="key 'b' stands twice"):
+        parse_json_line(b'{"a": {"b": 1, "b": 2}}')
+    with pytest.raises(ValueError, match="at column 6"):
+        parse_json_line(b'{"a":}')

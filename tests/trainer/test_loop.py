@@ -1,0 +1,178 @@
+"""The loop, seen from outside on one rank: which seeds, which clock, which mode, which lines."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from harness import make_config, run_ranks, save_model, write_pairs
+
+from madpo.trainer import loop
+from madpo.trainer.config import Config
+from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.objectives.base import BatchState
+from madpo.trainer.schedule import learning_rate
+from madpo.trainer.stages.setup import load_data, start_engine
+from madpo.trainer.state import TrainState
+
+STEPS, SIZE, STEP, EVALUATION, SAVE = 6, 4, 0.5, 32.0, 1024.0
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tokenizer_folder) -> Config:
+    folder = tmp_path_factory.mktemp("loop")
+    model = save_model(folder / "start", tokenizer_folder, seed=1)
+    write_pairs(folder / "pairs" / "train.jsonl", 9)
+    write_pairs(folder / "pairs" / "test.jsonl", 5, seed=9)
+    return make_config(
+        folder,
+        {
+            "seed": 7,
+            "model": {
+                "model_name_or_path": str(model),
+                "sync_ref_model": True,
+                "ref_model_sync_steps": 2,
+                "ref_model_mixup_alpha": 0.3,
+            },
+            "data": {"dataset_name": str(folder / "pairs"), "dataset_test_split": "test"},
+            "objective": {"loss_type": "beta_dpo"},
+            "optim": {"lr": 3e-3},
+            "train": {
+                "max_steps": STEPS,
+                "global_batch_size": SIZE,
+                "logging_steps": 2,
+                "eval_steps": 2,
+                "save_steps": 3,
+            },
+        },
+    )
+
+
+def watched(shard, config: Config) -> dict[str, Any]:
+    """A run on a clock that only steps, evaluations and checkpoints move forward."""
+    clock = SimpleNamespace(now=0.0)
+    setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now, time=lambda: 0.0))  # noqa: B010
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config, tokenizer, training=True)
+    assert data.feed is not None
+    engine = start_engine(config, tokenizer, training=True)
+    state, seen = TrainState(), SimpleNamespace(records=[], modes=[], moves=[], trained=[], evaluated=[])
+    rates = []
+    originals = loop.train_step, loop.evaluation_step, loop.evaluate, engine.step
+
+    def train_step(engine, step, rate, meter, now: BatchState) -> Any:
+        seen.trained.append((now.seed, dict(now.memory)))
+        return originals[0](engine, step, rate, meter, now)
+
+    def evaluation_step(engine, step, meter, now: BatchState) -> None:
+        seen.evaluated.append((state.step, now.seed, dict(now.memory), dict(state.memory)))
+        assert not engine.module.training
+        originals[1](engine, step, meter, now)
+
+    def evaluate(*args: Any) -> Any:
+        clock.now += EVALUATION
+        return originals[2](*args)
+
+    def step() -> None:
+        clock.now += STEP
+        seen.modes.append(engine.module.training)
+        rates.append(engine.optimizer.param_groups[0]["lr"])
+        originals[3]()
+
+    def on_save() -> None:
+        clock.now += SAVE
+        seen.records.append({"saved": state.step})
+
+    loop.train_step, loop.evaluation_step, loop.evaluate = train_step, evaluation_step, evaluate
+    loop.move_reference = lambda engine, alpha, seed: seen.moves.append((state.step, alpha, seed))
+    engine.step = step
+    loop.train(config, engine, data.feed, data.held_out, shard, state, seen.records.append, on_save)
+    engine.destroy()
+    return {**vars(seen), "rates": rates, "state": vars(state)}
+
+
+@pytest.fixture(scope="module")
+def run(config) -> dict[str, Any]:
+    return run_ranks(1, watched, config)[0]
+
+
+def kind(record: dict[str, Any]) -> tuple[str, int]:
+    if "saved" in record:
+        return "save", record["saved"]
+    return "evaluation" if "eval_loss" in record else "steps", record["step"]
+
+
+@pytest.mark.ranks
+def test_lines_evaluations_and_checkpoints_come_when_they_are_due(run):
+    """A checkpoint closes a line, and the last step is logged, evaluated and saved."""
+    assert list(map(kind, run["records"])) == [
+        *(("steps", 2), ("evaluation", 2), ("steps", 3), ("save", 3)),
+        *(("steps", 4), ("evaluation", 4), ("steps", 6), ("evaluation", 6), ("save", 6)),
+    ]
+
+
+@pytest.mark.ranks
+def test_the_time_of_a_step_is_that_of_the_lines_own_steps_and_of_nothing_else(run):
+    """Neither evaluations nor checkpoints count, nor the steps of earlier lines."""
+    lines = [record for record in run["records"] if "loss" in record]
+    assert [line["perf/step_time"] for line in lines] == [STEP] * 4
+    tokens = [line["num_tokens"] for line in lines]
+    for line, new, steps in zip(lines, map(int.__sub__, tokens, [0, *tokens]), (2, 1, 1, 2), strict=True):
+        assert line["perf/tokens_per_second"] == pytest.approx(new / (steps * STEP))
+
+
+@pytest.mark.ranks
+def test_every_step_is_taken_in_training_mode_also_after_an_evaluation(run):
+    assert run["modes"] == [True] * STEPS
+
+
+@pytest.mark.ranks
+def test_every_move_of_the_reference_is_rounded_by_draws_of_its_own(run):
+    """The same draws would push a weight the same way every time; and a continuation must find them."""
+    assert run["moves"] == [(2, 0.3, 9), (4, 0.3, 11), (6, 0.3, 13)]
+
+
+@pytest.mark.ranks
+def test_objectives_of_the_batch_get_the_runs_seed_the_step_and_what_they_left_behind(run):
+    assert [seed for seed, _ in run["trained"]] == [(7, step) for step in range(STEPS)]
+    memories = [memory for _, memory in run["trained"]]
+    assert memories[0] == {} and len({json.dumps(memory) for memory in memories}) == STEPS
+
+
+@pytest.mark.ranks
+def test_an_evaluation_sees_the_memory_of_its_step_and_other_draws_for_every_stretch(run):
+    """5 held-out groups are two stretches of a step's size."""
+    assert [(step, seed) for step, seed, *_ in run["evaluated"]] == [
+        (step, (7, stretch)) for step in (2, 4, 6) for stretch in (0, 1)
+    ]
+    for _, _, memory, of_training in run["evaluated"]:
+        assert memory == of_training != {}
+    assert run["state"]["memory"] == run["evaluated"][-1][2], "an evaluation leaves no memory behind"
+
+
+@pytest.mark.ranks
+def test_the_rate_of_a_step_is_the_schedules_and_its_line_says_it(run, config):
+    want = [learning_rate(config.optim, step, STEPS) for step in range(STEPS)]
+    assert run["rates"] == want
+    lines = [record for record in run["records"] if "loss" in record]
+    assert [line["learning_rate"] for line in lines] == [want[line["step"] - 1] for line in lines]
+
+
+@pytest.mark.ranks
+def test_lines_say_how_far_the_run_has_come(run):
+    lines = [record for record in run["records"] if "step" in record]
+    assert [line["epoch"] for line in lines] == [round(SIZE * line["step"] / 9, 4) for line in lines]
+    state = run["state"]
+    assert (state["step"], state["consumed"]) == (STEPS, STEPS * SIZE)
+    assert state["num_tokens"] == lines[-2]["num_tokens"] > 0
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_a_number_that_is_not_finite_stops_a_run(name, wrong):
+    sound = {"loss": 1.0, "grad_norm": 0.0}
+    loop._refuse_non_finite(sound, 3)
+    with pytest.raises(ValueError, match=r"step 3: loss is .*; the run stops"):
+        loop._refuse_non_finite({**sound, name: wrong}, 3)
