@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from madpo.trainer.config import Config
 from madpo.trainer.deepspeed_checks import zero_stage
 from madpo.trainer.dist import Shard, barrier, from_main, refuse_if_any
+from madpo.trainer.files import write_atomically
 from madpo.trainer.state import TrainState
 
 STATE_FILE = "train_state.json"
@@ -100,12 +100,7 @@ def save(
         (root / tag / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
     barrier()
     if shard.is_main:
-        partial = root / "latest.partial"
-        with partial.open("w") as file:
-            file.write(tag)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, root / "latest")
+        write_atomically(root / "latest", tag)
         for old in sorted(path for path in root.glob("step-*") if path.name <= tag)[:-keep]:
             shutil.rmtree(old)
     barrier()

@@ -466,7 +466,7 @@ def test_functions_of_probability_by_hand():
 @pytest.mark.parametrize(
     "name, parameters, message",
     [
-        ("madop", {}, "unknown objective 'madop'; did you mean madpo"),
+        ("madop", {}, "unknown objective 'madop', did you mean 'madpo'"),
         ("madpo", {"c_min": 1.0}, r"madpo: c_min: .*less than 1"),
         ("madpo", {"temperature": 1.0}, "madpo: temperature: Extra inputs"),
         ("cdpo", {"label_smoothing": 0.5}, "label_smoothing: .*less than 0.5"),
