@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-gpu bench lint types sizes clean
+.PHONY: demo test test-gpu test-gpu-kernels bench lint types sizes clean
 .DEFAULT_GOAL := test
 
 # torch first: installed alone it takes the CPU build where the index offers one, so that no later
@@ -24,8 +24,12 @@ demo: $(READY)  ## train MADPO on real preference data: two ZeRO-3 ranks, evalua
 test: $(READY) lint types  ## the whole suite
 	$(BIN)/python -m pytest
 
-test-gpu: $(READY)  ## on a GPU: kernels, attention, real vocabularies, sanitizer, no waiting; nothing to do without one
-	MADPO_TEST_GPU=1 $(BIN)/python -m pytest tests/kernels tests/trainer/test_waits.py
+test-gpu-kernels:  ## on a GPU: real vocabularies, sanitizer, no waiting; $(PYTHON) needs torch, triton, numpy, pytest
+	MADPO_TEST_GPU=1 PYTHONPATH=typings $(PYTHON) -m pytest tests/kernels
+
+test-gpu: $(READY)  ## on a GPU: the kernels, and attention and the training step; nothing to do without one
+	$(MAKE) test-gpu-kernels PYTHON=$(BIN)/python
+	MADPO_TEST_GPU=1 $(BIN)/python -m pytest tests/trainer/test_gpu_attention.py tests/trainer/test_waits.py
 
 bench: $(READY)  ## the loss head against every peer that is installed; see docs/kernels.md
 	$(BIN)/madpo bench

@@ -1,19 +1,27 @@
 """The loss head against its peers: correct first, then fast. `madpo bench` runs it.
 
+So does `python -m madpo.benchmarks.head`, with the same options, which needs torch, Triton and numpy alone.
+
 For every problem: the exact answer in float64, then each head's errors against it, and only for heads
 that are right their time, interleaved with the others and with the bare GEMMs of the same shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from madpo.benchmarks import measure
+from madpo.benchmarks import measure, results
+from madpo.benchmarks.head_time import seconds_of
 from madpo.benchmarks.ours import OURS, gemm_chain, useful_flops
 from madpo.benchmarks.peers import PEERS, Peer, available, clear
 from madpo.benchmarks.problems import SHAPES, SMALL, Exact, Problem, Shape, exact, make_problem
@@ -22,9 +30,13 @@ from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.layout import Groups
 from madpo.kernels.preference_loss_from_logits import preference_loss_from_logits
 from madpo.kernels.reference import preference_loss_from_logps_ref, token_logps_ref
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import EXIT_USAGE, UserError
 
 ROWS, SMALL_ROWS = (512, 2048, 8192), (512,)
+VARIANTS = ("frozen_head", "saturated")
+IN_ONE_SITTING = ("Llama-3.1-8B", "Gemma-2-9B", "Llama-3.2-1B", "Qwen2.5-0.5B"), (8192,)
+"""Shapes and rows that a GPU is given where none are named: under ten minutes, see `minutes`."""
+OUTPUT = Path("benchmarks/results")
 TOLERATED = 5.0
 """A head whose errors are more than this many times those of naive torch has no speed."""
 FLOORS = {"loss": 1e-3, "d_hidden": 1e-4, "d_weight": 1e-4}
@@ -64,16 +76,28 @@ class Settings:
     heads: tuple[str, ...]  # names, or their beginnings; none: all
     iterations: int
     warmup: int = 5
-    variants: bool = True
+    variants: tuple[str, ...] = VARIANTS  # of the largest problem of each shape
+    logits: bool = True  # the op over logits that exist already as well
+    left_out: tuple[str, ...] = ()  # what nobody left out by name
 
     def wants(self, name: str) -> bool:
         return not self.heads or name.startswith(self.heads) or name == BASELINE
 
 
 def settings(
-    shapes: Sequence[str], rows: Sequence[int], heads: Sequence[str], dtype: str, iterations: int | None
+    shapes: Sequence[str],
+    rows: Sequence[int],
+    heads: Sequence[str],
+    dtype: str,
+    iterations: int | None,
+    everything: bool = False,
+    variants: bool = True,
+    device: torch.device | None = None,
 ) -> Settings:
-    """Complete and check what the command line gave. Raises ValueError for unknown names."""
+    """Complete and check what the command line gave. Raises ValueError for unknown names.
+
+    On a GPU, `everything` or not: what is named, and of the rest all or what ten minutes allow.
+    """
     known = {shape.name: shape for shape in (*SHAPES, *SMALL)}
     if unknown := [name for name in shapes if name not in known]:
         raise UserError(f"--shape {unknown[0]}: unknown; choose from {', '.join(known)}")
@@ -82,15 +106,50 @@ def settings(
         raise UserError(f"--head {unknown[0]}: unknown; choose from {', '.join(names)}")
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"--dtype {dtype}: choose bfloat16 or float32")
-    on_gpu = torch.cuda.is_available()
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    all_shapes, all_rows = (SHAPES, ROWS) if on_gpu else (SMALL, SMALL_ROWS)
+    some_shapes, some_rows = tuple(shape.name for shape in all_shapes), all_rows
+    some_variants = VARIANTS if variants else ()
+    left_out: list[str] = []
+    if on_gpu and not everything:
+        some_shapes, some_rows = IN_ONE_SITTING
+        if not shapes:
+            left_out += [shape.name for shape in all_shapes if shape.name not in some_shapes]
+            left_out += [variant.replace("_", " ") for variant in some_variants]
+            some_variants = ()
+        if not rows:
+            left_out += [f"{count} rows" for count in all_rows if count not in some_rows]
     return Settings(
-        tuple(known[name] for name in shapes) or (SHAPES if on_gpu else SMALL),
-        tuple(rows) or (ROWS if on_gpu else SMALL_ROWS),
+        tuple(known[name] for name in shapes or some_shapes),
+        tuple(rows) or some_rows,
         getattr(torch, dtype),
-        torch.device("cuda" if on_gpu else "cpu"),
+        device,
         tuple(heads),
         iterations or (20 if on_gpu else 3),
+        variants=some_variants,
+        logits=variants,
+        left_out=tuple(left_out),
     )
+
+
+def minutes(what: Settings, heads: Sequence[str]) -> float:
+    """What an H200 needs for it, roughly, with these heads."""
+    wanted = [name for name in (LIMIT, *heads) if name == LIMIT or what.wants(name)]
+    rounds = what.warmup + what.iterations
+    problems = [(shape, rows) for shape in what.shapes for rows in what.rows]
+    problems += [(shape, what.rows[-1]) for shape in what.shapes for _ in what.variants]
+    return sum(seconds_of(shape, rows, rounds, wanted) for shape, rows in problems) / 60
+
+
+def notes(what: Settings, versions: Mapping[str, str], absent: Mapping[str, str]) -> Iterator[str]:
+    """What is not measured, and how long the rest will take."""
+    yield from (f"without {name}: {reason}" for name, reason in absent.items() if what.wants(name))
+    if what.left_out:
+        yield f"left out: {', '.join(what.left_out)}; --all takes all, --shape and --rows what they name"
+    if what.device.type == "cuda":
+        here = [*(head.name for head in OURS), *versions]
+        yield f"about {minutes(what, here):.0f} minutes on an H200, by the FLOPs of the shapes"
 
 
 def run(what: Settings, log: Callable[[str], None]) -> Iterator[Row]:
@@ -101,15 +160,28 @@ def run(what: Settings, log: Callable[[str], None]) -> Iterator[Row]:
             problem = make_problem(shape, rows, what.dtype, what.device, seed=rows)
             yield from measured(problem, shape, "plain", what)
             del problem
-        if what.variants:
-            rows = what.rows[-1]
-            for variant in ("frozen_head", "saturated"):
-                log(f"{shape.name}, {rows} rows, {variant}")
-                problem = make_problem(shape, rows, what.dtype, what.device, seed=rows, **{variant: True})
-                yield from measured(problem, shape, variant.replace("_", " "), what)
-                del problem
+        rows = what.rows[-1]
+        for variant in what.variants:
+            log(f"{shape.name}, {rows} rows, {variant}")
+            problem = make_problem(shape, rows, what.dtype, what.device, seed=rows, **{variant: True})
+            yield from measured(problem, shape, variant.replace("_", " "), what)
+            del problem
+        if what.logits:
             log(f"{shape.name}, {rows} rows, from logits")
             yield from from_logits(shape, rows, what)
+
+
+def record(
+    what: Settings, command: str, output: Path, absent: dict[str, str], log: Callable[[str], None]
+) -> tuple[dict[str, Any], list[Path]]:
+    """Measure, and write what is known after every problem; the results of this run, and the files."""
+    found = results.facts(command, what.device)
+    measured_so_far, paths = list[Row](), list[Path]()
+    rows = run(what, log)
+    for _, of_problem in groupby(rows, key=lambda row: (row.shape, row.rows, row.variant)):
+        measured_so_far += of_problem
+        paths = results.write(output, found, measured_so_far, absent)
+    return results.together([], found, measured_so_far, absent), paths
 
 
 def measured(problem: Problem, shape: Shape, variant: str, what: Settings) -> Iterator[Row]:
@@ -262,3 +334,50 @@ def from_logits(shape: Shape, rows: int, what: Settings) -> Iterator[Row]:
         )
     for name, reason in refused.items():
         yield Row(*where, name, refused=reason)
+
+
+def main() -> int:
+    """The benchmark without the rest of the package, in plain text; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m madpo.benchmarks.head", description=(__doc__ or "").split(". ")[0] + "."
+    )
+    repeated: dict[str, Any] = {"action": "append", "default": []}
+    parser.add_argument("--shape", **repeated, help="as in Llama-3.1-8B")
+    parser.add_argument("--rows", **repeated, type=int, help="completion rows, as in 512, 2048, 8192")
+    parser.add_argument("--head", **repeated, help="as in madpo or TRL; default: all")
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16 or float32")
+    parser.add_argument("--iterations", type=int, help="default: 20")
+    parser.add_argument("--all", action="store_true", help="every shape, size and variant, not ten minutes'")
+    parser.add_argument("--no-variants", action="store_true", help="no frozen head, saturation, given logits")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the results")
+    given = parser.parse_args()
+    try:
+        what = settings(
+            given.shape,
+            given.rows,
+            given.head,
+            given.dtype,
+            given.iterations,
+            given.all,
+            not given.no_variants,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    versions, absent = available()
+
+    def log(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    for note in notes(what, versions, absent):
+        log(note)
+    command = shlex.join(["python", "-m", "madpo.benchmarks.head", *sys.argv[1:]])
+    found, paths = record(what, command, given.output, absent, log)
+    print("\n".join(results.as_lines(found)))
+    for path in paths:
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

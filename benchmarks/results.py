@@ -73,10 +73,17 @@ def stem(found: dict[str, Any], what: str = "head") -> str:
 
 def merge(path: Path, found: dict[str, Any], rows: Iterable[Row], absent: dict[str, str]) -> dict[str, Any]:
     """The rows together with those of the same file: a later run replaces what it measured again."""
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    return together(old, found, rows, absent)
+
+
+def together(
+    old: Iterable[dict[str, Any]], found: dict[str, Any], rows: Iterable[Row], absent: dict[str, str]
+) -> dict[str, Any]:
+    """What a file holds: earlier rows that were not measured again, and new ones."""
     new = [asdict(row) for row in rows]
-    old = json.loads(path.read_text()) if path.exists() else {"rows": []}
     replaced = {(_key(row), row["head"]) for row in new}
-    kept = [row for row in old["rows"] if (_key(row), row["head"]) not in replaced]
+    kept = [row for row in old if (_key(row), row["head"]) not in replaced]
     return {**found, "absent": absent, "rows": [*kept, *new]}
 
 
@@ -141,9 +148,9 @@ def as_markdown(results: dict[str, Any], pictures: Sequence[Path]) -> str:
     lines += [f"`{results['command']}`", "", f"Versions: {versions}.", ""]
     lines += [f"Not measured: {name} ({reason})." for name, reason in results["absent"].items()]
     lines += ["", LEGEND, *(f"![time relative to the limit]({picture.name})" for picture in pictures)]
-    for (shape, rows, dtype, variant), entries in tables(results).items():
-        titles = list(columns_of(variant).values())
-        lines += ["", f"## {shape}, {rows} rows, {dtype}, {variant}", ""]
+    for key, entries in tables(results).items():
+        titles = list(columns_of(key[3]).values())
+        lines += ["", f"## {title(key)}", ""]
         lines += ["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(titles) - 1) + "|"]
         lines += ["| " + " | ".join(cells(row)) + " |" for row in entries]
     return "\n".join(lines) + "\n"
@@ -180,6 +187,25 @@ def plot(path: Path, results: dict[str, Any]) -> Path:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path)
     return path
+
+
+def title(key: Key) -> str:
+    return "{}, {} rows, {}, {}".format(*key)
+
+
+def as_lines(results: dict[str, Any]) -> list[str]:
+    """The tables as plain text."""
+    lines: list[str] = []
+    for key, entries in tables(results).items():
+        titles = list(columns_of(key[3]).values())
+        rows = [titles, *(cells(row) for row in entries if not row["refused"])]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines += ["", title(key)]
+        for name, *numbers in rows:
+            padded = (text.rjust(width) for text, width in zip(numbers, widths[1:], strict=True))
+            lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
+        lines += [f"{row['head']}: {row['refused']}" for row in entries if row["refused"]]
+    return [*lines, "", *([ON_A_CPU] if results["hardware"] == "CPU" else [])]
 
 
 def _overhead(entries: Sequence[dict[str, Any]], head: str) -> float:

@@ -1,11 +1,13 @@
 """Which block size and how many warps the kernels over logits like best: python -m madpo.benchmarks.tune
 
+Of Llama 3's vocabulary; with --all of two more, for which every kernel is compiled again.
 Prints the bandwidth of every choice, as bytes that have to move over time, and its share of a copy's.
 The winners go to BLOCK and NUM_WARPS in kernels/rows.py, with the table in docs/LOG.md.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
@@ -69,7 +71,8 @@ def main() -> None:
     device = torch.device("cuda")
     copy = measure.copy_bandwidth(device, 20)
     print(f"{torch.cuda.get_device_name()}: a copy moves {copy / 1e9:,.0f} GB/s")
-    for name, vocab, dtype, block, warps, rate in sweep(4096, VOCABS, device, 20):
+    vocabs = VOCABS if "--all" in sys.argv[1:] else VOCABS[:1]
+    for name, vocab, dtype, block, warps, rate in sweep(4096, vocabs, device, 20):
         choice = f"{name:10} V {vocab:7} {dtype:15} {block:6} x {warps:2}"
         print(f"{choice} {rate / 1e9:7,.0f} GB/s {rate / copy:5.0%}")
 

@@ -6,12 +6,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-from madpo.benchmarks import head, results, step, step_results, step_scaling
-from madpo.benchmarks.peers import available
+if TYPE_CHECKING:
+    from madpo.benchmarks import step
 
 
 def run_bench(
@@ -21,25 +21,26 @@ def run_bench(
     dtype: str,
     iterations: int | None,
     output: Path,
+    everything: bool = False,
+    variants: bool = True,
 ) -> None:
     """Raises ValueError for unknown names."""
     from rich.console import Console
     from rich.table import Table
 
-    what = head.settings(shapes, rows, heads, dtype, iterations)
+    from madpo.benchmarks import head, results
+    from madpo.benchmarks.peers import available
+
+    what = head.settings(shapes, rows, heads, dtype, iterations, everything, variants)
     console, log = Console(), Console(stderr=True)
-    found = results.facts(shlex.join(["madpo", *sys.argv[1:]]), what.device)
-    _, absent = available()
-    for name, reason in absent.items():
-        log.print(f"without {name}: {reason}", style="dim", markup=False)
-    measured, paths = list[head.Row](), list[Path]()
+    versions, absent = available()
+    for note in head.notes(what, versions, absent):
+        log.print(note, style="dim", markup=False)
     with log.status("starting") as status:
-        rows_so_far = head.run(what, lambda text: status.update(text))
-        for _, of_problem in groupby(rows_so_far, key=lambda row: (row.shape, row.rows, row.variant)):
-            measured += of_problem
-            paths = results.write(output, found, measured, absent)
-    for key, entries in results.tables(results.merge(Path("/nonexistent"), found, measured, absent)).items():
-        table = Table(title="{}, {} rows, {}, {}".format(*key), title_justify="left", title_style="bold")
+        command = shlex.join(["madpo", *sys.argv[1:]])
+        found, paths = head.record(what, command, output, absent, status.update)
+    for key, entries in results.tables(found).items():
+        table = Table(title=results.title(key), title_justify="left", title_style="bold")
         for title in results.columns_of(key[3]).values():
             table.add_column(title, justify="left" if title == "head" else "right")
         for entry in entries:
@@ -55,6 +56,8 @@ def run_step_bench(what: step.Settings, output: Path) -> None:
     """Raises ValueError for unknown names."""
     from rich.console import Console
     from rich.table import Table
+
+    from madpo.benchmarks import step, step_results
 
     console, log = Console(), Console(stderr=True)
     found = step_results.facts(shlex.join(["madpo", *sys.argv[1:]]))
@@ -81,6 +84,8 @@ def run_scaling(model: str, iterations: int, output: Path) -> None:
     """Raises ValueError for unknown names."""
     from rich.console import Console
     from rich.table import Table
+
+    from madpo.benchmarks import step_scaling
 
     console, log = Console(), Console(stderr=True)
     found = step_scaling.facts(shlex.join(["madpo", *sys.argv[1:]]))

@@ -172,19 +172,25 @@ app.add_typer(bench_app, name="bench")
 @bench_app.callback(invoke_without_command=True)
 def bench(
     context: typer.Context,
-    shape: Annotated[list[str] | None, typer.Option(help="as in Llama-3.1-8B; default: all")] = None,
-    rows: Annotated[list[int] | None, typer.Option(help="completion rows; default: 512, 2048, 8192")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="as in Llama-3.1-8B; default: four of six")] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="as in 512 and 2048; default: 8192")] = None,
     head: Annotated[list[str] | None, typer.Option(help="as in madpo or TRL; default: all")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
     iterations: Annotated[int | None, typer.Option(help="default: 20")] = None,
     output: Annotated[Path, typer.Option(help="folder of the results")] = Path("benchmarks/results"),
+    everything: Annotated[
+        bool, typer.Option("--all", help="every shape, size and variant: most of an hour")
+    ] = False,
+    variants: Annotated[
+        bool, typer.Option("--variants/--no-variants", help="a frozen head, saturation, given logits")
+    ] = True,
 ) -> None:
     """Measure the loss head against its peers, after checking that each is right; or see COMMAND."""
     if context.invoked_subcommand is not None:
         return
     from madpo.launch.bench import run_bench
 
-    run_bench(shape or [], rows or [], head or [], dtype, iterations, output)
+    run_bench(shape or [], rows or [], head or [], dtype, iterations, output, everything, variants)
 
 
 @bench_app.command("step")

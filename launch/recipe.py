@@ -17,10 +17,9 @@ from typing import Any
 
 import xxhash
 
-from madpo.launch import call
 from madpo.launch.worker import TASKS
-from madpo.trainer import strict_yaml
-from madpo.trainer.errors import UserError
+from madpo.trainer import strict_yaml, user_function
+from madpo.trainer.errors import UserError, nearest
 
 CALL = "call"
 RECIPE_KEYS = ("output_dir", "vars", "defaults", "stages")
@@ -170,7 +169,7 @@ def reads(stage: Stage, recipe: Recipe) -> dict[str, Path]:
 def _read_by(stage: Stage, key: str, text: str) -> Path | None:
     """The file or folder that a value names, if the stage reads it and it is there."""
     if not stage.function and key.endswith(FUNCTION_KEY):
-        return call.file_of(text, Path())
+        return user_function.file_of(text, Path())
     names_one = bool(text) and (stage.function is not None or key.endswith(READ_KEYS))
     if not names_one or not os.path.exists(os.path.expanduser(text)):
         return None
@@ -206,7 +205,7 @@ def _check_entry(entry: Any, where: str) -> None:
         raise UserError(f"{where}: a stage is a mapping with a task, got {entry!r}")
     task = entry.get("task")
     if task != CALL and task not in TASKS:
-        raise UserError(f"{where}.task: {task!r} is no task{strict_yaml.nearest(str(task), [*TASKS, CALL])}")
+        raise UserError(f"{where}.task: {task!r} is no task{nearest(str(task), [*TASKS, CALL])}")
     _check_keys(entry, KEYS_OF_A_CALL if task == CALL else KEYS_OF_A_TASK, where)
     if task == CALL and not isinstance(entry.get("function"), str):
         raise UserError(f"{where}.function: a call names one, as module:name or path/file.py:name")
@@ -215,7 +214,7 @@ def _check_entry(entry: Any, where: str) -> None:
 def _check_keys(tree: Mapping[str, Any], known: Sequence[str], where: str) -> None:
     for key in tree:
         if key not in known:
-            raise UserError(f"{where}: {key}: unknown key{strict_yaml.nearest(key, known)}")
+            raise UserError(f"{where}: {key}: unknown key{nearest(key, known)}")
 
 
 def _mapping(tree: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
@@ -268,7 +267,7 @@ def _override(bodies: dict[str, Any], text: str) -> None:
     known = [*RECIPE_KEYS, *bodies]
     raise UserError(
         f"override {text!r}: write stage.section.key=value, or begin with vars, defaults or output_dir; "
-        f"{parts[0]!r} is no stage{strict_yaml.nearest(parts[0], known)}"
+        f"{parts[0]!r} is no stage{nearest(parts[0], known)}"
     )
 
 
@@ -299,7 +298,7 @@ def _stage(name: str, bodies: Mapping[str, Any], folder: Path, where: str) -> St
 def _matching(pattern: str, names: Sequence[str], where: str) -> list[str]:
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
-        raise UserError(f"{where}: no stage {pattern!r}{strict_yaml.nearest(pattern, names)}")
+        raise UserError(f"{where}: no stage {pattern!r}{nearest(pattern, names)}")
     return found
 
 
@@ -329,7 +328,7 @@ def _substitute(value: Any, lookup: Callable[[str], Any], where: str, known: Ite
         try:
             new = lookup(found[1])
         except KeyError:
-            near = strict_yaml.nearest(found[1], known)
+            near = nearest(found[1], known)
             raise UserError(f"{where}: {found[0]} is no stage or var{near}") from None
         if found[0] == value and not isinstance(new, str):
             return _substitute(new, lookup, where, known)

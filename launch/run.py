@@ -26,9 +26,10 @@ from filelock import FileLock, Timeout
 from madpo.launch import call
 from madpo.launch.lifeline import LAUNCHER_PID
 from madpo.launch.recipe import CALL, Recipe, Stage, keys, read
-from madpo.trainer import strict_yaml
+from madpo.trainer import strict_yaml, user_function
 from madpo.trainer.config import from_tree
 from madpo.trainer.errors import UserError
+from madpo.trainer.files import hash_of_file, write_atomically
 from madpo.trainer.run_folder import set_aside
 
 State = Literal["done", "interrupted", "changed", "new"]
@@ -188,11 +189,7 @@ class Contents:
         facts = path.stat()
         key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
         if key not in self.known:
-            content = xxhash.xxh3_128()
-            with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    content.update(block)
-            self.known[key] = content.hexdigest()
+            self.known[key] = hash_of_file(path)
         self.seen[key] = self.known[key]
         return self.seen[key]
 
@@ -208,7 +205,7 @@ def checked(stage: Stage, recipe: Recipe) -> str:
         from_tree({**stage.given, "output_dir": str(recipe.folder / stage.name)}, where, stage.task)
         return ""
     try:
-        function, text = call.find(stage.function, recipe.path.parent)
+        function, text = user_function.find(stage.function, recipe.path.parent)
         call.check(function, text, stage.given)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -221,7 +218,7 @@ def _request(stage: Stage, recipe: Recipe) -> str:
     if stage.function is None:
         tree = {"output_dir": folder, **stage.given}
     else:
-        function, _ = call.find(stage.function, recipe.path.parent)
+        function, _ = user_function.find(stage.function, recipe.path.parent)
         tree = {"function": function, "arguments": stage.given, "output": folder}
     path.write_text(strict_yaml.dump(tree), encoding="utf-8")
     return str(path)
@@ -245,9 +242,7 @@ def _key_in(path: Path) -> str | None:
 
 
 def _write(path: Path, content: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(content) + "\n")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """One thread per process, because ranks are forked and OpenMP's pool does not survive a fork.
 
 With MADPO_TEST_GPU=1 (`make test-gpu`) the kernels run on the GPU; otherwise under Triton's interpreter.
+The kernel tests see this file too, so beside pytest it imports what they need at most: torch, Triton, numpy.
 """
 
 import os
@@ -19,6 +20,7 @@ else:
 
     interpreter.install()
 
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -45,3 +47,14 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that nobody wrote holds NaN, and an operation without a deterministic order is an error.
+
+    On a GPU it is a warning: the twins use some, our ops are run twice and compared bit for bit.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=ON_GPU)
+    yield
+    torch.use_deterministic_algorithms(False)

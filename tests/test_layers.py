@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     "madpo.trainer.errors",
+    "madpo.trainer.files",
+    "madpo.trainer.user_function",
     "madpo.kernels",
     "madpo.trainer.objectives",
     "madpo.trainer.strict_yaml",

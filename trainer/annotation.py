@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
@@ -17,6 +16,7 @@ from madpo.trainer.calibration import calibration
 from madpo.trainer.data.dataset import Source
 from madpo.trainer.data.formats import MARGIN_COLUMNS, parse_json_line
 from madpo.trainer.errors import UserError
+from madpo.trainer.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,18 @@ def write_split(
     }
     target.mkdir(parents=True, exist_ok=True)
     path = target / f"{split}.jsonl"
-    partial, count = path.with_suffix(".partial"), 0
-    with partial.open("w", encoding="utf-8") as file:
-        for number, row in _rows(source):
-            count += 1
-            if number in found:
-                line = _plain({**_without_margins(row, renames), **found[number]})
-                file.write(json.dumps(line, ensure_ascii=False, allow_nan=False, default=str) + "\n")
-    os.replace(partial, path)
+    count = 0
+
+    def write(partial: Path) -> None:
+        nonlocal count
+        with partial.open("w", encoding="utf-8") as file:
+            for number, row in _rows(source):
+                count += 1
+                if number in found:
+                    line = _plain({**_without_margins(row, renames), **found[number]})
+                    file.write(json.dumps(line, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+
+    write_atomically(path, write)
     margins = margins_of(scored.combined)
     facts = {
         "models": models,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from madpo.trainer.config import Config
 from madpo.trainer.deepspeed_checks import zero_stage
 from madpo.trainer.dist import Shard, barrier, from_main, refuse_if_any
 from madpo.trainer.engine import Engine
+from madpo.trainer.files import write_atomically
 from madpo.trainer.state import TrainState
 
 STATE_FILE = "train_state.json"
@@ -101,12 +101,7 @@ def save(
     # without this one; it is here because the commit must not depend on that.
     barrier()
     if shard.is_main:
-        partial = root / "latest.partial"
-        with partial.open("w") as file:
-            file.write(tag)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, root / "latest")
+        write_atomically(root / "latest", tag)
         for old in sorted(path for path in root.glob("step-*") if path.name <= tag)[:-keep]:
             shutil.rmtree(old)
     barrier()

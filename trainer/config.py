@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from madpo.trainer import strict_yaml
 from madpo.trainer.data_config import DataConfig
 from madpo.trainer.deepspeed_checks import check_block, zero_stage
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import UserError, nearest
 from madpo.trainer.generate_config import GenerateConfig
 from madpo.trainer.model_config import ModelConfig
 from madpo.trainer.objectives.base import Need
@@ -323,14 +323,14 @@ def _explain_one(item: Any) -> str:
     key, kind, value = ".".join(location), item["type"], item["input"]
     prefix = f"{key}: " if key else ""
     if kind == "extra_forbidden":
-        return f"{prefix}unknown key{strict_yaml.nearest(location[-1], _known_keys(item['loc']))}"
+        return f"{prefix}unknown key{nearest(location[-1], _known_keys(item['loc']))}"
     if kind == "missing":
         return f"{prefix}is required"
     if kind == "union_tag_not_found":
         return f"{prefix}loss_type is required; one of {', '.join(OBJECTIVES)}"
     if kind == "union_tag_invalid":
         tag = str(item["ctx"]["tag"])
-        return f"objective.loss_type: unknown objective {tag!r}{strict_yaml.nearest(tag, OBJECTIVES)}"
+        return f"objective.loss_type: unknown objective {tag!r}{nearest(tag, OBJECTIVES)}"
     if kind == "value_error" and (not key or isinstance(value, dict | BaseModel)):
         return prefix + item["msg"].removeprefix("Value error, ")
     return f"{prefix}{item['msg'].removeprefix('Value error, ')} (got {value!r})"

@@ -8,9 +8,8 @@ from pydantic import Field, field_validator, model_validator
 
 from madpo.trainer.data.adapters import ADAPTERS
 from madpo.trainer.data.rows import check_template_kwargs
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import UserError, nearest
 from madpo.trainer.section import Section
-from madpo.trainer.strict_yaml import nearest
 
 
 def check_adapter(name: str) -> str:

@@ -9,9 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from madpo.trainer import strict_yaml
 from madpo.trainer.deepspeed_keys import DEEPSPEED_KEYS, OWNED_DEEPSPEED_KEYS
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import UserError, nearest
 
 REFUSED_ZERO_KEYS = {
     "mics_shard_size": "DeepSpeed has removed MiCS; zero_hpz_partition_size keeps copies of weights per node",
@@ -33,7 +32,7 @@ def check_block(block: dict[str, Any]) -> None:
             raise UserError(f"deepspeed.{key}: madpo sets this itself; use {OWNED_DEEPSPEED_KEYS[key]}")
         if key not in DEEPSPEED_KEYS:
             allowed = DEEPSPEED_KEYS - OWNED_DEEPSPEED_KEYS.keys()
-            raise UserError(f"deepspeed.{key}: unknown key{strict_yaml.nearest(key, allowed)}")
+            raise UserError(f"deepspeed.{key}: unknown key{nearest(key, allowed)}")
     zero = block.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 3) not in (1, 2, 3):
         raise UserError(f"deepspeed.zero_optimization: a mapping with stage 1, 2 or 3, got {zero!r}")

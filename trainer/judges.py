@@ -6,18 +6,15 @@ where it has none.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
+from madpo.trainer import user_function
 from madpo.trainer.config import Config
 from madpo.trainer.data.dataset import rules_of
 from madpo.trainer.data.formats import Text, TextGroup
@@ -25,6 +22,7 @@ from madpo.trainer.data.packing import pack
 from madpo.trainer.data.tokenise import TokenGroup, tokenise
 from madpo.trainer.endpoint import Endpoint, api_key
 from madpo.trainer.errors import UserError
+from madpo.trainer.files import hash_of_file
 from madpo.trainer.generate_config import JudgeConfig
 from madpo.trainer.model.load import build_module, folder_of, load_tokenizer, state_of_files
 from madpo.trainer.model.policy import last_hidden
@@ -69,8 +67,8 @@ def judge_identity(config: Config, judge: JudgeConfig) -> list[Any]:
         data, files = config.data, state_of_files(folder_of(judge.reward_model))
         identity += [files, data.max_length, data.append_eos, data.chat_template_kwargs, config.train.bf16]
     if judge.function is not None:
-        file = _file_of(judge.function)
-        identity += [xxhash.xxh3_128_hexdigest(file.read_bytes()) if file else None]
+        file = user_function.file_of(judge.function, Path())
+        identity += [hash_of_file(file) if file else None]
     return identity
 
 
@@ -174,26 +172,9 @@ class FunctionJudge:
         )
 
 
-def _file_of(where: str) -> Path | None:
-    module = where.rpartition(":")[0]
-    if module.endswith(".py"):
-        return Path(module).expanduser()
-    spec = find_spec(module)
-    return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
-
-
 def _load_function(where: str) -> Callable[..., Any]:
-    module, _, name = where.rpartition(":")
     try:
-        if module.endswith(".py"):
-            path = Path(module).expanduser()
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert spec is not None and spec.loader is not None
-            loaded = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(loaded)
-        else:
-            loaded = importlib.import_module(module)
-        function = getattr(loaded, name)
+        function = user_function.load(where)
     except (ImportError, FileNotFoundError, AttributeError) as error:
         raise UserError(f"generate.judge.function: {where}: {error}") from error
     if not callable(function):

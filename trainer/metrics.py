@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
@@ -17,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from madpo.trainer.data.packing import PackedBatch
+from madpo.trainer.files import write_atomically
 from madpo.trainer.objectives.base import Item, Outcome, Scored
 from madpo.trainer.objectives.build import BoundObjective
 from madpo.trainer.perf import MEMORY, PeakMemory
-from madpo.trainer.run_folder import metrics_lines
+from madpo.trainer.run_folder import METRICS, read_metrics
 
 MOMENTS = ("x", "y", "xx", "yy", "xy")
 WITH_EXTREMA = frozenset({"madpo/weight"})
@@ -169,11 +169,9 @@ class MetricsFile:
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         """Continue after `resume_step`: lines of later steps belong to work that is done again."""
-        path = folder / "metrics.jsonl"
-        kept = [line for line in metrics_lines(folder) if json.loads(line)["step"] <= resume_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, path)
+        path = folder / METRICS
+        kept = [record for record in read_metrics(folder) if record["step"] <= resume_step]
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file: IO[str] = path.open("a")
 
     def write(self, record: Mapping[str, float]) -> None:

@@ -7,7 +7,6 @@ off goes on where it stood.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from rich.console import Console
 
 from madpo.trainer import dist
 from madpo.trainer.dist import Shard
+from madpo.trainer.files import write_atomically
 
 SECONDS_BETWEEN_NEWS = 30
 
@@ -61,9 +61,7 @@ class Parts:
         return json.loads(self.path(batch).read_text(encoding="utf-8"))
 
     def write(self, batch: Batch, value: Any) -> None:
-        partial = self.path(batch).with_suffix(".partial")
-        partial.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-        os.replace(partial, self.path(batch))
+        write_atomically(self.path(batch), json.dumps(value, ensure_ascii=False))
 
     def fill(
         self,

@@ -7,7 +7,6 @@ numbers. It is mapped into memory when read.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from madpo.trainer.errors import UserError
+from madpo.trainer.files import write_atomically
 
 FORMAT_VERSION = 1
 """Part of every key; raise it when the same parts would give other numbers or another order of them."""
@@ -48,12 +48,9 @@ def write(
             " at its weights (model.ref_model_name_or_path), or at train.bf16"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".partial-{os.getpid()}")
     header = {"parts": _plain(parts), "content": _content(token_logps)}
-    save_file({TENSOR: torch.from_numpy(token_logps)}, partial, header)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    tensors = {TENSOR: torch.from_numpy(token_logps)}
+    write_atomically(path, lambda partial: save_file(tensors, partial, header))
 
 
 def read(

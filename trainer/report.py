@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from madpo.trainer.errors import UserError
 from madpo.trainer.page import COLOURS, CSS, GREY, key, require_matplotlib, svg, table, text
+from madpo.trainer.run_folder import METRICS, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,35 +97,16 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
     return output
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The records of a metrics.jsonl, without a last line that is only half written.
-
-    Raises ValueError if there is none, or naming the line that is not an object with a step.
-    """
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise UserError(f"{path}:{number}: {error}; mend or remove the line") from error
-        if not isinstance(record, dict) or "step" not in record:
-            raise UserError(f"{path}:{number}: not an object with a step; mend or remove the line")
-        records.append(record)
-    if not records:
-        raise UserError(f"{path}: no metrics; name the folder of a run that has logged a step")
-    return records
-
-
 def _load_runs(folders: Sequence[Path]) -> list[Run]:
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     runs = []
     for name, folder, colour in zip(names, folders, cycle(COLOURS), strict=False):
-        records = read_metrics(folder / "metrics.jsonl")
+        records = read_metrics(folder)
+        if not records:
+            where = folder / METRICS
+            raise UserError(f"{where}: no metrics; name the folder of a run that has logged a step")
         path = folder / "config.yaml"
         config = path.read_text(encoding="utf-8") if path.is_file() else ""
         data, facts = (_read_object(folder / file) for file in ("data_report.json", "run.json"))

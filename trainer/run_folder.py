@@ -19,18 +19,37 @@ import json
 from pathlib import Path
 from typing import Any
 
+from madpo.trainer.errors import UserError
 
-def metrics_lines(folder: Path) -> list[str]:
-    """The whole lines of metrics.jsonl: a run that was killed may leave half of its last one."""
-    path = folder / "metrics.jsonl"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, none if there is no such file.
+
+    A run that was killed may leave half of its last line, which does not count; one that only lacks its
+    line feed does. Raises ValueError naming any other line that is not an object with a step.
+    """
+    path = folder / METRICS
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}:{number}: {error}; mend or remove the line") from error
+        if not isinstance(record, dict) or "step" not in record:
+            raise UserError(f"{path}:{number}: not an object with a step; mend or remove the line")
+        records.append(record)
+    return records
 
 
 def last_evaluation(folder: Path) -> dict[str, Any]:
     """The newest evaluation of a run: from training, or from `madpo evaluate`; {} if there is none."""
-    for line in reversed(metrics_lines(folder)):
-        if "eval_loss" in (record := json.loads(line)):
+    for record in reversed(read_metrics(folder)):
+        if "eval_loss" in record:
             return record
     path = folder / "evaluation.json"
     return json.loads(path.read_text()) if path.exists() else {}

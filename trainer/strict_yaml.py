@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -102,10 +101,3 @@ def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]
             node = node[key]
         node[keys[-1]] = parse(text, f"override {assignment!r}")
     return tree
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`, did you mean 'x'?` when one of the known words is close, else the list of them."""
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f", did you mean {close[0]!r}?" if close else f"; known here: {', '.join(known)}"

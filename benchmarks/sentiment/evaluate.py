@@ -4,7 +4,6 @@ model it had to go for it."""
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from madpo.benchmarks.sentiment.oracle import reward
 from madpo.trainer.errors import UserError
+from madpo.trainer.files import write_atomically
 
 NAME = re.compile(r"(?P<arm>[a-z0-9-]+)_b(?P<beta>[0-9.]+)_(?P<tier>[a-z]+)_(?P<seed>\d+)$")
 """How a run's folder is called: arm, beta, tier, seed."""
@@ -70,9 +70,7 @@ def _evaluate_one(task: tuple[Path, str, Path, Path, list[str], int]) -> str:
     path, key, model, reference, prompts, max_new_tokens = task
     torch.set_num_threads(1)
     found = sample(model, reference, prompts, max_new_tokens)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"key": key, **found}) + "\n")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps({"key": key, **found}) + "\n")
     mean = {name: sum(found[name]) / len(found[name]) for name in ("rewards", "kls", "lengths")}
     return f"{path.stem:32} " + "  ".join(f"{name} {value:.3f}" for name, value in mean.items())
 

@@ -1,13 +1,6 @@
-"""Memory that nobody wrote holds NaN, and an operation without a deterministic order is an error.
-
-On a GPU it is a warning: the twins use some, our ops are run twice and compared bit for bit.
-"""
-
-from collections.abc import Iterator
+"""Fixtures of the kernel tests, which need torch, Triton, numpy and pytest alone."""
 
 import pytest
-import torch
-from kernel_cases import DEVICE
 
 
 @pytest.fixture
@@ -19,7 +12,5 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True, warn_only=DEVICE == "cuda")
-    yield
-    torch.use_deterministic_algorithms(False)
+def _poisoned(poisoned: None) -> None:
+    """All of them."""

@@ -11,7 +11,7 @@ import yaml
 from madpo.launch import call
 from madpo.launch.recipe import Recipe, keys, merge, read
 from madpo.launch.run import Contents
-from madpo.trainer import strict_yaml
+from madpo.trainer import strict_yaml, user_function
 from madpo.trainer.config import DEFAULT_OBJECTIVES, from_tree
 
 RECIPE = """
@@ -325,7 +325,7 @@ def test_a_call_is_checked_without_being_made(tmp_path):
         "from os.path import join\nraise SystemExit\n"
         "def label(source, *, seed, output, share=1): ...\ndef free(output, **rest): ...\n"
     )
-    function, text = call.find("steps.py:label", tmp_path)
+    function, text = user_function.find("steps.py:label", tmp_path)
     assert function == f"{tmp_path / 'steps.py'}:label"
     call.check(function, text, {"source": 1, "seed": 2})
     call.check("steps.py:free", text, {"anything": 1})
@@ -341,9 +341,9 @@ def test_a_call_is_checked_without_being_made(tmp_path):
         call.check("x.py:f", "def f(:", {})
     for function, message in (("steps.py", "write module:name"), ("no_such.module:f", "there is no no_such")):
         with pytest.raises(ValueError, match=message):
-            call.find(function, tmp_path)
-    module, text = call.find("madpo.trainer.data.rated_sentences:prepare", tmp_path)
-    assert "def prepare" in text and call.load(module).__name__ == "prepare"
+            user_function.find(function, tmp_path)
+    module, text = user_function.find("madpo.trainer.data.rated_sentences:prepare", tmp_path)
+    assert "def prepare" in text and user_function.load(module).__name__ == "prepare"
 
 
 TREE = {

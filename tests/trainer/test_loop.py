@@ -89,7 +89,7 @@ def watched(shard, config: Config) -> dict[str, Any]:
     loop.move_reference = lambda engine, alpha, seed: seen.moves.append((state.step, alpha, seed))
     engine.step = step
     loop.train(config, engine, data.feed, data.held_out, shard, state, seen.records.append, on_save)
-    engine.destroy()
+    engine.release()
     return {**vars(seen), "rates": rates, "state": vars(state)}
 
 

@@ -187,7 +187,7 @@ def test_rows_that_fill_the_limit_to_the_token_make_one_group(tmp_path, tokenize
     rows = [{"prompt": "the:", "chosen": f" {'a ' * n}", "rejected": f" {'b ' * n}"} for n in (3, 5, 4)]
     data = {"max_length": 24, "merge_prompts": False}
     config = config_for(tmp_path, tokenizer_folder, rows, {"loss_type": "dpo"}, data=data)
-    groups, entry = train_of(config), config.objective_entry
+    groups, entry = train_of(config), config.bound_objective
     together = [len(groups[0].prompt) + groups.completion_tokens[:n].sum() for n in (1, 2, 3)]
     for most, want in ((together[2], [3]), (together[2] - 1, [2, 1]), (together[1], [2, 1]), (1, [1, 1, 1])):
         assert merge_prompts(groups, entry, int(most)).edges.tolist() == want

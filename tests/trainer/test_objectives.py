@@ -12,6 +12,7 @@ import torch
 
 from madpo.kernels.edge_loss import edge_loss_ref
 from madpo.trainer.objectives import EdgeScores, build
+from madpo.trainer.objectives.build import bind
 from madpo.trainer.objectives.base import Item, MarginWeight, Scored, segment_sum
 from madpo.trainer.objectives.build import as_one_objective
 from madpo.trainer.objectives.madpo import MADPOParams
@@ -466,7 +467,7 @@ def test_functions_of_probability_by_hand():
 @pytest.mark.parametrize(
     "name, parameters, message",
     [
-        ("madop", {}, "unknown objective 'madop'; did you mean madpo"),
+        ("madop", {}, "unknown objective 'madop', did you mean 'madpo'"),
         ("madpo", {"c_min": 1.0}, r"madpo: c_min: .*less than 1"),
         ("madpo", {"temperature": 1.0}, "madpo: temperature: Extra inputs"),
         ("cdpo", {"label_smoothing": 0.5}, "label_smoothing: .*less than 0.5"),

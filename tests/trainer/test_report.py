@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from madpo.trainer.report import read_metrics, write_report
+from madpo.trainer.report import write_report
+from madpo.trainer.run_folder import read_metrics
 
 pytest.importorskip("matplotlib")
 
@@ -82,9 +83,9 @@ def test_read_metrics_skips_a_torn_last_line(tmp_path):
     whole = path.read_text()
     for end in range(len(whole.splitlines()[0]) + 2, len(whole) - 1):
         path.write_text(whole[:end])
-        assert read_metrics(path) == lines[:1]
+        assert read_metrics(tmp_path) == lines[:1]
     path.write_text(whole[:-1])
-    assert read_metrics(path) == lines
+    assert read_metrics(tmp_path) == lines
 
 
 @pytest.mark.parametrize("broken", ['{"step": 2, "lo', "", "[1, 2]", '{"loss": 1.0}', "7"])
@@ -92,7 +93,7 @@ def test_read_metrics_names_a_broken_line(tmp_path, broken):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 3}}\n')
     with pytest.raises(ValueError, match=re.escape(f"{path}:2: ")):
-        read_metrics(path)
+        read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize("content", [None, "", '{"step": 1, "lo'])

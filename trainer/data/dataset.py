@@ -7,7 +7,6 @@ holding a collective open, however long it takes.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -35,6 +34,7 @@ from madpo.trainer.data.shapes import Shapes
 from madpo.trainer.data.source import Source, open_source
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, special_spellings, spells_special, tokenise
 from madpo.trainer.errors import UserError
+from madpo.trainer.files import write_folder_atomically
 
 FORMAT_VERSION = 5
 """Part of the cache key; raise it when the same rows would give other tokens."""
@@ -311,10 +311,7 @@ def tokenise_all(
         cache_file_name=str(scratch / "rows.arrow"),
         desc=f"tokenising {source.name}",
     )
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    table.save_to_disk(str(partial))
-    os.replace(partial, path)
+    write_folder_atomically(path, lambda partial: table.save_to_disk(str(partial)))
     shutil.rmtree(scratch)
 
 

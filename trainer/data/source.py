@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import xxhash
 
 from madpo.trainer.config import DataConfig
 from madpo.trainer.errors import UserError
+from madpo.trainer.files import hash_of_file
 
 LINES = datasets.Features({"line": datasets.Value("int64"), "raw": datasets.Value("binary")})
 
@@ -36,12 +36,7 @@ def open_source(data: DataConfig, split: str, cache: Path) -> Source:
         rows = load_by_name(data, split)
         assert isinstance(rows, datasets.Dataset)
         return Source(f"{data.dataset_name}[{split}]", rows, rows._fingerprint, "row")
-    content = xxhash.xxh3_128()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                content.update(block)
-    fingerprint = content.hexdigest()
+    fingerprint = hash_of_file(*files)
     if files[0].suffix == ".jsonl":
         if next(_lines(str(files[0])), None) is None:
             raise UserError(f"{files[0]}: the file has no rows")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +38,7 @@ from madpo.trainer.data.mixture import total_report
 from madpo.trainer.data.order import permutation
 from madpo.trainer.data.reader import FIRST_ROWS, Reader
 from madpo.trainer.errors import UserError
+from madpo.trainer.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -194,9 +194,7 @@ class Stream:
             more = full and len(self._reader.read(following, 1)[0].rows) > 0
             report = report_of(source.name, table, usable_rows(table))
             made = Note(cursor, following if more else None, report)
-            partial = note.with_suffix(".partial")
-            partial.write_text(json.dumps(asdict(made)))
-            os.replace(partial, note)
+            write_atomically(note, json.dumps(asdict(made)))
 
     @functools.cached_property
     def _layout(self) -> str:

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from madpo.trainer.config import Config, ModelConfig, PeftConfig, validate_peft
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import UserError, nearest
 from madpo.trainer.model import liger, lora, prefix_attention
 from madpo.trainer.model.attention.choice import require
 from madpo.trainer.model.balance import expert_balance
@@ -32,7 +32,6 @@ from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.model.vocabulary import add_rows, fit_vocabulary
 from madpo.trainer.scoring_module import ReferenceScorer
 from madpo.trainer.sequence_parallel import join
-from madpo.trainer.strict_yaml import nearest
 
 NEW_LAYER = "score.weight"
 """What a reward model has and the language model that it starts from has not."""

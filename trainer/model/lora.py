@@ -25,8 +25,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from madpo.trainer.config import PeftConfig
-from madpo.trainer.errors import UserError
-from madpo.trainer.strict_yaml import nearest
+from madpo.trainer.errors import UserError, nearest
 
 POLICY, REFERENCE = "default", "reference"
 WEIGHTS = "adapter_model.safetensors"

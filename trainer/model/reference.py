@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.packing import PackedBatch
 from madpo.trainer.errors import UserError
+from madpo.trainer.files import hash_of_file
 from madpo.trainer.head import Impl, PreferenceHead
 from madpo.trainer.model.load import adapter_named
 from madpo.trainer.model.policy import output_head, scored_hidden
@@ -70,7 +70,7 @@ def _content(name: str, revision: str | None) -> dict[str, str]:
     if folder.is_dir():
         files = sorted(x for x in folder.iterdir() if x.suffix in FILES_READ or x.name in CONFIGS_READ)
         with ThreadPoolExecutor(4) as readers:
-            return dict(zip([file.name for file in files], readers.map(_hash, files), strict=True))
+            return dict(zip([file.name for file in files], readers.map(hash_of_file, files), strict=True))
     options: Any = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     found = (cached_file(name, config, **options) for config in CONFIGS_READ)
     commit = extract_commit_hash(next((str(file) for file in found if file), None), None)
@@ -80,11 +80,3 @@ def _content(name: str, revision: str | None) -> dict[str, str]:
             "the folder, or set model.reference=auto"
         )
     return {name: commit}
-
-
-def _hash(file: Path) -> str:
-    content = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            content.update(block)
-    return content.hexdigest()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
 
+from madpo.trainer.errors import nearest
 from madpo.trainer.objectives.base import (
     BatchState,
     EdgeLoss,
@@ -159,9 +159,7 @@ def build(name: str, /, **parameters: Any) -> BoundObjective:
 
     name = ALIASES.get(name, name)
     if name not in OBJECTIVES:
-        near = get_close_matches(name, OBJECTIVES, 1)
-        hint = f"; did you mean {near[0]}?" if near else f"; one of {', '.join(sorted(OBJECTIVES))}"
-        raise ValueError(f"unknown objective {name!r}{hint}")
+        raise ValueError(f"unknown objective {name!r}{nearest(name, OBJECTIVES)}")
     entry = OBJECTIVES[name]
     try:
         params = entry.params.model_validate(parameters)

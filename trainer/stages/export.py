@@ -3,8 +3,7 @@ reward model `AutoModelForSequenceClassification`. Of an adapter: one that peft 
 
 from __future__ import annotations
 
-import os
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from madpo.trainer.config import Config
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
+from madpo.trainer.files import write_folder_atomically
 from madpo.trainer.model import lora
 from madpo.trainer.model.load import load_tokenizer, padding_token
 from madpo.trainer.model.weights import adapter_weights, gather, whole_weights
@@ -57,17 +57,28 @@ def export_model(
     for name, adapter in folders.items():
         weights = gather(adapter_weights(policy) if adapter else whole_weights(policy), shard)
         if shard.is_main:
-            partial = run / f"{name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            if adapter:
-                lora.save_adapter(policy, weights, partial)
-            else:
-                _save_model(policy, weights, partial, config.train.max_shard_size)
-            tokenizer.save_pretrained(partial)
-            (partial / "README.md").write_text(model_card(config, run, state, policy, adapter))
-            shutil.rmtree(run / name, ignore_errors=True)
-            os.replace(partial, run / name)
+            card = model_card(config, run, state, policy, adapter)
+            size = config.train.max_shard_size
+            save = partial(_save, policy, weights, tokenizer, size, card, adapter)
+            write_folder_atomically(run / name, save)
         barrier()
+
+
+def _save(
+    policy: Any,
+    weights: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    max_shard_size: str,
+    card: str,
+    adapter: bool,
+    folder: Path,
+) -> None:
+    if adapter:
+        lora.save_adapter(policy, weights, folder)
+    else:
+        _save_model(policy, weights, folder, max_shard_size)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card)
 
 
 def _save_model(policy: Any, weights: dict[str, Tensor], folder: Path, max_shard_size: str) -> None:

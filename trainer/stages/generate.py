@@ -8,7 +8,6 @@ cut off goes on where it stood.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from madpo.trainer.data.pairing import choose_pair, pair_row, random_of
 from madpo.trainer.data.prompts import Prompts, read_prompts
 from madpo.trainer.dist import Shard
 from madpo.trainer.errors import UserError
+from madpo.trainer.files import write_atomically
 from madpo.trainer.generate_config import GenerateConfig, JudgeConfig
 from madpo.trainer.generation import backend_of, completion_of, open_sampler
 from madpo.trainer.judges import check_judge, judge_identity, open_judge
@@ -237,10 +237,7 @@ def _facts_of(rows: list[dict[str, Any]], model: str) -> dict[str, Any]:
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(partial, path)
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _provenance(

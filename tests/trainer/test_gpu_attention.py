@@ -14,7 +14,10 @@ from madpo.trainer.model.policy import scored_hidden
 from madpo.trainer.model.prefix_attention import NAMES, SegmentTable
 from madpo.trainer.model.settle import settle_attention, survey
 
-pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: make test-gpu")
+pytestmark = [
+    pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: make test-gpu"),
+    pytest.mark.usefixtures("poisoned"),
+]
 
 FAMILIES = ("Llama 3", "Qwen3", "Qwen3-MoE", "Gemma 2", "Gemma 3", "Mistral", "Phi-3", "gpt-oss", "Llama 4")
 

@@ -1,0 +1,105 @@
+"""What is written appears whole or not at all, and is on the disk before it has its name."""
+
+import os
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from madpo.trainer.files import hash_of_file, write_atomically, write_folder_atomically
+
+
+@pytest.fixture
+def events(monkeypatch) -> list[str]:
+    """Names as they are flushed and renamed, in order."""
+    seen: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(descriptor: int) -> None:
+        seen.append(f"flush {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        seen.append(f"rename {Path(source).name} {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "content", ["größer\n", "größer\n".encode(), "function"], ids=["text", "bytes", "function"]
+)
+def test_a_file_is_flushed_before_it_is_renamed_and_its_folder_after(tmp_path, events, content):
+    path = tmp_path / "state.json"
+    path.write_text("old")
+    write = (lambda partial: partial.write_text("größer\n", "utf-8")) if content == "function" else content
+    write_atomically(path, write)
+    partial = f"state.json.partial-{os.getpid()}"
+    assert events == [f"flush {partial}", f"rename {partial} state.json", f"flush {tmp_path.name}"]
+    assert path.read_bytes() == "größer\n".encode()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("where", ["writing", "flushing", "renaming"])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, where):
+    path = tmp_path / "latest"
+    path.write_text("step-1")
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def half(partial: Path) -> None:
+        partial.write_text("st")
+        if where == "writing":
+            raise KeyboardInterrupt
+
+    if where != "writing":
+        monkeypatch.setattr(os, {"flushing": "fsync", "renaming": "replace"}[where], fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, half)
+    assert path.read_text() == "step-1" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_replaces_an_older_one_when_all_of_it_is_on_the_disk(tmp_path, events):
+    path = tmp_path / "model"
+    for folder in (path, tmp_path / "model.partial"):  # the second was left by a killed process
+        folder.mkdir()
+        (folder / "stale").write_text("")
+
+    def write(partial: Path) -> None:
+        assert (path / "stale").exists() and not partial.exists()
+        (partial / "inner").mkdir(parents=True)
+        (partial / "inner" / "weights").write_text("1")
+
+    write_folder_atomically(path, write)
+    rename = events.index("rename model.partial model")
+    assert {"flush weights", "flush inner", "flush model.partial"} == set(events[:rename])
+    assert events[rename + 1 :] == [f"flush {tmp_path.name}"]
+    assert [file.name for file in path.rglob("*")] == ["inner", "weights"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_fails_leaves_the_old_one(tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+
+    def write(partial: Path) -> None:
+        partial.mkdir()
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_folder_atomically(path, write)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_hash_is_of_the_bytes_alone_however_many_blocks_or_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("madpo.trainer.files.BLOCK", 7)
+    content = bytes(range(256))
+    (tmp_path / "whole").write_bytes(content)
+    (tmp_path / "a").write_bytes(content[:100])
+    (tmp_path / "b").write_bytes(content[100:])
+    want = xxhash.xxh3_128_hexdigest(content)
+    assert hash_of_file(tmp_path / "whole") == want
+    assert hash_of_file(tmp_path / "a", tmp_path / "b") == want

@@ -1,0 +1,62 @@
+"""A function that a user names in a config or a recipe: `module:name` or `path/file.py:name`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from madpo.trainer.errors import UserError
+
+
+def find(function: str, beside: Path) -> tuple[str, str]:
+    """`module:name` or `file.py:name`, a file relative to `beside` -> (the same, with the file's whole
+    path, and the text of its module), without importing it. Raises ValueError if there is none."""
+    module, _, name = function.rpartition(":")
+    if not module or not name.isidentifier():
+        raise UserError(f"function {function!r}: write module:name or path/file.py:name")
+    path = file_of(function, beside)
+    if path is None:
+        raise UserError(f"function {function!r}: there is no {module}")
+    return f"{path if module.endswith('.py') else module}:{name}", path.read_text(encoding="utf-8")
+
+
+def file_of(function: str, beside: Path) -> Path | None:
+    """The file of the function's module, if there is one; see `find`."""
+    module = function.rpartition(":")[0]
+    if module.endswith(".py"):
+        path = (beside / Path(module).expanduser()).resolve()
+        return path if path.is_file() else None
+    _look_here()
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
+
+
+def load(function: str) -> Any:
+    """The function; a file is relative to the working directory.
+
+    Raises ImportError, FileNotFoundError or AttributeError if there is none, and what its module raises.
+    """
+    module, _, name = function.rpartition(":")
+    if not module.endswith(".py"):
+        _look_here()
+        return getattr(importlib.import_module(module), name)
+    path = Path(module).expanduser().resolve()
+    spec = importlib.util.spec_from_file_location(f"user_function_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded  # where dataclasses look for it
+    spec.loader.exec_module(loaded)
+    return getattr(loaded, name)
+
+
+def _look_here() -> None:
+    """Modules of the working directory can be named in every process, however it was started."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
