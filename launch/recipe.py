@@ -25,30 +25,6 @@ CALL = "call"
 RECIPE_KEYS = ("output_dir", "vars", "defaults", "stages")
 KEYS_OF_A_CALL = ("task", "for", "after", "function", "arguments")
 KEYS_OF_A_TASK = ("task", "for", "after", "file", "config")
-READ_KEYS = ("dataset_name", "datasets.path", "_name_or_path", "models", "judge.reward_model")
-"""Config keys, or their ends, whose values may name files and folders that a stage reads."""
-
-FUNCTION_KEY = "judge.function"
-"""The end of the config key whose value names a function; the file that it stands in is read."""
-
-WITHOUT_EFFECT = (
-    "data.cache_dir",
-    "data.dataset_num_proc",
-    "launch.timeout_minutes",
-    "model.attention",
-    "model.prefix_sharing",
-    "model.gradient_checkpointing",
-    "train.head_gib",
-    "train.head_impl",
-    "train.micro_batch_tokens",
-    "train.save_steps",
-    "train.save_total_limit",
-)
-"""Config keys that decide how a result is come by: with another value it is not done again."""
-
-OF_PACKED_ROWS = ("micro_batch_tokens", "prefix_sharing")
-"""Ends of those keys that have an effect where a loss is formed of each packed row."""
-
 KINDS = {"loss_type", "model_type"}
 REFERENCE = re.compile(r"\$\{([^${}]*)\}")
 MOST_SUBSTITUTIONS = 100
@@ -168,9 +144,10 @@ def reads(stage: Stage, recipe: Recipe) -> dict[str, Path]:
 
 def _read_by(stage: Stage, key: str, text: str) -> Path | None:
     """The file or folder that a value names, if the stage reads it and it is there."""
-    if not stage.function and key.endswith(FUNCTION_KEY):
+    names = "path" if stage.function else _names(key)
+    if names == "function":
         return user_function.file_of(text, Path())
-    names_one = bool(text) and (stage.function is not None or key.endswith(READ_KEYS))
+    names_one = bool(text) and names == "path"
     if not names_one or not os.path.exists(os.path.expanduser(text)):
         return None
     path = Path(text).expanduser().resolve()
@@ -178,14 +155,25 @@ def _read_by(stage: Stage, key: str, text: str) -> Path | None:
     return None if stage.function and Path.cwd().is_relative_to(path) else path
 
 
+def _names(key: str) -> str | None:
+    """Whether a value of the config key names a path or a function whose content counts."""
+    from madpo.trainer.effects import keys
+
+    return keys()[key].names if key in keys() else None
+
+
 def _with_effect(tree: dict[str, Any]) -> dict[str, Any]:
     """The tree without what changes no result, and without the sections that held nothing else."""
+    from madpo.trainer.effects import keeps_results, keys
+
     out = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
     model = tree.get("model")
-    balanced = isinstance(model, dict) and model.get("router_aux_loss_coef")  # a loss of each packed row
-    for section, key in (name.split(".") for name in WITHOUT_EFFECT):
-        if isinstance(out.get(section), dict) and not (balanced and key in OF_PACKED_ROWS):
-            out[section].pop(key, None)
+    router_loss = isinstance(model, dict) and bool(model.get("router_aux_loss_coef"))
+    for section, values in out.items():
+        for key in list(values) if isinstance(values, dict) else []:
+            name = f"{section}.{key}"
+            if name in keys() and keeps_results(name, router_loss):
+                del values[key]
     return {key: value for key, value in out.items() if value != {} or tree[key] == {}}
 
 

@@ -16,56 +16,27 @@ from typing import Any
 from madpo.trainer.config import Config
 from madpo.trainer.deepspeed_checks import zero_stage
 from madpo.trainer.dist import Shard, barrier, from_main, refuse_if_any
+from madpo.trainer.effects import may_continue
 from madpo.trainer.engine import Engine
 from madpo.trainer.files import write_atomically
 from madpo.trainer.state import TrainState
 
 STATE_FILE = "train_state.json"
-MAY_CHANGE = (
-    "output_dir",
-    "launch.",
-    "annotate.",
-    "deepspeed",
-    "generate",
-    "data.cache_dir",
-    "data.dataset_name",  # the fingerprint of its content counts
-    "data.datasets",  # as above
-    "data.dataset_num_proc",
-    "data.dataset_test_split",
-    "data.on_bad_row",
-    "model.attention",
-    "model.prefix_sharing",
-    "model.gradient_checkpointing",
-    "model.activation_offloading",
-    "model.use_liger_kernel",
-    "train.micro_batch_tokens",
-    "train.head_gib",
-    "train.head_impl",
-    "train.logging_steps",
-    "train.eval_steps",
-    "train.save_steps",
-    "train.save_total_limit",
-    "train.export",
-    "train.max_shard_size",
-    "train.peak_tflops",
-)
-"""Config keys, or their beginnings, that may differ between a run and its continuation. With
-`model.router_aux_loss_coef`, a loss of each packed row, those in OF_PACKED_ROWS may not."""
-
+RANKS = "number of ranks"
 STAGE = "deepspeed.zero_optimization.stage"
-OF_PACKED_ROWS = frozenset({"model.prefix_sharing", "train.micro_batch_tokens"})
 
 
 def identity(config: Config, shard: Shard, content: str | None = None) -> dict[str, Any]:
     """What must not change between a run and its continuation, as dotted keys. `content` is the data's."""
-    out: dict[str, Any] = {"number of ranks": shard.world_size}
+    out: dict[str, Any] = {RANKS: shard.world_size}
     for section, values in config.model_dump(mode="json", by_alias=True).items():
         flat = values if isinstance(values, dict) else {"": values}
         if section == "peft":  # whether there is one, too
             flat = {"": values is not None, **(values or {})}
         out |= {f"{section}.{key}".rstrip("."): value for key, value in flat.items()}
-    bound = OF_PACKED_ROWS if config.model.router_aux_loss_coef else set[str]()
-    out = {key: value for key, value in out.items() if key in bound or not key.startswith(MAY_CHANGE)}
+    router_loss = config.model.router_aux_loss_coef > 0
+    fixed = [key for key in out if key == RANKS or not may_continue(key, router_loss)]
+    out = {key: out[key] for key in fixed}
     out[STAGE] = zero_stage(config.deepspeed, shard.world_size)
     if content is not None:
         out["data (content)"] = content
@@ -74,7 +45,7 @@ def identity(config: Config, shard: Shard, content: str | None = None) -> dict[s
 
 def model_identity(config: Config, shard: Shard) -> dict[str, Any]:
     """The part of the identity that says which weights fit."""
-    parts = ("model.", "peft", "number of ranks", STAGE)
+    parts = ("model.", "peft", RANKS, STAGE)
     return {key: value for key, value in identity(config, shard).items() if key.startswith(parts)}
 
 

@@ -23,7 +23,7 @@ from madpo.trainer.objectives.base import Need
 from madpo.trainer.objectives.build import BoundObjective, as_one_objective, bind
 from madpo.trainer.objectives.registry import OBJECTIVES, ObjectiveParams
 from madpo.trainer.peft_config import PeftConfig
-from madpo.trainer.section import Section
+from madpo.trainer.section import Effect, Section, setting
 from madpo.trainer.train_config import OptimConfig, TrainConfig
 
 
@@ -33,8 +33,12 @@ class AnnotateConfig(Section):
     folds: int | None = Field(
         default=None, ge=2, description="so many models, each trained without a fold of the prompts"
     )
-    models: list[str] | None = Field(
-        default=None, min_length=1, description="reward models or their run folders; scores are their mean"
+    models: list[str] | None = setting(
+        default=None,
+        min_length=1,
+        description="reward models or their run folders; scores are their mean",
+        effect=Effect.RESULT,
+        names="path",
     )
 
     @model_validator(mode="after")
@@ -45,10 +49,14 @@ class AnnotateConfig(Section):
 
 
 class LaunchConfig(Section):
-    num_processes: int | Literal["auto"] = Field(
-        default="auto", description="ranks on this machine; auto: one per GPU, without a GPU two"
+    num_processes: int | Literal["auto"] = setting(
+        default="auto",
+        description="ranks on this machine; auto: one per GPU, without a GPU two",
+        effect=Effect.RESULT,
     )
-    timeout_minutes: float = Field(default=30.0, gt=0, description="a collective that hangs longer fails")
+    timeout_minutes: float = setting(
+        default=30.0, gt=0, description="a collective that hangs longer fails", effect=Effect.MEANS
+    )
 
     @field_validator("num_processes")
     @classmethod
@@ -59,7 +67,7 @@ class LaunchConfig(Section):
 
 
 class Config(Section):
-    output_dir: str = Field(description="the run folder")
+    output_dir: str = setting(description="the run folder", effect=Effect.MEANS)
     seed: int = Field(default=42, ge=0, lt=2**32)
     model: ModelConfig
     peft: PeftConfig | None = Field(default=None, description="null: train all weights")
@@ -67,10 +75,14 @@ class Config(Section):
     objective: ObjectiveParams  # pyright: ignore[reportInvalidTypeForm]
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
-    annotate: AnnotateConfig = AnnotateConfig()
+    annotate: AnnotateConfig = setting(AnnotateConfig(), effect=Effect.RESULT)
     launch: LaunchConfig = LaunchConfig()
-    generate: GenerateConfig | None = Field(default=None, description="for madpo generate; null: defaults")
-    deepspeed: dict[str, Any] = Field(default_factory=dict, description="passed to DeepSpeed")
+    generate: GenerateConfig | None = setting(
+        default=None, description="for madpo generate; null: defaults", effect=Effect.RESULT
+    )
+    deepspeed: dict[str, Any] = setting(
+        default_factory=dict, description="passed to DeepSpeed", effect=Effect.RESULT
+    )
 
     @field_validator("objective", mode="before")
     @classmethod

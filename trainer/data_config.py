@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from madpo.trainer.data.adapters import ADAPTERS
 from madpo.trainer.data.rows import check_template_kwargs
 from madpo.trainer.errors import UserError, nearest
-from madpo.trainer.section import Section
+from madpo.trainer.section import Effect, Section, setting
 
 
 def check_adapter(name: str) -> str:
@@ -22,7 +22,7 @@ def check_adapter(name: str) -> str:
 class DatasetPart(Section):
     """One data set of a mixture."""
 
-    path: str = Field(description="as data.dataset_name")
+    path: str = setting(description="as data.dataset_name", effect=Effect.RESULT, names="path")
     name: str | None = Field(default=None, description="as data.dataset_config")
     split: str = "train"
     test_split: str | None = Field(default=None, description="held-out split; null: none of this part")
@@ -41,16 +41,20 @@ class DatasetPart(Section):
 
 
 class DataConfig(Section):
-    dataset_name: str | None = Field(
+    dataset_name: str | None = setting(
         default=None,
         description="a .jsonl or .parquet file, a folder of <split>.jsonl/.parquet, or a hub name",
+        effect=Effect.RESULT,
+        names="path",
     )
-    datasets: list[DatasetPart] | None = Field(
-        default=None, min_length=1, description="a mixture, in place of dataset_name"
+    datasets: list[DatasetPart] | None = setting(
+        default=None, min_length=1, description="a mixture, in place of dataset_name", effect=Effect.RESULT
     )
     dataset_config: str | None = None
     dataset_train_split: str = "train"
-    dataset_test_split: str | None = Field(default=None, description="held-out split; null: no evaluation")
+    dataset_test_split: str | None = setting(
+        default=None, description="held-out split; null: no evaluation", effect=Effect.RESULT
+    )
     adapter: str = Field(default="auto", description="how rows are read, see docs/data.md; auto: by columns")
     columns: dict[str, str] = Field(default_factory=dict, description="our name of a column: the data set's")
     edges: Literal["all", "adjacent", "best_worst"] = Field(
@@ -79,9 +83,15 @@ class DataConfig(Section):
     )
     folds: int | None = Field(default=None, ge=2, description="parts of the training split, by prompt")
     fold: int | None = Field(default=None, ge=0, description="the part, from 0, that is left out of training")
-    on_bad_row: Literal["error", "drop"] = Field(default="error", description="a row that cannot be read")
-    dataset_num_proc: int | None = Field(default=None, ge=1, description="processes that tokenise")
-    cache_dir: str = Field(default="~/.cache/madpo", description="where tokenised data is kept")
+    on_bad_row: Literal["error", "drop"] = setting(
+        default="error", description="a row that cannot be read", effect=Effect.RESULT
+    )
+    dataset_num_proc: int | None = setting(
+        default=None, ge=1, description="processes that tokenise", effect=Effect.MEANS
+    )
+    cache_dir: str = setting(
+        default="~/.cache/madpo", description="where tokenised data is kept", effect=Effect.MEANS
+    )
 
     @field_validator("adapter")
     @classmethod

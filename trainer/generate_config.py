@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from madpo.trainer.errors import UserError
-from madpo.trainer.section import Section
+from madpo.trainer.section import Effect, Section, setting
 
 
 class EndpointConfig(Section):
@@ -41,8 +41,12 @@ class EndpointConfig(Section):
 
 
 class JudgeConfig(Section):
-    reward_model: str | None = Field(default=None, description="folder of a reward model")
-    function: str | None = Field(default=None, description="module:name or path/file.py:name")
+    reward_model: str | None = setting(
+        default=None, description="folder of a reward model", effect=Effect.RESULT, names="path"
+    )
+    function: str | None = setting(
+        default=None, description="module:name or path/file.py:name", effect=Effect.RESULT, names="function"
+    )
     endpoint: EndpointConfig | None = None
 
     @model_validator(mode="after")
@@ -55,8 +59,11 @@ class JudgeConfig(Section):
 
 
 class GenerateConfig(Section):
-    models: list[str] = Field(
-        default_factory=list, description="folders or hub names; empty: model.model_name_or_path"
+    models: list[str] = setting(
+        default_factory=list,
+        description="folders or hub names; empty: model.model_name_or_path",
+        effect=Effect.RESULT,
+        names="path",
     )
     num_completions: int = Field(default=2, ge=1, description="per prompt and model")
     max_new_tokens: int = Field(default=256, ge=1)

@@ -6,19 +6,21 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from madpo.trainer.section import Section
+from madpo.trainer.section import Effect, Section, setting
 
 
 class ModelConfig(Section):
-    model_name_or_path: str | None = Field(
-        default=None, description="weights to start from: folder or hub name"
+    model_name_or_path: str | None = setting(
+        default=None, description="weights to start from: folder or hub name", names="path"
     )
     model_revision: str | None = None
     init_config: dict[str, Any] | None = Field(
         default=None, description="build from scratch instead: `model_type` and that family's config values"
     )
-    ref_model_name_or_path: str | None = Field(
-        default=None, description="frozen reference; null is the model that training starts from"
+    ref_model_name_or_path: str | None = setting(
+        default=None,
+        description="frozen reference; null is the model that training starts from",
+        names="path",
     )
     reference: Literal["auto", "joint", "cached", "adapter", "none"] = Field(
         default="auto",
@@ -28,23 +30,33 @@ class ModelConfig(Section):
     sync_ref_model: bool = Field(default=False, description="move the reference towards the policy (TR-DPO)")
     ref_model_mixup_alpha: float = Field(default=0.6, gt=0, le=1, description="share of the policy in a move")
     ref_model_sync_steps: int = Field(default=512, ge=1, description="optimiser steps between moves")
-    tokenizer_name_or_path: str | None = Field(default=None, description="null: beside the model")
-    attention: Literal["auto", "flash", "torch", "flex", "sdpa"] = Field(
+    tokenizer_name_or_path: str | None = setting(
+        default=None, description="null: beside the model", names="path"
+    )
+    attention: Literal["auto", "flash", "torch", "flex", "sdpa"] = setting(
         default="auto",
         description="kernel of the packed attention; auto: the fastest that computes this model's",
+        effect=Effect.MEANS,
     )
-    prefix_sharing: bool = Field(
-        default=True, description="compute a prompt once for all its completions, not once for each"
+    prefix_sharing: bool = setting(
+        default=True,
+        description="compute a prompt once for all its completions, not once for each",
+        effect=Effect.PACKED_ROWS,
     )
-    gradient_checkpointing: bool | Literal["selective"] = Field(
+    gradient_checkpointing: bool | Literal["selective"] = setting(
         default=False,
         description="recompute activations in backward; selective: all but matrix products and attention",
+        effect=Effect.MEANS,
     )
-    activation_offloading: bool = Field(
-        default=False, description="saved activations wait for the backward pass in host memory"
+    activation_offloading: bool = setting(
+        default=False,
+        description="saved activations wait for the backward pass in host memory",
+        effect=Effect.MEANS,
     )
-    use_liger_kernel: bool = Field(
-        default=False, description="Liger's kernels for norms, MLPs and rotary embeddings; needs liger-kernel"
+    use_liger_kernel: bool = setting(
+        default=False,
+        description="Liger's kernels for norms, MLPs and rotary embeddings; needs liger-kernel",
+        effect=Effect.MEANS,
     )
     router_aux_loss_coef: float = Field(
         default=0.0, ge=0, description="weight of the load-balancing loss of mixtures of experts; 0: off"

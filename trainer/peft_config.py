@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from madpo.trainer.errors import UserError
-from madpo.trainer.section import Section
+from madpo.trainer.section import Section, setting
 
 
 class PeftConfig(Section):
@@ -24,8 +24,8 @@ class PeftConfig(Section):
     )
     use_rslora: bool | None = Field(default=None, description="scale: alpha / sqrt(r) (false)")
     use_dora: bool | None = Field(default=None, description="directions and magnitudes apart (false)")
-    base_model_name_or_path: str | None = Field(
-        default=None, description="of a stored adapter; null: the one that it names"
+    base_model_name_or_path: str | None = setting(
+        default=None, description="of a stored adapter; null: the one that it names", names="path"
     )
     load_in_4bit: bool = Field(default=False, description="QLoRA: the base in 4 bits; needs madpo[qlora]")
     load_in_8bit: bool = False

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from madpo.trainer.section import Section
+from madpo.trainer.section import Effect, Section, setting
 
 
 class OptimConfig(Section):
@@ -23,30 +23,50 @@ class OptimConfig(Section):
 
 class TrainConfig(Section):
     global_batch_size: int = Field(default=64, ge=1, description="groups (prompts) per step, over all ranks")
-    micro_batch_tokens: int = Field(default=16384, ge=2, description="packed tokens per forward and rank")
+    micro_batch_tokens: int = setting(
+        default=16384, ge=2, description="packed tokens per forward and rank", effect=Effect.PACKED_ROWS
+    )
     sequence_parallel_size: int = Field(
         default=1, ge=1, description="ranks that share a packed row, for long ones; divides the model's heads"
     )
     num_train_epochs: float = Field(default=1.0, gt=0)
     max_steps: int | None = Field(default=None, ge=1, description="in place of num_train_epochs")
     bf16: bool = True
-    logging_steps: int = Field(default=10, ge=1)
-    eval_steps: int | None = Field(default=None, ge=1, description="null: only at the end")
-    save_steps: int | None = Field(default=None, ge=1, description="null: only at the end")
-    save_total_limit: int = Field(default=2, ge=1, description="checkpoints kept")
-    export: bool = Field(default=True, description="write a Hugging Face model folder at the end")
-    export_merged: bool = Field(
-        default=False, description="beside an adapter, also write whole weights with it in them"
+    logging_steps: int = setting(default=10, ge=1, effect=Effect.RESULT)
+    eval_steps: int | None = setting(
+        default=None, ge=1, description="null: only at the end", effect=Effect.RESULT
     )
-    max_shard_size: str = Field(
-        default="5GB", pattern=r"^[1-9][0-9]*(KB|MB|GB)$", description="of an exported weights file"
+    save_steps: int | None = setting(
+        default=None, ge=1, description="null: only at the end", effect=Effect.MEANS
     )
-    head_gib: float = Field(default=2.0, gt=0, description="GiB of logits that the loss head keeps at once")
-    head_impl: Literal["auto", "triton", "torch"] = Field(
-        default="auto", description="of the loss head; auto: triton on GPUs, torch on CPUs"
+    save_total_limit: int = setting(default=2, ge=1, description="checkpoints kept", effect=Effect.MEANS)
+    export: bool = setting(
+        default=True, description="write a Hugging Face model folder at the end", effect=Effect.RESULT
     )
-    peak_tflops: float | None = Field(
-        default=None, gt=0, description="of one device, for perf/mfu; null: of common GPUs it is known"
+    export_merged: bool = setting(
+        default=False,
+        description="beside an adapter, also write whole weights with it in them",
+        effect=Effect.RESULT,
+    )
+    max_shard_size: str = setting(
+        default="5GB",
+        pattern=r"^[1-9][0-9]*(KB|MB|GB)$",
+        description="of an exported weights file",
+        effect=Effect.RESULT,
+    )
+    head_gib: float = setting(
+        default=2.0, gt=0, description="GiB of logits that the loss head keeps at once", effect=Effect.MEANS
+    )
+    head_impl: Literal["auto", "triton", "torch"] = setting(
+        default="auto",
+        description="of the loss head; auto: triton on GPUs, torch on CPUs",
+        effect=Effect.MEANS,
+    )
+    peak_tflops: float | None = setting(
+        default=None,
+        gt=0,
+        description="of one device, for perf/mfu; null: of common GPUs it is known",
+        effect=Effect.RESULT,
     )
 
     @property

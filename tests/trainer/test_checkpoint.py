@@ -16,6 +16,7 @@ from harness import make_config
 
 from madpo.trainer import checkpoint
 from madpo.trainer.dist import Shard
+from madpo.trainer.engine import Engine
 from madpo.trainer.state import TrainState
 
 RUN = {"seed": 42, "objective.loss_type": "dpo", "objective.beta": 0.1, "optim.lr": 1e-3}
@@ -42,6 +43,13 @@ class Shards:
         return (f"{root}/{tag}" if self.is_there else None), {}
 
 
+def around(shards: Shards) -> Engine:
+    """An engine whose DeepSpeed is the stand-in."""
+    engine: Any = Engine.__new__(Engine)
+    engine.deepspeed = shards
+    return engine
+
+
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch) -> None:
     """One process without a process group."""
@@ -57,7 +65,7 @@ def _alone(monkeypatch) -> None:
 
 def save(engine: Shards, root: Path, step: int, keep: int = 2, rank: int = 0, **options: Any) -> TrainState:
     state = TrainState(step, 8 * step, 100 * step, {"mean": [0.5 * step]})
-    checkpoint.save(engine, root, state, RUN, Shard(rank, 2), keep, **options)
+    checkpoint.save(around(engine), root, state, RUN, Shard(rank, 2), keep, **options)
     return state
 
 
@@ -85,7 +93,7 @@ def test_a_commit_that_fails_costs_nothing_that_was_there(tmp_path, monkeypatch)
         save(engine, tmp_path, 2, keep=1)
     tag = checkpoint.latest(tmp_path, RUN)
     assert tag == "step-00000001" and (tmp_path / tag / "shard").read_text() == tag
-    assert checkpoint.load(engine, tmp_path, tag) == old
+    assert checkpoint.load(around(engine), tmp_path, tag) == old
 
 
 def test_shards_that_cannot_be_written_are_not_named(tmp_path, monkeypatch):
@@ -147,7 +155,7 @@ def test_only_a_reference_that_moves_is_in_the_checkpoint(tmp_path):
 def test_what_was_saved_is_loaded(tmp_path):
     engine = Shards()
     state = save(engine, tmp_path, 7)
-    assert checkpoint.load(engine, tmp_path, "step-00000007") == state
+    assert checkpoint.load(around(engine), tmp_path, "step-00000007") == state
     assert checkpoint.stored_objective(tmp_path) == {"loss_type": "dpo", "beta": 0.1}
 
 
@@ -168,7 +176,7 @@ def test_a_committed_checkpoint_without_its_shards_cannot_be_loaded(tmp_path):
     with pytest.raises(
         ValueError, match="step-00000007: the checkpoint cannot be loaded; train with --fresh"
     ):
-        checkpoint.load(engine, tmp_path, "step-00000007")
+        checkpoint.load(around(engine), tmp_path, "step-00000007")
 
 
 def test_another_value_of_any_key_is_refused_by_name(tmp_path):

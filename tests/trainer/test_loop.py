@@ -57,7 +57,7 @@ def watched(shard, config: Config) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, training=True)
     assert data.feed is not None
-    engine = start_engine(config, tokenizer, training=True)
+    engine: Any = start_engine(config, tokenizer, training=True)
     state, seen = TrainState(), SimpleNamespace(records=[], modes=[], moves=[], trained=[], evaluated=[])
     rates = []
     originals = loop.train_step, loop.evaluation_step, loop.evaluate, engine.step
@@ -75,18 +75,18 @@ def watched(shard, config: Config) -> dict[str, Any]:
         clock.now += EVALUATION
         return originals[2](*args)
 
-    def step() -> None:
+    def step(learning_rate: float) -> None:
         clock.now += STEP
         seen.modes.append(engine.module.training)
-        rates.append(engine.optimizer.param_groups[0]["lr"])
-        originals[3]()
+        originals[3](learning_rate)
+        rates.append(engine.deepspeed.optimizer.param_groups[0]["lr"])
 
     def on_save() -> None:
         clock.now += SAVE
         seen.records.append({"saved": state.step})
 
     loop.train_step, loop.evaluation_step, loop.evaluate = train_step, evaluation_step, evaluate
-    loop.move_reference = lambda engine, alpha, seed: seen.moves.append((state.step, alpha, seed))
+    loop.move_reference = lambda policy, reference, alpha, seed, device: seen.moves.append((state.step, alpha, seed))
     engine.step = step
     loop.train(config, engine, data.feed, data.held_out, shard, state, seen.records.append, on_save)
     engine.release()

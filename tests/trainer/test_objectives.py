@@ -12,7 +12,6 @@ import torch
 
 from madpo.kernels.edge_loss import edge_loss_ref
 from madpo.trainer.objectives import EdgeScores, build
-from madpo.trainer.objectives.build import bind
 from madpo.trainer.objectives.base import Item, MarginWeight, Scored, segment_sum
 from madpo.trainer.objectives.build import as_one_objective
 from madpo.trainer.objectives.madpo import MADPOParams

@@ -14,7 +14,6 @@ from harness import LLAMA, make_config, plain_scores, run_ranks, save_classifier
 from kernel_cases import relative_error
 from zero3 import plain_optimizer, zero3_steps
 
-from madpo.trainer.objectives.build import bind
 from madpo.trainer.config import Config
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.engine import release
