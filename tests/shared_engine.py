@@ -37,39 +37,62 @@ def groups_of(config: Config) -> Any:
 
 
 def every_loss(shard: Any, configs: list[Config], evaluated: Config | None = None) -> Any:
-    """For each config its (record, gradients) of every step, by an engine that does not move; the models are
-    the first config's. Then the record of an evaluation."""
+    """For each config its (record, gradients) of every step, by engines that do not move: one with the
+    reference of those that need it, and one without. Then the record of an evaluation by the first."""
+    out: dict[int, Any] = {}
+    record: dict[str, float] = {}
+    for with_reference in (True, False):
+        mine = {
+            index: config
+            for index, config in enumerate(configs)
+            if config.objective_entry.needs_reference == with_reference
+        }
+        if not mine:
+            continue
+        first = next(iter(mine.values()))
+        engine = start_engine(first, load_tokenizer(first.model), training=True)
+        gradients = _kept_gradients(engine)
+        for index, config in mine.items():
+            out[index] = _steps(engine, gradients, config, shard)
+        if with_reference and evaluated is not None:
+            record = evaluate(evaluated, engine, _have(engine, evaluated), shard, MEMORY)
+        engine.destroy()
+    return ([out[index] for index in range(len(configs))], record) if shard.is_main else None
+
+
+def _have(engine: Any, config: Config) -> Any:
+    """Give the engine's head this config's loss; the groups of its data."""
+    engine.module.head.objective, engine.module.head.params = config.objective_entry, config.objective
+    return groups_of(config)
+
+
+def _kept_gradients(engine: Any) -> Gradients:
+    """The full gradients of every step, of which the engine forgets them."""
     from deepspeed.utils import safe_get_full_grad
 
-    engine = start_engine(configs[0], load_tokenizer(configs[0].model), training=True)
-    named, gradients, engine_step = dict(engine.module.policy.named_parameters()), {}, engine.step
+    named, gradients, step = dict(engine.module.policy.named_parameters()), Gradients(), engine.step
 
     def step_and_keep_gradients() -> None:
         for name, parameter in named.items():
-            gradients[name] = safe_get_full_grad(parameter).clone()
-        engine_step()
+            gradient = safe_get_full_grad(parameter)
+            assert gradient is not None
+            gradients[name] = gradient.clone()
+        step()
 
     engine.step = step_and_keep_gradients
+    return gradients
 
-    def groups_for(config: Config) -> Any:
-        """The head as this config has it."""
-        engine.module.head.objective, engine.module.head.params = config.objective_entry, config.objective
-        return groups_of(config)
 
-    out = []
-    for config in configs:
-        groups, size = groups_for(config), config.train.global_batch_size
-        rules = step_rules(config, shares_rows(engine.module.policy))
-        memory, results = dict[str, list[float]](), []
-        for step in range(steps_of(config)):
-            plan = plan_step(groups, np.arange(step * size, (step + 1) * size), rules, shard)
-            meter, state = Meter(), BatchState(memory, (config.seed, step))
-            memory = train_step(engine, plan, 0.0, meter, state).memory
-            results.append((meter.reduce(), dict(gradients)))
-        out.append(results)
-    record = evaluate(evaluated, engine, groups_for(evaluated), shard, MEMORY) if evaluated else {}
-    engine.destroy()
-    return (out, record) if shard.is_main else None
+def _steps(engine: Any, gradients: Gradients, config: Config, shard: Any) -> list[Any]:
+    """(record, gradients) of steps of learning rate 0."""
+    groups, size = _have(engine, config), config.train.global_batch_size
+    rules, memory, out = step_rules(config, shares_rows(engine.module.policy)), dict[str, list[float]](), []
+    for step in range(steps_of(config)):
+        plan = plan_step(groups, np.arange(step * size, (step + 1) * size), rules, shard)
+        meter, state = Meter(), BatchState(memory, (config.seed, step))
+        memory = train_step(engine, plan, 0.0, meter, state).memory
+        out.append((meter.reduce(), dict(gradients)))
+    return out
 
 
 class Plain:
