@@ -49,38 +49,41 @@ def base(tmp_path_factory, tokenizer_folder) -> Config:
     )
 
 
+def needs_of(name: str, settings: Settings) -> frozenset[str]:
+    return build(name, **keys(name, settings)).needs
+
+
 def config_of(base: Config, name: str, settings: Settings) -> Config:
     assert base.data.dataset_name is not None
     path = str(Path(base.data.dataset_name).with_name("above_zero.jsonl"))
     data = {"dataset_name": path} if name == "odpo" else {}
     block = {"loss_type": name, **keys(name, settings)}
-    needs_reference = "reference" in build(name, **keys(name, settings)).needs
-    model = {} if needs_reference else {"ref_model_name_or_path": None}
+    model = {} if "reference" in needs_of(name, settings) else {"ref_model_name_or_path": None}
     return changed(base, objective=block, data=data, model=model)
 
 
-def test_every_loss_is_what_a_second_opinion_says_of_plain_pytorch(base):
-    configs = [config_of(base, name, settings) for name, settings in SETTINGS]
-    evaluated = config_of(base, "beta_dpo", ODD["beta_dpo"][0])
-    (got, evaluation), _ = run_ranks(2, every_loss, configs, evaluated)
-    plain = Plain(base)
-    known: dict[str, Any] = {}
+class Known:
+    """What plain PyTorch knows of stretches of data, each computed once."""
 
-    def facts(config: Config, start: int) -> Any:
-        groups = groups_of(config)
-        batch = [groups[index] for index in range(start, min(start + BATCH, len(groups)))]
+    def __init__(self, base: Config) -> None:
+        self.plain, self._facts = Plain(base), dict[str, Any]()
+
+    def of(self, config: Config, step: int) -> Any:
+        groups, size = groups_of(config), config.train.global_batch_size
+        batch = [groups[index] for index in range(step * size, min((step + 1) * size, len(groups)))]
         key = repr(batch)
-        if key not in known:
-            known[key] = plain.facts(batch)
-        return known[key]
+        if key not in self._facts:
+            self._facts[key] = self.plain.facts(batch)
+        return self._facts[key]
 
-    for (name, settings), config, steps in zip(SETTINGS, configs, got, strict=True):
+    def check(self, name: str, settings: Settings, config: Config, steps: list[Any]) -> None:
+        """Losses, gradients and the drift from the reference of every step."""
         memory: dict[str, list[float]] = {}
         assert len(steps) == steps_of(config)
         for step, (record, gradients) in enumerate(steps):
-            x, *leaves = facts(config, step * BATCH)
+            x, *leaves = self.of(config, step)
             x = replace(x, memory=memory, seed=(config.seed, step))
-            loss, want, memory = loss_and_gradients(config, settings, plain, (x, *leaves))
+            loss, want, memory = loss_and_gradients(config, settings, self.plain, (x, *leaves))
             assert record["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-6), (name, settings)
             flat = [torch.cat([g[n].flatten() for n in sorted(want)]) for g in (gradients, want)]
             assert relative_error(*flat) < 1e-5, (name, settings)
@@ -90,9 +93,33 @@ def test_every_loss_is_what_a_second_opinion_says_of_plain_pytorch(base):
             drift = ((x.tokens - x.ref_tokens)[own] ** 2 / 2).mean()
             assert record.get("kl", drift) == pytest.approx(drift, rel=1e-4), (name, settings)
 
+
+def test_every_loss_is_what_a_second_opinion_says_of_plain_pytorch(base):
+    configs = [config_of(base, name, settings) for name, settings in SETTINGS]
+    evaluated = config_of(base, "beta_dpo", ODD["beta_dpo"][0])
+    (got, evaluation), _ = run_ranks(2, every_loss, configs, evaluated, timeout=400)
+    known = Known(base)
+    for (name, settings), config, steps in zip(SETTINGS, configs, got, strict=True):
+        known.check(name, settings, config, steps)
+
     losses = []
     for number in range(-(-len(groups_of(evaluated)) // BATCH)):
-        x, *_ = facts(evaluated, number * BATCH)
+        x, *_ = known.of(evaluated, number)
         x = replace(x, memory=MEMORY, seed=(evaluated.seed, number))
         losses += opinion("beta_dpo", x, ODD["beta_dpo"][0])[0].tolist()
     assert evaluation["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "ranks, train",
+    [(1, {"micro_batch_tokens": 128}), (4, {"global_batch_size": 3})],
+    ids=["several micro-batches", "a rank without groups"],
+)
+def test_losses_of_the_whole_step_do_not_depend_on_how_it_is_spread(base, ranks, train):
+    settings = [(name, these) for name, these in SETTINGS if "batch" in needs_of(name, these)]
+    assert len(settings) == 11
+    configs = [changed(config_of(base, name, these), train=train) for name, these in settings]
+    got, _ = run_ranks(ranks, every_loss, configs, timeout=400)[0]
+    known = Known(base)
+    for (name, these), config, steps in zip(settings, configs, got, strict=True):
+        known.check(name, these, config, steps)
