@@ -19,10 +19,13 @@ DEVICE = "cuda" if os.environ.get("MADPO_TEST_GPU") == "1" and torch.cuda.is_ava
 IMPLS = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16)
 H, V = 48, 1003
-LENGTHS = (3, 5, 9, 1, 0, 4, 20, 21)
+LENGTHS = (3, 5, 2, 1, 0, 4, 6, 5)
 MARGINS = (0.3, -1.0, 7.0, 1e4)
 ROW_BYTES = 1008 * 4
 """Of one row of float32 logits in memory."""
+WHOLE, WAVES, SLABS = 2**31, 15 * ROW_BYTES, 3 * ROW_BYTES
+"""Budgets: for all rows of LENGTHS; for the first three pairs; for so little that two of the pairs, narrow or
+not, are walked a slab of the vocabulary at a time."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,10 @@ class Case:
     loss: EdgeLoss
     options: dict[str, Any] = field(default_factory=dict)  # of `preference_loss` and its twin alike
     bias: bool = False
-    budget_bytes: int = 2**31
+    budget_bytes: int = WHOLE
 
 
+WEIGHTS_OFFSETS = EdgeLoss(beta=0.3, weights=vector(1.0, 0.3, 0.0, 2.0), offsets=vector(0.1, -0.2, 1.0, 0.4))
 CASES = {
     "dpo": Case(EdgeLoss(beta=0.3)),
     "smoothed": Case(EdgeLoss(beta=0.3, positive=0.9, negative=0.1)),
@@ -102,18 +106,29 @@ CASES = {
     "madpo_amplify": Case(
         EdgeLoss(0.3, margins=vector(*MARGINS), margin_weight=MarginWeight(4.0, 0.25, 1.0, 7.0, lowest=1.0))
     ),
-    "madpo_smoothed_length": Case(madpo(positive=0.9, negative=0.1, length_normalised=True)),
-    "weights_offsets": Case(
-        EdgeLoss(beta=0.3, weights=vector(1.0, 0.3, 2.0, 0.0), offsets=vector(0.1, -0.2, 1.0, 0.0))
+    "madpo_regularise": Case(
+        EdgeLoss(0.3, margins=vector(*MARGINS), margin_weight=MarginWeight(4.0, 0.25, 1.0, 7.0, highest=1.0))
     ),
+    "madpo_odd": Case(
+        EdgeLoss(
+            0.2,
+            margins=vector(1.1, -0.8, 2.9, 4.0),
+            margin_weight=MarginWeight(c_max=3.0, c_min=0.6, steepness=2.0, tau=1.5, margin_scale=0.7),
+        )
+    ),
+    "madpo_smoothed_length": Case(madpo(positive=0.9, negative=0.1, length_normalised=True)),
+    "weights_offsets": Case(WEIGHTS_OFFSETS),
+    "weights_offsets_two_waves": Case(WEIGHTS_OFFSETS, budget_bytes=WAVES),
     "scale": Case(madpo(), {"scale": 0.125}),
     "softcap": Case(madpo(), {"transform": LogitTransform(softcap=5.0)}),
     "everything": Case(
         madpo(), {"transform": LogitTransform(scale=0.7, softcap=8.0, temperature=0.6)}, bias=True
     ),
-    "two_waves": Case(madpo(), budget_bytes=48 * ROW_BYTES),
-    "slabs": Case(madpo(), {"transform": LogitTransform(softcap=8.0)}, True, budget_bytes=9 * ROW_BYTES),
+    "two_waves": Case(madpo(), budget_bytes=WAVES),
+    "slabs": Case(madpo(), {"transform": LogitTransform(softcap=8.0)}, True, budget_bytes=SLABS),
 }
+ONLY_THE_EDGES = {"smoothed", "robust", "hinge", "ipo", "scale"}
+"""Cases that differ from others in the loss of the edges alone, which never sees a narrow number."""
 
 
 def run(

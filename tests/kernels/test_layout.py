@@ -67,6 +67,14 @@ def test_row_chunks_cover_all_rows_evenly():
     assert row_chunks(3, V, 1, 4) == [slice(0, 1), slice(1, 2), slice(2, 3)]
 
 
+def test_row_chunks_count_the_padding_of_rows():
+    """A row of 1003 logits takes the memory of 1008."""
+    budget = 10 * 1008 * 4 - 1
+    chunks = row_chunks(20, 1003, budget, 4)
+    assert [chunk.stop - chunk.start for chunk in chunks] == [6, 7, 7]
+    assert row_chunks(20, 1003, budget + 1, 4) == [slice(0, 10), slice(10, 20)]
+
+
 def test_offsets_on_the_device():
     groups = Groups.pairs((3, 0, 2, 4), DEVICE)
     assert groups.layout.rows.tolist() == [0, 3, 3, 5, 9]

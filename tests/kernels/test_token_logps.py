@@ -86,6 +86,19 @@ def test_an_expanded_upstream_gradient(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_rows_without_an_upstream_gradient_are_not_read(impl):
+    logits, targets = make_logits(torch.float32, 4)
+    logits[1] = torch.inf
+    upstream = torch.tensor([1.0, 0.0, -2.0, 0.0], device=DEVICE)
+    ours, exact = leaf(logits), leaf(logits[[0, 2]], torch.float64)
+    out = token_logps(ours, targets, impl=impl)
+    assert not out.token_logps[1].isfinite()
+    out.token_logps.backward(upstream)
+    token_logps_ref(exact, targets[[0, 2]]).backward(upstream[[0, 2]].double())
+    assert not grad(ours)[[1, 3]].any() and relative_error(grad(ours)[[0, 2]], exact.grad) < 2e-6
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_inplace_backward_works_once(impl):
     logits, targets = make_logits(torch.float32, 3)
     out = token_logps(logits.requires_grad_(), targets, inplace_backward=True, impl=impl)
@@ -188,6 +201,7 @@ def test_preference_loss_from_logits(name, reference, impl, dtype):
         out.loss.backward()
 
 
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: nothing here runs in parallel")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_preference_loss_from_logits_agrees_bit_for_bit(impl):
     groups, loss = Groups.pairs(LENGTHS, DEVICE), EdgeLoss(beta=0.3)

@@ -82,6 +82,8 @@ def test_beta_dpo_draws_by_the_gaussian_and_by_the_seed_alone():
     assert (kept((1, 5)) == kept((1, 5))).all()
     draws = np.stack([kept((1, step)) for step in range(400)])
     assert len(np.unique(draws, axis=0)) > 30
+    of_another_run = np.stack([kept((2, step)) for step in range(400)])
+    assert (draws == of_another_run).all(1).mean() < 0.2
     near, far = draws[:, :9].mean(), draws[:, 9].mean()
     assert far < near - 0.2
     # Drawing without replacement in proportion to weights, by brute force.

@@ -86,7 +86,9 @@ def watched(shard, config: Config) -> dict[str, Any]:
         seen.records.append({"saved": state.step})
 
     loop.train_step, loop.evaluation_step, loop.evaluate = train_step, evaluation_step, evaluate
-    loop.move_reference = lambda policy, reference, alpha, seed, device: seen.moves.append((state.step, alpha, seed))
+    loop.move_reference = lambda policy, reference, alpha, seed, device: seen.moves.append(
+        (state.step, alpha, seed)
+    )
     engine.step = step
     loop.train(config, engine, data.feed, data.held_out, shard, state, seen.records.append, on_save)
     engine.release()

@@ -188,14 +188,14 @@ def test_rows_that_fill_the_limit_to_the_token_make_one_group(tmp_path, tokenize
     data = {"max_length": 24, "merge_prompts": False}
     config = config_for(tmp_path, tokenizer_folder, rows, {"loss_type": "dpo"}, data=data)
     groups, entry = train_of(config), config.bound_objective
-    together = [len(groups[0].prompt) + groups.completion_tokens[:n].sum() for n in (1, 2, 3)]
+    together = [len(groups[0].prompt) + groups.counts.completion_tokens[:n].sum() for n in (1, 2, 3)]
     for most, want in ((together[2], [3]), (together[2] - 1, [2, 1]), (together[1], [2, 1]), (1, [1, 1, 1])):
-        assert merge_prompts(groups, entry, int(most)).edges.tolist() == want
+        assert merge_prompts(groups, entry, int(most)).counts.edges.tolist() == want
     # A completion that the group has already takes no more room.
     again = [*rows[:2], {**rows[1], "rejected": rows[0]["chosen"]}]
     groups = train_of(config_for(tmp_path, tokenizer_folder, again, {"loss_type": "dpo"}, data=data))
-    assert merge_prompts(groups, entry, int(together[1])).edges.tolist() == [3]
-    assert merge_prompts(groups, entry, int(together[1]) - 1).edges.tolist() == [1, 2]
+    assert merge_prompts(groups, entry, int(together[1])).counts.edges.tolist() == [3]
+    assert merge_prompts(groups, entry, int(together[1]) - 1).counts.edges.tolist() == [1, 2]
 
 
 def test_rows_that_a_mixture_repeats_stay_repeated(tmp_path, tokenizer_folder):

@@ -1,4 +1,4 @@
-"""Objectives by hand arithmetic, by the golden values of the papers' code, and by gradcheck."""
+"""Objectives by hand arithmetic and by the golden values of the papers' code."""
 
 import math
 import os
@@ -10,14 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from madpo.kernels.edge_loss import edge_loss_ref
 from madpo.trainer.objectives import EdgeScores, build
 from madpo.trainer.objectives.base import Item, MarginWeight, Scored, segment_sum
 from madpo.trainer.objectives.build import as_one_objective
 from madpo.trainer.objectives.madpo import MADPOParams
 from madpo.trainer.objectives.registry import OBJECTIVES
-
-ONE_BATCH = [name for name, entry in OBJECTIVES.items() if not entry.of(entry.params()).needs_batch]
 
 
 def scored(
@@ -164,53 +161,11 @@ def test_nll_is_one_loss_per_token():
     assert entry(scored(logps, None, [3]), entry.params()).losses.tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("name", ONE_BATCH)
-def test_gradients_are_right_and_stop_at_the_reference(name):
-    entry = OBJECTIVES[name].of(OBJECTIVES[name].params())
-    reference = torch.randn(9, dtype=torch.float64, requires_grad=True)
-    leaf = torch.randn(9, dtype=torch.float64, requires_grad=True)
-
-    def loss(logps: torch.Tensor) -> torch.Tensor:
-        ref = reference.detach() if entry.needs_reference else None
-        scores = scored(logps, ref, [3, 1, 0, 5], margin=0.7)
-        if "distributions" in entry.needs:
-            scores = replace(scores, log_collisions=-reference.detach().abs(), kl=reference.detach().square())
-        return entry(scores, entry.params()).losses.sum()
-
-    if name == "dft":  # it stops a gradient on purpose: that of 1 - p is left
-        (got,) = torch.autograd.grad(loss(leaf), leaf)
-        torch.testing.assert_close(got, -leaf.detach().exp() * 1.0)
-    else:
-        assert torch.autograd.gradcheck(loss, leaf)
-
-
 def test_segment_sum_keeps_empty_sequences_and_sums_in_float64():
     values = torch.tensor([1e8, 1.0, -1e8, 5.0], dtype=torch.float32)
     sums = segment_sum(values, torch.tensor([3, 0, 1]))
     assert sums.dtype == torch.float64
     assert sums.tolist() == [1.0, 0.0, 5.0]
-
-
-@pytest.mark.parametrize("name", [name for name, entry in OBJECTIVES.items() if entry.epilogue])
-def test_what_the_kernels_form_is_what_the_objective_says(name):
-    """The objective as data for the kernels, against the objective as a function."""
-    entry = OBJECTIVES[name]
-    lengths = torch.tensor([3, 1, 0, 5, 2, 4])
-    tokens = torch.randn(2, 15, dtype=torch.float64) * 3
-    margins = torch.tensor([0.3, 3.0, 8.0], dtype=torch.float64)
-    winners, losers = torch.tensor([0, 3, 4]), torch.tensor([1, 2, 5])
-    scored = Scored(tokens[0], tokens[1], lengths, winners, losers, margins, torch.zeros(6))
-    params = entry.params()
-    assert entry.epilogue is not None
-    got = edge_loss_ref(
-        scored.logps,
-        scored.ref_logps if entry.needs_reference else None,
-        lengths,
-        scored.winners,
-        scored.losers,
-        entry.epilogue(margins, params),
-    )
-    torch.testing.assert_close(got, entry(scored, params).losses, rtol=1e-12, atol=1e-12)
 
 
 GOLDEN = [
@@ -431,12 +386,9 @@ def test_madpo_ablations_clamp_the_coefficient():
     assert regularise == pytest.approx(0.6302581947, abs=1e-9)  # c = 1 there: plain DPO
 
 
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@pytest.mark.parametrize("name", [name for name, entry in OBJECTIVES.items() if entry.view is EdgeScores])
 def test_extreme_scores_stay_finite(name):
     """Log-ratios of +-600 nats, in float32: no overflow in loss or gradient."""
-    entry = OBJECTIVES[name]
-    if entry.view is not EdgeScores:
-        return
     for sign in (1.0, -1.0):
         chosen = torch.tensor([-900.0 + 600 * sign], requires_grad=True)
         rejected = torch.tensor([-900.0 - 600 * sign], requires_grad=True)
