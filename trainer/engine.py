@@ -20,6 +20,7 @@ from madpo.trainer.data.packing import PackedBatch
 from madpo.trainer.deepspeed_checks import zero_stage
 from madpo.trainer.scoring_module import Gradients, Mode, ScoredLoss, ScoringModule
 from madpo.trainer.traces import passes_of
+from madpo.trainer.zero3.parameters import real_shape
 from madpo.trainer.zero3.release import forget_copies, release
 
 Item = TypeVar("Item")
@@ -71,8 +72,7 @@ def deepspeed_config(config: Config, training: bool = True) -> dict[str, Any]:
 def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
     """Trainable parameters, matrices with weight decay and vectors (norms, biases) without."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    # A parameter that ZeRO-3 has partitioned keeps its real shape in ds_shape.
-    is_matrix = [len(getattr(parameter, "ds_shape", parameter.shape)) > 1 for parameter in trainable]
+    is_matrix = [len(real_shape(parameter)) > 1 for parameter in trainable]
     groups = [
         {
             "params": [p for p, matrix in zip(trainable, is_matrix, strict=True) if matrix is wanted],

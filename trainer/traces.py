@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import madpo.trainer.zero3.internals  # noqa: F401
+
 
 @contextmanager
 def passes_of(engine: Any, kind: str) -> Iterator[None]:

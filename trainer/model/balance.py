@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.lora import is_adapted
+from madpo.trainer.zero3.parameters import real_shape
 
 NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Names of a config for the number of experts of a layer."""
@@ -70,11 +71,8 @@ def expert_notes(model: PreTrainedModel, coef: float) -> list[str]:
         return []
     state = f"weighs {coef:g}" if coef else "is off (model.router_aux_loss_coef)"
     notes = [f"{experts} experts a layer; the loss that keeps them in balance {state}"]
-    if is_adapted(model) and any("expert" in name and _rank(p) == 3 for name, p in model.named_parameters()):
+    if is_adapted(model) and any(
+        "expert" in name and len(real_shape(p)) == 3 for name, p in model.named_parameters()
+    ):
         notes.append("the experts have no adapter: all of a layer are one parameter, out of LoRA's reach")
     return notes
-
-
-def _rank(parameter: Any) -> int:
-    """Dimensions; a parameter that ZeRO-3 has partitioned keeps its shape in ds_shape."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))

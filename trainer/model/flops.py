@@ -26,6 +26,7 @@ from madpo.trainer.model.balance import num_experts
 from madpo.trainer.model.lora import in_use
 from madpo.trainer.model.policy import backbone
 from madpo.trainer.scoring_module import ScoringModule
+from madpo.trainer.zero3.parameters import real_shape, real_size
 
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 """Names of a config for the number of experts that see a token."""
@@ -103,7 +104,7 @@ def _weights(block: nn.Module, idle: set[nn.Module], share_of_experts: float) ->
     """How many numbers of each matrix a token meets, and whether it is trained."""
     for module in _running(block, idle):
         for parameter in module.parameters(recurse=False):
-            shape = getattr(parameter, "ds_shape", parameter.shape)
+            shape = real_shape(parameter)
             if isinstance(module, nn.Linear) and len(shape) > 1:
                 yield module.in_features * module.out_features, parameter.requires_grad  # packed if quantised
             elif len(shape) == 2:
@@ -165,4 +166,4 @@ def _look(layer: Any) -> float:
 
 
 def _numel(parameter: nn.Parameter | None) -> int:
-    return 0 if parameter is None else getattr(parameter, "ds_numel", parameter.numel())
+    return 0 if parameter is None else real_size(parameter)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from madpo.trainer.errors import UserError
+from madpo.trainer.zero3.parameters import real_size
 
 
 def freeze(model: PreTrainedModel, parts: Iterable[str]) -> None:
@@ -42,5 +43,5 @@ def freeze(model: PreTrainedModel, parts: Iterable[str]) -> None:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trained, all), where ZeRO-3 has partitioned them too."""
-    sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
+    sizes = [(p.requires_grad, real_size(p)) for p in model.parameters()]
     return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)

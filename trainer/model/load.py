@@ -32,6 +32,7 @@ from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.model.vocabulary import add_rows, fit_vocabulary
 from madpo.trainer.scoring_module import ReferenceScorer
 from madpo.trainer.sequence_parallel import join
+from madpo.trainer.zero3.parameters import real_shape
 
 NEW_LAYER = "score.weight"
 """What a reward model has and the language model that it starts from has not."""
@@ -335,10 +336,8 @@ def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _same_shapes(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
-    """A parameter that ZeRO-3 has partitioned keeps its real shape in ds_shape."""
     ours, theirs = (
-        {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
-        for model in (policy, reference)
+        {name: tuple(real_shape(p)) for name, p in model.named_parameters()} for model in (policy, reference)
     )
     if ours != theirs:
         name = next(name for name in ours | theirs if ours.get(name) != theirs.get(name))

@@ -13,6 +13,8 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+import madpo.trainer.zero3.internals  # noqa: F401
+
 
 class _Zero3Config:
     """What transformers asks of an active DeepSpeed config; its own class would need accelerate."""

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import PreTrainedModel
 
 from madpo.trainer.errors import UserError
+from madpo.trainer.zero3.parameters import is_partitioned
 
 KEPT = ("aten::mm", "aten::addmm", "aten::_grouped_mm", "aten::_scaled_dot_product_", "flash_attn::")
 """Beginnings of the names of operations that `selective` does not repeat: products with weights and fused
@@ -31,7 +32,7 @@ def checkpoint_layers(model: PreTrainedModel, selective: bool) -> None:
     if selective:
         options["context_fn"] = _keep_and_reuse
         for layer in model.modules():
-            if isinstance(layer, nn.Linear) and layer.bias is not None and hasattr(layer.weight, "ds_id"):
+            if isinstance(layer, nn.Linear) and layer.bias is not None and is_partitioned(layer.weight):
                 setattr(layer, "forward", partial(_linear_in_two, layer))  # noqa: B010
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     setattr(model, "repeats_layers", not selective)  # noqa: B010, for the count of operations

@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from madpo.trainer.model import lora
 from madpo.trainer.scoring_module import Context, Switch
+from madpo.trainer.zero3.parameters import InUse, held, in_use_sets
 
 
 class Storey(NamedTuple):
@@ -28,7 +29,7 @@ class Storey(NamedTuple):
 
     layer: nn.Module
     as_reference: Context
-    users: list[set[Any]]  # ZeRO-3's, of each weight that the policy uses: the modules that are using it
+    users: list[InUse]  # of each weight that the policy uses
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Companion:
         if args:
             hidden = self.start(args[0]) if self.hidden is None else self.hidden
             # First: in backward ZeRO-3 lets a module's weights go only if the policy was the last to use it.
-            with torch.no_grad(), storey.as_reference(), _held(storey):
+            with torch.no_grad(), storey.as_reference(), held(storey.users, Traversal):
                 output = forward(hidden, *args[1:], **kwargs)
             self.hidden = output if isinstance(output, Tensor) else output[0]
             self.past_layers = storey.layer is self.last
@@ -138,19 +139,6 @@ def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
             module.forward = before
 
 
-def _users(layer: nn.Module) -> list[set[Any]]:
-    """The policy has no use for the frozen copy of an adapter."""
-    weights: list[Any] = [p for name, p in layer.named_parameters() if f".{lora.REFERENCE}." not in name]
-    return [p.ds_active_sub_modules for p in weights if hasattr(p, "ds_active_sub_modules")]
-
-
-@contextmanager
-def _held(storey: Storey) -> Iterator[None]:
-    """Inside, ZeRO-3 gathers weights as they are used and keeps them for the policy."""
-    for those in storey.users:
-        those.add(Traversal)
-    try:
-        yield
-    finally:
-        for those in storey.users:
-            those.discard(Traversal)
+def _users(layer: nn.Module) -> list[InUse]:
+    """ZeRO-3's records of use of the layer's weights that the policy uses: all but the frozen adapter's."""
+    return in_use_sets(p for name, p in layer.named_parameters() if f".{lora.REFERENCE}." not in name)

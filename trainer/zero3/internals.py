@@ -1,0 +1,46 @@
+"""DeepSpeed's private names that this folder uses, looked for when it is imported.
+
+A DeepSpeed that lacks one of them would train wrong, or fail in the middle of a step, and does not say so.
+README.md beside this file says what each is for and which test would fail.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import deepspeed.ops
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import groups
+
+from madpo.trainer.errors import UserError
+
+NAMES = {
+    groups: ("_create_zero_param_parallel_group", "_get_zero_param_intra_parallel_group"),
+    partition_parameters: ("zero_wrapper_for_fp_tensor_constructor",),
+    PartitionedParameterCoordinator: ("is_invalid_trace", "_clear_trace_structures", "_invalidate_trace"),
+    DeepSpeedZeRoOffload: ("get_param_coordinator",),
+    DeepSpeedEngine: ("set_gradient_accumulation_boundary", "get_global_grad_norm"),
+    deepspeed.ops: ("__compatible_ops__",),
+}
+"""Where -> names that must be there."""
+
+
+def check() -> None:
+    """Raise UserError if a name is missing."""
+    missing = [
+        f"{where.__name__}.{name}"
+        for where, names in NAMES.items()
+        for name in names
+        if not hasattr(where, name)
+    ]
+    if missing:
+        raise UserError(
+            f"deepspeed {version('deepspeed')} has no {', '.join(missing)}, which ZeRO-3 is driven by here; "
+            "install a version that pyproject.toml allows"
+        )
+
+
+check()
