@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import relative_error
+from patience import patient
 
 from madpo.benchmarks import head, measure, results
 from madpo.benchmarks.ours import OURS, useful_flops
@@ -109,7 +110,7 @@ def test_useful_work_counts_what_has_to_be_done():
 
 def bench(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "madpo.launch.cli", "bench", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=patient(200), check=False)
 
 
 def test_the_command_writes_a_table_a_file_and_a_plot_and_adds_to_them(tmp_path):

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from patience import patient
 
 from madpo.benchmarks import step, step_results, step_scaling, step_workload
 from madpo.benchmarks.step_feed import PairFeed
@@ -163,7 +164,7 @@ def test_keys_are_one_more_contender():
 def test_the_command_names_what_it_does_not_know(option, value, tmp_path):
     command = [sys.executable, "-m", "madpo.launch.cli", "bench", "step", option, value]
     command += ["--output", str(tmp_path), "--contender", "madpo"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patient(200), check=False)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"error: {option} {value}")
 
 

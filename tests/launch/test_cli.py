@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import patient
 
 from madpo.launch.local import command_line, count_processes, environment
 from madpo.trainer.config import LaunchConfig
@@ -24,7 +25,7 @@ objective: {loss_type: dpo}
 
 def madpo(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "madpo.launch.cli", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=patient(120), check=False)
 
 
 @pytest.fixture

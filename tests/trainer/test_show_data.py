@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from harness import make_config, write_pairs
+from patience import patient
 from rich.console import Console
 
 from madpo.trainer.config import Config, dump
@@ -197,7 +198,7 @@ def test_the_command_needs_no_ranks_and_prints_plain_text_into_a_pipe(tmp_path, 
     path = tmp_path / "c.yaml"
     path.write_text(dump(config_for(tmp_path, tokenizer_folder)))
     command = [sys.executable, "-m", "madpo.launch.cli", "show-data", str(path), "-n", "1", "seed=7"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patient(120), check=False)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout and done.stdout.count(", row ") == 1
     assert done.stderr == ""

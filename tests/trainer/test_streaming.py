@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import pytest
 from harness import make_config, run_ranks, save_model, without_clock, write_pairs
+from patience import patient
 from transformers import AutoTokenizer
 
 from madpo.trainer.config import Config
@@ -274,7 +275,7 @@ def test_the_next_block_is_made_in_the_background_but_none_that_is_not_needed(tm
     config = config_for(tmp_path, as_lines(tmp_path)[0])
     stream_of(config, tokenizer, end=PASS).take(0, 1)
     folder = next(Path(config.data.cache_dir).glob("stream-*"))
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + patient(20)
     while not (folder / "block-00000001.json").is_file():
         assert time.monotonic() < deadline
         time.sleep(0.02)
