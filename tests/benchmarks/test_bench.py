@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from commands import command
 from kernel_cases import relative_error
 from patience import patient
 
@@ -59,7 +60,13 @@ def test_the_closed_form_equals_autograd_in_float64(kind):
         assert relative_error(truth.d_weight, weight.grad) < 1e-12
 
 
-@pytest.mark.parametrize("peer", [*OURS, *PEERS], ids=lambda peer: peer.name)
+@pytest.mark.parametrize(
+    "peer",
+    [
+        pytest.param(peer, id=peer.name, marks=[pytest.mark.slow] if peer.module else [])
+        for peer in (*OURS, *PEERS)
+    ],
+)
 def test_every_head_here_computes_the_same_loss(peer: Peer):
     reason = available()[1].get(peer.name) or peer.refuses(problem())
     if reason or "compile" in peer.name:
@@ -109,10 +116,11 @@ def test_useful_work_counts_what_has_to_be_done():
 
 
 def bench(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "madpo.launch.cli", "bench", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=patient(200), check=False)
+    line = [sys.executable, "-m", "madpo.launch.cli", "bench", *args]
+    return subprocess.run(line, capture_output=True, text=True, timeout=patient(200), check=False)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_a_file_and_a_plot_and_adds_to_them(tmp_path):
     options = ("--shape", "small-1003", "--iterations", "2", "--output", str(tmp_path))
     done = bench(*options, "--rows", "64", "--head", "madpo")
@@ -138,10 +146,10 @@ def test_the_command_writes_a_table_a_file_and_a_plot_and_adds_to_them(tmp_path)
     [("--shape", "GPT-5", "Llama-3.1-8B"), ("--head", "Axolotl", "Liger"), ("--dtype", "fp8", "bfloat16")],
 )
 def test_unknown_names_are_one_line(option, value, named, tmp_path):
-    done = bench(option, value, "--output", str(tmp_path))
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {option} {value}") and named in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    status, _, said = command("bench", option, value, "--output", str(tmp_path))
+    assert status == 2
+    assert said.startswith(f"error: {option} {value}") and named in said
+    assert len(said.strip().splitlines()) == 1
 
 
 def test_tuning_tries_every_choice_and_leaves_the_kernels_as_they_were():

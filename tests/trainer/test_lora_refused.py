@@ -246,6 +246,7 @@ def test_packages_that_are_missing_are_named(monkeypatch):
         lora.quantisation(lora.PeftConfig(load_in_4bit=True))
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
