@@ -82,7 +82,7 @@ def test_the_demo_trains_compares_and_reports(tmp_path):
     assert rows["eval_rewards/margins"][0] == rows["eval_kl"][0] == 0.0
     for run in (1, 2):
         assert rows["eval_rewards/accuracies"][run] > 0.55 and rows["eval_kl"][run] > 0
-        assert rows["eval_logps/accuracies"][run] > rows["eval_logps/accuracies"][0]
+        assert rows["eval_logps/accuracies_per_token"][run] > rows["eval_logps/accuracies_per_token"][0]
     folder = tmp_path / FOLDER
     assert (folder / "report.html").read_text().count("<svg")
     assert json.loads((folder / "madpo" / "run.json").read_text())["world_size"] == 2
