@@ -87,6 +87,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_on_merged_rows_is_the_step_on_the_rows(tmp_path, tokenizer_folder, case):
     """All rows in one step, on two ranks with ZeRO-3: the loss and every gradient."""
