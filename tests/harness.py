@@ -169,7 +169,7 @@ def run_ranks(
             return _collect([receiver for receiver, _ in pipes], processes, patient(timeout))
         finally:
             for process in processes:
-                process.join(10)
+                process.join(patient(10))
                 if process.is_alive():
                     process.kill()
                     process.join()
