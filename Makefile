@@ -4,8 +4,13 @@ TORCH  ?= 2.13.0
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+CACHE  := $(VENV)/share/madpo
+PYTEST := $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile
 
-.PHONY: demo test test-gpu test-gpu-kernels bench lint types sizes clean
+# Deadlines end what hangs, and here other processes hold the cores: see tests/patience.py.
+export MADPO_TEST_PATIENCE ?= 4
+
+.PHONY: demo test suite test-slow test-gpu test-gpu-kernels bench lint types sizes clean
 .DEFAULT_GOAL := test
 
 # torch first: installed alone it takes the CPU build where the index offers one, so that no later
@@ -16,13 +21,21 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(BIN)/pip install -q torch==$(TORCH) -c constraints.txt numpy
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install -q triton==3.6.0
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -c 'import sys; from pathlib import Path; from madpo.trainer.data.rated_sentences import fetch; fetch(Path(sys.argv[1]))' $(CACHE)
 	touch $@
 
 demo: $(READY)  ## train MADPO on real preference data: two ZeRO-3 ranks, evaluation, export, report
 	$(BIN)/madpo demo
 
-test: $(READY) lint types  ## the whole suite
-	$(BIN)/python -m pytest
+test: lint  ## ruff, then pyright beside the suite without its slow part; WORKERS=2
+	$(MAKE) --no-print-directory -k -j2 types suite
+
+suite: $(READY)  ## pytest alone, without the slow part
+	$(PYTEST) -m "not slow"
+
+test-slow: $(READY)  ## what make test leaves out: peers, benchmarks, the demo, a recipe, other GPUs' code
+	$(BIN)/pip install -q -c constraints.txt -e '.[slow]'
+	$(PYTEST) -m slow
 
 test-gpu-kernels:  ## on a GPU: real vocabularies, sanitizer, no waiting; $(PYTHON) needs torch, triton, numpy, pytest
 	MADPO_TEST_GPU=1 PYTHONPATH=typings $(PYTHON) -m pytest tests/kernels
@@ -34,15 +47,15 @@ test-gpu: $(READY)  ## on a GPU: the kernels, and attention and the training ste
 bench: $(READY)  ## the loss head against every peer that is installed; see docs/kernels.md
 	$(BIN)/madpo bench
 
-lint: $(READY)
+lint: $(READY)  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY)
+types: $(READY)  ## pyright, 2.3 GB of memory
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 sizes:  ## lines per file, longest first
 	@git ls-files '*.py' | xargs wc -l | sort -rn | head -20
 
-clean:
+clean:  ## the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info

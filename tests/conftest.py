@@ -5,12 +5,19 @@ The kernel tests see this file too, so beside pytest it imports what they need a
 """
 
 import os
+import tempfile
+
+from patience import patient
 
 ON_GPU = os.environ.get("MADPO_TEST_GPU") == "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("PYTEST_TIMEOUT", str(patient(300)))  # of one test
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if WORKER:  # compiled extensions lie behind one lock per folder
+    os.environ["TORCH_EXTENSIONS_DIR"] = f"{tempfile.gettempdir()}/madpo-extensions-{os.getuid()}-{WORKER}"
 if ON_GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 else:

@@ -6,8 +6,11 @@ import json
 import logging
 import os
 import pickle
+import socket
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.multiprocessing as mp
+from patience import patient
 
 from madpo.trainer.config import Config
 from madpo.trainer.data.rated_sentences import train_tokenizer
 from madpo.trainer.data.tokenise import TokenGroup
-from madpo.trainer.dist import free_port
 
 WORDS = (
     "the a one film book was is very good bad fine dull warm cold plot actor story and but not".split()  # noqa: SIM905
@@ -138,9 +141,12 @@ def random_groups(count: int, seed: int = 0, completions: int = 2, vocab: int = 
     return groups
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, checks: bool = False, timeout: float = 120
+) -> list[Any]:
     """Call `function(shard, *args)` on forked gloo ranks; their results in rank order.
 
+    Engines start there without the checks of their models, half of a start, unless `checks` asks for them.
     Raises AssertionError with the traceback of the first rank that fails, and leaves no process.
     """
     # Imported before the fork, so that no rank pays for it.
@@ -149,22 +155,44 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
 
     logger.setLevel(logging.ERROR)
     context = mp.get_context("fork")
-    port = free_port()
-    pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
-    processes = [
-        context.Process(target=_rank, args=(rank, world_size, port, pipes[rank][1], function, args))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        return _collect([receiver for receiver, _ in pipes], processes, timeout)
-    finally:
+    with own_port() as port:
+        pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+        processes = [
+            context.Process(
+                target=_rank, args=(rank, world_size, port, pipes[rank][1], checks, function, args)
+            )
+            for rank in range(world_size)
+        ]
         for process in processes:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.start()
+        try:
+            return _collect([receiver for receiver, _ in pipes], processes, patient(timeout))
+        finally:
+            for process in processes:
+                process.join(patient(10))
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+@contextmanager
+def own_port() -> Iterator[int]:
+    """A port that no other test, in no other process, is given at the same time: its odd neighbour is held
+    for as long. Both lie below the ports that the kernel hands out."""
+    first, count = 10_000, 10_000
+    for attempt in range(count):
+        port = first + 2 * ((os.getpid() * 37 + attempt) % count)
+        with socket.socket() as claim:
+            try:
+                claim.bind(("127.0.0.1", port + 1))
+                with socket.socket() as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            yield port
+            return
+    raise AssertionError("no free port")
 
 
 def _collect(receivers: Sequence[Connection], processes: Sequence[Any], timeout: float) -> list[Any]:
@@ -188,6 +216,7 @@ def _rank(
     world_size: int,
     port: int,
     result: Connection,
+    checks: bool,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
@@ -205,13 +234,32 @@ def _rank(
     # would do so at once, and one of them find none.
     torch.set_num_threads(1)
     try:
-        shard = dist.init(1.0)
+        if not checks:
+            _leave_out_checks()
+        shard = dist.init(patient(1.0))
         _send(result, True, function(shard, *args))
         dist.leave()
     except BaseException:
         _send(result, False, traceback.format_exc())
         os._exit(1)
     os._exit(0)
+
+
+CHECKS = (
+    ("model.settle", "refuse_unless_packing_is_exact"),
+    ("stages.setup", "refuse_unless_head_is_known"),
+    ("stages.setup", "refuse_noise"),
+    ("stages.reference", "refuse_unless_head_is_known"),
+)
+"""Where a start looks its checks up: module, name."""
+
+
+def _leave_out_checks() -> None:
+    """Replace the checks in this process, a rank that ends with its test."""
+    for name, check in CHECKS:
+        module = import_module(f"madpo.trainer.{name}")
+        assert callable(getattr(module, check))
+        setattr(module, check, lambda *_: None)
 
 
 def _send(pipe: Connection, ok: bool, value: Any) -> None:

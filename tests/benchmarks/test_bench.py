@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from commands import command
 from kernel_cases import relative_error
+from patience import patient
 
 from madpo.benchmarks import head, measure, results
 from madpo.benchmarks.ours import OURS, useful_flops
@@ -29,8 +31,8 @@ def problem(dtype=torch.float32, rows=90, **kwargs):
 
 def test_problems_are_whole_pairs_and_peaked():
     small = problem(rows=600)
-    assert sum(small.lengths) == 600 and len(small.lengths) == 2 * len(small.margins)
-    assert len(set(small.lengths)) > 1
+    assert sum(small.counts.lengths) == 600 and len(small.counts.lengths) == 2 * len(small.margins)
+    assert len(set(small.counts.lengths)) > 1
     found = describe(small)
     assert 1 < found.entropy < 4 and found.between > 0.8
     again = problem(rows=600)
@@ -44,7 +46,7 @@ def test_the_closed_form_equals_autograd_in_float64(kind):
     hidden, weight = (x.detach().double().requires_grad_() for x in (small.hidden, small.weight))
     loss = EdgeLoss(small.beta, margins=small.margins, margin_weight=small.margin_weight)
     reference = Reference(small.ref_hidden.double(), small.ref_weight.double())
-    groups = Groups.pairs(small.lengths, "cpu")
+    groups = Groups.pairs(small.counts.lengths, "cpu")
     want, _, _ = preference_loss_ref(
         hidden, weight, small.targets, groups, loss, reference, scale=1 / len(small.margins)
     )
@@ -58,7 +60,13 @@ def test_the_closed_form_equals_autograd_in_float64(kind):
         assert relative_error(truth.d_weight, weight.grad) < 1e-12
 
 
-@pytest.mark.parametrize("peer", [*OURS, *PEERS], ids=lambda peer: peer.name)
+@pytest.mark.parametrize(
+    "peer",
+    [
+        pytest.param(peer, id=peer.name, marks=[pytest.mark.slow] if peer.module else [])
+        for peer in (*OURS, *PEERS)
+    ],
+)
 def test_every_head_here_computes_the_same_loss(peer: Peer):
     reason = available()[1].get(peer.name) or peer.refuses(problem())
     if reason or "compile" in peer.name:
@@ -108,10 +116,11 @@ def test_useful_work_counts_what_has_to_be_done():
 
 
 def bench(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "madpo.launch.cli", "bench", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    line = [sys.executable, "-m", "madpo.launch.cli", "bench", *args]
+    return subprocess.run(line, capture_output=True, text=True, timeout=patient(200), check=False)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_a_file_and_a_plot_and_adds_to_them(tmp_path):
     options = ("--shape", "small-1003", "--iterations", "2", "--output", str(tmp_path))
     done = bench(*options, "--rows", "64", "--head", "madpo")
@@ -137,10 +146,10 @@ def test_the_command_writes_a_table_a_file_and_a_plot_and_adds_to_them(tmp_path)
     [("--shape", "GPT-5", "Llama-3.1-8B"), ("--head", "Axolotl", "Liger"), ("--dtype", "fp8", "bfloat16")],
 )
 def test_unknown_names_are_one_line(option, value, named, tmp_path):
-    done = bench(option, value, "--output", str(tmp_path))
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {option} {value}") and named in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    status, _, said = command("bench", option, value, "--output", str(tmp_path))
+    assert status == 2
+    assert said.startswith(f"error: {option} {value}") and named in said
+    assert len(said.strip().splitlines()) == 1
 
 
 def test_tuning_tries_every_choice_and_leaves_the_kernels_as_they_were():

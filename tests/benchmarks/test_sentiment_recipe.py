@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rated_archive
+from patience import patient
 
 from madpo.benchmarks.sentiment import text
 from madpo.benchmarks.sentiment.evaluate import NAME, sample
@@ -32,11 +34,13 @@ def test_every_stage_of_the_recipe_has_a_sound_config(tmp_path, capsys):
     assert set(evaluation.after) >= {stage.name for stage in stages if NAME.match(stage.name)}
 
 
+@pytest.mark.slow
 @pytest.mark.launcher
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(patient(900))
 def test_dpo_pleases_the_oracle_more_than_the_sft_model_does(tmp_path):
     """By three standard errors over the same held-out prompts, at a finite distance from it."""
     pytest.importorskip("vaderSentiment")
+    rated_archive.place(tmp_path / "runs" / "text" / "download")
     overrides = [
         f"output_dir={tmp_path / 'runs'}",
         "vars.scale=0.2",

@@ -2,13 +2,12 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from commands import command
 
 from madpo.benchmarks import step, step_results, step_scaling, step_workload
 from madpo.benchmarks.step_feed import PairFeed
@@ -34,6 +33,7 @@ def log(_: str) -> None:
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "lora", "names"),
     [
@@ -52,6 +52,7 @@ def test_a_feature_that_is_off_costs_time_and_changes_no_loss(ranks, lora, names
     assert all(row.loss_gap is not None and row.loss_gap < 1e-5 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
 @pytest.mark.parametrize(("ranks", "lora"), [(1, False), (2, False), (1, True)])
 def test_trl_and_we_do_the_same_work(ranks, lora, tmp_path):
@@ -64,6 +65,7 @@ def test_trl_and_we_do_the_same_work(ranks, lora, tmp_path):
     assert rows[1].loss != pytest.approx(math.log(2), abs=1e-5), "it trains"
 
 
+@pytest.mark.slow
 def test_where_each_needs_all_of_the_memory_one_comes_after_the_other(tmp_path):
     what = replace(mini_settings(["madpo", "madpo, reference cached"]), together=False)
     first, both = step.run(what, tmp_path, log)
@@ -161,10 +163,8 @@ def test_keys_are_one_more_contender():
 
 @pytest.mark.parametrize(("option", "value"), [("--model", "GPT-5"), ("--data", "wiki")])
 def test_the_command_names_what_it_does_not_know(option, value, tmp_path):
-    command = [sys.executable, "-m", "madpo.launch.cli", "bench", "step", option, value]
-    command += ["--output", str(tmp_path), "--contender", "madpo"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"error: {option} {value}")
+    status, _, said = command("bench", "step", option, value, "--output", str(tmp_path))
+    assert status == 2 and said.splitlines()[-1].startswith(f"error: {option} {value}")
 
 
 ROW = step.Row(
@@ -199,6 +199,7 @@ def test_results_of_one_day_are_kept_together(tmp_path):
     assert "## tiny, hh lengths, 8 pairs a step, float32, 1 rank" in text and "| madpo | 0.25 |" in text
 
 
+@pytest.mark.slow
 def test_scaling_measures_every_size(tmp_path):
     times = list(step_scaling.times(tmp_path / "work", "mini", 1, log, sizes=(64, 128)))
     memory = list(step_scaling.memory("mini", log, counts=(2, 4)))

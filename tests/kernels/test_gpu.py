@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from kernel_cases import CASES, DEVICE, Case, make_inputs, relative_error, run
+from patience import patient
 
 from madpo.benchmarks.peers import PEERS, clear
 from madpo.benchmarks.problems import SHAPES, Problem, exact, make_problem
@@ -172,7 +173,7 @@ def test_the_sanitizer_finds_nothing(tool):
         [sanitizer, "--tool", tool, *only, "--error-exitcode", "86", sys.executable, __file__],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=patient(280),
         check=False,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )

@@ -327,7 +327,7 @@ def test_any_objective_takes_the_same_path(budget, impl):
 def test_the_edge_loss_in_float64_matches_its_gradient():
     """The twin itself, by finite differences."""
     groups = Groups.pairs((2, 3, 1, 4), "cpu")
-    lengths = torch.tensor(groups.lengths)
+    lengths = torch.tensor(groups.counts.lengths)
     offsets = torch.randn(2, dtype=torch.float64)
     for curve in ("sigmoid", "ipo"):
         loss = EdgeLoss(beta=0.3, curve=curve, positive=0.9, negative=0.1, offsets=offsets)

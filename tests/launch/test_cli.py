@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from commands import command
+from patience import patient
 
 from madpo.launch.local import command_line, count_processes, environment
 from madpo.trainer.config import LaunchConfig
@@ -24,7 +25,7 @@ objective: {loss_type: dpo}
 
 def madpo(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "madpo.launch.cli", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=patient(120), check=False)
 
 
 @pytest.fixture
@@ -38,39 +39,46 @@ def test_help_fits_a_screen_and_names_the_commands():
     done = madpo("--help")
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) < 40
-    for command in ("train", "evaluate", "export", "config", "report", "demo", "bench", "generate"):
-        assert command in done.stdout
+    for name in ("train", "evaluate", "export", "config", "report", "demo", "bench", "generate"):
+        assert name in done.stdout
 
 
-def test_help_needs_no_torch_and_answers_in_half_a_second():
+QUICK = 450
+"""Modules. Help needs some 320, most of them Python's own; torch alone brings 900."""
+
+
+def test_help_answers_at_once_as_it_imports_next_to_nothing():
     code = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys\n"
         "from madpo.launch.cli import app\n"
         "try: app(['--help'])\n"
         "except SystemExit: pass\n"
-        "assert not {'torch', 'deepspeed', 'transformers', 'datasets'} & set(sys.modules)\n"
-        "print('SECONDS', time.perf_counter() - start)\n"
+        "heavy = {'torch', 'deepspeed', 'transformers', 'datasets', 'numpy', 'pydantic', 'matplotlib'}\n"
+        "print('MODULES', len(sys.modules), sorted(heavy & set(sys.modules)))\n"
     )
-    seconds = []
-    for _ in range(3):  # the best of three: other tests may hold both cores
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert "SECONDS" in done.stdout
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    _, count, heavy = done.stdout.splitlines()[-1].split(maxsplit=2)
+    assert heavy == "[]" and int(count) < QUICK
 
 
 def test_config_prints_what_a_run_would_use(path):
-    done = madpo("config", str(path), "objective.beta=0.05")
-    assert done.returncode == 0
-    assert "beta: 0.05" in done.stdout and "global_batch_size: 64" in done.stdout
+    status, out, _ = command("config", str(path), "objective.beta=0.05")
+    assert status == 0
+    assert "beta: 0.05" in out and "global_batch_size: 64" in out
 
 
-@pytest.mark.parametrize("command", ["config", "train", "evaluate", "export"])
-def test_a_mistake_ends_in_one_line_and_status_2(path, command):
-    done = madpo(command, str(path), "optim.lrr=1")
-    assert done.returncode == 2
-    assert done.stderr.strip() == f"error: {path}: optim.lrr: unknown key, did you mean 'lr'?"
+MISTAKE = "optim.lrr: unknown key, did you mean 'lr'?"
+
+
+@pytest.mark.parametrize("name", ["config", "train", "evaluate", "export"])
+def test_a_mistake_ends_in_one_line_and_status_2(path, name):
+    assert command(name, str(path), "optim.lrr=1") == (2, "", f"error: {path}: {MISTAKE}\n")
+
+
+def test_a_mistake_is_one_line_of_the_process_too(path):
+    done = madpo("train", str(path), "optim.lrr=1")
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.strip() == f"error: {path}: {MISTAKE}"
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):

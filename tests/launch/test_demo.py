@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from madpo.launch.demo import COMMANDS, CONFIGS, FOLDER, RUNS
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import rated_archive
+from patience import patient
+
+from madpo.launch.demo import COMMANDS, CONFIGS, FOLDER, RUNS, TABLE_ROWS
 from madpo.trainer.config import Config, load
 from madpo.trainer.progress import metrics_table
 
@@ -46,3 +55,36 @@ def test_the_demo_recipe_is_one_that_could_start():
     assert [stage.name for stage in recipe.stages] == ["data", "sft", "reward", "margins", "madpo", "dpo"]
     for stage in recipe.stages:
         checked(stage, recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.launcher
+@pytest.mark.timeout(patient(1200))
+def test_the_demo_trains_compares_and_reports(tmp_path):
+    """All of it, as `make demo` runs it: both runs move away from the warm-up, and are better for it."""
+    rated_archive.place(tmp_path / FOLDER / "data")
+    done = subprocess.run(
+        [sys.executable, "-m", "madpo.launch.cli", "demo"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("\n$ madpo ") == len(COMMANDS)
+    lines = done.stdout.split("Held-out pairs", 1)[1].splitlines()
+    header, *table = [line.split() for line in lines[2:] if line]
+    assert header == ["metric", *RUNS]
+    rows = {name: [float(value) for value in values] for name, *values in table[: len(TABLE_ROWS)]}
+    assert tuple(rows) == TABLE_ROWS
+    assert rows["eval_rewards/margins"][0] == rows["eval_kl"][0] == 0.0
+    for run in (1, 2):
+        assert rows["eval_rewards/accuracies"][run] > 0.55 and rows["eval_kl"][run] > 0
+        assert rows["eval_logps/accuracies_per_token"][run] > rows["eval_logps/accuracies_per_token"][0]
+    folder = tmp_path / FOLDER
+    assert (folder / "report.html").read_text().count("<svg")
+    assert json.loads((folder / "madpo" / "run.json").read_text())["world_size"] == 2
+    assert (folder / "madpo" / "model" / "model.safetensors").is_file()
+    assert f"model   {FOLDER / 'madpo' / 'model'}" in done.stdout

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from harness import make_config, save_model, write_pairs
+from patience import patient
 
 from madpo.trainer.config import dump
 from madpo.trainer.dist import free_port
@@ -57,7 +58,7 @@ def start(command: list[str], run: dict[str, Any]) -> subprocess.Popen[str]:
 def finish(processes: list[subprocess.Popen[str]], run: dict[str, Any]) -> list[tuple[int, str]]:
     """Exit status and output of each; no process of this run is left behind, whatever happens."""
     try:
-        outputs = [process.communicate(timeout=150)[0] for process in processes]
+        outputs = [process.communicate(timeout=patient(150))[0] for process in processes]
         return [(p.returncode, text) for p, text in zip(processes, outputs, strict=True)]
     finally:
         for process in survivors(run):
@@ -140,13 +141,13 @@ def test_no_rank_outlives_its_launcher(run, number):
         run,
     )
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + patient(90)
         while not (run["folder"] / "metrics.jsonl").is_file() or not losses(run["folder"]):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.2)
         assert len(survivors(run)) >= 3
         process.send_signal(number)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + patient(60)
         while survivors(run) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert not survivors(run)

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 from harness import LLAMA
+from patience import patient
 
 from madpo.launch.run import run
 from madpo.trainer import strict_yaml
@@ -40,7 +41,7 @@ def fail(output, unless):
 def meet(output, other):
     """Wait for a stage that has to run at the same time."""
     (HERE / output.name).write_text("here")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while not (HERE / other).exists():
         assert time.monotonic() < deadline, f"{other} did not run at the same time"
         time.sleep(0.02)
@@ -52,7 +53,7 @@ def sentences(output):
 def sleep(output, seconds):
     (output / "pid").write_text(str(os.getpid()))
     time.sleep(seconds)
-'''
+'''.replace("PATIENCE", str(patient(30)))
 CHAIN = """
 vars: {x: one, y: two}
 stages:
@@ -199,7 +200,7 @@ def start(path: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def wait_for(condition: Any, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patient(seconds)
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.05)
@@ -230,7 +231,7 @@ def test_no_stage_outlives_the_run(folder, number):
         wait_for(lambda: all(pid.exists() for pid in pids))
         process.send_signal(number)
         wait_for(lambda: not processes_of(folder), 20)
-        out = process.communicate(timeout=20)[0]
+        out = process.communicate(timeout=patient(20))[0]
         assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), out
     finally:
         for left in processes_of(folder):
@@ -275,7 +276,7 @@ def test_a_training_that_was_killed_continues(folder, tokenizer_folder):
         process.communicate()
 
         process = start(path)
-        out = process.communicate(timeout=120)[0]
+        out = process.communicate(timeout=patient(120))[0]
         assert process.returncode == 0, out
         assert "data: done before" in out and "sft: madpo sft" in out and ", continued" in out
         steps = [json.loads(line)["step"] for line in (sft / "metrics.jsonl").read_text().splitlines()]
@@ -284,7 +285,7 @@ def test_a_training_that_was_killed_continues(folder, tokenizer_folder):
         assert (sft / "model" / "model.safetensors").is_file() and (sft / "report.html").is_file()
 
         process = start(path)
-        out = process.communicate(timeout=60)[0]
+        out = process.communicate(timeout=patient(60))[0]
         assert process.returncode == 0 and out.count(": done before") == 2
         assert not list((folder / "out").glob("*.old-*"))
     finally:

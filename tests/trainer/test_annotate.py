@@ -161,7 +161,7 @@ def annotated(folder: Path, split: str, *columns: str) -> np.ndarray:
 
 @pytest.mark.ranks
 def test_a_row_is_scored_by_the_model_that_has_not_seen_it(config):
-    config = changed(config, "annotate", folds=FOLDS)
+    config = changed(changed(config, "annotate", folds=FOLDS), "train", num_train_epochs=1.0)
     run_ranks(2, train_folds_and_annotate, config, timeout=240)
     folder = Path(config.output_dir)
     models = [folder / f"fold-{fold}" / "model" for fold in range(FOLDS)]

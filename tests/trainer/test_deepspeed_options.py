@@ -30,13 +30,17 @@ OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.fixture
 def config(tmp_path, tokenizer_folder) -> Config:
-    policy = save_model(tmp_path / "policy", tokenizer_folder, seed=1, tied=True)
-    reference = save_model(tmp_path / "reference", tokenizer_folder, seed=2, tied=True)
+    return config_of(tmp_path, tokenizer_folder)
+
+
+def config_of(folder: Path, tokenizer: Path) -> Config:
+    policy = save_model(folder / "policy", tokenizer, seed=1, tied=True)
+    reference = save_model(folder / "reference", tokenizer, seed=2, tied=True)
     return make_config(
-        tmp_path,
+        folder,
         {
             "model": {"model_name_or_path": str(policy), "ref_model_name_or_path": str(reference)},
-            "data": {"dataset_name": str(write_pairs(tmp_path / "pairs.jsonl", 16))},
+            "data": {"dataset_name": str(write_pairs(folder / "pairs.jsonl", 16))},
             "objective": {"loss_type": "madpo", "tau": 2.0},
             "optim": {"lr": 1e-3, "weight_decay": 0.01},
             "train": {"global_batch_size": 4, "export": False},
@@ -49,11 +53,18 @@ def with_zero(config: Config, zero: dict[str, Any], **sections: Any) -> Config:
     return changed(config, deepspeed={"zero_optimization": merged}, **sections)
 
 
+@pytest.fixture(scope="module")
+def without_options(tmp_path_factory, tokenizer_folder) -> tuple[Config, list[Any]]:
+    """A run, and its losses and gradients of three steps."""
+    config = config_of(tmp_path_factory.mktemp("without"), tokenizer_folder)
+    return config, run_ranks(2, zero3_steps, config, 3)[0]
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("ranks, zero", OPTIONS.values(), ids=OPTIONS)
-def test_an_option_changes_no_number(config, ranks, zero):
+def test_an_option_changes_no_number(without_options, ranks, zero):
     """Losses and gradients of three steps, of which the second shows the first update."""
-    want = run_ranks(2, zero3_steps, config, 3)[0]
+    config, want = without_options
     got = run_ranks(ranks, zero3_steps, with_zero(config, zero), 3)[0]
     for (loss, gradients), (true_loss, true_gradients) in zip(got, want, strict=True):
         assert loss == pytest.approx(true_loss, rel=1e-5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -27,20 +27,47 @@ pytestmark = pytest.mark.ranks
 BATCH = 7  # odd, so that ranks and micro-batches hold different numbers of pairs
 
 
-@pytest.fixture(params=[False, True], ids=["untied", "tied"])
-def config(request, tmp_path, tokenizer_folder) -> Config:
-    model = save_model(tmp_path / "policy", tokenizer_folder, seed=1, tied=request.param)
-    reference = save_model(tmp_path / "reference", tokenizer_folder, seed=2, tied=request.param)
+def config_of(folder: Path, tokenizer: Path, tied: bool) -> Config:
+    model = save_model(folder / "policy", tokenizer, seed=1, tied=tied)
+    reference = save_model(folder / "reference", tokenizer, seed=2, tied=tied)
     return make_config(
-        tmp_path,
+        folder,
         {
             "model": {"model_name_or_path": str(model), "ref_model_name_or_path": str(reference)},
-            "data": {"dataset_name": str(write_pairs(tmp_path / "pairs.jsonl", 40))},
+            "data": {"dataset_name": str(write_pairs(folder / "pairs.jsonl", 40))},
             "objective": {"loss_type": "madpo", "tau": 2.0},
             "optim": {"lr": 1e-3, "max_grad_norm": 1.0, "weight_decay": 0.01},
             "train": {"global_batch_size": BATCH},
         },
     )
+
+
+class Run(NamedTuple):
+    config: Config
+    plain: list[Any]  # five steps in plain PyTorch
+    ranks: list[Any]  # and on two ranks
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory, tokenizer_folder) -> Run:
+    """With the checks of the models at its start."""
+    config = config_of(tmp_path_factory.mktemp("untied"), tokenizer_folder, tied=False)
+    return Run(config, plain_steps(config, 5), run_ranks(2, zero3_steps, config, 5, checks=True)[0])
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory, tokenizer_folder) -> Run:
+    config = config_of(tmp_path_factory.mktemp("tied"), tokenizer_folder, tied=True)
+    return Run(config, plain_steps(config, 5), run_ranks(2, zero3_steps, config, 5)[0])
+
+
+@pytest.fixture
+def config(untied) -> Config:
+    return untied.config
+
+
+HEADS = pytest.mark.parametrize("name", ["untied", "tied"])
+"""Whether the head's weights are those of the embeddings."""
 
 
 def plain_steps(config: Config, steps: int) -> list[tuple[float, dict[str, torch.Tensor]]]:
@@ -72,11 +99,12 @@ def plain_steps(config: Config, steps: int) -> list[tuple[float, dict[str, torch
     return out
 
 
-def test_two_zero3_ranks_equal_plain_pytorch(config):
-    want = plain_steps(config, 10)
-    got = run_ranks(2, zero3_steps, config, 10)[0]
-    assert want[0][0] != pytest.approx(want[-1][0], rel=1e-2), "the run must move for this to prove anything"
-    compare(got, want)
+@HEADS
+def test_two_zero3_ranks_equal_plain_pytorch(name, request):
+    run: Run = request.getfixturevalue(name)
+    losses = [loss for loss, _ in run.plain]
+    assert losses[0] != pytest.approx(losses[-1], rel=1e-2), "the run must move for this to prove anything"
+    compare(run.ranks, run.plain)
 
 
 @pytest.mark.parametrize(
@@ -104,28 +132,36 @@ def test_heads_with_a_bias_or_a_scale_under_zero3(changes, tmp_path, tokenizer_f
     compare(run_ranks(2, zero3_steps, config, 2)[0], want)
 
 
-@pytest.mark.parametrize("gib", [2.0, 1e-5], ids=["one-wave", "waves-and-slabs"])
-def test_the_triton_head_under_zero3_equals_plain_pytorch(config, gib):
+@pytest.mark.parametrize(
+    "name, gib", [("untied", 2.0), ("tied", 1e-5)], ids=["one-wave", "waves-and-slabs-tied"]
+)
+def test_the_triton_head_under_zero3_equals_plain_pytorch(name, gib, request):
     """The kernels, interpreted, inside two real ZeRO-3 ranks."""
+    run: Run = request.getfixturevalue(name)
     update = {"head_impl": "triton", "head_gib": gib}
-    triton = config.model_copy(update={"train": config.train.model_copy(update=update)})
-    compare(run_ranks(2, zero3_steps, triton, 2)[0], plain_steps(config, 2))
+    triton = run.config.model_copy(update={"train": run.config.train.model_copy(update=update)})
+    compare(run_ranks(2, zero3_steps, triton, 1)[0], run.plain[:1])
 
 
-def test_first_gradients_of_every_parameter_equal_plain_pytorch(config):
-    want = plain_steps(config, 1)[0][1]
-    got = run_ranks(2, zero3_steps, config, 1)[0][0][1]
+@HEADS
+def test_first_gradients_of_every_parameter_equal_plain_pytorch(name, request):
+    run: Run = request.getfixturevalue(name)
+    want, got = run.plain[0][1], run.ranks[0][1]
     assert got.keys() == want.keys()
     for name in want:
         assert relative_error(got[name], want[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("world_size, budget", [(1, 512), (1, 128), (2, 200), (4, 512), (4, 128)])
-def test_same_batch_same_loss_and_gradients(config, world_size, budget):
+@pytest.fixture(scope="module")
+def at_once(untied) -> Any:
+    """Two steps of one rank, each in one micro-batch."""
+    return run_ranks(1, zero3_steps, with_budget(untied.config, 4096), 2)[0]
+
+
+@pytest.mark.parametrize("world_size, budget", [(1, 128), (2, 200), (4, 128)])
+def test_same_batch_same_loss_and_gradients(config, at_once, world_size, budget):
     """For any number of ranks and any split into micro-batches."""
-    want = run_ranks(1, zero3_steps, with_budget(config, 4096), 2)[0]
-    got = run_ranks(world_size, zero3_steps, with_budget(config, budget), 2)[0]
-    compare(got, want)
+    compare(run_ranks(world_size, zero3_steps, with_budget(config, budget), 2)[0], at_once)
 
 
 def test_ranks_without_a_group_stay_in_step_and_count_for_nothing(config):
@@ -164,10 +200,13 @@ def first_loss(shard, config: Config) -> dict[str, float]:
     return meter.reduce()
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "activation-checkpointing"])
-def test_step_zero_with_policy_as_reference(config, bf16, checkpointing):
+@pytest.mark.parametrize(
+    "name, bf16, checkpointing",
+    [("untied", False, False), ("tied", True, False), ("tied", False, True), ("untied", True, True)],
+)
+def test_step_zero_with_policy_as_reference(name, bf16, checkpointing, request):
     """The margin is exactly 0 and the loss ln 2."""
+    config = request.getfixturevalue(name).config
     model = config.model.model_copy(
         update={"ref_model_name_or_path": None, "gradient_checkpointing": checkpointing}
     )
@@ -185,14 +224,13 @@ def test_step_zero_with_policy_as_reference(config, bf16, checkpointing):
     assert record["loss"] == pytest.approx(np.log(2), abs=1e-8)
 
 
-def test_activation_checkpointing_changes_nothing(config):
-    want = run_ranks(2, zero3_steps, config, 2)[0]
-    model = config.model.model_copy(update={"gradient_checkpointing": True})
-    got = run_ranks(2, zero3_steps, config.model_copy(update={"model": model}), 2)[0]
-    compare(got, want, tolerance=1e-6)
+def test_activation_checkpointing_changes_nothing(untied):
+    model = untied.config.model.model_copy(update={"gradient_checkpointing": True})
+    got = run_ranks(2, zero3_steps, untied.config.model_copy(update={"model": model}), 2)[0]
+    compare(got, untied.ranks[:2], tolerance=1e-6)
 
 
-def test_no_reference_parameter_is_trained(config, tmp_path: Path):
+def test_no_reference_parameter_is_trained(config):
     module = run_ranks(1, trainable_names, config)[0]
     assert module and all(name.startswith("policy.") for name in module)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from chat_server import Server, chat_server
+from patience import patient
 
 from madpo.trainer.endpoint import Endpoint, fill, read_number, read_verdict, win_rates
 from madpo.trainer.generate_config import EndpointConfig, JudgeConfig
@@ -124,7 +125,7 @@ def test_two_are_compared_in_both_orders(server):
 
 def test_questions_are_asked_at_once(server):
     """Four at a time meet at a barrier that only four can pass."""
-    meeting = threading.Barrier(4, timeout=10)
+    meeting = threading.Barrier(4, timeout=patient(10))
     server.answer = lambda question, before: str(meeting.wait() * 0 + 1)
     assert endpoint(server, concurrency=4)(["p"] * 2, [["a", "b"], ["c", "d"]]) == [[1.0, 1.0]] * 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,24 @@ from madpo.trainer.stages.setup import load_data
 pytestmark = pytest.mark.ranks
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tokenizer_folder) -> Config:
+    """A finished run that exported its adapter and merged weights; not to be written into."""
+    folder = tmp_path_factory.mktemp("export")
+    run = adapter_config(folder, tokenizer_folder, pairs=21, optim={"lr": 1e-2})
+    run = changed(run, train={"export_merged": True})
+    run_ranks(2, train, run)
+    return run
+
+
 @pytest.fixture
-def config(tmp_path, tokenizer_folder) -> Config:
-    return adapter_config(tmp_path, tokenizer_folder, pairs=21, optim={"lr": 1e-2})
+def config(trained, tmp_path) -> Config:
+    """A run of the same models and data, with nothing in its folder."""
+    return changed(trained, output_dir=str(tmp_path / "run"), train={"export_merged": False})
+
+
+def base_of(config: Config) -> Path:
+    return Path(str(config.model.model_name_or_path))
 
 
 def logged(config: Config, name: str) -> float:
@@ -58,14 +74,16 @@ KINDS = {
 
 
 @pytest.mark.parametrize("sections", KINDS.values(), ids=KINDS)
-def test_adapter_and_merged_weights_score_like_the_run(config, tmp_path, sections):
-    run = changed(config, train={"export_merged": True}, **sections)
-    run_ranks(2, train, run)
+def test_adapter_and_merged_weights_score_like_the_run(config, trained, sections):
+    run = trained
+    if sections:
+        run = changed(config, train={"export_merged": True}, **sections)
+        run_ranks(2, train, run)
     folder = Path(run.output_dir)
     adapted: Any = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "model")
     assert isinstance(adapted, peft.PeftModel)
     whole = causal(folder / "merged")
-    ours, merged, start = (logps(model, run) for model in (adapted, whole, causal(tmp_path / "base")))
+    ours, merged, start = (logps(model, run) for model in (adapted, whole, causal(base_of(config))))
     assert ours[:, 0].mean().item() == pytest.approx(logged(run, "eval_logps/chosen"), rel=1e-6)
     torch.testing.assert_close(merged, ours, rtol=1e-5, atol=1e-5)
     assert (merged - start).abs().max() > 0.5, "the run must move for this to prove anything"
@@ -75,14 +93,13 @@ def test_adapter_and_merged_weights_score_like_the_run(config, tmp_path, section
         torch.testing.assert_close(whole.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_an_adapter_folder_has_the_names_that_others_read(config, tmp_path):
-    run_ranks(2, train, config)
-    folder = Path(config.output_dir) / "model"
+def test_an_adapter_folder_has_the_names_that_others_read(trained):
+    folder = Path(trained.output_dir) / "model"
     names = load_file(folder / "adapter_model.safetensors").keys()
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in names
     assert len(names) == 2 * 7 * 2
     description = json.loads((folder / "adapter_config.json").read_text())
-    assert description["base_model_name_or_path"] == str(tmp_path / "base")
+    assert description["base_model_name_or_path"] == str(base_of(trained))
     assert description["inference_mode"] and description["r"] == 4 and description["task_type"] == "CAUSAL_LM"
     assert sorted(path.suffix for path in folder.iterdir()).count(".safetensors") == 1
 
@@ -92,10 +109,10 @@ def merge_later(shard, config: Config) -> None:
     run_evaluation(config)
 
 
-def test_merging_later_gives_the_same_files(config):
+def test_merging_later_gives_the_same_files(config, trained):
     """What `madpo export --merge` runs, from the checkpoint."""
-    run_ranks(2, train, changed(config, train={"export_merged": True}))
     folder = Path(config.output_dir)
+    shutil.copytree(trained.output_dir, folder)
     files = [folder / "model" / "adapter_model.safetensors", folder / "merged" / "model.safetensors"]
     before = [file.read_bytes() for file in files]
     for file in files:
@@ -105,9 +122,8 @@ def test_merging_later_gives_the_same_files(config):
 
 
 @pytest.mark.parametrize("name", ["model", "merged"])
-def test_the_next_stage_starts_from_either_folder(config, tmp_path, name):
-    run_ranks(2, train, changed(config, train={"export_merged": True}))
-    exported = Path(config.output_dir) / name
+def test_the_next_stage_starts_from_either_folder(config, trained, tmp_path, name):
+    exported = Path(trained.output_dir) / name
     following = changed(
         config,
         output_dir=str(tmp_path / "next"),
@@ -117,7 +133,7 @@ def test_the_next_stage_starts_from_either_folder(config, tmp_path, name):
     )
     run_ranks(2, evaluate, following)
     record = json.loads((tmp_path / "next" / "evaluation.json").read_text())
-    assert record["eval_logps/chosen"] == pytest.approx(logged(config, "eval_logps/chosen"), rel=1e-5)
+    assert record["eval_logps/chosen"] == pytest.approx(logged(trained, "eval_logps/chosen"), rel=1e-5)
     assert record["eval_rewards/margins"] == 0.0
     run_ranks(2, train, following)
     assert (tmp_path / "next" / "model" / "adapter_config.json").is_file()
@@ -129,7 +145,7 @@ def evaluate(shard, config: Config) -> None:
 
 def test_a_merge_leaves_the_weights_that_training_goes_on_with(config, tmp_path, tokenizer_folder):
     """The sum of every parameter, the frozen adapter's too, and nothing merged on other ranks."""
-    adapter = stored_adapter(tmp_path / "adapter", tmp_path / "base", tokenizer_folder)
+    adapter = stored_adapter(tmp_path / "adapter", base_of(config), tokenizer_folder)
     stored = changed(config, model={"model_name_or_path": str(adapter)}, peft=None)
     before, after = run_ranks(2, sums_around_a_merge, stored)[0]
     assert before == after
@@ -173,9 +189,8 @@ def export_in_shards(shard, config: Config) -> None:
     run_export(changed(config, train={"max_shard_size": "50KB"}))
 
 
-def test_the_card(config, tmp_path):
-    run_ranks(2, train, changed(config, train={"export_merged": True}))
-    folder = Path(config.output_dir)
+def test_the_card(trained):
+    folder = Path(trained.output_dir)
     for name, library in (("model", "peft"), ("merged", "transformers")):
         _, front, text = (folder / name / "README.md").read_text().split("---\n", 2)
         facts = yaml.safe_load(front)
@@ -219,7 +234,7 @@ def test_a_reward_model_as_an_adapter(config, tmp_path, tokenizer_folder):
         folder / "annotated" / "test.jsonl"
     ).read_bytes()
 
-    language = stored_adapter(tmp_path / "adapter", tmp_path / "base", tokenizer_folder)
+    language = stored_adapter(tmp_path / "adapter", base_of(config), tokenizer_folder)
     with pytest.raises(AssertionError, match="is no reward model's adapter; merge it first"):
         run_ranks(2, annotate, changed(other, model={"model_name_or_path": str(language)}))
 

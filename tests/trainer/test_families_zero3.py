@@ -84,7 +84,7 @@ def test_the_export_is_the_model_that_was_loaded_in_parts(family, tmp_path, toke
     """Tensor by tensor under the names that transformers writes for a model that was never partitioned, of
     which mixtures have one for every expert where the published models do."""
     config = config_of(family, tmp_path, tokenizer_folder)
-    run_ranks(2, load_and_export, config)
+    run_ranks(2, load_and_export, config, checks=True)
     start, exported = Path(str(config.model.model_name_or_path)), Path(config.output_dir) / "model"
     assert shapes(exported) == shapes(start)
     assert shapes(exported).keys() >= PUBLISHED[family]
@@ -107,7 +107,7 @@ def test_the_gradients_of_two_ranks_are_those_of_plain_pytorch(family, tmp_path,
     logps = padded_logps(model, batch).view(-1, 2)
     ratios = logps - logps.detach()
     (-F.logsigmoid(0.1 * (ratios[:, 0] - ratios[:, 1]))).mean().backward()
-    gradients = run_ranks(2, zero3_steps, config, 1)[0][0][1]
+    gradients = run_ranks(2, zero3_steps, config, 1, checks=True)[0][0][1]
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             assert relative_error(gradients[name], parameter.grad) < 2e-5, name
@@ -125,7 +125,7 @@ def test_llama_4_as_published_is_loaded_without_its_eyes(tmp_path, tokenizer_fol
     whole.save_pretrained(start)
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(start)
     config = config_of("Llama 4", tmp_path / "other", tokenizer_folder, model_name_or_path=str(start))
-    run_ranks(2, load_and_export, config)
+    run_ranks(2, load_and_export, config, checks=True)
     exported: Any = AutoModelForCausalLM.from_pretrained(Path(config.output_dir) / "model")
     ids = torch.randint(3, 300, (2, 30))
     with torch.no_grad():
@@ -142,4 +142,4 @@ def test_a_model_that_reads_more_than_text_is_refused(tmp_path, tokenizer_folder
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(start)
     config = config_of("Gemma 3", tmp_path / "other", tokenizer_folder, model_name_or_path=str(start))
     with pytest.raises(AssertionError, match="Gemma3ForConditionalGeneration reads more than text; save"):
-        run_ranks(2, load_and_export, config)
+        run_ranks(2, load_and_export, config, checks=True)

@@ -17,6 +17,7 @@ import torch
 import yaml
 from chat_server import chat_server
 from harness import make_config, run_ranks, save_model, write_pairs
+from patience import patient
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from madpo.trainer.config import Config
@@ -143,7 +144,11 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, tree):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     worker = [sys.executable, "-m", "madpo.launch.worker", "--task", "generate"]
     done = subprocess.run(
-        [*worker, str(tmp_path / "config.yaml")], capture_output=True, text=True, timeout=120, check=False
+        [*worker, str(tmp_path / "config.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=patient(120),
+        check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     (tmp_path / "trap").unlink()

@@ -99,7 +99,7 @@ BY_MODEL = [
 @pytest.mark.parametrize("settings, message", BY_MODEL, ids=[message for _, message in BY_MODEL])
 def test_refused_by_the_model(config, settings, message):
     with pytest.raises(AssertionError, match=message):
-        run_ranks(2, train, changed(config, peft=settings))
+        run_ranks(2, train, changed(config, peft=settings), checks=True)
 
 
 @pytest.mark.ranks
@@ -109,8 +109,8 @@ def test_copies_of_tied_weights_are_refused(config, tmp_path, tokenizer_folder):
         config, model={"model_name_or_path": str(tied)}, peft={"lora_modules_to_save": ["embed_tokens"]}
     )
     with pytest.raises(AssertionError, match=r"embed_tokens of LlamaForCausalLM is tied to the other end"):
-        run_ranks(1, train, run)
-    run_ranks(1, train, changed(run, peft={"lora_modules_to_save": None}))
+        run_ranks(1, train, run, checks=True)
+    run_ranks(1, train, changed(run, peft={"lora_modules_to_save": None}), checks=True)
 
 
 @pytest.fixture
@@ -132,14 +132,14 @@ def run_of(config: Config, adapter: Path, **settings: Any) -> Config:
 def test_a_base_model_that_has_moved(config, adapter, tmp_path):
     shutil.move(tmp_path / "base", tmp_path / "moved")
     with pytest.raises(AssertionError, match=r"no such folder.*set peft\.base_model_name_or_path"):
-        run_ranks(1, train, run_of(config, adapter))
-    run_ranks(1, train, run_of(config, adapter, base_model_name_or_path=str(tmp_path / "moved")))
+        run_ranks(1, train, run_of(config, adapter), checks=True)
+    run_ranks(1, train, run_of(config, adapter, base_model_name_or_path=str(tmp_path / "moved")), checks=True)
     described(adapter, base_model_name_or_path=None)
     with pytest.raises(AssertionError, match=r"peft: True there, False now"):
-        run_ranks(1, train, run_of(config, adapter))
+        run_ranks(1, train, run_of(config, adapter), checks=True)
     shutil.rmtree(config.output_dir)
     with pytest.raises(AssertionError, match=r"names no base model; set peft\.base_model_name_or_path"):
-        run_ranks(1, train, run_of(config, adapter))
+        run_ranks(1, train, run_of(config, adapter), checks=True)
 
 
 @pytest.mark.ranks
@@ -149,7 +149,7 @@ def test_the_base_in_the_section_is_that_of_the_model_alone(config, adapter, tmp
     theirs = stored_adapter(tmp_path / "their-adapter", other, tokenizer_folder)
     run = run_of(config, adapter, base_model_name_or_path=str(tmp_path / "base"))
     run = changed(run, model={"ref_model_name_or_path": str(theirs)})
-    ours, reference = run_ranks(1, first_embeddings, run)[0]
+    ours, reference = run_ranks(1, first_embeddings, run, checks=True)[0]
     assert torch.equal(ours, embedding(tmp_path / "base"))
     assert torch.equal(reference, embedding(other))
     for name, base in ((adapter, tmp_path / "base"), (theirs, other)):
@@ -180,7 +180,7 @@ def test_a_base_for_a_model_that_is_no_adapter(config, tmp_path):
     run = changed(config, peft={"base_model_name_or_path": "elsewhere"})
     message = r"peft\.base_model_name_or_path: 'elsewhere' is for a stored adapter, but .* is a whole model"
     with pytest.raises(AssertionError, match=message):
-        run_ranks(1, train, run)
+        run_ranks(1, train, run, checks=True)
     with pytest.raises(UserError, match=message):
         load_sampler(run, str(tmp_path / "base"), None)
 
@@ -207,20 +207,20 @@ def test_what_a_stored_adapter_cannot_do(config, adapter):
     """The section `peft` is absent: the folder alone makes it a run with an adapter."""
     run = run_of(config, adapter)
     with pytest.raises(AssertionError, match=r"model\.sync_ref_model: the reference of an adapter"):
-        run_ranks(1, train, changed(run, model={"sync_ref_model": True}))
+        run_ranks(1, train, changed(run, model={"sync_ref_model": True}), checks=True)
     described(adapter, use_dora=True)
     with pytest.raises(AssertionError, match=r"peft\.use_dora: .*zero_optimization\.stage=2"):
-        run_ranks(1, train, run)
+        run_ranks(1, train, run, checks=True)
 
 
 @pytest.mark.ranks
 def test_adapter_folders_that_do_not_fit(config, adapter, tmp_path):
     described(adapter, r=8)
     with pytest.raises(AssertionError, match=r"the adapter does not fit its base model: .*size mismatch"):
-        run_ranks(1, train, run_of(config, adapter))
+        run_ranks(1, train, run_of(config, adapter), checks=True)
     described(adapter, r=4, target_modules=["q_proj"])
     with pytest.raises(AssertionError, match=r"0 weights are missing, 24 have no place"):
-        run_ranks(1, train, run_of(config, adapter))
+        run_ranks(1, train, run_of(config, adapter), checks=True)
     described(adapter, bias="all")
     with pytest.raises(UserError, match="a LoRA adapter without trained biases is needed"):
         lora.stored_adapter(str(adapter), None)
@@ -247,6 +247,7 @@ def test_packages_that_are_missing_are_named(monkeypatch):
         lora.quantisation(lora.PeftConfig(load_in_4bit=True))
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
@@ -261,7 +262,7 @@ def test_a_quantised_base_under_zero_2(config, tmp_path, tokenizer_folder, bits)
         train={"bf16": True, "max_steps": 4, "export": True},
         deepspeed=STAGE_2,
     )
-    run_ranks(2, train, run)
+    run_ranks(2, train, run, checks=True)
     lines = (Path(run.output_dir) / "metrics.jsonl").read_text().splitlines()
     first, last = json.loads(lines[0]), json.loads(lines[-1])
     assert first["rewards/margins"] == 0.0 and last["rewards/margins"] > 0.1
@@ -271,4 +272,4 @@ def test_a_quantised_base_under_zero_2(config, tmp_path, tokenizer_folder, bits)
         output_dir=str(tmp_path / "next"),
         train={"max_steps": 1},
     )
-    run_ranks(2, train, following)
+    run_ranks(2, train, following, checks=True)

@@ -39,7 +39,7 @@ def test_jitter_of_the_router_is_off(tmp_path, tokenizer_folder):
     """Policy and reference are one model in training mode: noise would be their margin."""
     model = tiny_model("Mixtral", "eager", vocab_size=311, router_jitter_noise=0.1)
     config = run_of(model, tmp_path, tokenizer_folder)
-    run_ranks(1, train, config)
+    run_ranks(1, train, config, checks=True)
     first = json.loads((Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()[0])
     assert first["rewards/margins"] == 0.0 and first["kl"] == 0.0
 
@@ -50,7 +50,7 @@ def test_experts_that_are_drawn_are_refused(tmp_path, tokenizer_folder):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**PHIMOE, "vocab_size": 311}))
     config = run_of(model, tmp_path, tokenizer_folder)
     with pytest.raises(AssertionError, match="PhimoeForCausalLM: in training its hidden states differ"):
-        run_ranks(1, train, config)
+        run_ranks(1, train, config, checks=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

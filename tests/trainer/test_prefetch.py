@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from harness import make_config, random_groups, run_ranks, save_model, write_pairs
+from patience import patient
 
 from madpo.trainer import loop
 from madpo.trainer.config import Config
@@ -52,7 +53,7 @@ def test_it_is_ahead_while_a_step_is_computed_and_no_further():
     log: list[tuple[int, str]] = []
     for step in prefetched(made(list(range(9)), log), CPU):
         if step.num_groups == 3:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + patient(10)
             while len(log) < 4 + AHEAD and time.monotonic() < deadline:
                 time.sleep(0.001)
             time.sleep(0.05)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import tarfile
 
 import pytest
+import rated_archive
 
 from madpo.trainer.data import rated_sentences as data
 from madpo.trainer.data.rated_sentences import Rated
@@ -12,7 +14,7 @@ from madpo.trainer.data.rated_sentences import Rated
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    return data.fetch(tmp_path_factory.mktemp("rated"))
+    return data.fetch(rated_archive.place(tmp_path_factory.mktemp("rated")))
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +44,18 @@ def test_an_altered_or_truncated_archive_is_refused(archive, tmp_path):
 
 
 def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "PACKAGE", "vaderSentiment==0.0.0")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(ValueError, match=r"(?s)could not download .* put the package's source archive at"):
         data.fetch(tmp_path)
+
+
+def test_a_package_that_was_put_there_is_not_downloaded(tmp_path, monkeypatch, archive):
+    """Which is what the message of a failed download says to do."""
+    source = tmp_path / data.SOURCE
+    with tarfile.open(source, "w:gz") as package:
+        package.add(archive, f"vaderSentiment-3.3.2/{data.ARCHIVE}")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert data.fetch(tmp_path).read_bytes() == archive.read_bytes()
 
 
 def test_held_out_sentences_are_never_trained_on(rated):

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import command
 from harness import make_config, write_pairs
+from patience import patient
 from rich.console import Console
 
 from madpo.trainer.config import Config, dump
@@ -196,13 +198,13 @@ def test_data_that_cannot_serve_is_shown_before_it_is_refused(tmp_path, tokenize
 def test_the_command_needs_no_ranks_and_prints_plain_text_into_a_pipe(tmp_path, tokenizer_folder):
     path = tmp_path / "c.yaml"
     path.write_text(dump(config_for(tmp_path, tokenizer_folder)))
-    command = [sys.executable, "-m", "madpo.launch.cli", "show-data", str(path), "-n", "1", "seed=7"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    line = [sys.executable, "-m", "madpo.launch.cli", "show-data", str(path), "-n", "1", "seed=7"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=patient(120), check=False)
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout and done.stdout.count(", row ") == 1
     assert done.stderr == ""
-    bad = subprocess.run([*command, "data.adapter=nectar"], capture_output=True, text=True, check=False)
-    assert bad.returncode == 2 and "nectar needs the column answers" in bad.stderr
+    status, _, said = command("show-data", str(path), "-n", "1", "data.adapter=nectar")
+    assert status == 2 and "nectar needs the column answers" in said
 
 
 def test_the_fold_that_is_left_out_is_not_shown(tmp_path, tokenizer_folder):

@@ -33,19 +33,40 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def config(tmp_path, tokenizer_folder) -> Config:
-    model = save_model(tmp_path / "start", tokenizer_folder, seed=1)
-    write_pairs(tmp_path / "pairs" / "train.jsonl", 21)
-    write_pairs(tmp_path / "pairs" / "test.jsonl", 11, seed=9)
+    return config_of(tmp_path, tokenizer_folder)
+
+
+def config_of(folder: Path, tokenizer: Path) -> Config:
+    model = save_model(folder / "start", tokenizer, seed=1)
+    write_pairs(folder / "pairs" / "train.jsonl", 21)
+    write_pairs(folder / "pairs" / "test.jsonl", 11, seed=9)
     return make_config(
-        tmp_path,
+        folder,
         {
             "model": {"model_name_or_path": str(model)},
-            "data": {"dataset_name": str(tmp_path / "pairs"), "dataset_test_split": "test"},
+            "data": {"dataset_name": str(folder / "pairs"), "dataset_test_split": "test"},
             "objective": {"loss_type": "madpo", "tau": 2.0},
             "optim": {"lr": 3e-3, "warmup_steps": 2},
             "train": {"num_train_epochs": 2, "eval_steps": 3, "save_steps": 3},
         },
     )
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory, tokenizer_folder) -> Config:
+    """A run of one step on two ranks; not to be written into."""
+    run = config_of(tmp_path_factory.mktemp("once"), tokenizer_folder)
+    run = changed(run, train={"max_steps": 1, "export": False})
+    run_ranks(2, train, run)
+    return run
+
+
+@pytest.fixture
+def finished(trained_once, tmp_path) -> Config:
+    """A copy of it."""
+    run = changed(trained_once, output_dir=str(tmp_path / "finished"))
+    shutil.copytree(trained_once.output_dir, run.output_dir)
+    return run
 
 
 def changed(config: Config, **sections: Any) -> Config:
@@ -142,36 +163,42 @@ def test_metrics_are_those_of_the_global_batch(config, tmp_path):
 ALONE: dict[str, Any] = {"deepspeed": {"zero_optimization": {}}, "train": {"bf16": True}}
 """For one rank, which then uses ZeRO-2."""
 RESUMED = {
-    "madpo": {},
     "alone": ALONE,
     "memory-of-the-whole-batch": {"objective": {"loss_type": "beta_dpo"}},
     "curriculum-and-quantile": {
         "objective": {"loss_type": "mixdpo", "threshold": "quantile:0.3"},
         "data": {"order": "easy_to_hard"},
     },
-    "mismatched": {"objective": {"loss_type": "kto"}},
-    "distributions": {"objective": {"loss_type": "tdpo"}},
-    "cached-reference": {"model": {"reference": "cached"}},
-    "moving-reference": {"model": {"sync_ref_model": True, "ref_model_sync_steps": 2}},
+    "mismatched-and-cached-reference": {
+        "objective": {"loss_type": "kto"},
+        "model": {"reference": "cached"},
+    },
+    "distributions-and-moving-reference": {
+        "objective": {"loss_type": "tdpo"},
+        "model": {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    },
 }
+SHORT = {"max_steps": 4, "eval_steps": 4, "save_steps": 2}
+"""Three steps are an epoch."""
 
 
 @pytest.mark.parametrize("sections", RESUMED.values(), ids=RESUMED)
 def test_resume_is_bitwise_the_run_that_was_not_cut_off(config, tmp_path, sections):
     sections = {"objective": config.objective.model_dump(by_alias=True), **sections}
+    sections["train"] = SHORT | sections.get("train", {})
     ranks = 1 if "deepspeed" in sections else 2
     whole = with_sections(config, output_dir=str(tmp_path / "whole"), **sections)
     run_ranks(ranks, train, whole)
 
-    # The same run, cut off after the checkpoint of step 3: later files and metrics are gone or torn.
+    # The same run, cut off after the checkpoint of step 2: later files and metrics are gone or torn.
     cut = with_sections(config, output_dir=str(tmp_path / "cut"), **sections)
     shutil.copytree(whole.output_dir, cut.output_dir)
     folder = Path(cut.output_dir)
-    shutil.rmtree(folder / "checkpoints" / "step-00000006")
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
     shutil.rmtree(folder / "model")
-    (folder / "checkpoints" / "latest").write_text("step-00000003")
+    (folder / "checkpoints" / "latest").write_text("step-00000002")
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "lo')
+        file.write('{"step": 5, "lo')
     run_ranks(ranks, train, cut)
 
     want, got = ([without_clock(line) for line in records(Path(run.output_dir))] for run in (whole, cut))
@@ -234,30 +261,35 @@ def weights_by_step(shard, config: Config) -> list[dict[str, dict[str, torch.Ten
 
 def test_metrics_resume_with_intervals_that_do_not_meet(config, tmp_path):
     """A checkpoint at step 3 between log lines at 2 and 4."""
-    whole = changed(config, output_dir=str(tmp_path / "whole"), train={"logging_steps": 2})
+    whole = changed(config, output_dir=str(tmp_path / "whole"), train={"logging_steps": 2, "max_steps": 4})
     run_ranks(2, train, whole)
     cut = changed(whole, output_dir=str(tmp_path / "cut"))
     shutil.copytree(whole.output_dir, cut.output_dir)
+    shutil.rmtree(Path(cut.output_dir) / "model")
     (Path(cut.output_dir) / "checkpoints" / "latest").write_text("step-00000003")
     run_ranks(2, train, cut)
     want, got = ([without_clock(x) for x in records(Path(run.output_dir))] for run in (whole, cut))
-    assert [line["step"] for line in want if "loss" in line] == [2, 3, 4, 6]
+    assert [line["step"] for line in want if "loss" in line] == [2, 3, 4]
     assert got == want
+    assert model_bytes(cut) == model_bytes(whole)
 
 
 def test_a_leftover_of_a_later_step_never_costs_the_committed_checkpoint(config):
-    run = changed(config, train={"save_steps": 1, "save_total_limit": 1, "export": False})
+    run = changed(
+        config,
+        train={"max_steps": 2, "save_steps": 1, "save_total_limit": 1, "eval_steps": None, "export": False},
+    )
     run_ranks(1, train, run)
     checkpoints = Path(run.output_dir) / "checkpoints"
-    shutil.copytree(checkpoints / "step-00000006", checkpoints / "step-00000009")
-    (checkpoints / "step-00000006").rename(checkpoints / "step-00000003")
-    state = json.loads((checkpoints / "step-00000003" / "train_state.json").read_text())
-    state["state"] |= {"step": 3, "consumed": 24}
-    (checkpoints / "step-00000003" / "train_state.json").write_text(json.dumps(state))
-    (checkpoints / "latest").write_text("step-00000003")
+    shutil.copytree(checkpoints / "step-00000002", checkpoints / "step-00000009")
+    (checkpoints / "step-00000002").rename(checkpoints / "step-00000001")
+    state = json.loads((checkpoints / "step-00000001" / "train_state.json").read_text())
+    state["state"] |= {"step": 1, "consumed": 8}
+    (checkpoints / "step-00000001" / "train_state.json").write_text(json.dumps(state))
+    (checkpoints / "latest").write_text("step-00000001")
     run_ranks(1, train, run)
     tag = (checkpoints / "latest").read_text()
-    assert tag == "step-00000006" and (checkpoints / tag).is_dir()
+    assert tag == "step-00000002" and (checkpoints / tag).is_dir()
 
 
 CHANGES = [
@@ -270,32 +302,29 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change, message", CHANGES, ids=[str(change) for change, _ in CHANGES])
-def test_a_changed_config_is_refused_and_the_run_left_alone(config, change, message):
-    run_ranks(2, train, changed(config, train={"max_steps": 1, "export": False}))
-    before = (Path(config.output_dir) / "config.yaml").read_text()
-    other = changed(config, train={"max_steps": 1, "export": False})
+def test_a_changed_config_is_refused_and_the_run_left_alone(finished, change, message):
+    before = (Path(finished.output_dir) / "config.yaml").read_text()
     if "objective" in change:
-        other = Config.model_validate(other.model_dump(by_alias=True) | change)
+        other = Config.model_validate(finished.model_dump(by_alias=True) | change)
     else:
-        other = changed(other, **change)
+        other = changed(finished, **change)
     with pytest.raises(AssertionError, match=message):
         run_ranks(2, train, other)
-    assert (Path(config.output_dir) / "config.yaml").read_text() == before
+    assert (Path(finished.output_dir) / "config.yaml").read_text() == before
 
 
-def test_changed_data_is_refused(config, tmp_path):
-    run_ranks(1, train, changed(config, train={"max_steps": 1, "export": False}))
+def test_changed_data_is_refused(finished, tmp_path):
+    shutil.copytree(str(finished.data.dataset_name), tmp_path / "pairs")
+    moved = changed(finished, data={"dataset_name": str(tmp_path / "pairs")})
     write_pairs(tmp_path / "pairs" / "train.jsonl", 21, seed=5)
     with pytest.raises(AssertionError, match=r"data \(content\)"):
-        run_ranks(1, train, changed(config, train={"max_steps": 1, "export": False}))
+        run_ranks(2, train, moved)
 
 
-def test_another_number_of_ranks_is_refused(config):
-    run_ranks(1, train, changed(config, train={"max_steps": 1, "export": False}))
-    with pytest.raises(AssertionError, match=r"number of ranks: 1 there, 2 now"):
-        run_ranks(2, train, changed(config, train={"max_steps": 1, "export": False}))
-    with pytest.raises(AssertionError, match=r"number of ranks: 1 there, 2 now"):
-        run_ranks(2, evaluate_only, config)
+def test_another_number_of_ranks_is_refused(finished):
+    for task in (train, evaluate_only):
+        with pytest.raises(AssertionError, match=r"number of ranks: 2 there, 1 now"):
+            run_ranks(1, task, finished)
 
 
 def test_another_stage_of_zero_is_refused(config):
@@ -311,11 +340,10 @@ def private_disk(shard, config: Config, folder: str) -> None:
     train(shard, changed(config, output_dir=f"{folder}/disk{shard.rank}"))
 
 
-def test_ranks_that_see_different_folders_are_refused(config, tmp_path):
-    first = changed(config, train={"max_steps": 1, "export": False})
-    run_ranks(2, train, changed(first, output_dir=str(tmp_path / "disk0")))
+def test_ranks_that_see_different_folders_are_refused(finished, tmp_path):
+    shutil.move(finished.output_dir, tmp_path / "disk0")
     with pytest.raises(AssertionError, match="output_dir must be shared storage"):
-        run_ranks(2, private_disk, first, str(tmp_path))
+        run_ranks(2, private_disk, finished, str(tmp_path))
 
 
 def test_two_runs_cannot_share_a_folder(config):
@@ -349,23 +377,21 @@ def model_bytes(config: Config) -> bytes:
     return (Path(config.output_dir) / "model" / "model.safetensors").read_bytes()
 
 
-def test_a_finished_run_is_left_as_it_is(config):
-    run = changed(config, train={"max_steps": 1})
-    run_ranks(2, train, run)
-    before = (Path(run.output_dir) / "metrics.jsonl").read_bytes()
-    run_ranks(2, train, run)
-    assert (Path(run.output_dir) / "metrics.jsonl").read_bytes() == before
+def test_a_finished_run_is_left_as_it_is(finished):
+    before = (Path(finished.output_dir) / "metrics.jsonl").read_bytes()
+    run_ranks(2, train, finished)
+    assert (Path(finished.output_dir) / "metrics.jsonl").read_bytes() == before
 
 
 def test_only_the_newest_checkpoints_are_kept(config):
-    run_ranks(1, train, changed(config, train={"save_steps": 1, "save_total_limit": 2, "export": False}))
+    short = {"max_steps": 3, "eval_steps": None, "save_steps": 1, "save_total_limit": 2, "export": False}
+    run_ranks(1, train, changed(config, train=short))
     checkpoints = Path(config.output_dir) / "checkpoints"
-    assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-00000005", "step-00000006"]
-    assert (checkpoints / "latest").read_text() == "step-00000006"
+    assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-00000002", "step-00000003"]
+    assert (checkpoints / "latest").read_text() == "step-00000003"
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tied, bf16", [(False, True), (True, False)], ids=["untied-bf16", "tied-fp32"])
 def test_the_export_loads_in_transformers_and_scores_like_the_run(
     config, tmp_path, tokenizer_folder, tied, bf16
 ):
@@ -400,7 +426,7 @@ def test_the_export_loads_in_transformers_and_scores_like_the_run(
 
 @pytest.mark.parametrize(("ranks", "sections"), [(2, {}), (1, ALONE)], ids=["two ranks", "alone"])
 def test_evaluation_and_export_of_a_checkpoint_agree_with_training(config, ranks, sections):
-    config = changed(config, **sections)
+    config = changed(config, **{**sections, "train": SHORT | sections.get("train", {})})
     run_ranks(ranks, train, config)
     folder = Path(config.output_dir)
     trained = records(folder)[-1]
@@ -408,7 +434,7 @@ def test_evaluation_and_export_of_a_checkpoint_agree_with_training(config, ranks
     shutil.rmtree(folder / "model")
     run_ranks(ranks, evaluate_and_export, config)
     evaluated = json.loads((folder / "evaluation.json").read_text())
-    assert evaluated["model"] == "step-00000006"
+    assert evaluated["model"] == "step-00000004"
     for name in ("eval_loss", "eval_rewards/accuracies", "eval_kl"):
         assert evaluated[name] == pytest.approx(trained[name], rel=1e-6)
     assert model_bytes(config) == exported

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import pytest
 from harness import make_config, run_ranks, save_model, without_clock, write_pairs
+from patience import patient
 from transformers import AutoTokenizer
 
 from madpo.trainer.config import Config
@@ -274,7 +275,7 @@ def test_the_next_block_is_made_in_the_background_but_none_that_is_not_needed(tm
     config = config_for(tmp_path, as_lines(tmp_path)[0])
     stream_of(config, tokenizer, end=PASS).take(0, 1)
     folder = next(Path(config.data.cache_dir).glob("stream-*"))
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + patient(20)
     while not (folder / "block-00000001.json").is_file():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -346,15 +347,15 @@ def results(config: Config) -> tuple[list[dict[str, Any]], bytes]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("loss_type", ["dpo", "kto"])
-def test_resume_is_bitwise_the_run_that_was_not_cut_off(run, tmp_path, loss_type):
-    """Cut off after step 1 (inside the second block), 2, and 5 (at the end of a block of the second epoch
-    and with an emptied cache)."""
+@pytest.mark.parametrize("loss_type, steps", [("dpo", (1, 5)), ("kto", (2,))], ids=["dpo", "kto"])
+def test_resume_is_bitwise_the_run_that_was_not_cut_off(run, tmp_path, loss_type, steps):
+    """Cut off after step 1 (inside the second block), and with an emptied cache after 2, and after 5 (at the
+    end of a block of the second epoch)."""
     whole = changed(run, output_dir=str(tmp_path / "whole"), objective={"loss_type": loss_type})
     run_ranks(2, train, whole)
     want = results(whole)
     assert [line["epoch"] for line in want[0] if "loss" in line] == [0, 0, 1, 1, 1, 2, 2]
-    for step in (1, 2, 5):
+    for step in steps:
         cut = changed(whole, output_dir=str(tmp_path / f"cut{step}"))
         shutil.copytree(whole.output_dir, cut.output_dir)
         folder = Path(cut.output_dir)
@@ -372,7 +373,9 @@ def test_resume_is_bitwise_the_run_that_was_not_cut_off(run, tmp_path, loss_type
 def test_steps_are_the_same_for_any_number_of_ranks(run, tmp_path):
     runs = []
     for ranks in (1, 2):
-        one = changed(run, output_dir=str(tmp_path / f"ranks{ranks}"), train={"save_steps": None})
+        one = changed(
+            run, output_dir=str(tmp_path / f"ranks{ranks}"), train={"save_steps": None, "max_steps": 4}
+        )
         one = changed(one, data={"cache_dir": str(tmp_path / f"cache{ranks}")})
         run_ranks(ranks, train, one)
         runs.append(results(one)[0])
@@ -385,7 +388,8 @@ def test_a_stream_of_one_block_trains_to_the_same_bits_as_the_ordinary_run(run, 
     both = []
     for streaming in (False, True):
         data = {"streaming": streaming, "stream_block": ROWS}
-        one = changed(run, output_dir=str(tmp_path / f"{streaming}"), data=data, train={"save_steps": None})
+        four = {"save_steps": None, "max_steps": 4}
+        one = changed(run, output_dir=str(tmp_path / f"{streaming}"), data=data, train=four)
         run_ranks(2, train, one)
         both.append(results(one)[1])
     assert both[0] == both[1]

@@ -65,7 +65,8 @@ class Waits(TorchDispatchMode):
 
 
 def prepared(tmp_path, tokenizer_folder, objective: dict[str, Any], **sections: Any) -> Config:
-    model = save_model(tmp_path / "start", tokenizer_folder, seed=1)
+    """A model of one layer: others would do nothing else."""
+    model = save_model(tmp_path / "start", tokenizer_folder, seed=1, num_hidden_layers=1)
     return make_config(
         tmp_path,
         {

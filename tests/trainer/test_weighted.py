@@ -92,6 +92,7 @@ def _whole(model: Any) -> Any:
             yield parameter.data.clone()
 
 
+@pytest.mark.ranks
 def test_what_weighs_nothing_is_not_computed_and_changes_nothing(tmp_path, tokenizer_folder):
     """Steps on two ranks, one of them without any pair to compute and one with a pair for one rank only:
     the same losses, gradients and weights, and fewer tokens."""
