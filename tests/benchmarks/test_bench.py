@@ -31,8 +31,8 @@ def problem(dtype=torch.float32, rows=90, **kwargs):
 
 def test_problems_are_whole_pairs_and_peaked():
     small = problem(rows=600)
-    assert sum(small.counts.lengths) == 600 and len(small.counts.lengths) == 2 * len(small.margins)
-    assert len(set(small.counts.lengths)) > 1
+    assert sum(small.lengths) == 600 and len(small.lengths) == 2 * len(small.margins)
+    assert len(set(small.lengths)) > 1
     found = describe(small)
     assert 1 < found.entropy < 4 and found.between > 0.8
     again = problem(rows=600)
@@ -46,7 +46,7 @@ def test_the_closed_form_equals_autograd_in_float64(kind):
     hidden, weight = (x.detach().double().requires_grad_() for x in (small.hidden, small.weight))
     loss = EdgeLoss(small.beta, margins=small.margins, margin_weight=small.margin_weight)
     reference = Reference(small.ref_hidden.double(), small.ref_weight.double())
-    groups = Groups.pairs(small.counts.lengths, "cpu")
+    groups = Groups.pairs(small.lengths, "cpu")
     want, _, _ = preference_loss_ref(
         hidden, weight, small.targets, groups, loss, reference, scale=1 / len(small.margins)
     )

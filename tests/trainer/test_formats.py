@@ -152,7 +152,7 @@ def test_lists_have_their_least_length():
 def test_some_edges_of_a_group_keep_the_completions_they_compare():
     group = TextGroup("a", ["w", "x", "y", "z"], [(0, 1, 1.0), (3, 1, 2.0), (2, 0, 3.0)], [1, -1, 1, -1])
     left = with_edges(group, group.edges[1:2])
-    assert (left.completions, left.counts.edges, left.labels) == (["x", "z"], [(1, 0, 2.0)], [-1, -1])
+    assert (left.completions, left.edges, left.labels) == (["x", "z"], [(1, 0, 2.0)], [-1, -1])
 
 
 def test_conversations_of_a_single_message_are_refused_and_of_two_are_not():

@@ -1,7 +1,7 @@
 """Every objective through the head: the loss of the whole batch, and the gradient of plain autograd."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -94,7 +94,8 @@ def test_every_objective_through_the_head(name, index, rows):
         assert relative_error(got, true) < 1e-9
 
     layout = batch.seq_lengths, batch.winners, batch.losers, batch.margins, batch.labels
-    x = Facts(*(each.detach().numpy() for each in (tokens, ref, *layout, collisions, kl)))
+    parts: list[Any] = [each.detach().numpy() for each in (tokens, ref, *layout, collisions, kl)]
+    x = Facts(*parts)
     assert loss.item() == pytest.approx(0.25 * opinion(name, x, settings)[0].sum(), rel=1e-7)
     of_tokens, of_kl = (torch.from_numpy(0.25 * each) for each in slopes(name, x, settings))
     for got, true in zip(

@@ -256,4 +256,4 @@ def test_parts_of_one_row_alone_are_not_touched():
     assert joined([twice], once=True) == twice
     both = joined([twice, TokenGroup([1], [[3], [2]], [(0, 1, 0.5)])], once=True)
     assert both.completions == twice.completions
-    assert both.counts.edges == [(0, 2, None), (1, 2, None), (2, 0, 0.5)] and both.labels == [0, 1, -1]
+    assert both.edges == [(0, 2, None), (1, 2, None), (2, 0, 0.5)] and both.labels == [0, 1, -1]

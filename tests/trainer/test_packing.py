@@ -232,7 +232,7 @@ def test_what_a_second_pass_is_spared_by_hand():
     shapes = Shapes(np.array([1, 2, 3]), np.array([2, 2, 2]), np.array([1, 1, 2, 2, 3, 3]))
     left_out = np.array([True, False, False, False, True, True])
     left = shapes.without(left_out)
-    assert (left.tokens().tolist(), left.counts.sequences.tolist()) == ([1 + 1, 2 + 2 + 2, 0], [1, 2, 0])
+    assert (left.tokens().tolist(), left.sequences.tolist()) == ([1 + 1, 2 + 2 + 2, 0], [1, 2, 0])
     cost = StepCost(Cost(per_token=9.0), Cost(per_token=2.0), Cost(per_token=1.0), Cost(per_row=1.0))
     less = Work(flops=-2.0 * 10, flops_again=-1.0 * 10 - 7)
     assert spared(shapes, left_out, cost) == less
@@ -257,7 +257,7 @@ def test_a_batch_without_completions_is_that_of_groups_without_them(left_out, pr
     got, left = whole.without(gone)
     kept, first = [], 0
     if gone.all():
-        gone[np.argmin(whole.counts.lengths)] = False
+        gone[np.argmin(whole.lengths)] = False
     for group in groups:
         stays = [not out for out in gone[first : first + len(group.completions)]]
         first += len(stays)
@@ -268,8 +268,8 @@ def test_a_batch_without_completions_is_that_of_groups_without_them(left_out, pr
     want = pack(kept, 0.25, prefix_sharing=prefix_sharing)
     for name in ("input_ids", "position_ids", "rows", "targets", "ends", "seq_lengths"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
-    assert (got.counts.lengths, got.group_sequences, got.scale) == (
-        want.counts.lengths,
+    assert (got.lengths, got.group_sequences, got.scale) == (
+        want.lengths,
         want.group_sequences,
         0.25,
     )

@@ -224,7 +224,7 @@ def keep_no_reference(shard: Shard, config: Config) -> tuple[int, int, int]:
     start = reference._start
 
     def watched(*args: Any) -> Any:
-        engine = start(*args)
+        engine: Any = start(*args)
         parameters = list(engine.module.parameters())
         weights.extend(weakref.ref(p.ds_tensor) for p in parameters)
         return engine

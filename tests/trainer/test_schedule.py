@@ -58,7 +58,9 @@ def test_rates_are_in_proportion_to_the_peak(kind):
 def test_a_rate_depends_on_the_step_alone_also_past_the_end():
     """A stage that asks for the step after the last gets the end of the decay."""
     for kind, want in (("constant", 1.0), ("linear", 0.0), ("cosine", 0.0)):
-        assert learning_rate(OptimConfig(lr=1.0, lr_scheduler_type=kind), 4, 4) == pytest.approx(want)
+        assert learning_rate(
+            OptimConfig.model_validate({"lr": 1.0, "lr_scheduler_type": kind}), 4, 4
+        ) == pytest.approx(want)
 
 
 def config_with(**train: Any) -> Config:

@@ -78,13 +78,14 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(tokenizer):
     from tokenizers.processors import TemplateProcessing
 
     group, rules = pair("a film:", " good", " bad"), TokenRules(64)
-    want = {append: tokenise(group, tokenizer, TokenRules(64, append)) for append in ("auto", "never")}
+    appends: tuple[Any, ...] = ("auto", "never")
+    want = {append: tokenise(group, tokenizer, TokenRules(64, append)) for append in appends}
     special = [("<bos>", tokenizer.bos_token_id), ("<eos>", tokenizer.eos_token_id)]
     closing: Any = TemplateProcessing(single="<bos> $A <eos>", special_tokens=special)
     tokenizer.backend_tokenizer.post_processor = closing
     assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
     assert tokenizer.eos_token_id not in encode_prompt(group, tokenizer, rules)
-    assert want == {append: tokenise(group, tokenizer, TokenRules(64, append)) for append in want}
+    assert want == {append: tokenise(group, tokenizer, TokenRules(64, append)) for append in appends}
 
 
 def test_the_length_of_a_group_to_the_token(tokenizer):

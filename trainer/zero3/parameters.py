@@ -13,7 +13,7 @@ InUse = set[Any]
 """ZeRO-3's record of the modules that use a weight just now; it releases the weight when nobody does."""
 
 
-def is_partitioned(parameter: nn.Parameter) -> bool:
+def is_partitioned(parameter: torch.Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
