@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from madpo.kernels.checks import require, require_edges, require_head
 from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.layout import Groups, Span, Wave, padded, plan_waves
-from madpo.kernels.steps import Impl, Steps, choose_steps, mm_into, plainly_on, wide_dtype
+from madpo.kernels.primitives import Impl, Steps, choose_steps, mm_into, plainly_on, wide_dtype
 from madpo.kernels.transform import IDENTITY, LogitTransform
 
 SpanLoss = Callable[[Tensor, Tensor | None, Span], Tensor]

@@ -13,7 +13,7 @@ from madpo.kernels.checks import require, require_columns, require_edges, requir
 from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.layout import Groups
 from madpo.kernels.preference_loss import PreferenceLoss
-from madpo.kernels.steps import Impl, Steps, choose_steps, plainly_on, wide_dtype
+from madpo.kernels.primitives import Impl, Steps, choose_steps, plainly_on, wide_dtype
 from madpo.kernels.transform import IDENTITY, LogitTransform
 
 

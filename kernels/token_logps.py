@@ -16,7 +16,7 @@ from torch.autograd.graph import increment_version
 
 from madpo.kernels.checks import require_columns, require_head, require_targets
 from madpo.kernels.layout import padded, row_chunks
-from madpo.kernels.steps import Impl, Steps, choose_steps, mm_into, plainly_on, wide_dtype
+from madpo.kernels.primitives import Impl, Steps, choose_steps, mm_into, plainly_on, wide_dtype
 from madpo.kernels.transform import IDENTITY, LogitTransform
 
 

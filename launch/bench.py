@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from madpo.benchmarks import step
+    from madpo.benchmarks.step import run as step
 
 
 def run_bench(
@@ -28,8 +28,9 @@ def run_bench(
     from rich.console import Console
     from rich.table import Table
 
-    from madpo.benchmarks import head, results
-    from madpo.benchmarks.peers import available
+    from madpo.benchmarks.head import report as head_report
+    from madpo.benchmarks.head import run as head
+    from madpo.benchmarks.head.peers import available
 
     what = head.settings(shapes, rows, heads, dtype, iterations, everything, variants)
     console, log = Console(), Console(stderr=True)
@@ -39,15 +40,15 @@ def run_bench(
     with log.status("starting") as status:
         command = shlex.join(["madpo", *sys.argv[1:]])
         found, paths = head.record(what, command, output, absent, status.update)
-    for key, entries in results.tables(found).items():
-        table = Table(title=results.title(key), title_justify="left", title_style="bold")
-        for title in results.columns_of(key[3]).values():
+    for key, entries in head_report.tables(found).items():
+        table = Table(title=head_report.title(key), title_justify="left", title_style="bold")
+        for title in head_report.columns_of(key[3]).values():
             table.add_column(title, justify="left" if title == "head" else "right")
         for entry in entries:
-            table.add_row(*results.cells(entry))
+            table.add_row(*head_report.cells(entry))
         console.print(table)
     if what.device.type != "cuda":
-        console.print(results.ON_A_CPU, style="yellow", soft_wrap=True)
+        console.print(head_report.ON_A_CPU, style="yellow", soft_wrap=True)
     for path in paths:
         print(f"wrote {path}")
 
@@ -57,22 +58,23 @@ def run_step_bench(what: step.Settings, output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from madpo.benchmarks import step, step_results
+    from madpo.benchmarks.step import report as step_report
+    from madpo.benchmarks.step import run as step
 
     console, log = Console(), Console(stderr=True)
-    found = step_results.facts(shlex.join(["madpo", *sys.argv[1:]]))
+    found = step_report.facts(shlex.join(["madpo", *sys.argv[1:]]))
     rows, paths = list[step.Row](), list[Path]()
     with TemporaryDirectory() as folder, log.status("starting") as status:
         for rows in step.run(what, Path(folder), status.update):
-            paths = step_results.write(output, found, rows)
+            paths = step_report.write(output, found, rows)
     entries, refused = [asdict(row) for row in rows if not row.refused], [row for row in rows if row.refused]
-    table = Table(title=step_results.title(asdict(rows[0])), title_justify="left", title_style="bold")
-    columns = step_results.that_fit(entries, console.width)
+    table = Table(title=step_report.title(asdict(rows[0])), title_justify="left", title_style="bold")
+    columns = step_report.that_fit(entries, console.width)
     for title in columns.values():
         is_name = title == "contender"
         table.add_column(title, justify="left" if is_name else "right", no_wrap=not is_name)
     for entry in entries:
-        table.add_row(*step_results.cells(entry, columns))
+        table.add_row(*step_report.cells(entry, columns))
     console.print(table)
     for row in refused:
         console.print(f"{row.contender}: {row.refused}", soft_wrap=True, markup=False)
@@ -85,7 +87,7 @@ def run_scaling(model: str, iterations: int, output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from madpo.benchmarks import step_scaling
+    from madpo.benchmarks.step import scaling as step_scaling
 
     console, log = Console(), Console(stderr=True)
     found = step_scaling.facts(shlex.join(["madpo", *sys.argv[1:]]))

@@ -65,7 +65,7 @@ def run_recipe(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would run")] = False,
 ) -> None:
     """Run a recipe's stages; done and unchanged ones are skipped."""
-    from madpo.launch.run import run
+    from madpo.launch.recipes.runner import run
 
     raise typer.Exit(run(recipe, overrides or [], jobs, only or [], dry_run))
 
@@ -96,8 +96,8 @@ def annotate(
     model: Annotated[list[str] | None, typer.Option(help="score with this one; several: their mean")] = None,
 ) -> None:
     """Score a data set's pairs with a reward run's model: margins for MADPO, MixDPO and their like."""
-    from madpo.launch import folds as fold_runs
-    from madpo.trainer.config import load
+    from madpo.launch import fold_models as fold_runs
+    from madpo.trainer.config.schema import load
 
     overrides = list(overrides or [])
     overrides += [f"annotate.folds={folds}"] if folds is not None else []
@@ -130,7 +130,7 @@ def show_data(
     import datasets
     from rich.console import Console
 
-    from madpo.trainer.config import load
+    from madpo.trainer.config.schema import load
     from madpo.trainer.stages.show_data import show_data as show
 
     if not sys.stderr.isatty():
@@ -141,7 +141,7 @@ def show_data(
 @app.command("config")
 def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check a config and print it with every default filled in."""
-    from madpo.trainer.config import dump, load
+    from madpo.trainer.config.schema import dump, load
 
     print(dump(load(config, overrides or [])), end="")
 
@@ -152,7 +152,7 @@ def report(
     output: Annotated[Path | None, typer.Option(help="default: report.html in the first run")] = None,
 ) -> None:
     """Write a self-contained HTML report of finished or running runs."""
-    from madpo.trainer.report import write_report
+    from madpo.trainer.reports.run_report import write_report
 
     print(f"report {write_report(runs, output or runs[0] / 'report.html')}")
 
@@ -209,7 +209,7 @@ def bench_step(
     output: Annotated[Path, typer.Option(help="folder of the results")] = Path("benchmarks/results"),
 ) -> None:
     """Measure a whole training step against TRL's, and against ours with one feature off."""
-    from madpo.benchmarks import step
+    from madpo.benchmarks.step import run as step
     from madpo.launch.bench import run_scaling, run_step_bench
 
     if scaling:
@@ -223,7 +223,7 @@ def bench_step(
 
 def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) -> None:
     from madpo.launch import local
-    from madpo.trainer.config import load
+    from madpo.trainer.config.schema import load
 
     resolved = load(config, overrides or [], task)
     folder = Path(resolved.output_dir)
@@ -242,7 +242,7 @@ def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) ->
 
 def _run_task(task: Task, config: str, overrides: list[str] | None) -> None:
     from madpo.launch import local
-    from madpo.trainer.config import load
+    from madpo.trainer.config.schema import load
 
     resolved = load(config, overrides or [], task)
     raise typer.Exit(local.run(task, config, overrides or [], resolved.launch))

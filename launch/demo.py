@@ -61,8 +61,8 @@ def run_demo() -> int:
 
 
 def _summarise(seconds: float) -> None:
-    from madpo.trainer.progress import metrics_table
-    from madpo.trainer.report import write_report
+    from madpo.trainer.reports.progress import metrics_table
+    from madpo.trainer.reports.run_report import write_report
 
     columns = {}
     for title, name in RUNS.items():

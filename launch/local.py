@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from madpo.launch.lifeline import LAUNCHER_PID
-from madpo.trainer.config import LaunchConfig
+from madpo.trainer.config.schema import LaunchConfig
 from madpo.trainer.errors import UserError
 
 Task = Literal["train", "sft", "reward", "evaluate", "export", "probe", "annotate", "generate"]

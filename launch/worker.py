@@ -60,8 +60,8 @@ def _run(args: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from madpo.trainer import dist
-    from madpo.trainer.config import load
-    from madpo.trainer.deepspeed_checks import check_machine
+    from madpo.trainer.config.deepspeed import check_machine
+    from madpo.trainer.config.schema import load
 
     # torch 2.13 warns at every collective about a rename that DeepSpeed has yet to follow.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -1,7 +1,7 @@
 """A Python in which some packages are not installed, for subprocesses.
 
     python absent.py deepspeed,pydantic -m madpo.launch.cli bench --help
-    python absent.py deepspeed,pydantic -c 'import madpo.kernels.rows'
+    python absent.py deepspeed,pydantic -c 'import madpo.kernels.logit_rows'
 
 Finders do not find them, so that an import of one fails as it does where they are missing, and
 `importlib.util.find_spec` and `importlib.metadata` know nothing of them.

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from harness import random_groups
 
-from madpo.trainer.data.packing import pack
+from madpo.trainer.batches.packing import pack
 from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.model.attention.prefix_sharing import SegmentTable
 from madpo.trainer.model.policy import output_head, scored_hidden
-from madpo.trainer.model.prefix_attention import SegmentTable
 from madpo.trainer.objectives.base import segment_sum
 
 

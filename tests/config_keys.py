@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from madpo.trainer.config import Config
-from madpo.trainer.data_config import DatasetPart
-from madpo.trainer.generate_config import EndpointConfig, GenerateConfig, JudgeConfig
-from madpo.trainer.peft_config import PeftConfig
+from madpo.trainer.config.data import DatasetPart
+from madpo.trainer.config.generate import EndpointConfig, GenerateConfig, JudgeConfig
+from madpo.trainer.config.peft import PeftConfig
+from madpo.trainer.config.schema import Config
 
 OBJECTIVE = "objective"
 """One key here: a union of sections that has keys of its own for each loss_type."""

@@ -20,7 +20,7 @@ import torch
 import torch.multiprocessing as mp
 from patience import patient
 
-from madpo.trainer.config import Config
+from madpo.trainer.config.schema import Config
 from madpo.trainer.data.rated_sentences import train_tokenizer
 from madpo.trainer.data.tokenise import TokenGroup
 

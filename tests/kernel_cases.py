@@ -11,8 +11,8 @@ from torch import Tensor
 
 from madpo.kernels.edge_loss import EdgeLoss, MarginWeight
 from madpo.kernels.layout import Groups
+from madpo.kernels.naive import preference_loss_ref
 from madpo.kernels.preference_loss import Reference, preference_loss
-from madpo.kernels.reference import preference_loss_ref
 from madpo.kernels.transform import LogitTransform
 
 DEVICE = "cuda" if os.environ.get("MADPO_TEST_GPU") == "1" and torch.cuda.is_available() else "cpu"

@@ -9,7 +9,7 @@ import peft
 import torch
 from harness import make_config, save_model, write_pairs
 
-from madpo.trainer.config import Config
+from madpo.trainer.config.schema import Config
 from madpo.trainer.stages.train import run_training
 
 STAGE_2 = {"zero_optimization": {"stage": 2}}

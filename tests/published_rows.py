@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from madpo.trainer.data.formats import Text, TextGroup
+from madpo.trainer.formats.text_groups import Text, TextGroup
 
 
 def user(text: str) -> dict[str, Any]:

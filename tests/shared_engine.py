@@ -9,14 +9,14 @@ import torch
 from facts import Facts
 from odd_settings import Settings, opinion, slopes
 
-from madpo.trainer.config import Config
-from madpo.trainer.data.loader import plan_step, step_rules
+from madpo.trainer.batches.steps import plan_step, step_rules
+from madpo.trainer.config.schema import Config
 from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.data.training_data import load_data, start_engine
 from madpo.trainer.loop import evaluate
 from madpo.trainer.metrics import Meter
-from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.model.build import load_tokenizer
 from madpo.trainer.objectives.base import BatchState, Item
-from madpo.trainer.stages.setup import load_data, start_engine
 from madpo.trainer.step import train_step
 
 Gradients = dict[str, torch.Tensor]

@@ -58,7 +58,7 @@ def test_the_wheel_holds_everything_and_runs_outside_the_checkout(tmp_path):
     for name in (
         "launch/worker.py",
         "kernels/preference_loss.py",
-        "benchmarks/head.py",
+        "benchmarks/head/run.py",
         "configs/demo.yaml",
         "slurm/train.sbatch",
     ):

@@ -8,15 +8,15 @@ import pytest
 import torch
 from kernel_cases import relative_error
 
-from madpo.trainer.config import Config
-from madpo.trainer.data.loader import plan_step, step_rules
+from madpo.trainer.batches.steps import plan_step, step_rules
+from madpo.trainer.config.schema import Config
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.data.training_data import load_data, start_engine
 from madpo.trainer.metrics import Meter
-from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.model.build import load_tokenizer
 from madpo.trainer.objectives.base import BatchState, Item, SequenceScores
-from madpo.trainer.stages.reference import with_reference
-from madpo.trainer.stages.setup import load_data, start_engine
+from madpo.trainer.reference.cached import with_reference
 from madpo.trainer.step import train_step
 
 

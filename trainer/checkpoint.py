@@ -13,10 +13,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from madpo.trainer.config import Config
-from madpo.trainer.deepspeed_checks import zero_stage
+from madpo.trainer.config.deepspeed import zero_stage
+from madpo.trainer.config.effects import may_continue
+from madpo.trainer.config.schema import Config
 from madpo.trainer.dist import Shard, barrier, from_main, refuse_if_any
-from madpo.trainer.effects import may_continue
 from madpo.trainer.engine import Engine
 from madpo.trainer.files import write_atomically
 from madpo.trainer.state import TrainState

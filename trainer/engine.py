@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 from madpo.kernels.token_scores import TokenScores
-from madpo.trainer.config import Config, OptimConfig
-from madpo.trainer.data.packing import PackedBatch
-from madpo.trainer.deepspeed_checks import zero_stage
+from madpo.trainer.batches.packing import PackedBatch
+from madpo.trainer.config.deepspeed import zero_stage
+from madpo.trainer.config.schema import Config, OptimConfig
 from madpo.trainer.scoring_module import Gradients, Mode, ScoredLoss, ScoringModule
-from madpo.trainer.traces import passes_of
+from madpo.trainer.zero3.module_order import passes_of
 from madpo.trainer.zero3.parameters import real_shape
 from madpo.trainer.zero3.release import forget_copies, release
 

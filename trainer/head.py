@@ -12,10 +12,10 @@ from madpo.kernels.distribution_loss import distribution_loss
 from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.layout import Groups, Span
 from madpo.kernels.preference_loss import Reference, preference_loss
-from madpo.kernels.steps import Impl
+from madpo.kernels.primitives import Impl
 from madpo.kernels.token_scores import TokenScores
 from madpo.kernels.transform import IDENTITY, LogitTransform
-from madpo.trainer.data.packing import PackedBatch
+from madpo.trainer.batches.packing import PackedBatch
 from madpo.trainer.objectives.base import Need
 from madpo.trainer.objectives.build import BoundObjective
 from madpo.trainer.scoring_module import Gradients, Mode, ScoredLoss

@@ -7,23 +7,23 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from madpo.trainer.config import Config
+from madpo.trainer.batches.prefetch import prefetched
+from madpo.trainer.batches.steps import evaluation_steps, step_rules, training_steps
+from madpo.trainer.config.schema import Config
 from madpo.trainer.data.feed import Feed
 from madpo.trainer.data.groups import TokenDataset
-from madpo.trainer.data.loader import evaluation_steps, step_rules, training_steps
-from madpo.trainer.data.prefetch import prefetched
-from madpo.trainer.data.shapes import Work
+from madpo.trainer.data.lengths import Work
 from madpo.trainer.dist import Shard
 from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
 from madpo.trainer.metrics import Meter
 from madpo.trainer.model.flops import step_cost
 from madpo.trainer.objectives.base import BatchState
-from madpo.trainer.perf import peak_flops, throughput
 from madpo.trainer.reference.moving import move_reference
 from madpo.trainer.schedule import learning_rate
 from madpo.trainer.state import TrainState
 from madpo.trainer.step import evaluation_step, train_step
+from madpo.trainer.throughput import peak_flops, throughput
 
 Record = dict[str, float]
 

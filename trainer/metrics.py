@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from madpo.trainer.data.packing import PackedBatch
+from madpo.trainer.batches.packing import PackedBatch
 from madpo.trainer.files import write_atomically
 from madpo.trainer.objectives.base import Item, Outcome, Scored
 from madpo.trainer.objectives.build import BoundObjective
-from madpo.trainer.perf import MEMORY, PeakMemory
 from madpo.trainer.run_folder import METRICS, read_metrics
+from madpo.trainer.throughput import MEMORY, PeakMemory
 
 MOMENTS = ("x", "y", "xx", "yy", "xy")
 WITH_EXTREMA = frozenset({"madpo/weight"})

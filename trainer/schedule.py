@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from madpo.trainer.config import OptimConfig
+from madpo.trainer.config.schema import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from madpo.kernels.token_scores import TokenScores
-from madpo.trainer.data.packing import PackedBatch
+from madpo.trainer.batches.packing import PackedBatch
 from madpo.trainer.objectives.build import BoundObjective
 from madpo.trainer.sequence_parallel import SequenceGroup
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from madpo.kernels.layout import Groups
 from madpo.kernels.preference_loss import Reference
 from madpo.kernels.token_scores import TokenScores
-from madpo.trainer.data.packing import PackedBatch
+from madpo.trainer.batches.packing import PackedBatch
 from madpo.trainer.head import OutputLayers, SpanLoss, linear_loss, no_loss, of_tokens
 from madpo.trainer.objectives.base import Need
 from madpo.trainer.scoring_module import ScoredLoss

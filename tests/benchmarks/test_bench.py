@@ -11,16 +11,18 @@ from commands import command
 from kernel_cases import relative_error
 from patience import patient
 
-from madpo.benchmarks import head, measure, results
-from madpo.benchmarks.ours import OURS, useful_flops
-from madpo.benchmarks.peers import PEERS, Peer, available
-from madpo.benchmarks.problems import SMALL, describe, exact, make_problem
-from madpo.benchmarks.tune import sweep
-from madpo.kernels import rows
+from madpo.benchmarks.head import measure
+from madpo.benchmarks.head import report as head_report
+from madpo.benchmarks.head import run as head
+from madpo.benchmarks.head.ours import OURS, useful_flops
+from madpo.benchmarks.head.peers import PEERS, Peer, available
+from madpo.benchmarks.head.problems import SMALL, describe, exact, make_problem
+from madpo.benchmarks.head.tune import sweep
+from madpo.kernels import logit_rows as rows
 from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.layout import Groups
+from madpo.kernels.naive import preference_loss_ref
 from madpo.kernels.preference_loss import Reference
-from madpo.kernels.reference import preference_loss_ref
 
 CPU = torch.device("cpu")
 
@@ -96,7 +98,7 @@ def test_a_wrong_head_has_no_speed(monkeypatch):
     rows = {row.head: row for row in head.measured(problem(rows=64), SMALL[0], "plain", what)}
     assert rows["wrong"].ms is None and "wrong: d_hidden is off by" in (rows["wrong"].refused or "")
     assert rows["madpo"].ms and rows["madpo"].refused is None
-    assert rows[results.LIMIT].share_of_limit == 1.0
+    assert rows[head_report.LIMIT].share_of_limit == 1.0
 
 
 def test_interleaved_times_what_it_is_given():

@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-from madpo.benchmarks import head
-from madpo.benchmarks.peers import PEERS
-from madpo.benchmarks.problems import SHAPES
+from madpo.benchmarks.head import run as head
+from madpo.benchmarks.head.peers import PEERS
+from madpo.benchmarks.head.problems import SHAPES
 
 GPU = torch.device("cuda")
 NAMES = [peer.name for peer in head.HEADS]

@@ -15,7 +15,8 @@ from patience import patient
 from madpo.benchmarks.sentiment import text
 from madpo.benchmarks.sentiment.evaluate import NAME, sample
 from madpo.benchmarks.sentiment.results import estimate
-from madpo.launch import recipe, run
+from madpo.launch.recipes import read as recipe
+from madpo.launch.recipes import runner
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "sentiment.yaml"
 
@@ -23,7 +24,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "configs" / "sentiment.yaml"
 def test_every_stage_of_the_recipe_has_a_sound_config(tmp_path, capsys):
     pytest.importorskip("vaderSentiment")
     overrides = [f"output_dir={tmp_path}"]
-    assert run.run(RECIPE, overrides, 1, [], dry_run=True) == 0
+    assert runner.run(RECIPE, overrides, 1, [], dry_run=True) == 0
     stages = recipe.read(RECIPE, overrides).stages
     arms = {match["arm"] for stage in stages if (match := NAME.match(stage.name))}
     assert {"dpo", "ipo", "beta-dpo", "madpo", "mixdpo"} < arms

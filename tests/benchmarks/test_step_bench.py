@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from commands import command
 
-from madpo.benchmarks import step, step_results, step_scaling, step_workload
-from madpo.benchmarks.step_feed import PairFeed
-from madpo.benchmarks.step_worker import Block
-from madpo.trainer.data.packing import plan_micro_batches
-from madpo.trainer.data.shapes import Cost
+from madpo.benchmarks.step import report as step_report
+from madpo.benchmarks.step import run as step
+from madpo.benchmarks.step import scaling as step_scaling
+from madpo.benchmarks.step import workload as step_workload
+from madpo.benchmarks.step.feed import PairFeed
+from madpo.benchmarks.step.worker import Block
+from madpo.trainer.batches.packing import plan_micro_batches
+from madpo.trainer.data.lengths import Cost
 from madpo.trainer.errors import UserError
 
 MINI = step_workload._llama(32, 64, 2, (4, 2), 500)
@@ -183,16 +186,16 @@ ROW = step.Row(
 
 def test_a_screen_shows_the_columns_that_it_has_room_for():
     rows = [asdict(ROW), asdict(replace(ROW, contender="madpo without prefix sharing"))]
-    assert list(step_results.that_fit(rows, 60)) == ["contender", "step_seconds", "times_first"]
-    assert list(step_results.that_fit(rows, 95))[-1] == "loss"
-    assert step_results.that_fit(rows, 200).keys() == step_results.columns_of(rows).keys()
+    assert list(step_report.that_fit(rows, 60)) == ["contender", "step_seconds", "times_first"]
+    assert list(step_report.that_fit(rows, 95))[-1] == "loss"
+    assert step_report.that_fit(rows, 200).keys() == step_report.columns_of(rows).keys()
 
 
 def test_results_of_one_day_are_kept_together(tmp_path):
-    found, row = step_results.facts("madpo bench step"), ROW
-    step_results.write(tmp_path, found, [row])
-    step_results.write(tmp_path, found, [replace(row, data="ultrafeedback")])
-    path, markdown = step_results.write(tmp_path, found, [replace(row, step_seconds=0.25, refused=None)])
+    found, row = step_report.facts("madpo bench step"), ROW
+    step_report.write(tmp_path, found, [row])
+    step_report.write(tmp_path, found, [replace(row, data="ultrafeedback")])
+    path, markdown = step_report.write(tmp_path, found, [replace(row, step_seconds=0.25, refused=None)])
     rows = json.loads(path.read_text())["rows"]
     assert [(r["data"], r["step_seconds"]) for r in rows] == [("ultrafeedback", 0.5), ("hh", 0.25)]
     text = markdown.read_text()

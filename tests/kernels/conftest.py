@@ -6,9 +6,9 @@ import pytest
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of several blocks and a tail, as real vocabularies have, at the size of the tests."""
-    from madpo.kernels import rows
+    from madpo.kernels import logit_rows
 
-    monkeypatch.setattr(rows, "BLOCK", 256)
+    monkeypatch.setattr(logit_rows, "BLOCK", 256)
 
 
 @pytest.fixture(autouse=True)

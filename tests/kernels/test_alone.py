@@ -39,7 +39,7 @@ def test_nothing_of_the_kernels_their_tests_and_the_heads_benchmark_imports_anyt
 
 
 def test_the_heads_benchmark_runs_without_the_rest_of_the_package(tmp_path):
-    done = python_without(ALL, "-m", "madpo.benchmarks.head", *TINY, "--output", str(tmp_path))
+    done = python_without(ALL, "-m", "madpo.benchmarks.head.run", *TINY, "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "small-1003, 24 rows, bfloat16, plain" in done.stdout and "GEMMs alone" in done.stdout
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md"}

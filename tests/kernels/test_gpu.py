@@ -12,8 +12,8 @@ import torch
 from kernel_cases import CASES, DEVICE, Case, make_inputs, relative_error, run
 from patience import patient
 
-from madpo.benchmarks.peers import PEERS, clear
-from madpo.benchmarks.problems import SHAPES, Problem, exact, make_problem
+from madpo.benchmarks.head.peers import PEERS, clear
+from madpo.benchmarks.head.problems import SHAPES, Problem, exact, make_problem
 from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.layout import Groups
 from madpo.kernels.preference_loss import PreferenceLoss, Reference, preference_loss

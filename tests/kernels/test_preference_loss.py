@@ -30,9 +30,9 @@ from kernel_cases import (
 
 from madpo.kernels.edge_loss import EdgeLoss, edge_loss_ref
 from madpo.kernels.layout import Groups, plan_waves
+from madpo.kernels.naive import preference_loss_ref
 from madpo.kernels.preference_loss import Reference, preference_loss
-from madpo.kernels.reference import preference_loss_ref
-from madpo.kernels.steps import mm_into
+from madpo.kernels.primitives import mm_into
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 FLOOR = 1e-6
@@ -261,9 +261,9 @@ def test_two_runs_agree_bit_for_bit(name, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_upstream_gradient_scales(impl, monkeypatch):
     """Whatever lies beyond the blocks that run at once, too."""
-    from madpo.kernels import rows
+    from madpo.kernels import logit_rows
 
-    monkeypatch.setattr(rows, "SCALE_PROGRAMS", 2)
+    monkeypatch.setattr(logit_rows, "SCALE_PROGRAMS", 2)
     inputs = make_inputs()
     hidden, weight = inputs.hidden.clone().requires_grad_(), inputs.weight.clone().requires_grad_()
     out = preference_loss(hidden, weight, inputs.targets, inputs.groups, madpo(), impl=impl)

@@ -8,8 +8,8 @@ from kernel_cases import CASES, DEVICE, DTYPES, IMPLS, ROW_BYTES, Case, H, V, ma
 
 from madpo.kernels.edge_loss import EdgeLoss, MarginWeight
 from madpo.kernels.layout import Groups
+from madpo.kernels.naive import linear_token_logps_ref, preference_loss_from_logps_ref, token_logps_ref
 from madpo.kernels.preference_loss_from_logits import preference_loss_from_logits
-from madpo.kernels.reference import linear_token_logps_ref, preference_loss_from_logps_ref, token_logps_ref
 from madpo.kernels.token_logps import linear_token_logps, token_logps
 from madpo.kernels.transform import LogitTransform
 

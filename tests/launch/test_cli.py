@@ -11,7 +11,7 @@ from commands import command
 from patience import patient
 
 from madpo.launch.local import command_line, count_processes, environment
-from madpo.trainer.config import LaunchConfig
+from madpo.trainer.config.schema import LaunchConfig
 from madpo.trainer.dist import check_launcher
 from madpo.trainer.run_folder import set_aside
 

@@ -12,8 +12,8 @@ import rated_archive
 from patience import patient
 
 from madpo.launch.demo import COMMANDS, CONFIGS, FOLDER, RUNS, TABLE_ROWS
-from madpo.trainer.config import Config, load
-from madpo.trainer.progress import metrics_table
+from madpo.trainer.config.schema import Config, load
+from madpo.trainer.reports.progress import metrics_table
 
 
 def resolved() -> list[tuple[str, Config]]:
@@ -48,8 +48,8 @@ def test_metrics_table_has_a_row_per_metric_and_a_gap_where_one_is_missing():
 
 
 def test_the_demo_recipe_is_one_that_could_start():
-    from madpo.launch.recipe import read
-    from madpo.launch.run import checked
+    from madpo.launch.recipes.read import read
+    from madpo.launch.recipes.runner import checked
 
     recipe = read(CONFIGS / "demo_recipe.yaml", ["vars.epochs=2"])
     assert [stage.name for stage in recipe.stages] == ["data", "sft", "reward", "margins", "madpo", "dpo"]

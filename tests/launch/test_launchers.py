@@ -16,7 +16,7 @@ import pytest
 from harness import make_config, save_model, write_pairs
 from patience import patient
 
-from madpo.trainer.config import dump
+from madpo.trainer.config.schema import dump
 from madpo.trainer.dist import free_port
 
 pytestmark = [pytest.mark.launcher, pytest.mark.ranks]

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
-from madpo.launch import call
-from madpo.launch.recipe import Recipe, keys, merge, read
-from madpo.launch.run import Contents
-from madpo.trainer import strict_yaml, user_function
-from madpo.trainer.config import DEFAULT_OBJECTIVES, from_tree
+from madpo.launch.recipes import call
+from madpo.launch.recipes.read import Recipe, keys, merge, read
+from madpo.launch.recipes.runner import Contents
+from madpo.trainer import user_function
+from madpo.trainer.config import strict_yaml
+from madpo.trainer.config.schema import DEFAULT_OBJECTIVES, from_tree
 
 RECIPE = """
 output_dir: runs/study

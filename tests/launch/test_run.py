@@ -17,8 +17,8 @@ import yaml
 from harness import LLAMA
 from patience import patient
 
-from madpo.launch.run import run
-from madpo.trainer import strict_yaml
+from madpo.launch.recipes.runner import run
+from madpo.trainer.config import strict_yaml
 
 STEPS = '''
 """Functions of a recipe. Every call leaves a line in `calls`, beside this file."""

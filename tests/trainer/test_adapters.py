@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from published_rows import BAD, GOOD, ULTRAFEEDBACK, answer, user
 
-from madpo.trainer.data.adapters import ADAPTERS
-from madpo.trainer.data.formats import LAYOUTS, TextGroup, best_only, layout_of, ranked
-from madpo.trainer.data.rows import RowRules, choose_adapter, choose_edges, read_row
+from madpo.trainer.formats.adapters import ADAPTERS
+from madpo.trainer.formats.read_row import RowRules, choose_adapter, choose_edges, read_row
+from madpo.trainer.formats.text_groups import LAYOUTS, TextGroup, best_only, layout_of, ranked
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 

@@ -13,20 +13,20 @@ import pytest
 import torch
 from harness import make_config, plain_scores, run_ranks, save_classifier, save_model, write_pairs
 
-from madpo.launch import folds as launch_folds
-from madpo.trainer.annotation import Scored, together, write_split
-from madpo.trainer.config import Config, PeftConfig, dump
-from madpo.trainer.data.adapters import ADAPTERS
+from madpo.launch import fold_models as launch_folds
+from madpo.trainer.config.schema import Config, PeftConfig, dump
+from madpo.trainer.data import training_data
 from madpo.trainer.data.dataset import GroupDataset, load_groups
 from madpo.trainer.data.folds import folds_of, hash_of_prompt, without_fold
-from madpo.trainer.data.formats import TextGroup
-from madpo.trainer.data.rows import RowRules, read_row
 from madpo.trainer.data.source import Source
-from madpo.trainer.model.load import load_tokenizer
-from madpo.trainer.stages import setup
+from madpo.trainer.data.training_data import load_data
+from madpo.trainer.formats.adapters import ADAPTERS
+from madpo.trainer.formats.read_row import RowRules, read_row
+from madpo.trainer.formats.text_groups import TextGroup
+from madpo.trainer.model.build import load_tokenizer
 from madpo.trainer.stages.annotate import _load as load
 from madpo.trainer.stages.annotate import fold_config, run_annotation
-from madpo.trainer.stages.setup import load_data
+from madpo.trainer.stages.annotated_split import Scored, together, write_split
 from madpo.trainer.stages.train import run_training
 
 FOLDS = 3
@@ -60,7 +60,7 @@ def changed(config: Config, section: str, **values: Any) -> Config:
 
 def training_groups(config: Config) -> GroupDataset:
     """A group for every row, also where training merges those of a prompt."""
-    return setup.training_groups(config, load_tokenizer(config.model))[0]
+    return training_data.training_groups(config, load_tokenizer(config.model))[0]
 
 
 def test_folds_cover_are_disjoint_and_keep_equal_prompts_together(config):
@@ -292,7 +292,7 @@ def test_the_launcher_trains_the_folds_that_the_stage_asks_for(config, tmp_path,
     started: list[Config] = []
 
     def run(task, file, overrides, launch) -> int:
-        from madpo.trainer.config import load
+        from madpo.trainer.config.schema import load
 
         resolved = load(file, overrides, task)
         Path(resolved.output_dir).mkdir(parents=True, exist_ok=True)

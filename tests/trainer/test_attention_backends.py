@@ -12,14 +12,14 @@ from attention_cases import mixed_groups, packed_logps
 from families import FAMILIES, tiny_model
 from torch.nn.attention.flex_attention import create_block_mask
 
-from madpo.trainer.data.packing import pack
+from madpo.trainer.batches.packing import pack
 from madpo.trainer.errors import UserError
-from madpo.trainer.model import prefix_attention
 from madpo.trainer.model.attention import choice, flex, varlen
+from madpo.trainer.model.attention import prefix_sharing as prefix_attention
 from madpo.trainer.model.attention.backends import BACKENDS
-from madpo.trainer.model.attention.call import Call
+from madpo.trainer.model.attention.inputs import Call
 from madpo.trainer.model.attention.segments import SegmentTable
-from madpo.trainer.model.settle import settle_attention, survey
+from madpo.trainer.model.startup.attention import settle_attention, survey
 
 CPU = torch.device("cpu")
 NAMES = prefix_attention.NAMES

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from madpo.trainer.calibration import best_scale, calibration
-from madpo.trainer.calibration_report import write_calibration_report
+from madpo.trainer.reports.calibration import best_scale, calibration
+from madpo.trainer.reports.calibration_report import write_calibration_report
 
 PAIRS = 200_000
 
@@ -89,6 +89,6 @@ def test_the_report_stands_alone_and_holds_the_numbers(tmp_path):
 
 
 def test_without_matplotlib_the_report_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr("madpo.trainer.page.find_spec", lambda _: None)
+    monkeypatch.setattr("madpo.trainer.reports.html.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"pip install 'madpo\[report\]'"):
         write_calibration_report({"train": np.ones(3)}, tmp_path / "report.html")

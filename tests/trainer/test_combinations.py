@@ -10,7 +10,7 @@ from harness import make_config, run_ranks, save_model, write_pairs
 from lora_cases import changed
 from zero3 import compare, plain_steps, zero3_steps
 
-from madpo.trainer.config import Config
+from madpo.trainer.config.schema import Config
 
 pytestmark = pytest.mark.ranks
 

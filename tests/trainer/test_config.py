@@ -8,9 +8,9 @@ from pathlib import Path
 import deepspeed
 import pytest
 
-from madpo.trainer import strict_yaml
-from madpo.trainer.config import Config, dump, load
-from madpo.trainer.deepspeed_keys import DEEPSPEED_KEYS
+from madpo.trainer.config import strict_yaml
+from madpo.trainer.config.deepspeed_keys import DEEPSPEED_KEYS
+from madpo.trainer.config.schema import Config, dump, load
 from madpo.trainer.engine import deepspeed_config
 
 MINIMAL = """

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from harness import make_config, run_ranks, save_model, write_pairs
 
-from madpo.trainer.config import Config
+from madpo.trainer.config.schema import Config
 from madpo.trainer.stages.train import run_training
 
 pytestmark = pytest.mark.ranks

@@ -10,12 +10,12 @@ import pytest
 from harness import make_config, run_ranks, write_pairs
 from transformers import AutoTokenizer
 
-from madpo.trainer.config import Config
+from madpo.trainer.config.schema import Config
 from madpo.trainer.data import dataset as dataset_module
 from madpo.trainer.data.dataset import load_groups
-from madpo.trainer.data.formats import TextGroup, layout_of, parse_json_line, to_group
 from madpo.trainer.data.groups import check_groups
 from madpo.trainer.data.tokenise import TokenRules, tokenise
+from madpo.trainer.formats.text_groups import TextGroup, layout_of, parse_json_line, to_group
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</{{ m['role'] }}>{% endfor %}"

@@ -15,8 +15,8 @@ from kernel_cases import relative_error
 from lora_cases import changed, train
 from zero3 import zero3_steps
 
-from madpo.trainer.config import Config
-from madpo.trainer.deepspeed_checks import check_block, check_machine, zero_stage
+from madpo.trainer.config.deepspeed import check_block, check_machine, zero_stage
+from madpo.trainer.config.schema import Config
 
 CPU = {"device": "cpu"}
 OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -13,13 +13,13 @@ from harness import make_config, run_ranks, save_model, write_pairs
 from kernel_cases import relative_error
 from zero3 import compare, padded_logps, plain_optimizer, zero3_steps
 
-from madpo.trainer.config import Config
-from madpo.trainer.data.loader import StepRules, plan_step
+from madpo.trainer.batches.steps import StepRules, plan_step
+from madpo.trainer.config.schema import Config
 from madpo.trainer.data.order import DataOrder
+from madpo.trainer.data.training_data import load_data, start_engine
 from madpo.trainer.metrics import Meter
-from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.model.build import load_tokenizer
 from madpo.trainer.objectives.base import BatchState, Item, MarginWeight
-from madpo.trainer.stages.setup import load_data, start_engine
 from madpo.trainer.step import train_step
 
 pytestmark = pytest.mark.ranks

@@ -19,13 +19,13 @@ import pytest
 from config_keys import OBJECTIVE, dotted, filled, kinds, other
 from harness import make_config
 
-from madpo.launch import recipe
-from madpo.trainer import effects
+from madpo.launch.recipes import read as recipe
 from madpo.trainer.checkpoint import identity
-from madpo.trainer.config import Config
+from madpo.trainer.config import effects
+from madpo.trainer.config.schema import Config
+from madpo.trainer.config.section import Effect
 from madpo.trainer.dist import Shard
 from madpo.trainer.objectives.registry import OBJECTIVES
-from madpo.trainer.section import Effect
 
 TABLE = """
 output_dir                              free    kept

@@ -11,9 +11,9 @@ import pytest
 from chat_server import Server, chat_server
 from patience import patient
 
-from madpo.trainer.endpoint import Endpoint, fill, read_number, read_verdict, win_rates
-from madpo.trainer.generate_config import EndpointConfig, JudgeConfig
-from madpo.trainer.judges import check_judge
+from madpo.trainer.config.generate import EndpointConfig, JudgeConfig
+from madpo.trainer.sampling.judge_server import Endpoint, fill, read_number, read_verdict, win_rates
+from madpo.trainer.sampling.judges import check_judge
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from harness import make_config
 from torch import nn
 
-from madpo.trainer.config import Config
+from madpo.trainer.config.schema import Config
 from madpo.trainer.engine import deepspeed_config, parameter_groups
 
 

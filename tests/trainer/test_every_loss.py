@@ -16,7 +16,7 @@ from lora_cases import changed
 from odd_settings import CASES, ODD, Settings, keys, opinion
 from shared_engine import MEMORY, Plain, every_loss, groups_of, loss_and_gradients, steps_of
 
-from madpo.trainer.config import Config
+from madpo.trainer.config.schema import Config
 from madpo.trainer.objectives import build
 
 pytestmark = pytest.mark.ranks

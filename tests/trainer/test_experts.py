@@ -16,19 +16,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from zero3 import padded_logps, zero3_steps
 
 from madpo.trainer import checkpoint
-from madpo.trainer.config import Config
-from madpo.trainer.data.loader import plan_step, step_rules
+from madpo.trainer.batches.packing import pack
+from madpo.trainer.batches.steps import plan_step, step_rules
+from madpo.trainer.config.schema import Config
 from madpo.trainer.data.order import DataOrder
-from madpo.trainer.data.packing import pack
 from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.data.training_data import load_data
 from madpo.trainer.dist import Shard
-from madpo.trainer.model import prefix_attention
-from madpo.trainer.model.balance import expert_balance
-from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.model.attention import prefix_sharing
+from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.model.expert_balance import expert_balance
 from madpo.trainer.model.policy import PolicyWithReference
 from madpo.trainer.objectives.build import bind
 from madpo.trainer.objectives.registry import OBJECTIVES
-from madpo.trainer.stages.setup import load_data
 from madpo.trainer.stages.train import run_training
 
 BALANCED = ("Mixtral", "Qwen2-MoE", "Qwen3-MoE", "gpt-oss")
@@ -39,8 +39,8 @@ BALANCED = ("Mixtral", "Qwen2-MoE", "Qwen3-MoE", "gpt-oss")
 @pytest.mark.parametrize("family", BALANCED)
 def test_the_loss_is_that_of_transformers(family, checkpointing):
     """On one completion, where nothing is shared; value and gradients."""
-    prefix_attention.register()
-    ours, theirs = tiny_model(family, prefix_attention.NAMES["sdpa"]), tiny_model(family, "eager")
+    prefix_sharing.register()
+    ours, theirs = tiny_model(family, prefix_sharing.NAMES["sdpa"]), tiny_model(family, "eager")
     if checkpointing:
         ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     (group,) = random_groups(1, completions=1, vocab=VOCAB)

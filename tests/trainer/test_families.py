@@ -11,24 +11,24 @@ from families import FAMILIES, VOCAB, tiny_model
 from harness import random_groups
 from kernel_cases import relative_error
 
-from madpo.trainer.data.packing import pack
+from madpo.trainer.batches.packing import pack
 from madpo.trainer.data.tokenise import TokenGroup
-from madpo.trainer.model import prefix_attention
+from madpo.trainer.model.attention import prefix_sharing
+from madpo.trainer.model.attention.prefix_sharing import SegmentTable
 from madpo.trainer.model.policy import (
     output_head,
     refuse_unless_head_is_known,
     refuse_unless_packing_is_exact,
     scored_hidden,
 )
-from madpo.trainer.model.prefix_attention import SegmentTable
 
-NAME = prefix_attention.NAMES["sdpa"]
+NAME = prefix_sharing.NAMES["sdpa"]
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 
 
 @pytest.fixture(autouse=True)
 def _registered():
-    prefix_attention.register()
+    prefix_sharing.register()
 
 
 def groups() -> list[TokenGroup]:

@@ -12,15 +12,16 @@ from harness import LLAMA, random_groups
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from madpo.trainer.config import PeftConfig
-from madpo.trainer.data.packing import PackedBatch, pack
-from madpo.trainer.data.shapes import Cost, Shapes, work_of
+from madpo.trainer.batches.packing import PackedBatch, pack
+from madpo.trainer.config.schema import PeftConfig
+from madpo.trainer.data.lengths import Cost, Shapes, work_of
 from madpo.trainer.data.tokenise import TokenGroup
-from madpo.trainer.model import lora, prefix_attention
+from madpo.trainer.model import lora
+from madpo.trainer.model.attention import prefix_sharing
+from madpo.trainer.model.attention.prefix_sharing import Sight
 from madpo.trainer.model.flops import passes, step_cost
 from madpo.trainer.model.freeze import freeze
 from madpo.trainer.model.policy import PolicyWithReference
-from madpo.trainer.model.prefix_attention import Sight
 from madpo.trainer.model.recompute import checkpoint_layers
 from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.objectives.build import bind, build
@@ -44,7 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def make(seed: int, **changes: Any) -> PreTrainedModel:
-    prefix_attention.register()
+    prefix_sharing.register()
     torch.manual_seed(seed)
     config = AutoConfig.for_model(**{**LLAMA, **changes})
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="prefix_sharing")
@@ -147,7 +148,7 @@ def test_an_objective_of_the_whole_batch_scores_twice_and_in_parts_computes_the_
 def test_a_reward_model_has_no_head_of_its_own_to_count():
     from transformers import AutoModelForSequenceClassification
 
-    prefix_attention.register()
+    prefix_sharing.register()
     config = AutoConfig.for_model(**LLAMA, num_labels=1)
     model: Any = AutoModelForSequenceClassification.from_config(config, attn_implementation="prefix_sharing")
     module, batch = (

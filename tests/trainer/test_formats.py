@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from madpo.trainer.data.formats import (
+from madpo.trainer.formats.text_groups import (
     TextGroup,
     best_only,
     finite,

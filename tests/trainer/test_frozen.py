@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from zero3 import zero3_steps
 
 from madpo.kernels import preference_loss as kernels
-from madpo.trainer.config import Config
+from madpo.trainer.config.schema import Config
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.freeze import count_parameters, freeze
 

@@ -20,11 +20,11 @@ from harness import make_config, run_ranks, save_model, write_pairs
 from patience import patient
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from madpo.trainer.config import Config
+from madpo.trainer.config.schema import Config
 from madpo.trainer.data.dataset import load_groups
-from madpo.trainer.data.formats import TextGroup
 from madpo.trainer.data.tokenise import TokenRules, tokenise
-from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.formats.text_groups import TextGroup
+from madpo.trainer.model.build import load_tokenizer
 from madpo.trainer.stages.generate import run_generation
 
 pytestmark = pytest.mark.ranks
@@ -334,7 +334,7 @@ def test_a_function_that_is_not_there_is_seen_before_the_work(tmp_path, tree, fu
     ],
 )
 def test_what_a_function_returns_is_checked(tmp_path, body, message):
-    from madpo.trainer.judges import FunctionJudge
+    from madpo.trainer.sampling.judges import FunctionJudge
 
     (tmp_path / "bad.py").write_text(f"def score(prompts, completions):\n    return {body}\n")
     with pytest.raises(ValueError, match=message):

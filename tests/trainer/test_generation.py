@@ -14,8 +14,8 @@ from harness import make_config, run_ranks, save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from madpo.trainer.config import Config
-from madpo.trainer.generation import completion_of, open_sampler
+from madpo.trainer.config.schema import Config
+from madpo.trainer.sampling.samplers import completion_of, open_sampler
 
 OWN_SETTINGS = {
     "do_sample": True,
@@ -140,7 +140,7 @@ def test_a_tokenizer_that_is_too_large_is_refused(tmp_path, tokenizer_folder):
 
 
 def test_vllm_that_is_not_there(folder, monkeypatch):
-    monkeypatch.setattr("madpo.trainer.generation.find_spec", lambda name: None)
+    monkeypatch.setattr("madpo.trainer.sampling.samplers.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="vllm is not installed; pip install vllm, or set backend=hf"):
         sampler_of(folder, backend="vllm")
     assert sampler_of(folder, backend="auto", num_completions=1, max_new_tokens=2)([[1, 40]], seed=0)

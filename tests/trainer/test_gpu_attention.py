@@ -6,13 +6,13 @@ from attention_cases import mixed_groups, packed_logps
 from families import tiny_model
 from kernel_cases import DEVICE, relative_error
 
-from madpo.trainer.data.packing import pack
-from madpo.trainer.model import prefix_attention
+from madpo.trainer.batches.packing import pack
+from madpo.trainer.model.attention import prefix_sharing as prefix_attention
 from madpo.trainer.model.attention.backends import BACKENDS
 from madpo.trainer.model.attention.choice import trial
+from madpo.trainer.model.attention.prefix_sharing import NAMES, SegmentTable
 from madpo.trainer.model.policy import scored_hidden
-from madpo.trainer.model.prefix_attention import NAMES, SegmentTable
-from madpo.trainer.model.settle import settle_attention, survey
+from madpo.trainer.model.startup.attention import settle_attention, survey
 
 pytestmark = [
     pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: make test-gpu"),

@@ -13,7 +13,7 @@ from odd_settings import CASES, ODD, keys, opinion, slopes
 from torch import nn
 
 from madpo.kernels.token_scores import TokenScores
-from madpo.trainer.data.packing import pack
+from madpo.trainer.batches.packing import pack
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.head import OutputHead, PreferenceHead
 from madpo.trainer.objectives import build

@@ -19,10 +19,11 @@ from harness import random_groups, run_ranks
 from kernel_cases import relative_error
 from triton.runtime import interpreter
 
-from madpo.trainer.data.packing import pack
-from madpo.trainer.model import liger, prefix_attention
+from madpo.trainer.batches.packing import pack
+from madpo.trainer.model import liger
+from madpo.trainer.model.attention import prefix_sharing
+from madpo.trainer.model.attention.prefix_sharing import SegmentTable
 from madpo.trainer.model.policy import last_hidden
-from madpo.trainer.model.prefix_attention import SegmentTable
 from madpo.trainer.model.recompute import checkpoint_layers
 
 needs_liger = pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
@@ -61,8 +62,8 @@ def hidden_and_gradients(model: Any) -> dict[str, torch.Tensor]:
 
 def with_and_without(shard, family: str, selective: bool) -> list[Any]:
     fit_interpreter()
-    prefix_attention.register()
-    attention = prefix_attention.NAMES["sdpa"]
+    prefix_sharing.register()
+    attention = prefix_sharing.NAMES["sdpa"]
     want = hidden_and_gradients(tiny_model(family, attention))
     model = tiny_model(family, attention)
     module: Any = sys.modules[type(model).__module__]

@@ -10,11 +10,11 @@ import pytest
 from harness import make_config, run_ranks, save_model, write_pairs
 
 from madpo.trainer import loop
-from madpo.trainer.config import Config
-from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.config.schema import Config
+from madpo.trainer.data.training_data import load_data, start_engine
+from madpo.trainer.model.build import load_tokenizer
 from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.schedule import learning_rate
-from madpo.trainer.stages.setup import load_data, start_engine
 from madpo.trainer.state import TrainState
 
 STEPS, SIZE, STEP, EVALUATION, SAVE = 6, 4, 0.5, 32.0, 1024.0

@@ -14,11 +14,11 @@ from harness import LLAMA, make_config, run_ranks, save_model, write_pairs
 from lora_cases import STAGE_2, changed, stored_adapter, train
 from transformers import AutoModelForCausalLM
 
-from madpo.trainer.config import Config, load
+from madpo.trainer.config.schema import Config, load
+from madpo.trainer.data.training_data import start_engine
 from madpo.trainer.errors import UserError
 from madpo.trainer.model import lora
-from madpo.trainer.model.load import load_sampler, load_tokenizer
-from madpo.trainer.stages.setup import start_engine
+from madpo.trainer.model.build import load_sampler, load_tokenizer
 
 
 @pytest.fixture

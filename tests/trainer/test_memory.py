@@ -15,12 +15,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from zero3 import zero3_steps
 
-from madpo.trainer.config import Config
-from madpo.trainer.data.packing import pack
-from madpo.trainer.model import offload, prefix_attention
+from madpo.trainer.batches.packing import pack
+from madpo.trainer.config.schema import Config
+from madpo.trainer.model import offload
+from madpo.trainer.model.attention import prefix_sharing
+from madpo.trainer.model.attention.prefix_sharing import SegmentTable
 from madpo.trainer.model.offload import Cargo, Parcel, Slip, offload_layers
 from madpo.trainer.model.policy import last_hidden
-from madpo.trainer.model.prefix_attention import SegmentTable
 from madpo.trainer.model.recompute import checkpoint_layers
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -33,8 +34,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def prepared(family: str, way: dict[str, Any], **changes: Any) -> Any:
-    prefix_attention.register()
-    model = tiny_model(family, prefix_attention.NAMES["sdpa"], **changes).train()
+    prefix_sharing.register()
+    model = tiny_model(family, prefix_sharing.NAMES["sdpa"], **changes).train()
     if way.get("gradient_checkpointing"):
         checkpoint_layers(model, selective=way["gradient_checkpointing"] == "selective")
     if way.get("activation_offloading"):

@@ -13,15 +13,15 @@ import torch
 from harness import make_config, run_ranks, save_model, sentence
 from zero3 import zero3_steps
 
-from madpo.trainer.config import Config
+from madpo.trainer.batches.steps import StepRules, plan_step
+from madpo.trainer.config.schema import Config
 from madpo.trainer.data.feed import WholeSet
-from madpo.trainer.data.loader import StepRules, plan_step
-from madpo.trainer.data.merged import MergedDataset, joined, merge_prompts
 from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.data.training_data import load_data
+from madpo.trainer.data.views.merged_prompts import MergedDataset, joined, merge_prompts
 from madpo.trainer.dist import Shard
-from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.model.build import load_tokenizer
 from madpo.trainer.objectives.base import Item
-from madpo.trainer.stages.setup import load_data
 
 PROMPTS = 6
 

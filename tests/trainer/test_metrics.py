@@ -7,7 +7,7 @@ import pytest
 import torch
 from harness import random_groups, run_ranks
 
-from madpo.trainer.data.packing import filler, pack
+from madpo.trainer.batches.packing import filler, pack
 from madpo.trainer.metrics import Meter, MetricsFile, add_stats
 
 

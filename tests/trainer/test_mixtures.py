@@ -15,14 +15,14 @@ import yaml
 from harness import make_config, run_ranks, save_model, write_pairs
 from transformers import AutoTokenizer
 
-from madpo.trainer.config import Config, dump, load
+from madpo.trainer.config.schema import Config, dump, load
 from madpo.trainer.data import dataset as dataset_module
 from madpo.trainer.data.dataset import GroupDataset, share
 from madpo.trainer.data.mixture import load_split
+from madpo.trainer.data.training_data import load_data, training_groups
 from madpo.trainer.stages.annotate import run_annotation
 from madpo.trainer.stages.probe import run_probe
 from madpo.trainer.stages.quantiles import resolve_quantiles
-from madpo.trainer.stages.setup import load_data, training_groups
 from madpo.trainer.stages.train import run_training
 
 

@@ -13,8 +13,8 @@ from harness import make_config, run_ranks, write_pairs
 from lora_cases import train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from madpo.trainer.config import Config
-from madpo.trainer.model import prefix_attention
+from madpo.trainer.config.schema import Config
+from madpo.trainer.model.attention import prefix_sharing
 from madpo.trainer.model.policy import refuse_noise
 
 PHIMOE = {**SIZES, "model_type": "phimoe", **EXPERTS, "head_dim": 12}
@@ -55,13 +55,13 @@ def test_experts_that_are_drawn_are_refused(tmp_path, tokenizer_folder):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_check_leaves_the_mode_as_it_was_and_lets_quiet_models_pass(dtype):
-    prefix_attention.register()
+    prefix_sharing.register()
     for family in ("Llama 3", "Mixtral", "gpt-oss"):
-        model = tiny_model(family, prefix_attention.NAMES["sdpa"]).to(dtype)
+        model = tiny_model(family, prefix_sharing.NAMES["sdpa"]).to(dtype)
         for mode in (False, True):
             model.train(mode)
             refuse_noise(model, torch.device("cpu"))
             assert all(module.training == mode for module in model.modules())
-    noisy = tiny_model("Mixtral", prefix_attention.NAMES["sdpa"], router_jitter_noise=0.5).to(dtype)
+    noisy = tiny_model("Mixtral", prefix_sharing.NAMES["sdpa"], router_jitter_noise=0.5).to(dtype)
     with pytest.raises(ValueError, match="in training its hidden states differ from those in evaluation"):
         refuse_noise(noisy, torch.device("cpu"))

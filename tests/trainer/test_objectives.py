@@ -466,7 +466,7 @@ def test_an_objective_from_another_package(tmp_path):
         "objective: {loss_type: triple, beta: 0.5}\n"
     )
     code = (
-        "import torch; from madpo.trainer.config import load; from madpo.trainer.objectives import *\n"
+        "import torch; from madpo.trainer.config.schema import load; from madpo.trainer.objectives import *\n"
         f"print(load({str(config)!r}).objective.beta)\n"
         "z = torch.zeros(1); print(build('triple', beta=2.0)(EdgeScores(z + 1, z, z, z)).item())\n"
     )

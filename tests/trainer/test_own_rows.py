@@ -17,24 +17,24 @@ from kernel_cases import relative_error
 from lora_cases import changed, stored_adapter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from madpo.trainer.config import Config
+from madpo.trainer.batches.packing import pack
+from madpo.trainer.config.schema import Config
 from madpo.trainer.data.order import DataOrder
-from madpo.trainer.data.packing import pack
+from madpo.trainer.data.training_data import load_data
 from madpo.trainer.errors import UserError
-from madpo.trainer.model import prefix_attention
-from madpo.trainer.model.balance import expert_balance
+from madpo.trainer.model.attention import prefix_sharing as prefix_attention
+from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.model.expert_balance import expert_balance
 from madpo.trainer.model.flops import passes
-from madpo.trainer.model.load import load_tokenizer
-from madpo.trainer.model.own_rows import row_index
+from madpo.trainer.model.padded_rows import row_index
 from madpo.trainer.model.policy import (
     PolicyWithReference,
     refuse_unless_head_is_known,
     refuse_unless_packing_is_exact,
 )
-from madpo.trainer.model.settle import settle_attention
+from madpo.trainer.model.startup.attention import settle_attention
 from madpo.trainer.objectives.build import bind
 from madpo.trainer.objectives.registry import OBJECTIVES
-from madpo.trainer.stages.setup import load_data
 
 CPU = torch.device("cpu")
 ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}

@@ -7,14 +7,14 @@ import pytest
 import torch
 from harness import make_config, run_ranks, write_pairs
 
-from madpo.trainer.config import Config
+from madpo.trainer.config.schema import Config
 from madpo.trainer.data.dataset import GroupDataset, load_groups
 from madpo.trainer.data.groups import ConcatenatedGroups, TokenGroups
-from madpo.trainer.data.mismatched import MismatchedDataset
-from madpo.trainer.data.shapes import Work
+from madpo.trainer.data.lengths import Work
+from madpo.trainer.data.views.mismatched import MismatchedDataset
 from madpo.trainer.metrics import Meter
-from madpo.trainer.model.load import load_tokenizer
-from madpo.trainer.perf import MEMORY, PeakMemory, known_peak, peak_flops, throughput
+from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.throughput import MEMORY, PeakMemory, known_peak, peak_flops, throughput
 
 CPU = torch.device("cpu")
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from madpo.trainer.config import DataConfig
-from madpo.trainer.data.pairing import Pair, choose_pair, pair_row, random_of
-from madpo.trainer.data.prompts import Prompts, read_prompts
+from madpo.trainer.config.schema import DataConfig
+from madpo.trainer.sampling.pairs import Pair, choose_pair, pair_row, random_of
+from madpo.trainer.sampling.prompts import Prompts, read_prompts
 
 ASK = [{"role": "user", "content": "why"}]
 ANSWER = [{"role": "assistant", "content": "so"}]

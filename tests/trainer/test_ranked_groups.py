@@ -17,16 +17,16 @@ from published_rows import NECTAR, SHAREGPT, TOOLS, ULTRAFEEDBACK, ULTRAFEEDBACK
 from transformers import AutoTokenizer
 from zero3 import padded_logps, zero3_steps
 
-from madpo.trainer.config import Config, DataConfig
+from madpo.trainer.config.schema import Config, DataConfig
 from madpo.trainer.data import dataset as dataset_module
-from madpo.trainer.data.adapters import ADAPTERS
 from madpo.trainer.data.dataset import groups_key, load_groups, rules_of
-from madpo.trainer.data.formats import TextGroup
 from madpo.trainer.data.groups import check_groups
-from madpo.trainer.data.rows import RowRules, read_row
 from madpo.trainer.data.tokenise import TokenRules, tokenise
-from madpo.trainer.model.load import load_tokenizer
-from madpo.trainer.stages.setup import load_data
+from madpo.trainer.data.training_data import load_data
+from madpo.trainer.formats.adapters import ADAPTERS
+from madpo.trainer.formats.read_row import RowRules, read_row
+from madpo.trainer.formats.text_groups import TextGroup
+from madpo.trainer.model.build import load_tokenizer
 
 TEMPLATE = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}{% if short %}<short>{% endif %}"
@@ -181,8 +181,8 @@ def test_a_group_beyond_the_budget_is_refused_with_its_size(tmp_path, tokenizer)
 
 def show(tokenizer, row: dict[str, Any], **data: Any) -> tuple[str, list[str]]:
     """The prompt and the completions of a row, read as `messages`, as text."""
-    from madpo.trainer.data.adapters import ADAPTERS
-    from madpo.trainer.data.rows import read_row
+    from madpo.trainer.formats.adapters import ADAPTERS
+    from madpo.trainer.formats.read_row import read_row
 
     group = read_row(row, ADAPTERS["messages"], RowRules())
     tokens = tokenise(group, tokenizer, TokenRules(600, template_kwargs=data))

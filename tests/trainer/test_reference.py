@@ -15,17 +15,17 @@ from kernel_cases import relative_error
 from lora_cases import STAGE_2, changed, stored_adapter, train
 from zero3 import zero3_steps
 
-from madpo.trainer import reference_cache
 from madpo.trainer.checkpoint import identity
-from madpo.trainer.config import Config
+from madpo.trainer.config.schema import Config
 from madpo.trainer.data.groups import with_logps
 from madpo.trainer.data.order import permutation
+from madpo.trainer.data.training_data import load_data, start_engine
 from madpo.trainer.dist import Shard
+from madpo.trainer.model.build import load_tokenizer
 from madpo.trainer.model.freeze import count_parameters
-from madpo.trainer.model.load import load_tokenizer
-from madpo.trainer.stages import reference
+from madpo.trainer.reference import cached as reference
+from madpo.trainer.reference import file as reference_file
 from madpo.trainer.stages.evaluate import run_evaluation
-from madpo.trainer.stages.setup import load_data, start_engine
 
 pytestmark = pytest.mark.ranks
 
@@ -53,7 +53,7 @@ def files_of(config: Config) -> list[Path]:
 
 def numbers_in(config: Config) -> dict[int, np.ndarray]:
     """The log-probs in the cache, by their number: of train and of test there are differently many."""
-    found = [np.array(reference_cache.safe_open(x, "np").get_tensor("token_logps")) for x in files_of(config)]
+    found = [np.array(reference_file.safe_open(x, "np").get_tensor("token_logps")) for x in files_of(config)]
     return {len(logps): logps for logps in found}
 
 
@@ -171,11 +171,11 @@ def test_narrow_weights_are_scored_again_within_their_rounding(config):
 def tamper(config: Config, count: int, place: int, by: float) -> Path:
     """Another number in the file of `count` log-probs, with a header that fits it."""
     for path in files_of(config):
-        with reference_cache.safe_open(path, "np") as file:
+        with reference_file.safe_open(path, "np") as file:
             parts, logps = json.loads(file.metadata()["parts"]), np.array(file.get_tensor("token_logps"))
         if len(logps) == count:
             logps[place] += by
-            reference_cache.write(path, logps, parts)
+            reference_file.write(path, logps, parts)
             return path
     raise AssertionError(f"no file of {count}")
 

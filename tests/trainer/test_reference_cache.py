@@ -13,14 +13,14 @@ from commits import Commits, no_rename
 from harness import make_config, save_model, write_pairs
 from lora_cases import changed, stored_adapter
 
-from madpo.trainer import reference_cache
-from madpo.trainer.config import Config
-from madpo.trainer.model import reference as of_model
-from madpo.trainer.model.load import load_tokenizer
-from madpo.trainer.model.reference import weights_of_reference
-from madpo.trainer.reference_cache import nearest, path_of, read, write
-from madpo.trainer.stages.reference import parts_of
-from madpo.trainer.stages.setup import load_data
+from madpo.trainer.config.schema import Config
+from madpo.trainer.data.training_data import load_data
+from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.reference import file as reference_file
+from madpo.trainer.reference import model as of_model
+from madpo.trainer.reference.cached import parts_of
+from madpo.trainer.reference.file import nearest, path_of, read, write
+from madpo.trainer.reference.model import weights_of_reference
 
 PARTS = {"data": "groups-1", "dtype": "fp32", "weights": {"config.json": "ab"}}
 LOGPS = -np.arange(1, 200, dtype=np.float32)
@@ -37,7 +37,7 @@ def test_what_was_written_is_read_without_a_copy(path):
     got = read(path, PARTS, len(LOGPS))
     assert np.array_equal(got, LOGPS) and not got.flags.owndata
     assert [file.name for file in path.parent.iterdir()] == [path.name], "nothing partial is left"
-    with reference_cache.safe_open(path, "np") as file:
+    with reference_file.safe_open(path, "np") as file:
         assert json.loads(file.metadata()["parts"]) == PARTS
 
 
@@ -55,7 +55,7 @@ def test_a_damaged_file_is_refused(path):
 
 
 def test_a_file_without_our_header_is_refused(path):
-    reference_cache.save_file({"token_logps": torch.from_numpy(LOGPS)}, path)
+    reference_file.save_file({"token_logps": torch.from_numpy(LOGPS)}, path)
     with pytest.raises(ValueError, match="can be read"):
         read(path, PARTS, len(LOGPS))
 

@@ -11,12 +11,12 @@ import torch
 from harness import make_config, run_ranks, save_model, write_pairs
 from lora_cases import changed
 
-from madpo.trainer.config import Config
-from madpo.trainer.data.loader import plan_step, step_rules
+from madpo.trainer.batches.steps import plan_step, step_rules
+from madpo.trainer.config.schema import Config
+from madpo.trainer.data.training_data import load_data, start_engine
 from madpo.trainer.metrics import Meter
-from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.model.build import load_tokenizer
 from madpo.trainer.objectives.base import BatchState
-from madpo.trainer.stages.setup import load_data, start_engine
 from madpo.trainer.step import train_step
 
 pytestmark = pytest.mark.ranks

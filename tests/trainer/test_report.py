@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from madpo.trainer.report import write_report
+from madpo.trainer.reports.run_report import write_report
 from madpo.trainer.run_folder import read_metrics
 
 pytest.importorskip("matplotlib")

@@ -14,13 +14,13 @@ from harness import LLAMA, make_config, plain_scores, run_ranks, save_classifier
 from kernel_cases import relative_error
 from zero3 import plain_optimizer, zero3_steps
 
-from madpo.trainer.config import Config
+from madpo.trainer.config.schema import Config
 from madpo.trainer.data.order import DataOrder
+from madpo.trainer.data.training_data import load_data, start_engine
 from madpo.trainer.engine import release
-from madpo.trainer.model.load import build_module, load_tokenizer
+from madpo.trainer.model.build import build_module, load_tokenizer
 from madpo.trainer.objectives import EdgeScores, build
 from madpo.trainer.stages.annotate import run_annotation
-from madpo.trainer.stages.setup import load_data, start_engine
 from madpo.trainer.stages.train import run_training
 
 BATCH = 7

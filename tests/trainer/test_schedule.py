@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from harness import make_config
 
-from madpo.trainer.config import Config, OptimConfig
+from madpo.trainer.config.schema import Config, OptimConfig
 from madpo.trainer.loop import plan_run
 from madpo.trainer.schedule import learning_rate
 

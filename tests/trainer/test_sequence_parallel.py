@@ -17,21 +17,21 @@ from lora_cases import changed, train
 from zero3 import compare, plain_steps, zero3_steps
 
 from madpo.trainer import checkpoint
-from madpo.trainer.config import Config
-from madpo.trainer.data.loader import StepRules, plan_step, step_rules
-from madpo.trainer.data.packing import pack
-from madpo.trainer.data.slices import slice_of
+from madpo.trainer.batches.packing import pack
+from madpo.trainer.batches.sequence_slices import slice_of
+from madpo.trainer.batches.steps import StepRules, plan_step, step_rules
+from madpo.trainer.config.schema import Config
+from madpo.trainer.data.training_data import load_data, start_engine
 from madpo.trainer.dist import Shard
-from madpo.trainer.model import prefix_attention
-from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.model.attention import prefix_sharing
+from madpo.trainer.model.attention.prefix_sharing import SegmentTable
+from madpo.trainer.model.build import load_tokenizer
 from madpo.trainer.model.policy import last_hidden
-from madpo.trainer.model.prefix_attention import SegmentTable
-from madpo.trainer.model.slice_check import refuse_unless_slicing_is_exact
+from madpo.trainer.model.startup.slices import refuse_unless_slicing_is_exact
 from madpo.trainer.objectives.base import Item
 from madpo.trainer.sequence_parallel import join
 from madpo.trainer.stages.evaluate import run_evaluation
 from madpo.trainer.stages.probe import run_probe
-from madpo.trainer.stages.setup import load_data, start_engine
 
 ranks = pytest.mark.ranks
 
@@ -119,10 +119,10 @@ def models_in_slices(shard, families: list[str]) -> dict[str, tuple[float, float
 
     group = join(shard.world_size, 1.0)
     assert group is not None
-    prefix_attention.register()
+    prefix_sharing.register()
     out = {}
     for family in families:
-        model = tiny_model(family, prefix_attention.NAMES["sdpa"], vocab_size=307)
+        model = tiny_model(family, prefix_sharing.NAMES["sdpa"], vocab_size=307)
         batch = pack(random_groups(3, completions=3))
         part = slice_of(batch, group.index, group.size)
         whole = last_hidden(model, batch, SegmentTable(batch.segments))
@@ -300,9 +300,9 @@ def test_a_probe_counts_every_completion_once(config, tmp_path):
 def saved_bytes(shard, size: int) -> int:
     """What backward needs of one forward of the backbone, without parameters."""
     group = join(size, 1.0)
-    prefix_attention.register()
+    prefix_sharing.register()
     options = {"vocab_size": 307, "num_key_value_heads": 4}  # fewer would be copied for 4 ranks
-    model = tiny_model("Llama 3", prefix_attention.NAMES["sdpa"], **options)
+    model = tiny_model("Llama 3", prefix_sharing.NAMES["sdpa"], **options)
     batch = pack(random_groups(40))
     if group is not None:
         batch = slice_of(batch, group.index, size)
@@ -330,8 +330,8 @@ def test_a_rank_keeps_its_share_of_the_activations():
 def refused(shard, wrong: bool) -> None:
     group = join(shard.world_size, 1.0)
     assert group is not None
-    prefix_attention.register()
-    model = tiny_model("Llama 3", prefix_attention.NAMES["sdpa"], vocab_size=307)
+    prefix_sharing.register()
+    model = tiny_model("Llama 3", prefix_sharing.NAMES["sdpa"], vocab_size=307)
     if wrong:  # as a model that takes positions from the row
         model.get_input_embeddings().register_forward_hook(
             lambda module, inputs, output: output + torch.arange(output.shape[1])[:, None] / 10

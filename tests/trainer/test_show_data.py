@@ -16,11 +16,11 @@ from harness import make_config, write_pairs
 from patience import patient
 from rich.console import Console
 
-from madpo.trainer.config import Config, dump
+from madpo.trainer.config.schema import Config, dump
 from madpo.trainer.data.dataset import load_groups
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.tokenise import TokenGroup
-from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.model.build import load_tokenizer
 from madpo.trainer.stages.show_data import render_group, render_totals, show_data
 
 

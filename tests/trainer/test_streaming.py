@@ -15,15 +15,15 @@ from harness import make_config, run_ranks, save_model, without_clock, write_pai
 from patience import patient
 from transformers import AutoTokenizer
 
-from madpo.trainer.config import Config
+from madpo.trainer.config.schema import Config
+from madpo.trainer.data.block_reader import SAMPLE_BYTES, SAMPLES, RowReader, open_reader, sampled_content
 from madpo.trainer.data.dataset import load_groups
 from madpo.trainer.data.feed import Feed, WholeSet
-from madpo.trainer.data.reader import SAMPLE_BYTES, SAMPLES, RowReader, open_reader, sampled_content
 from madpo.trainer.data.source import load_by_name
 from madpo.trainer.data.stream import Stream
+from madpo.trainer.data.training_data import load_data
 from madpo.trainer.stages.annotate import run_annotation
 from madpo.trainer.stages.probe import run_probe
-from madpo.trainer.stages.setup import load_data
 from madpo.trainer.stages.train import run_training
 
 ROWS, BLOCK = 23, 5

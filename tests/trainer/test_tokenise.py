@@ -8,7 +8,6 @@ import pytest
 from harness import WORDS
 from transformers import AutoTokenizer
 
-from madpo.trainer.data.formats import TextGroup
 from madpo.trainer.data.tokenise import (
     TokenRules,
     encode_prompt,
@@ -17,6 +16,7 @@ from madpo.trainer.data.tokenise import (
     spells_special,
     tokenise,
 )
+from madpo.trainer.formats.text_groups import TextGroup
 
 CHAT = (
     "{% if tools %}[{{ tools[0]['name'] }}]{% endif %}{{ tone }}"

@@ -11,10 +11,11 @@ from families import FAMILIES, VOCAB, tiny_model
 from harness import random_groups
 from torch import Tensor
 
-from madpo.trainer.config import PeftConfig
-from madpo.trainer.data.packing import PackedBatch, pack
-from madpo.trainer.model import lora, prefix_attention
-from madpo.trainer.model.balance import expert_balance
+from madpo.trainer.batches.packing import PackedBatch, pack
+from madpo.trainer.config.schema import PeftConfig
+from madpo.trainer.model import lora
+from madpo.trainer.model.attention import prefix_sharing
+from madpo.trainer.model.expert_balance import expert_balance
 from madpo.trainer.model.policy import PolicyWithReference, share_traversal
 from madpo.trainer.objectives.build import bind
 from madpo.trainer.objectives.registry import OBJECTIVES
@@ -28,8 +29,8 @@ def adapted(
 ) -> PolicyWithReference:
     """A tiny model with an adapter that, if `trained`, has an effect; the reference is the model without it,
     or with a frozen copy that has another effect."""
-    prefix_attention.register()
-    model = tiny_model(family, prefix_attention.NAMES["sdpa"])
+    prefix_sharing.register()
+    model = tiny_model(family, prefix_sharing.NAMES["sdpa"])
     settings = lora.new_config(PeftConfig(**peft), "x", None, False)
     lora.attach(model, settings, lora.POLICY)
     if frozen_copy:

@@ -12,11 +12,11 @@ from harness import make_config, run_ranks, save_model, write_pairs
 from lora_cases import STAGE_2, changed, stored_adapter
 from zero3 import zero3_steps
 
-from madpo.trainer.config import Config
-from madpo.trainer.data.loader import plan_step, step_rules
-from madpo.trainer.model.load import load_tokenizer
-from madpo.trainer.stages import setup
-from madpo.trainer.stages.setup import load_data, start_engine
+from madpo.trainer.batches.steps import plan_step, step_rules
+from madpo.trainer.config.schema import Config
+from madpo.trainer.data import training_data
+from madpo.trainer.data.training_data import load_data, start_engine
+from madpo.trainer.model.build import load_tokenizer
 
 pytestmark = pytest.mark.ranks
 
@@ -52,7 +52,7 @@ def apart(function: Any) -> Any:
     """The same with a pass each for policy and reference."""
 
     def run(*args: Any) -> Any:
-        setup.share_traversal = lambda module, device: None
+        training_data.share_traversal = lambda module, device: None
         return function(*args)
 
     return run

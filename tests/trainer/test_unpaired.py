@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from harness import make_config, write_pairs
 
-from madpo.trainer.config import Config
+from madpo.trainer.batches.steps import StepRules, plan_step
+from madpo.trainer.config.schema import Config
 from madpo.trainer.data.dataset import load_groups
-from madpo.trainer.data.formats import TextGroup, layout_of, to_group
-from madpo.trainer.data.loader import StepRules, plan_step
-from madpo.trainer.data.mismatched import MismatchedDataset
+from madpo.trainer.data.training_data import load_data
+from madpo.trainer.data.views.mismatched import MismatchedDataset
 from madpo.trainer.dist import Shard
-from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.formats.text_groups import TextGroup, layout_of, to_group
+from madpo.trainer.model.build import load_tokenizer
 from madpo.trainer.objectives.base import Item
-from madpo.trainer.stages.setup import load_data
 
 ROWS = [
     {"prompt": f"prompt {i}:", "completion": " good" * (i % 5 + 1), "label": i % 3 > 0} for i in range(12)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from madpo.trainer import user_function
+from madpo.trainer.config.generate import JudgeConfig
 from madpo.trainer.errors import UserError
-from madpo.trainer.generate_config import JudgeConfig
-from madpo.trainer.judges import FunctionJudge, check_judge
+from madpo.trainer.sampling.judges import FunctionJudge, check_judge
 
 JUDGE = """
 from __future__ import annotations

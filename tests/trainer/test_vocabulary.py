@@ -11,7 +11,7 @@ import torch
 from harness import LLAMA, make_config, run_ranks, save_model, without_clock, write_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from madpo.trainer.config import Config
+from madpo.trainer.config.schema import Config
 from madpo.trainer.stages.train import run_training
 
 pytestmark = pytest.mark.ranks

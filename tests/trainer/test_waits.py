@@ -17,13 +17,13 @@ from kernel_cases import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from madpo.trainer import dist
-from madpo.trainer.config import Config
-from madpo.trainer.data.loader import plan_step, step_rules
-from madpo.trainer.data.prefetch import prefetched
+from madpo.trainer.batches.prefetch import prefetched
+from madpo.trainer.batches.steps import plan_step, step_rules
+from madpo.trainer.config.schema import Config
+from madpo.trainer.data.training_data import load_data, start_engine
 from madpo.trainer.metrics import Meter
-from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.model.build import load_tokenizer
 from madpo.trainer.objectives.base import BatchState
-from madpo.trainer.stages.setup import load_data, start_engine
 from madpo.trainer.step import forward_backward
 
 pytestmark = pytest.mark.ranks

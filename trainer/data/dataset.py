@@ -23,18 +23,18 @@ import xxhash
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.config import DataConfig
-from madpo.trainer.data.adapters import ADAPTERS
+from madpo.trainer.config.schema import DataConfig
 from madpo.trainer.data.folds import hash_of_prompt
-from madpo.trainer.data.formats import parse_json_line
 from madpo.trainer.data.groups import GroupCounts, ReferenceLogps, ease_of
+from madpo.trainer.data.lengths import Shapes
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.rows import RowRules, choose_adapter, read_row
-from madpo.trainer.data.shapes import Shapes
 from madpo.trainer.data.source import Source, open_source
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, special_spellings, spells_special, tokenise
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_folder_atomically
+from madpo.trainer.formats.adapters import ADAPTERS
+from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row
+from madpo.trainer.formats.text_groups import parse_json_line
 
 FORMAT_VERSION = 5
 """Part of the cache key; raise it when the same rows would give other tokens."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from madpo.trainer.data.formats import TextGroup
 from madpo.trainer.errors import UserError
+from madpo.trainer.formats.text_groups import TextGroup
 
 if TYPE_CHECKING:
     from madpo.trainer.data.dataset import GroupDataset

@@ -10,7 +10,7 @@ from typing import Protocol, Self, TypeVar
 import datasets
 import numpy as np
 
-from madpo.trainer.data.shapes import Shapes, check_budget, joined
+from madpo.trainer.data.lengths import Shapes, check_budget, joined
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Item, Need

@@ -9,7 +9,7 @@ import datasets
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.config import DataConfig
+from madpo.trainer.config.schema import DataConfig
 from madpo.trainer.data.dataset import GroupDataset, load_groups
 from madpo.trainer.errors import UserError
 

@@ -22,7 +22,8 @@ import numpy as np
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.config import DataConfig
+from madpo.trainer.config.schema import DataConfig
+from madpo.trainer.data.block_reader import FIRST_ROWS, Reader
 from madpo.trainer.data.dataset import (
     GroupDataset,
     adapter_in,
@@ -36,7 +37,6 @@ from madpo.trainer.data.dataset import (
 from madpo.trainer.data.groups import ConcatenatedGroups, TokenDataset, TokenGroups
 from madpo.trainer.data.mixture import total_report
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.reader import FIRST_ROWS, Reader
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_atomically
 

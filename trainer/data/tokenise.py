@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.data.formats import Messages, Text, TextGroup
-from madpo.trainer.data.rows import RowRules
 from madpo.trainer.errors import UserError
+from madpo.trainer.formats.read_row import RowRules
+from madpo.trainer.formats.text_groups import Messages, Text, TextGroup
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from madpo.trainer.data.shapes import Cost, StepCost
-from madpo.trainer.model.balance import num_experts
+from madpo.trainer.data.lengths import Cost, StepCost
+from madpo.trainer.model.expert_balance import num_experts
 from madpo.trainer.model.lora import in_use
 from madpo.trainer.model.policy import backbone
 from madpo.trainer.scoring_module import ScoringModule

@@ -13,15 +13,15 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from madpo.trainer.data.packing import PackedBatch, Segment, pack
+from madpo.trainer.batches.packing import PackedBatch, Segment, pack
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
 from madpo.trainer.head import Impl, LogitTransform, OutputHead, OutputLayers, PreferenceHead
-from madpo.trainer.model.balance import ExpertBalance
+from madpo.trainer.model.attention.prefix_sharing import SegmentTable, Unshared, shares_rows
+from madpo.trainer.model.expert_balance import ExpertBalance
+from madpo.trainer.model.interleaved import Traversal, find_traversal
 from madpo.trainer.model.lora import in_use
-from madpo.trainer.model.own_rows import run_rows
-from madpo.trainer.model.prefix_attention import SegmentTable, Unshared, shares_rows
-from madpo.trainer.model.traversal import Traversal, find_traversal
+from madpo.trainer.model.padded_rows import run_rows
 from madpo.trainer.objectives.build import BoundObjective
 from madpo.trainer.scoring_module import Gradients, Mode, ReferenceScorer
 from madpo.trainer.sequence_parallel import SequenceGroup

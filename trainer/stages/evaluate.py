@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from madpo.trainer import checkpoint, dist, loop
-from madpo.trainer.config import Config
-from madpo.trainer.model.load import load_tokenizer
-from madpo.trainer.progress import metrics_table
+from madpo.trainer.config.schema import Config
+from madpo.trainer.data.training_data import load_data, refuse_unless_data_fits, start_engine, weighed
+from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.reference.cached import with_reference
+from madpo.trainer.reports.progress import metrics_table
 from madpo.trainer.stages.quantiles import resolve_quantiles
-from madpo.trainer.stages.reference import with_reference
-from madpo.trainer.stages.setup import load_data, refuse_unless_data_fits, start_engine, weighed
 from madpo.trainer.state import TrainState
 
 

@@ -11,16 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer import checkpoint, dist
-from madpo.trainer.config import Config
+from madpo.trainer.config.schema import Config
+from madpo.trainer.data.training_data import start_engine
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_folder_atomically
 from madpo.trainer.model import lora
-from madpo.trainer.model.load import load_tokenizer, padding_token
+from madpo.trainer.model.build import load_tokenizer, padding_token
 from madpo.trainer.model.weights import adapter_weights, gather, whole_weights
-from madpo.trainer.stages.model_card import model_card
-from madpo.trainer.stages.setup import start_engine
+from madpo.trainer.reports.model_card import model_card
 from madpo.trainer.state import TrainState
 
 

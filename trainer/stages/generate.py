@@ -20,19 +20,19 @@ import numpy as np
 import xxhash
 
 from madpo.trainer import dist
-from madpo.trainer.config import Config
+from madpo.trainer.config.generate import GenerateConfig, JudgeConfig
+from madpo.trainer.config.schema import Config
 from madpo.trainer.data.dataset import tokenizer_identity
-from madpo.trainer.data.formats import Text
-from madpo.trainer.data.pairing import choose_pair, pair_row, random_of
-from madpo.trainer.data.prompts import Prompts, read_prompts
 from madpo.trainer.dist import Shard
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_atomically
-from madpo.trainer.generate_config import GenerateConfig, JudgeConfig
-from madpo.trainer.generation import backend_of, completion_of, open_sampler
-from madpo.trainer.judges import check_judge, judge_identity, open_judge
-from madpo.trainer.model.load import folder_of, load_tokenizer, state_of_files
-from madpo.trainer.parts import Batch, Parts, Work, batches_of, say
+from madpo.trainer.formats.text_groups import Text
+from madpo.trainer.model.build import folder_of, load_tokenizer, state_of_files
+from madpo.trainer.sampling.judges import check_judge, judge_identity, open_judge
+from madpo.trainer.sampling.pairs import choose_pair, pair_row, random_of
+from madpo.trainer.sampling.prompts import Prompts, read_prompts
+from madpo.trainer.sampling.resumable_batches import Batch, Parts, Work, batches_of, say
+from madpo.trainer.sampling.samplers import backend_of, completion_of, open_sampler
 from madpo.trainer.stages.train import claim
 
 

@@ -7,11 +7,11 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.config import Config
+from madpo.trainer.config.schema import Config
+from madpo.trainer.data.training_data import Data
 from madpo.trainer.dist import Shard
 from madpo.trainer.errors import UserError
 from madpo.trainer.stages.probe import stored_probe
-from madpo.trainer.stages.setup import Data
 
 
 def resolve_quantiles(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, shard: Shard) -> Config:

@@ -9,15 +9,15 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.config import Config
+from madpo.trainer.config.schema import Config
 from madpo.trainer.data.groups import check_groups
-from madpo.trainer.data.mismatched import MismatchedDataset
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.data.training_data import merged, report_of_merged, training_groups
+from madpo.trainer.data.views.mismatched import MismatchedDataset
 from madpo.trainer.errors import UserError
-from madpo.trainer.model.load import load_tokenizer
+from madpo.trainer.model.build import load_tokenizer
 from madpo.trainer.objectives.base import Need
-from madpo.trainer.stages.setup import merged, report_of_merged, training_groups
 
 Decode = Callable[[Sequence[int]], str]
 PROMPT = "dim"

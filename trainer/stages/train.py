@@ -15,21 +15,17 @@ import torch
 from filelock import FileLock, Timeout
 
 from madpo.trainer import checkpoint, dist, loop
-from madpo.trainer.config import Config, dump
+from madpo.trainer.config.schema import Config, dump
+from madpo.trainer.data.training_data import Data, load_data, refuse_unless_data_fits, start_engine, weighed
 from madpo.trainer.dist import Shard, barrier, refuse_if_any
 from madpo.trainer.metrics import MetricsFile
-from madpo.trainer.model.balance import expert_notes
+from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.model.expert_balance import expert_notes
 from madpo.trainer.model.freeze import count_parameters
-from madpo.trainer.model.load import load_tokenizer
-from madpo.trainer.progress import Progress
+from madpo.trainer.reference.cached import reference_notes, refuse_unless_policy_fits, with_reference
+from madpo.trainer.reports.progress import Progress
 from madpo.trainer.stages.export import export_model
 from madpo.trainer.stages.quantiles import resolve_quantiles
-from madpo.trainer.stages.reference import (
-    reference_notes,
-    refuse_unless_policy_fits,
-    with_reference,
-)
-from madpo.trainer.stages.setup import Data, load_data, refuse_unless_data_fits, start_engine, weighed
 from madpo.trainer.state import TrainState
 
 

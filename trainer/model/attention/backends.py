@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from madpo.trainer.model.attention import flex, sdpa, varlen
-from madpo.trainer.model.attention.call import Call
+from madpo.trainer.model.attention.inputs import Call
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from madpo.trainer.data.packing import Segment
+from madpo.trainer.batches.packing import Segment
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.attention.backends import BACKENDS, Backend
-from madpo.trainer.model.attention.call import Call
+from madpo.trainer.model.attention.inputs import Call
 from madpo.trainer.model.attention.segments import SegmentTable
 from madpo.trainer.model.attention.varlen import FLASH, flash_versions
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from madpo.trainer.model.attention.call import Call
+from madpo.trainer.model.attention.inputs import Call
 from madpo.trainer.model.attention.segments import SegmentTable, on_device
 
 BLOCK = 128

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from madpo.trainer.model.attention.call import Call
+from madpo.trainer.model.attention.inputs import Call
 
 
 def attend(call: Call) -> Tensor:  # (1, N, heads, head_dim)

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from madpo.trainer.data.packing import Segment
+from madpo.trainer.batches.packing import Segment
 from madpo.trainer.sequence_parallel import SequenceGroup
 
 if TYPE_CHECKING:
-    from madpo.trainer.model.attention.call import Call
+    from madpo.trainer.model.attention.inputs import Call
 
 
 class VarlenIndex(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from madpo.trainer.model.attention.call import Call
+from madpo.trainer.model.attention.inputs import Call
 
 HALVES = (torch.bfloat16, torch.float16)
 

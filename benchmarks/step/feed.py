@@ -1,0 +1,68 @@
+"""Pairs of tokens in memory, as the training loop takes its groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from madpo.benchmarks.step.workload import Pair
+from madpo.trainer.data.groups import GroupCounts, ReferenceLogps, TokenGroups
+from madpo.trainer.data.lengths import Shapes
+from madpo.trainer.data.tokenise import TokenGroup
+
+Packing = Literal["balanced", "counted", "alone"]
+"""Micro-batches of equal cost, of equal numbers of pairs, or of one pair."""
+
+
+class PairGroups:
+    def __init__(self, pairs: Sequence[Pair], claimed: int | None) -> None:
+        self._groups = [
+            TokenGroup(prompt, [chosen, rejected], [(0, 1, None)], [1, -1])
+            for prompt, chosen, rejected in pairs
+        ]
+        counts = [[len(tokens) for tokens in pair] for pair in pairs]
+        ones = np.ones(len(pairs), dtype=np.int64)
+        lengths = np.array([sum(lengths) for lengths in counts]) if claimed is None else claimed * ones
+        self.counts = GroupCounts(
+            lengths=lengths,
+            completion_tokens=np.array([chosen + rejected for _, chosen, rejected in counts]),
+            sequences=2 * ones,
+            edges=ones,
+            counted_edges=ones,
+            labelled=2 * ones,
+        )
+        self.reference: ReferenceLogps | None = None
+        self._completions = np.array([tails if claimed is None else [0, 0] for _, *tails in counts])
+
+    def __getitem__(self, index: int) -> TokenGroup:
+        return self._groups[index]
+
+    def shapes(self, indices: np.ndarray) -> Shapes:
+        completions = self._completions[indices]
+        prompts = self.counts.lengths[indices] - completions.sum(axis=1)
+        return Shapes(prompts, self.counts.sequences[indices], completions.ravel())
+
+
+class PairFeed:
+    """The pairs in order. Unless packing is balanced, all claim to be alike: each as long as a micro-batch,
+    so that none is packed with another, or as the mean, for as many micro-batches as if balanced."""
+
+    content = "pairs of the benchmark"
+
+    def __init__(self, pairs: Sequence[Pair], packing: Packing, budget: int) -> None:
+        tokens = sum(len(part) for pair in pairs for part in pair)
+        claimed = {"balanced": None, "counted": -(-tokens // len(pairs)), "alone": budget}[packing]
+        self.groups: TokenGroups = PairGroups(pairs, claimed)
+        self.num_groups: int | None = len(pairs)
+
+    def take(self, consumed: int, count: int) -> tuple[TokenGroups, np.ndarray]:
+        return self.groups, np.arange(consumed, consumed + count)
+
+    def epoch(self, consumed: int) -> float:
+        assert self.num_groups is not None
+        return consumed / self.num_groups
+
+    def report(self) -> dict[str, Any]:
+        return {}

@@ -1,0 +1,30 @@
+"""The reward models that cross-fitted annotation scores with, trained one after another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from madpo.launch import local
+from madpo.trainer.config.schema import Config, dump, load
+
+
+def train_folds(config: Config, path: str, overrides: Sequence[str]) -> int:
+    """Train `<output_dir>/fold-<k>` for every fold of `annotate.folds`, each a run like any other: what was
+    cut off is continued, what is finished is skipped. Returns the first exit status that is not 0, or 0."""
+    for fold in range(config.annotate.folds or 0):
+        folder = Path(config.output_dir) / f"fold-{fold}"
+        own = [*overrides, f"output_dir={json.dumps(str(folder))}", "annotate={}"]
+        own += [f"data.folds={config.annotate.folds}", f"data.fold={fold}"]
+        resolved = load(path, own, "reward")
+        finished, text = folder / ".finished.yaml", dump(resolved)
+        if finished.is_file() and finished.read_text() == text:
+            print(f"fold {fold}: trained before", flush=True)
+            continue
+        print(f"fold {fold} of {config.annotate.folds}: madpo reward into {folder}", flush=True)
+        status = local.run("reward", path, own, resolved.launch)
+        if status:
+            return status
+        finished.write_text(text)
+    return 0

@@ -1,0 +1,353 @@
+"""A recipe: stages that build on each other, in one YAML file. What it says, in which order, and the key
+of every stage, which changes with everything that the stage's result depends on. docs/recipes.md has the
+format."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from madpo.launch.worker import TASKS
+from madpo.trainer import user_function
+from madpo.trainer.config import strict_yaml
+from madpo.trainer.errors import UserError, nearest
+
+CALL = "call"
+RECIPE_KEYS = ("output_dir", "vars", "defaults", "stages")
+KEYS_OF_A_CALL = ("task", "for", "after", "function", "arguments")
+KEYS_OF_A_TASK = ("task", "for", "after", "file", "config")
+KINDS = {"loss_type", "model_type"}
+REFERENCE = re.compile(r"\$\{([^${}]*)\}")
+MOST_SUBSTITUTIONS = 100
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    task: str
+    given: dict[str, Any]  # the config's tree without output_dir, or the arguments of the call
+    portable: dict[str, Any]  # the same with names of stages in place of their folders
+    function: str | None  # of a call
+    after: tuple[str, ...]  # the stages that it depends on
+
+
+@dataclass(frozen=True)
+class Recipe:
+    path: Path
+    folder: Path
+    stages: tuple[Stage, ...]  # each behind those it depends on, else as in the file
+
+    def needed_for(self, patterns: Sequence[str]) -> Recipe:
+        """The stages that the patterns name and all that these depend on; all stages for no patterns.
+
+        Raises ValueError for a pattern that names none.
+        """
+        if not patterns:
+            return self
+        names = [stage.name for stage in self.stages]
+        wanted = {name for pattern in patterns for name in _matching(pattern, names, f"{self.path}: --only")}
+        for stage in reversed(self.stages):
+            if stage.name in wanted:
+                wanted.update(stage.after)
+        return Recipe(self.path, self.folder, tuple(stage for stage in self.stages if stage.name in wanted))
+
+
+def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe, apply overrides, expand it. ValueError names the stage and the key.
+
+    An override begins with a key of the recipe, as in vars.scale=0.2, or with the name or pattern of
+    stages and a key of their config or arguments, as in 'dpo-*.optim.lr=1e-6'.
+    """
+    overrides = list(overrides)
+    own = [text for text in overrides if re.split("[.=]", text, maxsplit=1)[0] in RECIPE_KEYS]
+    written = strict_yaml.read(path)
+    tree = strict_yaml.override(written, own)
+    _check_keys(tree, RECIPE_KEYS, str(path))
+    for key, kind in (("output_dir", str), ("stages", dict)):
+        if not isinstance(tree.get(key), kind) or not tree[key]:
+            raise UserError(f"{path}: {key}: is required, {'text' if kind is str else 'a mapping by name'}")
+    variables = _mapping(tree, "vars", str(path))
+    _check_keys(variables, list(_mapping(written, "vars", str(path))), f"{path}: vars")
+    if any("${" in text for _, text in _named_texts(variables)):
+        raise UserError(f"{path}: vars: their values are plain, and hold no ${{...}}")
+    defaults = _mapping(tree, "defaults", str(path))
+
+    bodies: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {}
+    for template, entry in tree["stages"].items():
+        where = f"{path}: stages.{template}"
+        _check_entry(entry, where)
+        for scope in _scopes(entry, variables, where):
+            name = str(_substitute(template, partial(_at, scope), where, scope))
+            if not NAME.fullmatch(name) or name in RECIPE_KEYS:
+                raise UserError(f"{where}: {name!r} names a folder: letters, digits and - _ . only")
+            if name in scope or name in bodies:
+                raise UserError(
+                    f"{where}: {name!r} is the name of another stage or var; every variable of `for` "
+                    "belongs into the name"
+                )
+            bodies[name] = entry, scope, _body(entry, defaults, path.parent, where)
+    for text in overrides:
+        if text not in own:
+            _override(bodies, text)
+    folder = Path(tree["output_dir"])
+    stages = [_stage(name, bodies, folder, f"{path}: stages.{name}") for name in bodies]
+    return Recipe(path, folder, tuple(_in_order(stages, path)))
+
+
+def keys(
+    recipe: Recipe,
+    content: Callable[[Path, Path], str],
+    source: Callable[[Stage], str],
+) -> dict[str, str]:
+    """Stage -> a hash of all that its result depends on.
+
+    That is its task, config or arguments, the keys of the stages before it, the content of the files and
+    folders it reads that no stage of this recipe writes, and for a call the source of its module.
+    `content` hashes its first argument, a file or folder, without the second, which may lie in it.
+    """
+    found: dict[str, str] = {}
+    whole = recipe.folder.resolve()
+    for stage in recipe.stages:
+        parts = {
+            "task": stage.task,
+            "given": stage.portable if stage.function else _with_effect(stage.portable),
+            "after": {name: found[name] for name in stage.after},
+            "reads": {text: content(path, whole) for text, path in reads(stage, recipe).items()},
+            "function": [stage.function, source(stage)] if stage.function else None,
+        }
+        found[stage.name] = xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+    return found
+
+
+def reads(stage: Stage, recipe: Recipe) -> dict[str, Path]:
+    """Values that name files or folders which are there, and in which no stage of the recipe writes ->
+    their whole paths. A folder may hold that of the recipe."""
+    whole = recipe.folder.resolve()
+    written = [whole / other.name for other in recipe.stages]
+    found = dict[str, Path]()
+    for key, text in _named_texts(stage.given):
+        path = _read_by(stage, key, text)
+        if path not in (None, whole) and not any(path.is_relative_to(folder) for folder in written):
+            found[text] = path
+    return found
+
+
+def _read_by(stage: Stage, key: str, text: str) -> Path | None:
+    """The file or folder that a value names, if the stage reads it and it is there."""
+    names = "path" if stage.function else _names(key)
+    if names == "function":
+        return user_function.file_of(text, Path())
+    names_one = bool(text) and names == "path"
+    if not names_one or not os.path.exists(os.path.expanduser(text)):
+        return None
+    path = Path(text).expanduser().resolve()
+    # To a call, "." and "/" are more often text than data.
+    return None if stage.function and Path.cwd().is_relative_to(path) else path
+
+
+def _names(key: str) -> str | None:
+    """Whether a value of the config key names a path or a function whose content counts."""
+    from madpo.trainer.config.effects import keys
+
+    return keys()[key].names if key in keys() else None
+
+
+def _with_effect(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree without what changes no result, and without the sections that held nothing else."""
+    from madpo.trainer.config.effects import keeps_results, keys
+
+    out = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    model = tree.get("model")
+    router_loss = isinstance(model, dict) and bool(model.get("router_aux_loss_coef"))
+    for section, values in out.items():
+        for key in list(values) if isinstance(values, dict) else []:
+            name = f"{section}.{key}"
+            if name in keys() and keeps_results(name, router_loss):
+                del values[key]
+    return {key: value for key, value in out.items() if value != {} or tree[key] == {}}
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, section by section. A mapping that names its kind replaces one whole."""
+    out = dict(below)
+    for key, value in above.items():
+        old = out.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and not KINDS & value.keys():
+            value = merge(old, value)
+        out[key] = value
+    return out
+
+
+def _check_entry(entry: Any, where: str) -> None:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: a stage is a mapping with a task, got {entry!r}")
+    task = entry.get("task")
+    if task != CALL and task not in TASKS:
+        raise UserError(f"{where}.task: {task!r} is no task{nearest(str(task), [*TASKS, CALL])}")
+    _check_keys(entry, KEYS_OF_A_CALL if task == CALL else KEYS_OF_A_TASK, where)
+    if task == CALL and not isinstance(entry.get("function"), str):
+        raise UserError(f"{where}.function: a call names one, as module:name or path/file.py:name")
+
+
+def _check_keys(tree: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in tree:
+        if key not in known:
+            raise UserError(f"{where}: {key}: unknown key{nearest(key, known)}")
+
+
+def _mapping(tree: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    value = tree.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{where}: {key}: a mapping, got {value!r}")
+    return value or {}
+
+
+def _scopes(entry: Mapping[str, Any], variables: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    """The variables of every stage that an entry stands for: one, or the product of its `for`."""
+    loops = _mapping(entry, "for", where)
+    values = {
+        key: _at(variables, found[1]) if (found := REFERENCE.fullmatch(str(choices))) else choices
+        for key, choices in loops.items()
+    }
+    for key, choices in values.items():
+        if not isinstance(choices, list) or not choices:
+            raise UserError(f"{where}.for.{key}: a list of values, got {choices!r}")
+        if key in variables:
+            raise UserError(f"{where}.for.{key}: is the name of a var")
+    for combination in product(*values.values()):
+        yield {**variables, **dict(zip(values, combination, strict=True))}
+
+
+def _body(entry: Mapping[str, Any], defaults: dict[str, Any], beside: Path, where: str) -> dict[str, Any]:
+    """What a stage is given, as written: the arguments, or `defaults`, `file` and `config` merged."""
+    if entry["task"] == CALL:
+        return _mapping(entry, "arguments", where)
+    config = _mapping(entry, "config", where)
+    if "output_dir" in config:
+        raise UserError(f"{where}.config.output_dir: remove it; a stage's folder is named after the stage")
+    file = entry.get("file")
+    tree = merge(defaults, strict_yaml.read(beside / str(file)) if file is not None else {})
+    tree.pop("output_dir", None)
+    return merge(tree, config)
+
+
+def _override(bodies: dict[str, Any], text: str) -> None:
+    """Apply `stage.key=value` to what the stage is given; a stage's name may hold dots itself."""
+    parts = text.partition("=")[0].split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        pattern = ".".join(parts[:length])
+        names = [name for name in bodies if fnmatchcase(name, pattern)]
+        for name in names:
+            entry, scope, body = bodies[name]
+            bodies[name] = entry, scope, strict_yaml.override(body, [text[len(pattern) + 1 :]])
+        if names:
+            return
+    known = [*RECIPE_KEYS, *bodies]
+    raise UserError(
+        f"override {text!r}: write stage.section.key=value, or begin with vars, defaults or output_dir; "
+        f"{parts[0]!r} is no stage{nearest(parts[0], known)}"
+    )
+
+
+def _stage(name: str, bodies: Mapping[str, Any], folder: Path, where: str) -> Stage:
+    entry, scope, body = bodies[name]
+    others = {stage: str(folder / stage) for stage in bodies if stage != name}
+    folders = {**others, "output_dir": str(folder)}
+    symbols = {name: f"<{name}>" for name in folders}
+    used = set[str]()
+
+    def lookup(key: str) -> Any:
+        if key in others:
+            used.add(key)
+        return _at({**folders, **scope}, key)
+
+    given = _substitute(body, lookup, where, [*scope, *folders])
+    function = _substitute(entry.get("function"), partial(_at, scope), where, scope)
+    patterns = _substitute(entry.get("after", []), partial(_at, scope), where, scope)
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UserError(f"{where}.after: a list of names or patterns of stages, got {patterns!r}")
+    for pattern in patterns:
+        used.update(_matching(pattern, list(others), f"{where}.after"))
+    portable = _substitute(body, partial(_at, {**symbols, **scope}), where, [*scope, *folders])
+    after = tuple(stage for stage in bodies if stage in used)
+    return Stage(name, entry["task"], given, portable, function, after)
+
+
+def _matching(pattern: str, names: Sequence[str], where: str) -> list[str]:
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        raise UserError(f"{where}: no stage {pattern!r}{nearest(pattern, names)}")
+    return found
+
+
+def _at(scope: Mapping[str, Any], name: str) -> Any:
+    """The value of a name, or as in `arm.objective` what a mapping holds. Raises KeyError."""
+    if name in scope:
+        return scope[name]
+    first, _, rest = name.partition(".")
+    value = scope[first]
+    for key in rest.split("."):
+        if not isinstance(value, dict):
+            raise KeyError(name)
+        value = value[key]
+    return value
+
+
+def _substitute(value: Any, lookup: Callable[[str], Any], where: str, known: Iterable[str]) -> Any:
+    """`value` with every ${name} replaced, the innermost first; alone in its text it keeps its type."""
+    if isinstance(value, dict):
+        return {key: _substitute(child, lookup, f"{where}.{key}", known) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_substitute(child, lookup, where, known) for child in value]
+    for _ in range(MOST_SUBSTITUTIONS):
+        found = REFERENCE.search(value) if isinstance(value, str) else None
+        if found is None:
+            return value
+        try:
+            new = lookup(found[1])
+        except KeyError:
+            near = nearest(found[1], known)
+            raise UserError(f"{where}: {found[0]} is no stage or var{near}") from None
+        if found[0] == value and not isinstance(new, str):
+            return _substitute(new, lookup, where, known)
+        if isinstance(new, dict | list):
+            raise UserError(f"{where}: {found[0]} is no text or number, and cannot be a part of {value!r}")
+        text = new if isinstance(new, str) else json.dumps(new)
+        value = value[: found.start()] + text + value[found.end() :]
+    raise UserError(f"{where}: {value!r:.80} refers to itself")
+
+
+def _in_order(stages: Sequence[Stage], path: Path) -> Iterator[Stage]:
+    """Each stage behind those it depends on; the file's order where these leave a choice."""
+    waiting, done = list(stages), set[str]()
+    while waiting:
+        stage = next((stage for stage in waiting if done.issuperset(stage.after)), None)
+        if stage is None:
+            names = ", ".join(stage.name for stage in waiting)
+            raise UserError(f"{path}: these stages wait for each other or for one that does: {names}")
+        yield stage
+        waiting.remove(stage)
+        done.add(stage.name)
+
+
+def _named_texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a tree with the dotted key that it stands under, without places in lists."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, child in value.items():
+            yield from _named_texts(child, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for child in value:
+            yield from _named_texts(child, key)

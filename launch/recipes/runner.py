@@ -1,0 +1,273 @@
+"""`madpo run`: the stages of a recipe, each as the command that a user would type, in order.
+
+A stage's folder holds `.started.json` and, after success, `.done.json`, both with the stage's key. What is
+done with the same key is skipped; what was cut off with the same key is continued; what has another key is
+set aside and done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+from filelock import FileLock, Timeout
+
+from madpo.launch.lifeline import LAUNCHER_PID
+from madpo.launch.recipes import call
+from madpo.launch.recipes.read import CALL, Recipe, Stage, keys, read
+from madpo.trainer import user_function
+from madpo.trainer.config import strict_yaml
+from madpo.trainer.config.schema import from_tree
+from madpo.trainer.errors import UserError
+from madpo.trainer.files import hash_of_file, write_atomically
+from madpo.trainer.run_folder import set_aside
+
+State = Literal["done", "interrupted", "changed", "new"]
+HOUSEKEEPING = ".recipe"
+LINES_OF_A_FAILURE = 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage on its way."""
+
+    stage: Stage
+    process: subprocess.Popen[bytes]
+    started: float
+
+
+def run(path: Path, overrides: Sequence[str], jobs: int, only: Sequence[str], dry_run: bool) -> int:
+    """Run a recipe's stages, `jobs` at a time; returns the exit status of the first that fails, or 0.
+
+    Raises ValueError for a mistake in the recipe or in the config of any stage, before the first starts,
+    and if another `madpo run` is at work in the same folder.
+    """
+    whole = read(path, overrides)
+    sources = {stage.name: checked(stage, whole) for stage in whole.stages}
+    contents = Contents(whole.folder / HOUSEKEEPING / "contents.json")
+    found = keys(whole, contents, lambda stage: sources[stage.name])
+    recipe = whole.needed_for(only)
+    if dry_run:
+        states = _states(recipe, found)
+        _show([(s.name, s.task, _some(s.after), states[s.name]) for s in recipe.stages], PLAN)
+        return 0
+    with _claimed(recipe.folder / HOUSEKEEPING):
+        contents.save()
+        return Runner(recipe, found, _states(recipe, found), jobs).run()
+
+
+class Runner:
+    """Starts what is ready, in the recipe's order; stops starting after a failure or a signal."""
+
+    def __init__(
+        self, recipe: Recipe, found: Mapping[str, str], states: Mapping[str, State], jobs: int
+    ) -> None:
+        self.recipe, self.keys, self.states, self.jobs = recipe, found, states, jobs
+        self.running: list[Job] = []
+        self.results = {name: ("done before", "") for name, state in states.items() if state == "done"}
+        self.status = 0
+
+    def run(self) -> int:
+        for stage in self.recipe.stages:
+            if stage.name in self.results:
+                self._say(stage, "done before")
+        with self._signals_passed_on():
+            while True:
+                while (stage := self._next()) is not None:
+                    self._start(stage)
+                if not self.running:
+                    break
+                time.sleep(0.05)
+                for job in [job for job in self.running if job.process.poll() is not None]:
+                    self._finish(job)
+        rows = [(s.name, s.task, *self.results.get(s.name, ("not run", ""))) for s in self.recipe.stages]
+        _show(rows, RESULT)
+        return self.status
+
+    def _next(self) -> Stage | None:
+        """The first stage that can start now."""
+        if self.status or len(self.running) == self.jobs:
+            return None
+        begun = {*self.results, *(job.stage.name for job in self.running)}
+        done = {name for name, (result, _) in self.results.items() if result.startswith("done")}
+        waiting = (stage for stage in self.recipe.stages if stage.name not in begun)
+        return next((stage for stage in waiting if done.issuperset(stage.after)), None)
+
+    def _start(self, stage: Stage) -> None:
+        folder, key = self.recipe.folder / stage.name, self.keys[stage.name]
+        if self.states[stage.name] == "changed":
+            set_aside(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / ".started.json", {"key": key})
+        request = _request(stage, self.recipe)
+        command = ["madpo.launch.recipes.call"] if stage.task == CALL else ["madpo.launch.cli", stage.task]
+        again = ", continued" if self.states[stage.name] == "interrupted" else ""
+        log = folder / "log.txt"
+        self._say(stage, f"madpo {stage.task} {request}{again}" + (f" > {log}" if self.jobs > 1 else ""))
+        with log.open("ab") if self.jobs > 1 else nullcontext() as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *command, request],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                env=os.environ | {LAUNCHER_PID: str(os.getpid())},
+                start_new_session=True,
+            )
+        self.running.append(Job(stage, process, time.monotonic()))
+        if self.status:  # a signal came while it started
+            process.terminate()
+
+    def _finish(self, job: Job) -> None:
+        self.running.remove(job)
+        seconds, status = time.monotonic() - job.started, job.process.returncode
+        folder, took = self.recipe.folder / job.stage.name, str(timedelta(seconds=round(seconds)))
+        if status == 0:
+            _write(folder / ".done.json", {"key": self.keys[job.stage.name], "seconds": round(seconds, 1)})
+            self.results[job.stage.name] = "done", took
+            self._say(job.stage, f"done in {took}")
+            return
+        status = status if status > 0 else 128 - status
+        self.results[job.stage.name] = f"failed ({status})", took
+        self._say(job.stage, f"failed with status {status} after {took}")
+        if self.jobs > 1:
+            lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+            print(*(f"    {line}" for line in lines[-LINES_OF_A_FAILURE:]), sep="\n", flush=True)
+        self.status = self.status or status
+
+    def _say(self, stage: Stage, text: str) -> None:
+        place = self.recipe.stages.index(stage) + 1
+        print(f"[{place}/{len(self.recipe.stages)}] {stage.name}: {text}", flush=True)
+
+    @contextmanager
+    def _signals_passed_on(self) -> Iterator[None]:
+        """SIGINT and SIGTERM go to the stages under way, and no further one starts."""
+
+        def forward(number: int, _frame: object) -> None:
+            self.status = self.status or 128 + number
+            for job in self.running:
+                with suppress(ProcessLookupError):
+                    os.killpg(job.process.pid, number)
+
+        old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+            for job in self.running:  # after an error of ours
+                job.process.terminate()
+                job.process.wait()
+
+
+class Contents:
+    """Hashes of what files and folders hold. A file of the same size and time is not read twice."""
+
+    def __init__(self, memory: Path) -> None:
+        self.memory = memory
+        self.known: dict[str, str] = json.loads(memory.read_text()) if memory.is_file() else {}
+        self.seen: dict[str, str] = {}
+
+    def __call__(self, path: Path, without: Path) -> str:
+        """The hash of a file, or of all files below a folder by relative name but those below another."""
+        if path.is_file():
+            return self._of_file(path)
+        files = sorted(x for x in path.rglob("*") if not x.is_relative_to(without) and x.is_file())
+        parts = [(file.relative_to(path).as_posix(), self._of_file(file)) for file in files]
+        return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+
+    def _of_file(self, path: Path) -> str:
+        facts = path.stat()
+        key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
+        if key not in self.known:
+            self.known[key] = hash_of_file(path)
+        self.seen[key] = self.known[key]
+        return self.seen[key]
+
+    def save(self) -> None:
+        """Remember what was asked for this time."""
+        _write(self.memory, self.seen)
+
+
+def checked(stage: Stage, recipe: Recipe) -> str:
+    """Raise ValueError for a stage that could not start; returns the source of a call's module."""
+    where = f"{recipe.path}: stages.{stage.name}"
+    if stage.function is None:
+        from_tree({**stage.given, "output_dir": str(recipe.folder / stage.name)}, where, stage.task)
+        return ""
+    try:
+        function, text = user_function.find(stage.function, recipe.path.parent)
+        call.check(function, text, stage.given)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return text
+
+
+def _request(stage: Stage, recipe: Recipe) -> str:
+    """The file that a stage is started with: its config, or the call. Returns the path."""
+    path, folder = recipe.folder / HOUSEKEEPING / f"{stage.name}.yaml", str(recipe.folder / stage.name)
+    if stage.function is None:
+        tree = {"output_dir": folder, **stage.given}
+    else:
+        function, _ = user_function.find(stage.function, recipe.path.parent)
+        tree = {"function": function, "arguments": stage.given, "output": folder}
+    path.write_text(strict_yaml.dump(tree), encoding="utf-8")
+    return str(path)
+
+
+def _states(recipe: Recipe, found: Mapping[str, str]) -> dict[str, State]:
+    return {stage.name: _state(recipe.folder / stage.name, found[stage.name]) for stage in recipe.stages}
+
+
+def _state(folder: Path, key: str) -> State:
+    """What a stage's folder says of it."""
+    if _key_in(folder / ".done.json") == key:
+        return "done"
+    if _key_in(folder / ".started.json") == key:
+        return "interrupted"
+    return "changed" if folder.exists() and any(folder.iterdir()) else "new"
+
+
+def _key_in(path: Path) -> str | None:
+    return json.loads(path.read_text())["key"] if path.is_file() else None
+
+
+def _write(path: Path, content: Any) -> None:
+    write_atomically(path, json.dumps(content) + "\n")
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"output_dir: another madpo run is at work in {folder.parent}; wait for it") from None
+
+
+PLAN = ("stage", "task", "depends on", "state")
+RESULT = ("stage", "task", "result", "time")
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most + 1 else ""
+    return ", ".join(names[:most] if more else names) + more
+
+
+def _show(rows: Sequence[Sequence[str]], titles: Sequence[str]) -> None:
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    print()
+    for row in (titles, *rows):
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip(), flush=True)

@@ -1,0 +1,93 @@
+"""What in a `deepspeed` block would contradict the rest of the config, go unheard, or not run here.
+
+DeepSpeed ignores unknown top-level keys, and says of others what is wrong with them only when the model is
+loaded, or by an assertion.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from madpo.trainer.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_DEEPSPEED_KEYS
+from madpo.trainer.errors import UserError, nearest
+
+REFUSED_ZERO_KEYS = {
+    "mics_shard_size": "DeepSpeed has removed MiCS; zero_hpz_partition_size keeps copies of weights per node",
+    "mics_hierarchical_params_gather": "DeepSpeed has removed MiCS; leave it out",
+    "zenflow": "its updates lag behind the gradients; offload_optimizer is exact",
+}
+REFUSED_OFFLOAD_KEYS = {
+    "super_offload": "it steps with an optimiser of its own, which does not see the schedule of optim",
+    "ratio": "only an optimiser that is compiled can be split; the whole of it is offloaded",
+}
+
+HARMLESS = {"super_offload": False, "ratio": 1.0}
+
+
+def check_block(block: dict[str, Any]) -> None:
+    """Raises ValueError for keys that are unknown, ours, or of no use here."""
+    for key in block:
+        if key in OWNED_DEEPSPEED_KEYS:
+            raise UserError(f"deepspeed.{key}: madpo sets this itself; use {OWNED_DEEPSPEED_KEYS[key]}")
+        if key not in DEEPSPEED_KEYS:
+            allowed = DEEPSPEED_KEYS - OWNED_DEEPSPEED_KEYS.keys()
+            raise UserError(f"deepspeed.{key}: unknown key{nearest(key, allowed)}")
+    zero = block.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 3) not in (1, 2, 3):
+        raise UserError(f"deepspeed.zero_optimization: a mapping with stage 1, 2 or 3, got {zero!r}")
+    where = "deepspeed.zero_optimization"
+    for key in zero.keys() & REFUSED_ZERO_KEYS.keys():
+        raise UserError(f"{where}.{key}: {REFUSED_ZERO_KEYS[key]}")
+    for key in ("offload_param", "offload_optimizer"):
+        _check_offload(f"{where}.{key}", zero.get(key), zero.get("stage", 3))
+
+
+def _check_offload(where: str, offload: Any, stage: int) -> None:
+    if offload is None:
+        return
+    if not isinstance(offload, dict) or offload.get("device") not in ("none", "cpu", "nvme"):
+        raise UserError(f"{where}: a mapping with device none, cpu or nvme, got {offload!r}")
+    on_disk = offload["device"] == "nvme"
+    if on_disk and not offload.get("nvme_path"):
+        raise UserError(f"{where}.nvme_path: device nvme needs a folder on the node's own disk")
+    if stage != 3 and (on_disk or where.endswith("param")):
+        raise UserError(f"{where}: not in ZeRO stage {stage}; set deepspeed.zero_optimization.stage=3")
+    for key, reason in REFUSED_OFFLOAD_KEYS.items():
+        if offload.get(key) not in (None, HARMLESS[key]):
+            raise UserError(f"{where}.{key}: {reason}; leave it out")
+
+
+def zero_stage(block: dict[str, Any], ranks: int) -> int:
+    """The stage that was asked for; else 3, which shares the weights out, too, but 2 for a rank that is alone
+    and has nobody to share with, unless a key is of stage 3 by its name: stage3_*, offload_*, zero_*."""
+    zero = block.get("zero_optimization", {})
+    of_stage_3 = any(key.startswith(("stage3_", "offload_", "zero_")) for key in zero)
+    return zero.get("stage", 3 if ranks > 1 or of_stage_3 else 2)
+
+
+def check_machine(block: dict[str, Any]) -> None:
+    """Raises ValueError for what this machine lacks. To be called on the machine that trains."""
+    import torch
+
+    where, zero = "deepspeed.zero_optimization", block.get("zero_optimization", {})
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+        if zero.get(key) and not torch.cuda.is_available():
+            raise UserError(f"{where}.{key}: DeepSpeed quantises on GPUs only; leave it out")
+    on_disk = [key for key in ("offload_param", "offload_optimizer") if offload_device(block, key) == "nvme"]
+    if on_disk and not _can_offload_to_disk():
+        raise UserError(
+            f"{where}.{on_disk[0]}: device nvme needs libaio with its headers (apt install libaio-dev, dnf "
+            "install libaio-devel; elsewhere than in the system's folders: set CFLAGS and LDFLAGS) and a C++ "
+            "compiler; install them on every node, or set device=cpu"
+        )
+
+
+def _can_offload_to_disk() -> bool:
+    builders: Any = import_module("deepspeed.ops.op_builder")
+    return builders.AsyncIOBuilder().is_compatible(verbose=False)
+
+
+def offload_device(block: dict[str, Any], key: str) -> str:
+    """Where offload_param or offload_optimizer sends what it says: none, cpu or nvme."""
+    return (block.get("zero_optimization", {}).get(key) or {}).get("device", "none")

@@ -1,0 +1,367 @@
+"""The whole configuration: one strict schema, read from YAML with dotted overrides.
+
+Key names are TRL's where TRL has one. An unknown key, a duplicate key or a value out of range is a
+ValueError that names the key, the value and what is allowed, all of them at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from madpo.trainer.config import strict_yaml
+from madpo.trainer.config.data import DataConfig
+from madpo.trainer.config.deepspeed import check_block, zero_stage
+from madpo.trainer.config.generate import GenerateConfig
+from madpo.trainer.config.model import ModelConfig
+from madpo.trainer.config.peft import PeftConfig
+from madpo.trainer.config.section import Effect, Section, setting
+from madpo.trainer.config.train import OptimConfig, TrainConfig
+from madpo.trainer.errors import UserError, nearest
+from madpo.trainer.objectives.base import Need
+from madpo.trainer.objectives.build import BoundObjective, as_one_objective, bind
+from madpo.trainer.objectives.registry import OBJECTIVES, ObjectiveParams
+
+
+class AnnotateConfig(Section):
+    """Of `madpo annotate`: the models that score, in place of the run in output_dir."""
+
+    folds: int | None = Field(
+        default=None, ge=2, description="so many models, each trained without a fold of the prompts"
+    )
+    models: list[str] | None = setting(
+        default=None,
+        min_length=1,
+        description="reward models or their run folders; scores are their mean",
+        effect=Effect.RESULT,
+        names="path",
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.folds is not None and self.models is not None:
+            raise UserError("set folds (models to train) or models (that are there), not both")
+        return self
+
+
+class LaunchConfig(Section):
+    num_processes: int | Literal["auto"] = setting(
+        default="auto",
+        description="ranks on this machine; auto: one per GPU, without a GPU two",
+        effect=Effect.RESULT,
+    )
+    timeout_minutes: float = setting(
+        default=30.0, gt=0, description="a collective that hangs longer fails", effect=Effect.MEANS
+    )
+
+    @field_validator("num_processes")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise UserError("must be at least 1, or auto")
+        return value
+
+
+class Config(Section):
+    output_dir: str = setting(description="the run folder", effect=Effect.MEANS)
+    seed: int = Field(default=42, ge=0, lt=2**32)
+    model: ModelConfig
+    peft: PeftConfig | None = Field(default=None, description="null: train all weights")
+    data: DataConfig
+    objective: ObjectiveParams  # pyright: ignore[reportInvalidTypeForm]
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    annotate: AnnotateConfig = setting(AnnotateConfig(), effect=Effect.RESULT)
+    launch: LaunchConfig = LaunchConfig()
+    generate: GenerateConfig | None = setting(
+        default=None, description="for madpo generate; null: defaults", effect=Effect.RESULT
+    )
+    deepspeed: dict[str, Any] = setting(
+        default_factory=dict, description="passed to DeepSpeed", effect=Effect.RESULT
+    )
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _in_the_spelling_of_other_libraries(cls, value: Any) -> Any:
+        return as_one_objective(value) if isinstance(value, dict) else value
+
+    @property
+    def bound_objective(self) -> BoundObjective:
+        """The objective with its parameters."""
+        return bind(self.objective)
+
+    @model_validator(mode="after")
+    def _validate(self) -> Self:
+        validate(self)
+        return self
+
+
+def validate(config: Config) -> None:
+    """The checks that look at more than one key. Raises ValueError."""
+    model, optim, train = config.model, config.optim, config.train
+    if (model.model_name_or_path is None) == (model.init_config is None):
+        raise UserError("model: set one of model_name_or_path (weights) and init_config (from scratch)")
+    if model.init_config is not None:
+        if "model_type" not in model.init_config:
+            raise UserError("model.init_config: model_type is missing, for example llama")
+        if model.tokenizer_name_or_path is None:
+            raise UserError("model.tokenizer_name_or_path: a model from scratch needs a tokenizer")
+        if config.bound_objective.needs_reference and model.ref_model_name_or_path is None:
+            raise UserError(
+                f"model.ref_model_name_or_path: {config.objective.loss_type} needs a reference, and a "
+                "model from scratch is none; name a trained model, or train with loss_type nll first"
+            )
+    _validate_reference(config)
+    if model.ref_model_name_or_path is not None and not config.bound_objective.needs_reference:
+        raise UserError(f"model.ref_model_name_or_path: {config.objective.loss_type} uses no reference")
+    if model.sync_ref_model and not config.bound_objective.needs_reference:
+        raise UserError(f"model.sync_ref_model: {config.objective.loss_type} uses no reference")
+    if model.attention in ("flash", "torch") and not train.bf16:
+        raise UserError(
+            f"model.attention: {model.attention} computes in bf16; set train.bf16=true or attention=auto"
+        )
+    if model.router_aux_loss_coef and config.bound_objective.is_reward_model:
+        raise UserError("model.router_aux_loss_coef: it is not computed for reward models; set it to 0")
+    _validate_sequence_parallel(config)
+    _validate_data(config)
+    _validate_weights(config)
+    if config.data.streaming:
+        _validate_streaming(config)
+    if config.annotate.folds is not None and config.data.folds is not None:
+        raise UserError("data.folds: annotate.folds sets it for every model; remove it")
+    if train.eval_steps is not None and not config.data.has_test_split:
+        raise UserError("train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split")
+    if optim.warmup_steps and optim.warmup_ratio:
+        raise UserError("optim: set warmup_steps or warmup_ratio, not both")
+    completions = 1 if config.bound_objective.supervised else 2
+    if train.row_tokens < completions * config.data.max_length:
+        sharing = train.sequence_parallel_size
+        raise UserError(
+            f"train.micro_batch_tokens: {train.micro_batch_tokens} cannot hold one group of {completions} "
+            f"completion(s) of data.max_length {config.data.max_length}"
+            f"{f', with {sharing} ranks to a row' if sharing > 1 else ''}; set it to at least "
+            f"{-(-completions * config.data.max_length // sharing)}"
+        )
+    check_block(config.deepspeed)
+    if config.peft is not None:
+        validate_peft(config, config.peft)
+
+
+def _validate_sequence_parallel(config: Config) -> None:
+    if config.train.sequence_parallel_size == 1:
+        return
+    if config.bound_objective.is_reward_model:
+        raise UserError("train.sequence_parallel_size: reward models are not trained in slices; set it to 1")
+    if config.model.router_aux_loss_coef:
+        raise UserError(
+            "model.router_aux_loss_coef: it is a loss of whole rows, which with train.sequence_parallel_size "
+            "no rank has; leave one of the two out"
+        )
+
+
+def validate_peft(config: Config, peft: PeftConfig) -> None:
+    """What an adapter, a new one or a stored one, cannot be combined with. Raises ValueError."""
+    model = config.model
+    if model.init_config is not None:
+        raise UserError(
+            "peft: an adapter needs weights that it can be put on again; set model.model_name_or_path"
+        )
+    if model.sync_ref_model:
+        raise UserError(
+            "model.sync_ref_model: the reference of an adapter is its own base model, which does not move; "
+            "train all weights (without peft), or set sync_ref_model=false"
+        )
+    if model.freeze:
+        raise UserError("model.freeze: with peft nothing but the adapter is trained; leave freeze out")
+    if peft.quantised and not config.train.bf16:
+        raise UserError("peft.load_in_4bit, load_in_8bit: they compute in bf16; set train.bf16=true")
+    stage = zero_stage(config.deepspeed, int(os.environ.get("WORLD_SIZE", "1")))
+    if stage == 3 and (peft.quantised or peft.use_dora):
+        key = "use_dora" if peft.use_dora else "load_in_4bit, load_in_8bit"
+        raise UserError(
+            f"peft.{key}: such a layer needs more in one piece than the weight that ZeRO-3 gathers for it; "
+            "set deepspeed.zero_optimization.stage=2"
+        )
+    if peft.quantised and config.train.export_merged:
+        raise UserError(
+            "train.export_merged: the base is quantised; export the adapter, and merge it with peft into the "
+            "weights as they were before"
+        )
+
+
+def _validate_reference(config: Config) -> None:
+    model, entry, name = config.model, config.bound_objective, config.objective.loss_type
+    if model.reference == "auto":
+        return
+    if model.reference == "none" and entry.needs_reference:
+        raise UserError(f"model.reference: none, but {name} compares with a reference; set auto")
+    if model.reference != "none" and not entry.needs_reference:
+        raise UserError(f"model.reference: {model.reference}, but {name} uses no reference; set auto or none")
+    if model.reference == "adapter" and model.ref_model_name_or_path is not None:
+        raise UserError(
+            "model.reference: adapter is the policy without its adapter, and model.ref_model_name_or_path "
+            "names a model; leave the name out, or set joint or cached"
+        )
+    if model.reference != "cached":
+        return
+    if model.sync_ref_model:
+        raise UserError(
+            "model.reference: cached log-probs are of a reference that stays; set joint, or "
+            "sync_ref_model=false"
+        )
+    if config.data.streaming:
+        raise UserError(
+            "model.reference: cached needs the whole set before training, which a stream never "
+            "has; set auto, or data.streaming=false"
+        )
+    if Need.KL in entry.needs:
+        raise UserError(
+            f"model.reference: cached keeps the log-prob of each completion token, and {name} "
+            "looks at the reference's whole distribution; set auto"
+        )
+
+
+def _validate_data(config: Config) -> None:
+    data = config.data
+    if data.dataset_name is None and data.datasets is None:
+        raise UserError("data.dataset_name: is required, or data.datasets for a mixture")
+    if data.dataset_name is not None and data.datasets is not None:
+        raise UserError("data: set one of dataset_name (a single data set) and datasets (a mixture)")
+    if data.dataset_test_split == data.dataset_train_split:
+        raise UserError("data.dataset_test_split: it is the training split; held-out data must be other data")
+    for number, part in enumerate(data.datasets or []):
+        if part.test_split == part.split:
+            raise UserError(
+                f"data.datasets.{number}.test_split: it is the training split; held-out data must be "
+                "other data"
+            )
+    of_parts = {"dataset_config": "name", "dataset_train_split": "split", "dataset_test_split": "test_split"}
+    for key, of_part in of_parts.items():
+        if data.datasets is not None and getattr(data, key) != DataConfig.model_fields[key].default:
+            raise UserError(
+                f"data.{key}: every part of a mixture has its own; set data.datasets: [{{{of_part}: ...}}]"
+            )
+
+
+def _validate_weights(config: Config) -> None:
+    """Of keys that look at the weights of pairs."""
+    data = config.data
+    set_keys = [*["min_weight"] * (data.min_weight is not None), *["sampling"] * (data.sampling == "weight")]
+    if not set_keys:
+        return
+    key = set_keys[0]
+    if config.bound_objective.weight is None:
+        known = ", ".join(name for name, entry in OBJECTIVES.items() if entry.weight is not None)
+        raise UserError(
+            f"data.{key}: {config.objective.loss_type} has no weight that follows from the margin alone; "
+            f"leave it out, or use loss_type {known}"
+        )
+    if data.streaming:
+        raise UserError(
+            f"data.{key}: it looks at the margins of the whole set, which a stream never has; leave it out"
+        )
+    if data.sampling == "weight" and data.order != "shuffled":
+        raise UserError(f"data.sampling: weight draws at random; set data.order=shuffled, not {data.order}")
+
+
+def _validate_streaming(config: Config) -> None:
+    data = config.data
+    if config.train.max_steps is None:
+        raise UserError("train.max_steps: set it; how long an epoch of a stream is shows only at its end")
+    if data.datasets is not None:
+        raise UserError("data.streaming: of one data set only; write the mixture into a file")
+    if data.folds is not None:
+        raise UserError("data.folds: a stream is not parted; write the folds into files, or do not stream")
+    if data.order == "easy_to_hard":
+        raise UserError(
+            "data.order: easy_to_hard sorts the whole set, which a stream never has; write the rows in "
+            "that order and set as_is"
+        )
+    if config.objective.quantiles:
+        raise UserError(
+            f"objective.{next(iter(config.objective.quantiles))}: a quantile is one of the whole set, which "
+            "a stream never has; give the number"
+        )
+    if data.dataset_num_proc is not None:
+        raise UserError("data.dataset_num_proc: a stream tokenises in one process, in the background; null")
+
+
+DEFAULT_OBJECTIVES = {"sft": "nll", "reward": "bradley_terry", "annotate": "bradley_terry", "generate": "nll"}
+"""Task -> the loss_type of a config that names none; `generate` has no use for it."""
+
+
+def load(path: str | Path, overrides: Iterable[str] = (), task: str = "train") -> Config:
+    """Read a YAML file, apply `section.key=value` overrides, check everything. Raises ValueError."""
+    return from_tree(strict_yaml.override(strict_yaml.read(path), overrides), str(path), task)
+
+
+def from_tree(tree: dict[str, Any], origin: str, task: str = "train") -> Config:
+    """The config in a mapping of sections, for a task. ValueError names `origin` and every problem."""
+    objective = tree.get("objective") or {}
+    if task in DEFAULT_OBJECTIVES and isinstance(objective, dict):
+        tree = {**tree, "objective": {"loss_type": DEFAULT_OBJECTIVES[task], **objective}}
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {_explain(error)}") from None
+    kinds = {"sft": config.bound_objective.supervised, "reward": config.bound_objective.is_reward_model}
+    if not kinds.get(task, True):
+        raise UserError(
+            f"{origin}: objective.loss_type: {config.objective.loss_type} is no objective of madpo {task}, "
+            f"which takes {DEFAULT_OBJECTIVES[task]} or one of its kind; leave it out, or use madpo train"
+        )
+    return config
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML; `load` of it gives the same config."""
+    return strict_yaml.dump(config.model_dump(mode="json", by_alias=True))
+
+
+def _explain(error: ValidationError) -> str:
+    """Every problem on its own line: key, what is wrong, what is allowed."""
+    lines = [_explain_one(item) for item in error.errors()]
+    return lines[0] if len(lines) == 1 else f"{len(lines)} problems\n" + "\n".join(f"  {x}" for x in lines)
+
+
+def _explain_one(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    if location[:1] == ["objective"] and location[1:2] and location[1] in OBJECTIVES:
+        del location[1]  # pydantic names the chosen parameter class in the path
+    key, kind, value = ".".join(location), item["type"], item["input"]
+    prefix = f"{key}: " if key else ""
+    if kind == "extra_forbidden":
+        return f"{prefix}unknown key{nearest(location[-1], _known_keys(item['loc']))}"
+    if kind == "missing":
+        return f"{prefix}is required"
+    if kind == "union_tag_not_found":
+        return f"{prefix}loss_type is required; one of {', '.join(OBJECTIVES)}"
+    if kind == "union_tag_invalid":
+        tag = str(item["ctx"]["tag"])
+        return f"objective.loss_type: unknown objective {tag!r}{nearest(tag, OBJECTIVES)}"
+    if kind == "value_error" and (not key or isinstance(value, dict | BaseModel)):
+        return prefix + item["msg"].removeprefix("Value error, ")
+    return f"{prefix}{item['msg'].removeprefix('Value error, ')} (got {value!r})"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """The keys that are allowed where `location` points to an unknown one."""
+    node: type[BaseModel] = Config
+    parents = [part for part in location[:-1] if isinstance(part, str)]  # without places in lists
+    if parents[:1] == ["objective"]:
+        node = OBJECTIVES[parents[1]].params
+    else:
+        for parent in parents:
+            node = _section_in(node.model_fields[parent].annotation)
+    return [field.serialization_alias or name for name, field in node.model_fields.items()]
+
+
+def _section_in(annotation: Any) -> type[BaseModel]:
+    """The section that a field holds, perhaps in a list, perhaps or null."""
+    while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+    return annotation

@@ -1,0 +1,135 @@
+"""A source read in stretches: from where the last one ended, so that it is never held as a whole.
+
+Where a stretch begins is a cursor, plain JSON: every block of a stream keeps that of the next one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import pyarrow as pa
+import xxhash
+
+from madpo.trainer.config.schema import DataConfig
+from madpo.trainer.data.source import LINES, Source, load_by_name, split_files
+from madpo.trainer.errors import UserError
+
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16
+FIRST_ROWS = 100
+
+
+class Reader(Protocol):
+    name: str
+    version: str  # changes with any change of the files, and perhaps without one
+    content: str  # a hash that says which source this is, for which a terabyte need not be read
+    start: Any  # the first cursor
+
+    def read(self, cursor: Any, count: int) -> tuple[Source, Any]:
+        """At most `count` rows and the cursor behind them; fewer only at the end. Raises ValueError."""
+        ...
+
+    def where(self, cursor: Any, row: int) -> str:
+        """How messages name a row of the stretch that begins at `cursor`."""
+        ...
+
+
+def open_reader(data: DataConfig, split: str) -> Reader:
+    """Raises ValueError where there are no rows."""
+    files = split_files(data, split)
+    if files is None:
+        return RowReader(f"{data.dataset_name}[{split}]", load_by_name(data, split, streaming=True))
+    if files[0].suffix == ".jsonl":
+        return LineReader(files[0])
+    names = {"train": [str(file) for file in files]}
+    rows = datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
+    return RowReader(str(files[0]), rows, files)
+
+
+class LineReader:
+    """The lines of a .jsonl file that are not blank. A cursor is the byte and the lines before it."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.start = str(path), [0, 0]
+        self.content, self.version = sampled_content([path]), _stamp([path])
+        self._path = path
+
+    def read(self, cursor: Any, count: int) -> tuple[Source, Any]:
+        _refuse_changed([self._path], self.version)
+        start, line = cursor
+        numbers: list[int] = []
+        raws: list[bytes] = []
+        with self._path.open("rb") as file:
+            file.seek(start)
+            while len(raws) < count and (raw := file.readline()):
+                line += 1
+                if raw.strip():
+                    numbers.append(line)
+                    raws.append(raw)
+            end = file.tell()
+        rows = datasets.Dataset.from_dict({"line": numbers, "raw": raws}, features=LINES)
+        return Source(self.name, rows, self.content, "line"), [end, line]
+
+    def where(self, cursor: Any, row: int) -> str:
+        return f"{self.name}:{row}"
+
+
+class RowReader:
+    """The rows of .parquet files, or of a data set on the hub. A cursor is the number of rows before it
+    and the state that `datasets` resumes from: the shard and the place in it."""
+
+    def __init__(self, name: str, rows: Any, files: Iterable[Path] = ()) -> None:
+        self.name, self._files = name, list(files)
+        self._rows: datasets.IterableDataset = rows.with_format("arrow")
+        self.start = {"rows": 0, "state": self._rows.state_dict()}
+        self.version = _stamp(self._files)
+        self.content = sampled_content(self._files) if self._files else self._first_rows()
+
+    def _first_rows(self) -> str:
+        """All that is known of a data set on the hub before it has been read."""
+        first, _ = self.read(self.start, FIRST_ROWS)
+        return xxhash.xxh3_128_hexdigest(repr((self.name, first.rows.to_list())).encode())
+
+    def read(self, cursor: Any, count: int) -> tuple[Source, Any]:
+        _refuse_changed(self._files, self.version)
+        rows = self._rows.with_format("arrow")
+        rows.load_state_dict(json.loads(json.dumps(cursor["state"])))
+        # One by one: a state that was left with batches of one size is not sound for another.
+        tables: list[Any] = list(itertools.islice(rows.iter(batch_size=1), count))
+        table = (
+            pa.concat_tables(tables, promote_options="default").combine_chunks() if tables else pa.table({})
+        )
+        found = datasets.Dataset(table)  # pyright: ignore[reportArgumentType]
+        end = {"rows": cursor["rows"] + len(found), "state": rows.state_dict()}
+        return Source(self.name, found, "", "row"), end
+
+    def where(self, cursor: Any, row: int) -> str:
+        return f"{self.name} row {cursor['rows'] + row}"
+
+
+def sampled_content(files: Iterable[Path]) -> str:
+    """A hash of sizes and of SAMPLES places spread evenly over each file, both ends among them; which is
+    all of it up to SAMPLES x SAMPLE_BYTES."""
+    content = xxhash.xxh3_128()
+    for path in files:
+        size = path.stat().st_size
+        content.update(f"{size} ".encode())
+        with path.open("rb") as file:
+            for sample in range(SAMPLES):
+                file.seek(max(size - SAMPLE_BYTES, 0) * sample // (SAMPLES - 1))
+                content.update(file.read(SAMPLE_BYTES))
+    return content.hexdigest()
+
+
+def _stamp(files: Iterable[Path]) -> str:
+    return repr([(file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+
+
+def _refuse_changed(files: Iterable[Path], version: str) -> None:
+    if _stamp(files) != version:
+        names = ", ".join(str(file) for file in files)
+        raise UserError(f"{names}: changed while it was being read; a stream must stay as it is during a run")

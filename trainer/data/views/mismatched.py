@@ -1,0 +1,88 @@
+"""Groups that also hold completions written for another prompt, with label 0, as KTO's KL term needs them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import datasets
+import numpy as np
+
+from madpo.trainer.data.dataset import GroupDataset
+from madpo.trainer.data.groups import ReferenceLogps
+from madpo.trainer.data.lengths import Shapes
+from madpo.trainer.data.order import permutation
+from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.data.views.ragged import ranges, sums
+from madpo.trainer.errors import UserError
+
+
+class MismatchedDataset:
+    """Every group takes the completions of its partner too, after its own.
+
+    Partners follow each other on one random cycle through the data set: each completion serves once, the
+    pairing is the same all run long, and neighbours in the file, which may share a prompt, are parted.
+    A borrowed completion is cut where it would exceed `max_length`.
+    """
+
+    def __init__(self, groups: GroupDataset, seed: int, max_length: int) -> None:
+        own = groups.counts
+        if len(groups) < 2:
+            raise UserError(f"{groups.name}: one prompt is too few, each needs the completion of another")
+        if ((own.labelled > 0) & (own.labelled < own.sequences)).any():
+            raise UserError(
+                f"{groups.name}: groups have completions that win as often as they lose, which are neither "
+                "desirable nor undesirable; set data.edges=best_worst"
+            )
+        self.name, self.fingerprint = groups.name, f"{groups.fingerprint}, mismatched by {seed}"
+        self.reference: ReferenceLogps | None = None
+        self._groups, self._max_length = groups, max_length
+        cycle = permutation(len(groups), seed, epoch=0)
+        self._partner = np.empty_like(cycle)
+        self._partner[cycle] = np.roll(cycle, 1)
+        room = max_length - (own.lengths - own.completion_tokens)
+        more = own.sequences[self._partner]
+        lent = groups.completion_lengths[ranges(own.sequences, self._partner)]
+        borrowed = sums(np.minimum(lent, np.repeat(room, more)), more)
+        self.counts = replace(
+            own,
+            lengths=own.lengths + borrowed,
+            completion_tokens=own.completion_tokens + borrowed,
+            sequences=own.sequences + more,
+        )
+
+    @property
+    def table(self) -> datasets.Dataset:
+        return self._groups.table
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self._groups.rows
+
+    @property
+    def prompt_hashes(self) -> np.ndarray:
+        return self._groups.prompt_hashes
+
+    @property
+    def margins(self) -> np.ndarray:
+        return self._groups.margins
+
+    def ease(self, order: str) -> np.ndarray | None:
+        return self._groups.ease(order)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def shapes(self, indices: np.ndarray) -> Shapes:
+        own, partners = self._groups.shapes(indices), self._groups.shapes(self._partner[indices])
+        room = (self._max_length - own.prompts)[partners.owners]
+        borrowed = np.minimum(partners.completions, room)
+        owners = np.concatenate((own.owners, partners.owners))
+        completions = np.concatenate((own.completions, borrowed))[np.argsort(owners, kind="stable")]
+        return Shapes(own.prompts, own.sequences + partners.sequences, completions)
+
+    def __getitem__(self, index: int) -> TokenGroup:
+        own, partner = self._groups[int(index)], self._groups[int(self._partner[index])]
+        room = self._max_length - len(own.prompt)
+        borrowed = [completion[:room] for completion in partner.completions]
+        labels = [*own.labels, *(0 for _ in borrowed)]
+        return replace(own, completions=[*own.completions, *borrowed], labels=labels)

@@ -1,0 +1,105 @@
+"""Pieces of published rows as messages: questions, answers, transcripts, turns of ShareGPT."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from madpo.trainer.errors import UserError
+from madpo.trainer.formats.text_groups import Messages, Text, TextGroup, objects, same_kind
+
+Row = Mapping[str, Any]
+
+
+def text_of(row: Row, *names: str) -> str:
+    """The text in the first of these columns that the row has. Raises ValueError."""
+    name = next((x for x in names if row.get(x) is not None), names[0])
+    value = row.get(name)
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{name}: expected text, got {value!r:.80}")
+    return value
+
+
+def question(text: str, system: Any = None) -> Messages:
+    """A question as messages, after a system message if there is text for one."""
+    if system is not None and not isinstance(system, str):
+        raise UserError(f"system: expected text, got {system!r:.80}")
+    return [*([say("system", system)] if system else []), say("user", text)]
+
+
+def say(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def answer(content: str) -> Text:
+    return [say("assistant", content)]
+
+
+def each(row: Row, name: str, read: Callable[[Row], Any]) -> list[Any]:
+    """What `read` makes of every object in a column; errors say of which."""
+    out = []
+    for index, value in enumerate(objects(row, name, at_least=2)):
+        try:
+            if not isinstance(value, dict):
+                raise UserError(f"expected an object, got {value!r:.80}")
+            out.append(read(value))
+        except UserError as error:
+            raise UserError(f"{name}[{index}]: {error}") from None
+    return out
+
+
+def pair(prompt: Any, chosen: Any, rejected: Any) -> TextGroup:
+    return TextGroup(prompt, same_kind(prompt, chosen, rejected), [(0, 1, None)])
+
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def transcript(row: Row, name: str) -> Messages:
+    """The messages of "\\n\\nHuman: ...\\n\\nAssistant: ...", one space after each colon taken off."""
+    before, *turns = _TURN.split("\n\n" + text_of(row, name).lstrip("\n"))
+    if before or not turns:
+        raise UserError(
+            f'{name}: expected a transcript that begins with "\\n\\nHuman:", got {row[name]!r:.60}'
+        )
+    return [
+        say(_ROLES[role], text.removeprefix(" ")) for role, text in zip(turns[::2], turns[1::2], strict=True)
+    ]
+
+
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "observation": "tool",
+    "tool": "tool",
+}
+
+
+def shared_turn(turn: Any, place: str) -> dict[str, Any]:
+    """A turn with `from` and `value` as a message. Raises ValueError."""
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+        raise UserError(f"{place}: expected an object with from and value, got {turn!r:.80}")
+    if turn.get("from") == "function_call":
+        return {"role": "assistant", "tool_calls": _calls(turn["value"], place)}
+    if turn.get("from") not in _SPEAKERS:
+        known = ", ".join((*_SPEAKERS, "function_call"))
+        raise UserError(f"{place}: from is one of {known}, got {turn.get('from')!r}")
+    return say(_SPEAKERS[turn["from"]], turn["value"])
+
+
+def _calls(text: str, place: str) -> list[dict[str, Any]]:
+    """One call, or a list of them, as JSON with name and arguments."""
+    try:
+        parsed = json.loads(text)
+    except ValueError:
+        parsed = None
+    calls = parsed if isinstance(parsed, list) else [parsed]
+    if not calls or any(not isinstance(call, dict) or "name" not in call for call in calls):
+        raise UserError(f"{place}: a function call is JSON with name and arguments, got {text!r:.80}")
+    return [{"type": "function", "function": call} for call in calls]

@@ -1,0 +1,156 @@
+"""One row of a data set as its text group: the columns renamed, read by an adapter, edges chosen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from madpo.trainer.errors import UserError
+from madpo.trainer.formats.adapters import ADAPTERS, Adapter
+from madpo.trainer.formats.text_groups import (
+    TextGroup,
+    best_only,
+    layout_of,
+    margin_of,
+    with_edges,
+    without_nulls,
+)
+
+Edge = tuple[int, int, float | None]
+Which = Literal["all", "adjacent", "best_worst"]
+
+OWNED_TEMPLATE_KWARGS = {
+    *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "tokenize", "padding"),
+    *("continue_final_message", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+"""Options of the chat template that are decided elsewhere."""
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """What decides, besides the row, which group it becomes; part of the cache key."""
+
+    adapter: str = "auto"
+    columns: dict[str, str] = field(default_factory=dict, hash=False)  # our name -> the source's
+    edges: Which = "all"
+
+
+def choose_adapter(columns: Iterable[str], rules: RowRules, supervised: bool = False) -> str:
+    """The name of the adapter for a source with these columns.
+
+    Raises ValueError for a renamed column that is not there, an adapter that lacks a column, and columns of
+    which `auto` makes nothing; it says which adapter comes nearest.
+    """
+    found = set(columns)
+    for ours, theirs in rules.columns.items():
+        if theirs not in found:
+            raise UserError(f"data.columns: {ours}: {theirs}: no such column; there are {sorted(found)}")
+    names = found - set(rules.columns.values()) | rules.columns.keys()
+    if rules.adapter == "auto":
+        try:
+            return layout_of(names, supervised)
+        except UserError as error:
+            raise UserError(f"{error}{_nearest(names)}") from None
+    missing = ADAPTERS[rules.adapter].missing(names)
+    if missing:
+        raise UserError(
+            f"data.adapter: {rules.adapter} needs the column {', '.join(missing)}; there are "
+            f"{sorted(found)}; rename with data.columns"
+        )
+    return rules.adapter
+
+
+def _nearest(names: set[str]) -> str:
+    """What to say of the adapters that need the fewest columns more."""
+    missing = {a.name: a.missing(names) for a in ADAPTERS.values()}
+    near = {x: lack for x, lack in missing.items() if len(lack) < len(ADAPTERS[x].needs)}
+    if not near:
+        return "; or rename with data.columns"
+    fitting = [name for name, lack in near.items() if not lack]
+    if fitting:
+        return f"; data.adapter={' or '.join(fitting)} reads these"
+    name = min(near, key=lambda x: (len(near[x]) / len(ADAPTERS[x].needs), -len(ADAPTERS[x].needs)))
+    return f"; nearest is {name}, which lacks {', '.join(near[name])}: rename with data.columns"
+
+
+def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised: bool = False) -> TextGroup:
+    """The group of a row. Raises ValueError that names the field, what it holds and what it should."""
+    row = renamed(row, rules.columns)
+    group = adapter.read(row)
+    group = best_only(group) if supervised else _with_margin(choose_edges(group, rules.edges), margin_of(row))
+    if not group.conversational:
+        return group
+    return replace(group, tools=_tools(row), template_kwargs=_template_kwargs(row))
+
+
+def _with_margin(group: TextGroup, margin: float | None) -> TextGroup:
+    """The group of one comparison with the row's margin, also where its source knows another or none."""
+    if margin is None or not group.edges:
+        return group
+    if len(group.edges) > 1:
+        raise UserError(
+            f"margin: one number, and the row makes {len(group.edges)} comparisons; set "
+            "data.edges=best_worst, or give scores"
+        )
+    return replace(group, edges=[(*group.edges[0][:2], margin)])
+
+
+def renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """The row under our names: a column that is renamed is there under its new one only."""
+    taken = set(columns.values())
+    kept = {name: value for name, value in row.items() if name not in taken}
+    return {**kept, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
+
+
+def choose_edges(group: TextGroup, which: Which) -> TextGroup:
+    """The group with some of its comparisons, and the completions that take part in them.
+
+    all: every one. adjacent: those without a completion between the two. best_worst: of the completions
+    that nothing beats with those that beat nothing. Pairs are the same under all of them.
+    """
+    if not group.edges:
+        return group
+    pairs = {(winner, loser) for winner, loser, _ in group.edges}
+    beaten, beating = {loser for _, loser in pairs}, {winner for winner, _ in pairs}
+
+    def keep(winner: int, loser: int) -> bool:
+        if which == "adjacent":
+            return not any((winner, x) in pairs and (x, loser) in pairs for x in beaten & beating)
+        return which == "all" or (winner not in beaten and loser not in beating)
+
+    return with_edges(group, [edge for edge in group.edges if keep(edge[0], edge[1])])
+
+
+def _tools(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The `tools` column: JSON schemas, or the JSON text of them."""
+    value = row.get("tools")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except ValueError:
+            raise UserError(f"tools: expected JSON, got {value!r:.80}") from None
+    else:
+        value = without_nulls(value)
+    if value is None:
+        return []
+    if not isinstance(value, list) or any(not isinstance(tool, dict) for tool in value):
+        raise UserError(f"tools: expected a list of JSON schemas, got {value!r:.80}")
+    return value
+
+
+def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
+    value = without_nulls(row.get("chat_template_kwargs"))
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"chat_template_kwargs: expected an object, got {value!r:.80}")
+    return check_template_kwargs(value or {}, "chat_template_kwargs: ")
+
+
+def check_template_kwargs(kwargs: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The same, unless it has a name that is decided elsewhere. Raises ValueError."""
+    owned = ", ".join(sorted(OWNED_TEMPLATE_KWARGS.intersection(kwargs)))
+    if owned:
+        raise UserError(f"{prefix}{owned}: madpo sets this itself; give variables of the template")
+    return kwargs

@@ -1,0 +1,357 @@
+"""Loading tokenizers and models, straight into ZeRO-3 partitions where an engine config is active."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from madpo.trainer.config.schema import Config, ModelConfig, PeftConfig, validate_peft
+from madpo.trainer.errors import UserError, nearest
+from madpo.trainer.model import liger, lora
+from madpo.trainer.model.attention import prefix_sharing
+from madpo.trainer.model.attention.choice import require
+from madpo.trainer.model.expert_balance import expert_balance
+from madpo.trainer.model.freeze import freeze
+from madpo.trainer.model.offload import offload_layers
+from madpo.trainer.model.policy import PolicyWithReference
+from madpo.trainer.model.recompute import checkpoint_layers
+from madpo.trainer.model.reward import RewardModel
+from madpo.trainer.model.vocabulary import add_rows, fit_vocabulary
+from madpo.trainer.scoring_module import ReferenceScorer
+from madpo.trainer.sequence_parallel import join
+from madpo.trainer.zero3.loading import gather_convolutions
+from madpo.trainer.zero3.parameters import real_shape
+
+NEW_LAYER = "score.weight"
+"""What a reward model has and the language model that it starts from has not."""
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model, or the one named. Raises ValueError if there is none."""
+    name = model.tokenizer_name_or_path or model.model_name_or_path
+    assert name is not None
+    revision = None if model.tokenizer_name_or_path else model.model_revision
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer could be loaded from {name!r}: {error}") from error
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to pad with that ends no completion: transformers' classifiers score the last other token.
+
+    Raises ValueError if the tokenizer has none.
+    """
+    names = ("pad_token_id", "unk_token_id", "bos_token_id")
+    for token in (getattr(tokenizer, name) for name in names):
+        if token is not None and token != tokenizer.eos_token_id:
+            return token
+    raise UserError(
+        "a reward model needs a tokenizer with a pad token that is not its EOS token, or with an UNK or BOS "
+        "token to take its place (model.tokenizer_name_or_path)"
+    )
+
+
+def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWithReference | RewardModel:
+    """Policy, reference where the objective needs one, and head; or a reward model. Raises ValueError for
+    a model that cannot be loaded or does not fit its tokenizer."""
+    objective, model = config.bound_objective, config.model
+    options = _options(config)
+    policy, adapter = _policy(config, tokenizer, options)
+    if model.freeze:
+        freeze(policy, model.freeze)
+    if config.train.export_merged and not lora.is_adapted(policy):
+        raise UserError("train.export_merged: the model has no adapter; leave it false")
+    is_scored = objective.needs_reference and model.reference != "cached"
+    reference = _reference(config, policy, adapter, options) if is_scored else None
+    for part in (policy, reference.model if reference else None):
+        if part is not None:
+            gather_convolutions(part)
+    _spend_time_or_memory(policy, reference, config)
+    if objective.is_reward_model:
+        padding_token(tokenizer)
+        return RewardModel(policy, objective)
+    budget_bytes = int(config.train.head_gib * 2**30)
+    balance = expert_balance(policy, model.router_aux_loss_coef)
+    group = join(config.train.sequence_parallel_size, config.launch.timeout_minutes)
+    return PolicyWithReference(
+        policy, reference, objective, budget_bytes, config.train.head_impl, balance, group
+    )
+
+
+def _spend_time_or_memory(policy: PreTrainedModel, reference: ReferenceScorer | None, config: Config) -> None:
+    """What changes a run's speed and its memory, and no result. Raises ValueError where it cannot be had."""
+    model = config.model
+    if model.use_liger_kernel:
+        for one in {policy, policy if reference is None else reference.model}:
+            liger.use_kernels(one, rotate=model.gradient_checkpointing != "selective")
+    if model.gradient_checkpointing:
+        checkpoint_layers(policy, selective=model.gradient_checkpointing == "selective")
+    if model.activation_offloading:
+        offload_layers(policy)
+
+
+def load_reference(config: Config, tokenizer: PreTrainedTokenizerBase) -> ReferenceScorer:
+    """The reference alone: of an adapter its base model with the adapter off, or as it was. Raises ValueError
+    as above."""
+    name, options = config.model.ref_model_name_or_path, _options(config)
+    if name is None:
+        policy, adapter = _policy(config, tokenizer, options)
+        reference = _without_adapter(policy, adapter) if lora.is_adapted(policy) else ReferenceScorer(policy)
+    else:
+        model = _load(config, name, None, _stored_adapter(config, name, None), **options)
+        fit_vocabulary(model, len(tokenizer), config.model.resize_embeddings)
+        reference = ReferenceScorer(model)
+    gather_convolutions(reference.model)
+    return reference
+
+
+def _options(config: Config) -> dict[str, Any]:
+    """How the models of a run are loaded, whichever they are; the draws of what is new begin here."""
+    prefix_sharing.register()
+    require(config.model.attention)
+    torch.manual_seed(config.seed)
+    rewards = config.bound_objective.is_reward_model
+    return {
+        "dtype": torch.bfloat16 if config.train.bf16 else torch.float32,
+        "attention": prefix_sharing.NAMES["sdpa"],  # until `settle_attention`
+        "kind": AutoModelForSequenceClassification if rewards else AutoModelForCausalLM,
+        **({"num_labels": 1} if rewards else {}),
+    }
+
+
+def _policy(
+    config: Config, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> tuple[PreTrainedModel, lora.StoredAdapter | None]:
+    """The model that training starts from, and the adapter if its name is that of one."""
+    model = config.model
+    adapter = _stored_adapter(config, model.model_name_or_path, model.model_revision)
+    if model.init_config:
+        policy = _from_scratch(model, tokenizer, **options)
+    else:
+        if adapter is not None:
+            lora.refuse_contradictions(adapter, config.peft or PeftConfig())
+        start = str(model.model_name_or_path), model.model_revision
+        policy = _load(config, *start, adapter, **options)
+        if config.peft is not None and adapter is None:
+            rewards = config.bound_objective.is_reward_model
+            lora.attach(policy, lora.new_config(config.peft, *start, rewards), lora.POLICY)
+    fit_vocabulary(policy, len(tokenizer), model.resize_embeddings)
+    return policy, adapter
+
+
+def load_sampler(config: Config, name: str, revision: str | None) -> PreTrainedModel:
+    """A language model to sample from, with the adapter on it if its name is that of one, and transformers'
+    own attention. Raises ValueError as above."""
+    dtype = torch.bfloat16 if config.train.bf16 else torch.float32
+    options: Any = {"dtype": dtype, "attention": None, "kind": AutoModelForCausalLM}
+    return _load(config, name, revision, adapter_named(config, name, revision), **options).eval()
+
+
+def folder_of(name: str) -> str:
+    """Where the model is: of a run's folder the exported one, of anything else itself."""
+    exported = Path(name) / "model"
+    return str(exported) if _holds_model(exported) and not _holds_model(Path(name)) else name
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
+
+
+def state_of_files(name: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of every file in a model's folder; [] for a name on the hub."""
+    files = sorted(file for file in Path(name).glob("*") if file.is_file())
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _reference(
+    config: Config, policy: PreTrainedModel, adapter: lora.StoredAdapter | None, options: dict[str, Any]
+) -> ReferenceScorer:
+    """What is scored beside the policy: the model named, the policy without its adapter, or a frozen copy of
+    the model that training starts from."""
+    model = config.model
+    named = model.ref_model_name_or_path
+    if model.reference == "adapter" and not lora.is_adapted(policy):
+        raise UserError("model.reference: adapter, but the model has none; add a section peft, or set joint")
+    if named is None and lora.is_adapted(policy) and model.reference != "joint":
+        return _without_adapter(policy, adapter)
+    source = str(named or model.model_name_or_path), None if named else model.model_revision
+    reference = _load(config, *source, _stored_adapter(config, *source), **options)
+    if model.resize_embeddings:
+        add_rows(reference, policy.config.vocab_size)
+    refuse_other_vocabulary(policy.config.vocab_size, reference.config.vocab_size)
+    if model.sync_ref_model:
+        _same_shapes(policy, reference)
+    return ReferenceScorer(reference)
+
+
+def _without_adapter(policy: PreTrainedModel, adapter: lora.StoredAdapter | None) -> ReferenceScorer:
+    """The policy's own weights without its adapter, or with a frozen copy of it if it was trained before."""
+    if adapter is not None:
+        lora.attach(policy, adapter.config, lora.REFERENCE, adapter.weights)
+    return ReferenceScorer(policy, partial(lora.switch, adapter=None if adapter is None else lora.REFERENCE))
+
+
+def _stored_adapter(config: Config, name: str | None, revision: str | None) -> lora.StoredAdapter | None:
+    """The adapter of that name, if it is one. Raises ValueError for one that cannot be used in this run."""
+    adapter = adapter_named(config, name, revision)
+    if adapter is not None:
+        settings = config.peft or PeftConfig()
+        validate_peft(config, settings.model_copy(update={"use_dora": adapter.config.use_dora}))
+    return adapter
+
+
+def adapter_named(config: Config, name: str | None, revision: str | None) -> lora.StoredAdapter | None:
+    """The adapter of that name, if it is one. peft.base_model_name_or_path is the base of the config's own
+    model alone. Raises ValueError if that is no adapter."""
+    own = config.model.model_name_or_path
+    is_own = own is not None and name in (own, folder_of(own))
+    base = config.peft.base_model_name_or_path if config.peft is not None and is_own else None
+    adapter = lora.stored_adapter(name, revision, base)
+    if base is not None and adapter is None:
+        raise UserError(
+            f"peft.base_model_name_or_path: {base!r} is for a stored adapter, but model.model_name_or_path "
+            f"{name!r} is a whole model; leave the key out, the base of a new adapter is that model"
+        )
+    return adapter
+
+
+def _load(
+    config: Config,
+    name: str | None,
+    revision: str | None,
+    adapter: lora.StoredAdapter | None,
+    **options: Any,
+) -> PreTrainedModel:
+    """A model, with the adapter on it if its name is that of one."""
+    options["quantization_config"] = lora.quantisation(config.peft)
+    if adapter is None:
+        return _pretrained(name, revision, **options)
+    try:
+        model: Any = _pretrained(adapter.base, adapter.config.revision, **options)
+    except UserError as error:
+        raise UserError(
+            f"{name} is an adapter: {error}; if its base model is elsewhere now, set "
+            "peft.base_model_name_or_path"
+        ) from error
+    if model.has_new_layer:
+        if "score" not in (adapter.config.modules_to_save or []):
+            raise UserError(f"{name} is no reward model's adapter; merge it first (madpo export --merge)")
+        model.has_new_layer = False
+    lora.attach(model, adapter.config, lora.POLICY, adapter.weights)
+    return model
+
+
+def _pretrained(
+    name: str | None,
+    revision: str | None,
+    dtype: torch.dtype,
+    attention: str | None,  # None: transformers' choice
+    kind: Any,
+    quantization_config: Any,
+    **options: Any,
+) -> PreTrainedModel:
+    assert name is not None
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of weights that are not there; we refuse instead
+    try:
+        config = _without_dropout(AutoConfig.from_pretrained(name, revision=revision, **options))
+        model, found = kind.from_pretrained(
+            name,
+            config=config,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+            quantization_config=quantization_config,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        hint = "" if Path(name).exists() else " (no such folder, and no model of that name on the hub)"
+        raise UserError(f"model {name!r} could not be loaded{hint}: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(set(found["missing_keys"]) - {NEW_LAYER})
+    if missing:
+        raise UserError(
+            f"model {name!r}: {len(missing)} weights are missing and would be random, {missing[0]} for one; "
+            "the files do not belong to the config beside them"
+        )
+    model.has_new_layer = NEW_LAYER in found["missing_keys"]
+    if model.config.get_text_config() is not model.config:
+        raise UserError(
+            f"model {name!r}: {type(model).__name__} reads more than text; save its language model by itself "
+            "and name that"
+        )
+    return model
+
+
+def _from_scratch(
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    attention: str,
+    kind: Any,
+    **options: Any,
+) -> PreTrainedModel:
+    assert model.init_config is not None
+    values = dict(model.init_config)
+    family = values.pop("model_type")
+    try:
+        known = AutoConfig.for_model(family).to_dict()
+    except ValueError as error:
+        raise UserError(f"model.init_config.model_type: {family!r} is unknown to transformers") from error
+    for key in values.keys() - known.keys():
+        raise UserError(f"model.init_config.{key}: {family} has no such value{nearest(key, known)}")
+    special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = AutoConfig.for_model(family, **{"vocab_size": len(tokenizer), **special, **options, **values})
+    try:
+        return kind.from_config(_without_dropout(config), dtype=dtype, attn_implementation=attention)
+    except ValueError as error:
+        raise UserError(f"model.init_config.model_type: {family}: {error}") from error
+
+
+def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Noise in either model would be noise in the margin between them.
+
+    PhiMoE alone routes by its router_jitter_noise without noise too: `refuse_noise` is for such models.
+    """
+    kept = {"router_jitter_noise"} if config.model_type == "phimoe" else set[str]()
+    for key, value in config.to_dict().items():
+        is_noise = "dropout" in key or key.endswith("pdrop") or "jitter" in key
+        if isinstance(value, float) and is_noise and key not in kept:
+            setattr(config, key, 0.0)
+    return config
+
+
+def _same_shapes(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
+    ours, theirs = (
+        {name: tuple(real_shape(p)) for name, p in model.named_parameters()} for model in (policy, reference)
+    )
+    if ours != theirs:
+        name = next(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+        raise UserError(
+            f"model.sync_ref_model: {name} is {ours.get(name)} in the policy and {theirs.get(name)} in the "
+            "reference; both must be of one architecture"
+        )
+
+
+def refuse_other_vocabulary(ours: int, theirs: int) -> None:
+    """Raise ValueError unless policy and reference have as many tokens."""
+    if ours != theirs:
+        raise UserError(
+            f"policy and reference have vocabularies of {ours} and {theirs} tokens; the reference must "
+            "be a model with the same tokenizer (model.ref_model_name_or_path)"
+        )

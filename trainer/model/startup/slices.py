@@ -1,0 +1,50 @@
+"""Whether a model computes the same on a row in slices, asked of it before training."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from madpo.trainer.batches.packing import pack
+from madpo.trainer.batches.sequence_slices import slice_of
+from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.errors import UserError
+from madpo.trainer.model.attention.prefix_sharing import SegmentTable, shares_rows
+from madpo.trainer.model.policy import last_hidden
+from madpo.trainer.sequence_parallel import SequenceGroup
+
+TOLERANCE = {torch.float32: 1e-3}
+"""Of the relative error; 0.1 in narrower types."""
+
+
+@torch.no_grad()
+def refuse_unless_slicing_is_exact(
+    model: PreTrainedModel, group: SequenceGroup, device: torch.device
+) -> None:
+    """Raise ValueError, on all ranks, for a model whose hidden states of a row in slices are others than
+    those of the whole row, or whose heads the ranks cannot share.
+
+    What counts is the middle token's error: in bf16 a router may send single tokens elsewhere. A model that
+    mixes neighbours outside of attention is refused for packing before.
+    """
+    if not shares_rows(model):
+        raise UserError(
+            f"train.sequence_parallel_size: {type(model).__name__} computes every completion in a row of its "
+            "own, which cannot be in slices; set it to 1"
+        )
+    random = np.random.default_rng(2)
+    high = min(model.config.vocab_size, 1000)
+    draw = lambda count: random.integers(0, high, count).tolist()  # noqa: E731
+    batch = pack([TokenGroup(draw(13), [draw(21), draw(20 + group.size)], []) for _ in range(3)])
+    part = slice_of(batch, group.index, group.size).to(device)
+    whole = last_hidden(model, batch.to(device), SegmentTable(batch.segments)).float()
+    own = last_hidden(model, part, SegmentTable(part.segments, group)).float()
+    want = whole[group.index * len(own) :][: len(own)]
+    errors = (own[: len(want)] - want).norm(dim=1) / want.norm(dim=1)
+    error = group.largest(errors.median())
+    if not error < TOLERANCE.get(model.dtype, 0.1):
+        raise UserError(
+            f"{type(model).__name__}: on a row in slices its hidden states are off by {error:.2g} "
+            "(relative); set train.sequence_parallel_size=1"
+        )

@@ -1,0 +1,82 @@
+"""The reference by itself: a module that scores, and what tells one reference from another."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from madpo.trainer.batches.packing import PackedBatch
+from madpo.trainer.config.schema import Config
+from madpo.trainer.errors import UserError
+from madpo.trainer.files import hash_of_file
+from madpo.trainer.head import Impl, PreferenceHead
+from madpo.trainer.model.attention.prefix_sharing import SegmentTable, shares_rows
+from madpo.trainer.model.build import adapter_named
+from madpo.trainer.model.policy import output_head, scored_hidden
+from madpo.trainer.objectives.build import bind
+from madpo.trainer.objectives.sft import NLLParams
+from madpo.trainer.scoring_module import Gradients, Mode, ReferenceScorer
+
+FILES_READ = {".safetensors", ".bin"}
+CONFIGS_READ = ("config.json", "adapter_config.json")
+
+
+class ReferenceAlone(nn.Module):
+    """Scores packed batches as the reference beside a policy does, row for row by the same operations."""
+
+    def __init__(self, reference: ReferenceScorer, budget_bytes: int, impl: Impl = "auto") -> None:
+        super().__init__()
+        self.model, self._state = reference.model.requires_grad_(False).eval(), reference.state
+        with reference.state():
+            head = output_head(reference.model)
+        self.head = PreferenceHead(head, None, bind(NLLParams()), budget_bytes, impl)
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether sequences may share a packed row, and completions their prompt."""
+        return shares_rows(self.model)
+
+    @torch.no_grad()
+    def forward(
+        self, batch: PackedBatch, mode: Mode = Mode.SCORE, gradients: Gradients = None
+    ) -> tuple[Tensor | None, ...]:
+        """A loss of 0 and the fields of `TokenScores`, whose `token_logps` are the reference's."""
+        assert mode is Mode.SCORE
+        with self._state():
+            hidden = scored_hidden(self.model, batch, SegmentTable(batch.segments))
+        return self.head(hidden, None, batch, mode)
+
+
+def weights_of_reference(config: Config) -> dict[str, Any]:
+    """Which weights the reference has, by content, as plain JSON. Raises ValueError if it cannot be told."""
+    model = config.model
+    named = model.ref_model_name_or_path
+    source = str(named or model.model_name_or_path), None if named else model.model_revision
+    adapter = adapter_named(config, *source)
+    out = {"weights": _content(*source)}
+    if adapter is not None:
+        out["weights of the adapter's base"] = _content(adapter.base, adapter.config.revision)
+    return out
+
+
+def _content(name: str, revision: str | None) -> dict[str, str]:
+    """File -> hash of its content; of a name on the hub its commit."""
+    folder = Path(name)
+    if folder.is_dir():
+        files = sorted(x for x in folder.iterdir() if x.suffix in FILES_READ or x.name in CONFIGS_READ)
+        with ThreadPoolExecutor(4) as readers:
+            return dict(zip([file.name for file in files], readers.map(hash_of_file, files), strict=True))
+    options: Any = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    found = (cached_file(name, config, **options) for config in CONFIGS_READ)
+    commit = extract_commit_hash(next((str(file) for file in found if file), None), None)
+    if commit is None:
+        raise UserError(
+            f"model.reference: cached cannot tell which commit of {name!r} is used; download it and name "
+            "the folder, or set model.reference=auto"
+        )
+    return {name: commit}

@@ -1,0 +1,140 @@
+"""What rank 0 shows: a live line on a terminal, plain lines elsewhere, tables of metrics."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from madpo.trainer.config.schema import Config
+from madpo.trainer.dist import Shard
+from madpo.trainer.state import TrainState
+
+SHORT = {
+    "loss": ("loss", ".4f"),
+    "rewards/accuracies": ("acc", ".3f"),
+    "rewards/margins": ("margin", ".3f"),
+    "madpo/weight_mean": ("weight", ".3f"),
+    "kl": ("kl", ".4f"),
+    "grad_norm": ("grad", ".2f"),
+    "perf/tokens_per_second": ("tok/s", ",.0f"),
+    "perf/mfu": ("mfu", ".1%"),
+}
+"""Metrics on the progress line: name -> (label, format)."""
+
+
+WORTH_A_WORD = 0.1
+"""Share of the tokens that merging prompts would save, from which on it is mentioned."""
+
+
+class Progress:
+    """The progress of one run."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._total = total_steps
+        self._clock: tuple[float, int] | None = None
+        self._live: RichProgress | None = None
+
+    def announce(
+        self,
+        config: Config,
+        report: dict[str, Any],
+        state: TrainState,
+        shard: Shard,
+        device: torch.device,
+        parameters: tuple[int, int],  # trained, all
+        notes: Sequence[str] = (),
+    ) -> None:
+        """The facts of the run, before its first step; `notes` are further ones, a line each."""
+        out = self._console.print
+        where = f"{shard.world_size} rank(s) on {device.type}"
+        out(f"[bold]{config.objective.loss_type}[/] into {config.output_dir}, {where}")
+        trained, total = parameters
+        out(f"  {trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
+        for split, facts in report.items():
+            dropped = sum(facts["dropped"].values())
+            notes = [f"{facts['groups']} groups, {facts['tokens']} tokens"]
+            notes += [f"{dropped} rows dropped"] if dropped else []
+            if "rows_merged" in facts:
+                saved = facts["tokens_saved_by_merging"]
+                notes += [
+                    f"{facts['rows_merged']} rows merged with others of their prompt, {saved} tokens saved"
+                ]
+            repeated = facts.get("tokens_of_known_prompts", 0) / max(facts["tokens"], 1)
+            could_merge = not (config.data.merge_prompts or config.bound_objective.supervised)
+            if could_merge and repeated > WORTH_A_WORD:
+                notes += [f"{repeated:.0%} of the tokens are prompts said before (data.merge_prompts)"]
+            counts = ("truncated_completions", "groups_with_moved_boundary", "rows_that_spell_special_tokens")
+            for key in counts:
+                notes += [f"{facts[key]} {key.replace('_', ' ')}"] if facts[key] else []
+            out(f"  {split}: {', '.join(notes)}")
+        for note in notes:
+            out(f"  {note}")
+        if state.step:
+            out(f"  resuming after step {state.step} of {self._total}")
+        if self._console.is_terminal and state.step < self._total:
+            self._live = RichProgress(
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=20),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[metrics]}"),
+                console=self._console,
+            )
+            self._live.start()
+            self._live.add_task("", total=self._total, completed=state.step, metrics="")
+
+    def show(self, record: Mapping[str, float]) -> None:
+        """One logged line: train metrics update the live line, an evaluation stays on the screen."""
+        step = int(record["step"])
+        if "eval_loss" in record:
+            text = "  ".join(_short(record, "eval_"))
+            self._console.print(f"step {step}/{self._total}  held out: {text}")
+            return
+        text = "  ".join(_short(record))
+        if self._live is not None:
+            self._live.update(self._live.task_ids[0], completed=step, metrics=text)
+        else:
+            self._console.print(f"step {step}/{self._total}  {text}  {self._remaining(step)}")
+
+    def _remaining(self, step: int) -> str:
+        now = time.monotonic()
+        if self._clock is None:
+            self._clock = (now, step)
+            return ""
+        seconds = (now - self._clock[0]) / (step - self._clock[1]) * (self._total - step)
+        return f"eta {int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+def _short(record: Mapping[str, float], prefix: str = "") -> list[str]:
+    return [
+        f"{label} {record[prefix + name]:{form}}"
+        for name, (label, form) in SHORT.items()
+        if prefix + name in record
+    ]
+
+
+def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
+    """A table with a row per metric and a column per model, as text."""
+    table = Table("metric", *columns, box=None, pad_edge=False)
+    names = dict.fromkeys(name for record in columns.values() for name in record)
+    for name in names:
+        values = [record.get(name) for record in columns.values()]
+        table.add_row(name, *("" if value is None else f"{value:.4f}" for value in values))
+    console = Console(width=200, force_terminal=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()

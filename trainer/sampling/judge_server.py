@@ -1,0 +1,221 @@
+"""A judge behind an OpenAI-compatible server: questions out, numbers or verdicts back."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.client import HTTPException
+from typing import Any, TypeVar
+from urllib.error import HTTPError
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from madpo.trainer.config.generate import EndpointConfig
+from madpo.trainer.errors import UserError
+from madpo.trainer.formats.text_groups import Text
+
+SCORE_QUESTION = """\
+Rate the response to the prompt below for helpfulness, correctness and style, from 1 (useless) to 10 \
+(could not be better). Answer with the number alone.
+
+[Prompt]
+{prompt}
+
+[Response]
+{completion}
+"""
+PAIRWISE_QUESTION = """\
+Which of two responses to the prompt below is better? Judge helpfulness, correctness and style; length and \
+order must not matter. Answer with A, B or tie, and nothing else.
+
+[Prompt]
+{prompt}
+
+[Response A]
+{first}
+
+[Response B]
+{second}
+"""
+LONGEST_WAIT = 60.0  # seconds between two attempts
+
+Answer = TypeVar("Answer")
+
+
+class _NoRedirect(HTTPRedirectHandler):
+    """A redirect would take the key to another server."""
+
+    def redirect_request(self, *_args: Any, **_options: Any) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Scores completions, as the section `generate.judge.endpoint` says."""
+
+    settings: EndpointConfig
+
+    def __call__(
+        self, prompts: Sequence[Text], completions: Sequence[Sequence[Text]]
+    ) -> list[list[float | None]]:
+        """Scores in the shape of `completions`; None where no reply could be read in all attempts.
+
+        Raises ValueError for a server that refuses, or fails in all attempts.
+        """
+        texts = [[_as_text(completion) for completion in of_prompt] for of_prompt in completions]
+        rate = self._rate if self.settings.mode == "score" else self._compare
+        return rate([_as_text(prompt) for prompt in prompts], texts)
+
+    def _rate(self, prompts: list[str], completions: list[list[str]]) -> list[list[float | None]]:
+        template = self.settings.template or SCORE_QUESTION
+        questions = [
+            fill(template, prompt=prompt, completion=completion)
+            for prompt, of_prompt in zip(prompts, completions, strict=True)
+            for completion in of_prompt
+        ]
+        answers = iter(self._ask_all(questions, read_number))
+        return [[next(answers) for _ in of_prompt] for of_prompt in completions]
+
+    def _compare(self, prompts: list[str], completions: list[list[str]]) -> list[list[float | None]]:
+        """The share of a prompt's other completions that each one beats. A tie is half a win, and so is a
+        verdict that turns with the order."""
+        template = self.settings.template or PAIRWISE_QUESTION
+        questions = [
+            fill(template, prompt=prompt, first=of_prompt[i], second=of_prompt[j])
+            for prompt, of_prompt in zip(prompts, completions, strict=True)
+            for i, j in itertools.permutations(range(len(of_prompt)), 2)
+        ]
+        answers = iter(self._ask_all(questions, read_verdict))
+        out = []
+        for of_prompt in completions:
+            orders = itertools.permutations(range(len(of_prompt)), 2)
+            out.append(win_rates(len(of_prompt), {pair: next(answers) for pair in orders}))
+        return out
+
+    def _ask_all(self, questions: list[str], read: Callable[[str], Answer | None]) -> list[Answer | None]:
+        with ThreadPoolExecutor(self.settings.concurrency) as pool:
+            futures = [pool.submit(self._ask, question, read) for question in questions]
+            try:
+                return [future.result() for future in futures]
+            except UserError:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _ask(self, question: str, read: Callable[[str], Answer | None]) -> Answer | None:
+        """One answer, with retries; None if the server answers and what it says cannot be read."""
+        problem = ""
+        for attempt in range(self.settings.max_retries + 1):
+            if attempt:
+                time.sleep(min(self.settings.retry_wait * 2 ** (attempt - 1), LONGEST_WAIT))
+            try:
+                reply = self._post(question)
+            except _Passing as error:
+                problem = str(error)
+                continue
+            problem = ""
+            if (answer := read(reply)) is not None:
+                return answer
+        if problem:
+            raise UserError(
+                f"generate.judge.endpoint: {self.settings.url} failed {self.settings.max_retries + 1} times, "
+                f"last with: {problem}; what is judged so far is kept, run the command again to go on"
+            )
+        return None
+
+    def _post(self, question: str) -> str:
+        """The text of one reply. Raises _Passing for what may be over soon, ValueError for the rest."""
+        settings, key = self.settings, api_key(self.settings)
+        body = {
+            **settings.parameters,
+            "model": settings.model,
+            "messages": [{"role": "user", "content": question}],
+        }
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        request = Request(
+            settings.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers, method="POST"
+        )
+        try:
+            with build_opener(_NoRedirect).open(request, timeout=settings.timeout) as response:
+                raw = response.read()
+        except HTTPError as error:
+            said = error.read(500).decode("utf-8", "replace")
+            said = f"{error.code} {error.reason}: {said.replace(key, '***') if key else said}"
+            if error.code in (408, 409, 425, 429) or error.code >= 500:
+                raise _Passing(said) from None
+            raise UserError(f"generate.judge.endpoint: {settings.url} answers {said}") from None
+        except (OSError, HTTPException) as error:
+            raise _Passing(f"{type(error).__name__}: {error}") from None
+        try:
+            content = json.loads(raw)["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError):
+            raise _Passing(f"a reply that is no chat completion: {raw[:200]!r}") from None
+        return content if isinstance(content, str) else ""
+
+
+class _Passing(Exception):
+    """A failure that may be over at the next attempt."""
+
+
+def api_key(settings: EndpointConfig) -> str | None:
+    """Raises ValueError if the variable that should hold the key is not set."""
+    if settings.api_key_env is None:
+        return None
+    if not (key := os.environ.get(settings.api_key_env)):
+        raise UserError(
+            f"generate.judge.endpoint.api_key_env: the environment variable {settings.api_key_env} is not set"
+        )
+    return key
+
+
+def fill(template: str, **values: str) -> str:
+    """The template with its fields filled in; braces in the values, and other braces, stay as they are."""
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
+
+
+def read_number(reply: str) -> float | None:
+    """The score in a reply: `score` of a JSON object, or the only number in it; None if there is none."""
+    value = _field(reply, "score")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    numbers = re.findall(r"[-+]?\d+(?:\.\d+)?", reply)
+    return float(numbers[0]) if len(numbers) == 1 else None
+
+
+def read_verdict(reply: str) -> float | None:
+    """What the first response gets: 1 for A, 0 for B, 1/2 for a tie (as `winner` of a JSON object, or the
+    only word of the reply); None for anything else."""
+    value = _field(reply, "winner")
+    word = re.fullmatch(r"\W*(A|B|tie)\W*", value if isinstance(value, str) else reply, re.IGNORECASE)
+    return {"a": 1.0, "b": 0.0, "tie": 0.5}[word[1].lower()] if word else None
+
+
+def win_rates(count: int, verdicts: dict[tuple[int, int], float | None]) -> list[float | None]:
+    """(count,) what each wins on average, from the verdicts of (first, second) in both orders.
+
+    Orders that disagree make a tie. A comparison that has no verdict in one of them does not count.
+    """
+    shares: list[list[float]] = [[] for _ in range(count)]
+    for (i, j), ahead in verdicts.items():
+        behind = verdicts[j, i]
+        if ahead is not None and behind is not None:
+            shares[i].append(ahead if ahead == 1 - behind else 0.5)
+    return [sum(share) / len(share) if share else None for share in shares]
+
+
+def _field(reply: str, name: str) -> Any:
+    try:
+        value = json.loads(reply)
+    except ValueError:
+        return None
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def _as_text(text: Text) -> str:
+    if isinstance(text, str):
+        return text
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in text)

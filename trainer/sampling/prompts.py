@@ -1,0 +1,176 @@
+"""The prompts of a data set of any layout, each once: what completions are sampled for."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from madpo.trainer.config.schema import DataConfig
+from madpo.trainer.data.dataset import adapter_in, rules_of
+from madpo.trainer.data.source import Source, open_source
+from madpo.trainer.data.tokenise import TokenRules, encode_prompt
+from madpo.trainer.errors import UserError
+from madpo.trainer.formats.adapters import ADAPTERS
+from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row, renamed
+from madpo.trainer.formats.text_groups import Text, TextGroup, parse_json_line
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The distinct prompts of a split in the order of the source."""
+
+    source: str
+    rules: TokenRules
+    groups: list[TextGroup] = field(default_factory=list)  # without completions
+    lengths: list[int] = field(default_factory=list)  # tokens of each
+    rows: int = 0
+    repeated: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
+
+    @property
+    def texts(self) -> list[Text]:
+        return [group.prompt for group in self.groups]
+
+    @property
+    def keys(self) -> list[str]:
+        """What tells one prompt from another."""
+        return [_key(group) for group in self.groups]
+
+    def encode(self, member: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """The tokens of one prompt."""
+        return encode_prompt(self.groups[member], tokenizer, self.rules)
+
+
+def read_prompts(
+    data: DataConfig,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_tokens: int | None = None,
+    limit: int | None = None,
+) -> Prompts:
+    """The first `limit` distinct prompts of a split. Rows may hold nothing but a prompt.
+
+    With `prompt_tokens` a plain text is cut behind its first so many tokens (BOS does not count), also one
+    that has no prompt column. A prompt that fills `data.max_length` is left out and counted. Raises
+    ValueError for a row that cannot be read (unless `on_bad_row: drop`) and where no prompt is left.
+    """
+    if data.datasets is not None or data.streaming:
+        raise UserError(
+            "data: generate reads one data set, not streamed; set dataset_name and streaming=false"
+        )
+    if data.folds is not None:
+        raise UserError("data.folds: generate takes the prompts of all folds; remove folds and fold")
+    cache = Path(data.cache_dir).expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "lock-prompts"):
+        source = open_source(data, split, cache)
+    rules = rules_of(data)
+    adapter = adapter_in(source, rules, _choose)
+    found, seen = Prompts(source.name, rules), set[str]()
+    count = 0
+    for number, row in _rows(source):
+        if len(found.groups) == limit:
+            break
+        count += 1
+        try:
+            group = _prompt(row, adapter, tokenizer, rules, prompt_tokens)
+            length = len(encode_prompt(group, tokenizer, rules))
+        except Exception as error:  # a chat template, for one, raises what it likes
+            if data.on_bad_row == "error":
+                raise UserError(
+                    f"{source.where(number)}: {error}; mend the row, or set data.on_bad_row=drop"
+                ) from error
+            found.dropped["unreadable"] += 1
+            continue
+        if not 0 < length < data.max_length:
+            found.dropped["prompt fills max_length" if length else "prompt has no tokens"] += 1
+            continue
+        key = _key(group)
+        if key in seen:
+            continue
+        seen.add(key)
+        found.groups.append(group)
+        found.lengths.append(length)
+    repeated = count - len(found.groups) - sum(found.dropped.values())
+    if not found.groups:
+        raise UserError(f"{source.name}: no prompt in {count} rows: {dict(found.dropped)}")
+    return replace(found, rows=count, repeated=repeated)
+
+
+def _rows(source: Source) -> Iterator[tuple[int, Any]]:
+    """(what a row is known by in messages, the row: a mapping, or a raw line of JSON)."""
+    row: Any
+    for index, row in enumerate(source.rows):
+        yield (row["line"], row["raw"]) if source.unit == "line" else (index, row)
+
+
+def _prompt(
+    row: Any, adapter: str, tokenizer: PreTrainedTokenizerBase, rules: TokenRules, prompt_tokens: int | None
+) -> TextGroup:
+    fields = parse_json_line(row) if isinstance(row, bytes) else row
+    group = _group(fields, adapter, rules.rows)
+    text = group.completions[0] if group.completions else ""  # none where no completion has a score
+    bare = replace(group, completions=[], edges=[], labels=[])
+    is_plain = group.prompt == "" and isinstance(text, str)
+    if prompt_tokens is None:
+        if is_plain:
+            raise UserError(
+                "plain text has no prompt; set generate.prompt_tokens to take its first tokens for one"
+            )
+        return bare
+    if not isinstance(group.prompt, str):
+        raise UserError("generate.prompt_tokens cuts plain text, and this is a conversation; set it to null")
+    whole = text if is_plain else group.prompt
+    assert isinstance(whole, str)
+    return replace(bare, prompt=_first_tokens(whole, tokenizer, prompt_tokens))
+
+
+PROMPT_ONLY = "prompt"
+
+
+def _choose(columns: Iterable[str], rules: RowRules, supervised: bool) -> str:
+    """The adapter for a source with these columns, or PROMPT_ONLY. Raises ValueError."""
+    names = renamed(dict.fromkeys(columns), rules.columns)
+    return PROMPT_ONLY if _is_prompt_only(names, rules) else choose_adapter(columns, rules, supervised)
+
+
+def _is_prompt_only(names: Iterable[str], rules: RowRules) -> bool:
+    names = set(names)
+    answers = {"chosen", "rejected", "completion", "completions", "messages"}
+    return rules.adapter == "auto" and "prompt" in names and not names & answers
+
+
+def _group(row: dict[str, Any], adapter: str, rules: RowRules) -> TextGroup:
+    """The row's group; a row that holds nothing but a prompt is completed first, so that one function reads
+    all."""
+    given = {name: value for name, value in renamed(row, rules.columns).items() if value is not None}
+    if adapter != PROMPT_ONLY and not _is_prompt_only(given, rules):
+        return read_row(row, ADAPTERS[adapter], rules)
+    prompt = given.get("prompt")
+    answer: Text = "any" if isinstance(prompt, str) else [{"role": "assistant", "content": "any"}]
+    return read_row({**row, "completion": answer}, ADAPTERS["prompt-completion"], rules)
+
+
+def _key(group: TextGroup) -> str:
+    return json.dumps((group.prompt, group.tools, group.template_kwargs), sort_keys=True)
+
+
+def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
+    """The text up to the end of its token number `count`; all of a shorter one."""
+    try:
+        encoded = tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )
+    except NotImplementedError:
+        raise UserError(
+            f"generate.prompt_tokens needs a fast tokenizer, which {type(tokenizer).__name__} is not"
+        ) from None
+    offsets: Any = encoded["offset_mapping"]
+    return text[: offsets[count - 1][1]] if len(offsets) > count else text

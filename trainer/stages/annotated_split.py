@@ -1,0 +1,163 @@
+"""Scores of a data set's pairs by reward models, and the files that they are written to."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from madpo.trainer.data.dataset import Source
+from madpo.trainer.errors import UserError
+from madpo.trainer.files import write_atomically
+from madpo.trainer.formats.text_groups import MARGIN_COLUMNS, parse_json_line
+from madpo.trainer.reports.calibration import calibration
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The pairs of a split, by all judges."""
+
+    rows: np.ndarray  # (R,) as `GroupDataset.rows`
+    scores: np.ndarray  # (judges, R, 2) of chosen and rejected
+    folds: np.ndarray | None  # (R,) for the split that judges were trained on: who saw the pair not
+
+    @property
+    def combined(self) -> np.ndarray:
+        """(R, 2) the score by the judge that has not seen the pair; the mean of all where none has."""
+        if self.folds is None:
+            return self.scores.mean(0)
+        return self.scores[self.folds, np.arange(len(self.rows))]
+
+    @property
+    def margins(self) -> np.ndarray:
+        """(judges, R)"""
+        return self.scores[..., 0] - self.scores[..., 1]
+
+    @property
+    def margin_std(self) -> np.ndarray | None:
+        """(R,) the standard deviation of the margins that the mean is of."""
+        return self.margins.std(0) if self.folds is None and len(self.scores) > 1 else None
+
+    @property
+    def seen(self) -> np.ndarray | None:
+        """(R,) the mean margin by the judges that were trained on the pair."""
+        if self.folds is None:
+            return None
+        saw = np.arange(len(self.scores))[:, None] != self.folds
+        return (self.margins * saw).sum(0) / saw.sum(0)
+
+
+def together(
+    rows: list[np.ndarray],  # of each judge (G,)
+    scores: list[np.ndarray],  # of each judge (G, 2)
+    folds: np.ndarray | None,  # (G,) of the first judge's rows
+) -> Scored:
+    """The rows that all judges have scored; their tokenizers may differ in what is too long."""
+    common = reduce(np.intersect1d, rows)
+    places = [np.searchsorted(own, common) for own in rows]
+    stacked = np.stack([own[place] for own, place in zip(scores, places, strict=True)])
+    return Scored(common, stacked, None if folds is None else folds[places[0]])
+
+
+def write_split(
+    target: Path, split: str, source: Source, scored: Scored, models: list[str], renames: dict[str, str]
+) -> dict[str, Any]:
+    """The annotated split, and `annotation.json` beside it: by what, from what, and how the margins lie.
+
+    `renames` is `data.columns`: what is written stands under the source's own names, so that the same
+    config reads it.
+    """
+    names = ["score_chosen", "score_rejected", "margin"]
+    columns = [*scored.combined.T, margins_of(scored.combined)]
+    if scored.margin_std is not None:
+        names, columns = [*names, "margin_std"], [*columns, scored.margin_std]
+    values = np.stack(columns, 1).tolist()
+    found = {
+        row: {renames.get(name, name): x for name, x in zip(names, value, strict=True)}
+        for row, value in zip(scored.rows.tolist(), values, strict=True)
+    }
+    target.mkdir(parents=True, exist_ok=True)
+    path = target / f"{split}.jsonl"
+    count = 0
+
+    def write(partial: Path) -> None:
+        nonlocal count
+        with partial.open("w", encoding="utf-8") as file:
+            for number, row in _rows(source):
+                count += 1
+                if number in found:
+                    line = _plain({**_without_margins(row, renames), **found[number]})
+                    file.write(json.dumps(line, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+
+    write_atomically(path, write)
+    margins = margins_of(scored.combined)
+    facts = {
+        "models": models,
+        "rule": _rule(scored),
+        "source": source.name,
+        "fingerprint": source.fingerprint,
+        "rows": count,
+        "scored": len(margins),
+        "margin_quantiles": {str(q): float(np.quantile(margins, q)) for q in (0.05, 0.25, 0.5, 0.75, 0.95)},
+        **calibration(margins).numbers(),
+    }
+    if scored.margin_std is not None:
+        facts["margin_std_mean"] = float(scored.margin_std.mean())
+    if scored.folds is not None and scored.seen is not None:
+        facts["rows_of_fold"] = np.bincount(scored.folds, minlength=len(models)).tolist()
+        facts["in_sample"] = calibration(scored.seen).numbers()
+    note = target / "annotation.json"
+    notes = json.loads(note.read_text()) if note.is_file() else {}
+    note.write_text(json.dumps({**notes, split: facts}, indent=2) + "\n")
+    return facts
+
+
+def _rule(scored: Scored) -> str:
+    if scored.folds is not None:
+        return f"hash of the prompt mod {len(scored.scores)} names the model, which was trained without it"
+    return "mean of the models" if len(scored.scores) > 1 else "the model"
+
+
+def margins_of(scores: np.ndarray) -> np.ndarray:
+    """scores (R, 2) -> (R,)"""
+    return scores[:, 0] - scores[:, 1]
+
+
+def _rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(the number that a group knows its row by, the row); a line that cannot be read is left out."""
+    row: Any
+    for index, row in enumerate(source.rows):
+        if source.unit != "line":
+            yield index, row
+            continue
+        try:
+            yield row["line"], parse_json_line(row["raw"])
+        except UserError:
+            continue
+
+
+def _without_margins(row: dict[str, Any], renames: dict[str, str]) -> dict[str, Any]:
+    """The row with its margin and scores under names that nothing reads, those of earlier rounds too."""
+    columns = {renames.get(name, name) for name in (*MARGIN_COLUMNS, "margin_std")}
+    out = {key: value for key, value in row.items() if key not in columns}
+    for key in columns & row.keys():
+        given = f"{key}_given"
+        while given in out:
+            given += "_before"
+        out[given] = row[key]
+    return out
+
+
+def _plain(value: Any) -> Any:
+    """With null for numbers that are none: Parquet has them, and JSON has not."""
+    if isinstance(value, dict):
+        return {key: _plain(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_plain(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,97 @@
+"""How fast a run is, how fast its devices could be, and how much memory a phase of a step takes."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from madpo.trainer.data.lengths import Work
+
+PEAK_TFLOPS = {
+    "A100": 312.0,
+    "L40S": 362.05,
+    "H100 PCIe": 756.5,
+    "H100 NVL": 835.5,
+    "H100": 989.4,
+    "H200 NVL": 835.5,
+    "H200": 989.4,
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "MI300X": 1307.4,
+}
+"""Part of a device's name, the longer before the shorter -> dense bf16 TFLOP/s of its matrix units.
+
+Sources: the makers' data sheets (NVIDIA A100, L40S, H100, H100 NVL, H200, GB200 NVL72, DGX B200; AMD
+Instinct MI300X). NVIDIA's give the rate with sparsity, which is twice the dense one.
+"""
+
+MEMORY = "perf/peak_memory_gib"
+
+
+def peak_flops(given_tflops: float | None, device: torch.device, bf16: bool) -> float | None:
+    """FLOP/s of one device: what the user gave, or what is known of it in bf16."""
+    if given_tflops is not None:
+        return given_tflops * 1e12
+    if device.type != "cuda" or not bf16:
+        return None
+    return known_peak(torch.cuda.get_device_name(device))
+
+
+def known_peak(name: str) -> float | None:
+    """FLOP/s of the device of that name in bf16; None for one that is not known, or for a slice of one."""
+    peaks = [peak for part, peak in PEAK_TFLOPS.items() if part in name and "MIG" not in name]
+    return peaks[0] * 1e12 if peaks else None
+
+
+def throughput(
+    work: Work, steps: int, seconds: float, world_size: int, peak: float | None
+) -> dict[str, float]:
+    """The metrics of some steps that took `seconds`; `peak` is of one rank, in FLOP/s."""
+    per_rank = seconds * world_size
+    out = {
+        "perf/step_time": seconds / steps,
+        "perf/tokens_per_second": work.tokens / seconds,
+        "perf/padded_tokens_per_second": work.padded_tokens / seconds,
+        "perf/prefix_savings": 1 - work.tokens / max(work.unshared_tokens, 1),
+        "perf/imbalance": work.busiest / work.mean if work.mean else 1.0,
+        "perf/tflops_per_rank": work.flops / per_rank / 1e12,
+    }
+    if peak is not None:
+        out["perf/mfu"] = work.flops / (per_rank * peak)
+        out["perf/hfu"] = (work.flops + work.flops_again) / (per_rank * peak)
+    return out
+
+
+class PeakMemory:
+    """The most memory that this rank held in each phase: on a GPU what was allocated there, by torch's own
+    count, which waits for nothing; on a CPU what the process held at any time so far."""
+
+    def __init__(self) -> None:
+        self._on_gpu = torch.cuda.is_available()
+        self._peaks: dict[str, float] = {}  # phase -> GiB
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        yield
+        peak = torch.cuda.max_memory_allocated() if self._on_gpu else _peak_of_process()
+        self._peaks[name] = max(self._peaks.get(name, 0.0), peak / 2**30)
+
+    def take(self) -> dict[str, float]:
+        """Metrics, of all phases and of each, since the last time."""
+        peaks, self._peaks = self._peaks, {}
+        if not peaks:
+            return {}
+        whole = {MEMORY: max(peaks.values())}
+        if not self._on_gpu or len(peaks) == 1:
+            return whole
+        return whole | {f"{MEMORY}/{name}": peak for name, peak in peaks.items()}
+
+
+def _peak_of_process() -> int:
+    """Bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
