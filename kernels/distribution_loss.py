@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from madpo.kernels.checks import require_head
-from madpo.kernels.layout import Groups, Span, Wave, plan_waves
+from madpo.kernels.chunks import Wave, plan_waves
+from madpo.kernels.gemm import wide_dtype
+from madpo.kernels.layout import Groups, Span
 from madpo.kernels.preference_loss import PreferenceLossFunction, Reference
-from madpo.kernels.primitives import TORCH, wide_dtype
+from madpo.kernels.primitives import TORCH
 from madpo.kernels.token_scores import TokenScores
 from madpo.kernels.transform import IDENTITY, LogitTransform
 

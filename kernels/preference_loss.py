@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from madpo.kernels.checks import require, require_edges, require_head
+from madpo.kernels.chunks import Wave, padded, plan_waves
 from madpo.kernels.edge_loss import EdgeLoss
-from madpo.kernels.layout import Groups, Span, Wave, padded, plan_waves
-from madpo.kernels.primitives import Impl, Steps, choose_steps, mm_into, plainly_on, wide_dtype
+from madpo.kernels.gemm import mm_into, wide_dtype
+from madpo.kernels.layout import Groups, Span
+from madpo.kernels.primitives import Impl, Steps, choose_steps, plainly_on
 from madpo.kernels.transform import IDENTITY, LogitTransform
 
 SpanLoss = Callable[[Tensor, Tensor | None, Span], Tensor]

@@ -11,9 +11,10 @@ from torch.autograd.graph import increment_version
 
 from madpo.kernels.checks import require, require_columns, require_edges, require_targets
 from madpo.kernels.edge_loss import EdgeLoss
+from madpo.kernels.gemm import wide_dtype
 from madpo.kernels.layout import Groups
 from madpo.kernels.preference_loss import PreferenceLoss
-from madpo.kernels.primitives import Impl, Steps, choose_steps, plainly_on, wide_dtype
+from madpo.kernels.primitives import Impl, Steps, choose_steps, plainly_on
 from madpo.kernels.transform import IDENTITY, LogitTransform
 
 

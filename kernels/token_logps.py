@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from madpo.kernels.checks import require_columns, require_head, require_targets
-from madpo.kernels.layout import padded, row_chunks
-from madpo.kernels.primitives import Impl, Steps, choose_steps, mm_into, plainly_on, wide_dtype
+from madpo.kernels.chunks import padded, row_chunks
+from madpo.kernels.gemm import mm_into, wide_dtype
+from madpo.kernels.primitives import Impl, Steps, choose_steps, plainly_on
 from madpo.kernels.transform import IDENTITY, LogitTransform
 
 

@@ -10,8 +10,8 @@ from harness import random_groups
 from madpo.trainer.batches.packing import pack
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable
-from madpo.trainer.model.policy import output_head, scored_hidden
-from madpo.trainer.objectives.base import segment_sum
+from madpo.trainer.model.backbone import output_head, scored_hidden
+from madpo.trainer.objectives.scores import segment_sum
 
 
 def packed_logps(model: Any, groups: list[TokenGroup], prefix_sharing: bool = True) -> torch.Tensor:

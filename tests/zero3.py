@@ -12,11 +12,13 @@ from madpo.trainer.batches.steps import plan_step, step_rules
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.tokenise import TokenGroup
-from madpo.trainer.data.training_data import load_data, start_engine
+from madpo.trainer.data.training_data import load_data
 from madpo.trainer.metrics import Meter
-from madpo.trainer.model.build import load_tokenizer
-from madpo.trainer.objectives.base import BatchState, Item, SequenceScores
+from madpo.trainer.model.tokenizer import load_tokenizer
+from madpo.trainer.objectives.base import BatchState, Item
+from madpo.trainer.objectives.scores import SequenceScores
 from madpo.trainer.reference.cached import with_reference
+from madpo.trainer.stages.start_engine import start_engine
 from madpo.trainer.step import train_step
 
 

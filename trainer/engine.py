@@ -17,7 +17,8 @@ from typing_extensions import TypeVar
 from madpo.kernels.token_scores import TokenScores
 from madpo.trainer.batches.packing import PackedBatch
 from madpo.trainer.config.deepspeed import zero_stage
-from madpo.trainer.config.schema import Config, OptimConfig
+from madpo.trainer.config.schema import Config
+from madpo.trainer.config.train import OptimConfig
 from madpo.trainer.scoring_module import Gradients, Mode, ScoredLoss, ScoringModule
 from madpo.trainer.zero3.module_order import passes_of
 from madpo.trainer.zero3.parameters import real_shape

@@ -19,13 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from madpo.kernels.token_scores import TokenScores
+from madpo.trainer.batches.cost import Work
 from madpo.trainer.batches.packing import PackedBatch
 from madpo.trainer.batches.steps import Step
-from madpo.trainer.data.lengths import Work
 from madpo.trainer.engine import Engine
 from madpo.trainer.metrics import Meter, add_batch, add_stats
-from madpo.trainer.objectives.base import BatchState, Item, Outcome, Scored, SequenceScores
+from madpo.trainer.objectives.base import BatchState, Item, Outcome
 from madpo.trainer.objectives.build import BoundObjective
+from madpo.trainer.objectives.scores import Scored, SequenceScores
 from madpo.trainer.scoring_module import Mode
 
 

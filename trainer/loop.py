@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
+from madpo.trainer.batches.cost import Work
 from madpo.trainer.batches.prefetch import prefetched
 from madpo.trainer.batches.steps import evaluation_steps, step_rules, training_steps
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.feed import Feed
 from madpo.trainer.data.groups import TokenDataset
-from madpo.trainer.data.lengths import Work
 from madpo.trainer.dist import Shard
 from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
@@ -20,32 +19,12 @@ from madpo.trainer.metrics import Meter
 from madpo.trainer.model.flops import step_cost
 from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.reference.moving import move_reference
-from madpo.trainer.schedule import learning_rate
+from madpo.trainer.schedule import learning_rate, plan_run
 from madpo.trainer.state import TrainState
 from madpo.trainer.step import evaluation_step, train_step
 from madpo.trainer.throughput import peak_flops, throughput
 
 Record = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long a run is, known before it starts."""
-
-    total_groups: int
-    total_steps: int
-
-
-def plan_run(config: Config, num_groups: int | None) -> Plan:
-    """Epochs of groups in steps of the global batch, of which the last may be smaller; or max_steps, which
-    a stream must have: the number of its groups is not known."""
-    train = config.train
-    if train.max_steps is not None:
-        return Plan(train.max_steps * train.global_batch_size, train.max_steps)
-    assert num_groups is not None
-    # Rounded first: 0.07 epochs of 100 groups are 7, not the 8 that 7.000000000000001 would make.
-    groups = math.ceil(round(train.num_train_epochs * num_groups, 6))
-    return Plan(groups, math.ceil(groups / train.global_batch_size))
 
 
 def train(

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from madpo.trainer.batches.packing import PackedBatch
 from madpo.trainer.files import write_atomically
-from madpo.trainer.objectives.base import Item, Outcome, Scored
+from madpo.trainer.objectives.base import Item, Outcome
 from madpo.trainer.objectives.build import BoundObjective
+from madpo.trainer.objectives.scores import Scored
 from madpo.trainer.run_folder import METRICS, read_metrics
 from madpo.trainer.throughput import MEMORY, PeakMemory
 

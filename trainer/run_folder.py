@@ -19,6 +19,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from madpo.trainer.dist import Shard, refuse_if_any
 from madpo.trainer.errors import UserError
 
 METRICS = "metrics.jsonl"
@@ -63,3 +66,17 @@ def set_aside(folder: Path) -> None:
             number += 1
         folder.rename(target)
         print(f"the earlier run is now {target}", flush=True)
+
+
+def claim(folder: Path, shard: Shard) -> FileLock:
+    """Hold the run folder for this run. Raises ValueError on all ranks if another run holds it."""
+    lock = FileLock(folder / ".lock", timeout=0)
+    problem = None
+    if shard.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            problem = f"output_dir: another run is training into {folder}; stop it, or use another folder"
+    refuse_if_any(problem)
+    return lock

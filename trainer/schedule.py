@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from madpo.trainer.config.schema import OptimConfig
+from madpo.trainer.config.schema import Config
+from madpo.trainer.config.train import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
@@ -22,3 +24,23 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
     if optim.lr_scheduler_type == "cosine":
         return optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
     return optim.lr
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is, known before it starts."""
+
+    total_groups: int
+    total_steps: int
+
+
+def plan_run(config: Config, num_groups: int | None) -> Plan:
+    """Epochs of groups in steps of the global batch, of which the last may be smaller; or max_steps, which
+    a stream must have: the number of its groups is not known."""
+    train = config.train
+    if train.max_steps is not None:
+        return Plan(train.max_steps * train.global_batch_size, train.max_steps)
+    assert num_groups is not None
+    # Rounded first: 0.07 epochs of 100 groups are 7, not the 8 that 7.000000000000001 would make.
+    groups = math.ceil(round(train.num_train_epochs * num_groups, 6))
+    return Plan(groups, math.ceil(groups / train.global_batch_size))

@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from madpo.kernels.token_scores import TokenScores
 from madpo.trainer import global_batch
+from madpo.trainer.batches.cost import Work
 from madpo.trainer.batches.packing import PackedBatch
 from madpo.trainer.batches.steps import Step
-from madpo.trainer.data.lengths import Work
 from madpo.trainer.engine import Engine
 from madpo.trainer.metrics import Meter, add_batch, add_stats
 from madpo.trainer.objectives.base import BatchState

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from madpo.trainer.data.lengths import Work
+from madpo.trainer.batches.cost import Work
 
 PEAK_TFLOPS = {
     "A100": 312.0,

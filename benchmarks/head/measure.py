@@ -7,8 +7,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from madpo.benchmarks.head.measure import Row
 
 FLUSH_BYTES = 2**28  # well over any L2
 
@@ -91,3 +95,29 @@ def copy_bandwidth(device: torch.device, iterations: int) -> float:
 
 def discard(_: object) -> None:
     pass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One head on one problem; times in milliseconds, None where it was refused or cannot be had."""
+
+    shape: str
+    rows: int
+    dtype: str
+    variant: str  # plain, frozen head, saturated, from logits
+    head: str
+    ms: float | None = None
+    p20: float | None = None
+    p80: float | None = None
+    tflops: float | None = None  # useful work
+    share_of_limit: float | None = None
+    gb_per_s: float | None = None
+    working_mib: float | None = None  # beyond inputs and gradients
+    loss_error: float | None = None
+    logp_error: float | None = None  # nats, the largest of any sequence
+    d_hidden_error: float | None = None
+    d_weight_error: float | None = None
+    refused: str | None = None
+
+
+LIMIT = "GEMMs alone"

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-if TYPE_CHECKING:
-    from madpo.benchmarks.head.run import Row
+from madpo.benchmarks.head.measure import LIMIT
 
-LIMIT = "GEMMs alone"
+if TYPE_CHECKING:
+    from madpo.benchmarks.head.measure import Row
+
 PACKAGES = ("madpo", "torch", "triton", "trl", "liger-kernel", "cut-cross-entropy")
 LEGEND = """\
 - of limit: the time of the bare GEMMs of the same shapes, measured in the same run, over the head's.

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from madpo.benchmarks.head import measure
 from madpo.benchmarks.head import report as head_report
+from madpo.benchmarks.head.measure import LIMIT, Row
 from madpo.benchmarks.head.ours import OURS, gemm_chain, useful_flops
 from madpo.benchmarks.head.peers import PEERS, Peer, available, clear
 from madpo.benchmarks.head.problems import SHAPES, SMALL, Exact, Problem, Shape, exact, make_problem
-from madpo.benchmarks.head.report import LIMIT
 from madpo.benchmarks.head.time import seconds_of
 from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.layout import Groups
@@ -43,29 +43,6 @@ TOLERATED = 5.0
 FLOORS = {"loss": 1e-3, "d_hidden": 1e-4, "d_weight": 1e-4}
 BASELINE = "torch naive fp32"
 HEADS = (*OURS, *PEERS)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One head on one problem; times in milliseconds, None where it was refused or cannot be had."""
-
-    shape: str
-    rows: int
-    dtype: str
-    variant: str  # plain, frozen head, saturated, from logits
-    head: str
-    ms: float | None = None
-    p20: float | None = None
-    p80: float | None = None
-    tflops: float | None = None  # useful work
-    share_of_limit: float | None = None
-    gb_per_s: float | None = None
-    working_mib: float | None = None  # beyond inputs and gradients
-    loss_error: float | None = None
-    logp_error: float | None = None  # nats, the largest of any sequence
-    d_hidden_error: float | None = None
-    d_weight_error: float | None = None
-    refused: str | None = None
 
 
 @dataclass(frozen=True)

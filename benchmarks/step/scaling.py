@@ -29,7 +29,8 @@ from madpo.trainer.config.schema import from_tree
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.dist import device as this_device
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable, Sight
-from madpo.trainer.model.build import build_module, load_tokenizer
+from madpo.trainer.model.build import build_module
+from madpo.trainer.model.tokenizer import load_tokenizer
 
 GROUP_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
 PAIRS = (4, 8, 16, 32, 64, 128)

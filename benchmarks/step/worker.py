@@ -196,10 +196,10 @@ def run_madpo(job: Job, pipe: Connection) -> None:
     from madpo.trainer.config.schema import from_tree
     from madpo.trainer.config.strict_yaml import override
     from madpo.trainer.data.groups import with_logps
-    from madpo.trainer.data.training_data import start_engine
     from madpo.trainer.loop import train
-    from madpo.trainer.model.build import load_tokenizer
+    from madpo.trainer.model.tokenizer import load_tokenizer
     from madpo.trainer.reference.cached import score_once
+    from madpo.trainer.stages.start_engine import start_engine
     from madpo.trainer.state import TrainState
     from madpo.trainer.throughput import MEMORY
 

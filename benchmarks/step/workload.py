@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from madpo.trainer.config.schema import PeftConfig
+from madpo.trainer.config.peft import PeftConfig
 from madpo.trainer.data.lengths import shapes_of
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError

@@ -18,19 +18,19 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import xxhash
 from filelock import FileLock, Timeout
 
 from madpo.launch.lifeline import LAUNCHER_PID
 from madpo.launch.recipes import call
-from madpo.launch.recipes.read import CALL, Recipe, Stage, keys, read
+from madpo.launch.recipes.contents import Contents, write_json
+from madpo.launch.recipes.keys import keys
+from madpo.launch.recipes.read import CALL, Recipe, Stage, read
 from madpo.trainer import user_function
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.config.schema import from_tree
 from madpo.trainer.errors import UserError
-from madpo.trainer.files import hash_of_file, write_atomically
 from madpo.trainer.run_folder import set_aside
 
 State = Literal["done", "interrupted", "changed", "new"]
@@ -109,7 +109,7 @@ class Runner:
         if self.states[stage.name] == "changed":
             set_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / ".started.json", {"key": key})
+        write_json(folder / ".started.json", {"key": key})
         request = _request(stage, self.recipe)
         command = ["madpo.launch.recipes.call"] if stage.task == CALL else ["madpo.launch.cli", stage.task]
         again = ", continued" if self.states[stage.name] == "interrupted" else ""
@@ -133,7 +133,9 @@ class Runner:
         seconds, status = time.monotonic() - job.started, job.process.returncode
         folder, took = self.recipe.folder / job.stage.name, str(timedelta(seconds=round(seconds)))
         if status == 0:
-            _write(folder / ".done.json", {"key": self.keys[job.stage.name], "seconds": round(seconds, 1)})
+            write_json(
+                folder / ".done.json", {"key": self.keys[job.stage.name], "seconds": round(seconds, 1)}
+            )
             self.results[job.stage.name] = "done", took
             self._say(job.stage, f"done in {took}")
             return
@@ -168,35 +170,6 @@ class Runner:
             for job in self.running:  # after an error of ours
                 job.process.terminate()
                 job.process.wait()
-
-
-class Contents:
-    """Hashes of what files and folders hold. A file of the same size and time is not read twice."""
-
-    def __init__(self, memory: Path) -> None:
-        self.memory = memory
-        self.known: dict[str, str] = json.loads(memory.read_text()) if memory.is_file() else {}
-        self.seen: dict[str, str] = {}
-
-    def __call__(self, path: Path, without: Path) -> str:
-        """The hash of a file, or of all files below a folder by relative name but those below another."""
-        if path.is_file():
-            return self._of_file(path)
-        files = sorted(x for x in path.rglob("*") if not x.is_relative_to(without) and x.is_file())
-        parts = [(file.relative_to(path).as_posix(), self._of_file(file)) for file in files]
-        return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
-
-    def _of_file(self, path: Path) -> str:
-        facts = path.stat()
-        key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
-        if key not in self.known:
-            self.known[key] = hash_of_file(path)
-        self.seen[key] = self.known[key]
-        return self.seen[key]
-
-    def save(self) -> None:
-        """Remember what was asked for this time."""
-        _write(self.memory, self.seen)
 
 
 def checked(stage: Stage, recipe: Recipe) -> str:
@@ -240,10 +213,6 @@ def _state(folder: Path, key: str) -> State:
 
 def _key_in(path: Path) -> str | None:
     return json.loads(path.read_text())["key"] if path.is_file() else None
-
-
-def _write(path: Path, content: Any) -> None:
-    write_atomically(path, json.dumps(content) + "\n")
 
 
 @contextmanager

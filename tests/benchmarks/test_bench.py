@@ -12,8 +12,8 @@ from kernel_cases import relative_error
 from patience import patient
 
 from madpo.benchmarks.head import measure
-from madpo.benchmarks.head import report as head_report
 from madpo.benchmarks.head import run as head
+from madpo.benchmarks.head.measure import LIMIT
 from madpo.benchmarks.head.ours import OURS, useful_flops
 from madpo.benchmarks.head.peers import PEERS, Peer, available
 from madpo.benchmarks.head.problems import SMALL, describe, exact, make_problem
@@ -98,7 +98,7 @@ def test_a_wrong_head_has_no_speed(monkeypatch):
     rows = {row.head: row for row in head.measured(problem(rows=64), SMALL[0], "plain", what)}
     assert rows["wrong"].ms is None and "wrong: d_hidden is off by" in (rows["wrong"].refused or "")
     assert rows["madpo"].ms and rows["madpo"].refused is None
-    assert rows[head_report.LIMIT].share_of_limit == 1.0
+    assert rows[LIMIT].share_of_limit == 1.0
 
 
 def test_interleaved_times_what_it_is_given():

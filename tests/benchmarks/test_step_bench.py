@@ -15,8 +15,8 @@ from madpo.benchmarks.step import scaling as step_scaling
 from madpo.benchmarks.step import workload as step_workload
 from madpo.benchmarks.step.feed import PairFeed
 from madpo.benchmarks.step.worker import Block
-from madpo.trainer.batches.packing import plan_micro_batches
-from madpo.trainer.data.lengths import Cost
+from madpo.trainer.batches.cost import Cost
+from madpo.trainer.batches.micro_batches import plan_micro_batches
 from madpo.trainer.errors import UserError
 
 MINI = step_workload._llama(32, 64, 2, (4, 2), 500)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from kernel_cases import DEVICE
 
-from madpo.kernels.layout import Groups, plan_waves, row_chunks
+from madpo.kernels.chunks import plan_waves, row_chunks
+from madpo.kernels.layout import Groups
 
 NONE = torch.empty(0, dtype=torch.int64)
 V = 1024

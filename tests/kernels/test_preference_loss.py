@@ -28,11 +28,12 @@ from kernel_cases import (
     vector,
 )
 
+from madpo.kernels.chunks import plan_waves
 from madpo.kernels.edge_loss import EdgeLoss, edge_loss_ref
-from madpo.kernels.layout import Groups, plan_waves
+from madpo.kernels.gemm import mm_into
+from madpo.kernels.layout import Groups
 from madpo.kernels.naive import preference_loss_ref
 from madpo.kernels.preference_loss import Reference, preference_loss
-from madpo.kernels.primitives import mm_into
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 FLOOR = 1e-6

@@ -14,16 +14,18 @@ import torch
 from harness import make_config, plain_scores, run_ranks, save_classifier, save_model, write_pairs
 
 from madpo.launch import fold_models as launch_folds
-from madpo.trainer.config.schema import Config, PeftConfig, dump
+from madpo.trainer.config.peft import PeftConfig
+from madpo.trainer.config.schema import Config, dump
 from madpo.trainer.data import training_data
-from madpo.trainer.data.dataset import GroupDataset, load_groups
-from madpo.trainer.data.folds import folds_of, hash_of_prompt, without_fold
+from madpo.trainer.data.dataset import GroupDataset
+from madpo.trainer.data.folds import folds_of, without_fold
 from madpo.trainer.data.source import Source
+from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.data.training_data import load_data
 from madpo.trainer.formats.adapters import ADAPTERS
 from madpo.trainer.formats.read_row import RowRules, read_row
-from madpo.trainer.formats.text_groups import TextGroup
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.formats.text_groups import TextGroup, hash_of_prompt
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.stages.annotate import _load as load
 from madpo.trainer.stages.annotate import fold_config, run_annotation
 from madpo.trainer.stages.annotated_split import Scored, together, write_split

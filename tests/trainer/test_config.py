@@ -9,7 +9,7 @@ import deepspeed
 import pytest
 
 from madpo.trainer.config import strict_yaml
-from madpo.trainer.config.deepspeed_keys import DEEPSPEED_KEYS
+from madpo.trainer.config.deepspeed import DEEPSPEED_KEYS
 from madpo.trainer.config.schema import Config, dump, load
 from madpo.trainer.engine import deepspeed_config
 

@@ -11,10 +11,10 @@ from harness import make_config, run_ranks, write_pairs
 from transformers import AutoTokenizer
 
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data import dataset as dataset_module
-from madpo.trainer.data.dataset import load_groups
+from madpo.trainer.data import tokenised_cache
 from madpo.trainer.data.groups import check_groups
 from madpo.trainer.data.tokenise import TokenRules, tokenise
+from madpo.trainer.data.tokenised_cache import load_groups, tokenise_all
 from madpo.trainer.formats.text_groups import TextGroup, layout_of, parse_json_line, to_group
 
 CHAT = (
@@ -380,8 +380,8 @@ def test_parquet_and_folders_give_the_same_groups_as_jsonl(tmp_path, tokenizer):
 
 def test_tokenised_once_and_again_only_when_something_that_matters_changes(tmp_path, tokenizer, monkeypatch):
     calls = []
-    original = dataset_module.tokenise_all
-    monkeypatch.setattr(dataset_module, "tokenise_all", lambda *a: (calls.append(1), original(*a)))
+    original = tokenise_all
+    monkeypatch.setattr(tokenised_cache, "tokenise_all", lambda *a: (calls.append(1), original(*a)))
     path = write_pairs(tmp_path / "pairs.jsonl", 4)
     load_groups(config_for(tmp_path, path).data, "train", tokenizer)
     load_groups(config_for(tmp_path, path).data, "train", tokenizer)

@@ -16,10 +16,11 @@ from zero3 import compare, padded_logps, plain_optimizer, zero3_steps
 from madpo.trainer.batches.steps import StepRules, plan_step
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.order import DataOrder
-from madpo.trainer.data.training_data import load_data, start_engine
+from madpo.trainer.data.training_data import load_data
 from madpo.trainer.metrics import Meter
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import BatchState, Item, MarginWeight
+from madpo.trainer.stages.start_engine import start_engine
 from madpo.trainer.step import train_step
 
 pytestmark = pytest.mark.ranks

@@ -19,7 +19,9 @@ import pytest
 from config_keys import OBJECTIVE, dotted, filled, kinds, other
 from harness import make_config
 
+from madpo.launch.recipes import keys as recipes_keys
 from madpo.launch.recipes import read as recipe
+from madpo.launch.recipes.keys import reads
 from madpo.trainer.checkpoint import identity
 from madpo.trainer.config import effects
 from madpo.trainer.config.schema import Config
@@ -227,7 +229,7 @@ def recipe_of(folder: Path, configs: list[dict[str, Any]]) -> recipe.Recipe:
 
 def keys_of(folder: Path, configs: dict[str, Config]) -> dict[str, str]:
     stages = recipe_of(folder, [tree(each) for each in configs.values()])
-    found = recipe.keys(stages, lambda path, without: "", lambda stage: "")
+    found = recipes_keys.keys(stages, lambda path, without: "", lambda stage: "")
     return dict(zip(configs, found.values(), strict=True))
 
 
@@ -260,7 +262,7 @@ def test_what_a_recipe_takes_for_the_name_of_something_that_is_read(tmp_path, mo
         given = {key: nested(key, value[0]) for key, value in values.items() if value}
         read = recipe_of(tmp_path, list(given.values()))
         for key, stage in zip(given, read.stages, strict=True):
-            found = recipe.reads(stage, read)
+            found = reads(stage, read)
             assert set(found.values()) <= {tmp_path / "thing.py"}
             got[key] += [effect] * len(found)
     assert got == {key: effects[2:] for key, effects in EFFECTS.items()}

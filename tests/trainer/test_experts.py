@@ -24,9 +24,9 @@ from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.data.training_data import load_data
 from madpo.trainer.dist import Shard
 from madpo.trainer.model.attention import prefix_sharing
-from madpo.trainer.model.build import load_tokenizer
 from madpo.trainer.model.expert_balance import expert_balance
 from madpo.trainer.model.policy import PolicyWithReference
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.build import bind
 from madpo.trainer.objectives.registry import OBJECTIVES
 from madpo.trainer.stages.train import run_training

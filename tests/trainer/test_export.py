@@ -18,7 +18,7 @@ from zero3 import padded_logps
 
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.training_data import load_data
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.stages.annotate import run_annotation
 from madpo.trainer.stages.evaluate import run_evaluation
 from madpo.trainer.stages.export import run_export
@@ -152,8 +152,8 @@ def test_a_merge_leaves_the_weights_that_training_goes_on_with(config, tmp_path,
 
 
 def sums_around_a_merge(shard, config: Config) -> list[dict[str, float]]:
-    from madpo.trainer.data.training_data import start_engine
     from madpo.trainer.model.weights import Entry, gather, whole_weights
+    from madpo.trainer.stages.start_engine import start_engine
 
     engine = start_engine(config, load_tokenizer(config.model), training=True)
     policy = engine.module.policy

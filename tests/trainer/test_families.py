@@ -15,12 +15,8 @@ from madpo.trainer.batches.packing import pack
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.model.attention import prefix_sharing
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable
-from madpo.trainer.model.policy import (
-    output_head,
-    refuse_unless_head_is_known,
-    refuse_unless_packing_is_exact,
-    scored_hidden,
-)
+from madpo.trainer.model.backbone import output_head, scored_hidden
+from madpo.trainer.model.startup.checks import refuse_unless_head_is_known, refuse_unless_packing_is_exact
 
 NAME = prefix_sharing.NAMES["sdpa"]
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "families.md"

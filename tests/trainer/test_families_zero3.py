@@ -24,9 +24,10 @@ from zero3 import padded_logps, zero3_steps
 
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.order import DataOrder
-from madpo.trainer.data.training_data import load_data, start_engine
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.data.training_data import load_data
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.stages.export import export_model
+from madpo.trainer.stages.start_engine import start_engine
 from madpo.trainer.state import TrainState
 
 pytestmark = pytest.mark.ranks

@@ -12,9 +12,10 @@ from harness import LLAMA, random_groups
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from madpo.trainer.batches.cost import Cost, work_of
 from madpo.trainer.batches.packing import PackedBatch, pack
-from madpo.trainer.config.schema import PeftConfig
-from madpo.trainer.data.lengths import Cost, Shapes, work_of
+from madpo.trainer.config.peft import PeftConfig
+from madpo.trainer.data.lengths import Shapes
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.model import lora
 from madpo.trainer.model.attention import prefix_sharing

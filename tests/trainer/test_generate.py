@@ -21,10 +21,10 @@ from patience import patient
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.dataset import load_groups
 from madpo.trainer.data.tokenise import TokenRules, tokenise
+from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.formats.text_groups import TextGroup
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.stages.generate import run_generation
 
 pytestmark = pytest.mark.ranks

@@ -11,7 +11,7 @@ from madpo.trainer.model.attention import prefix_sharing as prefix_attention
 from madpo.trainer.model.attention.backends import BACKENDS
 from madpo.trainer.model.attention.choice import trial
 from madpo.trainer.model.attention.prefix_sharing import NAMES, SegmentTable
-from madpo.trainer.model.policy import scored_hidden
+from madpo.trainer.model.backbone import scored_hidden
 from madpo.trainer.model.startup.attention import settle_attention, survey
 
 pytestmark = [

@@ -17,8 +17,9 @@ from madpo.trainer.batches.packing import pack
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.head import OutputHead, PreferenceHead
 from madpo.trainer.objectives import build
-from madpo.trainer.objectives.base import OBJECTIVES, EdgeScores, Item, Params, objective
+from madpo.trainer.objectives.base import OBJECTIVES, Item, Params, objective
 from madpo.trainer.objectives.build import BoundObjective
+from madpo.trainer.objectives.scores import EdgeScores
 
 H, V = 12, 61
 LENGTHS = ((3, 4), (1, 6), (5, 2), (2, 2))

@@ -23,7 +23,7 @@ from madpo.trainer.batches.packing import pack
 from madpo.trainer.model import liger
 from madpo.trainer.model.attention import prefix_sharing
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable
-from madpo.trainer.model.policy import last_hidden
+from madpo.trainer.model.backbone import last_hidden
 from madpo.trainer.model.recompute import checkpoint_layers
 
 needs_liger = pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is not installed")

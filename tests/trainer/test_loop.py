@@ -10,11 +10,13 @@ import pytest
 from harness import make_config, run_ranks, save_model, write_pairs
 
 from madpo.trainer import loop
+from madpo.trainer import step as trainer_step
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.training_data import load_data, start_engine
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.data.training_data import load_data
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.schedule import learning_rate
+from madpo.trainer.stages.start_engine import start_engine
 from madpo.trainer.state import TrainState
 
 STEPS, SIZE, STEP, EVALUATION, SAVE = 6, 4, 0.5, 32.0, 1024.0
@@ -60,7 +62,7 @@ def watched(shard, config: Config) -> dict[str, Any]:
     engine: Any = start_engine(config, tokenizer, training=True)
     state, seen = TrainState(), SimpleNamespace(records=[], modes=[], moves=[], trained=[], evaluated=[])
     rates = []
-    originals = loop.train_step, loop.evaluation_step, loop.evaluate, engine.step
+    originals = trainer_step.train_step, trainer_step.evaluation_step, loop.evaluate, engine.step
 
     def train_step(engine, step, rate, meter, now: BatchState) -> Any:
         seen.trained.append((now.seed, dict(now.memory)))

@@ -20,11 +20,12 @@ from zero3 import padded_logps, plain_optimizer, zero3_steps
 
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.order import DataOrder
-from madpo.trainer.data.training_data import load_data, start_engine
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.data.training_data import load_data
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.model.weights import adapter_weights, gather
 from madpo.trainer.objectives.base import MarginWeight
 from madpo.trainer.stages.evaluate import run_evaluation
+from madpo.trainer.stages.start_engine import start_engine
 
 pytestmark = pytest.mark.ranks
 

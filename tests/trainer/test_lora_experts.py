@@ -11,7 +11,7 @@ from harness import make_config, run_ranks, write_pairs
 from lora_cases import train
 from transformers import AutoTokenizer
 
-from madpo.trainer.config.schema import PeftConfig
+from madpo.trainer.config.peft import PeftConfig
 from madpo.trainer.model import lora
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -15,10 +15,11 @@ from lora_cases import STAGE_2, changed, stored_adapter, train
 from transformers import AutoModelForCausalLM
 
 from madpo.trainer.config.schema import Config, load
-from madpo.trainer.data.training_data import start_engine
 from madpo.trainer.errors import UserError
 from madpo.trainer.model import lora
-from madpo.trainer.model.build import load_sampler, load_tokenizer
+from madpo.trainer.model.build import load_sampler
+from madpo.trainer.model.tokenizer import load_tokenizer
+from madpo.trainer.stages.start_engine import start_engine
 
 
 @pytest.fixture

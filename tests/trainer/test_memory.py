@@ -20,8 +20,8 @@ from madpo.trainer.config.schema import Config
 from madpo.trainer.model import offload
 from madpo.trainer.model.attention import prefix_sharing
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable
+from madpo.trainer.model.backbone import last_hidden
 from madpo.trainer.model.offload import Cargo, Parcel, Slip, offload_layers
-from madpo.trainer.model.policy import last_hidden
 from madpo.trainer.model.recompute import checkpoint_layers
 
 WAYS: dict[str, dict[str, Any]] = {

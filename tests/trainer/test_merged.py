@@ -20,7 +20,7 @@ from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.data.training_data import load_data
 from madpo.trainer.data.views.merged_prompts import MergedDataset, joined, merge_prompts
 from madpo.trainer.dist import Shard
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import Item
 
 PROMPTS = 6

@@ -16,9 +16,10 @@ from harness import make_config, run_ranks, save_model, write_pairs
 from transformers import AutoTokenizer
 
 from madpo.trainer.config.schema import Config, dump, load
-from madpo.trainer.data import dataset as dataset_module
-from madpo.trainer.data.dataset import GroupDataset, share
+from madpo.trainer.data import tokenised_cache
+from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.mixture import load_split
+from madpo.trainer.data.tokenised_cache import share, tokenise_all
 from madpo.trainer.data.training_data import load_data, training_groups
 from madpo.trainer.stages.annotate import run_annotation
 from madpo.trainer.stages.probe import run_probe
@@ -112,8 +113,8 @@ def test_a_share_is_the_same_in_every_run_and_larger_ones_hold_it():
 
 def test_another_fraction_is_other_data_and_costs_no_tokenising(tmp_path, tokenizer, parts, monkeypatch):
     calls = []
-    original = dataset_module.tokenise_all
-    monkeypatch.setattr(dataset_module, "tokenise_all", lambda *a: (calls.append(1), original(*a)))
+    original = tokenise_all
+    monkeypatch.setattr(tokenised_cache, "tokenise_all", lambda *a: (calls.append(1), original(*a)))
     found = []
     for fractions in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.5), (1.0, 1.0)):
         described = [{"path": str(p), "fraction": f} for p, f in zip(parts, fractions, strict=True)]

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from madpo.trainer.config.schema import Config
 from madpo.trainer.model.attention import prefix_sharing
-from madpo.trainer.model.policy import refuse_noise
+from madpo.trainer.model.startup.checks import refuse_noise
 
 PHIMOE = {**SIZES, "model_type": "phimoe", **EXPERTS, "head_dim": 12}
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from madpo.trainer.objectives import EdgeScores, build
-from madpo.trainer.objectives.base import Item, MarginWeight, Scored, segment_sum
+from madpo.trainer.objectives.base import Item, MarginWeight
 from madpo.trainer.objectives.build import as_one_objective
 from madpo.trainer.objectives.madpo import MADPOParams
 from madpo.trainer.objectives.registry import OBJECTIVES
+from madpo.trainer.objectives.scores import Scored, segment_sum
 
 
 def scored(

@@ -23,16 +23,13 @@ from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.training_data import load_data
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.attention import prefix_sharing as prefix_attention
-from madpo.trainer.model.build import load_tokenizer
 from madpo.trainer.model.expert_balance import expert_balance
 from madpo.trainer.model.flops import passes
 from madpo.trainer.model.padded_rows import row_index
-from madpo.trainer.model.policy import (
-    PolicyWithReference,
-    refuse_unless_head_is_known,
-    refuse_unless_packing_is_exact,
-)
+from madpo.trainer.model.policy import PolicyWithReference
 from madpo.trainer.model.startup.attention import settle_attention
+from madpo.trainer.model.startup.checks import refuse_unless_head_is_known, refuse_unless_packing_is_exact
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.build import bind
 from madpo.trainer.objectives.registry import OBJECTIVES
 

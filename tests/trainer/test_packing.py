@@ -12,10 +12,12 @@ import pytest
 import torch
 from harness import random_groups
 
-from madpo.trainer.batches.packing import PackedBatch, Segment, filler, pack, plan_micro_batches
+from madpo.trainer.batches.cost import Cost, StepCost, Work, spared, work_of
+from madpo.trainer.batches.micro_batches import plan_micro_batches
+from madpo.trainer.batches.packing import PackedBatch, Segment, filler, pack
 from madpo.trainer.batches.steps import StepRules, plan_step, refuse_unless_rows_fit
 from madpo.trainer.data.groups import GroupCounts, ReferenceLogps
-from madpo.trainer.data.lengths import Cost, Shapes, StepCost, Work, shapes_of, spared, work_of
+from madpo.trainer.data.lengths import Shapes, shapes_of
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.dist import Shard

@@ -7,13 +7,14 @@ import pytest
 import torch
 from harness import make_config, run_ranks, write_pairs
 
+from madpo.trainer.batches.cost import Work
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.dataset import GroupDataset, load_groups
+from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.groups import ConcatenatedGroups, TokenGroups
-from madpo.trainer.data.lengths import Work
+from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.data.views.mismatched import MismatchedDataset
 from madpo.trainer.metrics import Meter
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.throughput import MEMORY, PeakMemory, known_peak, peak_flops, throughput
 
 CPU = torch.device("cpu")

@@ -15,15 +15,17 @@ from harness import make_config, random_groups, run_ranks, save_model, write_pai
 from patience import patient
 
 from madpo.trainer import loop
+from madpo.trainer.batches.cost import Work
 from madpo.trainer.batches.packing import pack
 from madpo.trainer.batches.prefetch import AHEAD, prefetched
 from madpo.trainer.batches.steps import Step, StepRules
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.lengths import Work, shapes_of
-from madpo.trainer.data.training_data import load_data, start_engine
+from madpo.trainer.data.lengths import shapes_of
+from madpo.trainer.data.training_data import load_data
 from madpo.trainer.errors import UserError
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import Item
+from madpo.trainer.stages.start_engine import start_engine
 from madpo.trainer.state import TrainState
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from kernel_cases import relative_error
 from madpo.trainer.batches.packing import Segment
 from madpo.trainer.model.attention import prefix_sharing as prefix_attention
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable
-from madpo.trainer.model.policy import refuse_unless_head_is_known, refuse_unless_packing_is_exact
+from madpo.trainer.model.startup.checks import refuse_unless_head_is_known, refuse_unless_packing_is_exact
 
 NAME = prefix_attention.NAMES["sdpa"]
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from madpo.trainer.config.schema import DataConfig
+from madpo.trainer.config.data import DataConfig
 from madpo.trainer.sampling.pairs import Pair, choose_pair, pair_row, random_of
 from madpo.trainer.sampling.prompts import Prompts, read_prompts
 

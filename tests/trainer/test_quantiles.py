@@ -15,9 +15,9 @@ from harness import make_config, run_ranks, save_model, write_pairs
 from zero3 import padded_logps
 
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.dataset import load_groups
 from madpo.trainer.data.order import DataOrder
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.data.tokenised_cache import load_groups
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives import build
 from madpo.trainer.objectives.madpo import MADPOParams
 from madpo.trainer.objectives.sft import ThresholdedParams

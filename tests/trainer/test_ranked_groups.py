@@ -17,16 +17,17 @@ from published_rows import NECTAR, SHAREGPT, TOOLS, ULTRAFEEDBACK, ULTRAFEEDBACK
 from transformers import AutoTokenizer
 from zero3 import padded_logps, zero3_steps
 
-from madpo.trainer.config.schema import Config, DataConfig
-from madpo.trainer.data import dataset as dataset_module
-from madpo.trainer.data.dataset import groups_key, load_groups, rules_of
+from madpo.trainer.config.data import DataConfig
+from madpo.trainer.config.schema import Config
+from madpo.trainer.data import tokenised_cache
 from madpo.trainer.data.groups import check_groups
 from madpo.trainer.data.tokenise import TokenRules, tokenise
+from madpo.trainer.data.tokenised_cache import groups_key, load_groups, rules_of
 from madpo.trainer.data.training_data import load_data
 from madpo.trainer.formats.adapters import ADAPTERS
 from madpo.trainer.formats.read_row import RowRules, read_row
 from madpo.trainer.formats.text_groups import TextGroup
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.model.tokenizer import load_tokenizer
 
 TEMPLATE = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}{% if short %}<short>{% endif %}"
@@ -81,7 +82,7 @@ def test_published_files_become_the_same_groups_from_json_lines_and_parquet(
         assert report["groups"] == 2 and not report["dropped"]
         got.append(groups[0])
         with monkeypatch.context() as patch:
-            patch.setattr(dataset_module, "tokenise_all", None)  # the second time it is read from the cache
+            patch.setattr(tokenised_cache, "tokenise_all", None)  # the second time it is read from the cache
             assert load_groups(config.data, "train", tokenizer)[0][0] == got[-1]
     assert got[0] == got[1]
     assert (len(got[0].completions), len(got[0].edges)) == (completions, edges)

@@ -19,13 +19,14 @@ from madpo.trainer.checkpoint import identity
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.groups import with_logps
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.training_data import load_data, start_engine
+from madpo.trainer.data.training_data import load_data
 from madpo.trainer.dist import Shard
-from madpo.trainer.model.build import load_tokenizer
 from madpo.trainer.model.freeze import count_parameters
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.reference import cached as reference
 from madpo.trainer.reference import file as reference_file
 from madpo.trainer.stages.evaluate import run_evaluation
+from madpo.trainer.stages.start_engine import start_engine
 
 pytestmark = pytest.mark.ranks
 

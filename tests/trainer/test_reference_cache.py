@@ -15,7 +15,7 @@ from lora_cases import changed, stored_adapter
 
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.training_data import load_data
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.reference import file as reference_file
 from madpo.trainer.reference import model as of_model
 from madpo.trainer.reference.cached import parts_of

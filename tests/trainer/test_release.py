@@ -13,10 +13,11 @@ from lora_cases import changed
 
 from madpo.trainer.batches.steps import plan_step, step_rules
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.training_data import load_data, start_engine
+from madpo.trainer.data.training_data import load_data
 from madpo.trainer.metrics import Meter
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import BatchState
+from madpo.trainer.stages.start_engine import start_engine
 from madpo.trainer.step import train_step
 
 pytestmark = pytest.mark.ranks

@@ -16,11 +16,13 @@ from zero3 import plain_optimizer, zero3_steps
 
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.order import DataOrder
-from madpo.trainer.data.training_data import load_data, start_engine
+from madpo.trainer.data.training_data import load_data
 from madpo.trainer.engine import release
-from madpo.trainer.model.build import build_module, load_tokenizer
+from madpo.trainer.model.build import build_module
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives import EdgeScores, build
 from madpo.trainer.stages.annotate import run_annotation
+from madpo.trainer.stages.start_engine import start_engine
 from madpo.trainer.stages.train import run_training
 
 BATCH = 7

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from harness import make_config
 
-from madpo.trainer.config.schema import Config, OptimConfig
-from madpo.trainer.loop import plan_run
-from madpo.trainer.schedule import learning_rate
+from madpo.trainer.config.schema import Config
+from madpo.trainer.config.train import OptimConfig
+from madpo.trainer.schedule import learning_rate, plan_run
 
 
 def rates(total: int, **optim) -> list[float]:

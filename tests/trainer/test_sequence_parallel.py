@@ -21,17 +21,18 @@ from madpo.trainer.batches.packing import pack
 from madpo.trainer.batches.sequence_slices import slice_of
 from madpo.trainer.batches.steps import StepRules, plan_step, step_rules
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.training_data import load_data, start_engine
+from madpo.trainer.data.training_data import load_data
 from madpo.trainer.dist import Shard
 from madpo.trainer.model.attention import prefix_sharing
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable
-from madpo.trainer.model.build import load_tokenizer
-from madpo.trainer.model.policy import last_hidden
+from madpo.trainer.model.backbone import last_hidden
 from madpo.trainer.model.startup.slices import refuse_unless_slicing_is_exact
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import Item
 from madpo.trainer.sequence_parallel import join
 from madpo.trainer.stages.evaluate import run_evaluation
 from madpo.trainer.stages.probe import run_probe
+from madpo.trainer.stages.start_engine import start_engine
 
 ranks = pytest.mark.ranks
 

@@ -17,10 +17,10 @@ from patience import patient
 from rich.console import Console
 
 from madpo.trainer.config.schema import Config, dump
-from madpo.trainer.data.dataset import load_groups
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.tokenise import TokenGroup
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.data.tokenised_cache import load_groups
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.stages.show_data import render_group, render_totals, show_data
 
 

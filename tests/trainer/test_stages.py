@@ -16,11 +16,12 @@ from harness import LLAMA, make_config, run_ranks, save_model, without_clock, wr
 
 from madpo.trainer import loop
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.training_data import load_data, start_engine
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.data.training_data import load_data
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.reference.moving import rounded
 from madpo.trainer.stages.evaluate import run_evaluation
 from madpo.trainer.stages.export import run_export
+from madpo.trainer.stages.start_engine import start_engine
 from madpo.trainer.stages.train import run_training
 from madpo.trainer.state import TrainState
 

@@ -17,10 +17,10 @@ from transformers import AutoTokenizer
 
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.block_reader import SAMPLE_BYTES, SAMPLES, RowReader, open_reader, sampled_content
-from madpo.trainer.data.dataset import load_groups
 from madpo.trainer.data.feed import Feed, WholeSet
 from madpo.trainer.data.source import load_by_name
 from madpo.trainer.data.stream import Stream
+from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.data.training_data import load_data
 from madpo.trainer.stages.annotate import run_annotation
 from madpo.trainer.stages.probe import run_probe

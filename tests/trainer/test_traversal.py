@@ -12,11 +12,12 @@ from harness import random_groups
 from torch import Tensor
 
 from madpo.trainer.batches.packing import PackedBatch, pack
-from madpo.trainer.config.schema import PeftConfig
+from madpo.trainer.config.peft import PeftConfig
 from madpo.trainer.model import lora
 from madpo.trainer.model.attention import prefix_sharing
 from madpo.trainer.model.expert_balance import expert_balance
-from madpo.trainer.model.policy import PolicyWithReference, share_traversal
+from madpo.trainer.model.policy import PolicyWithReference
+from madpo.trainer.model.startup.interleave import share_traversal
 from madpo.trainer.objectives.build import bind
 from madpo.trainer.objectives.registry import OBJECTIVES
 from madpo.trainer.scoring_module import Mode, ReferenceScorer

@@ -15,8 +15,9 @@ from zero3 import zero3_steps
 from madpo.trainer.batches.steps import plan_step, step_rules
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data import training_data
-from madpo.trainer.data.training_data import load_data, start_engine
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.data.training_data import load_data
+from madpo.trainer.model.tokenizer import load_tokenizer
+from madpo.trainer.stages.start_engine import start_engine
 
 pytestmark = pytest.mark.ranks
 

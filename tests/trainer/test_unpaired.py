@@ -12,12 +12,12 @@ from harness import make_config, write_pairs
 
 from madpo.trainer.batches.steps import StepRules, plan_step
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.dataset import load_groups
+from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.data.training_data import load_data
 from madpo.trainer.data.views.mismatched import MismatchedDataset
 from madpo.trainer.dist import Shard
 from madpo.trainer.formats.text_groups import TextGroup, layout_of, to_group
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import Item
 
 ROWS = [

@@ -20,10 +20,11 @@ from madpo.trainer import dist
 from madpo.trainer.batches.prefetch import prefetched
 from madpo.trainer.batches.steps import plan_step, step_rules
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.training_data import load_data, start_engine
+from madpo.trainer.data.training_data import load_data
 from madpo.trainer.metrics import Meter
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import BatchState
+from madpo.trainer.stages.start_engine import start_engine
 from madpo.trainer.step import forward_backward
 
 pytestmark = pytest.mark.ranks

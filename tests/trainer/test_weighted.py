@@ -19,12 +19,13 @@ from madpo.trainer.batches.steps import StepRules, plan_step
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.feed import WholeSet
 from madpo.trainer.data.order import DataOrder, systematic_draws
-from madpo.trainer.data.training_data import load_data, start_engine, weighed
+from madpo.trainer.data.training_data import load_data, weighed
 from madpo.trainer.data.views.trimmed import TrimmedDataset, draw_by_weight, edge_weights, skip_weightless
 from madpo.trainer.dist import Shard
 from madpo.trainer.head import OutputHead, PreferenceHead
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import Item
+from madpo.trainer.stages.start_engine import start_engine
 from madpo.trainer.state import TrainState
 
 STEEP = {"loss_type": "madpo", "c_max": 1000.0, "lambda": 10.0}

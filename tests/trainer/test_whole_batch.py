@@ -15,16 +15,18 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import (
 from harness import make_config, run_ranks, save_model, sentence, write_pairs
 from zero3 import compare, plain_steps, zero3_steps
 
+from madpo.trainer.batches.cost import StepCost, Work
 from madpo.trainer.batches.steps import plan_step, step_rules
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.lengths import StepCost, Work, shapes_of
+from madpo.trainer.data.lengths import shapes_of
 from madpo.trainer.data.tokenise import TokenGroup
-from madpo.trainer.data.training_data import load_data, start_engine
+from madpo.trainer.data.training_data import load_data
 from madpo.trainer.metrics import Meter
-from madpo.trainer.model.build import load_tokenizer
 from madpo.trainer.model.flops import step_cost
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.objectives.registry import OBJECTIVES
+from madpo.trainer.stages.start_engine import start_engine
 from madpo.trainer.step import train_step
 
 pytestmark = pytest.mark.ranks

@@ -8,12 +8,14 @@ from typing import Protocol
 
 import numpy as np
 
-from madpo.trainer.batches.packing import PackedBatch, filler, pack, plan_micro_batches
+from madpo.trainer.batches.cost import TOKENS, StepCost, Work, spared, work_of
+from madpo.trainer.batches.micro_batches import plan_micro_batches
+from madpo.trainer.batches.packing import PackedBatch, filler, pack
 from madpo.trainer.batches.sequence_slices import slice_of
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.feed import Feed
 from madpo.trainer.data.groups import TokenGroups
-from madpo.trainer.data.lengths import TOKENS, Shapes, StepCost, Work, check_budget, spared, work_of
+from madpo.trainer.data.lengths import Shapes, check_budget
 from madpo.trainer.dist import Shard
 from madpo.trainer.objectives.base import Item
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from madpo.trainer.config.deepspeed_keys import DEEPSPEED_KEYS, OWNED_DEEPSPEED_KEYS
 from madpo.trainer.errors import UserError, nearest
 
 REFUSED_ZERO_KEYS = {
@@ -91,3 +90,62 @@ def _can_offload_to_disk() -> bool:
 def offload_device(block: dict[str, Any], key: str) -> str:
     """Where offload_param or offload_optimizer sends what it says: none, cpu or nvme."""
     return (block.get("zero_optimization", {}).get(key) or {}).get("device", "none")
+
+
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_tokens",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_tokens",
+    "managed_gradient_accumulation": "train.global_batch_size and train.micro_batch_tokens",
+    "gradient_clipping": "optim.max_grad_norm",
+    "optimizer": "the optim section",
+    "scheduler": "optim.lr_scheduler_type",
+    "bf16": "train.bf16",
+    "fp16": "train.bf16",
+    "gradient_allreduce_op": "nothing: the loss is a mean over the global batch",
+    "prescale_gradients": "nothing: the loss is a mean over the global batch",
+    "gradient_predivide_factor": "nothing: the loss is a mean over the global batch",
+    "steps_per_print": "train.logging_steps",
+    "activation_checkpointing": "model.gradient_checkpointing",
+    "amp": "train.bf16",
+    "compile": "nothing: layers run uncompiled",
+    "torch_autocast": "train.bf16",
+    "elasticity": "nothing: it would change the batch size",
+    "data_efficiency": "nothing: it would change the order of the data",
+    "curriculum_learning": "nothing: it would change the order of the data",
+    "sequence_parallel_size": "nothing: packed groups are not split over ranks",
+    "tensor_parallel": "nothing: every rank trains on its own groups, with the whole of the output layer",
+    "pipeline": "nothing: every rank trains on its own groups",
+}
+"""Keys that would contradict the rest of the config -> what to set instead."""
+
+DEEPSPEED_KEYS = frozenset(OWNED_DEEPSPEED_KEYS) | {
+    "aio",
+    "autotuning",
+    "checkpoint",
+    "communication_data_type",
+    "comms_logger",
+    "csv_monitor",
+    "data_types",
+    "dataloader_drop_last",
+    "disable_allgather",
+    "disable_python_gc",
+    "dump_state",
+    "flops_profiler",
+    "hybrid_engine",
+    "log_level",
+    "memory_breakdown",
+    "nebula",
+    "quantize_training",
+    "seq_parallel_communication_data_type",
+    "sparse_attention",
+    "tensorboard",
+    "timers",
+    "use_data_before_expert_parallelism",
+    "wandb",
+    "wall_clock_breakdown",
+    "weight_quantization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+}

@@ -9,19 +9,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.config.deepspeed import check_block, zero_stage
+from madpo.trainer.config.error_text import explain
 from madpo.trainer.config.generate import GenerateConfig
 from madpo.trainer.config.model import ModelConfig
 from madpo.trainer.config.peft import PeftConfig
 from madpo.trainer.config.section import Effect, Section, setting
 from madpo.trainer.config.train import OptimConfig, TrainConfig
-from madpo.trainer.errors import UserError, nearest
+from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Need
 from madpo.trainer.objectives.build import BoundObjective, as_one_objective, bind
 from madpo.trainer.objectives.registry import OBJECTIVES, ObjectiveParams
@@ -307,7 +308,7 @@ def from_tree(tree: dict[str, Any], origin: str, task: str = "train") -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{origin}: {_explain(error)}") from None
+        raise UserError(f"{origin}: {explain(error)}") from None
     kinds = {"sft": config.bound_objective.supervised, "reward": config.bound_objective.is_reward_model}
     if not kinds.get(task, True):
         raise UserError(
@@ -320,48 +321,3 @@ def from_tree(tree: dict[str, Any], origin: str, task: str = "train") -> Config:
 def dump(config: Config) -> str:
     """The resolved config as YAML; `load` of it gives the same config."""
     return strict_yaml.dump(config.model_dump(mode="json", by_alias=True))
-
-
-def _explain(error: ValidationError) -> str:
-    """Every problem on its own line: key, what is wrong, what is allowed."""
-    lines = [_explain_one(item) for item in error.errors()]
-    return lines[0] if len(lines) == 1 else f"{len(lines)} problems\n" + "\n".join(f"  {x}" for x in lines)
-
-
-def _explain_one(item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
-    if location[:1] == ["objective"] and location[1:2] and location[1] in OBJECTIVES:
-        del location[1]  # pydantic names the chosen parameter class in the path
-    key, kind, value = ".".join(location), item["type"], item["input"]
-    prefix = f"{key}: " if key else ""
-    if kind == "extra_forbidden":
-        return f"{prefix}unknown key{nearest(location[-1], _known_keys(item['loc']))}"
-    if kind == "missing":
-        return f"{prefix}is required"
-    if kind == "union_tag_not_found":
-        return f"{prefix}loss_type is required; one of {', '.join(OBJECTIVES)}"
-    if kind == "union_tag_invalid":
-        tag = str(item["ctx"]["tag"])
-        return f"objective.loss_type: unknown objective {tag!r}{nearest(tag, OBJECTIVES)}"
-    if kind == "value_error" and (not key or isinstance(value, dict | BaseModel)):
-        return prefix + item["msg"].removeprefix("Value error, ")
-    return f"{prefix}{item['msg'].removeprefix('Value error, ')} (got {value!r})"
-
-
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    """The keys that are allowed where `location` points to an unknown one."""
-    node: type[BaseModel] = Config
-    parents = [part for part in location[:-1] if isinstance(part, str)]  # without places in lists
-    if parents[:1] == ["objective"]:
-        node = OBJECTIVES[parents[1]].params
-    else:
-        for parent in parents:
-            node = _section_in(node.model_fields[parent].annotation)
-    return [field.serialization_alias or name for name, field in node.model_fields.items()]
-
-
-def _section_in(annotation: Any) -> type[BaseModel]:
-    """The section that a field holds, perhaps in a list, perhaps or null."""
-    while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-        annotation = next(part for part in get_args(annotation) if part is not type(None))
-    return annotation

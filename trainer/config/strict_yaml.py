@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -101,3 +101,15 @@ def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]
             node = node[key]
         node[keys[-1]] = parse(text, f"override {assignment!r}")
     return tree
+
+
+def named_texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a tree with the dotted key that it stands under, without places in lists."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, child in value.items():
+            yield from named_texts(child, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for child in value:
+            yield from named_texts(child, key)

@@ -15,7 +15,7 @@ import datasets
 import pyarrow as pa
 import xxhash
 
-from madpo.trainer.config.schema import DataConfig
+from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.source import LINES, Source, load_by_name, split_files
 from madpo.trainer.errors import UserError
 

@@ -6,13 +6,8 @@ holding a collective open, however long it takes.
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -20,49 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
-from filelock import FileLock
-from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.config.schema import DataConfig
-from madpo.trainer.data.folds import hash_of_prompt
 from madpo.trainer.data.groups import GroupCounts, ReferenceLogps, ease_of
 from madpo.trainer.data.lengths import Shapes
-from madpo.trainer.data.order import permutation
-from madpo.trainer.data.source import Source, open_source
-from madpo.trainer.data.tokenise import TokenGroup, TokenRules, special_spellings, spells_special, tokenise
-from madpo.trainer.errors import UserError
-from madpo.trainer.files import write_folder_atomically
-from madpo.trainer.formats.adapters import ADAPTERS
-from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row
-from madpo.trainer.formats.text_groups import parse_json_line
-
-FORMAT_VERSION = 5
-"""Part of the cache key; raise it when the same rows would give other tokens."""
-
-FEATURES = datasets.Features(
-    {
-        "prompt": datasets.Sequence(datasets.Value("int32")),
-        "completions": datasets.Sequence(datasets.Sequence(datasets.Value("int32"))),
-        "winners": datasets.Sequence(datasets.Value("int32")),
-        "losers": datasets.Sequence(datasets.Value("int32")),
-        "margins": datasets.Sequence(datasets.Value("float64")),
-        "labels": datasets.Sequence(datasets.Value("int8")),
-        "num_tokens": datasets.Value("int32"),
-        "num_completion_tokens": datasets.Value("int32"),
-        "num_sequences": datasets.Value("int32"),
-        "num_edges": datasets.Value("int32"),
-        "num_margins": datasets.Value("int32"),
-        "num_labels": datasets.Value("int32"),
-        "boundary_cut": datasets.Value("int32"),
-        "truncated": datasets.Value("int32"),
-        "equal": datasets.Value("int32"),
-        "spells_special": datasets.Value("bool"),
-        "prompt_hash": datasets.Value("int64"),
-        "problem": datasets.Value("string"),
-        "unreadable": datasets.Value("bool"),
-        "row": datasets.Value("int64"),
-    }
-)
+from madpo.trainer.data.tokenise import TokenGroup
 
 
 class GroupDataset:
@@ -72,14 +28,14 @@ class GroupDataset:
         self.name = name
         self.fingerprint = fingerprint  # of the rows and everything that made tokens of them
         self.table = table
-        edges = _column(table, "num_edges")
+        edges = column_of(table, "num_edges")
         self.counts = GroupCounts(
-            lengths=_column(table, "num_tokens"),
-            completion_tokens=_column(table, "num_completion_tokens"),
-            sequences=_column(table, "num_sequences"),
+            lengths=column_of(table, "num_tokens"),
+            completion_tokens=column_of(table, "num_completion_tokens"),
+            sequences=column_of(table, "num_sequences"),
             edges=edges,
             counted_edges=edges,
-            labelled=_column(table, "num_labels"),
+            labelled=column_of(table, "num_labels"),
         )
         self.reference: ReferenceLogps | None = None
 
@@ -101,15 +57,15 @@ class GroupDataset:
     # A protocol's property cannot be a cached one, so each has its column beside it.
     @cached_property
     def _rows(self) -> np.ndarray:
-        return _column(self.table, "row")
+        return column_of(self.table, "row")
 
     @cached_property
     def _prompt_hashes(self) -> np.ndarray:
-        return _column(self.table, "prompt_hash")
+        return column_of(self.table, "prompt_hash")
 
     @cached_property
     def _margins(self) -> np.ndarray:
-        return _flat(self.table, "margins")
+        return flat_column(self.table, "margins")
 
     def select(self, indices: np.ndarray, name: str) -> GroupDataset:
         """The groups at `indices` (n,), under this name in messages and in the run's identity."""
@@ -119,7 +75,7 @@ class GroupDataset:
     @cached_property
     def completion_lengths(self) -> np.ndarray:
         """(S,) tokens of every completion."""
-        return _flat(self.table, "completions", lambda x: pc.call_function("list_value_length", [x]))
+        return flat_column(self.table, "completions", lambda x: pc.call_function("list_value_length", [x]))
 
     def shapes(self, indices: np.ndarray) -> Shapes:
         """The lengths of the groups at `indices` (B,), in that order."""
@@ -142,7 +98,9 @@ class GroupDataset:
         return TokenGroup(row["prompt"], row["completions"], edges, row["labels"], **counts)
 
 
-def _flat(table: datasets.Dataset, name: str, of_each: Callable[[Any], Any] | None = None) -> np.ndarray:
+def flat_column(
+    table: datasets.Dataset, name: str, of_each: Callable[[Any], Any] | None = None
+) -> np.ndarray:
     """The numbers of a column of lists, one list after another; NaN for null. Or `of_each` of what is in
     the lists."""
     column: Any = table.with_format("arrow")[name][:]
@@ -151,225 +109,5 @@ def _flat(table: datasets.Dataset, name: str, of_each: Callable[[Any], Any] | No
     return (flat if of_each is None else of_each(flat)).to_numpy(zero_copy_only=False)
 
 
-def _column(table: datasets.Dataset, name: str) -> np.ndarray:
+def column_of(table: datasets.Dataset, name: str) -> np.ndarray:
     return np.asarray(table.with_format("numpy")[name][:])
-
-
-def rules_of(data: DataConfig, supervised: bool = False) -> TokenRules:
-    """What the config says of reading rows and making tokens of them."""
-    rows = RowRules(data.adapter, data.columns, data.edges)
-    return TokenRules(data.max_length, data.append_eos, supervised, data.chat_template_kwargs, rows)
-
-
-def load_groups(
-    data: DataConfig,
-    split: str,
-    tokenizer: PreTrainedTokenizerBase,
-    supervised: bool = False,
-    fraction: float = 1.0,
-) -> tuple[GroupDataset, dict[str, Any]]:
-    """The groups of one split, or a share of them, and a report of what was read, cut and dropped.
-
-    Raises ValueError for a missing file or split, unknown columns, an unreadable row (unless
-    `on_bad_row: drop`), and a split in which nothing can be trained on.
-    """
-    cache = Path(data.cache_dir).expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
-    rules = rules_of(data, supervised)
-    lock = f"lock-{xxhash.xxh3_64_hexdigest(str(data.dataset_name).encode())}"
-    with FileLock(cache / lock):
-        source = open_source(data, split, cache)
-        key = groups_key(source.fingerprint, tokenizer, rules)
-        path = cache / f"groups-{key}"
-        with FileLock(cache / f"lock-{key}"):  # the same content may have another name elsewhere
-            if not path.is_dir():
-                tokenise_all(source, tokenizer, rules, adapter_in(source, rules), data.dataset_num_proc, path)
-        table = datasets.load_from_disk(str(path))
-    assert isinstance(table, datasets.Dataset)
-    refuse_unreadable(source.where, table, data.on_bad_row)
-    usable = usable_rows(table)
-    taken = usable[share(len(usable), fraction)]
-    report = report_of(source.name, table, taken)
-    if not len(usable):
-        raise UserError(
-            f"{source.name}: none of {len(table)} rows can be trained on: {report['dropped']}; "
-            f"data.max_length is {data.max_length}"
-        )
-    if not len(taken):
-        raise UserError(f"{source.name}: fraction {fraction:g} of {len(usable)} groups is none; raise it")
-    return GroupDataset(table.select(taken), source.name, path.name), report
-
-
-def groups_key(fingerprint: str, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> str:
-    """A hash of rows and everything that makes tokens of them."""
-    identity = (FORMAT_VERSION, fingerprint, tokenizer_identity(tokenizer), asdict(rules))
-    return xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
-
-
-def usable_rows(table: datasets.Dataset) -> np.ndarray:
-    """The rows that can be trained on, of a whole table."""
-    return np.flatnonzero(pc.call_function("equal", [table.data.column("problem"), ""]))
-
-
-def share(
-    num_groups: int,
-    fraction: float,
-) -> np.ndarray:  # (round(fraction * num_groups),)
-    """All groups as often as `fraction` has wholes, then a random share of them in their order.
-
-    The same share in every run, whatever its seed; a larger one holds the smaller.
-    """
-    whole, rest = divmod(fraction, 1)
-    some = permutation(num_groups, seed=0, epoch=0)[: round(rest * num_groups)]
-    return np.concatenate((np.tile(np.arange(num_groups), int(whole)), np.sort(some)))
-
-
-def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything in a tokenizer that decides which tokens come out."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    parts = (
-        type(tokenizer).__name__,
-        backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items())),
-        repr(sorted(tokenizer.special_tokens_map.items())),
-        repr(tokenizer.chat_template),
-    )
-    return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
-
-
-@dataclass(frozen=True)
-class _RowTokeniser:
-    """Picklable, so that several processes can tokenise."""
-
-    tokenizer: PreTrainedTokenizerBase
-    rules: TokenRules
-    adapter: str
-    raw_lines: bool
-    spellings: re.Pattern[str] | None  # of special tokens
-
-    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        number = row["line"] if self.raw_lines else index
-        try:
-            fields = parse_json_line(row["raw"]) if self.raw_lines else row
-            text = read_row(fields, ADAPTERS[self.adapter], self.rules.rows, self.rules.supervised)
-            if text.compared and len(text.completions) < 2 and not self.rules.supervised:
-                group = TokenGroup([], [], [], problem="fewer than two scored completions")
-            else:
-                group = tokenise(text, self.tokenizer, self.rules)
-            if len(group.completions) > 1 and not group.edges and not group.problem:
-                group = replace(group, problem="no completion is better than another")
-            spells = spells_special(text, self.spellings)
-        except Exception as error:  # a chat template, for one, raises what it likes
-            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            group = TokenGroup([], [], [], problem=f"{kind}{error}")
-            facts = {"spells_special": False, "prompt_hash": 0}
-            return {**_columns(group), **facts, "unreadable": True, "row": number}
-        facts = {"spells_special": spells, "prompt_hash": hash_of_prompt(text)}
-        return {**_columns(group), **facts, "unreadable": False, "row": number}
-
-
-def _columns(group: TokenGroup) -> dict[str, Any]:
-    return {
-        "prompt": group.prompt,
-        "completions": group.completions,
-        "winners": [winner for winner, _, _ in group.edges],
-        "losers": [loser for _, loser, _ in group.edges],
-        "margins": [margin for _, _, margin in group.edges],
-        "labels": group.labels,
-        "num_tokens": len(group.prompt) + sum(map(len, group.completions)),
-        "num_completion_tokens": sum(map(len, group.completions)),
-        "num_sequences": len(group.completions),
-        "num_edges": len(group.edges),
-        "num_margins": sum(margin is not None for _, _, margin in group.edges),
-        "num_labels": sum(label != 0 for label in group.labels),
-        "boundary_cut": group.boundary_cut,
-        "truncated": group.truncated,
-        "equal": group.equal,
-        "problem": group.problem,
-    }
-
-
-def tokenise_all(
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    rules: TokenRules,
-    adapter: str,
-    num_proc: int | None,
-    path: Path,
-) -> None:
-    """Write a table of FEATURES, a row for every row of the source, that appears whole or not at all."""
-    raw_lines = source.unit == "line"
-    scratch = path.with_name(path.name + ".scratch")  # so that no more than a batch is held in memory
-    scratch.mkdir(exist_ok=True)
-    table = source.rows.map(
-        _RowTokeniser(tokenizer, rules, adapter, raw_lines, special_spellings(tokenizer)),
-        with_indices=True,
-        remove_columns=source.rows.column_names,
-        features=FEATURES,
-        num_proc=num_proc,
-        new_fingerprint=path.name.removeprefix("groups-"),
-        load_from_cache_file=False,
-        cache_file_name=str(scratch / "rows.arrow"),
-        desc=f"tokenising {source.name}",
-    )
-    write_folder_atomically(path, lambda partial: table.save_to_disk(str(partial)))
-    shutil.rmtree(scratch)
-
-
-def adapter_in(
-    source: Source, rules: TokenRules, choose: Callable[[Iterable[str], RowRules, bool], str] = choose_adapter
-) -> str:
-    """The adapter for the columns; JSON lines have those of the first line that can be read."""
-    if source.unit != "line":
-        return choose(source.rows.column_names, rules.rows, rules.supervised)
-    problem = None
-    row: Any
-    for row in source.rows:
-        try:
-            return choose(parse_json_line(row["raw"]), rules.rows, rules.supervised)
-        except UserError as error:
-            problem = problem or f"{source.where(row['line'])}: {error}"
-    raise UserError(str(problem))
-
-
-def refuse_unreadable(where: Callable[[int], str], table: datasets.Dataset, on_bad_row: str) -> None:
-    """Raise ValueError that names the first bad row, by `where`, unless bad rows are to be dropped."""
-    bad = np.flatnonzero(_column(table, "unreadable"))
-    if len(bad) and on_bad_row == "error":
-        first = table[int(bad[0])]
-        more = f" ({len(bad)} such rows of {len(table)})" if len(bad) > 1 else ""
-        raise UserError(
-            f"{where(first['row'])}: {first['problem']}{more}; "
-            "mend the row, or set data.on_bad_row=drop to train without it"
-        )
-
-
-def report_of(
-    name: str,
-    table: datasets.Dataset,
-    taken: np.ndarray,  # (G,) rows that groups were made of
-) -> dict[str, Any]:
-    """What was read and dropped, of all rows, and what is trained on, of those taken."""
-    problems = table.data.column("problem")
-    reasons = pc.call_function("if_else", [table.data.column("unreadable"), "unreadable", problems])
-    values, counts = (column.to_pylist() for column in pc.call_function("value_counts", [reasons]).flatten())
-    margins = _flat(table.select(taken), "margins")
-    margins = margins[~np.isnan(margins)]
-    report: dict[str, Any] = {
-        "source": name,
-        "rows": len(table),
-        "groups": len(taken),
-        "dropped": {reason: n for reason, n in sorted(zip(values, counts, strict=True)) if reason},
-        "tokens": int(_column(table, "num_tokens")[taken].sum()),
-        "truncated_completions": int(_column(table, "truncated")[taken].sum()),
-        "groups_with_moved_boundary": int((_column(table, "boundary_cut")[taken] > 0).sum()),
-        "comparisons_of_equal_tokens": int(_column(table, "equal")[taken].sum()),
-        "rows_that_spell_special_tokens": int(_column(table, "spells_special").sum()),
-    }
-    if len(margins):
-        report |= {
-            "margins": len(margins),
-            "margin_min": float(margins.min()),
-            "margin_max": float(margins.max()),
-            "margin_mean": float(margins.mean()),
-        }
-    return report

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import numpy as np
-import xxhash
 
 from madpo.trainer.errors import UserError
-from madpo.trainer.formats.text_groups import TextGroup
 
 if TYPE_CHECKING:
     from madpo.trainer.data.dataset import GroupDataset
-
-
-def hash_of_prompt(group: TextGroup) -> int:
-    """A hash of the prompt's text, in [0, 2^63); of the completions where there is no prompt."""
-    content = json.dumps(group.prompt or group.completions, sort_keys=True)
-    return xxhash.xxh3_64_intdigest(content.encode()) >> 1
 
 
 def folds_of(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import datasets
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.config.schema import DataConfig
-from madpo.trainer.data.dataset import GroupDataset, load_groups
+from madpo.trainer.config.data import DataConfig
+from madpo.trainer.data.dataset import GroupDataset
+from madpo.trainer.data.report import total_report
+from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.errors import UserError
 
 
@@ -48,21 +49,3 @@ def load_split(
     fingerprint = f"mixture-{xxhash.xxh3_128_hexdigest(repr(identity).encode())}"
     total = total_report(name, list(reports.values()))
     return GroupDataset(table, name, fingerprint), {role: total, **reports}
-
-
-def total_report(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The report of several parts together."""
-    counts = [key for key, value in reports[0].items() if isinstance(value, int) and key != "margins"]
-    reasons = sorted({reason for report in reports for reason in report["dropped"]})
-    total: dict[str, Any] = {"source": name, **{key: sum(x[key] for x in reports) for key in counts}}
-    total["dropped"] = {reason: sum(x["dropped"].get(reason, 0) for x in reports) for reason in reasons}
-    with_margins = [report for report in reports if "margins" in report]
-    if with_margins:
-        number = sum(x["margins"] for x in with_margins)
-        total |= {
-            "margins": number,
-            "margin_min": min(x["margin_min"] for x in with_margins),
-            "margin_max": max(x["margin_max"] for x in with_margins),
-            "margin_mean": sum(x["margin_mean"] * x["margins"] for x in with_margins) / number,
-        }
-    return total

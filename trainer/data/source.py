@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 
-from madpo.trainer.config.schema import DataConfig
+from madpo.trainer.config.data import DataConfig
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import hash_of_file
 

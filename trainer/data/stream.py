@@ -22,21 +22,20 @@ import numpy as np
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.config.schema import DataConfig
+from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.block_reader import FIRST_ROWS, Reader
-from madpo.trainer.data.dataset import (
-    GroupDataset,
+from madpo.trainer.data.dataset import GroupDataset
+from madpo.trainer.data.groups import ConcatenatedGroups, TokenDataset, TokenGroups
+from madpo.trainer.data.order import permutation
+from madpo.trainer.data.report import report_of, total_report
+from madpo.trainer.data.tokenised_cache import (
     adapter_in,
     groups_key,
     refuse_unreadable,
-    report_of,
     rules_of,
     tokenise_all,
     usable_rows,
 )
-from madpo.trainer.data.groups import ConcatenatedGroups, TokenDataset, TokenGroups
-from madpo.trainer.data.mixture import total_report
-from madpo.trainer.data.order import permutation
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_atomically
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.batches.steps import refuse_unless_rows_fit, step_rules
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.block_reader import open_reader
 from madpo.trainer.data.dataset import GroupDataset
@@ -20,20 +19,8 @@ from madpo.trainer.data.stream import Stream
 from madpo.trainer.data.views.merged_prompts import MergedDataset, merge_prompts, repeated_prompts
 from madpo.trainer.data.views.mismatched import MismatchedDataset
 from madpo.trainer.data.views.trimmed import draw_by_weight, drop_light, edge_weights, skip_weightless
-from madpo.trainer.engine import Engine, deepspeed_config
 from madpo.trainer.errors import UserError
-from madpo.trainer.model.build import build_module
-from madpo.trainer.model.policy import (
-    PolicyWithReference,
-    refuse_noise,
-    refuse_unless_head_is_known,
-    share_traversal,
-)
-from madpo.trainer.model.startup.attention import settle_attention
-from madpo.trainer.model.startup.slices import refuse_unless_slicing_is_exact
 from madpo.trainer.objectives.base import Need
-from madpo.trainer.scoring_module import ScoringModule
-from madpo.trainer.zero3.loading import partitioned_loading
 
 
 @dataclass(frozen=True)
@@ -166,34 +153,3 @@ def _stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> Stream:
         fewest=2 if Need.MISMATCHED in objective.needs else 1,
         check=lambda groups: without_weightless(_made_fit(groups, config), config),
     )
-
-
-def refuse_unless_data_fits(data: Data, config: Config, engine: Engine) -> None:
-    """Raise ValueError if a group, as the engine's model computes it, exceeds the token budget."""
-    rules = step_rules(config, engine.module)
-    for groups in (data.train, data.held_out):
-        if groups is not None:
-            refuse_unless_rows_fit(groups, rules)
-
-
-def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool) -> Engine:
-    """The engine around policy, reference and head. What a user should know of how the models attend is in
-    the module's `notes`."""
-    with partitioned_loading(deepspeed_config(config, training)):
-        module = build_module(config, tokenizer)
-    engine, group = Engine[ScoringModule](config, module, training), module.sequence_group
-    notes = []
-    for model in (module.policy, module.reference):
-        if model is not None:
-            notes.append(settle_attention(model, config.model.attention, engine.device))
-            if not config.bound_objective.is_reward_model:
-                refuse_unless_head_is_known(model, engine.device)
-            if group is not None:
-                refuse_unless_slicing_is_exact(model, group, engine.device)
-    quantised = config.peft is not None and config.peft.quantised
-    if training and not quantised:  # whose kernels round otherwise in training, without any noise
-        refuse_noise(module.policy, engine.device)
-    module.notes = list(dict.fromkeys(notes))
-    if isinstance(module, PolicyWithReference):
-        share_traversal(module, engine.device)
-    return engine

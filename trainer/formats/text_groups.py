@@ -16,9 +16,14 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import xxhash
 
 from madpo.trainer.errors import UserError
+
+if TYPE_CHECKING:
+    pass
 
 Messages = list[dict[str, Any]]
 Text = str | Messages
@@ -292,3 +297,9 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise UserError(f"{name} is not a number that can be trained on")
+
+
+def hash_of_prompt(group: TextGroup) -> int:
+    """A hash of the prompt's text, in [0, 2^63); of the completions where there is no prompt."""
+    content = json.dumps(group.prompt or group.completions, sort_keys=True)
+    return xxhash.xxh3_64_intdigest(content.encode()) >> 1

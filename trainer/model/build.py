@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
-from madpo.trainer.config.schema import Config, ModelConfig, PeftConfig, validate_peft
-from madpo.trainer.errors import UserError, nearest
+from madpo.trainer.config.peft import PeftConfig
+from madpo.trainer.config.schema import Config, validate_peft
+from madpo.trainer.errors import UserError
 from madpo.trainer.model import liger, lora
 from madpo.trainer.model.attention import prefix_sharing
 from madpo.trainer.model.attention.choice import require
@@ -27,42 +23,15 @@ from madpo.trainer.model.expert_balance import expert_balance
 from madpo.trainer.model.freeze import freeze
 from madpo.trainer.model.offload import offload_layers
 from madpo.trainer.model.policy import PolicyWithReference
+from madpo.trainer.model.pretrained import build_from_scratch, folder_of, load_pretrained
 from madpo.trainer.model.recompute import checkpoint_layers
 from madpo.trainer.model.reward import RewardModel
+from madpo.trainer.model.tokenizer import padding_token
 from madpo.trainer.model.vocabulary import add_rows, fit_vocabulary
 from madpo.trainer.scoring_module import ReferenceScorer
 from madpo.trainer.sequence_parallel import join
 from madpo.trainer.zero3.loading import gather_convolutions
 from madpo.trainer.zero3.parameters import real_shape
-
-NEW_LAYER = "score.weight"
-"""What a reward model has and the language model that it starts from has not."""
-
-
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model, or the one named. Raises ValueError if there is none."""
-    name = model.tokenizer_name_or_path or model.model_name_or_path
-    assert name is not None
-    revision = None if model.tokenizer_name_or_path else model.model_revision
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer could be loaded from {name!r}: {error}") from error
-
-
-def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to pad with that ends no completion: transformers' classifiers score the last other token.
-
-    Raises ValueError if the tokenizer has none.
-    """
-    names = ("pad_token_id", "unk_token_id", "bos_token_id")
-    for token in (getattr(tokenizer, name) for name in names):
-        if token is not None and token != tokenizer.eos_token_id:
-            return token
-    raise UserError(
-        "a reward model needs a tokenizer with a pad token that is not its EOS token, or with an UNK or BOS "
-        "token to take its place (model.tokenizer_name_or_path)"
-    )
 
 
 def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWithReference | RewardModel:
@@ -140,7 +109,7 @@ def _policy(
     model = config.model
     adapter = _stored_adapter(config, model.model_name_or_path, model.model_revision)
     if model.init_config:
-        policy = _from_scratch(model, tokenizer, **options)
+        policy = build_from_scratch(model, tokenizer, **options)
     else:
         if adapter is not None:
             lora.refuse_contradictions(adapter, config.peft or PeftConfig())
@@ -159,22 +128,6 @@ def load_sampler(config: Config, name: str, revision: str | None) -> PreTrainedM
     dtype = torch.bfloat16 if config.train.bf16 else torch.float32
     options: Any = {"dtype": dtype, "attention": None, "kind": AutoModelForCausalLM}
     return _load(config, name, revision, adapter_named(config, name, revision), **options).eval()
-
-
-def folder_of(name: str) -> str:
-    """Where the model is: of a run's folder the exported one, of anything else itself."""
-    exported = Path(name) / "model"
-    return str(exported) if _holds_model(exported) and not _holds_model(Path(name)) else name
-
-
-def _holds_model(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
-
-
-def state_of_files(name: str) -> list[tuple[str, int, int]]:
-    """Name, size and time of every file in a model's folder; [] for a name on the hub."""
-    files = sorted(file for file in Path(name).glob("*") if file.is_file())
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _reference(
@@ -239,9 +192,9 @@ def _load(
     """A model, with the adapter on it if its name is that of one."""
     options["quantization_config"] = lora.quantisation(config.peft)
     if adapter is None:
-        return _pretrained(name, revision, **options)
+        return load_pretrained(name, revision, **options)
     try:
-        model: Any = _pretrained(adapter.base, adapter.config.revision, **options)
+        model: Any = load_pretrained(adapter.base, adapter.config.revision, **options)
     except UserError as error:
         raise UserError(
             f"{name} is an adapter: {error}; if its base model is elsewhere now, set "
@@ -253,87 +206,6 @@ def _load(
         model.has_new_layer = False
     lora.attach(model, adapter.config, lora.POLICY, adapter.weights)
     return model
-
-
-def _pretrained(
-    name: str | None,
-    revision: str | None,
-    dtype: torch.dtype,
-    attention: str | None,  # None: transformers' choice
-    kind: Any,
-    quantization_config: Any,
-    **options: Any,
-) -> PreTrainedModel:
-    assert name is not None
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of weights that are not there; we refuse instead
-    try:
-        config = _without_dropout(AutoConfig.from_pretrained(name, revision=revision, **options))
-        model, found = kind.from_pretrained(
-            name,
-            config=config,
-            revision=revision,
-            dtype=dtype,
-            attn_implementation=attention,
-            output_loading_info=True,
-            quantization_config=quantization_config,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        hint = "" if Path(name).exists() else " (no such folder, and no model of that name on the hub)"
-        raise UserError(f"model {name!r} could not be loaded{hint}: {error}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    missing = sorted(set(found["missing_keys"]) - {NEW_LAYER})
-    if missing:
-        raise UserError(
-            f"model {name!r}: {len(missing)} weights are missing and would be random, {missing[0]} for one; "
-            "the files do not belong to the config beside them"
-        )
-    model.has_new_layer = NEW_LAYER in found["missing_keys"]
-    if model.config.get_text_config() is not model.config:
-        raise UserError(
-            f"model {name!r}: {type(model).__name__} reads more than text; save its language model by itself "
-            "and name that"
-        )
-    return model
-
-
-def _from_scratch(
-    model: ModelConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
-    attention: str,
-    kind: Any,
-    **options: Any,
-) -> PreTrainedModel:
-    assert model.init_config is not None
-    values = dict(model.init_config)
-    family = values.pop("model_type")
-    try:
-        known = AutoConfig.for_model(family).to_dict()
-    except ValueError as error:
-        raise UserError(f"model.init_config.model_type: {family!r} is unknown to transformers") from error
-    for key in values.keys() - known.keys():
-        raise UserError(f"model.init_config.{key}: {family} has no such value{nearest(key, known)}")
-    special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = AutoConfig.for_model(family, **{"vocab_size": len(tokenizer), **special, **options, **values})
-    try:
-        return kind.from_config(_without_dropout(config), dtype=dtype, attn_implementation=attention)
-    except ValueError as error:
-        raise UserError(f"model.init_config.model_type: {family}: {error}") from error
-
-
-def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Noise in either model would be noise in the margin between them.
-
-    PhiMoE alone routes by its router_jitter_noise without noise too: `refuse_noise` is for such models.
-    """
-    kept = {"router_jitter_noise"} if config.model_type == "phimoe" else set[str]()
-    for key, value in config.to_dict().items():
-        is_noise = "dropout" in key or key.endswith("pdrop") or "jitter" in key
-        if isinstance(value, float) and is_noise and key not in kept:
-            setattr(config, key, 0.0)
-    return config
 
 
 def _same_shapes(policy: PreTrainedModel, reference: PreTrainedModel) -> None:

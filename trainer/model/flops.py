@@ -21,10 +21,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from madpo.trainer.data.lengths import Cost, StepCost
+from madpo.trainer.batches.cost import Cost, StepCost
+from madpo.trainer.model.backbone import backbone
 from madpo.trainer.model.expert_balance import num_experts
 from madpo.trainer.model.lora import in_use
-from madpo.trainer.model.policy import backbone
 from madpo.trainer.scoring_module import ScoringModule
 from madpo.trainer.zero3.parameters import real_shape, real_size
 

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from madpo.trainer.config.schema import PeftConfig
+from madpo.trainer.config.peft import PeftConfig
 from madpo.trainer.errors import UserError, nearest
 
 POLICY, REFERENCE = "default", "reference"

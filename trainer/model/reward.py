@@ -14,8 +14,8 @@ from madpo.kernels.token_scores import TokenScores
 from madpo.trainer.batches.packing import PackedBatch
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable, shares_rows
+from madpo.trainer.model.backbone import last_hidden
 from madpo.trainer.model.lora import in_use
-from madpo.trainer.model.policy import last_hidden
 from madpo.trainer.objectives.build import BoundObjective
 from madpo.trainer.scoring_module import Gradients, Mode, ReferenceScorer
 from madpo.trainer.sequence_parallel import SequenceGroup

@@ -6,7 +6,8 @@ losses = objective(EdgeScores(chosen_logps=..., rejected_logps=..., ...))  # (E,
 
 from __future__ import annotations
 
-from madpo.trainer.objectives.base import BatchState, EdgeScores, Scored, SequenceScores
+from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.objectives.build import BoundObjective, build
+from madpo.trainer.objectives.scores import EdgeScores, Scored, SequenceScores
 
 __all__ = ["BatchState", "BoundObjective", "EdgeScores", "Scored", "SequenceScores", "build"]

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from madpo.trainer.objectives.base import EdgeScores, Params, objective
+from madpo.trainer.objectives.base import Params, objective
 from madpo.trainer.objectives.fields import Average, Beta, Lambda, NLLWeight
 from madpo.trainer.objectives.reference_free import chosen_nll
+from madpo.trainer.objectives.scores import EdgeScores
 
 
 class DPOPParams(Params):

@@ -10,17 +10,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from madpo.trainer.errors import nearest
-from madpo.trainer.objectives.base import (
-    BatchState,
-    EdgeLoss,
-    Item,
-    Need,
-    Objective,
-    Outcome,
-    Params,
-    Scored,
-    Scores,
-)
+from madpo.trainer.objectives.base import BatchState, EdgeLoss, Item, Need, Objective, Outcome, Params
+from madpo.trainer.objectives.scores import Scored, Scores
 
 ALIASES = {"sigmoid": "dpo", "sft": "chosen_nll"}
 """Names of other libraries."""

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from madpo.trainer.objectives.base import EdgeScores, Params, objective
+from madpo.trainer.objectives.base import Params, objective
 from madpo.trainer.objectives.fields import Beta
+from madpo.trainer.objectives.scores import EdgeScores
 
 
 class EXOParams(Params):

@@ -7,8 +7,9 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from madpo.trainer.objectives.base import EdgeLoss, EdgeScores, Params, objective
+from madpo.trainer.objectives.base import EdgeLoss, Params, objective
 from madpo.trainer.objectives.fields import Beta, LabelSmoothing
+from madpo.trainer.objectives.scores import EdgeScores
 
 
 class DPOParams(Params):

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from madpo.trainer.objectives.base import BatchState, EdgeScores, Outcome, Params, objective
+from madpo.trainer.objectives.base import BatchState, Outcome, Params, objective
 from madpo.trainer.objectives.fields import Beta, Gamma, LabelSmoothing
+from madpo.trainer.objectives.scores import EdgeScores
 
 Momentum = Annotated[float, Field(ge=0, lt=1, description="of the running mean and deviation")]
 

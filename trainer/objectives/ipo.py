@@ -8,8 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from madpo.trainer.objectives.base import EdgeLoss, EdgeScores, Params, objective
+from madpo.trainer.objectives.base import EdgeLoss, Params, objective
 from madpo.trainer.objectives.fields import Average, Beta, Lambda
+from madpo.trainer.objectives.scores import EdgeScores
 
 
 class IPOParams(Params):

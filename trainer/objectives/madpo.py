@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from pydantic import AliasChoices, Field, model_validator
 from torch import Tensor
 
-from madpo.trainer.objectives.base import EdgeLoss, EdgeScores, MarginWeight, Outcome, Params, objective
+from madpo.trainer.objectives.base import EdgeLoss, MarginWeight, Outcome, Params, objective
 from madpo.trainer.objectives.fields import Beta, PositiveThreshold, number
+from madpo.trainer.objectives.scores import EdgeScores
 
 
 class MADPOParams(Params):

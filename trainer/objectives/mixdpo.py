@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from madpo.trainer.objectives.base import EdgeScores, Outcome, Params, objective
+from madpo.trainer.objectives.base import Outcome, Params, objective
 from madpo.trainer.objectives.fields import Beta, Gamma, LabelSmoothing, Threshold, number
 from madpo.trainer.objectives.reference_free import chosen_nll
+from madpo.trainer.objectives.scores import EdgeScores
 
 
 class MixDPOParams(Params):

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from madpo.trainer.objectives.base import EdgeLoss, EdgeScores, Outcome, Params, objective
+from madpo.trainer.objectives.base import EdgeLoss, Outcome, Params, objective
 from madpo.trainer.objectives.fields import Beta, Lambda
+from madpo.trainer.objectives.scores import EdgeScores
 
 
 class ODPOParams(Params):

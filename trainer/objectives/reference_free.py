@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from madpo.trainer.objectives.base import EdgeLoss, EdgeScores, Params, objective
+from madpo.trainer.objectives.base import EdgeLoss, Params, objective
 from madpo.trainer.objectives.fields import Average, Gamma, Lambda, NLLWeight
+from madpo.trainer.objectives.scores import EdgeScores
 
 Scale = Annotated[float, Field(gt=0, description="factor on the difference of log-probs")]
 

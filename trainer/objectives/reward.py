@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from madpo.trainer.objectives.base import EdgeScores, Params, objective
+from madpo.trainer.objectives.base import Params, objective
+from madpo.trainer.objectives.scores import EdgeScores
 
 
 class BradleyTerryParams(Params):

@@ -8,8 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from madpo.trainer.objectives.base import Item, Params, Scored, objective
+from madpo.trainer.objectives.base import Item, Params, objective
 from madpo.trainer.objectives.fields import ProbabilityThreshold, number
+from madpo.trainer.objectives.scores import Scored
 
 
 class NLLParams(Params):

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from madpo.trainer.objectives.base import Outcome, Params, Scored, objective, segment_sum
+from madpo.trainer.objectives.base import Outcome, Params, objective
 from madpo.trainer.objectives.fields import Beta
+from madpo.trainer.objectives.scores import Scored, segment_sum
 
 
 class LDDPOParams(Params):

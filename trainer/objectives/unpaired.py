@@ -8,8 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from madpo.trainer.objectives.base import Item, Outcome, Params, SequenceScores, objective
+from madpo.trainer.objectives.base import Item, Outcome, Params, objective
 from madpo.trainer.objectives.fields import Beta
+from madpo.trainer.objectives.scores import SequenceScores
 
 Weight = Annotated[float, Field(gt=0, description="of the completions with this label")]
 

@@ -10,10 +10,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from madpo.trainer.objectives.base import BatchState, EdgeScores, Need, Outcome, Params, objective
+from madpo.trainer.objectives.base import BatchState, Need, Outcome, Params, objective
 from madpo.trainer.objectives.build import BoundObjective, build
 from madpo.trainer.objectives.fields import Average
 from madpo.trainer.objectives.reference_free import chosen_nll
+from madpo.trainer.objectives.scores import EdgeScores
 
 MPO: tuple[dict[str, Any], ...] = (
     {"loss_type": "dpo", "beta": 0.1},

@@ -27,16 +27,16 @@ from madpo.trainer.data.training_data import Data
 from madpo.trainer.dist import Shard
 from madpo.trainer.engine import Engine, deepspeed_config
 from madpo.trainer.errors import UserError
-from madpo.trainer.loop import plan_run
 from madpo.trainer.model.build import load_reference, refuse_other_vocabulary
 from madpo.trainer.model.freeze import count_parameters
-from madpo.trainer.model.policy import refuse_unless_head_is_known
 from madpo.trainer.model.startup.attention import settle_attention
+from madpo.trainer.model.startup.checks import refuse_unless_head_is_known
 from madpo.trainer.objectives.base import Item, Need
 from madpo.trainer.reference import file as reference_file
 from madpo.trainer.reference.file import FORMAT_VERSION
 from madpo.trainer.reference.model import ReferenceAlone, weights_of_reference
-from madpo.trainer.sampling.resumable_batches import SECONDS_BETWEEN_NEWS, say
+from madpo.trainer.reports.progress import SECONDS_BETWEEN_NEWS, say
+from madpo.trainer.schedule import plan_run
 from madpo.trainer.scoring_module import Mode, ScoringModule
 from madpo.trainer.zero3.loading import partitioned_loading
 

@@ -16,8 +16,8 @@ from madpo.trainer.errors import UserError
 from madpo.trainer.files import hash_of_file
 from madpo.trainer.head import Impl, PreferenceHead
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable, shares_rows
+from madpo.trainer.model.backbone import output_head, scored_hidden
 from madpo.trainer.model.build import adapter_named
-from madpo.trainer.model.policy import output_head, scored_hidden
 from madpo.trainer.objectives.build import bind
 from madpo.trainer.objectives.sft import NLLParams
 from madpo.trainer.scoring_module import Gradients, Mode, ReferenceScorer

@@ -138,3 +138,10 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()
+
+
+SECONDS_BETWEEN_NEWS = 30
+
+
+def say(text: str) -> None:
+    Console(highlight=False, soft_wrap=True).print(text, markup=False)

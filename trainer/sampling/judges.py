@@ -18,16 +18,18 @@ from madpo.trainer import user_function
 from madpo.trainer.batches.packing import pack
 from madpo.trainer.config.generate import JudgeConfig
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.dataset import rules_of
 from madpo.trainer.data.tokenise import TokenGroup, tokenise
+from madpo.trainer.data.tokenised_cache import rules_of
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import hash_of_file
 from madpo.trainer.formats.text_groups import Text, TextGroup
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable
-from madpo.trainer.model.build import build_module, folder_of, load_tokenizer, state_of_files
-from madpo.trainer.model.policy import last_hidden
+from madpo.trainer.model.backbone import last_hidden
+from madpo.trainer.model.build import build_module
+from madpo.trainer.model.pretrained import folder_of, state_of_files
 from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.model.startup.attention import settle_attention
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.reward import BradleyTerryParams
 from madpo.trainer.sampling.judge_server import Endpoint, api_key
 

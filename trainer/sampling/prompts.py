@@ -12,10 +12,10 @@ from typing import Any
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.config.schema import DataConfig
-from madpo.trainer.data.dataset import adapter_in, rules_of
+from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.source import Source, open_source
 from madpo.trainer.data.tokenise import TokenRules, encode_prompt
+from madpo.trainer.data.tokenised_cache import adapter_in, rules_of
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS
 from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row, renamed

@@ -15,13 +15,11 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from rich.console import Console
 
 from madpo.trainer import dist
 from madpo.trainer.dist import Shard
 from madpo.trainer.files import write_atomically
-
-SECONDS_BETWEEN_NEWS = 30
+from madpo.trainer.reports.progress import SECONDS_BETWEEN_NEWS, say
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,3 @@ def _with_news(batches: Sequence[Batch], what: str, shard: Shard) -> Iterator[Ba
         if shard.is_main and time.monotonic() - last > SECONDS_BETWEEN_NEWS:
             last = time.monotonic()
             say(f"{what}: {done + 1} of this rank's {len(batches)} batches")
-
-
-def say(text: str) -> None:
-    Console(highlight=False, soft_wrap=True).print(text, markup=False)

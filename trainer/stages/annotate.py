@@ -14,22 +14,24 @@ from rich.console import Console
 from madpo.trainer import checkpoint, dist
 from madpo.trainer.batches.steps import evaluation_steps, step_rules
 from madpo.trainer.config.schema import AnnotateConfig, Config
-from madpo.trainer.data.dataset import GroupDataset, load_groups
+from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.feed import content_of
 from madpo.trainer.data.folds import folds_of, without_fold
 from madpo.trainer.data.groups import TokenDataset, check_groups
 from madpo.trainer.data.source import open_source
-from madpo.trainer.data.training_data import merged, start_engine
+from madpo.trainer.data.tokenised_cache import load_groups
+from madpo.trainer.data.training_data import merged
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
-from madpo.trainer.loop import plan_run
-from madpo.trainer.model.build import load_tokenizer
-from madpo.trainer.objectives.base import segment_sum
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.reward import BradleyTerryParams
+from madpo.trainer.objectives.scores import segment_sum
 from madpo.trainer.reports.calibration_report import write_calibration_report
+from madpo.trainer.schedule import plan_run
 from madpo.trainer.scoring_module import Mode
 from madpo.trainer.stages.annotated_split import margins_of, together, write_split
+from madpo.trainer.stages.start_engine import start_engine
 from madpo.trainer.state import TrainState
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from madpo.trainer.data.dataset import Source
+from madpo.trainer.data.source import Source
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_atomically
 from madpo.trainer.formats.text_groups import MARGIN_COLUMNS, parse_json_line

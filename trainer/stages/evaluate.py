@@ -8,11 +8,12 @@ from pathlib import Path
 
 from madpo.trainer import checkpoint, dist, loop
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.training_data import load_data, refuse_unless_data_fits, start_engine, weighed
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.data.training_data import load_data, weighed
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.reference.cached import with_reference
 from madpo.trainer.reports.progress import metrics_table
 from madpo.trainer.stages.quantiles import resolve_quantiles
+from madpo.trainer.stages.start_engine import refuse_unless_data_fits, start_engine
 from madpo.trainer.state import TrainState
 
 

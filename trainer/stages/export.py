@@ -12,15 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer import checkpoint, dist
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.training_data import start_engine
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_folder_atomically
 from madpo.trainer.model import lora
-from madpo.trainer.model.build import load_tokenizer, padding_token
+from madpo.trainer.model.tokenizer import load_tokenizer, padding_token
 from madpo.trainer.model.weights import adapter_weights, gather, whole_weights
 from madpo.trainer.reports.model_card import model_card
+from madpo.trainer.stages.start_engine import start_engine
 from madpo.trainer.state import TrainState
 
 

@@ -22,18 +22,20 @@ import xxhash
 from madpo.trainer import dist
 from madpo.trainer.config.generate import GenerateConfig, JudgeConfig
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.dataset import tokenizer_identity
+from madpo.trainer.data.tokenised_cache import tokenizer_identity
 from madpo.trainer.dist import Shard
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_atomically
 from madpo.trainer.formats.text_groups import Text
-from madpo.trainer.model.build import folder_of, load_tokenizer, state_of_files
+from madpo.trainer.model.pretrained import folder_of, state_of_files
+from madpo.trainer.model.tokenizer import load_tokenizer
+from madpo.trainer.reports.progress import say
+from madpo.trainer.run_folder import claim
 from madpo.trainer.sampling.judges import check_judge, judge_identity, open_judge
 from madpo.trainer.sampling.pairs import choose_pair, pair_row, random_of
 from madpo.trainer.sampling.prompts import Prompts, read_prompts
-from madpo.trainer.sampling.resumable_batches import Batch, Parts, Work, batches_of, say
+from madpo.trainer.sampling.resumable_batches import Batch, Parts, Work, batches_of
 from madpo.trainer.sampling.samplers import backend_of, completion_of, open_sampler
-from madpo.trainer.stages.train import claim
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,16 @@ from madpo.trainer.batches.steps import evaluation_steps, step_rules
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.groups import TokenDataset
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.training_data import load_data, start_engine
+from madpo.trainer.data.training_data import load_data
 from madpo.trainer.dist import Shard
 from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
-from madpo.trainer.model.build import load_tokenizer, state_of_files
+from madpo.trainer.model.pretrained import state_of_files
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import Item
 from madpo.trainer.objectives.sft import NLLParams
 from madpo.trainer.scoring_module import Mode
+from madpo.trainer.stages.start_engine import start_engine
 
 MOST_GROUPS = 2000
 STRONG, WEAK = 0.63, 0.25

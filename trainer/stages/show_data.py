@@ -16,7 +16,7 @@ from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.data.training_data import merged, report_of_merged, training_groups
 from madpo.trainer.data.views.mismatched import MismatchedDataset
 from madpo.trainer.errors import UserError
-from madpo.trainer.model.build import load_tokenizer
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import Need
 
 Decode = Callable[[Sequence[int]], str]

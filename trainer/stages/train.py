@@ -12,20 +12,22 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from madpo.trainer import checkpoint, dist, loop
 from madpo.trainer.config.schema import Config, dump
-from madpo.trainer.data.training_data import Data, load_data, refuse_unless_data_fits, start_engine, weighed
-from madpo.trainer.dist import Shard, barrier, refuse_if_any
+from madpo.trainer.data.training_data import Data, load_data, weighed
+from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.metrics import MetricsFile
-from madpo.trainer.model.build import load_tokenizer
 from madpo.trainer.model.expert_balance import expert_notes
 from madpo.trainer.model.freeze import count_parameters
+from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.reference.cached import reference_notes, refuse_unless_policy_fits, with_reference
 from madpo.trainer.reports.progress import Progress
+from madpo.trainer.run_folder import claim
+from madpo.trainer.schedule import plan_run
 from madpo.trainer.stages.export import export_model
 from madpo.trainer.stages.quantiles import resolve_quantiles
+from madpo.trainer.stages.start_engine import refuse_unless_data_fits, start_engine
 from madpo.trainer.state import TrainState
 
 
@@ -62,7 +64,7 @@ def run_training(config: Config, command: str) -> None:
             _write_report(folder, data)
             metrics = MetricsFile(folder, state.step)
             cleanup.callback(metrics.close)
-            progress = Progress(loop.plan_run(config, feed.num_groups).total_steps)
+            progress = Progress(plan_run(config, feed.num_groups).total_steps)
             cleanup.callback(progress.close)
             parameters = count_parameters(engine.module.policy)
             notes = [*engine.module.notes, *reference_notes(config, engine.module, feed, cached)]
@@ -87,20 +89,6 @@ def run_training(config: Config, command: str) -> None:
         export_model(engine, tokenizer, config, folder, shard, state)
     engine.release()
     lock.release()
-
-
-def claim(folder: Path, shard: Shard) -> FileLock:
-    """Hold the run folder for this run. Raises ValueError on all ranks if another run holds it."""
-    lock = FileLock(folder / ".lock", timeout=0)
-    problem = None
-    if shard.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            problem = f"output_dir: another run is training into {folder}; stop it, or use another folder"
-    refuse_if_any(problem)
-    return lock
 
 
 def _write_report(folder: Path, data: Data) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
@@ -24,6 +23,7 @@ from madpo.trainer.errors import UserError
 from madpo.trainer.model.attention.backends import BACKENDS
 from madpo.trainer.model.attention.inputs import Call, Sight
 from madpo.trainer.model.attention.segments import SegmentTable, VarlenIndex
+from madpo.trainer.model.families import tempered
 from madpo.trainer.sequence_parallel import across_slices
 
 __all__ = ["NAMES", "SegmentTable", "Sight", "Unshared", "VarlenIndex", "register", "shares_rows"]
@@ -94,28 +94,12 @@ def prefix_attention(
         )
     assert query.shape[0] == 1, "a packed batch is one row"
     assert not dropout, "attention dropout is off in preference training"
-    query = _tempered(module, query, segments)
+    query = tempered(module, query, segments)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     call = Call(query, key, value, segments, attention_mask, scale, softcap, s_aux)
     if segments.survey is not None:
         segments.survey.append(call)
     return BACKENDS[backend].attend(call), None
-
-
-def _tempered(module: Any, query: Tensor, segments: SegmentTable) -> Tensor:
-    """Llama 4 scales the queries of layers without rotary embedding by the logarithm of their place in the
-    row, or in a slice of it, where it means the position: exchange the one for the other."""
-    if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
-        return query
-
-    def scale(place: Tensor) -> Tensor:
-        return torch.log1p(torch.floor((place + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
-
-    tokens = query.shape[2]
-    slices = 1 if segments.group is None else segments.group.size
-    rows = torch.arange(tokens, device=query.device) % (tokens // slices)
-    exchange = scale(segments.positions(query.device)) / scale(rows)
-    return (query * exchange[:, None]).to(query.dtype)
 
 
 def shares_rows(model: PreTrainedModel) -> bool:

@@ -12,7 +12,8 @@ from madpo.trainer.model.attention.backends import BACKENDS
 from madpo.trainer.model.attention.choice import CANDIDATES, choose
 from madpo.trainer.model.attention.inputs import Call
 from madpo.trainer.model.attention.prefix_sharing import NAMES, SegmentTable, Unshared
-from madpo.trainer.model.policy import own_attention, refuse_unless_packing_is_exact, run_backbone
+from madpo.trainer.model.backbone import run_backbone
+from madpo.trainer.model.startup.checks import own_attention, refuse_unless_packing_is_exact
 
 
 def settle_attention(model: PreTrainedModel, wanted: str, device: torch.device) -> str:

@@ -11,7 +11,7 @@ from madpo.trainer.batches.sequence_slices import slice_of
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable, shares_rows
-from madpo.trainer.model.policy import last_hidden
+from madpo.trainer.model.backbone import last_hidden
 from madpo.trainer.sequence_parallel import SequenceGroup
 
 TOLERANCE = {torch.float32: 1e-3}

@@ -1,0 +1,62 @@
+"""What was read, cut and dropped of a data set, for `data_report.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+
+from madpo.trainer.data.dataset import column_of, flat_column
+
+
+def report_of(
+    name: str,
+    table: datasets.Dataset,
+    taken: np.ndarray,  # (G,) rows that groups were made of
+) -> dict[str, Any]:
+    """What was read and dropped, of all rows, and what is trained on, of those taken."""
+    problems = table.data.column("problem")
+    reasons = pc.call_function("if_else", [table.data.column("unreadable"), "unreadable", problems])
+    values, counts = (column.to_pylist() for column in pc.call_function("value_counts", [reasons]).flatten())
+    margins = flat_column(table.select(taken), "margins")
+    margins = margins[~np.isnan(margins)]
+    report: dict[str, Any] = {
+        "source": name,
+        "rows": len(table),
+        "groups": len(taken),
+        "dropped": {reason: n for reason, n in sorted(zip(values, counts, strict=True)) if reason},
+        "tokens": int(column_of(table, "num_tokens")[taken].sum()),
+        "truncated_completions": int(column_of(table, "truncated")[taken].sum()),
+        "groups_with_moved_boundary": int((column_of(table, "boundary_cut")[taken] > 0).sum()),
+        "comparisons_of_equal_tokens": int(column_of(table, "equal")[taken].sum()),
+        "rows_that_spell_special_tokens": int(column_of(table, "spells_special").sum()),
+    }
+    if len(margins):
+        report |= {
+            "margins": len(margins),
+            "margin_min": float(margins.min()),
+            "margin_max": float(margins.max()),
+            "margin_mean": float(margins.mean()),
+        }
+    return report
+
+
+def total_report(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The report of several parts together."""
+    counts = [key for key, value in reports[0].items() if isinstance(value, int) and key != "margins"]
+    reasons = sorted({reason for report in reports for reason in report["dropped"]})
+    total: dict[str, Any] = {"source": name, **{key: sum(x[key] for x in reports) for key in counts}}
+    total["dropped"] = {reason: sum(x["dropped"].get(reason, 0) for x in reports) for reason in reasons}
+    with_margins = [report for report in reports if "margins" in report]
+    if with_margins:
+        number = sum(x["margins"] for x in with_margins)
+        total |= {
+            "margins": number,
+            "margin_min": min(x["margin_min"] for x in with_margins),
+            "margin_max": max(x["margin_max"] for x in with_margins),
+            "margin_mean": sum(x["margin_mean"] * x["margins"] for x in with_margins) / number,
+        }
+    return total

@@ -1,0 +1,153 @@
+"""Checks of a model before the first step: its output layer, exact packing, no noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from madpo.trainer.batches.packing import Segment, pack
+from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.errors import UserError
+from madpo.trainer.model.attention.prefix_sharing import SegmentTable, Unshared, shares_rows
+from madpo.trainer.model.backbone import backbone, last_hidden, output_head, scored_hidden
+
+
+@torch.no_grad()
+def refuse_unless_head_is_known(model: PreTrainedModel, device: torch.device) -> None:
+    """Raise ValueError for a model whose logits are not `output_head` of its hidden states."""
+    ids = torch.arange(min(model.config.vocab_size, 16), device=device)[None]
+    inputs: dict[str, Any] = {
+        "input_ids": ids,
+        "position_ids": torch.arange(ids.shape[1], device=device)[None],
+        "use_cache": False,
+    }
+    if shares_rows(model):
+        inputs["segments"] = SegmentTable((Segment(0, ids.shape[1], 0, 0),))
+    hidden = backbone(model)(**inputs).last_hidden_state
+    head: Any = model.get_output_embeddings()
+    ours = output_head(model).transform(head(hidden.to(model.dtype)).float())
+    theirs = model(**inputs).logits.float()
+    error = float((ours - theirs).norm() / theirs.norm())
+    if not error < tolerance_of(model):
+        raise UserError(
+            f"{type(model).__name__}: its logits differ from those of its output weight, bias, soft-cap and "
+            f"scale by {error:.2g} (relative); the loss head does not know what else it does"
+        )
+
+
+def tolerance_of(model: PreTrainedModel) -> float:
+    return 1e-3 if model.dtype == torch.float32 else 0.1
+
+
+@torch.no_grad()
+def refuse_unless_packing_is_exact(model: PreTrainedModel, device: torch.device) -> None:
+    """Raise ValueError for a model in which packing changes what a completion's tokens see.
+
+    Two groups of random tokens are scored packed, and each completion alone with transformers' own attention.
+    Layers that carry a state along the row, take positions from the row, or look at tokens to come give
+    themselves away by far more than rounding. What rounding does to a model in bf16 is measured: where two
+    experts are nearly equal it may send tokens elsewhere.
+
+    The prompts are longer than the model's windows and chunks, which is how those show; but windows of more
+    than LONGEST_WINDOW tokens would make the check as long as a step, and are not reached.
+    """
+    random = np.random.default_rng(0)
+    high = min(model.config.vocab_size, 1000)
+    draw = lambda count: random.integers(0, high, count).tolist()  # noqa: E731
+    prompt = 7 + _window(model)
+    groups = [TokenGroup(draw(prompt), [draw(6), draw(9)], []) for _ in range(2)]
+    batch = pack(groups).to(device)
+    packed = scored_hidden(model, batch, SegmentTable(batch.segments)).float()
+
+    def singly() -> Tensor:  # (M, H)
+        rows = [(group.prompt, completion) for group in groups for completion in group.completions]
+        out = [
+            backbone(model)(input_ids=torch.tensor([prompt + completion], device=device), use_cache=False)
+            .last_hidden_state[0, len(prompt) - 1 : -1]
+            .float()
+            for prompt, completion in rows
+        ]
+        return torch.cat(out)
+
+    allowed = min(tolerance_of(model), 0.03)  # a state may show by as little as 0.06
+    with _own_attention(model):
+        single = singly()
+        if model.dtype != torch.float32:
+            with _rounded_once_more(model.get_input_embeddings()):
+                allowed = max(allowed, 2 * float((singly() - single).norm() / single.norm()))
+    error = float((packed - single).norm() / single.norm())
+    if not error < allowed:
+        raise Unshared(
+            f"{type(model).__name__}: packed scores differ from single ones by {error:.2g} (relative); a "
+            "model whose layers carry a state along the sequence cannot share a row between groups"
+        )
+
+
+LONGEST_WINDOW = 1024
+
+
+def _window(model: PreTrainedModel) -> int:
+    """Tokens of the longest window or chunk that a short check can pass; 0 if there is none."""
+    sizes = [getattr(model.config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size")]
+    last = (getattr(model.config, "max_position_embeddings", None) or 2 * LONGEST_WINDOW) - 16
+    return max((size for size in sizes if size <= LONGEST_WINDOW and size + 7 <= last), default=0)
+
+
+@contextmanager
+def _rounded_once_more(embeddings: nn.Module) -> Iterator[None]:
+    """Inside, the embeddings are off by what rounding to bf16 may do to them."""
+
+    def nudge(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        random = torch.rand(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+        return output + output * (2 * random - 1) * 2**-8
+
+    handle = embeddings.register_forward_hook(nudge)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def refuse_noise(model: PreTrainedModel, device: torch.device) -> None:
+    """Raise ValueError for a model that in training computes something else than in evaluation, such as
+    experts that are drawn: policy and reference would differ by it."""
+    ids = np.random.default_rng(1).integers(0, min(model.config.vocab_size, 1000), 128)
+    batch = pack([TokenGroup(ids[:64].tolist(), [ids[64:].tolist()], [])]).to(device)
+    table, mode, hidden = SegmentTable(batch.segments), model.training, list[Tensor]()
+    try:
+        for training in (False, True):
+            model.train(training)
+            hidden.append(last_hidden(model, batch, table).float())
+    finally:
+        model.train(mode)
+    still, moved = hidden
+    error = float(((moved - still).norm(dim=1) / still.norm(dim=1)).max())
+    if not error < tolerance_of(model):
+        raise UserError(
+            f"{type(model).__name__}: in training its hidden states differ from those in evaluation by "
+            f"{error:.2g} (relative); a model with noise of its own, such as experts that are drawn, cannot "
+            "be compared with a reference"
+        )
+
+
+@contextmanager
+def _own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model attends as in transformers without us."""
+    ours: Any = model.config._attn_implementation
+    model.set_attn_implementation(own_attention(model))
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ours)
+
+
+def own_attention(model: PreTrainedModel) -> str:
+    """The name of transformers' attention for this model."""
+    return "sdpa" if model._supports_sdpa else "eager"

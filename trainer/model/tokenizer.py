@@ -1,0 +1,37 @@
+"""The tokenizer of a run, and the token that it pads with."""
+
+from __future__ import annotations
+
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from madpo.trainer.config.model import ModelConfig
+from madpo.trainer.errors import UserError
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model, or the one named. Raises ValueError if there is none."""
+    name = model.tokenizer_name_or_path or model.model_name_or_path
+    assert name is not None
+    revision = None if model.tokenizer_name_or_path else model.model_revision
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer could be loaded from {name!r}: {error}") from error
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to pad with that ends no completion: transformers' classifiers score the last other token.
+
+    Raises ValueError if the tokenizer has none.
+    """
+    names = ("pad_token_id", "unk_token_id", "bos_token_id")
+    for token in (getattr(tokenizer, name) for name in names):
+        if token is not None and token != tokenizer.eos_token_id:
+            return token
+    raise UserError(
+        "a reward model needs a tokenizer with a pad token that is not its EOS token, or with an UNK or BOS "
+        "token to take its place (model.tokenizer_name_or_path)"
+    )

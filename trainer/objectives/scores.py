@@ -1,0 +1,142 @@
+"""What an objective is given: the scores of edges, of sequences, or of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EdgeScores:
+    """The scores of E edges; a chosen and a rejected completion each. What is not needed may be None."""
+
+    chosen_logps: Tensor  # (E,) log pi(chosen | prompt), summed over tokens
+    rejected_logps: Tensor  # (E,)
+    ref_chosen_logps: Tensor | None = None  # (E,) the same under the reference
+    ref_rejected_logps: Tensor | None = None  # (E,)
+    chosen_lengths: Tensor | None = None  # (E,) completion tokens
+    rejected_lengths: Tensor | None = None  # (E,)
+    margins: Tensor | None = None  # (E,) score of the chosen minus score of the rejected
+    weights: Tensor | None = None  # (E,) in place of those that the objective would give
+
+    @cached_property
+    def chosen_logratios(self) -> Tensor:
+        """(E,) a = log pi - log pi_ref of the chosen completion."""
+        assert self.ref_chosen_logps is not None, "this objective declared no need of a reference"
+        return self.chosen_logps - self.ref_chosen_logps
+
+    @cached_property
+    def rejected_logratios(self) -> Tensor:
+        """(E,) b, of the rejected one."""
+        assert self.ref_rejected_logps is not None, "this objective declared no need of a reference"
+        return self.rejected_logps - self.ref_rejected_logps
+
+    @cached_property
+    def deltas(self) -> Tensor:
+        """(E,) D = a - b: the implicit margin without beta."""
+        return self.chosen_logratios - self.rejected_logratios
+
+    @cached_property
+    def chosen_means(self) -> Tensor:
+        """(E,) u_w: log pi(chosen) per token."""
+        return self.chosen_logps / self.counts[0]
+
+    @cached_property
+    def rejected_means(self) -> Tensor:
+        """(E,) u_l"""
+        return self.rejected_logps / self.counts[1]
+
+    @cached_property
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Tokens of both completions in the dtype of the scores, 1 for an empty one; (E,) each."""
+        assert self.chosen_lengths is not None and self.rejected_lengths is not None
+        kind = self.chosen_logps.dtype
+        return self.chosen_lengths.clamp(min=1).to(kind), self.rejected_lengths.clamp(min=1).to(kind)
+
+
+@dataclass(frozen=True)
+class SequenceScores:
+    """The scores of S completions, each for itself. What is not needed may be None."""
+
+    logps: Tensor  # (S,) log pi(completion | prompt), summed over tokens
+    ref_logps: Tensor | None = None  # (S,) the same under the reference
+    lengths: Tensor | None = None  # (S,) completion tokens
+    labels: Tensor | None = None  # (S,) 1 desirable, -1 undesirable, 0 written for another prompt
+
+    @cached_property
+    def logratios(self) -> Tensor:
+        """(S,) log pi(y|x) - log pi_ref(y|x)."""
+        assert self.ref_logps is not None, "this objective declared no need of a reference"
+        return self.logps - self.ref_logps
+
+    def edges(self, winners: Tensor, losers: Tensor, margins: Tensor) -> EdgeScores:
+        """The same, edge by edge; winners and losers (E,) index into the S sequences."""
+        ref, lengths = self.ref_logps, self.lengths
+        return EdgeScores(
+            self.logps[winners],
+            self.logps[losers],
+            None if ref is None else ref[winners],
+            None if ref is None else ref[losers],
+            None if lengths is None else lengths[winners],
+            None if lengths is None else lengths[losers],
+            margins,
+        )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of whole groups. S sequences (completions), E edges, M completion tokens."""
+
+    token_logps: Tensor  # (M,) log pi(token | prefix), sequences one after another
+    ref_token_logps: Tensor | None  # (M,) the same under the reference
+    lengths: Tensor  # (S,) completion tokens
+    winners: Tensor  # (E,) index into the S sequences
+    losers: Tensor  # (E,)
+    margins: Tensor  # (E,) score of the winner minus score of the loser
+    labels: Tensor  # (S,) 1 desirable, -1 undesirable, 0 neither
+    log_collisions: Tensor | None = None  # (M,) log sum_v p_v^2 of the policy's distribution; a constant
+    kl: Tensor | None = None  # (M,) KL(pi_ref || pi) of the distributions of a token
+    weights: Tensor | None = None  # (E,) of edges, in place of those that the objective would give
+
+    @cached_property
+    def logps(self) -> Tensor:
+        """(S,) log pi(completion | prompt), summed over tokens in float64."""
+        return segment_sum(self.token_logps, self.lengths)
+
+    @cached_property
+    def ref_logps(self) -> Tensor:
+        """(S,) the same under the reference."""
+        assert self.ref_token_logps is not None, "this objective declared no need of a reference"
+        return segment_sum(self.ref_token_logps, self.lengths)
+
+    @cached_property
+    def logratios(self) -> Tensor:
+        """(S,) log pi(y|x) - log pi_ref(y|x)."""
+        return self.logps - self.ref_logps
+
+    @cached_property
+    def sequences(self) -> SequenceScores:
+        """The same, completion by completion."""
+        ref_logps = None if self.ref_token_logps is None else self.ref_logps
+        return SequenceScores(self.logps, ref_logps, self.lengths, self.labels)
+
+    @cached_property
+    def edges(self) -> EdgeScores:
+        """The same, edge by edge."""
+        return replace(self.sequences.edges(self.winners, self.losers, self.margins), weights=self.weights)
+
+
+Scores = EdgeScores | SequenceScores | Scored
+
+
+def segment_sum(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums of consecutive runs in a fixed order, in float64: values (M,), lengths (S,) -> (S,).
+
+    float64 because a log-ratio of two long sequences is a small difference of large sums, and the
+    vectors here are short.
+    """
+    # unsafe=True skips a check of the lengths that would wait for the device.
+    return torch.segment_reduce(values.double(), "sum", lengths=lengths, initial=0.0, unsafe=True)
