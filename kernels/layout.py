@@ -1,4 +1,4 @@
-"""How scored rows form sequences, groups and edges, and how much of them is worked on at once.
+"""How scored rows form sequences, groups and edges.
 
 M rows (one per completion token) form S sequences (completions), these form G groups (the completions
 of one prompt), and E edges compare a winner and a loser of one group. Everything is consecutive: the

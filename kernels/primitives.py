@@ -1,7 +1,8 @@
-"""The steps that every op is made of, in Triton and in plain torch, and the one place that chooses.
+"""The primitives that every op is made of, and the one place that chooses between Triton and plain torch.
 
 The contract is the same in both and described where the Triton version is: `row_stats`, `dlogits_` and
-`scale_` in logit_rows.py, `sequence_sums` and `group_losses` in group_loss.py, `score_groups` in fused_from_logits.py.
+`scale_` in logit_rows.py, `sequence_sums` and `group_losses` in group_loss.py, `score_groups` in
+fused_from_logits.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step, so that resuming needs no scheduler state."""
+"""How long a run is, and its learning rate as a pure function of the step: there is no state to resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One Python function of a recipe, in a process of its own: python -m madpo.launch.recipes.call REQUEST.yaml"""
+"""One Python function of a recipe, in a process of its own.
+
+python -m madpo.launch.recipes.call REQUEST.yaml
+"""
 
 from __future__ import annotations
 

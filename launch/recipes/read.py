@@ -1,6 +1,7 @@
-"""A recipe: stages that build on each other, in one YAML file. What it says, in which order, and the key
-of every stage, which changes with everything that the stage's result depends on. docs/recipes.md has the
-format."""
+"""A recipe: stages that build on each other, in one YAML file; what it says, and in which order.
+
+docs/recipes.md has the format.
+"""
 
 from __future__ import annotations
 

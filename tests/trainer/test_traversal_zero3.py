@@ -14,9 +14,9 @@ from zero3 import zero3_steps
 
 from madpo.trainer.batches.steps import plan_step, step_rules
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data import training_data
 from madpo.trainer.data.training_data import load_data
 from madpo.trainer.model.tokenizer import load_tokenizer
+from madpo.trainer.stages import start_engine as startup
 from madpo.trainer.stages.start_engine import start_engine
 
 pytestmark = pytest.mark.ranks
@@ -53,7 +53,7 @@ def apart(function: Any) -> Any:
     """The same with a pass each for policy and reference."""
 
     def run(*args: Any) -> Any:
-        training_data.share_traversal = lambda module, device: None
+        startup.share_traversal = lambda module, device: None
         return function(*args)
 
     return run

@@ -6,25 +6,24 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from madpo.trainer.config.schema import Config
 from madpo.trainer.errors import nearest
 from madpo.trainer.objectives.registry import OBJECTIVES
 
 
-def explain(error: ValidationError) -> str:
+def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     """Every problem on its own line: key, what is wrong, what is allowed."""
-    lines = [_explain_one(item) for item in error.errors()]
+    lines = [_explain_one(item, schema) for item in error.errors()]
     return lines[0] if len(lines) == 1 else f"{len(lines)} problems\n" + "\n".join(f"  {x}" for x in lines)
 
 
-def _explain_one(item: Any) -> str:
+def _explain_one(item: Any, schema: type[BaseModel]) -> str:
     location = [str(part) for part in item["loc"]]
     if location[:1] == ["objective"] and location[1:2] and location[1] in OBJECTIVES:
         del location[1]  # pydantic names the chosen parameter class in the path
     key, kind, value = ".".join(location), item["type"], item["input"]
     prefix = f"{key}: " if key else ""
     if kind == "extra_forbidden":
-        return f"{prefix}unknown key{nearest(location[-1], _known_keys(item['loc']))}"
+        return f"{prefix}unknown key{nearest(location[-1], _known_keys(item['loc'], schema))}"
     if kind == "missing":
         return f"{prefix}is required"
     if kind == "union_tag_not_found":
@@ -37,9 +36,9 @@ def _explain_one(item: Any) -> str:
     return f"{prefix}{item['msg'].removeprefix('Value error, ')} (got {value!r})"
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
+def _known_keys(location: tuple[Any, ...], schema: type[BaseModel]) -> list[str]:
     """The keys that are allowed where `location` points to an unknown one."""
-    node: type[BaseModel] = Config
+    node = schema
     parents = [part for part in location[:-1] if isinstance(part, str)]  # without places in lists
     if parents[:1] == ["objective"]:
         node = OBJECTIVES[parents[1]].params

@@ -308,7 +308,7 @@ def from_tree(tree: dict[str, Any], origin: str, task: str = "train") -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{origin}: {explain(error)}") from None
+        raise UserError(f"{origin}: {explain(error, Config)}") from None
     kinds = {"sft": config.bound_objective.supervised, "reward": config.bound_objective.is_reward_model}
     if not kinds.get(task, True):
         raise UserError(

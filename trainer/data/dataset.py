@@ -1,8 +1,4 @@
-"""A data set as token groups on disk: read, checked, tokenised once, cached by content.
-
-Every rank calls `load_groups`; a file lock lets one of them do the work and the others wait without
-holding a collective open, however long it takes.
-"""
+"""A data set as token groups in a table on disk: an index, and the counts that batches are planned from."""
 
 from __future__ import annotations
 

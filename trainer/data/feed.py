@@ -1,4 +1,4 @@
-"""What training takes its groups from: a whole data set in some order, or a stream."""
+"""What training takes its groups from: a whole data set in some order. A stream is another (stream.py)."""
 
 from __future__ import annotations
 

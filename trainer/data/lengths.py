@@ -1,4 +1,4 @@
-"""What is known of groups from their lengths alone: tokens, what attention looks at, what they cost."""
+"""What is known of groups from their lengths alone: tokens, what attention looks at, whether they fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every stage starts with: tokenizer, data, model, engine."""
+"""The data of a run, from files to feed: read, made to fit the objective, merged, weighed."""
 
 from __future__ import annotations
 

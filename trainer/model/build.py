@@ -1,4 +1,4 @@
-"""Loading tokenizers and models, straight into ZeRO-3 partitions where an engine config is active."""
+"""The models that a run asks for, built straight into ZeRO-3 partitions where an engine config is active."""
 
 from __future__ import annotations
 
