@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from madpo.benchmarks.head.measure import Row
+    pass
 
 FLUSH_BYTES = 2**28  # well over any L2
 

@@ -1,6 +1,6 @@
 """Checkpoints with a stand-in for DeepSpeed's shards: the order of a commit, what is kept, what is refused.
 
-Whole runs that are cut off and continued are in test_stages.py.
+Whole runs that are cut off and continued are in test_run.py.
 """
 
 from __future__ import annotations

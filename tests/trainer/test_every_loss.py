@@ -23,7 +23,7 @@ pytestmark = pytest.mark.ranks
 
 BATCH = 6
 SETTINGS = [(name, ODD[name][index]) for name, index in CASES if name != "bradley_terry"]
-"""All but that of reward models, which have no head of this kind: see test_reward.py."""
+"""All but that of reward models, which have no head of this kind: see tests/trainer/model/test_reward.py."""
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from families import FAMILIES, tiny_model
 from harness import make_config, random_groups, run_ranks, save_model, sentence, without_clock, write_pairs
 from kernel_cases import relative_error
 from lora_cases import changed, train
-from zero3 import compare, plain_steps, zero3_steps
+from plain import compare, plain_steps, zero3_steps
 
 from madpo.trainer import checkpoint
 from madpo.trainer.batches.packing import pack

@@ -1,0 +1,237 @@
+"""Activations that are computed again or wait in host memory: the same gradients to the bit, less memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import VOCAB, tiny_model
+from harness import make_config, random_groups, run_ranks, save_model, write_pairs
+from lora_cases import changed
+from plain import zero3_steps
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from madpo.trainer.batches.packing import pack
+from madpo.trainer.config.schema import Config
+from madpo.trainer.model import offload
+from madpo.trainer.model.attention import prefix_sharing
+from madpo.trainer.model.attention.prefix_sharing import SegmentTable
+from madpo.trainer.model.backbone import last_hidden
+from madpo.trainer.model.offload import Cargo, Parcel, Slip, offload_layers
+from madpo.trainer.model.recompute import checkpoint_layers
+
+WAYS: dict[str, dict[str, Any]] = {
+    "full": {"gradient_checkpointing": True},
+    "selective": {"gradient_checkpointing": "selective"},
+    "offloaded": {"activation_offloading": True},
+    "full-offloaded": {"gradient_checkpointing": True, "activation_offloading": True},
+    "selective-offloaded": {"gradient_checkpointing": "selective", "activation_offloading": True},
+}
+
+
+def prepared(family: str, way: dict[str, Any], **changes: Any) -> Any:
+    prefix_sharing.register()
+    model = tiny_model(family, prefix_sharing.NAMES["sdpa"], **changes).train()
+    if way.get("gradient_checkpointing"):
+        checkpoint_layers(model, selective=way["gradient_checkpointing"] == "selective")
+    if way.get("activation_offloading"):
+        offload_layers(model, min_bytes=0)
+    return model
+
+
+def forward(model: Any, groups: int = 4) -> Callable[[], Tensor]:
+    batch = pack(random_groups(groups, vocab=VOCAB))
+    return lambda: last_hidden(model, batch, SegmentTable(batch.segments)).square().mean()
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    for _ in range(2):  # the second time, whatever the first one left behind would be found
+        model.zero_grad()
+        forward(model)().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(scope="module", params=["Llama 3", "Qwen2.5", "Gemma 2", "Qwen3-MoE", "Phi"])
+def plain(request) -> tuple[str, dict[str, Tensor]]:
+    """A family, and its gradients with all activations kept."""
+    return request.param, gradients(prepared(request.param, {}))
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_gradients_are_the_same_to_the_bit(plain, way):
+    family, want = plain
+    got = gradients(prepared(family, way))
+    assert got.keys() == want.keys() and any(g.any() for g in want.values())
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
+def live_bytes(function: Callable[[], Any]) -> int:
+    """What the function leaves allocated while its result is alive, as torch's allocator counts."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        result = function()
+    del result
+    return sum(event.self_cpu_memory_usage for event in record.events() or [])
+
+
+def test_less_is_kept_in_this_order():
+    """Between forward and backward, of four layers; and `selective` repeats no product with a weight."""
+    kept = {
+        name: live_bytes(forward(prepared("Llama 3", way, num_hidden_layers=4), groups=16))
+        for name, way in {"none": {}, **WAYS}.items()
+        if "offloaded" not in name
+    }
+    assert kept["full"] < 0.3 * kept["none"]
+    assert kept["full"] < kept["selective"] < 0.75 * kept["none"]
+
+
+def test_selective_repeats_no_product_with_a_weight():
+    counts = {}
+    for name in ("full", "selective"):
+        loss = forward(prepared("Llama 3", WAYS[name]))()
+        with Products() as products:
+            loss.backward()
+        counts[name] = products.count
+    layers, linears = 2, 7
+    assert counts["selective"] == layers * linears * 2  # the gradients of input and weight
+    assert counts["full"] > counts["selective"]
+
+
+class Products(TorchDispatchMode):
+    """Counts the products that are computed; those that were kept do not come this far."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+class Seen:
+    """What was offloaded: the shape of each tensor saved, and the parcels, one for each piece of memory."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self.parcels: list[Parcel] = []
+
+    def __enter__(self) -> Seen:
+        self.add = Cargo.add
+
+        def add(cargo: Cargo, tensor: Tensor) -> Slip:
+            slip = self.add(cargo, tensor)
+            self.shapes.append(tuple(tensor.shape))
+            if slip.parcel.uses == 1:
+                self.parcels.append(slip.parcel)
+            return slip
+
+        setattr(Cargo, "add", add)  # noqa: B010
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        Cargo.add = self.add
+
+
+def test_what_is_offloaded():
+    """Of layers but the last, each piece of memory once, however many operations saved it; no weight, and
+    nothing that all layers share."""
+    model = prepared("Llama 3", WAYS["offloaded"], num_hidden_layers=3)
+    weights = {tuple(p.shape) for p in model.parameters()}
+    with Seen() as seen:
+        forward(model)().backward()
+    assert len(seen.shapes) > len(seen.parcels) and len(seen.parcels) % 2 == 0 and seen.parcels
+    assert not any(shape in weights or shape[::-1] in weights for shape in seen.shapes)
+    head_dim = model.config.hidden_size // model.config.num_attention_heads
+    assert not any(shape[0] == 1 and shape[2:] == (head_dim,) for shape in seen.shapes), "rotary embedding"
+    assert all(parcel.back is None for parcel in seen.parcels), "all have been handed out and let go"
+
+
+def test_with_checkpointing_only_inputs_are_offloaded():
+    model = prepared("Llama 3", WAYS["full-offloaded"], num_hidden_layers=3)
+    with Seen() as seen:
+        forward(model)().backward()
+    assert [shape[2:] for shape in seen.shapes] == [(model.config.hidden_size,)] * 2
+
+
+def test_a_graph_can_be_run_backward_twice():
+    model = prepared("Llama 3", WAYS["offloaded"])
+    loss = forward(model)()
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in model.model.parameters()]
+    loss.backward()
+    for gradient, parameter in zip(once, model.model.parameters(), strict=True):
+        assert torch.equal(parameter.grad, 2 * gradient)
+
+
+def test_small_tensors_stay():
+    model = prepared("Llama 3", {})
+    offload_layers(model)
+    with Seen() as seen:
+        forward(model)().backward()
+    assert not seen.parcels
+
+
+def test_without_gradients_nothing_is_copied():
+    model = prepared("Llama 3", {"activation_offloading": True})
+    with Seen() as seen, torch.no_grad():
+        forward(model)()
+    assert not seen.parcels
+
+
+def test_layers_that_are_not_known_are_refused(monkeypatch):
+    model = prepared("Llama 3", {})
+    monkeypatch.setattr(offload, "GradientCheckpointingLayer", torch.nn.Conv1d)
+    with pytest.raises(ValueError, match=r"model\.activation_offloading: .* LlamaForCausalLM"):
+        offload_layers(model)
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(ValueError, match=r"model\.gradient_checkpointing: LlamaForCausalLM has none"):
+        checkpoint_layers(model, selective=False)
+
+
+@pytest.fixture
+def config(tmp_path, tokenizer_folder) -> Config:
+    """Qwen 2, whose biases DeepSpeed adds in place."""
+    changes = {"model_type": "qwen2", "num_hidden_layers": 3}
+    names = {}
+    for role, seed in (("model_name_or_path", 1), ("ref_model_name_or_path", 2)):
+        names[role] = str(save_model(tmp_path / role, tokenizer_folder, seed, tied=True, **changes))
+    return make_config(
+        tmp_path,
+        {
+            "model": names,
+            "data": {"dataset_name": str(write_pairs(tmp_path / "pairs.jsonl", 14))},
+            "objective": {"loss_type": "madpo", "tau": 2.0},
+            "train": {"global_batch_size": 7},
+        },
+    )
+
+
+def all_offloaded(shard, config: Config, steps: int) -> Any:
+    """As zero3_steps with tensors of all sizes offloaded; and the shapes that were."""
+    offload_layers.__defaults__ = (0,)
+    with Seen() as seen:
+        out = zero3_steps(shard, config, steps)
+    return out, set(seen.shapes)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("peft", [{"lora_r": 4}, None], ids=["adapter", "whole"])
+def test_zero3_gradients_are_the_same_to_the_bit(config, peft):
+    """On two ranks, and no gathered weight is copied to host memory."""
+    ways = ["selective-offloaded", "offloaded"]
+    if peft:
+        config = changed(config, peft=peft, model={"ref_model_name_or_path": None})
+        ways = ["selective"]
+    want = run_ranks(2, zero3_steps, config, 2)[0]
+    weights = {tuple(value.shape) for value in want[0][1].values()}  # of the adapter, where there is one
+    for way in ways:
+        got, shapes = run_ranks(2, all_offloaded, changed(config, model=WAYS[way]), 2)[0]
+        for (loss, gradients), (true_loss, true_gradients) in zip(got, want, strict=True):
+            assert loss == true_loss and gradients.keys() == true_gradients.keys(), way
+            for name in gradients:
+                assert torch.equal(gradients[name], true_gradients[name]), (way, name)
+        assert bool(shapes) is ("offloaded" in way)
+        assert not any(shape in weights or shape[::-1] in weights for shape in shapes), way

@@ -1,0 +1,117 @@
+"""Dependencies point one way. Read from the imports, so that no one has to remember."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS = [
+    "madpo.trainer.errors",
+    "madpo.trainer.files",
+    "madpo.kernels",
+    "madpo.trainer.objectives",
+    "madpo.trainer.formats",
+    "madpo.trainer.config",
+    "madpo.trainer.dist",
+    "madpo.trainer.user_function",
+    "madpo.trainer.sequence_parallel",
+    "madpo.trainer.run_folder",
+    "madpo.trainer.state",
+    "madpo.trainer.schedule",
+    "madpo.trainer.data",
+    "madpo.trainer.batches",
+    "madpo.trainer.scoring_module",
+    "madpo.trainer.head",
+    "madpo.trainer.sliced_head",
+    "madpo.trainer.zero3",
+    "madpo.trainer.model",
+    "madpo.trainer.throughput",
+    "madpo.trainer.metrics",
+    "madpo.trainer.engine",
+    "madpo.trainer.global_batch",
+    "madpo.trainer.step",
+    "madpo.trainer.checkpoint",
+    "madpo.trainer.reports.progress",
+    "madpo.trainer.reference",
+    "madpo.trainer.loop",
+    "madpo.trainer.sampling",
+    "madpo.trainer.reports",
+    "madpo.trainer.stages",
+    "madpo.benchmarks",
+    "madpo.launch",
+]
+"""Lowest first; a module imports from its own layer and from lower ones."""
+
+FOLDERS = ("kernels", "trainer", "benchmarks", "launch")
+FILES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer(module: str) -> int:
+    found = [i for i, name in enumerate(LAYERS) if f"{module}.".startswith(f"{name}.")]
+    assert found, f"{module} is in no layer; add it to LAYERS"
+    return found[0]
+
+
+def module_name(path: Path) -> str:
+    return "madpo." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    own = layer(module_name(path))
+    for module in imports(path):
+        assert module.split(".")[0] not in ("kernels", "trainer", "benchmarks", "launch"), (
+            f"write madpo.{module}"
+        )
+        if module.startswith("madpo."):
+            assert layer(module) <= own, f"{path.name} imports {module} from a higher layer"
+
+
+def test_kernels_import_torch_and_triton_only():
+    allowed = {
+        "torch",
+        "triton",
+        "madpo",
+        "__future__",
+        "collections",
+        "dataclasses",
+        "typing",
+        "contextlib",
+        "functools",
+        "itertools",
+        "os",
+        "math",
+        "enum",
+    }
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert {module.split(".")[0] for module in imports(path)} <= allowed, path
+
+
+def test_only_the_head_calls_kernels():
+    callers = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "trainer").rglob("*.py")
+        if any(module.startswith("madpo.kernels") for module in imports(path))
+    }
+    # The objectives' base names the data class that says which loss the kernels form.
+    assert callers == {"trainer/head.py", "trainer/objectives/base.py"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_readable(path):
+    limit = 600 if "kernels" in path.parts else 400
+    assert len(path.read_text().splitlines()) <= limit
