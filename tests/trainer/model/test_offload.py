@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from families import VOCAB, tiny_model
-from harness import make_config, random_groups, run_ranks, save_model, write_pairs
+from activation_cases import WAYS, forward, prepared
+from harness import make_config, run_ranks, save_model, write_pairs
 from lora_cases import changed
 from plain import zero3_steps
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from madpo.trainer.batches.packing import pack
 from madpo.trainer.config.schema import Config
 from madpo.trainer.model import offload
-from madpo.trainer.model.attention import prefix_sharing
-from madpo.trainer.model.attention.prefix_sharing import SegmentTable
-from madpo.trainer.model.backbone import last_hidden
 from madpo.trainer.model.offload import Cargo, Parcel, Slip, offload_layers
 from madpo.trainer.model.recompute import checkpoint_layers
-
-WAYS: dict[str, dict[str, Any]] = {
-    "full": {"gradient_checkpointing": True},
-    "selective": {"gradient_checkpointing": "selective"},
-    "offloaded": {"activation_offloading": True},
-    "full-offloaded": {"gradient_checkpointing": True, "activation_offloading": True},
-    "selective-offloaded": {"gradient_checkpointing": "selective", "activation_offloading": True},
-}
-
-
-def prepared(family: str, way: dict[str, Any], **changes: Any) -> Any:
-    prefix_sharing.register()
-    model = tiny_model(family, prefix_sharing.NAMES["sdpa"], **changes).train()
-    if way.get("gradient_checkpointing"):
-        checkpoint_layers(model, selective=way["gradient_checkpointing"] == "selective")
-    if way.get("activation_offloading"):
-        offload_layers(model, min_bytes=0)
-    return model
-
-
-def forward(model: Any, groups: int = 4) -> Callable[[], Tensor]:
-    batch = pack(random_groups(groups, vocab=VOCAB))
-    return lambda: last_hidden(model, batch, SegmentTable(batch.segments)).square().mean()
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
@@ -68,47 +38,6 @@ def test_gradients_are_the_same_to_the_bit(plain, way):
     assert got.keys() == want.keys() and any(g.any() for g in want.values())
     for name in want:
         assert torch.equal(got[name], want[name]), name
-
-
-def live_bytes(function: Callable[[], Any]) -> int:
-    """What the function leaves allocated while its result is alive, as torch's allocator counts."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        result = function()
-    del result
-    return sum(event.self_cpu_memory_usage for event in record.events() or [])
-
-
-def test_less_is_kept_in_this_order():
-    """Between forward and backward, of four layers; and `selective` repeats no product with a weight."""
-    kept = {
-        name: live_bytes(forward(prepared("Llama 3", way, num_hidden_layers=4), groups=16))
-        for name, way in {"none": {}, **WAYS}.items()
-        if "offloaded" not in name
-    }
-    assert kept["full"] < 0.3 * kept["none"]
-    assert kept["full"] < kept["selective"] < 0.75 * kept["none"]
-
-
-def test_selective_repeats_no_product_with_a_weight():
-    counts = {}
-    for name in ("full", "selective"):
-        loss = forward(prepared("Llama 3", WAYS[name]))()
-        with Products() as products:
-            loss.backward()
-        counts[name] = products.count
-    layers, linears = 2, 7
-    assert counts["selective"] == layers * linears * 2  # the gradients of input and weight
-    assert counts["full"] > counts["selective"]
-
-
-class Products(TorchDispatchMode):
-    """Counts the products that are computed; those that were kept do not come this far."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten.mm.default
-        return func(*args, **(kwargs or {}))
 
 
 class Seen:
