@@ -52,4 +52,4 @@ def require_targets(targets: Tensor, rows: Tensor) -> None:
 def require_edges(loss: EdgeLoss, groups: Groups) -> None:
     """Raise ValueError unless the loss's vectors have one number per edge."""
     for name in ("offsets", "weights", "margins"):
-        require(name, getattr(loss, name), len(groups.winners))
+        require(name, getattr(loss, name), len(groups.chosen))

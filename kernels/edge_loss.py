@@ -82,8 +82,8 @@ def edge_loss_ref(
     logps: Tensor,  # (S,) summed over each sequence
     ref_logps: Tensor | None,  # (S,)
     lengths: Tensor,  # (S,)
-    winners: Tensor,  # (E,)
-    losers: Tensor,  # (E,)
+    chosen: Tensor,  # (E,)
+    rejected: Tensor,  # (E,)
     loss: EdgeLoss,
     edges: slice = slice(None),  # which of the per-edge vectors `winners` and `losers` stand for
 ) -> Tensor:
@@ -91,7 +91,7 @@ def edge_loss_ref(
     ratios = logps if ref_logps is None else logps - ref_logps
     if loss.length_normalised:
         ratios = ratios / lengths.clamp(min=1)
-    z = loss.beta * (ratios[winners] - ratios[losers]) - loss.offset
+    z = loss.beta * (ratios[chosen] - ratios[rejected]) - loss.offset
     if loss.offsets is not None:
         z = z - loss.offsets[edges]
     if loss.curve == "sigmoid":

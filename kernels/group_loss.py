@@ -161,8 +161,8 @@ def group_loss(
         for first in range(first_edge, last_edge, EDGE_BLOCK):
             e = first + tl.arange(0, EDGE_BLOCK)
             inside = e < last_edge
-            winner = tl.load(layout.winners + e, mask=inside, other=0)
-            loser = tl.load(layout.losers + e, mask=inside, other=0)
+            winner = tl.load(layout.chosen + e, mask=inside, other=0)
+            loser = tl.load(layout.rejected + e, mask=inside, other=0)
             won, won_length = log_ratio(LOGPS, REF_LOGPS, layout.rows, winner, inside, LENGTH_NORMALISED)
             lost, lost_length = log_ratio(LOGPS, REF_LOGPS, layout.rows, loser, inside, LENGTH_NORMALISED)
             z = (terms.beta * (won - lost) - terms.offset).to(tl.float32)

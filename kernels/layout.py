@@ -24,8 +24,8 @@ class Groups:
     lengths: Sequence[int]  # (S,) rows of each sequence
     group_sequences: Sequence[int]  # (G,)
     group_edges: Sequence[int]  # (G,)
-    winners: Tensor  # (E,) index into the S sequences
-    losers: Tensor  # (E,)
+    chosen: Tensor  # (E,) index into the S sequences
+    rejected: Tensor  # (E,)
 
     @classmethod
     def pairs(cls, lengths: Sequence[int], device: torch.device | str) -> Self:
@@ -59,10 +59,10 @@ class Groups:
             [0, *accumulate(counts)] for counts in (self.lengths, self.group_sequences, self.group_edges)
         ]
         # From pinned memory, or the copy would wait for the device.
-        flat = torch.tensor([x for part in starts for x in part], pin_memory=self.winners.is_cuda)
-        flat = flat.to(self.winners.device, non_blocking=True)
+        flat = torch.tensor([x for part in starts for x in part], pin_memory=self.chosen.is_cuda)
+        flat = flat.to(self.chosen.device, non_blocking=True)
         rows, sequences, edges = flat.split([len(part) for part in starts])
-        return Layout(rows, sequences, edges, self.winners.contiguous(), self.losers.contiguous())
+        return Layout(rows, sequences, edges, self.chosen.contiguous(), self.rejected.contiguous())
 
     @cached_property
     def group_of_row(self) -> Tensor:
@@ -77,8 +77,8 @@ class Groups:
             ("lengths sum to", self.num_rows, rows),
             ("group_sequences sum to", sequences, len(self.lengths)),
             ("group_edges has as many groups as", len(self.group_edges), len(self.group_sequences)),
-            ("winners has as many edges as", len(self.winners), edges),
-            ("losers has as many edges as", len(self.losers), edges),
+            ("winners has as many edges as", len(self.chosen), edges),
+            ("losers has as many edges as", len(self.rejected), edges),
         ):
             if got != want:
                 raise ValueError(f"groups: {name} {got}, but {want} are needed")
@@ -90,8 +90,8 @@ class Layout(NamedTuple):
     rows: Tensor  # (S + 1,) first row of each sequence
     sequences: Tensor  # (G + 1,) first sequence of each group
     edges: Tensor  # (G + 1,)
-    winners: Tensor  # (E,)
-    losers: Tensor  # (E,)
+    chosen: Tensor  # (E,)
+    rejected: Tensor  # (E,)
 
 
 @dataclass(frozen=True)

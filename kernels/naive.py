@@ -51,7 +51,7 @@ def preference_loss_from_logps_ref(
         ref_logps = _sums(ref_token_logps, groups)
     lengths = torch.tensor(groups.lengths, device=token_logps.device)
     sums = _sums(token_logps, groups)
-    return edge_loss_ref(sums, ref_logps, lengths, groups.winners, groups.losers, loss).sum()
+    return edge_loss_ref(sums, ref_logps, lengths, groups.chosen, groups.rejected, loss).sum()
 
 
 def preference_loss_ref(

@@ -226,7 +226,7 @@ class _Head:
         rows, sequences = len(self.args.targets), len(self.groups.lengths)
         self.logps, self.normalisers, self.slopes = torch.empty(3, rows, dtype=self.wide, device=device)
         self.logp_sums, self.ref_sums = torch.empty(2, sequences, dtype=torch.float64, device=device)
-        self.losses = torch.empty(len(self.groups.winners), dtype=self.wide, device=device)
+        self.losses = torch.empty(len(self.groups.chosen), dtype=self.wide, device=device)
         self.total = torch.zeros((), dtype=torch.float64, device=device)
         self.ref_token_logps = self.reference.token_logps
         if self.reference.hidden is not None:

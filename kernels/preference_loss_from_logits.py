@@ -78,7 +78,7 @@ class PreferenceLossFromLogitsFunction(torch.autograd.Function):
         wide, device = wide_dtype(logits), logits.device
         logps, normalisers, slopes = torch.empty(3, len(targets), dtype=wide, device=device)
         sums, ref_sums = torch.empty(2, len(groups.lengths), dtype=torch.float64, device=device)
-        losses = torch.empty(len(groups.winners), dtype=wide, device=device)
+        losses = torch.empty(len(groups.chosen), dtype=wide, device=device)
         if ref_logits is not None:
             ref_token_logps = torch.empty_like(logps)
         if ref_token_logps is not None:

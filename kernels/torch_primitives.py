@@ -111,8 +111,8 @@ def group_losses_ref(
             leaf,
             None if ref_logps is None else ref_logps[span.sequences],
             lengths,
-            groups.winners[span.edges] - first,
-            groups.losers[span.edges] - first,
+            groups.chosen[span.edges] - first,
+            groups.rejected[span.edges] - first,
             loss,
             span.edges,
         )

@@ -24,7 +24,7 @@ def run_bench(
     everything: bool = False,
     variants: bool = True,
 ) -> None:
-    """Raises ValueError for unknown names."""
+    """Raises UserError for unknown names."""
     from rich.console import Console
     from rich.table import Table
 
@@ -54,7 +54,7 @@ def run_bench(
 
 
 def run_step_bench(what: step.Settings, output: Path) -> None:
-    """Raises ValueError for unknown names."""
+    """Raises UserError for unknown names."""
     from rich.console import Console
     from rich.table import Table
 
@@ -83,7 +83,7 @@ def run_step_bench(what: step.Settings, output: Path) -> None:
 
 
 def run_scaling(model: str, iterations: int, output: Path) -> None:
-    """Raises ValueError for unknown names."""
+    """Raises UserError for unknown names."""
     from rich.console import Console
     from rich.table import Table
 

@@ -216,8 +216,8 @@ def bench_step(
         run_scaling(model, rounds or 3, output)
         return
 
-    chosen = contender or []
-    what = step.settings(model, data, lora, ranks, pairs, max_length, dtype, rounds, threads, chosen)
+    selected = contender or []
+    what = step.settings(model, data, lora, ranks, pairs, max_length, dtype, rounds, threads, selected)
     run_step_bench(what, output)
 
 

@@ -32,7 +32,7 @@ TABLE_ROWS = (
 def run_demo() -> int:
     """Prepare the data, warm up a language model, train MADPO and DPO from it, compare, report.
 
-    Returns the exit status of the first command that fails, or 0. Raises ValueError if the data
+    Returns the exit status of the first command that fails, or 0. Raises UserError if the data
     cannot be fetched. An earlier demo's runs are replaced, its data is kept.
     """
     from madpo.trainer.data.rated_sentences import prepare

@@ -18,7 +18,7 @@ Task = Literal["train", "sft", "reward", "evaluate", "export", "probe", "annotat
 
 
 def count_processes(launch: LaunchConfig) -> int:
-    """How many ranks to start here. Raises ValueError for more ranks than GPUs."""
+    """How many ranks to start here. Raises UserError for more ranks than GPUs."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -34,7 +34,7 @@ def count_processes(launch: LaunchConfig) -> int:
 def visible_gpus() -> list[str]:
     """The numbers in CUDA_VISIBLE_DEVICES on a machine with GPUs, else [].
 
-    Raises ValueError for names of GPUs, which the launcher cannot be told of.
+    Raises UserError for names of GPUs, which the launcher cannot be told of.
     """
     import torch
 

@@ -16,7 +16,7 @@ from typing import Any
 from madpo.trainer.config.deepspeed import zero_stage
 from madpo.trainer.config.effects import may_continue
 from madpo.trainer.config.schema import Config
-from madpo.trainer.dist import Shard, barrier, from_main, refuse_if_any
+from madpo.trainer.dist import Shard, barrier, from_main, raise_if_any
 from madpo.trainer.engine import Engine
 from madpo.trainer.files import write_atomically
 from madpo.trainer.state import TrainState
@@ -81,14 +81,14 @@ def save(
 def latest(root: Path, run: dict[str, Any]) -> str | None:
     """The tag of the newest committed checkpoint, or None; the same on all ranks.
 
-    Raises ValueError if a rank cannot see it, or it is of another run: one of the keys in `run` had
+    Raises UserError if a rank cannot see it, or it is of another run: one of the keys in `run` had
     another value there.
     """
     pointer = root / "latest"
     tag = from_main(pointer.read_text().strip() if pointer.is_file() else None)
     if tag is None:
         return None
-    refuse_if_any(_problem(root / tag, run))
+    raise_if_any(_problem(root / tag, run))
     return tag
 
 
@@ -119,7 +119,7 @@ def _problem(folder: Path, run: dict[str, Any]) -> str | None:
 
 
 def load(engine: Engine, root: Path, tag: str) -> TrainState:
-    """Restore weights and optimiser. Raises ValueError on all ranks if one of them cannot."""
+    """Restore weights and optimiser. Raises UserError on all ranks if one of them cannot."""
     is_there = engine.load(root, tag)
-    refuse_if_any(None if is_there else f"{root / tag}: the checkpoint cannot be loaded; train with --fresh")
+    raise_if_any(None if is_there else f"{root / tag}: the checkpoint cannot be loaded; train with --fresh")
     return TrainState(**json.loads((root / tag / STATE_FILE).read_text())["state"])

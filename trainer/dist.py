@@ -48,7 +48,7 @@ def init(timeout_minutes: float) -> Shard:
 
 
 def check_launcher() -> None:
-    """Raise ValueError if there are other processes and nothing says how to find them."""
+    """Raise UserError if there are other processes and nothing says how to find them."""
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
         if "RANK" not in os.environ and int(os.environ.get(name, "1")) > 1:
             raise UserError(
@@ -75,8 +75,8 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
-def refuse_if_any(problem: str | None) -> None:
-    """Raise ValueError on all ranks if one of them has a problem, so that none is left waiting."""
+def raise_if_any(problem: str | None) -> None:
+    """Raise UserError on all ranks if one of them has a problem, so that none is left waiting."""
     problems: list[str | None] = [None] * torch_dist.get_world_size()
     torch_dist.all_gather_object(problems, problem)
     for rank, text in enumerate(problems):

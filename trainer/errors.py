@@ -11,7 +11,7 @@ EXIT_USAGE = 2
 class UserError(ValueError):
     """Something in the config, the data or the surroundings that its owner can mend.
 
-    Shown as one line without a traceback. Any other exception, other ValueErrors included, is ours.
+    Shown as one line without a traceback. Any other exception, other UserErrors included, is ours.
     """
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from madpo.kernels.token_scores import TokenScores
-from madpo.trainer.batches.cost import Work
+from madpo.trainer.batches.cost import StepWork
 from madpo.trainer.batches.packing import PackedBatch
 from madpo.trainer.batches.steps import Step
 from madpo.trainer.engine import Engine
@@ -39,7 +39,7 @@ class Losses(NamedTuple):
 
 def forward_backward(
     engine: Engine, step: Step, batches: Sequence[PackedBatch], meter: Meter, state: BatchState
-) -> tuple[dict[str, list[float]], Work]:
+) -> tuple[dict[str, list[float]], StepWork]:
     """The gradients of a step whose `batches` are on the engine's device; the objective's memory for the
     next step, and the work that was done."""
     if len(batches) == 1:
@@ -79,7 +79,7 @@ def _in_one_pass(
 
 def _in_two_passes(
     engine: Engine, step: Step, batches: Sequence[PackedBatch], meter: Meter, state: BatchState
-) -> tuple[dict[str, list[float]], Work]:
+) -> tuple[dict[str, list[float]], StepWork]:
     """Forward and backward of several micro-batches, each computed twice: a scoring pass without gradients,
     then a training pass without the completions whose gradient is 0."""
     module = engine.module
@@ -146,10 +146,10 @@ def share_losses(
 
     Every rank calls this once a step. The outcomes carry the memory for the next step.
     """
-    sequences, winners, losers, margins = _exchange(step, batches, scored)
+    sequences, chosen, rejected, margins = _exchange(step, batches, scored)
     leaf = sequences.logps.requires_grad_()
     with torch.enable_grad():
-        edges = sequences.edges(winners, losers, margins)
+        edges = sequences.edges(chosen, rejected, margins)
         scores = edges if objective.item is Item.EDGE else sequences
         outcome = objective.entry.function(scores, objective.params, state)
         (gradients,) = torch.autograd.grad(outcome.losses.sum(), leaf)
@@ -158,7 +158,7 @@ def share_losses(
 
 def _part(outcome: Outcome, batch: PackedBatch, item: Item) -> Outcome:
     """What the outcome of the step says of one batch."""
-    places = batch.edge_places if item is Item.EDGE else batch.sequence_places
+    places = batch.edge_positions if item is Item.EDGE else batch.sequence_positions
     values = {"": outcome.losses.detach(), **outcome.stats}
     part = {name: of.to(places.device)[places] for name, of in values.items()}
     return Outcome(part.pop(""), part, outcome.memory)
@@ -170,7 +170,7 @@ def own_gradients(
 ) -> Tensor:
     """(S,) those of one batch's completions; 0 for a dummy batch's, which has no place in the step."""
     own = gradients.new_zeros(len(batch.lengths), device=batch.labels.device)
-    own[: len(batch.sequence_places)] = gradients.to(own.device)[batch.sequence_places]
+    own[: len(batch.sequence_positions)] = gradients.to(own.device)[batch.sequence_positions]
     return own
 
 
@@ -188,17 +188,17 @@ def _exchange(
     edges = flat[4 * step.num_sequences :].view(3, step.num_edges)
     has_reference = scored[0].ref_token_logps is not None
     for batch, scores in zip(batches, scored, strict=True):
-        places = batch.sequence_places
+        places = batch.sequence_positions
         ref_logps = scores.ref_logps if has_reference else torch.zeros_like(scores.logps)
         columns = torch.stack((scores.logps, ref_logps, scores.lengths.double(), scores.labels.double()))
         table[:, places] = columns[:, : len(places)]
-        won, lost = places[scores.winners].double(), places[scores.losers].double()
-        edges[:, batch.edge_places] = torch.stack((won, lost, scores.margins))
+        won, lost = places[scores.chosen].double(), places[scores.rejected].double()
+        edges[:, batch.edge_positions] = torch.stack((won, lost, scores.margins))
     dist.all_reduce(flat)
     flat = flat.cpu() / step.copies
     logps, ref_logps, lengths, labels = flat[: 4 * step.num_sequences].view(4, -1).unbind()
-    winners, losers, margins = flat[4 * step.num_sequences :].view(3, step.num_edges).unbind()
+    chosen, rejected, margins = flat[4 * step.num_sequences :].view(3, step.num_edges).unbind()
     sequences = SequenceScores(
         logps.clone(), ref_logps if has_reference else None, lengths.long(), labels.long()
     )
-    return sequences, winners.long(), losers.long(), margins
+    return sequences, chosen.long(), rejected.long(), margins

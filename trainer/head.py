@@ -185,7 +185,7 @@ class PreferenceHead(OutputLayers):
 
 def groups_of(batch: PackedBatch) -> Groups:
     """The structure of a batch, as the kernels take it."""
-    return Groups(batch.lengths, batch.group_sequences, batch.group_edges, batch.winners, batch.losers)
+    return Groups(batch.lengths, batch.group_sequences, batch.group_edges, batch.chosen, batch.rejected)
 
 
 def no_loss(tokens: TokenScores, span: Span) -> Tensor:

@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Callable, Mapping
 
-from madpo.trainer.batches.cost import Work
+from madpo.trainer.batches.cost import StepWork
 from madpo.trainer.batches.prefetch import prefetched
 from madpo.trainer.batches.steps import evaluation_steps, step_rules, training_steps
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.feed import Feed
 from madpo.trainer.data.groups import TokenDataset
+from madpo.trainer.data.training_source import TrainingSource
 from madpo.trainer.dist import Shard
 from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
@@ -19,7 +19,7 @@ from madpo.trainer.metrics import Meter
 from madpo.trainer.model.flops import step_cost
 from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.reference.moving import move_reference
-from madpo.trainer.schedule import learning_rate, plan_run
+from madpo.trainer.schedule import learning_rate, run_length
 from madpo.trainer.state import TrainState
 from madpo.trainer.step import evaluation_step, train_step
 from madpo.trainer.throughput import peak_flops, throughput
@@ -30,7 +30,7 @@ Record = dict[str, float]
 def train(
     config: Config,
     engine: Engine,
-    feed: Feed,
+    source: TrainingSource,
     held_out: TokenDataset | None,
     shard: Shard,
     state: TrainState,
@@ -38,11 +38,13 @@ def train(
     on_save: Callable[[], None],
 ) -> None:
     """Train from `state` to the end of the plan. `on_record` gets every logged line, on all ranks."""
-    settings, plan = config.train, plan_run(config, feed.num_groups)
+    settings, plan = config.train, run_length(config, source.num_groups)
     rules = step_rules(config, engine.module, step_cost(engine.module))
-    steps = training_steps(feed, rules, settings.global_batch_size, shard, state.consumed, plan.total_groups)
+    steps = training_steps(
+        source, rules, settings.global_batch_size, shard, state.consumed, plan.total_groups
+    )
     peak = peak_flops(settings.peak_tflops, engine.device, settings.bf16)
-    meter, work, logged_at, logged_step = Meter(), Work(), time.perf_counter(), state.step
+    meter, work, logged_at, logged_step = Meter(), StepWork(), time.perf_counter(), state.step
     engine.train()
 
     for step in prefetched(steps, engine.device):
@@ -72,9 +74,9 @@ def train(
                 **throughput(work, state.step - logged_step, seconds, shard.world_size, peak),
             }
             record |= {"data/skipped_edges": work.skipped_edges} if work.skipped_edges else {}
-            _refuse_non_finite(record, state.step)
+            _check_finite(record, state.step)
             on_record(_stamped(record, state, step.epoch))
-            work, logged_at, logged_step = Work(), time.perf_counter(), state.step
+            work, logged_at, logged_step = StepWork(), time.perf_counter(), state.step
 
         if held_out is not None and (is_last or _due(state.step, settings.eval_steps)):
             paused = time.perf_counter()
@@ -109,7 +111,7 @@ def evaluate(
     return {f"eval_{name}": value for name, value in meter.reduce().items()}
 
 
-def _refuse_non_finite(record: Record, step: int) -> None:
+def _check_finite(record: Record, step: int) -> None:
     """Stop before such weights reach a checkpoint. Every rank has the same record, so all stop."""
     if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
         raise UserError(

@@ -117,7 +117,7 @@ def add_batch(
     objective: BoundObjective,
 ) -> None:
     """Fold one micro-batch's metrics into the meter. Names depend on the objective alone."""
-    keep = 0 if batch.is_filler else None
+    keep = 0 if batch.is_dummy else None
     labelled = batch.labels != 0
     with torch.no_grad():
         where = labelled[:keep] if objective.item is Item.SEQUENCE else None
@@ -136,7 +136,7 @@ def add_batch(
 def add_stats(meter: Meter, batch: PackedBatch, stats: Mapping[str, Tensor]) -> None:
     """Fold in what the model measured beside its rows, () means over the packed tokens of one micro-batch."""
     for name, value in stats.items():
-        meter.add(name, value.expand(0 if batch.is_filler else len(batch.input_ids)))
+        meter.add(name, value.expand(0 if batch.is_dummy else len(batch.input_ids)))
 
 
 def _add_completions(meter: Meter, batch: PackedBatch, scored: Scored, objective: BoundObjective) -> None:
@@ -150,14 +150,14 @@ def _add_completions(meter: Meter, batch: PackedBatch, scored: Scored, objective
     labels = batch.labels
     sides = {"chosen": (slice(None), labels > 0), "rejected": (slice(None), labels < 0)}
     if pairs:
-        sides = {"chosen": (scored.winners, None), "rejected": (scored.losers, None)}
+        sides = {"chosen": (scored.chosen, None), "rejected": (scored.rejected, None)}
     for side, (index, where) in sides.items():
         for name, of_all in values.items():
             meter.add(f"{name}/{side}", of_all[index], where)
     meter.add_correlation("rewards/length_correlation", rewards, values["lengths"], labels != 0)
     if not pairs:
         return
-    won, lost = scored.winners, scored.losers
+    won, lost = scored.chosen, scored.rejected
     meter.add("rewards/margins", rewards[won] - rewards[lost])
     meter.add("rewards/accuracies", (rewards[won] > rewards[lost]).double())
     if not are_rewards:

@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from madpo.trainer.dist import Shard, refuse_if_any
+from madpo.trainer.dist import Shard, raise_if_any
 from madpo.trainer.errors import UserError
 
 METRICS = "metrics.jsonl"
@@ -31,7 +31,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl, none if there is no such file.
 
     A run that was killed may leave half of its last line, which does not count; one that only lacks its
-    line feed does. Raises ValueError naming any other line that is not an object with a step.
+    line feed does. Raises UserError naming any other line that is not an object with a step.
     """
     path = folder / METRICS
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
@@ -69,7 +69,7 @@ def set_aside(folder: Path) -> None:
 
 
 def claim(folder: Path, shard: Shard) -> FileLock:
-    """Hold the run folder for this run. Raises ValueError on all ranks if another run holds it."""
+    """Hold the run folder for this run. Raises UserError on all ranks if another run holds it."""
     lock = FileLock(folder / ".lock", timeout=0)
     problem = None
     if shard.is_main:
@@ -78,5 +78,5 @@ def claim(folder: Path, shard: Shard) -> FileLock:
             lock.acquire()
         except Timeout:
             problem = f"output_dir: another run is training into {folder}; stop it, or use another folder"
-    refuse_if_any(problem)
+    raise_if_any(problem)
     return lock

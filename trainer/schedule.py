@@ -27,20 +27,20 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunLength:
     """How long a run is, known before it starts."""
 
     total_groups: int
     total_steps: int
 
 
-def plan_run(config: Config, num_groups: int | None) -> Plan:
+def run_length(config: Config, num_groups: int | None) -> RunLength:
     """Epochs of groups in steps of the global batch, of which the last may be smaller; or max_steps, which
     a stream must have: the number of its groups is not known."""
     train = config.train
     if train.max_steps is not None:
-        return Plan(train.max_steps * train.global_batch_size, train.max_steps)
+        return RunLength(train.max_steps * train.global_batch_size, train.max_steps)
     assert num_groups is not None
     # Rounded first: 0.07 epochs of 100 groups are 7, not the 8 that 7.000000000000001 would make.
     groups = math.ceil(round(train.num_train_epochs * num_groups, 6))
-    return Plan(groups, math.ceil(groups / train.global_batch_size))
+    return RunLength(groups, math.ceil(groups / train.global_batch_size))

@@ -69,7 +69,7 @@ class SequenceGroup:
 def join(size: int, timeout_minutes: float) -> SequenceGroup | None:
     """This rank's group of `size` consecutive ranks; None if every rank has rows of its own.
 
-    All ranks call it. Raises ValueError if they do not form such groups.
+    All ranks call it. Raises UserError if they do not form such groups.
     """
     if size == 1:
         return None
@@ -114,7 +114,7 @@ def across_slices(attention: Callable[..., tuple[Tensor, None]]) -> Callable[...
         **options: Any,
     ) -> tuple[Tensor, None]:  # (1, N / size, heads, head_dim)
         assert query.shape[0] == 1, "a packed batch is one row"
-        _refuse_uneven(query, key, group.size)
+        _check_heads(query, key, group.size)
         copies = max(group.size // key.shape[1], 1)  # a rank needs one head of keys at the least
         key, value = (x.repeat_interleave(copies, dim=1) if copies > 1 else x for x in (key, value))
         if options.get("s_aux") is not None:  # a number for each head
@@ -130,7 +130,7 @@ def across_slices(attention: Callable[..., tuple[Tensor, None]]) -> Callable[...
     return either
 
 
-def _refuse_uneven(query: Tensor, key: Tensor, size: int) -> None:
+def _check_heads(query: Tensor, key: Tensor, size: int) -> None:
     heads, kv_heads = query.shape[1], key.shape[1]
     if heads % size or (kv_heads % size and size % kv_heads):
         fitting = [n for n in range(1, heads + 1) if not (heads % n or (kv_heads % n and n % kv_heads))]

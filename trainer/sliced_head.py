@@ -81,8 +81,8 @@ class SlicedHead(OutputLayers):
 
 def own_tokens(batch: PackedBatch) -> Tensor:
     """(m,) which of the row's M scored tokens are in this rank's slice."""
-    assert batch.own_rows is not None, "a whole row has no slice"
-    return batch.own_rows
+    assert batch.own_tokens is not None, "a whole row has no slice"
+    return batch.own_tokens
 
 
 def _blocks(targets: Tensor) -> Groups:

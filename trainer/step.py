@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from madpo.kernels.token_scores import TokenScores
 from madpo.trainer import global_batch
-from madpo.trainer.batches.cost import Work
+from madpo.trainer.batches.cost import StepWork
 from madpo.trainer.batches.packing import PackedBatch
 from madpo.trainer.batches.steps import Step
 from madpo.trainer.engine import Engine
@@ -22,7 +22,7 @@ class Done(NamedTuple):
     """What is left of a step."""
 
     memory: dict[str, list[float]]  # what the objective wants to find in the next step's state
-    work: Work
+    work: StepWork
 
 
 def train_step(engine: Engine, step: Step, learning_rate: float, meter: Meter, state: BatchState) -> Done:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from madpo.trainer.batches.cost import Work
+from madpo.trainer.batches.cost import StepWork
 
 PEAK_TFLOPS = {
     "A100": 312.0,
@@ -47,7 +47,7 @@ def known_peak(name: str) -> float | None:
 
 
 def throughput(
-    work: Work, steps: int, seconds: float, world_size: int, peak: float | None
+    work: StepWork, steps: int, seconds: float, world_size: int, peak: float | None
 ) -> dict[str, float]:
     """The metrics of some steps that took `seconds`; `peak` is of one rank, in FLOP/s."""
     per_rank = seconds * world_size

@@ -14,7 +14,7 @@ from madpo.trainer.errors import UserError
 
 def find(function: str, beside: Path) -> tuple[str, str]:
     """`module:name` or `file.py:name`, a file relative to `beside` -> (the same, with the file's whole
-    path, and the text of its module), without importing it. Raises ValueError if there is none."""
+    path, and the text of its module), without importing it. Raises UserError if there is none."""
     module, _, name = function.rpartition(":")
     if not module or not name.isidentifier():
         raise UserError(f"function {function!r}: write module:name or path/file.py:name")

@@ -95,7 +95,7 @@ def make_problem(
     Margins are normal with mean 4 and deviation 4, so that either sign and either side of tau occur.
     The same arguments give the same problem on the same kind of device.
 
-    Raises ValueError for fewer than two rows.
+    Raises UserError for fewer than two rows.
     """
     if rows < 2:
         raise ValueError(f"rows: {rows} cannot hold a pair; give at least 2")

@@ -1,6 +1,6 @@
 """The loss head against its peers: correct first, then fast. `madpo bench` runs it.
 
-So does `python -m madpo.benchmarks.head.run`, with the same options, which needs torch, Triton and numpy alone.
+So does `python -m madpo.benchmarks.head.run`, with equal options; it needs torch, Triton and numpy alone.
 
 For every problem: the exact answer in float64, then each head's errors against it, and only for heads
 that are right their time, interleaved with the others and with the bare GEMMs of the same shapes.
@@ -72,7 +72,7 @@ def settings(
     variants: bool = True,
     device: torch.device | None = None,
 ) -> Settings:
-    """Complete and check what the command line gave. Raises ValueError for unknown names.
+    """Complete and check what the command line gave. Raises UserError for unknown names.
 
     On a GPU, `everything` or not: what is named, and of the rest all or what ten minutes allow.
     """
@@ -187,7 +187,7 @@ def measured(problem: Problem, shape: Shape, variant: str, what: Settings) -> It
                 reason = f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
         if reason is not None:
             facts[name] = {"refused": reason}
-    _refuse_wrong(facts)
+    _check_facts(facts)
     for name in facts:
         if facts[name].get("refused"):
             states.pop(name, None)
@@ -245,7 +245,7 @@ def _relative(got: Any, want: Tensor) -> float:
     return float((got.double() - want).norm() / (scale if scale > 1e-30 else 1.0))
 
 
-def _refuse_wrong(facts: dict[str, dict[str, Any]]) -> None:
+def _check_facts(facts: dict[str, dict[str, Any]]) -> None:
     base = facts.get(BASELINE, {})
     for fact in facts.values():
         for key, floor in FLOORS.items():

@@ -39,7 +39,7 @@ def evaluate(
     is called as in NAME, and their names into `runs.json`.
 
     One completion is sampled for every prompt at temperature 1, with the same seed for all models. What has
-    been evaluated stays, unless the model has changed. Raises ValueError if there is no run.
+    been evaluated stays, unless the model has changed. Raises UserError if there is no run.
     """
     found = {
         path.name: path / "model"

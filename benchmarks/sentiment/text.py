@@ -52,7 +52,7 @@ def prepare(
     evaluation/  prompt, completion   negative reviews that nothing is trained on
 
     `scale` multiplies what is paired and evaluated, as far as the source reaches; from 0.5 on, all of the
-    rest is read. Raises ValueError for a source that is not there or too small.
+    rest is read. Raises UserError for a source that is not there or too small.
     """
     sentences = list(read_folder(Path(source)) if source else read_rated(output / "download"))
     parts = deal(sentences, SHARES if source else SHARES_OF_FEW)
@@ -86,7 +86,7 @@ def read_rated(folder: Path) -> Iterator[Sentence]:
 
 
 def read_folder(path: Path) -> Iterator[Sentence]:
-    """The lines of every `pos/*.txt` and `neg/*.txt` below a folder or in a zip file. Raises ValueError."""
+    """The lines of every `pos/*.txt` and `neg/*.txt` below a folder or in a zip file. Raises UserError."""
     found = False
     for name, content in _documents(path):
         kind = re.search(r"(?:^|/)(pos|neg)/[^/]+\.txt$", name)

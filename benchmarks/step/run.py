@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from madpo.benchmarks.step.feed import Packing
+from madpo.benchmarks.step.pair_source import Packing
 from madpo.benchmarks.step.worker import Block, Contender, Job
 from madpo.benchmarks.step.workload import Workload, make_workload, real_tokens, step_flops
 from madpo.trainer.dist import device as this_device
@@ -127,7 +127,7 @@ def settings(
     threads: int | None,
     contenders: Sequence[str],
 ) -> Settings:
-    """Complete and check what the command line gave. Raises ValueError."""
+    """Complete and check what the command line gave. Raises UserError."""
     on_gpu = torch.cuda.is_available()
     dtype = dtype or ("bfloat16" if on_gpu else "float32")
     pairs = pairs or (64 if on_gpu else 8)
@@ -176,7 +176,7 @@ def settings(
 def run(what: Settings, folder: Path, log: Callable[[str], None]) -> Iterator[list[Row]]:
     """The rows of all contenders so far, as often as there are more. `folder` takes the model and the pairs.
 
-    Raises ValueError for unknown names.
+    Raises UserError for unknown names.
     """
     log("writing the model and the pairs")
     workload = make_workload(folder, what.model, what.data, what.pairs * what.steps, what.max_length)

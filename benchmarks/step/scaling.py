@@ -68,7 +68,7 @@ def times(
     log: Callable[[str], None],
     sizes: Sequence[int] = GROUP_TOKENS,
 ) -> Iterator[Time]:
-    """Medians. Raises ValueError for an unknown model."""
+    """Medians. Raises UserError for an unknown model."""
     device = this_device()
     workload = make_workload(folder, model, "hh", 1, 64)
     tree: dict[str, Any] = {

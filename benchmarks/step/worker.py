@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.multiprocessing as mp
 
-from madpo.benchmarks.step.feed import Packing
+from madpo.benchmarks.step.pair_source import Packing
 from madpo.benchmarks.step.workload import Workload, fresh_adapter
 from madpo.trainer.dist import free_port
 
@@ -191,7 +191,7 @@ def _rank(job: Job, rank: int, port: int, pipe: Connection) -> None:
 
 
 def run_madpo(job: Job, pipe: Connection) -> None:
-    from madpo.benchmarks.step.feed import PairFeed
+    from madpo.benchmarks.step.pair_source import PairSource
     from madpo.trainer import dist
     from madpo.trainer.config.schema import from_tree
     from madpo.trainer.config.strict_yaml import override
@@ -225,9 +225,9 @@ def run_madpo(job: Job, pipe: Connection) -> None:
     shard, device = dist.init(10.0), dist.device()
     gate = Gate(pipe, device)
     tokenizer = load_tokenizer(config.model)
-    feed = PairFeed(job.workload.pairs(), job.packing, config.train.micro_batch_tokens)
+    source = PairSource(job.workload.pairs(), job.packing, config.train.micro_batch_tokens)
     if job.cached:
-        feed.groups = with_logps(feed.groups, score_once(config, feed.groups, tokenizer, shard))
+        source.groups = with_logps(source.groups, score_once(config, source.groups, tokenizer, shard))
     engine = start_engine(config, tokenizer, training=True)
     if not job.one_traversal:
         module: Any = engine.module
@@ -236,7 +236,7 @@ def run_madpo(job: Job, pipe: Connection) -> None:
     train(
         config,
         engine,
-        feed,
+        source,
         None,
         shard,
         TrainState(),

@@ -109,7 +109,7 @@ def real_tokens(pair: Pair) -> int:
 
 
 def fresh_adapter(workload: Workload) -> Any:
-    """peft's description of our default adapter. Raises ValueError without peft."""
+    """peft's description of our default adapter. Raises UserError without peft."""
     return lora.new_config(PeftConfig(), workload.model, None, scores=False)
 
 
@@ -132,7 +132,7 @@ def step_flops(workload: Workload, adapted: bool, cached: bool) -> np.ndarray:  
 def make_workload(
     folder: Path, model: str, data: str, num_pairs: int, max_length: int, seed: int = 0
 ) -> Workload:
-    """Write model and pairs. Raises ValueError for unknown names, or if the demo's data are not there."""
+    """Write model and pairs. Raises UserError for unknown names, or if the demo's data are not there."""
     if model not in MODELS:
         raise UserError(f"--model {model}: unknown; choose from {', '.join(MODELS)}")
     if data not in (*DATA, "demo"):
@@ -166,7 +166,7 @@ def draw_pairs(lengths: Lengths, count: int, max_length: int, vocab: int, seed: 
 
 
 def demo_pairs(count: int, max_length: int) -> list[Pair]:
-    """The first pairs of `madpo demo`'s training set, tokenised, as often as it takes. Raises ValueError
+    """The first pairs of `madpo demo`'s training set, tokenised, as often as it takes. Raises UserError
     if they cannot be fetched."""
     from transformers import AutoTokenizer
 

@@ -18,7 +18,7 @@ from madpo.trainer.errors import EXIT_USAGE, UserError, nearest
 
 
 def check(function: str, text: str, arguments: dict[str, Any]) -> None:
-    """Raise ValueError unless the module's text has the function, and it takes these arguments and
+    """Raise UserError unless the module's text has the function, and it takes these arguments and
     `output`. A function that the module imports or makes is taken on trust."""
     module, _, name = function.rpartition(":")
     try:

@@ -49,7 +49,7 @@ class Recipe:
     def needed_for(self, patterns: Sequence[str]) -> Recipe:
         """The stages that the patterns name and all that these depend on; all stages for no patterns.
 
-        Raises ValueError for a pattern that names none.
+        Raises UserError for a pattern that names none.
         """
         if not patterns:
             return self
@@ -62,7 +62,7 @@ class Recipe:
 
 
 def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe, apply overrides, expand it. ValueError names the stage and the key.
+    """Read a recipe, apply overrides, expand it. UserError names the stage and the key.
 
     An override begins with a key of the recipe, as in vars.scale=0.2, or with the name or pattern of
     stages and a key of their config or arguments, as in 'dpo-*.optim.lr=1e-6'.

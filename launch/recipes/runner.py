@@ -50,7 +50,7 @@ class Job:
 def run(path: Path, overrides: Sequence[str], jobs: int, only: Sequence[str], dry_run: bool) -> int:
     """Run a recipe's stages, `jobs` at a time; returns the exit status of the first that fails, or 0.
 
-    Raises ValueError for a mistake in the recipe or in the config of any stage, before the first starts,
+    Raises UserError for a mistake in the recipe or in the config of any stage, before the first starts,
     and if another `madpo run` is at work in the same folder.
     """
     whole = read(path, overrides)
@@ -173,7 +173,7 @@ class Runner:
 
 
 def checked(stage: Stage, recipe: Recipe) -> str:
-    """Raise ValueError for a stage that could not start; returns the source of a call's module."""
+    """Raise UserError for a stage that could not start; returns the source of a call's module."""
     where = f"{recipe.path}: stages.{stage.name}"
     if stage.function is None:
         from_tree({**stage.given, "output_dir": str(recipe.folder / stage.name)}, where, stage.task)

@@ -84,4 +84,4 @@ def test_offsets_on_the_device():
     assert groups.group_of_row.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1]
     alone = Groups.alone((3, 2), DEVICE)
     alone.check(5)
-    assert len(alone.layout.edges) == 3 and not len(alone.winners)
+    assert len(alone.layout.edges) == 3 and not len(alone.chosen)

@@ -333,7 +333,7 @@ def test_the_edge_loss_in_float64_matches_its_gradient():
     for curve in ("sigmoid", "ipo"):
         loss = EdgeLoss(beta=0.3, curve=curve, positive=0.9, negative=0.1, offsets=offsets)
         logps = torch.randn(4, dtype=torch.float64, requires_grad=True)
-        check = lambda x, loss=loss: edge_loss_ref(x, None, lengths, groups.winners, groups.losers, loss)  # noqa: E731
+        check = lambda x, loss=loss: edge_loss_ref(x, None, lengths, groups.chosen, groups.rejected, loss)  # noqa: E731
         assert torch.autograd.gradcheck(check, logps)
 
 

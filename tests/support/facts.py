@@ -19,8 +19,8 @@ class Facts:
     tokens: Array  # (M,) log pi of every token
     ref_tokens: Array  # (M,) the same under the reference
     lengths: Array  # (S,)
-    winners: Array  # (E,) index into S
-    losers: Array  # (E,)
+    chosen: Array  # (E,) index into S
+    rejected: Array  # (E,)
     margins: Array  # (E,)
     labels: Array  # (S,) 1, -1 or 0
     collisions: Array  # (M,) log sum_v p_v^2
@@ -52,11 +52,11 @@ class Facts:
 
     @property
     def a(self) -> Array:
-        return self.ratio[self.winners]
+        return self.ratio[self.chosen]
 
     @property
     def b(self) -> Array:
-        return self.ratio[self.losers]
+        return self.ratio[self.rejected]
 
     @property
     def gap(self) -> Array:
@@ -65,19 +65,19 @@ class Facts:
 
     @property
     def l_w(self) -> Array:
-        return self.l[self.winners]
+        return self.l[self.chosen]
 
     @property
     def l_l(self) -> Array:
-        return self.l[self.losers]
+        return self.l[self.rejected]
 
     @property
     def n_w(self) -> Array:
-        return self.n[self.winners]
+        return self.n[self.chosen]
 
     @property
     def n_l(self) -> Array:
-        return self.n[self.losers]
+        return self.n[self.rejected]
 
     @property
     def u_w(self) -> Array:

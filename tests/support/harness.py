@@ -246,10 +246,10 @@ def _rank(
 
 
 CHECKS = (
-    ("model.settle", "refuse_unless_packing_is_exact"),
-    ("stages.setup", "refuse_unless_head_is_known"),
-    ("stages.setup", "refuse_noise"),
-    ("stages.reference", "refuse_unless_head_is_known"),
+    ("model.settle", "check_packing"),
+    ("stages.setup", "check_head"),
+    ("stages.setup", "check_noise"),
+    ("stages.reference", "check_head"),
 )
 """Where a start looks its checks up: module, name."""
 

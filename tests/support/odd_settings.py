@@ -137,7 +137,7 @@ MPO = (
 def weighted_sum(
     x: Facts, terms: tuple[dict[str, Any], ...] = MPO, loss_weights: tuple[float, ...] = (0.8, 0.2, 1.0)
 ) -> Kept:
-    total, memory = np.zeros(len(x.winners)), dict[str, list[float]]()
+    total, memory = np.zeros(len(x.chosen)), dict[str, list[float]]()
     for index, (term, weight) in enumerate(zip(terms, loss_weights, strict=True)):
         parameters = dict(term)
         mine = {key.split(" ", 1)[1]: v for key, v in x.memory.items() if key.startswith(f"{index} ")}

@@ -110,9 +110,9 @@ def plain_steps(config: Config, steps: int) -> list[tuple[float, dict[str, torch
         labels = torch.tensor([label for group in batch for label in group.labels])
         scores: Any = SequenceScores(padded_logps(policy, batch).double(), ref_logps, lengths, labels)
         if entry.item is Item.EDGE:
-            winners = torch.arange(0, 2 * size, 2)
+            chosen = torch.arange(0, 2 * size, 2)
             margins = torch.tensor([group.edges[0][2] for group in batch], dtype=torch.float64)
-            scores = scores.edges(winners, winners + 1, margins)
+            scores = scores.edges(chosen, chosen + 1, margins)
         outcome = entry.outcome(scores, BatchState(memory, (config.seed, step)))
         memory = outcome.memory
         items = size if entry.item is Item.EDGE else int((labels != 0).sum())

@@ -145,22 +145,22 @@ def ld_dpo(x: Facts, beta: float = 0.1, alpha: float = 0.5) -> Array:
         mine = ratios[starts[sequence] :][: x.lengths[sequence]]
         return mine[:shared].sum() + alpha * mine[shared:].sum()
 
-    shortest = np.minimum(x.lengths[x.winners], x.lengths[x.losers])
+    shortest = np.minimum(x.lengths[x.chosen], x.lengths[x.rejected])
     won, lost = (
         np.array([damped(s, k) for s, k in zip(side, shortest, strict=True)])
-        for side in (x.winners, x.losers)
+        for side in (x.chosen, x.rejected)
     )
     return nls(beta * (won - lost))
 
 
 def wpo(x: Facts, beta: float = 0.01, clamp: bool = True) -> Array:
     w = np.exp(x.total(x.sg.tokens - x.sg.collisions) / x.n)
-    product = w[x.winners] * w[x.losers]
+    product = w[x.chosen] * w[x.rejected]
     return (np.minimum(product, 1) if clamp else product) * nls(beta * x.gap)
 
 
 def tdpo(x: Facts, beta: float = 0.1, alpha: float = 0.5, stop_gradient: bool = True) -> Array:
-    k_l, k_w = x.total(x.kl)[x.losers], x.total((x.sg if stop_gradient else x).kl)[x.winners]
+    k_l, k_w = x.total(x.kl)[x.rejected], x.total((x.sg if stop_gradient else x).kl)[x.chosen]
     return nls(beta * (x.gap - alpha * (k_l - k_w)))
 
 
@@ -168,7 +168,7 @@ def anchored_dpo(
     x: Facts, beta: float = 0.1, anchor: str = "hinge", alpha: float = 1.0, tau: float = 1.0
 ) -> Array:
     ref = x.total(x.ref_tokens)
-    up, down = -(x.l_w + ref[x.winners]), x.l_l + ref[x.losers]
+    up, down = -(x.l_w + ref[x.chosen]), x.l_l + ref[x.rejected]
     hinges = np.maximum(0, tau - x.l_w) + np.maximum(0, x.l_l + tau)
     anchors = {"linear": up + down, "lse": np.log(np.exp(up) + np.exp(down)), "hinge": hinges}
     return nls(beta * x.gap) + alpha * anchors[anchor]

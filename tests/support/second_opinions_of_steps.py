@@ -81,7 +81,7 @@ def dr_dpo(x: Facts, beta: float = 0.1, beta_prime: float = 1.0) -> Array:
 
 def aot(x: Facts, beta: float = 0.01, label_smoothing: float = 0.0) -> Array:
     ref = x.total(x.ref_tokens)
-    z = beta * (np.sort(x.l_w - x.l_l) - np.sort(ref[x.winners] - ref[x.losers]))
+    z = beta * (np.sort(x.l_w - x.l_l) - np.sort(ref[x.chosen] - ref[x.rejected]))
     return (1 - label_smoothing) * nls(z) + label_smoothing * nls(-z)
 
 

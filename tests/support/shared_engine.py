@@ -150,7 +150,7 @@ class Plain:
 
 
 def items_of(config: Config, x: Facts) -> int:
-    counts = {Item.EDGE: len(x.winners), Item.SEQUENCE: int((x.labels != 0).sum()), Item.TOKEN: len(x.tokens)}
+    counts = {Item.EDGE: len(x.chosen), Item.SEQUENCE: int((x.labels != 0).sum()), Item.TOKEN: len(x.tokens)}
     return counts[config.bound_objective.item]
 
 

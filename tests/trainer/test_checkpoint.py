@@ -60,7 +60,7 @@ def _alone(monkeypatch) -> None:
 
     monkeypatch.setattr(checkpoint, "barrier", lambda: None)
     monkeypatch.setattr(checkpoint, "from_main", lambda value: value)
-    monkeypatch.setattr(checkpoint, "refuse_if_any", refuse)
+    monkeypatch.setattr(checkpoint, "raise_if_any", refuse)
 
 
 def save(engine: Shards, root: Path, step: int, keep: int = 2, rank: int = 0, **options: Any) -> TrainState:

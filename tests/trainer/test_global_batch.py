@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import (
 from harness import make_config, run_ranks, save_model, sentence, write_pairs
 from plain import compare, plain_steps, zero3_steps
 
-from madpo.trainer.batches.cost import StepCost, Work
+from madpo.trainer.batches.cost import StepCost, StepWork
 from madpo.trainer.batches.steps import plan_step, step_rules
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.lengths import shapes_of
@@ -112,7 +112,7 @@ def test_orders_of_modules_are_kept_where_steps_alternate(configs):
     assert times == 0
 
 
-def two_passes(shard, config: Config) -> tuple[list[int], Work, StepCost, list[TokenGroup]]:
+def two_passes(shard, config: Config) -> tuple[list[int], StepWork, StepCost, list[TokenGroup]]:
     """The tokens of each pass of a step, its work, what it is measured by, and its groups."""
     tokenizer = load_tokenizer(config.model)
     groups = load_data(config, tokenizer, training=True).train

@@ -94,7 +94,7 @@ def test_every_objective_through_the_head(name, index, rows):
     for got, true in zip((hidden.grad, weight.grad), by_autograd, strict=True):
         assert relative_error(got, true) < 1e-9
 
-    layout = batch.seq_lengths, batch.winners, batch.losers, batch.margins, batch.labels
+    layout = batch.seq_lengths, batch.chosen, batch.rejected, batch.margins, batch.labels
     parts: list[Any] = [each.detach().numpy() for each in (tokens, ref, *layout, collisions, kl)]
     x = Facts(*parts)
     assert loss.item() == pytest.approx(0.25 * opinion(name, x, settings)[0].sum(), rel=1e-7)

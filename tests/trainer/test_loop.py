@@ -58,7 +58,7 @@ def watched(shard, config: Config) -> dict[str, Any]:
     setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now, time=lambda: 0.0))  # noqa: B010
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, training=True)
-    assert data.feed is not None
+    assert data.source is not None
     engine: Any = start_engine(config, tokenizer, training=True)
     state, seen = TrainState(), SimpleNamespace(records=[], modes=[], moves=[], trained=[], evaluated=[])
     rates = []
@@ -92,7 +92,7 @@ def watched(shard, config: Config) -> dict[str, Any]:
         (state.step, alpha, seed)
     )
     engine.step = step
-    loop.train(config, engine, data.feed, data.held_out, shard, state, seen.records.append, on_save)
+    loop.train(config, engine, data.source, data.held_out, shard, state, seen.records.append, on_save)
     engine.release()
     return {**vars(seen), "rates": rates, "state": vars(state)}
 
@@ -177,6 +177,6 @@ def test_lines_say_how_far_the_run_has_come(run):
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_a_number_that_is_not_finite_stops_a_run(name, wrong):
     sound = {"loss": 1.0, "grad_norm": 0.0}
-    loop._refuse_non_finite(sound, 3)
+    loop._check_finite(sound, 3)
     with pytest.raises(ValueError, match=r"step 3: loss is .*; the run stops"):
-        loop._refuse_non_finite({**sound, name: wrong}, 3)
+        loop._check_finite({**sound, name: wrong}, 3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from harness import random_groups, run_ranks
 
-from madpo.trainer.batches.packing import filler, pack
+from madpo.trainer.batches.packing import dummy_batch, pack
 from madpo.trainer.metrics import Meter, MetricsFile, add_stats
 
 
@@ -46,10 +46,10 @@ def test_values_of_two_ranks():
 
 
 def of_the_model(shard) -> dict[str, float]:
-    """One rank has two micro-batches, the other fillers, as with fewer groups than ranks."""
+    """One rank has two micro-batches, the other dummy batches, as with fewer groups than ranks."""
     meter = Meter()
     for seed in (1, 2):
-        batch = filler() if shard.rank else pack(random_groups(1, seed=seed))
+        batch = dummy_batch() if shard.rank else pack(random_groups(1, seed=seed))
         value = torch.tensor(99.0 if shard.rank else float(seed))
         add_stats(meter, batch, {"router/aux_loss": value})
     meter.add("every", torch.tensor([1.0 + shard.rank]))
@@ -60,7 +60,7 @@ def of_the_model(shard) -> dict[str, float]:
 
 
 @pytest.mark.ranks
-def test_what_a_model_measures_is_a_mean_over_the_tokens_of_groups_and_not_of_fillers():
+def test_what_a_model_measures_is_a_mean_over_the_tokens_of_groups_and_not_of_dummies():
     first, second = run_ranks(2, of_the_model)
     assert first == second
     tokens = [len(pack(random_groups(1, seed=seed)).input_ids) for seed in (1, 2)]

@@ -92,7 +92,7 @@ def test_a_run_learns_and_leaves_everything_behind(config):
 
 
 def test_metrics_are_those_of_the_global_batch(config, tmp_path):
-    """Whatever the number of ranks, ranks without a group and filler batches included."""
+    """Whatever the number of ranks, ranks without a group and dummy batches included."""
     runs = []
     for world_size in (1, 2, 4):
         run = changed(

@@ -10,7 +10,7 @@ from harness import make_config
 
 from madpo.trainer.config.schema import Config
 from madpo.trainer.config.train import OptimConfig
-from madpo.trainer.schedule import learning_rate, plan_run
+from madpo.trainer.schedule import learning_rate, run_length
 
 
 def rates(total: int, **optim) -> list[float]:
@@ -84,12 +84,12 @@ def config_with(**train: Any) -> Config:
 )
 def test_how_long_a_run_is_by_its_epochs(epochs, num_groups, size, groups, steps):
     """Parts of a group and of a step count as whole ones."""
-    plan = plan_run(config_with(num_train_epochs=epochs, global_batch_size=size), num_groups)
+    plan = run_length(config_with(num_train_epochs=epochs, global_batch_size=size), num_groups)
     assert (plan.total_groups, plan.total_steps) == (groups, steps)
 
 
 def test_how_long_a_run_is_by_its_steps():
     config = config_with(num_train_epochs=9.0, max_steps=3, global_batch_size=7)
     for num_groups in (None, 5, 100):  # of a stream it is not known
-        plan = plan_run(config, num_groups)
+        plan = run_length(config, num_groups)
         assert (plan.total_groups, plan.total_steps) == (21, 3)

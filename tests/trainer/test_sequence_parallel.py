@@ -26,7 +26,7 @@ from madpo.trainer.dist import Shard
 from madpo.trainer.model.attention import prefix_sharing
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable
 from madpo.trainer.model.backbone import last_hidden
-from madpo.trainer.model.startup.slices import refuse_unless_slicing_is_exact
+from madpo.trainer.model.startup.slices import check_slicing
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import Item
 from madpo.trainer.sequence_parallel import join
@@ -90,10 +90,10 @@ def test_slices_make_up_the_row(size):
     assert {len(part.input_ids) for part in slices} == {length} and 0 <= size * length - tokens < size
     assert torch.equal(torch.cat([part.input_ids for part in slices])[:tokens], batch.input_ids)
     assert torch.equal(torch.cat([part.position_ids for part in slices])[:tokens], batch.position_ids)
-    owned: Any = [part.own_rows for part in slices]
-    assert torch.cat(owned).sort().values.tolist() == list(range(len(batch.rows)))
+    owned: Any = [part.own_tokens for part in slices]
+    assert torch.cat(owned).sort().values.tolist() == list(range(len(batch.scored_positions)))
     for index, part in enumerate(slices):
-        assert torch.equal(part.rows + index * length, batch.rows[part.own_rows])
+        assert torch.equal(part.scored_positions + index * length, batch.scored_positions[part.own_tokens])
         end = part.segments[len(batch.segments) :]
         assert part.segments[: len(batch.segments)] == batch.segments
         assert [tuple(s) for s in end] == [(tokens, size * length, tokens, tokens)] * (size * length > tokens)
@@ -198,12 +198,12 @@ def test_other_objectives_equal_a_single_rank(config):
         compare(ours, theirs)
 
 
-def own_rows(shard, config: Config) -> tuple[Any, int]:
+def own_tokens(shard, config: Config) -> tuple[Any, int]:
     """Two steps of one group each, and the scored rows of this rank's slice in the first."""
     groups = load_data(config, load_tokenizer(config.model), training=True).train
     assert groups is not None
     step = plan_step(groups, np.array([0]), step_rules(config), shard)
-    return zero3_steps(shard, config, 2), len(step.batches[0].rows)
+    return zero3_steps(shard, config, 2), len(step.batches[0].scored_positions)
 
 
 @ranks
@@ -221,7 +221,7 @@ def test_one_group_alone_and_slices_without_a_scored_row(config, tmp_path, chang
     for objective in objectives:
         run = changed(config, objective=objective)
         want = run_ranks(1, zero3_steps, run, 2)[0]
-        results = run_ranks(4, own_rows, in_slices(run, 4))
+        results = run_ranks(4, own_tokens, in_slices(run, 4))
         assert [count > 0 for _, count in results] == [False, False, False, True]
         compare(results[0][0], want)
 
@@ -337,7 +337,7 @@ def refused(shard, wrong: bool) -> None:
         model.get_input_embeddings().register_forward_hook(
             lambda module, inputs, output: output + torch.arange(output.shape[1])[:, None] / 10
         )
-    refuse_unless_slicing_is_exact(model, group, torch.device("cpu"))
+    check_slicing(model, group, torch.device("cpu"))
 
 
 @ranks

@@ -7,7 +7,7 @@ import pytest
 import torch
 from harness import make_config, run_ranks, write_pairs
 
-from madpo.trainer.batches.cost import Work
+from madpo.trainer.batches.cost import StepWork
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.groups import ConcatenatedGroups, TokenGroups
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def test_throughput_by_hand():
-    work = Work(3000, 4000, 8000, 6e12, 2e12, 1.2, 1.0)
+    work = StepWork(3000, 4000, 8000, 6e12, 2e12, 1.2, 1.0)
     slow = throughput(work, steps=4, seconds=2.0, world_size=3, peak=None)
     assert slow == {
         "perf/step_time": 0.5,

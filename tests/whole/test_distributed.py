@@ -169,20 +169,20 @@ def test_ranks_without_a_group_stay_in_step_and_count_for_nothing(config):
     few = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 3})})
     want = run_ranks(1, few_steps, few)[0]
     results = run_ranks(4, few_steps, few)
-    assert sum(fillers for _, fillers in results) == 2
+    assert sum(dummies for _, dummies in results) == 2
     compare(results[0][0], want[0])
 
 
 def few_steps(shard, config: Config) -> tuple[Any, int]:
-    """Two steps of three groups, and how many filler batches this rank ran."""
+    """Two steps of three groups, and how many dummy batches this rank ran."""
     groups = load_data(config, load_tokenizer(config.model), training=True).train
     assert groups is not None
-    fillers = 0
+    dummies = 0
     for step in range(2):
         indices = DataOrder(len(groups), config.seed).take(step * 3, 3)
         batches = plan_step(groups, indices, StepRules(Item.EDGE, 256), shard).batches
-        fillers += sum(batch.is_filler for batch in batches)
-    return zero3_steps(shard, config, 2), fillers
+        dummies += sum(batch.is_dummy for batch in batches)
+    return zero3_steps(shard, config, 2), dummies
 
 
 def with_budget(config: Config, budget: int) -> Config:

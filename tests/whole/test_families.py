@@ -16,7 +16,7 @@ from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.model.attention import prefix_sharing
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable
 from madpo.trainer.model.backbone import output_head, scored_hidden
-from madpo.trainer.model.startup.checks import refuse_unless_head_is_known, refuse_unless_packing_is_exact
+from madpo.trainer.model.startup.checks import check_head, check_packing
 
 NAME = prefix_sharing.NAMES["sdpa"]
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "families.md"
@@ -72,8 +72,8 @@ def test_log_probs_and_gradients_are_those_of_the_unmodified_model(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_checks_at_start_pass(family):
     model = tiny_model(family, NAME)
-    refuse_unless_packing_is_exact(model, torch.device("cpu"))
-    refuse_unless_head_is_known(model, torch.device("cpu"))
+    check_packing(model, torch.device("cpu"))
+    check_head(model, torch.device("cpu"))
     assert model.config._attn_implementation == NAME
 
 

@@ -56,7 +56,7 @@ TOKENS = StepCost(Cost(per_token=1.0))
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """What one step or several were, over all ranks."""
 
     tokens: int = 0  # packed
@@ -68,9 +68,9 @@ class Work:
     mean: float = 0.0  # cost of a rank
     skipped_edges: int = 0  # comparisons of weight 0, which were not computed
 
-    def __add__(self, other: Work) -> Work:
+    def __add__(self, other: StepWork) -> StepWork:
         sums = (a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
-        return Work(*sums)
+        return StepWork(*sums)
 
 
 def work_of(
@@ -79,12 +79,12 @@ def work_of(
     plan: list[list[list[int]]],  # [rank][micro] -> groups
     shared: bool = True,
     skipped_edges: int = 0,
-) -> Work:
+) -> StepWork:
     """What a step is whose groups are spread over ranks and micro-batches by `plan`."""
     flops = cost.model.of(shapes, shared)
     loads = np.array([[flops[positions].sum() for positions in rank] for rank in plan])  # (ranks, micro)
     again = cost.again + cost.again_in_parts if loads.shape[1] > 1 else cost.again
-    return Work(
+    return StepWork(
         int(shapes.tokens(shared).sum()),
         int(shapes.tokens(shared=False).sum()),
         shapes.padded_tokens(loads.size),
@@ -101,11 +101,11 @@ def spared(
     left_out: np.ndarray,  # (S,) bool
     cost: StepCost,
     shared: bool = True,
-) -> Work:
+) -> StepWork:
     """What is less, of a step in parts whose second pass has no completion that was left out; to be added."""
     left = shapes.without(left_out)
 
     def difference(of: Cost) -> float:
         return float(of.of(left, shared).sum() - of.of(shapes, shared).sum())
 
-    return Work(flops=difference(cost.backward), flops_again=difference(cost.again + cost.again_in_parts))
+    return StepWork(flops=difference(cost.backward), flops_again=difference(cost.again + cost.again_in_parts))

@@ -18,7 +18,7 @@ def plan_micro_batches(
     The fewest micro-batches (the same number on every rank) whose tokens stay within `budget`. Under ZeRO-3
     ranks wait for each other in every micro-batch, so that all cost about the same: the costliest groups
     are placed first, each into the cheapest bin that has room, and bins of similar cost meet. Deterministic.
-    Raises ValueError if one group exceeds the budget.
+    Raises UserError if one group exceeds the budget.
     """
     check_budget(lengths, budget)
     costs = lengths if costs is None else costs

@@ -50,26 +50,26 @@ class PackedBatch:
 
     input_ids: Tensor  # (N,)
     position_ids: Tensor  # (N,)
-    rows: Tensor  # (M,) index into N of the position that predicts each target
+    scored_positions: Tensor  # (M,) index into N of the position that predicts each target
     targets: Tensor  # (M,)
     ends: Tensor  # (S,) index into N of each completion's last token
     seq_lengths: Tensor  # (S,) scored rows of each sequence
-    winners: Tensor  # (E,) index into S
-    losers: Tensor  # (E,)
+    chosen: Tensor  # (E,) index into S
+    rejected: Tensor  # (E,)
     margins: Tensor  # (E,) NaN where the data set has none
     labels: Tensor  # (S,) 1 desirable, -1 undesirable, 0 neither or not known
-    sequence_places: Tensor  # (S,) position among all sequences of the step, over all ranks
-    edge_places: Tensor  # (E,) position among its edges
+    sequence_positions: Tensor  # (S,) position among all sequences of the step, over all ranks
+    edge_positions: Tensor  # (E,) position among its edges
     segments: tuple[Segment, ...]
     lengths: tuple[int, ...]  # seq_lengths on the host
     group_sequences: tuple[int, ...]  # (G,) completions of each group
     group_edges: tuple[int, ...]  # (G,) edges of each group
     scale: float = 1.0  # factor on the sum of item losses
     token_scale: float = 0.0  # factor on what is summed over packed tokens
-    is_filler: bool = False  # keeps a rank in step that has no groups left; counts for nothing
+    is_dummy: bool = False  # keeps a rank in step that has no groups left; counts for nothing
     edge_weights: Tensor | None = None  # (E,) in place of those that the objective gives
     ref_token_logps: Tensor | None = None  # (M,) where the reference was scored before
-    own_rows: Tensor | None = None  # (m,) of a row in slices: which of the M rows these `rows` are
+    own_tokens: Tensor | None = None  # (m,) of a row in slices: which of the M rows these `rows` are
 
     def without(
         self,
@@ -99,16 +99,16 @@ class PackedBatch:
             self,
             input_ids=self.input_ids[of_tokens],
             position_ids=self.position_ids[of_tokens],
-            rows=places[self.rows[of_rows]],
+            scored_positions=places[self.scored_positions[of_rows]],
             targets=self.targets[of_rows],
             ends=places[self.ends[of_sequences]],
             seq_lengths=self.seq_lengths[of_sequences],
-            winners=self.winners[:0],
-            losers=self.losers[:0],
+            chosen=self.chosen[:0],
+            rejected=self.rejected[:0],
             margins=self.margins[:0],
             labels=self.labels[of_sequences],
-            sequence_places=self.sequence_places[of_sequences],
-            edge_places=self.edge_places[:0],
+            sequence_positions=self.sequence_positions[of_sequences],
+            edge_positions=self.edge_positions[:0],
             segments=tuple(segments),
             lengths=tuple(self.lengths[place] for place in sequences),
             group_sequences=tuple(sizes),
@@ -130,8 +130,8 @@ class PackedBatch:
             tokens.token_logps,
             tokens.ref_token_logps,
             self.seq_lengths[span.sequences],
-            self.winners[span.edges] - first,
-            self.losers[span.edges] - first,
+            self.chosen[span.edges] - first,
+            self.rejected[span.edges] - first,
             self.margins[span.edges],
             self.labels[span.sequences],
             tokens.log_collisions,
@@ -180,7 +180,7 @@ def _left(
 def pack(
     groups: Sequence[TokenGroup],
     scale: float = 1.0,
-    is_filler: bool = False,
+    is_dummy: bool = False,
     places: Sequence[tuple[int, int]] | None = None,
     token_scale: float = 0.0,
     ref_logps: Sequence[np.ndarray] | None = None,  # of each group (m,) float32
@@ -201,13 +201,13 @@ def pack(
     edges: list[tuple[int, int, float]] = []
     labels: list[int] = []
     weights: list[float] = []
-    sequence_places: list[int] = []
-    edge_places: list[int] = []
+    sequence_positions: list[int] = []
+    edge_positions: list[int] = []
     end = 0
     for index, group in enumerate(groups):
         first_sequence, first_edge = places[index] if places else (len(lengths), len(edges))
-        sequence_places += range(first_sequence, first_sequence + len(group.completions))
-        edge_places += range(first_edge, first_edge + len(group.edges))
+        sequence_positions += range(first_sequence, first_sequence + len(group.completions))
+        edge_positions += range(first_edge, first_edge + len(group.edges))
         weights += group.weights
         labels += group.labels or [0] * len(group.completions)
         first, shared = len(lengths), prefix_sharing and len(group.completions) > 1
@@ -235,28 +235,28 @@ def pack(
             (first + winner, first + loser, math.nan if margin is None else margin)
             for winner, loser, margin in group.edges
         ]
-    winners, losers, margins = zip(*edges, strict=True) if edges else ((), (), ())
+    chosen, rejected, margins = zip(*edges, strict=True) if edges else ((), (), ())
     long = torch.int64
     return PackedBatch(
         input_ids=_joined(ids),
         position_ids=_joined(positions),
-        rows=_joined(rows),
+        scored_positions=_joined(rows),
         targets=_joined(targets),
         ends=torch.tensor(ends, dtype=long),
         seq_lengths=torch.tensor(lengths, dtype=long),
-        winners=torch.tensor(winners, dtype=long),
-        losers=torch.tensor(losers, dtype=long),
+        chosen=torch.tensor(chosen, dtype=long),
+        rejected=torch.tensor(rejected, dtype=long),
         margins=torch.tensor(margins, dtype=torch.float64),
         labels=torch.tensor(labels, dtype=long),
-        sequence_places=torch.tensor(sequence_places, dtype=long),
-        edge_places=torch.tensor(edge_places, dtype=long),
+        sequence_positions=torch.tensor(sequence_positions, dtype=long),
+        edge_positions=torch.tensor(edge_positions, dtype=long),
         segments=tuple(segments),
         lengths=tuple(lengths),
         group_sequences=tuple(len(group.completions) for group in groups),
         group_edges=tuple(len(group.edges) for group in groups),
         scale=scale,
         token_scale=token_scale,
-        is_filler=is_filler,
+        is_dummy=is_dummy,
         edge_weights=torch.tensor(weights, dtype=torch.float64) if weights else None,
         ref_token_logps=None if ref_logps is None else torch.from_numpy(np.concatenate(ref_logps)),
     )
@@ -270,9 +270,9 @@ def _joined(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0, np.int64))
 
 
-def filler(with_reference: bool = False) -> PackedBatch:
+def dummy_batch(with_reference: bool = False) -> PackedBatch:
     """A smallest batch with weight zero, for a rank without groups: every rank must run the same
     number of forward and backward passes, or ZeRO-3's collectives hang."""
     ref_logps = [np.zeros(1, np.float32)] if with_reference else None
-    batch = pack([TokenGroup([0], [[0]], [])], scale=0.0, is_filler=True, ref_logps=ref_logps)
-    return dataclasses.replace(batch, sequence_places=batch.sequence_places[:0])
+    batch = pack([TokenGroup([0], [[0]], [])], scale=0.0, is_dummy=True, ref_logps=ref_logps)
+    return dataclasses.replace(batch, sequence_positions=batch.sequence_positions[:0])

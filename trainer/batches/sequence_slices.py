@@ -25,14 +25,14 @@ def slice_of(batch: PackedBatch, index: int, size: int) -> PackedBatch:
     def own(x: Tensor) -> Tensor:
         return F.pad(x, (0, fill))[first : first + length]
 
-    inside = (batch.rows >= first) & (batch.rows < first + length)
-    own_rows = torch.nonzero(inside)[:, 0]
+    inside = (batch.scored_positions >= first) & (batch.scored_positions < first + length)
+    own_tokens = torch.nonzero(inside)[:, 0]
     end = (Segment(tokens, tokens + fill, tokens, tokens),) if fill else ()
     return dataclasses.replace(
         batch,
         input_ids=own(batch.input_ids),
         position_ids=own(batch.position_ids),
-        rows=batch.rows[own_rows] - first,
-        own_rows=own_rows,
+        scored_positions=batch.scored_positions[own_tokens] - first,
+        own_tokens=own_tokens,
         segments=(*batch.segments, *end),
     )

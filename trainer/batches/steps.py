@@ -8,14 +8,14 @@ from typing import Protocol
 
 import numpy as np
 
-from madpo.trainer.batches.cost import TOKENS, StepCost, Work, spared, work_of
+from madpo.trainer.batches.cost import TOKENS, StepCost, StepWork, spared, work_of
 from madpo.trainer.batches.micro_batches import plan_micro_batches
-from madpo.trainer.batches.packing import PackedBatch, filler, pack
+from madpo.trainer.batches.packing import PackedBatch, dummy_batch, pack
 from madpo.trainer.batches.sequence_slices import slice_of
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.feed import Feed
 from madpo.trainer.data.groups import TokenGroups
 from madpo.trainer.data.lengths import Shapes, check_budget
+from madpo.trainer.data.training_source import TrainingSource
 from madpo.trainer.dist import Shard
 from madpo.trainer.objectives.base import Item
 
@@ -47,7 +47,7 @@ def step_rules(config: Config, module: Packs | None = None, cost: StepCost = TOK
     return StepRules(item, train.row_tokens, shares, cost, train.sequence_parallel_size)
 
 
-def refuse_unless_rows_fit(groups: TokenGroups, rules: StepRules) -> None:
+def check_rows_fit(groups: TokenGroups, rules: StepRules) -> None:
     """Raise UserError if a group, as the model computes it, is more than a packed row may hold."""
     check_budget(groups.counts.computed_tokens(rules.prefix_sharing), rules.budget)
 
@@ -60,7 +60,7 @@ class Step:
     num_sequences: int
     num_edges: int
     num_groups: int
-    work: Work
+    work: StepWork
     shapes: Shapes  # of the groups that are computed, whose completions have the places of `batches`
     rules: StepRules
     copies: int = 1  # ranks that share these batches, and know the log-probs of all of their rows
@@ -70,7 +70,7 @@ class Step:
     def spared(
         self,
         left_out: np.ndarray,  # (S,) bool, of all completions
-    ) -> Work:
+    ) -> StepWork:
         """To be added to `work` where the second pass of an objective of the whole batch leaves some out."""
         return spared(self.shapes, left_out, self.rules.cost, self.rules.prefix_sharing)
 
@@ -121,7 +121,7 @@ def plan_step(
             prefix_sharing=shared,
         )
         if positions
-        else filler(with_reference=known is not None)
+        else dummy_batch(with_reference=known is not None)
         for positions in plan[shard.rank // sharing]
     ]
     if sharing > 1:
@@ -132,18 +132,18 @@ def plan_step(
 
 
 def training_steps(
-    feed: Feed,
+    source: TrainingSource,
     rules: StepRules,
     batch_size: int,
     shard: Shard,
     consumed: int,
     total: int,
 ) -> Iterator[Step]:
-    """The groups at positions consumed .. total - 1 of the feed, `batch_size` at a time."""
+    """The groups at positions consumed .. total - 1 of the source, `batch_size` at a time."""
     while consumed < total:
-        groups, indices = feed.take(consumed, min(batch_size, total - consumed))
+        groups, indices = source.take(consumed, min(batch_size, total - consumed))
         consumed += len(indices)
-        yield replace(plan_step(groups, indices, rules, shard), epoch=feed.epoch(consumed))
+        yield replace(plan_step(groups, indices, rules, shard), epoch=source.epoch(consumed))
 
 
 def evaluation_steps(
@@ -151,9 +151,9 @@ def evaluation_steps(
     rules: StepRules,
     batch_size: int,
     shard: Shard,
-    chosen: np.ndarray | None = None,  # (B,) which groups; None: all
+    selected: np.ndarray | None = None,  # (B,) which groups; None: all
 ) -> Iterator[Step]:
     """The groups once, in order, in stretches of `batch_size`."""
-    chosen = np.arange(len(groups.counts)) if chosen is None else chosen
-    for start in range(0, len(chosen), batch_size):
-        yield plan_step(groups, chosen[start : start + batch_size], rules, shard)
+    selected = np.arange(len(groups.counts)) if selected is None else selected
+    for start in range(0, len(selected), batch_size):
+        yield plan_step(groups, selected[start : start + batch_size], rules, shard)

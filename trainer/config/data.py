@@ -13,7 +13,7 @@ from madpo.trainer.formats.read_row import check_template_kwargs
 
 
 def check_adapter(name: str) -> str:
-    """The same, if there is such an adapter. Raises ValueError."""
+    """The same, if there is such an adapter. Raises UserError."""
     if name != "auto" and name not in ADAPTERS:
         raise UserError(f"unknown adapter{nearest(name, ['auto', *ADAPTERS])}")
     return name

@@ -25,7 +25,7 @@ HARMLESS = {"super_offload": False, "ratio": 1.0}
 
 
 def check_block(block: dict[str, Any]) -> None:
-    """Raises ValueError for keys that are unknown, ours, or of no use here."""
+    """Raises UserError for keys that are unknown, ours, or of no use here."""
     for key in block:
         if key in OWNED_DEEPSPEED_KEYS:
             raise UserError(f"deepspeed.{key}: madpo sets this itself; use {OWNED_DEEPSPEED_KEYS[key]}")
@@ -66,7 +66,7 @@ def zero_stage(block: dict[str, Any], ranks: int) -> int:
 
 
 def check_machine(block: dict[str, Any]) -> None:
-    """Raises ValueError for what this machine lacks. To be called on the machine that trains."""
+    """Raises UserError for what this machine lacks. To be called on the machine that trains."""
     import torch
 
     where, zero = "deepspeed.zero_optimization", block.get("zero_optimization", {})

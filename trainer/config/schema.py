@@ -1,7 +1,7 @@
 """The whole configuration: one strict schema, read from YAML with dotted overrides.
 
 Key names are TRL's where TRL has one. An unknown key, a duplicate key or a value out of range is a
-ValueError that names the key, the value and what is allowed, all of them at once.
+UserError that names the key, the value and what is allowed, all of them at once.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Config(Section):
 
 
 def validate(config: Config) -> None:
-    """The checks that look at more than one key. Raises ValueError."""
+    """The checks that look at more than one key. Raises UserError."""
     model, optim, train = config.model, config.optim, config.train
     if (model.model_name_or_path is None) == (model.init_config is None):
         raise UserError("model: set one of model_name_or_path (weights) and init_config (from scratch)")
@@ -165,7 +165,7 @@ def _validate_sequence_parallel(config: Config) -> None:
 
 
 def validate_peft(config: Config, peft: PeftConfig) -> None:
-    """What an adapter, a new one or a stored one, cannot be combined with. Raises ValueError."""
+    """What an adapter, a new one or a stored one, cannot be combined with. Raises UserError."""
     model = config.model
     if model.init_config is not None:
         raise UserError(
@@ -296,12 +296,12 @@ DEFAULT_OBJECTIVES = {"sft": "nll", "reward": "bradley_terry", "annotate": "brad
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), task: str = "train") -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, check everything. Raises ValueError."""
+    """Read a YAML file, apply `section.key=value` overrides, check everything. Raises UserError."""
     return from_tree(strict_yaml.override(strict_yaml.read(path), overrides), str(path), task)
 
 
 def from_tree(tree: dict[str, Any], origin: str, task: str = "train") -> Config:
-    """The config in a mapping of sections, for a task. ValueError names `origin` and every problem."""
+    """The config in a mapping of sections, for a task. UserError names `origin` and every problem."""
     objective = tree.get("objective") or {}
     if task in DEFAULT_OBJECTIVES and isinstance(objective, dict):
         tree = {**tree, "objective": {"loss_type": DEFAULT_OBJECTIVES[task], **objective}}

@@ -56,7 +56,7 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(str(n
 
 
 def parse(text: str, origin: str) -> Any:
-    """The value of a YAML text. ValueError names `origin` and the line."""
+    """The value of a YAML text. UserError names `origin` and the line."""
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
@@ -68,7 +68,7 @@ def parse(text: str, origin: str) -> Any:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. ValueError names the file and line."""
+    """The mapping in a YAML file. UserError names the file and line."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")

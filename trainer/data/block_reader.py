@@ -30,7 +30,7 @@ class Reader(Protocol):
     start: Any  # the first cursor
 
     def read(self, cursor: Any, count: int) -> tuple[Source, Any]:
-        """At most `count` rows and the cursor behind them; fewer only at the end. Raises ValueError."""
+        """At most `count` rows and the cursor behind them; fewer only at the end. Raises UserError."""
         ...
 
     def where(self, cursor: Any, row: int) -> str:
@@ -39,7 +39,7 @@ class Reader(Protocol):
 
 
 def open_reader(data: DataConfig, split: str) -> Reader:
-    """Raises ValueError where there are no rows."""
+    """Raises UserError where there are no rows."""
     files = split_files(data, split)
     if files is None:
         return RowReader(f"{data.dataset_name}[{split}]", load_by_name(data, split, streaming=True))
@@ -59,7 +59,7 @@ class LineReader:
         self._path = path
 
     def read(self, cursor: Any, count: int) -> tuple[Source, Any]:
-        _refuse_changed([self._path], self.version)
+        _check_unchanged([self._path], self.version)
         start, line = cursor
         numbers: list[int] = []
         raws: list[bytes] = []
@@ -95,7 +95,7 @@ class RowReader:
         return xxhash.xxh3_128_hexdigest(repr((self.name, first.rows.to_list())).encode())
 
     def read(self, cursor: Any, count: int) -> tuple[Source, Any]:
-        _refuse_changed(self._files, self.version)
+        _check_unchanged(self._files, self.version)
         rows = self._rows.with_format("arrow")
         rows.load_state_dict(json.loads(json.dumps(cursor["state"])))
         # One by one: a state that was left with batches of one size is not sound for another.
@@ -129,7 +129,7 @@ def _stamp(files: Iterable[Path]) -> str:
     return repr([(file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 
 
-def _refuse_changed(files: Iterable[Path], version: str) -> None:
+def _check_unchanged(files: Iterable[Path], version: str) -> None:
     if _stamp(files) != version:
         names = ", ".join(str(file) for file in files)
         raise UserError(f"{names}: changed while it was being read; a stream must stay as it is during a run")

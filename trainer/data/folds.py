@@ -21,7 +21,7 @@ def folds_of(
 
 
 def without_fold(groups: GroupDataset, folds: int, fold: int) -> GroupDataset:
-    """The groups of all folds but one. Raises ValueError if there are none inside it or outside."""
+    """The groups of all folds but one. Raises UserError if there are none inside it or outside."""
     inside = folds_of(groups.prompt_hashes, folds) == fold
     if inside.all() or not inside.any():
         raise UserError(

@@ -21,7 +21,7 @@ def load_split(
     """The training or the held-out groups, and by name what was read, cut and dropped.
 
     The parts of a mixture stand one after another, each tokenised and cached as if it were alone; the
-    held-out split of a part is taken whole. Raises ValueError as `load_groups`, and without a split.
+    held-out split of a part is taken whole. Raises UserError as `load_groups`, and without a split.
     """
     if data.datasets is None:
         split = data.dataset_test_split if held_out else data.dataset_train_split

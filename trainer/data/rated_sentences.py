@@ -48,7 +48,7 @@ class Rated:
 def fetch(folder: Path) -> Path:
     """The archive of rated sentences, downloaded through pip if `folder` holds neither it nor its package.
 
-    Raises ValueError if it cannot be fetched, or its SHA-256 is not the known one.
+    Raises UserError if it cannot be fetched, or its SHA-256 is not the known one.
     """
     archive = folder / Path(ARCHIVE).name
     if not archive.is_file():

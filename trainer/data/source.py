@@ -30,7 +30,7 @@ class Source:
 
 
 def open_source(data: DataConfig, split: str, cache: Path) -> Source:
-    """The rows of a split. Raises ValueError where there are none."""
+    """The rows of a split. Raises UserError where there are none."""
     files = split_files(data, split)
     if files is None:
         rows = load_by_name(data, split)
@@ -56,7 +56,7 @@ def open_source(data: DataConfig, split: str, cache: Path) -> Source:
 def split_files(data: DataConfig, split: str) -> list[Path] | None:
     """The files of a split: one .jsonl, or .parquet files in order; None for a name on the hub.
 
-    Raises ValueError for a missing file or split, one that stands there twice, and another file type.
+    Raises UserError for a missing file or split, one that stands there twice, and another file type.
     """
     assert data.dataset_name is not None
     path = Path(data.dataset_name).expanduser()
@@ -89,7 +89,7 @@ def split_files(data: DataConfig, split: str) -> list[Path] | None:
 def load_by_name(
     data: DataConfig, split: str, streaming: bool = False
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """A split of a data set on the hub. Raises ValueError that says what the hub said."""
+    """A split of a data set on the hub. Raises UserError that says what the hub said."""
     assert data.dataset_name is not None
     try:
         rows = datasets.load_dataset(data.dataset_name, data.dataset_config, split=split, streaming=streaming)

@@ -30,8 +30,8 @@ from madpo.trainer.data.order import permutation
 from madpo.trainer.data.report import report_of, total_report
 from madpo.trainer.data.tokenised_cache import (
     adapter_in,
+    check_readable,
     groups_key,
-    refuse_unreadable,
     rules_of,
     tokenise_all,
     usable_rows,
@@ -58,9 +58,9 @@ class Place(NamedTuple):
 
 
 class Stream:
-    """The feed of a source that is read in blocks.
+    """A training source that is read in blocks.
 
-    `check` is called with the groups of a block before they are trained on; it raises ValueError or
+    `check` is called with the groups of a block before they are trained on; it raises UserError or
     returns what is trained on, as many groups. A block with fewer than `fewest` groups is passed over.
     Nothing behind position `end` of the sequence will be asked for, and is prepared in the background.
     """
@@ -93,18 +93,18 @@ class Stream:
 
     def take(self, consumed: int, count: int) -> tuple[TokenGroups, np.ndarray]:
         pieces: list[TokenGroups] = []
-        chosen: list[np.ndarray] = []
+        selected: list[np.ndarray] = []
         stop = consumed + count
         while consumed < stop:
             place = self._locate(consumed)
             groups = self._groups(place.block)
             here = self._order(place, len(groups))[consumed - place.first : stop - place.first]
-            chosen.append(here + sum(len(piece.counts) for piece in pieces))
+            selected.append(here + sum(len(piece.counts) for piece in pieces))
             pieces.append(groups)
             consumed += len(here)
             if place.first + len(groups) < self._end:
                 self._prepare_after(place.block)
-        return (pieces[0] if len(pieces) == 1 else ConcatenatedGroups(pieces)), np.concatenate(chosen)
+        return (pieces[0] if len(pieces) == 1 else ConcatenatedGroups(pieces)), np.concatenate(selected)
 
     def epoch(self, consumed: int) -> float:
         """Whole passes that were begun before the last group: how long one is shows only at its end."""
@@ -120,7 +120,7 @@ class Stream:
         return permutation(num_groups, self._seed + (place.block << 32), place.epoch)
 
     def _locate(self, position: int) -> Place:
-        """The block that holds a position. Raises ValueError if no row of the source can be trained on."""
+        """The block that holds a position. Raises UserError if no row of the source can be trained on."""
         epoch, block, first = self._reached if position >= self._reached.first else Place(0, 0, 0)
         while position >= first + (size := self._size(block)):
             if size == 0:
@@ -160,14 +160,14 @@ class Stream:
         return self._check(groups)
 
     def _table(self, block: int) -> datasets.Dataset:
-        """All rows of a block. Raises ValueError for one that cannot be read, unless those are dropped."""
+        """All rows of a block. Raises UserError for one that cannot be read, unless those are dropped."""
         path, note = self._path(block), self._note(block)
         if not path.is_dir():
             self._make(block, note.cursor)
         table = datasets.load_from_disk(str(path))
         assert isinstance(table, datasets.Dataset)
         where = functools.partial(self._reader.where, note.cursor)
-        refuse_unreadable(where, table, self._data.on_bad_row)
+        check_readable(where, table, self._data.on_bad_row)
         return table
 
     def _prepare_after(self, block: int) -> None:

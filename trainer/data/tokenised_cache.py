@@ -77,7 +77,7 @@ def load_groups(
 ) -> tuple[GroupDataset, dict[str, Any]]:
     """The groups of one split, or a share of them, and a report of what was read, cut and dropped.
 
-    Raises ValueError for a missing file or split, unknown columns, an unreadable row (unless
+    Raises UserError for a missing file or split, unknown columns, an unreadable row (unless
     `on_bad_row: drop`), and a split in which nothing can be trained on.
     """
     cache = Path(data.cache_dir).expanduser()
@@ -93,7 +93,7 @@ def load_groups(
                 tokenise_all(source, tokenizer, rules, adapter_in(source, rules), data.dataset_num_proc, path)
         table = datasets.load_from_disk(str(path))
     assert isinstance(table, datasets.Dataset)
-    refuse_unreadable(source.where, table, data.on_bad_row)
+    check_readable(source.where, table, data.on_bad_row)
     usable = usable_rows(table)
     taken = usable[share(len(usable), fraction)]
     report = report_of(source.name, table, taken)
@@ -238,8 +238,8 @@ def adapter_in(
     raise UserError(str(problem))
 
 
-def refuse_unreadable(where: Callable[[int], str], table: datasets.Dataset, on_bad_row: str) -> None:
-    """Raise ValueError that names the first bad row, by `where`, unless bad rows are to be dropped."""
+def check_readable(where: Callable[[int], str], table: datasets.Dataset, on_bad_row: str) -> None:
+    """Raise UserError that names the first bad row, by `where`, unless bad rows are to be dropped."""
     bad = np.flatnonzero(column_of(table, "unreadable"))
     if len(bad) and on_bad_row == "error":
         first = table[int(bad[0])]

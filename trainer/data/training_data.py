@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.block_reader import open_reader
 from madpo.trainer.data.dataset import GroupDataset
-from madpo.trainer.data.feed import Feed, WholeSet
 from madpo.trainer.data.folds import without_fold
 from madpo.trainer.data.groups import TabledGroups, TokenDataset, check_groups
 from madpo.trainer.data.mixture import load_split
 from madpo.trainer.data.stream import Stream
+from madpo.trainer.data.training_source import DatasetSource, TrainingSource
 from madpo.trainer.data.views.merged_prompts import MergedDataset, merge_prompts, repeated_prompts
 from madpo.trainer.data.views.mismatched import MismatchedDataset
 from madpo.trainer.data.views.trimmed import draw_by_weight, drop_light, edge_weights, skip_weightless
@@ -27,40 +27,40 @@ from madpo.trainer.objectives.base import Need
 class Data:
     train: TokenDataset | None  # None also for a stream
     held_out: TokenDataset | None
-    feed: Feed | None  # of the training groups
+    source: TrainingSource | None  # of the training groups
     held_out_report: dict[str, Any]
 
     @property
     def report(self) -> dict[str, Any]:
         """split -> what was read, cut and dropped, of a stream so far."""
-        return {**(self.feed.report() if self.feed else {}), **self.held_out_report}
+        return {**(self.source.report() if self.source else {}), **self.held_out_report}
 
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool) -> Data:
-    """The splits that the config names. Raises ValueError for data that cannot serve the objective.
+    """The splits that the config names. Raises UserError for data that cannot serve the objective.
 
     Evaluation reads the training split too if a threshold is a quantile of it.
     """
     data, supervised = config.data, config.bound_objective.supervised
-    train, held_out, feed, held_out_report = None, None, None, {}
+    train, held_out, source, held_out_report = None, None, None, {}
     if training and data.streaming:
-        feed = _stream(config, tokenizer)
+        source = _stream(config, tokenizer)
     elif training or config.objective.quantiles:
         groups, report = training_groups(config, tokenizer)
         train = merged(_made_fit(groups, config), config)
-        feed = WholeSet(train, config.seed, data.order, report_of_merged(train, report))
+        source = DatasetSource(train, config.seed, data.order, report_of_merged(train, report))
     if data.has_test_split or not training:
         groups, held_out_report = load_split(data, True, tokenizer, supervised)
         held_out = merged(_made_fit(groups, config), config)
         held_out_report = report_of_merged(held_out, held_out_report)
-    return Data(train, held_out, feed, held_out_report)
+    return Data(train, held_out, source, held_out_report)
 
 
 def training_groups(
     config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[GroupDataset, dict[str, dict[str, Any]]]:
     """The training groups without the fold that is left out, and the report of `load_split`, whose first
-    entry, of all parts together, has the numbers without it. Raises ValueError."""
+    entry, of all parts together, has the numbers without it. Raises UserError."""
     data = config.data
     groups, report = load_split(data, False, tokenizer, config.bound_objective.supervised)
     if data.folds is None or data.fold is None:
@@ -85,15 +85,15 @@ def merged(groups: TabledGroups, config: Config) -> TokenDataset:
 def weighed(data: Data, config: Config) -> Data:
     """The data seen through the weights of its pairs, whose parameters must be numbers by now: what weighs
     nothing is not computed, and of the training groups light pairs are left out, or all drawn by weight, if
-    the config says so. Raises ValueError if that leaves nothing.
+    the config says so. Raises UserError if that leaves nothing.
     """
     if config.bound_objective.weight is None:
         return data
     held_out = data.held_out and without_weightless(data.held_out, config)
     if data.train is None:
         return replace(data, held_out=held_out)
-    assert data.feed is not None
-    train, report, draws = data.train, data.feed.report(), None
+    assert data.source is not None
+    train, report, draws = data.train, data.source.report(), None
     if config.data.min_weight is not None:
         train, found = drop_light(train, _weights(train, config), config.data.min_weight)
         total = next(iter(report))
@@ -102,8 +102,8 @@ def weighed(data: Data, config: Config) -> Data:
         train, draws = draw_by_weight(train, _weights(train, config))
     else:
         train = without_weightless(train, config)
-    feed = WholeSet(train, config.seed, config.data.order, report, draws)
-    return Data(train, held_out, feed, data.held_out_report)
+    source = DatasetSource(train, config.seed, config.data.order, report, draws)
+    return Data(train, held_out, source, data.held_out_report)
 
 
 def without_weightless(groups: TokenDataset, config: Config) -> TokenDataset:
@@ -126,7 +126,7 @@ def report_of_merged(groups: TokenDataset, report: dict[str, dict[str, Any]]) ->
 
 
 def _made_fit(loaded: GroupDataset, config: Config) -> TabledGroups:
-    """The groups as the objective takes them. Raises ValueError if they cannot serve it."""
+    """The groups as the objective takes them. Raises UserError if they cannot serve it."""
     objective = config.bound_objective
     groups: TabledGroups = loaded
     if Need.MISMATCHED in objective.needs:

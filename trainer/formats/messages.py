@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 
 
 def text_of(row: Row, *names: str) -> str:
-    """The text in the first of these columns that the row has. Raises ValueError."""
+    """The text in the first of these columns that the row has. Raises UserError."""
     name = next((x for x in names if row.get(x) is not None), names[0])
     value = row.get(name)
     if not isinstance(value, str) or not value:
@@ -82,7 +82,7 @@ _SPEAKERS = {
 
 
 def shared_turn(turn: Any, place: str) -> dict[str, Any]:
-    """A turn with `from` and `value` as a message. Raises ValueError."""
+    """A turn with `from` and `value` as a message. Raises UserError."""
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
         raise UserError(f"{place}: expected an object with from and value, got {turn!r:.80}")
     if turn.get("from") == "function_call":

@@ -41,7 +41,7 @@ class RowRules:
 def choose_adapter(columns: Iterable[str], rules: RowRules, supervised: bool = False) -> str:
     """The name of the adapter for a source with these columns.
 
-    Raises ValueError for a renamed column that is not there, an adapter that lacks a column, and columns of
+    Raises UserError for a renamed column that is not there, an adapter that lacks a column, and columns of
     which `auto` makes nothing; it says which adapter comes nearest.
     """
     found = set(columns)
@@ -77,7 +77,7 @@ def _nearest(names: set[str]) -> str:
 
 
 def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised: bool = False) -> TextGroup:
-    """The group of a row. Raises ValueError that names the field, what it holds and what it should."""
+    """The group of a row. Raises UserError that names the field, what it holds and what it should."""
     row = renamed(row, rules.columns)
     group = adapter.read(row)
     group = best_only(group) if supervised else _with_margin(choose_edges(group, rules.edges), margin_of(row))
@@ -149,7 +149,7 @@ def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_template_kwargs(kwargs: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The same, unless it has a name that is decided elsewhere. Raises ValueError."""
+    """The same, unless it has a name that is decided elsewhere. Raises UserError."""
     owned = ", ".join(sorted(OWNED_TEMPLATE_KWARGS.intersection(kwargs)))
     if owned:
         raise UserError(f"{prefix}{owned}: madpo sets this itself; give variables of the template")

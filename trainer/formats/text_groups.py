@@ -59,7 +59,7 @@ LAYOUTS = (
 def layout_of(columns: Iterable[str], supervised: bool = False) -> str:
     """The layout that a data set's columns have; supervised training prefers the supervised ones.
 
-    Raises ValueError that lists what was found.
+    Raises UserError that lists what was found.
     """
     columns = set(columns)
     for name, needed in (*LAYOUTS[2:], LAYOUTS[0]) if supervised else LAYOUTS:
@@ -72,7 +72,7 @@ def layout_of(columns: Iterable[str], supervised: bool = False) -> str:
 def to_group(row: Mapping[str, Any], layout: str, supervised: bool = False) -> TextGroup:
     """One row as a group. Supervised training keeps the chosen completion of a preference row.
 
-    Raises ValueError that names the field, what it holds and what it should.
+    Raises UserError that names the field, what it holds and what it should.
     """
     if layout in ("preference", "scored"):
         group = preference(row) if layout == "preference" else _scored(row)
@@ -98,8 +98,8 @@ def best_only(group: TextGroup) -> TextGroup:
         return group
     if not group.completions:
         raise UserError("no completion has a score, and so none is the best")
-    losers = {loser for _, loser, _ in group.edges}
-    best = next(x for i, x in enumerate(group.completions) if i not in losers)
+    rejected = {loser for _, loser, _ in group.edges}
+    best = next(x for i, x in enumerate(group.completions) if i not in rejected)
     return replace(group, completions=[best], edges=[], labels=[])
 
 
@@ -133,7 +133,7 @@ def _scored(row: Mapping[str, Any]) -> TextGroup:
 
 
 def objects(row: Mapping[str, Any], name: str, at_least: int = 1) -> list[Any]:
-    """The list under a name. Raises ValueError."""
+    """The list under a name. Raises UserError."""
     value = row.get(name)
     if not isinstance(value, list) or len(value) < at_least:
         raise UserError(f"{name}: expected a list of at least {at_least}, got {value!r:.80}")
@@ -141,7 +141,7 @@ def objects(row: Mapping[str, Any], name: str, at_least: int = 1) -> list[Any]:
 
 
 def preference(row: Mapping[str, Any]) -> TextGroup:
-    """A row with chosen and rejected. Raises ValueError."""
+    """A row with chosen and rejected. Raises UserError."""
     chosen, rejected = text_or_messages(row, "chosen"), text_or_messages(row, "rejected")
     prompt = text_or_messages(row, "prompt", may_be_empty=True) if row.get("prompt") is not None else None
     if (
@@ -185,12 +185,12 @@ def same_kind(prompt: Text, *completions: Text) -> list[Text]:
 
 
 def text_or_messages(row: Mapping[str, Any], field: str, may_be_empty: bool = False) -> Text:
-    """The text or the messages under a name. Raises ValueError."""
+    """The text or the messages under a name. Raises UserError."""
     return as_text(row.get(field), field, may_be_empty)
 
 
 def as_text(value: Any, field: str, may_be_empty: bool = False) -> Text:
-    """The value, if it is text or messages; `field` is what messages call it. Raises ValueError."""
+    """The value, if it is text or messages; `field` is what messages call it. Raises UserError."""
     if isinstance(value, str):
         if not value and not may_be_empty:
             raise UserError(f"{field} is empty")
@@ -255,7 +255,7 @@ def label_of(row: Mapping[str, Any]) -> int:
 
 
 def finite(value: Any, field: str) -> float:
-    """The value as a number. Raises ValueError."""
+    """The value as a number. Raises UserError."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not abs(value) <= sys.float_info.max:
         raise UserError(f"{field}: expected a finite number, got {value!r}")
@@ -263,7 +263,7 @@ def finite(value: Any, field: str) -> float:
 
 
 def parse_json_line(raw: bytes) -> dict[str, Any]:
-    """One line of a JSON Lines file. Raises ValueError.
+    """One line of a JSON Lines file. Raises UserError.
 
     Stricter than the usual readers, which turn numbers in a text column into text, accept NaN and
     keep the last of two equal keys.

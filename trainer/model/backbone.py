@@ -18,7 +18,7 @@ from madpo.trainer.model.padded_rows import run_rows
 
 def scored_hidden(model: PreTrainedModel, batch: PackedBatch, table: SegmentTable) -> Tensor:
     """(M, H): the backbone's last hidden states at the positions that predict a completion token."""
-    return last_hidden(model, batch, table).index_select(0, batch.rows)
+    return last_hidden(model, batch, table).index_select(0, batch.scored_positions)
 
 
 def last_hidden(model: PreTrainedModel, batch: PackedBatch, table: SegmentTable) -> Tensor:
@@ -57,7 +57,7 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 def output_head(model: PreTrainedModel) -> OutputHead:
     """What the model does after its last hidden states, as far as its config tells.
 
-    Raises ValueError for an output head that is no linear layer. `refuse_unless_head_is_known` finds out
+    Raises UserError for an output head that is no linear layer. `check_head` finds out
     whether there is more to it.
     """
     head: Any = in_use(model.get_output_embeddings())

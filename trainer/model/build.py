@@ -35,7 +35,7 @@ from madpo.trainer.zero3.parameters import real_shape
 
 
 def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWithReference | RewardModel:
-    """Policy, reference where the objective needs one, and head; or a reward model. Raises ValueError for
+    """Policy, reference where the objective needs one, and head; or a reward model. Raises UserError for
     a model that cannot be loaded or does not fit its tokenizer."""
     objective, model = config.bound_objective, config.model
     options = _options(config)
@@ -62,7 +62,7 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
 
 
 def _spend_time_or_memory(policy: PreTrainedModel, reference: ReferenceScorer | None, config: Config) -> None:
-    """What changes a run's speed and its memory, and no result. Raises ValueError where it cannot be had."""
+    """What changes a run's speed and its memory, and no result. Raises UserError where it cannot be had."""
     model = config.model
     if model.use_liger_kernel:
         for one in {policy, policy if reference is None else reference.model}:
@@ -74,7 +74,7 @@ def _spend_time_or_memory(policy: PreTrainedModel, reference: ReferenceScorer | 
 
 
 def load_reference(config: Config, tokenizer: PreTrainedTokenizerBase) -> ReferenceScorer:
-    """The reference alone: of an adapter its base model with the adapter off, or as it was. Raises ValueError
+    """The reference alone: of an adapter its base model with the adapter off, or as it was. Raises UserError
     as above."""
     name, options = config.model.ref_model_name_or_path, _options(config)
     if name is None:
@@ -112,7 +112,7 @@ def _policy(
         policy = build_from_scratch(model, tokenizer, **options)
     else:
         if adapter is not None:
-            lora.refuse_contradictions(adapter, config.peft or PeftConfig())
+            lora.check_adapter_settings(adapter, config.peft or PeftConfig())
         start = str(model.model_name_or_path), model.model_revision
         policy = _load(config, *start, adapter, **options)
         if config.peft is not None and adapter is None:
@@ -124,7 +124,7 @@ def _policy(
 
 def load_sampler(config: Config, name: str, revision: str | None) -> PreTrainedModel:
     """A language model to sample from, with the adapter on it if its name is that of one, and transformers'
-    own attention. Raises ValueError as above."""
+    own attention. Raises UserError as above."""
     dtype = torch.bfloat16 if config.train.bf16 else torch.float32
     options: Any = {"dtype": dtype, "attention": None, "kind": AutoModelForCausalLM}
     return _load(config, name, revision, adapter_named(config, name, revision), **options).eval()
@@ -145,7 +145,7 @@ def _reference(
     reference = _load(config, *source, _stored_adapter(config, *source), **options)
     if model.resize_embeddings:
         add_rows(reference, policy.config.vocab_size)
-    refuse_other_vocabulary(policy.config.vocab_size, reference.config.vocab_size)
+    check_vocabulary(policy.config.vocab_size, reference.config.vocab_size)
     if model.sync_ref_model:
         _same_shapes(policy, reference)
     return ReferenceScorer(reference)
@@ -159,7 +159,7 @@ def _without_adapter(policy: PreTrainedModel, adapter: lora.StoredAdapter | None
 
 
 def _stored_adapter(config: Config, name: str | None, revision: str | None) -> lora.StoredAdapter | None:
-    """The adapter of that name, if it is one. Raises ValueError for one that cannot be used in this run."""
+    """The adapter of that name, if it is one. Raises UserError for one that cannot be used in this run."""
     adapter = adapter_named(config, name, revision)
     if adapter is not None:
         settings = config.peft or PeftConfig()
@@ -169,7 +169,7 @@ def _stored_adapter(config: Config, name: str | None, revision: str | None) -> l
 
 def adapter_named(config: Config, name: str | None, revision: str | None) -> lora.StoredAdapter | None:
     """The adapter of that name, if it is one. peft.base_model_name_or_path is the base of the config's own
-    model alone. Raises ValueError if that is no adapter."""
+    model alone. Raises UserError if that is no adapter."""
     own = config.model.model_name_or_path
     is_own = own is not None and name in (own, folder_of(own))
     base = config.peft.base_model_name_or_path if config.peft is not None and is_own else None
@@ -220,8 +220,8 @@ def _same_shapes(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
         )
 
 
-def refuse_other_vocabulary(ours: int, theirs: int) -> None:
-    """Raise ValueError unless policy and reference have as many tokens."""
+def check_vocabulary(ours: int, theirs: int) -> None:
+    """Raise UserError unless policy and reference have as many tokens."""
     if ours != theirs:
         raise UserError(
             f"policy and reference have vocabularies of {ours} and {theirs} tokens; the reference must "

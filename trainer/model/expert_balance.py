@@ -47,7 +47,7 @@ class ExpertBalance:
 
 
 def expert_balance(model: PreTrainedModel, coef: float) -> ExpertBalance | None:
-    """None if `coef` is 0. Raises ValueError for a model whose family has no load-balancing loss."""
+    """None if `coef` is 0. Raises UserError for a model whose family has no load-balancing loss."""
     if not coef:
         return None
     family: Any = sys.modules[type(model).__module__]

@@ -138,8 +138,8 @@ def _idle_adapters(model: PreTrainedModel) -> set[nn.Module]:
 
 def _share_of_experts(model: PreTrainedModel) -> float:
     """Of the experts of a layer, those that see a token."""
-    chosen = [n for name in EXPERTS_PER_TOKEN if (n := getattr(model.config, name, None))]
-    return chosen[0] / num_experts(model) if chosen and num_experts(model) else 1.0
+    selected = [n for name in EXPERTS_PER_TOKEN if (n := getattr(model.config, name, None))]
+    return selected[0] / num_experts(model) if selected and num_experts(model) else 1.0
 
 
 def _looks(config: PreTrainedConfig) -> list[dict[int | None, float]]:

@@ -17,7 +17,7 @@ from madpo.trainer.zero3.parameters import real_size
 def freeze(model: PreTrainedModel, parts: Iterable[str]) -> None:
     """Take the gradient from `embeddings`, from `head`, or from all weights whose name fits a pattern.
 
-    Tied embeddings are one weight: either word freezes both ends. Raises ValueError for a pattern that fits
+    Tied embeddings are one weight: either word freezes both ends. Raises UserError for a pattern that fits
     no weight, and if none is left to train.
     """
     ends: dict[str, Any] = {
@@ -27,15 +27,15 @@ def freeze(model: PreTrainedModel, parts: Iterable[str]) -> None:
     names = dict(model.named_parameters(remove_duplicate=False))
     for part in parts:
         if part in ends:
-            chosen = list(ends[part].parameters())
+            selected = list(ends[part].parameters())
         else:
-            chosen = [parameter for name, parameter in names.items() if fnmatchcase(name, part)]
-        if not chosen:
+            selected = [parameter for name, parameter in names.items() if fnmatchcase(name, part)]
+        if not selected:
             raise UserError(
                 f"model.freeze: no weight of {type(model).__name__} fits {part!r}; allowed are embeddings, "
                 f"head and patterns of names like {', '.join(get_close_matches(part, names, n=3, cutoff=0))}"
             )
-        for parameter in chosen:
+        for parameter in selected:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in names.values()):
         raise UserError("model.freeze: it leaves nothing to train")

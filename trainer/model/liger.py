@@ -23,7 +23,7 @@ def use_kernels(model: PreTrainedModel, rotate: bool) -> None:
     With `rotate`, rotary embeddings too, for all models of the family in this process. That kernel writes
     over the queries and keys that it is given, unseen by autograd: whoever keeps those must go without.
 
-    Raises ValueError without the package, without a GPU, and for a family that Liger does not know.
+    Raises UserError without the package, without a GPU, and for a family that Liger does not know.
     """
     if find_spec("liger_kernel") is None:
         raise UserError("model.use_liger_kernel: needs liger-kernel: pip install 'madpo[liger]'")

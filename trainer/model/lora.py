@@ -44,7 +44,7 @@ class StoredAdapter:
 
     @property
     def base(self) -> str:
-        """The model it was trained on. Raises ValueError if the folder does not say."""
+        """The model it was trained on. Raises UserError if the folder does not say."""
         if not self.config.base_model_name_or_path:
             raise UserError(
                 f"{self.name}: its adapter_config.json names no base model; set peft.base_model_name_or_path"
@@ -53,7 +53,7 @@ class StoredAdapter:
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """Raises ValueError if they are not in safetensors: a pickle is code."""
+        """Raises UserError if they are not in safetensors: a pickle is code."""
         path = Path(self.name) / WEIGHTS
         if not path.is_file():
             options: Any = {"revision": self.revision, "_raise_exceptions_for_missing_entries": False}
@@ -67,7 +67,7 @@ class StoredAdapter:
 def stored_adapter(name: str | None, revision: str | None, base: str | None = None) -> StoredAdapter | None:
     """The adapter of that name, or None if it is a whole model. `base` replaces the model that it names.
 
-    Raises ValueError for an adapter that is no LoRA.
+    Raises UserError for an adapter that is no LoRA.
     """
     if name is None or find_adapter_config_file(name, revision=revision) is None:
         return None
@@ -80,8 +80,8 @@ def stored_adapter(name: str | None, revision: str | None, base: str | None = No
     return StoredAdapter(name, revision, config)
 
 
-def refuse_contradictions(adapter: StoredAdapter, settings: PeftConfig) -> None:
-    """Raise ValueError for a key that says something else than the adapter that is to be trained on."""
+def check_adapter_settings(adapter: StoredAdapter, settings: PeftConfig) -> None:
+    """Raise UserError for a key that says something else than the adapter that is to be trained on."""
     for key, name in PEFT_NAMES.items():
         ours, theirs = getattr(settings, key), getattr(adapter.config, name)
         if ours is None or ours == theirs or (isinstance(ours, list) and set(ours) == set(theirs or [])):
@@ -130,7 +130,7 @@ def require_peft() -> Any:
 
 
 def quantisation(settings: PeftConfig | None) -> Any:
-    """How transformers is to quantise the base model while it loads, or None. Raises ValueError."""
+    """How transformers is to quantise the base model while it loads, or None. Raises UserError."""
     if settings is None or not settings.quantised:
         return None
     if find_spec("bitsandbytes") is None:
@@ -148,11 +148,11 @@ def quantisation(settings: PeftConfig | None) -> Any:
 def attach(model: PreTrainedModel, config: Any, name: str, weights: dict[str, Tensor] | None = None) -> None:
     """Put a fresh adapter into the model, or one with the weights given. Only POLICY is ever trained.
 
-    Raises ValueError for layers that the model has not, or that cannot be adapted.
+    Raises UserError for layers that the model has not, or that cannot be adapted.
     """
     peft = require_peft()
-    _refuse_unknown_modules(model, config)
-    _refuse_tied_copies(model, config)
+    _check_modules(model, config)
+    _check_tied_copies(model, config)
     dtype, config = model.dtype, copy.deepcopy(config)
     config.inference_mode = False
     if config.target_modules == ALL_LINEAR:
@@ -162,7 +162,7 @@ def attach(model: PreTrainedModel, config: Any, name: str, weights: dict[str, Te
         peft.inject_adapter_in_model(config, model, name)
     except (ValueError, TypeError) as error:
         raise UserError(f"peft.lora_target_modules: {error}") from error
-    _refuse_all_but_linear(model)
+    _check_all_linear(model)
     if weights is not None:
         try:
             result = peft.set_peft_model_state_dict(model, weights, name)
@@ -257,7 +257,7 @@ def adapted_layers(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
 
 
-def _refuse_unknown_modules(model: PreTrainedModel, config: Any) -> None:
+def _check_modules(model: PreTrainedModel, config: Any) -> None:
     names = {name.rpartition(".")[2] for name, _ in model.named_modules() if name}
     targets = config.target_modules if not isinstance(config.target_modules, str) else []
     for key, wanted in (
@@ -271,7 +271,7 @@ def _refuse_unknown_modules(model: PreTrainedModel, config: Any) -> None:
                 )
 
 
-def _refuse_tied_copies(model: PreTrainedModel, config: Any) -> None:
+def _check_tied_copies(model: PreTrainedModel, config: Any) -> None:
     """A copy of one of two tied matrices would end up untied, which no config can tell."""
     outer = (model.get_input_embeddings(), model.get_output_embeddings())
     ends = {name.rpartition(".")[2] for name, m in model.named_modules() if any(m is x for x in outer)}
@@ -287,7 +287,7 @@ def _heads(model: PreTrainedModel) -> tuple[nn.Module | None, ...]:
     return model.get_output_embeddings(), getattr(model, "score", None)
 
 
-def _refuse_all_but_linear(model: PreTrainedModel) -> None:
+def _check_all_linear(model: PreTrainedModel) -> None:
     """Heads and embeddings are used through their weights, which under ZeRO-3 an adapter cannot reach."""
     from peft.tuners.lora import LoraLayer
 

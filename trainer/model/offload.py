@@ -27,7 +27,7 @@ def offload_layers(model: PreTrainedModel, min_bytes: int = MIN_BYTES) -> None:
     """From now on, what the decoder layers save for their backward pass is held in host memory, pinned where
     there is a GPU; not of the last layer, whose backward pass comes at once. No bit of a gradient changes.
 
-    Raises ValueError for a model whose layers are not known as such.
+    Raises UserError for a model whose layers are not known as such.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:

@@ -85,7 +85,9 @@ class PolicyWithReference(nn.Module):
         FROM_GRADIENTS needs no reference. The loss of experts that are not in balance is in the loss, and
         in `stats`.
         """
-        assert (batch.own_rows is None) == (self.sequence_group is None), "rows in slices are for their group"
+        assert (batch.own_tokens is None) == (self.sequence_group is None), (
+            "rows in slices are for their group"
+        )
         table = SegmentTable(batch.segments, self.sequence_group)
         options = {} if self.balance is None else {"output_router_logits": True}
         run_policy = partial(run_backbone, self.policy, batch, table, **options)
@@ -95,13 +97,13 @@ class PolicyWithReference(nn.Module):
         if reference is not None and self.traversal is not None:
             with self.traversal.along() as companion:
                 output = run_policy()
-            ref_hidden = companion.last_hidden.index_select(0, batch.rows)
+            ref_hidden = companion.last_hidden.index_select(0, batch.scored_positions)
         else:
             if reference is not None:  # first: see `Companion.through_layer`
                 with torch.no_grad(), reference.state():
                     ref_hidden = scored_hidden(reference.model, batch, table)
             output = run_policy()
-        hidden = output.last_hidden_state[0].index_select(0, batch.rows)
+        hidden = output.last_hidden_state[0].index_select(0, batch.scored_positions)
         loss, *tokens = self.head(hidden, ref_hidden, batch, mode, gradients)
         if self.balance is not None:
             aux_loss = self.balance(output.router_logits)

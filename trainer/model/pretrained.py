@@ -108,7 +108,7 @@ def build_from_scratch(
 def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     """Noise in either model would be noise in the margin between them.
 
-    PhiMoE alone routes by its router_jitter_noise without noise too: `refuse_noise` is for such models.
+    PhiMoE alone routes by its router_jitter_noise without noise too: `check_noise` is for such models.
     """
     kept = {"router_jitter_noise"} if config.model_type == "phimoe" else set[str]()
     for key, value in config.to_dict().items():

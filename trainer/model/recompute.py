@@ -24,7 +24,7 @@ def checkpoint_layers(model: PreTrainedModel, selective: bool) -> None:
     The rest is computed again in the backward pass, by the same operations and to the same bits.
 
     Source: Chen et al. 2016 (arXiv 1604.06174); the choice, Korthikanti et al. 2022 (arXiv 2205.05198).
-    Raises ValueError for a model whose layers cannot be checkpointed.
+    Raises UserError for a model whose layers cannot be checkpointed.
     """
     if not model.supports_gradient_checkpointing:
         raise UserError(f"model.gradient_checkpointing: {type(model).__name__} has none; set false")

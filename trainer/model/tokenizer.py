@@ -12,7 +12,7 @@ from madpo.trainer.errors import UserError
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model, or the one named. Raises ValueError if there is none."""
+    """The tokenizer beside the model, or the one named. Raises UserError if there is none."""
     name = model.tokenizer_name_or_path or model.model_name_or_path
     assert name is not None
     revision = None if model.tokenizer_name_or_path else model.model_revision
@@ -25,7 +25,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """A token to pad with that ends no completion: transformers' classifiers score the last other token.
 
-    Raises ValueError if the tokenizer has none.
+    Raises UserError if the tokenizer has none.
     """
     names = ("pad_token_id", "unk_token_id", "bos_token_id")
     for token in (getattr(tokenizer, name) for name in names):

@@ -15,7 +15,7 @@ def fit_vocabulary(model: PreTrainedModel, size: int, widen: bool) -> None:
     """Make sure that the model knows the tokenizer's `size` tokens.
 
     It may know more: rows that fill a vocabulary up are common, and no text has their tokens.
-    Raises ValueError.
+    Raises UserError.
     """
     if widen:
         add_rows(model, size)
@@ -33,7 +33,7 @@ def add_rows(model: PreTrainedModel, size: int) -> None:
     mean of the old: no draw, so that policy, reference and all ranks agree.
 
     Source of the mean: Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models".
-    Raises ValueError for a model with an adapter.
+    Raises UserError for a model with an adapter.
     """
     import deepspeed
 

@@ -72,16 +72,16 @@ class SequenceScores:
         assert self.ref_logps is not None, "this objective declared no need of a reference"
         return self.logps - self.ref_logps
 
-    def edges(self, winners: Tensor, losers: Tensor, margins: Tensor) -> EdgeScores:
+    def edges(self, chosen: Tensor, rejected: Tensor, margins: Tensor) -> EdgeScores:
         """The same, edge by edge; winners and losers (E,) index into the S sequences."""
         ref, lengths = self.ref_logps, self.lengths
         return EdgeScores(
-            self.logps[winners],
-            self.logps[losers],
-            None if ref is None else ref[winners],
-            None if ref is None else ref[losers],
-            None if lengths is None else lengths[winners],
-            None if lengths is None else lengths[losers],
+            self.logps[chosen],
+            self.logps[rejected],
+            None if ref is None else ref[chosen],
+            None if ref is None else ref[rejected],
+            None if lengths is None else lengths[chosen],
+            None if lengths is None else lengths[rejected],
             margins,
         )
 
@@ -93,8 +93,8 @@ class Scored:
     token_logps: Tensor  # (M,) log pi(token | prefix), sequences one after another
     ref_token_logps: Tensor | None  # (M,) the same under the reference
     lengths: Tensor  # (S,) completion tokens
-    winners: Tensor  # (E,) index into the S sequences
-    losers: Tensor  # (E,)
+    chosen: Tensor  # (E,) index into the S sequences
+    rejected: Tensor  # (E,)
     margins: Tensor  # (E,) score of the winner minus score of the loser
     labels: Tensor  # (S,) 1 desirable, -1 undesirable, 0 neither
     log_collisions: Tensor | None = None  # (M,) log sum_v p_v^2 of the policy's distribution; a constant
@@ -126,7 +126,7 @@ class Scored:
     @cached_property
     def edges(self) -> EdgeScores:
         """The same, edge by edge."""
-        return replace(self.sequences.edges(self.winners, self.losers, self.margins), weights=self.weights)
+        return replace(self.sequences.edges(self.chosen, self.rejected, self.margins), weights=self.weights)
 
 
 Scores = EdgeScores | SequenceScores | Scored

@@ -28,7 +28,7 @@ def ld_dpo(scored: Scored, params: LDDPOParams) -> Tensor:
     """
     assert scored.ref_token_logps is not None
     ratios = scored.token_logps.double() - scored.ref_token_logps.double()
-    won, lost = scored.winners, scored.losers
+    won, lost = scored.chosen, scored.rejected
     shared = torch.minimum(scored.lengths[won], scored.lengths[lost])
     ends = torch.cat((ratios.new_zeros(1), ratios.cumsum(0)))  # (M + 1,) sums of all tokens before
     starts = scored.lengths.cumsum(0) - scored.lengths
@@ -59,7 +59,7 @@ def wpo(scored: Scored, params: WPOParams) -> Outcome:
     assert scored.log_collisions is not None
     likelier = scored.token_logps.detach() - scored.log_collisions.detach()
     means = segment_sum(likelier, scored.lengths) / scored.lengths.clamp(min=1)
-    weights = torch.exp(means[scored.winners] + means[scored.losers])
+    weights = torch.exp(means[scored.chosen] + means[scored.rejected])
     weights = weights.clamp(max=1.0) if params.clamp else weights
     return Outcome(-weights * F.logsigmoid(params.beta * scored.edges.deltas), {"wpo/weight": weights})
 
@@ -81,7 +81,7 @@ def tdpo(scored: Scored, params: TDPOParams) -> Outcome:
     """
     assert scored.kl is not None
     kl = segment_sum(scored.kl, scored.lengths)
-    chosen, rejected = kl[scored.winners], kl[scored.losers]
+    chosen, rejected = kl[scored.chosen], kl[scored.rejected]
     gap = rejected - (chosen.detach() if params.stop_gradient else chosen)
     losses = -F.logsigmoid(params.beta * (scored.edges.deltas - params.alpha * gap))
     return Outcome(losses, {"tdpo/kl_chosen": chosen.detach(), "tdpo/kl_rejected": rejected.detach()})

@@ -18,25 +18,25 @@ import torch.distributed as torch_dist
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer import dist
-from madpo.trainer.batches.steps import Step, evaluation_steps, plan_step, refuse_unless_rows_fit, step_rules
+from madpo.trainer.batches.steps import Step, check_rows_fit, evaluation_steps, plan_step, step_rules
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.feed import Feed, WholeSet
 from madpo.trainer.data.groups import TokenDataset, TokenGroups, with_logps
 from madpo.trainer.data.order import permutation
 from madpo.trainer.data.training_data import Data
+from madpo.trainer.data.training_source import DatasetSource, TrainingSource
 from madpo.trainer.dist import Shard
 from madpo.trainer.engine import Engine, deepspeed_config
 from madpo.trainer.errors import UserError
-from madpo.trainer.model.build import load_reference, refuse_other_vocabulary
+from madpo.trainer.model.build import check_vocabulary, load_reference
 from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.model.startup.attention import settle_attention
-from madpo.trainer.model.startup.checks import refuse_unless_head_is_known
+from madpo.trainer.model.startup.checks import check_head
 from madpo.trainer.objectives.base import Item, Need
 from madpo.trainer.reference import file as reference_file
 from madpo.trainer.reference.file import FORMAT_VERSION
 from madpo.trainer.reference.model import ReferenceAlone, weights_of_reference
-from madpo.trainer.reports.progress import SECONDS_BETWEEN_NEWS, say
-from madpo.trainer.schedule import plan_run
+from madpo.trainer.reports.progress import SECONDS_BETWEEN_NEWS, print_line
+from madpo.trainer.schedule import run_length
 from madpo.trainer.scoring_module import Mode, ScoringModule
 from madpo.trainer.zero3.loading import partitioned_loading
 
@@ -64,7 +64,7 @@ def with_reference(
 ) -> tuple[Data, CachedReference | None]:
     """The data with the reference's log-probs, if they are to be cached.
 
-    What is not there is scored, on all ranks; of what is there a sample is scored again. Raises ValueError on
+    What is not there is scored, on all ranks; of what is there a sample is scored again. Raises UserError on
     all ranks for a file that is damaged, or whose numbers are not those of the reference.
     """
     if config.model.reference != "cached" or not config.bound_objective.needs_reference:
@@ -86,8 +86,8 @@ def with_reference(
     cached = CachedReference(engine.module.model.config.vocab_size, notes)
     engine.release()
     if "train" in found:
-        assert isinstance(data.feed, WholeSet)
-        found["feed"] = data.feed.seeing(found["train"])
+        assert isinstance(data.source, DatasetSource)
+        found["source"] = data.source.seeing(found["train"])
     return replace(data, **found), cached
 
 
@@ -139,7 +139,7 @@ def _start(config: Config, tokenizer: PreTrainedTokenizerBase) -> Engine[Referen
         module = ReferenceAlone(reference, budget_bytes, config.train.head_impl)
     engine = Engine(config, module, training=False)
     settle_attention(module.model, config.model.attention, engine.device)
-    refuse_unless_head_is_known(module.model, engine.device)
+    check_head(module.model, engine.device)
     engine.eval()
     return engine
 
@@ -154,7 +154,7 @@ def _cached(
     start = time.monotonic()
     if not is_there:
         if shard.is_main and (other := reference_file.nearest(folder, parts)):
-            say(f"reference: {groups.name} is scored anew: {other}")
+            print_line(f"reference: {groups.name} is scored anew: {other}")
         found = list(_with_news(_scores(engine, groups, config, shard), groups, shard))
         _on_main(shard, lambda: reference_file.write(path, np.concatenate(found), parts))
     problem = None
@@ -164,7 +164,7 @@ def _cached(
         problem = str(error)
         if not (shard.is_main or path.is_file()):
             problem = f"{path}: rank 0 has log-probs here; data.cache_dir must be shared storage"
-    dist.refuse_if_any(problem)
+    dist.raise_if_any(problem)
     _recheck(engine, groups, config, shard, path)
     done = "a sample scored again" if is_there else f"scored in {time.monotonic() - start:.1f} s"
     return groups, f"reference: cached, {count:,} log-probs of {groups.name} in {path}, {done}"
@@ -173,42 +173,47 @@ def _cached(
 def _recheck(
     engine: Engine[ReferenceAlone], groups: TokenDataset, config: Config, shard: Shard, path: Path
 ) -> None:
-    """Raise ValueError on all ranks if a sample of the groups, drawn by the seed, is scored otherwise now."""
-    chosen = np.sort(permutation(len(groups), config.seed, epoch=0)[:RECHECKED])
-    now = np.concatenate(list(_scores(engine, groups, config, shard, chosen)))
+    """Raise UserError on all ranks if a sample of the groups, drawn by the seed, is scored otherwise now."""
+    selected = np.sort(permutation(len(groups), config.seed, epoch=0)[:RECHECKED])
+    now = np.concatenate(list(_scores(engine, groups, config, shard, selected)))
     assert groups.reference is not None
-    kept = np.concatenate([groups.reference[i] for i in chosen])
-    dist.refuse_if_any(
+    kept = np.concatenate([groups.reference[i] for i in selected])
+    dist.raise_if_any(
         _difference(
             torch.from_numpy(now - kept),
             config.train.bf16,
-            f"{path}: of {len(chosen)} groups that the reference scored again the log-probs are others",
+            f"{path}: of {len(selected)} groups that the reference scored again the log-probs are others",
             "the file was changed, or what computes them; delete it, and they are scored anew",
         )
     )
 
 
-def refuse_unless_policy_fits(
-    config: Config, engine: Engine, feed: Feed, shard: Shard, cached: CachedReference, is_fresh: bool
+def check_policy_fits(
+    config: Config,
+    engine: Engine,
+    source: TrainingSource,
+    shard: Shard,
+    cached: CachedReference,
+    is_fresh: bool,
 ) -> None:
-    """Raise ValueError on all ranks for a policy with another vocabulary, and for a fresh run from its own
+    """Raise UserError on all ranks for a policy with another vocabulary, and for a fresh run from its own
     reference that does not begin at a margin of 0: the policy gives the completions of the first micro-batch
     other log-probs than were cached."""
     model = config.model
-    refuse_other_vocabulary(engine.module.policy.config.vocab_size, cached.vocab_size)
+    check_vocabulary(engine.module.policy.config.vocab_size, cached.vocab_size)
     named = model.ref_model_name_or_path
     is_own = named is None or (named == model.model_name_or_path and model.model_revision is None)
     if not (is_fresh and is_own):
         return
-    groups, indices = feed.take(0, min(config.train.global_batch_size, feed.num_groups or 1))
+    groups, indices = source.take(0, min(config.train.global_batch_size, source.num_groups or 1))
     rules = step_rules(config, engine.module)
     batch = plan_step(groups, indices, rules, shard).batches[0].to(engine.device)
     engine.eval()
     with torch.no_grad():
         tokens = engine(batch, Mode.SCORE).tokens
     assert tokens.ref_token_logps is not None
-    drift = (tokens.token_logps - tokens.ref_token_logps)[: 0 if batch.is_filler else None]
-    dist.refuse_if_any(
+    drift = (tokens.token_logps - tokens.ref_token_logps)[: 0 if batch.is_dummy else None]
+    dist.raise_if_any(
         _difference(
             drift,
             config.train.bf16,
@@ -243,17 +248,17 @@ def _scores(
     groups: TokenGroups,
     config: Config,
     shard: Shard,
-    chosen: np.ndarray | None = None,
+    selected: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """The reference's log-probs (m,) of stretches of the groups, in their order, on every rank."""
     of_run = step_rules(config, engine.module)
     rules = replace(of_run, item=Item.TOKEN, ranks_per_row=1)  # without gradients a long row fits one rank
-    refuse_unless_rows_fit(groups, rules)
-    chosen = np.arange(len(groups.counts.lengths)) if chosen is None else chosen
+    check_rows_fit(groups, rules)
+    selected = np.arange(len(groups.counts.lengths)) if selected is None else selected
     budget = BATCHES_BETWEEN_MEETINGS * rules.budget * shard.world_size
     size = max(1, round(budget * len(groups.counts.lengths) / max(int(groups.counts.lengths.sum()), 1)))
-    for number, step in enumerate(evaluation_steps(groups, rules, size, shard, chosen)):
-        here = chosen[number * size : (number + 1) * size]
+    for number, step in enumerate(evaluation_steps(groups, rules, size, shard, selected)):
+        here = selected[number * size : (number + 1) * size]
         yield _stretch(engine, step, groups.counts.completion_tokens[here], groups.counts.sequences[here])
 
 
@@ -269,10 +274,10 @@ def _stretch(
     flat = torch.zeros(int(tokens.sum()), dtype=torch.float32, device=engine.device)
     for batch in step.batches:
         logps = engine(batch.to(engine.device), Mode.SCORE).tokens.token_logps
-        if batch.is_filler:
+        if batch.is_dummy:
             continue
         firsts = np.cumsum((0, *batch.group_sequences[:-1]), dtype=np.int64)
-        members = np.searchsorted(first_sequence, batch.sequence_places.numpy()[firsts], "right") - 1
+        members = np.searchsorted(first_sequence, batch.sequence_positions.numpy()[firsts], "right") - 1
         for group, part in zip(members, logps.split(tokens[members].tolist()), strict=True):
             flat[first_token[group] :][: len(part)] = part
     torch_dist.all_reduce(flat)
@@ -289,37 +294,37 @@ def _with_news(stretches: Iterator[np.ndarray], groups: TokenDataset, shard: Sha
         done += len(stretch)
         if time.monotonic() - last > SECONDS_BETWEEN_NEWS:
             last = time.monotonic()
-            say(f"reference: {done / count:.0%} of {groups.name} scored")
+            print_line(f"reference: {done / count:.0%} of {groups.name} scored")
 
 
 def _on_main(shard: Shard, work: Callable[[], Any]) -> Any:
-    """What rank 0 finds, on all ranks; a ValueError of its own too."""
+    """What rank 0 finds, on all ranks; a UserError of its own too."""
     value, problem = None, None
     if shard.is_main:
         try:
             value = work()
         except (UserError, OSError) as error:
             problem = str(error)
-    dist.refuse_if_any(problem)
+    dist.raise_if_any(problem)
     return dist.from_main(value)
 
 
 def reference_notes(
-    config: Config, module: ScoringModule, feed: Feed, cached: CachedReference | None
+    config: Config, module: ScoringModule, source: TrainingSource, cached: CachedReference | None
 ) -> list[str]:
     """How the reference is scored, what that costs, and whether cached log-probs would cost less."""
     if cached is not None:
         return cached.notes
     if module.reference_scorer is None:
         return []
-    plan, extra = plan_run(config, feed.num_groups), "one more forward pass a step"
+    plan, extra = run_length(config, source.num_groups), "one more forward pass a step"
     if module.reference is None:
         note = f"reference: the policy without its adapter: no second model, {extra}"
     else:
         size = count_parameters(module.reference)[1]
         note = f"reference: joint, a frozen model of {size:,} parameters beside the policy, {extra}"
     can_be_cached = not config.model.sync_ref_model and Need.KL not in config.bound_objective.needs
-    if feed.num_groups is not None and can_be_cached and plan.total_groups > feed.num_groups:
-        times = plan.total_groups / feed.num_groups
+    if source.num_groups is not None and can_be_cached and plan.total_groups > source.num_groups:
+        times = plan.total_groups / source.num_groups
         note += f"; model.reference=cached would score every completion once in place of {times:.3g} times"
     return [note]

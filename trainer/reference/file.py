@@ -40,7 +40,7 @@ def write(
     token_logps: np.ndarray,  # (M,) float32
     parts: Parts,
 ) -> None:
-    """Put the file there, whole or not at all. Raises ValueError for numbers that are not finite."""
+    """Put the file there, whole or not at all. Raises UserError for numbers that are not finite."""
     if not np.isfinite(token_logps).all():
         bad = int((~np.isfinite(token_logps)).sum())
         raise UserError(
@@ -59,7 +59,7 @@ def read(
     count: int,  # M
     whole: bool = True,
 ) -> np.ndarray:  # (M,) float32, mapped
-    """The log-probs. Raises ValueError that names the file if it is damaged or holds something else; whether
+    """The log-probs. Raises UserError that names the file if it is damaged or holds something else; whether
     the numbers are those that were written is looked at if `whole`."""
     again = "delete it, and they are scored anew, or set model.reference=auto"
     try:

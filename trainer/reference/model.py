@@ -53,7 +53,7 @@ class ReferenceAlone(nn.Module):
 
 
 def weights_of_reference(config: Config) -> dict[str, Any]:
-    """Which weights the reference has, by content, as plain JSON. Raises ValueError if it cannot be told."""
+    """Which weights the reference has, by content, as plain JSON. Raises UserError if it cannot be told."""
     model = config.model
     named = model.ref_model_name_or_path
     source = str(named or model.model_name_or_path), None if named else model.model_revision

@@ -46,7 +46,7 @@ def write_calibration_report(
     output: Path,
 ) -> Path:
     """Write the report with all margins on the same charts, and return its path; what a quantile is of
-    are the first ones. Raises ValueError if matplotlib is missing."""
+    are the first ones. Raises UserError if matplotlib is missing."""
     require_matplotlib()
     pairs = zip(margins.items(), cycle(COLOURS), strict=False)
     views = [View(name, colour, values, calibration(values)) for (name, values), colour in pairs]

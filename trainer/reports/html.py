@@ -20,7 +20,7 @@ COLOURS = ("#2f6db5", "#d9772b", "#3a9168", "#8a5fb0", "#b8435a", "#6b7280")
 
 
 def require_matplotlib() -> None:
-    """Raises ValueError without it."""
+    """Raises UserError without it."""
     if find_spec("matplotlib") is None:
         raise UserError("report needs matplotlib: pip install 'madpo[report]'")
 

@@ -143,5 +143,5 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
 SECONDS_BETWEEN_NEWS = 30
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     Console(highlight=False, soft_wrap=True).print(text, markup=False)

@@ -77,7 +77,7 @@ class Run:
 def write_report(runs: Sequence[Path], output: Path) -> Path:
     """Write the report of the run folders, overlaid on the same charts, and return its path.
 
-    Raises ValueError if matplotlib or a run's metrics are missing, or a file cannot be read.
+    Raises UserError if matplotlib or a run's metrics are missing, or a file cannot be read.
     """
     require_matplotlib()
     loaded = _load_runs(runs)

@@ -65,7 +65,7 @@ class Endpoint:
     ) -> list[list[float | None]]:
         """Scores in the shape of `completions`; None where no reply could be read in all attempts.
 
-        Raises ValueError for a server that refuses, or fails in all attempts.
+        Raises UserError for a server that refuses, or fails in all attempts.
         """
         texts = [[_as_text(completion) for completion in of_prompt] for of_prompt in completions]
         rate = self._rate if self.settings.mode == "score" else self._compare
@@ -128,7 +128,7 @@ class Endpoint:
         return None
 
     def _post(self, question: str) -> str:
-        """The text of one reply. Raises _Passing for what may be over soon, ValueError for the rest."""
+        """The text of one reply. Raises _Passing for what may be over soon, UserError for the rest."""
         settings, key = self.settings, api_key(self.settings)
         body = {
             **settings.parameters,
@@ -162,7 +162,7 @@ class _Passing(Exception):
 
 
 def api_key(settings: EndpointConfig) -> str | None:
-    """Raises ValueError if the variable that should hold the key is not set."""
+    """Raises UserError if the variable that should hold the key is not set."""
     if settings.api_key_env is None:
         return None
     if not (key := os.environ.get(settings.api_key_env)):

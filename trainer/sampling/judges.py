@@ -39,7 +39,7 @@ Judge = Callable[[Sequence[TextGroup], Sequence[Sequence[Text]]], Scores]
 
 
 def check_judge(judge: JudgeConfig) -> None:
-    """Raise ValueError for a judge that cannot work, before anything is sampled for it."""
+    """Raise UserError for a judge that cannot work, before anything is sampled for it."""
     if judge.function is not None:
         _load_function(judge.function)
     if judge.endpoint is not None:
@@ -47,7 +47,7 @@ def check_judge(judge: JudgeConfig) -> None:
 
 
 def open_judge(config: Config, judge: JudgeConfig) -> Judge:
-    """The judge that the section names. Raises ValueError for one that cannot be loaded."""
+    """The judge that the section names. Raises UserError for one that cannot be loaded."""
     if judge.reward_model is not None:
         return RewardJudge(config, folder_of(judge.reward_model))
     if judge.function is not None:

@@ -59,7 +59,7 @@ def read_prompts(
 
     With `prompt_tokens` a plain text is cut behind its first so many tokens (BOS does not count), also one
     that has no prompt column. A prompt that fills `data.max_length` is left out and counted. Raises
-    ValueError for a row that cannot be read (unless `on_bad_row: drop`) and where no prompt is left.
+    UserError for a row that cannot be read (unless `on_bad_row: drop`) and where no prompt is left.
     """
     if data.datasets is not None or data.streaming:
         raise UserError(
@@ -136,7 +136,7 @@ PROMPT_ONLY = "prompt"
 
 
 def _choose(columns: Iterable[str], rules: RowRules, supervised: bool) -> str:
-    """The adapter for a source with these columns, or PROMPT_ONLY. Raises ValueError."""
+    """The adapter for a source with these columns, or PROMPT_ONLY. Raises UserError."""
     names = renamed(dict.fromkeys(columns), rules.columns)
     return PROMPT_ONLY if _is_prompt_only(names, rules) else choose_adapter(columns, rules, supervised)
 

@@ -19,7 +19,7 @@ import xxhash
 from madpo.trainer import dist
 from madpo.trainer.dist import Shard
 from madpo.trainer.files import write_atomically
-from madpo.trainer.reports.progress import SECONDS_BETWEEN_NEWS, say
+from madpo.trainer.reports.progress import SECONDS_BETWEEN_NEWS, print_line
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ def batches_of(split: str, lengths: Sequence[int], size: int) -> list[Batch]:
     ]
 
 
-Work = tuple[Callable[[Batch], Any], Callable[[], None]]
+BatchJob = tuple[Callable[[Batch], Any], Callable[[], None]]
 """What to do with a batch, and what to do after the last one."""
 
 
-class Parts:
+class ResumableBatches:
     """Finished batches on disk, under a key of everything that they depend on."""
 
     def __init__(self, root: Path, identity: Any) -> None:
@@ -66,7 +66,7 @@ class Parts:
         batches: Sequence[Batch],
         shard: Shard,
         what: str,
-        open_work: Callable[[], Work],
+        open_work: Callable[[], BatchJob],
         in_step: bool = False,
     ) -> None:
         """Do the missing batches, each on one rank. `open_work` is called only if something is missing.
@@ -74,15 +74,15 @@ class Parts:
         todo: list[Batch] = dist.from_main([b for b in batches if not self.path(b).exists()])
         if shard.is_main:
             kept = len(batches) - len(todo)
-            say(f"{what}: {len(todo)} batches" + (f", {kept} are there already" if kept else ""))
+            print_line(f"{what}: {len(todo)} batches" + (f", {kept} are there already" if kept else ""))
         if todo:
             self.folder.mkdir(parents=True, exist_ok=True)
             work, close = open_work()
             mine = todo[shard.rank :: shard.world_size]
-            fillers = -(-len(todo) // shard.world_size) - len(mine) if in_step else 0
+            dummies = -(-len(todo) // shard.world_size) - len(mine) if in_step else 0
             for batch in _with_news(mine, what, shard):
                 self.write(batch, work(batch))
-            for _ in range(fillers):
+            for _ in range(dummies):
                 work(todo[-1])
             close()
         dist.barrier()
@@ -95,4 +95,4 @@ def _with_news(batches: Sequence[Batch], what: str, shard: Shard) -> Iterator[Ba
         yield batch
         if shard.is_main and time.monotonic() - last > SECONDS_BETWEEN_NEWS:
             last = time.monotonic()
-            say(f"{what}: {done + 1} of this rank's {len(batches)} batches")
+            print_line(f"{what}: {done + 1} of this rank's {len(batches)} batches")

@@ -62,7 +62,7 @@ def completion_of(
 
 
 def backend_of(settings: GenerateConfig) -> Literal["hf", "vllm"]:
-    """The back-end that runs. Raises ValueError for one that is not installed."""
+    """The back-end that runs. Raises UserError for one that is not installed."""
     installed = find_spec("vllm") is not None
     if settings.backend == "auto":
         return "vllm" if installed and torch.cuda.is_available() and not settings.partitioned else "hf"
@@ -74,7 +74,7 @@ def backend_of(settings: GenerateConfig) -> Literal["hf", "vllm"]:
 def open_sampler(
     config: Config, name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> Sampler:
-    """The model `name`, ready to sample as the section `generate` says. Raises ValueError."""
+    """The model `name`, ready to sample as the section `generate` says. Raises UserError."""
     settings = config.generate or GenerateConfig()
     if backend_of(settings) == "vllm":
         return _VLLM(config, settings, name, revision, tokenizer)

@@ -15,12 +15,12 @@ from madpo.trainer import checkpoint, dist
 from madpo.trainer.batches.steps import evaluation_steps, step_rules
 from madpo.trainer.config.schema import AnnotateConfig, Config
 from madpo.trainer.data.dataset import GroupDataset
-from madpo.trainer.data.feed import content_of
 from madpo.trainer.data.folds import folds_of, without_fold
 from madpo.trainer.data.groups import TokenDataset, check_groups
 from madpo.trainer.data.source import open_source
 from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.data.training_data import merged
+from madpo.trainer.data.training_source import content_of
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
@@ -28,7 +28,7 @@ from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.reward import BradleyTerryParams
 from madpo.trainer.objectives.scores import segment_sum
 from madpo.trainer.reports.calibration_report import write_calibration_report
-from madpo.trainer.schedule import plan_run
+from madpo.trainer.schedule import run_length
 from madpo.trainer.scoring_module import Mode
 from madpo.trainer.stages.annotated_split import margins_of, together, write_split
 from madpo.trainer.stages.start_engine import start_engine
@@ -36,7 +36,7 @@ from madpo.trainer.state import TrainState
 
 
 @dataclass(frozen=True)
-class Judge:
+class RewardCheckpoint:
     """A reward model: the newest checkpoint of the run that the config describes, or the model it names."""
 
     config: Config
@@ -54,7 +54,7 @@ def run_annotation(config: Config) -> None:
 
     Every row of the source is there, with `score_chosen`, `score_rejected` and `margin` where it could be
     scored. What the source gave as a margin or score is kept under `..._given`, so that one scale is left.
-    Raises ValueError.
+    Raises UserError.
     """
     if not config.bound_objective.is_reward_model:
         raise UserError(
@@ -100,19 +100,19 @@ def _write_all(
         print(f"no report: {error}", flush=True)
 
 
-def judges_of(config: Config) -> list[Judge]:
+def judges_of(config: Config) -> list[RewardCheckpoint]:
     """The reward models that a config asks to score with."""
     if config.annotate.folds is not None:
         folds = range(config.annotate.folds)
-        return [Judge(fold_config(config, fold), fold=fold) for fold in folds]
+        return [RewardCheckpoint(fold_config(config, fold), fold=fold) for fold in folds]
     if config.annotate.models is None:
-        return [Judge(config)]
+        return [RewardCheckpoint(config)]
     out, peft = [], config.peft and config.peft.of_given_models()
     for name in config.annotate.models:
         exported = Path(name).expanduser() / "model"
         update = {"model_name_or_path": str(exported) if exported.is_dir() else name, "init_config": None}
         model = config.model.model_copy(update={**update, "tokenizer_name_or_path": None})
-        out.append(Judge(config.model_copy(update={"model": model, "peft": peft}), given=True))
+        out.append(RewardCheckpoint(config.model_copy(update={"model": model, "peft": peft}), given=True))
     return out
 
 
@@ -140,7 +140,9 @@ def _load(config: Config) -> dict[str, GroupDataset]:
     return data
 
 
-def _score(judge: Judge, data: dict[str, GroupDataset], shard: Shard) -> tuple[str, dict[str, np.ndarray]]:
+def _score(
+    judge: RewardCheckpoint, data: dict[str, GroupDataset], shard: Shard
+) -> tuple[str, dict[str, np.ndarray]]:
     """The model's name, and split -> (G, 2) its scores of every group's chosen and rejected. The model is
     gone afterwards."""
     config = judge.config.model_copy(update={"objective": BradleyTerryParams()})
@@ -148,7 +150,7 @@ def _score(judge: Judge, data: dict[str, GroupDataset], shard: Shard) -> tuple[s
     tag = None if judge.given else checkpoint.latest(checkpoints, _identity(judge, data, shard))
     engine = start_engine(config, load_tokenizer(config.model), training=tag is not None)
     if tag:
-        _refuse_unfinished(judge, data, checkpoint.load(engine, checkpoints, tag))
+        _check_finished(judge, data, checkpoint.load(engine, checkpoints, tag))
     elif judge.fold is not None:
         raise UserError(
             f"{checkpoints}: no checkpoint; madpo annotate trains the folds on one machine, elsewhere run "
@@ -170,24 +172,24 @@ def _score(judge: Judge, data: dict[str, GroupDataset], shard: Shard) -> tuple[s
     return str(checkpoints / tag) if tag else str(config.model.model_name_or_path), scores
 
 
-def _identity(judge: Judge, data: dict[str, GroupDataset], shard: Shard) -> dict[str, Any]:
+def _identity(judge: RewardCheckpoint, data: dict[str, GroupDataset], shard: Shard) -> dict[str, Any]:
     """What a checkpoint must agree in: a fold's in all, so that no row is judged by who has seen it."""
     if judge.fold is None:
         return checkpoint.model_identity(judge.config, shard)
     return checkpoint.identity(judge.config, shard, content_of(_training_groups(judge, data)))
 
 
-def _training_groups(judge: Judge, data: dict[str, GroupDataset]) -> TokenDataset:
+def _training_groups(judge: RewardCheckpoint, data: dict[str, GroupDataset]) -> TokenDataset:
     config = judge.config
     assert config.data.folds is not None and judge.fold is not None
     groups = without_fold(data[config.data.dataset_train_split], config.data.folds, judge.fold)
     return merged(groups, config)
 
 
-def _refuse_unfinished(judge: Judge, data: dict[str, GroupDataset], state: TrainState) -> None:
+def _check_finished(judge: RewardCheckpoint, data: dict[str, GroupDataset], state: TrainState) -> None:
     if judge.fold is None:
         return
-    steps = plan_run(judge.config, len(_training_groups(judge, data))).total_steps
+    steps = run_length(judge.config, len(_training_groups(judge, data))).total_steps
     if state.step < steps:
         raise UserError(
             f"{judge.config.output_dir}: step {state.step} of {steps}; continue it before its model scores"
@@ -204,7 +206,7 @@ def completion_scores(engine: Engine, groups: GroupDataset, config: Config, shar
         for batch in (batch.to(engine.device) for batch in step.batches):
             token_scores = engine(batch, Mode.SCORE).tokens.token_logps
             sums = segment_sum(token_scores, batch.seq_lengths)
-            scores[first + batch.sequence_places] = sums[: len(batch.sequence_places)]
+            scores[first + batch.sequence_positions] = sums[: len(batch.sequence_positions)]
         first += step.num_sequences
     torch_dist.all_reduce(scores)
     return scores.cpu()

@@ -20,7 +20,7 @@ from madpo.trainer.reports.calibration import calibration
 
 
 @dataclass(frozen=True)
-class Scored:
+class JudgedSplit:
     """The pairs of a split, by all judges."""
 
     rows: np.ndarray  # (R,) as `GroupDataset.rows`
@@ -57,16 +57,16 @@ def together(
     rows: list[np.ndarray],  # of each judge (G,)
     scores: list[np.ndarray],  # of each judge (G, 2)
     folds: np.ndarray | None,  # (G,) of the first judge's rows
-) -> Scored:
+) -> JudgedSplit:
     """The rows that all judges have scored; their tokenizers may differ in what is too long."""
     common = reduce(np.intersect1d, rows)
     places = [np.searchsorted(own, common) for own in rows]
     stacked = np.stack([own[place] for own, place in zip(scores, places, strict=True)])
-    return Scored(common, stacked, None if folds is None else folds[places[0]])
+    return JudgedSplit(common, stacked, None if folds is None else folds[places[0]])
 
 
 def write_split(
-    target: Path, split: str, source: Source, scored: Scored, models: list[str], renames: dict[str, str]
+    target: Path, split: str, source: Source, scored: JudgedSplit, models: list[str], renames: dict[str, str]
 ) -> dict[str, Any]:
     """The annotated split, and `annotation.json` beside it: by what, from what, and how the margins lie.
 
@@ -118,7 +118,7 @@ def write_split(
     return facts
 
 
-def _rule(scored: Scored) -> str:
+def _rule(scored: JudgedSplit) -> str:
     if scored.folds is not None:
         return f"hash of the prompt mod {len(scored.scores)} names the model, which was trained without it"
     return "mean of the models" if len(scored.scores) > 1 else "the model"

@@ -13,14 +13,14 @@ from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.reference.cached import with_reference
 from madpo.trainer.reports.progress import metrics_table
 from madpo.trainer.stages.quantiles import resolve_quantiles
-from madpo.trainer.stages.start_engine import refuse_unless_data_fits, start_engine
+from madpo.trainer.stages.start_engine import check_data_fits, start_engine
 from madpo.trainer.state import TrainState
 
 
 def run_evaluation(config: Config) -> None:
     """Evaluate the newest checkpoint of `output_dir`, or the starting model if there is none.
 
-    Writes `evaluation.json` into the run folder and prints a table. Raises ValueError.
+    Writes `evaluation.json` into the run folder and prints a table. Raises UserError.
     """
     folder = Path(config.output_dir)
     stored = checkpoint.stored_objective(folder / "checkpoints") or {}
@@ -37,7 +37,7 @@ def run_evaluation(config: Config) -> None:
     assert data.held_out is not None
     tag = checkpoint.latest(folder / "checkpoints", checkpoint.model_identity(config, shard))
     engine = start_engine(config, tokenizer, training=tag is not None)
-    refuse_unless_data_fits(replace(data, train=None), config, engine)
+    check_data_fits(replace(data, train=None), config, engine)
     state = checkpoint.load(engine, folder / "checkpoints", tag) if tag else TrainState()
     record = loop.evaluate(config, engine, data.held_out, shard, state.memory)
     if shard.is_main:

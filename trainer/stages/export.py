@@ -25,7 +25,7 @@ from madpo.trainer.state import TrainState
 
 
 def run_export(config: Config) -> None:
-    """Export the newest checkpoint of `output_dir`. Raises ValueError if there is none."""
+    """Export the newest checkpoint of `output_dir`. Raises UserError if there is none."""
     shard = dist.init(config.launch.timeout_minutes)
     folder = Path(config.output_dir)
     tag = checkpoint.latest(folder / "checkpoints", checkpoint.model_identity(config, shard))

@@ -29,12 +29,12 @@ from madpo.trainer.files import write_atomically
 from madpo.trainer.formats.text_groups import Text
 from madpo.trainer.model.pretrained import folder_of, state_of_files
 from madpo.trainer.model.tokenizer import load_tokenizer
-from madpo.trainer.reports.progress import say
+from madpo.trainer.reports.progress import print_line
 from madpo.trainer.run_folder import claim
 from madpo.trainer.sampling.judges import check_judge, judge_identity, open_judge
 from madpo.trainer.sampling.pairs import choose_pair, pair_row, random_of
 from madpo.trainer.sampling.prompts import Prompts, read_prompts
-from madpo.trainer.sampling.resumable_batches import Batch, Parts, Work, batches_of
+from madpo.trainer.sampling.resumable_batches import Batch, BatchJob, ResumableBatches, batches_of
 from madpo.trainer.sampling.samplers import backend_of, completion_of, open_sampler
 
 
@@ -49,7 +49,7 @@ class Writer:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SamplingPlan:
     """What all models and the judge have in common."""
 
     config: Config
@@ -69,7 +69,7 @@ class Plan:
 
 def run_generation(config: Config) -> None:
     """Write `<output_dir>/generated/<split>.jsonl` for the splits that the config names, and with
-    `generate.pairs` preference pairs into `<output_dir>/pairs`. Raises ValueError."""
+    `generate.pairs` preference pairs into `<output_dir>/pairs`. Raises UserError."""
     settings, folder = config.generate or GenerateConfig(), Path(config.output_dir)
     backend, writers = backend_of(settings), writers_of(config, settings)
     if settings.judge is not None:
@@ -84,7 +84,7 @@ def run_generation(config: Config) -> None:
     shard = dist.init(config.launch.timeout_minutes)
     lock = claim(folder, shard)
     every = list(chain(*batches.values()))
-    plan = Plan(config, settings, backend, prompts, every, folder / "generated" / "parts", shard)
+    plan = SamplingPlan(config, settings, backend, prompts, every, folder / "generated" / "parts", shard)
     written = [_sample_all(plan, writer) for writer in writers]
     judged = _judge_all(plan, settings.judge, written) if settings.judge else None
     if shard.is_main:
@@ -98,7 +98,7 @@ def run_generation(config: Config) -> None:
 
 
 def writers_of(config: Config, settings: GenerateConfig) -> list[Writer]:
-    """The models to sample from; of a run's folder the exported one. Raises ValueError if there is none."""
+    """The models to sample from; of a run's folder the exported one. Raises UserError if there is none."""
     own = config.model.model_name_or_path
     if not settings.models and own is None:
         raise UserError("generate.models: name a model; model.init_config is one from scratch")
@@ -108,7 +108,7 @@ def writers_of(config: Config, settings: GenerateConfig) -> list[Writer]:
     ]
 
 
-def _sample_all(plan: Plan, writer: Writer) -> Parts:
+def _sample_all(plan: SamplingPlan, writer: Writer) -> ResumableBatches:
     """One model's completions: for each prompt of a batch the fields of each `Completion`."""
     config, settings = plan.config, plan.settings
     update = {"model_name_or_path": writer.folder, "model_revision": writer.revision}
@@ -120,7 +120,7 @@ def _sample_all(plan: Plan, writer: Writer) -> Parts:
         tokenizer_identity(tokenizer),
     ]
 
-    def open_work() -> Work:
+    def open_work() -> BatchJob:
         sampler = open_sampler(config, writer.folder, writer.revision, tokenizer)
 
         def work(batch: Batch) -> list[list[dict[str, Any]]]:
@@ -134,15 +134,17 @@ def _sample_all(plan: Plan, writer: Writer) -> Parts:
 
         return work, sampler.close
 
-    parts = Parts(plan.root, identity)
+    parts = ResumableBatches(plan.root, identity)
     parts.fill(plan.batches, plan.shard, f"sampling from {writer.name}", open_work, settings.partitioned)
     return parts
 
 
-def _judge_all(plan: Plan, judge: JudgeConfig, written: Sequence[Parts]) -> Parts:
+def _judge_all(
+    plan: SamplingPlan, judge: JudgeConfig, written: Sequence[ResumableBatches]
+) -> ResumableBatches:
     """Scores: for each prompt of a batch one of each completion, those of all models behind each other."""
 
-    def open_work() -> Work:
+    def open_work() -> BatchJob:
         score = open_judge(plan.config, judge)
 
         def work(batch: Batch) -> Any:
@@ -155,12 +157,12 @@ def _judge_all(plan: Plan, judge: JudgeConfig, written: Sequence[Parts]) -> Part
 
         return work, lambda: None
 
-    parts = Parts(plan.root, [[part.key for part in written], *judge_identity(plan.config, judge)])
+    parts = ResumableBatches(plan.root, [[part.key for part in written], *judge_identity(plan.config, judge)])
     parts.fill(plan.batches, plan.shard, "judging", open_work)
     return parts
 
 
-def _together(batch: Batch, written: Sequence[Parts]) -> list[list[dict[str, Any]]]:
+def _together(batch: Batch, written: Sequence[ResumableBatches]) -> list[list[dict[str, Any]]]:
     """Of each prompt the completions of all models."""
     return [
         list(chain(*of_prompt)) for of_prompt in zip(*(parts.read(batch) for parts in written), strict=True)
@@ -175,8 +177,8 @@ def _joined(
     prompts: Prompts,
     batches: Sequence[Batch],
     writers: Sequence[Writer],
-    written: Sequence[Parts],
-    judged: Parts | None,
+    written: Sequence[ResumableBatches],
+    judged: ResumableBatches | None,
 ) -> list[dict[str, Any]]:
     """One row per prompt, in the order of the source."""
     rows: dict[int, dict[str, Any]] = {}
@@ -267,17 +269,17 @@ def _note(folder: Path, split: str, facts: dict[str, Any]) -> None:
 
 
 def _show(folder: Path, split: str, facts: dict[str, Any], settings: GenerateConfig) -> None:
-    say(f"{split}: {facts['completions']} completions of {facts['prompts']} prompts")
+    print_line(f"{split}: {facts['completions']} completions of {facts['prompts']} prompts")
     for name, of_model in facts["of_model"].items():
         scores = "score_mean" in of_model and (
             f", score {of_model['score_mean']:.3f} (standard deviation {of_model['score_sd']:.3f})"
         )
-        say(
+        print_line(
             f"  {name}: {of_model['mean_tokens']:.1f} tokens, {of_model['stopped']:.1%} end by themselves"
             f"{scores or ''}"
         )
     if settings.pairs != "none":
         pairs = facts["pairs"]
         dropped = "".join(f", {count} dropped ({reason})" for reason, count in pairs["dropped"].items())
-        say(f"  {pairs['rows']} pairs{dropped}")
-        say(f"  next stage: data.dataset_name={folder / 'pairs'}")
+        print_line(f"  {pairs['rows']} pairs{dropped}")
+        print_line(f"  next stage: data.dataset_name={folder / 'pairs'}")

@@ -75,7 +75,7 @@ class Probe:
 
 
 def run_probe(config: Config) -> None:
-    """`madpo probe`: print what was found and keep it in the run folder. Raises ValueError."""
+    """`madpo probe`: print what was found and keep it in the run folder. Raises UserError."""
     if config.data.streaming:
         raise UserError("data.streaming: probe draws from the whole training set; set data.streaming=false")
     config = _supervised(config)
@@ -133,13 +133,13 @@ def _identity(config: Config, groups: TokenDataset) -> dict[str, Any]:
 def _measure(engine: Engine, groups: TokenDataset, config: Config, shard: Shard, of: dict[str, Any]) -> Probe:
     """Log-probs of the completions of at most MOST_GROUPS groups, drawn by the seed."""
     engine.eval()
-    chosen = np.sort(permutation(len(groups), config.seed, epoch=0)[:MOST_GROUPS])
+    selected = np.sort(permutation(len(groups), config.seed, epoch=0)[:MOST_GROUPS])
     rules, found = dataclasses.replace(step_rules(config, engine.module), item=Item.TOKEN), []
-    for step in evaluation_steps(groups, rules, config.train.global_batch_size, shard, chosen):
+    for step in evaluation_steps(groups, rules, config.train.global_batch_size, shard, selected):
         for batch in step.batches:
             logps = engine(batch.to(engine.device), Mode.SCORE).tokens.token_logps
             knows_first = shard.rank % rules.ranks_per_row == 0  # the others of its rows know the same
-            if knows_first and not batch.is_filler:
+            if knows_first and not batch.is_dummy:
                 found += [part.double().cpu().numpy() for part in logps.split(batch.lengths)]
     everything: list[Any] = [None] * shard.world_size
     torch_dist.all_gather_object(everything, found)

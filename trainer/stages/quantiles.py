@@ -18,7 +18,7 @@ def resolve_quantiles(config: Config, data: Data, tokenizer: PreTrainedTokenizer
     """The config with a number for every quantile: of the margins of the training set, or, for a threshold
     of token probabilities, of those that the starting model gives its completions.
 
-    The former follow from the data; the latter are kept in the run folder's `probe.json`. Raises ValueError
+    The former follow from the data; the latter are kept in the run folder's `probe.json`. Raises UserError
     where the number is none that the parameter may have.
     """
     params: Any = config.objective

@@ -28,7 +28,7 @@ STYLES = {1: "green", -1: "red", 0: "yellow"}
 def show_data(config: Config, count: int, console: Console) -> None:
     """Print `count` groups in the order of training, then the totals. No ranks, no model.
 
-    Raises ValueError for data that cannot be read, and, after it is shown, for data that cannot serve the
+    Raises UserError for data that cannot be read, and, after it is shown, for data that cannot serve the
     objective.
     """
     tokenizer = load_tokenizer(config.model)

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.batches.steps import refuse_unless_rows_fit, step_rules
+from madpo.trainer.batches.steps import check_rows_fit, step_rules
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.training_data import Data
 from madpo.trainer.engine import Engine, deepspeed_config
 from madpo.trainer.model.build import build_module
 from madpo.trainer.model.policy import PolicyWithReference
 from madpo.trainer.model.startup.attention import settle_attention
-from madpo.trainer.model.startup.checks import refuse_noise, refuse_unless_head_is_known
+from madpo.trainer.model.startup.checks import check_head, check_noise
 from madpo.trainer.model.startup.interleave import share_traversal
-from madpo.trainer.model.startup.slices import refuse_unless_slicing_is_exact
+from madpo.trainer.model.startup.slices import check_slicing
 from madpo.trainer.scoring_module import ScoringModule
 from madpo.trainer.zero3.loading import partitioned_loading
 
 
-def refuse_unless_data_fits(data: Data, config: Config, engine: Engine) -> None:
-    """Raise ValueError if a group, as the engine's model computes it, exceeds the token budget."""
+def check_data_fits(data: Data, config: Config, engine: Engine) -> None:
+    """Raise UserError if a group, as the engine's model computes it, exceeds the token budget."""
     rules = step_rules(config, engine.module)
     for groups in (data.train, data.held_out):
         if groups is not None:
-            refuse_unless_rows_fit(groups, rules)
+            check_rows_fit(groups, rules)
 
 
 def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool) -> Engine:
@@ -37,12 +37,12 @@ def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: b
         if model is not None:
             notes.append(settle_attention(model, config.model.attention, engine.device))
             if not config.bound_objective.is_reward_model:
-                refuse_unless_head_is_known(model, engine.device)
+                check_head(model, engine.device)
             if group is not None:
-                refuse_unless_slicing_is_exact(model, group, engine.device)
+                check_slicing(model, group, engine.device)
     quantised = config.peft is not None and config.peft.quantised
     if training and not quantised:  # whose kernels round otherwise in training, without any noise
-        refuse_noise(module.policy, engine.device)
+        check_noise(module.policy, engine.device)
     module.notes = list(dict.fromkeys(notes))
     if isinstance(module, PolicyWithReference):
         share_traversal(module, engine.device)

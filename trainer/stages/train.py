@@ -21,13 +21,13 @@ from madpo.trainer.metrics import MetricsFile
 from madpo.trainer.model.expert_balance import expert_notes
 from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.model.tokenizer import load_tokenizer
-from madpo.trainer.reference.cached import reference_notes, refuse_unless_policy_fits, with_reference
+from madpo.trainer.reference.cached import check_policy_fits, reference_notes, with_reference
 from madpo.trainer.reports.progress import Progress
 from madpo.trainer.run_folder import claim
-from madpo.trainer.schedule import plan_run
+from madpo.trainer.schedule import run_length
 from madpo.trainer.stages.export import export_model
 from madpo.trainer.stages.quantiles import resolve_quantiles
-from madpo.trainer.stages.start_engine import refuse_unless_data_fits, start_engine
+from madpo.trainer.stages.start_engine import check_data_fits, start_engine
 from madpo.trainer.state import TrainState
 
 
@@ -35,7 +35,7 @@ def run_training(config: Config, command: str) -> None:
     """Train, evaluate, checkpoint and export into `output_dir`; continue a run that is there.
 
     Data comes before the process group: tokenising may take longer than a collective waits, and may
-    fork. Raises ValueError for a config, model or data set that cannot be trained.
+    fork. Raises UserError for a config, model or data set that cannot be trained.
     """
     folder = Path(config.output_dir)
     checkpoints = folder / "checkpoints"
@@ -45,17 +45,17 @@ def run_training(config: Config, command: str) -> None:
     lock = claim(folder, shard)
     config = resolve_quantiles(config, data, tokenizer, shard)
     data = weighed(data, config)
-    assert data.feed is not None
-    run = checkpoint.identity(config, shard, data.feed.content)
+    assert data.source is not None
+    run = checkpoint.identity(config, shard, data.source.content)
     tag = checkpoint.latest(checkpoints, run)
     data, cached = with_reference(config, data, tokenizer, shard, training=True)
-    feed = data.feed
-    assert feed is not None
+    source = data.source
+    assert source is not None
     engine = start_engine(config, tokenizer, training=True)
-    refuse_unless_data_fits(data, config, engine)
+    check_data_fits(data, config, engine)
     state = checkpoint.load(engine, checkpoints, tag) if tag else TrainState()
     if cached is not None:
-        refuse_unless_policy_fits(config, engine, feed, shard, cached, is_fresh=tag is None)
+        check_policy_fits(config, engine, source, shard, cached, is_fresh=tag is None)
 
     with ExitStack() as cleanup:
         sinks: list[Callable[[loop.Record], None]] = []
@@ -64,10 +64,10 @@ def run_training(config: Config, command: str) -> None:
             _write_report(folder, data)
             metrics = MetricsFile(folder, state.step)
             cleanup.callback(metrics.close)
-            progress = Progress(plan_run(config, feed.num_groups).total_steps)
+            progress = Progress(run_length(config, source.num_groups).total_steps)
             cleanup.callback(progress.close)
             parameters = count_parameters(engine.module.policy)
-            notes = [*engine.module.notes, *reference_notes(config, engine.module, feed, cached)]
+            notes = [*engine.module.notes, *reference_notes(config, engine.module, source, cached)]
             notes += expert_notes(engine.module.policy, config.model.router_aux_loss_coef)
             progress.announce(config, data.report, state, shard, engine.device, parameters, notes)
             sinks = [metrics.write, progress.show]
@@ -83,7 +83,7 @@ def run_training(config: Config, command: str) -> None:
             if shard.is_main:
                 _write_report(folder, data)  # of a stream it grows
 
-        loop.train(config, engine, feed, data.held_out, shard, state, on_record, on_save)
+        loop.train(config, engine, source, data.held_out, shard, state, on_record, on_save)
 
     if config.train.export:
         export_model(engine, tokenizer, config, folder, shard, state)

@@ -13,7 +13,7 @@ from madpo.benchmarks.step import report as step_report
 from madpo.benchmarks.step import run as step
 from madpo.benchmarks.step import scaling as step_scaling
 from madpo.benchmarks.step import workload as step_workload
-from madpo.benchmarks.step.feed import PairFeed
+from madpo.benchmarks.step.pair_source import PairSource
 from madpo.benchmarks.step.worker import Block
 from madpo.trainer.batches.cost import Cost
 from madpo.trainer.batches.micro_batches import plan_micro_batches
@@ -122,7 +122,7 @@ def test_lengths_have_the_published_medians(name):
 @pytest.mark.parametrize(("packing", "micro_batches"), [("balanced", 1), ("counted", 1), ("alone", 3)])
 def test_pairs_that_claim_to_be_alike_are_spread_by_number(packing, micro_batches):
     pairs = [([1] * 8, [2] * length, [3] * length) for length in (100, 1, 1, 1, 1, 1)]
-    groups, indices = PairFeed(pairs, packing, budget=4096).take(0, 6)
+    groups, indices = PairSource(pairs, packing, budget=4096).take(0, 6)
     shapes = groups.shapes(indices)
     costs = Cost(per_token=1.0, per_row=1.0, per_look={None: 1.0}).of(shapes)
     plan = plan_micro_batches(shapes.tokens(), 4096, 2, costs)

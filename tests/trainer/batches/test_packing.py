@@ -12,10 +12,10 @@ import pytest
 import torch
 from harness import random_groups
 
-from madpo.trainer.batches.cost import Cost, StepCost, Work, spared, work_of
+from madpo.trainer.batches.cost import Cost, StepCost, StepWork, spared, work_of
 from madpo.trainer.batches.micro_batches import plan_micro_batches
-from madpo.trainer.batches.packing import PackedBatch, Segment, filler, pack
-from madpo.trainer.batches.steps import StepRules, plan_step, refuse_unless_rows_fit
+from madpo.trainer.batches.packing import PackedBatch, Segment, dummy_batch, pack
+from madpo.trainer.batches.steps import StepRules, check_rows_fit, plan_step
 from madpo.trainer.data.groups import GroupCounts, ReferenceLogps
 from madpo.trainer.data.lengths import Shapes, shapes_of
 from madpo.trainer.data.order import DataOrder
@@ -41,10 +41,10 @@ def test_pack_by_hand():
         Segment(3, 6, 0, 2),
         Segment(6, 9, 6, 6),
     )
-    assert batch.rows.tolist() == [1, 1, 3, 4, 6, 7]
+    assert batch.scored_positions.tolist() == [1, 1, 3, 4, 6, 7]
     assert batch.targets.tolist() == [20, 30, 31, 32, 50, 51]
     assert batch.lengths == (1, 3, 2)
-    assert (batch.winners.tolist(), batch.losers.tolist()) == ([1], [0])
+    assert (batch.chosen.tolist(), batch.rejected.tolist()) == ([1], [0])
     assert batch.margins.tolist() == [2.5]
     assert (batch.group_sequences, batch.group_edges) == ((2, 1), (1, 0))
     assert batch.scale == 0.5
@@ -57,7 +57,7 @@ def test_pack_without_sharing_by_hand():
     assert batch.input_ids.tolist() == [10, 11, 20, 10, 11, 30, 31, 32, 40, 50, 51]
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2]
     assert batch.segments == (Segment(0, 3, 0, 0), Segment(3, 8, 3, 3), Segment(8, 11, 8, 8))
-    assert batch.rows.tolist() == [1, 4, 5, 6, 8, 9]
+    assert batch.scored_positions.tolist() == [1, 4, 5, 6, 8, 9]
     assert batch.targets.tolist() == [20, 30, 31, 32, 50, 51]
     assert batch.ends.tolist() == [2, 7, 10]
     shared = pack(groups, scale=0.5)
@@ -103,18 +103,18 @@ def test_a_step_keeps_to_the_budget_of_what_it_computes(prefix_sharing):
     rules = StepRules(Item.EDGE, 100, prefix_sharing)
     steps = [plan_step(groups, np.arange(20), rules, Shard(rank, 2)) for rank in range(2)]
     batches = [batch for step in steps for batch in step.batches]
-    tokens = [len(batch.input_ids) for batch in batches if not batch.is_filler]
+    tokens = [len(batch.input_ids) for batch in batches if not batch.is_dummy]
     assert max(tokens) <= 100 and sum(tokens) == groups.shapes(np.arange(20)).tokens(prefix_sharing).sum()
-    assert sum(len(batch.lengths) for batch in batches if not batch.is_filler) == 60
-    scale = next(batch.token_scale for batch in batches if not batch.is_filler)
+    assert sum(len(batch.lengths) for batch in batches if not batch.is_dummy) == 60
+    scale = next(batch.token_scale for batch in batches if not batch.is_dummy)
     assert scale * sum(tokens) == pytest.approx(2)
 
 
 def test_a_group_is_measured_as_it_is_computed():
     groups: Any = Held([TokenGroup([3] * 50, [[4] * 10] * 4, [(0, 1, None)])])
-    refuse_unless_rows_fit(groups, StepRules(Item.EDGE, 100))
+    check_rows_fit(groups, StepRules(Item.EDGE, 100))
     with pytest.raises(ValueError, match="cannot hold a group of 240 tokens"):
-        refuse_unless_rows_fit(groups, StepRules(Item.EDGE, 100, prefix_sharing=False))
+        check_rows_fit(groups, StepRules(Item.EDGE, 100, prefix_sharing=False))
 
 
 def test_the_shapes_of_no_group():
@@ -125,8 +125,8 @@ def test_the_shapes_of_no_group():
 def test_edges_of_later_groups_point_at_their_own_sequences():
     groups = random_groups(4, completions=3)
     batch = pack(groups)
-    assert batch.winners.tolist() == [0, 0, 3, 3, 6, 6, 9, 9]
-    assert batch.losers.tolist() == [1, 2, 4, 5, 7, 8, 10, 11]
+    assert batch.chosen.tolist() == [0, 0, 3, 3, 6, 6, 9, 9]
+    assert batch.rejected.tolist() == [1, 2, 4, 5, 7, 8, 10, 11]
 
 
 def test_a_missing_margin_is_nan_and_a_margin_of_zero_is_not():
@@ -134,10 +134,10 @@ def test_a_missing_margin_is_nan_and_a_margin_of_zero_is_not():
     assert math.isnan(batch.margins[0]) and batch.margins[1] == 0.0
 
 
-def test_filler_weighs_nothing_and_has_a_row_for_every_parameter():
-    batch = filler()
-    assert batch.scale == 0.0 and batch.is_filler
-    assert len(batch.rows) == 1 and not len(batch.winners)
+def test_a_dummy_batch_weighs_nothing_and_has_a_row_for_every_parameter():
+    batch = dummy_batch()
+    assert batch.scale == 0.0 and batch.is_dummy
+    assert len(batch.scored_positions) == 1 and not len(batch.chosen)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -226,8 +226,8 @@ def test_work_by_hand():
     shapes = Shapes(np.array([1, 2, 3]), np.array([2, 2, 2]), np.array([1, 1, 2, 2, 3, 3]))
     cost = StepCost(Cost(per_token=1.0), again=Cost(per_token=0.5))
     work = work_of(shapes, cost, [[[0, 1], [2]], [[], []]])
-    assert work == Work(18, 24, 4 + 8 + 12, 18.0, 9.0, 18.0, 9.0)
-    assert work + work == Work(36, 48, 48, 36.0, 18.0, 36.0, 18.0)
+    assert work == StepWork(18, 24, 4 + 8 + 12, 18.0, 9.0, 18.0, 9.0)
+    assert work + work == StepWork(36, 48, 48, 36.0, 18.0, 36.0, 18.0)
 
 
 def test_what_a_second_pass_is_spared_by_hand():
@@ -236,9 +236,9 @@ def test_what_a_second_pass_is_spared_by_hand():
     left = shapes.without(left_out)
     assert (left.tokens().tolist(), left.sequences.tolist()) == ([1 + 1, 2 + 2 + 2, 0], [1, 2, 0])
     cost = StepCost(Cost(per_token=9.0), Cost(per_token=2.0), Cost(per_token=1.0), Cost(per_row=1.0))
-    less = Work(flops=-2.0 * 10, flops_again=-1.0 * 10 - 7)
+    less = StepWork(flops=-2.0 * 10, flops_again=-1.0 * 10 - 7)
     assert spared(shapes, left_out, cost) == less
-    assert spared(shapes, ~left_out & left_out, cost) == Work()
+    assert spared(shapes, ~left_out & left_out, cost) == StepWork()
 
 
 def visible(batch: PackedBatch) -> torch.Tensor:
@@ -268,14 +268,14 @@ def test_a_batch_without_completions_is_that_of_groups_without_them(left_out, pr
                 replace(group, completions=list(itertools.compress(group.completions, stays)), edges=[])
             )
     want = pack(kept, 0.25, prefix_sharing=prefix_sharing)
-    for name in ("input_ids", "position_ids", "rows", "targets", "ends", "seq_lengths"):
+    for name in ("input_ids", "position_ids", "scored_positions", "targets", "ends", "seq_lengths"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     assert (got.lengths, got.group_sequences, got.scale) == (
         want.lengths,
         want.group_sequences,
         0.25,
     )
-    assert got.sequence_places.tolist() == np.flatnonzero(~gone).tolist() == left.tolist()
+    assert got.sequence_positions.tolist() == np.flatnonzero(~gone).tolist() == left.tolist()
     assert torch.equal(visible(got), visible(want))
 
 

@@ -15,7 +15,7 @@ from harness import make_config, random_groups, run_ranks, save_model, write_pai
 from patience import patient
 
 from madpo.trainer import loop
-from madpo.trainer.batches.cost import Work
+from madpo.trainer.batches.cost import StepWork
 from madpo.trainer.batches.packing import pack
 from madpo.trainer.batches.prefetch import AHEAD, prefetched
 from madpo.trainer.batches.steps import Step, StepRules
@@ -37,7 +37,7 @@ def made(numbers: list[int], log: list[tuple[int, str]], fail_at: int | None = N
             raise UserError(f"row {number} is bad")
         log.append((number, threading.current_thread().name))
         batches, rules = [pack(random_groups(1, seed=number))], StepRules(Item.EDGE, 64)
-        yield Step(batches, 2, 1, number, Work(), shapes_of([]), rules)
+        yield Step(batches, 2, 1, number, StepWork(), shapes_of([]), rules)
 
 
 def prefetch_threads() -> list[str]:
@@ -135,12 +135,17 @@ def test_the_state_counts_what_was_trained_on_and_not_what_was_read(tmp_path: Pa
 
 
 def watched_training(shard, config: Config) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[str]]:
-    """Stopped by an error after the third step, when the fourth has been taken from the feed."""
+    """Stopped by an error after the third step, when the fourth has been taken from the source."""
     tokenizer = load_tokenizer(config.model)
-    feed = load_data(config, tokenizer, training=True).feed
-    assert feed is not None
+    source = load_data(config, tokenizer, training=True).source
+    assert source is not None
     engine = start_engine(config, tokenizer, training=True)
-    state, states, taken, original = TrainState(), list[tuple[int, int]](), list[tuple[int, int]](), feed.take
+    state, states, taken, original = (
+        TrainState(),
+        list[tuple[int, int]](),
+        list[tuple[int, int]](),
+        source.take,
+    )
 
     def take(consumed: int, count: int):
         taken.append((consumed, count))
@@ -152,8 +157,8 @@ def watched_training(shard, config: Config) -> tuple[list[tuple[int, int]], list
         if state.step == 3:
             raise KeyboardInterrupt
 
-    setattr(feed, "take", take)  # noqa: B010
+    setattr(source, "take", take)  # noqa: B010
     with suppress(KeyboardInterrupt):
-        loop.train(config, engine, feed, None, shard, state, on_record, lambda: None)
+        loop.train(config, engine, source, None, shard, state, on_record, lambda: None)
     engine.release()
     return states, taken, prefetch_threads()

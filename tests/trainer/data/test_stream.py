@@ -17,11 +17,11 @@ from transformers import AutoTokenizer
 
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.block_reader import SAMPLE_BYTES, SAMPLES, RowReader, open_reader, sampled_content
-from madpo.trainer.data.feed import Feed, WholeSet
 from madpo.trainer.data.source import load_by_name
 from madpo.trainer.data.stream import Stream
 from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.data.training_data import load_data
+from madpo.trainer.data.training_source import DatasetSource, TrainingSource
 from madpo.trainer.stages.annotate import run_annotation
 from madpo.trainer.stages.probe import run_probe
 from madpo.trainer.stages.train import run_training
@@ -47,8 +47,8 @@ def stream_of(config: Config, tokenizer, reader=None, end: int = 0, **options: A
     return Stream(reader, config.data, "train", tokenizer, config.seed, end, **options)
 
 
-def taken(feed: Feed, consumed: int, count: int) -> list[str]:
-    groups, indices = feed.take(consumed, count)
+def taken(source: TrainingSource, consumed: int, count: int) -> list[str]:
+    groups, indices = source.take(consumed, count)
     assert len(indices) == count
     return [repr(groups[index]) for index in indices]
 
@@ -130,10 +130,10 @@ def test_tables_that_were_removed_are_made_again_from_the_notes(tmp_path, tokeni
 def test_a_stream_of_one_block_is_the_ordinary_order(tmp_path, tokenizer):
     config = config_for(tmp_path, as_lines(tmp_path)[0], data={"stream_block": ROWS})
     groups, report = load_groups(config.data, "train", tokenizer)
-    ordinary = WholeSet(groups, config.seed, "shuffled", {"train": report})
+    ordinary = DatasetSource(groups, config.seed, "shuffled", {"train": report})
     stream = stream_of(config, tokenizer)
     assert taken(stream, 7, 60) == taken(ordinary, 7, 60)
-    reports = [feed.report()["train"] for feed in (stream, ordinary)]
+    reports = [source.report()["train"] for source in (stream, ordinary)]
     assert "1 blocks" in reports[0].pop("source") and reports[1].pop("source")
     assert reports[0] == reports[1]
 
@@ -209,11 +209,11 @@ def test_a_source_without_a_group_is_refused_with_numbers(tmp_path, tokenizer):
 def test_blocks_too_small_for_the_objective_are_dropped_and_counted(tmp_path, tokenizer):
     """A completion for another prompt needs two groups; 21 rows leave a last block of one."""
     config = config_for(tmp_path, write_pairs(tmp_path / "pairs.jsonl", 21), objective={"loss_type": "kto"})
-    feed = load_data(config, tokenizer, training=True).feed
-    assert feed is not None
-    first = taken(feed, 0, 20)
-    assert len(set(first)) == 20 and set(taken(feed, 20, 20)) == set(first)
-    report = feed.report()["train"]
+    source = load_data(config, tokenizer, training=True).source
+    assert source is not None
+    first = taken(source, 0, 20)
+    assert len(set(first)) == 20 and set(taken(source, 20, 20)) == set(first)
+    report = source.report()["train"]
     assert report["dropped"] == {"too few in a block": 1} and report["groups"] == 20
 
 
@@ -223,11 +223,11 @@ def test_what_a_block_must_hold_is_checked_when_it_is_read(tmp_path, tokenizer):
     lines[13] = '{"prompt": "a", "chosen": " b", "rejected": " c"}'
     path.write_text("\n".join(lines))
     config = config_for(tmp_path, path, objective={"loss_type": "madpo"})
-    feed = load_data(config, tokenizer, training=True).feed
-    assert feed is not None
-    feed.take(0, 10)
+    source = load_data(config, tokenizer, training=True).source
+    assert source is not None
+    source.take(0, 10)
     with pytest.raises(ValueError, match="1 of 5 rows have no margin"):
-        feed.take(10, 1)
+        source.take(10, 1)
 
 
 def test_a_file_that_changes_under_a_run_is_refused(tmp_path, tokenizer):

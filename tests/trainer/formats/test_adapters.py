@@ -46,8 +46,8 @@ def test_bad_rows_name_the_field(name, changes, message):
 def test_supervised_training_takes_the_best_completion(name, row, group):
     best = read(name, row, supervised=True)
     assert len(best.completions) == 1 and best.edges == []
-    losers = {loser for _, loser, _ in group.edges}
-    assert best.completions[0] == next(x for i, x in enumerate(group.completions) if i not in losers)
+    rejected = {loser for _, loser, _ in group.edges}
+    assert best.completions[0] == next(x for i, x in enumerate(group.completions) if i not in rejected)
 
 
 def test_a_margin_beside_one_pair_comes_before_the_sources_own():

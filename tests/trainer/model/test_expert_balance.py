@@ -104,9 +104,9 @@ def plain_step(config: Config, world_size: int) -> tuple[float, dict[str, torch.
     for rank in range(world_size):
         plan = plan_step(groups, indices, step_rules(config), Shard(rank, world_size))
         for micro in plan.batches:
-            if micro.is_filler:
+            if micro.is_dummy:
                 continue
-            inside = [batch[place // 2] for place in micro.sequence_places.tolist()[::2]]
+            inside = [batch[place // 2] for place in micro.sequence_positions.tolist()[::2]]
             layers = zip(*(packed_router_logits(model, group) for group in inside), strict=True)
             logits: Any = tuple(torch.cat(layer) for layer in layers)
             value = load_balancing_loss_func(logits, model.num_experts, model.num_experts_per_tok)

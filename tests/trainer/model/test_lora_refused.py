@@ -197,10 +197,10 @@ def test_a_config_that_contradicts_the_stored_adapter(config, adapter):
         run = run_of(config, adapter, **settings)
         assert run.peft is not None
         with pytest.raises(UserError, match=message):
-            lora.refuse_contradictions(found, run.peft)
+            lora.check_adapter_settings(found, run.peft)
     same = run_of(config, adapter, lora_r=4, lora_alpha=8, load_in_8bit=False).peft
     assert same is not None
-    lora.refuse_contradictions(found, same)
+    lora.check_adapter_settings(found, same)
 
 
 @pytest.mark.ranks

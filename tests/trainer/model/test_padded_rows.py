@@ -28,7 +28,7 @@ from madpo.trainer.model.flops import passes
 from madpo.trainer.model.padded_rows import row_index
 from madpo.trainer.model.policy import PolicyWithReference
 from madpo.trainer.model.startup.attention import settle_attention
-from madpo.trainer.model.startup.checks import refuse_unless_head_is_known, refuse_unless_packing_is_exact
+from madpo.trainer.model.startup.checks import check_head, check_packing
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.build import bind
 from madpo.trainer.objectives.registry import OBJECTIVES
@@ -88,13 +88,13 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 def test_the_check_at_start_finds_the_state_and_gives_rows_of_their_own(family, dtype):
     model = stateful(family, NAME, dtype)
     with pytest.raises(ValueError, match="packed scores differ from single ones"):
-        refuse_unless_packing_is_exact(model, CPU)
+        check_packing(model, CPU)
     remark = settle_attention(model, "auto", CPU)
     assert "the model's own" in remark and "prompts are not shared, and rows are padded" in remark
     assert not prefix_attention.shares_rows(model)
     assert passes(model).forward.per_token > 0
-    refuse_unless_packing_is_exact(model, CPU)
-    refuse_unless_head_is_known(model, CPU)
+    check_packing(model, CPU)
+    check_head(model, CPU)
 
 
 @pytest.mark.parametrize("family", STATEFUL)

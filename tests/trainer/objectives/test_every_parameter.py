@@ -19,7 +19,17 @@ from madpo.trainer.objectives.registry import OBJECTIVES
 
 
 def scored(x: Facts) -> Scored:
-    arrays = (x.tokens, x.ref_tokens, x.lengths, x.winners, x.losers, x.margins, x.labels, x.collisions, x.kl)
+    arrays = (
+        x.tokens,
+        x.ref_tokens,
+        x.lengths,
+        x.chosen,
+        x.rejected,
+        x.margins,
+        x.labels,
+        x.collisions,
+        x.kl,
+    )
     return Scored(*map(torch.tensor, arrays))
 
 
@@ -120,8 +130,8 @@ def test_what_the_kernels_form_is_what_the_objective_says(name, index):
             of.logps,
             of.ref_logps if "reference" in bound.needs else None,
             of.lengths,
-            of.winners,
-            of.losers,
+            of.chosen,
+            of.rejected,
             entry.epilogue(of.margins, bound.params),
         )
         np.testing.assert_allclose(got.numpy(), opinion(name, x, settings)[0], rtol=1e-9)

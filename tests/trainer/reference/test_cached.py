@@ -205,9 +205,9 @@ def start_at(shard: Shard, config: Config, wrong: float) -> None:
     data, cached = reference.with_reference(config, data, tokenizer, shard, training=True)
     assert data.train is not None and data.train.reference is not None and cached is not None
     groups = with_logps(data.train, data.train.reference.flat + np.float32(wrong))
-    feed = reference.WholeSet(groups, config.seed, config.data.order, {})
+    source = reference.DatasetSource(groups, config.seed, config.data.order, {})
     engine: Any = start_engine(config, tokenizer, training=True)
-    reference.refuse_unless_policy_fits(config, engine, feed, shard, cached, is_fresh=True)
+    reference.check_policy_fits(config, engine, source, shard, cached, is_fresh=True)
     engine.release()
 
 

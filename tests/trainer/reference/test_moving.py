@@ -55,8 +55,8 @@ def weights_by_step(shard, config: Config) -> list[dict[str, dict[str, torch.Ten
             return {name: p.detach().clone() for name, p in model.named_parameters()}
 
     tokenizer = load_tokenizer(config.model)
-    feed = load_data(config, tokenizer, training=True).feed
-    assert feed is not None
+    source = load_data(config, tokenizer, training=True).source
+    assert source is not None
     engine = start_engine(config, tokenizer, training=True)
     start, out = weights(engine.module.policy), []
 
@@ -64,6 +64,6 @@ def weights_by_step(shard, config: Config) -> list[dict[str, dict[str, torch.Ten
         models = {"policy": engine.module.policy, "reference": engine.module.reference}
         out.append({"start": start, **{name: weights(model) for name, model in models.items()}})
 
-    loop.train(config, engine, feed, None, shard, TrainState(), keep, lambda: None)
+    loop.train(config, engine, source, None, shard, TrainState(), keep, lambda: None)
     engine.release()
     return out

@@ -28,7 +28,7 @@ from madpo.trainer.formats.text_groups import TextGroup, hash_of_prompt
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.stages.annotate import _load as load
 from madpo.trainer.stages.annotate import fold_config, run_annotation
-from madpo.trainer.stages.annotated_split import Scored, together, write_split
+from madpo.trainer.stages.annotated_split import JudgedSplit, together, write_split
 from madpo.trainer.stages.train import run_training
 
 FOLDS = 3
@@ -233,7 +233,7 @@ def test_what_is_written_is_read_by_the_same_config(tmp_path):
     rows that were not scored are not there."""
     row = {"prompt": "p", "chosen": "a", "rejected": "b", "gap": 0.5, "other": math.nan}
     given = [row, {**row, "gap": 9.0}, {**row, "prompt": "q", "gap": -1.0}]
-    scored = Scored(np.array([0, 2]), np.array([[[7.0, 1.0], [2.0, 4.0]]]), None)
+    scored = JudgedSplit(np.array([0, 2]), np.array([[[7.0, 1.0], [2.0, 4.0]]]), None)
     renames = {"margin": "gap"}
     for rounds in ("first", "second"):
         source = Source(rounds, datasets.Dataset.from_list(given), rounds, "row")
@@ -242,7 +242,7 @@ def test_what_is_written_is_read_by_the_same_config(tmp_path):
         read = [read_row(row, ADAPTERS["preference"], RowRules(columns=renames)).edges for row in rows]
         assert read == [[(0, 1, 6.0)], [(0, 1, -2.0)]]
         assert rows[0]["other"] is None and rows[0]["score_chosen"] == 7.0
-        scored = Scored(np.array([0, 1]), scored.scores, None)
+        scored = JudgedSplit(np.array([0, 1]), scored.scores, None)
         given = rows
     assert rows[0]["gap_given"] == 0.5 and rows[0]["gap_given_before"] == 6.0
 

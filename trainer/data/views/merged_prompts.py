@@ -53,7 +53,7 @@ def repeated_prompts(groups: TokenDataset) -> dict[str, int]:
     return found if again.any() else {}
 
 
-class Plan(NamedTuple):
+class MergePlan(NamedTuple):
     """The groups that rows join, by the first row of each, and what each of G rows brings to its group."""
 
     leaders: np.ndarray  # (G,)
@@ -67,7 +67,7 @@ class MergedDataset:
     """Groups of one prompt as one, at the place of the first; R rows become G groups. `once`: a completion
     that several rows have is kept once."""
 
-    def __init__(self, groups: TabledGroups, plan: Plan, once: bool) -> None:
+    def __init__(self, groups: TabledGroups, plan: MergePlan, once: bool) -> None:
         content = xxhash.xxh3_64_hexdigest(np.ascontiguousarray(plan.leaders, np.int64).tobytes())
         self.name, self.fingerprint = groups.name, f"{groups.fingerprint}, merged {content}"
         self.reference: ReferenceLogps | None = None
@@ -184,7 +184,7 @@ class _Group:
     wins: Counter[int] = field(default_factory=Counter)  # by place, comparisons won less lost
 
 
-def _plan(groups: TabledGroups, most_tokens: int, once: bool) -> Plan:
+def _plan(groups: TabledGroups, most_tokens: int, once: bool) -> MergePlan:
     """Row after row joins the last group of its prompt, or opens another if that would grow too large."""
     prompts = _numbered(hashed for column in _read(groups.table, "prompt") for hashed in _hashes(column))
     shared = np.flatnonzero(np.bincount(prompts)[prompts] > 1)
@@ -218,12 +218,12 @@ def _plan(groups: TabledGroups, most_tokens: int, once: bool) -> Plan:
             sequences[index] -= len(repeated)
             group.tokens += brings
         places = group.places.take(own.hashes)
-        group.wins.update(places[winner] for winner in own.winners)
-        group.wins.subtract(places[loser] for loser in own.losers)
+        group.wins.update(places[winner] for winner in own.chosen)
+        group.wins.subtract(places[loser] for loser in own.rejected)
     if once:
         labelled[shared] = 0
         labelled[[x.leader for x in made]] = [sum(n != 0 for n in x.wins.values()) for x in made]
-    return Plan(leaders, tokens, completion_tokens, sequences, labelled)
+    return MergePlan(leaders, tokens, completion_tokens, sequences, labelled)
 
 
 def _numbered(keys: Iterator[bytes]) -> np.ndarray:
@@ -237,18 +237,18 @@ class _Own(NamedTuple):
 
     hashes: list[bytes]  # of its completions
     lengths: list[int]
-    winners: list[int]
-    losers: list[int]
+    chosen: list[int]
+    rejected: list[int]
 
 
 def _own(table: datasets.Dataset, indices: np.ndarray) -> Iterator[_Own]:
-    chosen = table.select(indices)
-    columns = (_read(chosen, name) for name in ("completions", "winners", "losers"))
-    for completions, winners, losers in zip(*columns, strict=True):
+    selected = table.select(indices)
+    columns = (_read(selected, name) for name in ("completions", "winners", "losers"))
+    for completions, chosen, rejected in zip(*columns, strict=True):
         flat = completions.flatten()
         hashes, lengths = _hashes(flat), flat.value_lengths().to_pylist()
         ends = pairwise(accumulate(completions.value_lengths().to_pylist(), initial=0))
-        for (a, b), won, lost in zip(ends, winners.to_pylist(), losers.to_pylist(), strict=True):
+        for (a, b), won, lost in zip(ends, chosen.to_pylist(), rejected.to_pylist(), strict=True):
             yield _Own(hashes[a:b], lengths[a:b], won, lost)
 
 

@@ -7,11 +7,11 @@ import numpy as np
 
 def ranges(
     counts: np.ndarray,  # (G,) of things that stand one group after another
-    chosen: np.ndarray,  # (n,) groups
+    selected: np.ndarray,  # (n,) groups
 ) -> np.ndarray:
-    """The places of all things of the chosen groups, in their order."""
-    taken = counts[chosen]
-    firsts = (np.cumsum(counts) - counts)[chosen]
+    """The places of all things of the selected groups, in their order."""
+    taken = counts[selected]
+    firsts = (np.cumsum(counts) - counts)[selected]
     return np.arange(taken.sum()) + np.repeat(firsts - (np.cumsum(taken) - taken), taken)
 
 

@@ -41,16 +41,16 @@ class TrimmedDataset:
         self,
         groups: TokenDataset,
         keep: np.ndarray,  # (E,) which of all edges
-        chosen: np.ndarray,  # (G,) which of all groups
+        selected: np.ndarray,  # (G,) which of all groups
         counted: np.ndarray,  # (G,) edges that each stands for in the mean of a step
         factors: np.ndarray | None = None,  # (E,) of all edges, in place of the objective's weights
     ) -> None:
         all_counts = groups.counts
         assert all_counts.edges.all()
-        seen = xxhash.xxh3_64_hexdigest(np.packbits(keep).tobytes() + chosen.astype(np.int64).tobytes())
+        seen = xxhash.xxh3_64_hexdigest(np.packbits(keep).tobytes() + selected.astype(np.int64).tobytes())
         self.name, self.fingerprint = groups.name, f"{groups.fingerprint}, trimmed {seen}"
         self.reference: ReferenceLogps | None = None
-        self._groups, self._keep, self._chosen, self._factors = groups, keep, chosen, factors
+        self._groups, self._keep, self._selected, self._factors = groups, keep, selected, factors
         self._firsts = np.cumsum(all_counts.edges) - all_counts.edges
         kept = sums(keep.astype(np.int64), all_counts.edges)
         self._whole = kept == all_counts.edges
@@ -62,32 +62,32 @@ class TrimmedDataset:
             counts["lengths"][index] = len(group.prompt) + tokens
             counts["sequences"][index] = len(group.completions)
             counts["labelled"][index] = sum(label != 0 for label in group.labels)
-        of_chosen = {name: values[chosen] for name, values in counts.items()}
-        self.counts = GroupCounts(**of_chosen, edges=kept[chosen], counted_edges=counted)
+        of_selected = {name: values[selected] for name, values in counts.items()}
+        self.counts = GroupCounts(**of_selected, edges=kept[selected], counted_edges=counted)
 
     @property
     def rows(self) -> np.ndarray:
-        return self._groups.rows[self._chosen]
+        return self._groups.rows[self._selected]
 
     @property
     def prompt_hashes(self) -> np.ndarray:
-        return self._groups.prompt_hashes[self._chosen]
+        return self._groups.prompt_hashes[self._selected]
 
     @property
     def margins(self) -> np.ndarray:
         """(E,) of the edges that are left."""
-        places = ranges(self._groups.counts.edges, self._chosen)
+        places = ranges(self._groups.counts.edges, self._selected)
         return self._groups.margins[places[self._keep[places]]]
 
     def ease(self, order: str) -> np.ndarray | None:
         ease = self._groups.ease(order)
-        return None if ease is None else ease[self._chosen]
+        return None if ease is None else ease[self._selected]
 
     def shapes(self, indices: np.ndarray) -> Shapes:
-        chosen = self._chosen[indices]
+        selected = self._selected[indices]
         return in_two_parts(
-            self._whole[chosen],
-            lambda places: self._groups.shapes(chosen[places]),
+            self._whole[selected],
+            lambda places: self._groups.shapes(selected[places]),
             lambda places: shapes_of([self[int(index)] for index in indices[places]]),
         )
 
@@ -95,7 +95,7 @@ class TrimmedDataset:
         return len(self.counts)
 
     def __getitem__(self, index: int) -> TokenGroup:
-        return self._trimmed(self._chosen[index])
+        return self._trimmed(self._selected[index])
 
     def _trimmed(self, index: int) -> TokenGroup:
         """Of all groups the one at this place."""
@@ -127,7 +127,7 @@ def drop_light(
 ) -> tuple[TokenDataset, dict[str, Any]]:
     """The groups without the edges lighter than `least`, which then count no more, and a report of that.
 
-    `weights` (E,). Raises ValueError if none is left.
+    `weights` (E,). Raises UserError if none is left.
     """
     keep = weights >= least
     if not keep.any():
@@ -142,8 +142,8 @@ def drop_light(
     if keep.all():
         return groups, report
     kept = sums(keep.astype(np.int64), groups.counts.edges)
-    chosen = np.flatnonzero(kept)
-    left = TrimmedDataset(groups, keep, chosen, kept[chosen])
+    selected = np.flatnonzero(kept)
+    left = TrimmedDataset(groups, keep, selected, kept[selected])
     return left, report | {"groups": len(left), "tokens": int(left.counts.lengths.sum())}
 
 
@@ -153,7 +153,7 @@ def draw_by_weight(groups: TokenDataset, weights: np.ndarray) -> tuple[TokenData
     With E edges of weights w, the mean that training descends is L = sum_e w_e l_e / E. A group drawn with
     probability W_g / sum W that counts as one item of loss sum_{e in g} (sum W / E) (w_e / W_g) l_e has the
     expectation L, whatever the sizes of groups; pairs alone have the factor sum W / E, the mean weight.
-    Raises ValueError if all weights are 0.
+    Raises UserError if all weights are 0.
     """
     of_groups = sums(weights, groups.counts.edges)
     if not of_groups.any():

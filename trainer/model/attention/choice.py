@@ -42,7 +42,7 @@ class Choice(NamedTuple):
 
 
 def choose(calls: Sequence[Call], wanted: str) -> Choice:
-    """The back-end for a model that makes these calls. Raises ValueError if the one that is wanted, or each
+    """The back-end for a model that makes these calls. Raises UserError if the one that is wanted, or each
     of them, does not compute them."""
     passed_over = dict[str, str]()
     kinds = list({call.kind: call for call in calls}.values())
@@ -122,7 +122,7 @@ def _value_and_gradients(backend: Backend, call: Call, inputs: list[Tensor]) -> 
 
 
 def require(attention: str) -> None:
-    """Raise ValueError if the back-end that is wanted has no chance here, before a model is loaded."""
+    """Raise UserError if the back-end that is wanted has no chance here, before a model is loaded."""
     if attention == "flash" and not flash_versions():
         raise UserError(
             "model.attention: flash needs the flash-attn package: pip install 'madpo[flash-attn]', "

@@ -74,7 +74,7 @@ def prefix_attention(
 ) -> tuple[Tensor, None]:  # (1, N, heads, head_dim)
     """Attention of every segment of a packed row. Called by transformers' attention layers.
 
-    Raises ValueError for parts of an attention that are not known here.
+    Raises UserError for parts of an attention that are not known here.
     """
     if segments is None:
         raise UserError(

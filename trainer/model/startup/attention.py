@@ -13,22 +13,22 @@ from madpo.trainer.model.attention.choice import CANDIDATES, choose
 from madpo.trainer.model.attention.inputs import Call
 from madpo.trainer.model.attention.prefix_sharing import NAMES, SegmentTable, Unshared
 from madpo.trainer.model.backbone import run_backbone
-from madpo.trainer.model.startup.checks import own_attention, refuse_unless_packing_is_exact
+from madpo.trainer.model.startup.checks import check_packing, own_attention
 
 
 def settle_attention(model: PreTrainedModel, wanted: str, device: torch.device) -> str:
     """Give the model the back-end for `model.attention`, or, if it cannot share rows, rows of its own; a
-    line that says which and why. Raises ValueError if the scores are not exact either way, or the back-end
+    line that says which and why. Raises UserError if the scores are not exact either way, or the back-end
     that is wanted does not compute this model's attention."""
     try:
         note = f"attention: {_settle_backend(model, wanted, device)}"
-        refuse_unless_packing_is_exact(model, device)
+        check_packing(model, device)
         return note
     except Unshared as reason:
         before, name = model.config._attn_implementation, own_attention(model)
         model.set_attn_implementation(name)
         try:
-            refuse_unless_packing_is_exact(model, device)
+            check_packing(model, device)
         except UserError:
             model.set_attn_implementation(before)  # pyright: ignore[reportArgumentType]
             raise reason from None

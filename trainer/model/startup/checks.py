@@ -19,8 +19,8 @@ from madpo.trainer.model.backbone import backbone, last_hidden, output_head, sco
 
 
 @torch.no_grad()
-def refuse_unless_head_is_known(model: PreTrainedModel, device: torch.device) -> None:
-    """Raise ValueError for a model whose logits are not `output_head` of its hidden states."""
+def check_head(model: PreTrainedModel, device: torch.device) -> None:
+    """Raise UserError for a model whose logits are not `output_head` of its hidden states."""
     ids = torch.arange(min(model.config.vocab_size, 16), device=device)[None]
     inputs: dict[str, Any] = {
         "input_ids": ids,
@@ -46,8 +46,8 @@ def tolerance_of(model: PreTrainedModel) -> float:
 
 
 @torch.no_grad()
-def refuse_unless_packing_is_exact(model: PreTrainedModel, device: torch.device) -> None:
-    """Raise ValueError for a model in which packing changes what a completion's tokens see.
+def check_packing(model: PreTrainedModel, device: torch.device) -> None:
+    """Raise UserError for a model in which packing changes what a completion's tokens see.
 
     Two groups of random tokens are scored packed, and each completion alone with transformers' own attention.
     Layers that carry a state along the row, take positions from the row, or look at tokens to come give
@@ -115,8 +115,8 @@ def _rounded_once_more(embeddings: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def refuse_noise(model: PreTrainedModel, device: torch.device) -> None:
-    """Raise ValueError for a model that in training computes something else than in evaluation, such as
+def check_noise(model: PreTrainedModel, device: torch.device) -> None:
+    """Raise UserError for a model that in training computes something else than in evaluation, such as
     experts that are drawn: policy and reference would differ by it."""
     ids = np.random.default_rng(1).integers(0, min(model.config.vocab_size, 1000), 128)
     batch = pack([TokenGroup(ids[:64].tolist(), [ids[64:].tolist()], [])]).to(device)

@@ -19,10 +19,8 @@ TOLERANCE = {torch.float32: 1e-3}
 
 
 @torch.no_grad()
-def refuse_unless_slicing_is_exact(
-    model: PreTrainedModel, group: SequenceGroup, device: torch.device
-) -> None:
-    """Raise ValueError, on all ranks, for a model whose hidden states of a row in slices are others than
+def check_slicing(model: PreTrainedModel, group: SequenceGroup, device: torch.device) -> None:
+    """Raise UserError, on all ranks, for a model whose hidden states of a row in slices are others than
     those of the whole row, or whose heads the ranks cannot share.
 
     What counts is the middle token's error: in bf16 a router may send single tokens elsewhere. A model that

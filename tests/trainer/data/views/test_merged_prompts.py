@@ -15,9 +15,9 @@ from plain import zero3_steps
 
 from madpo.trainer.batches.steps import StepRules, plan_step
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.feed import WholeSet
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.data.training_data import load_data
+from madpo.trainer.data.training_source import DatasetSource
 from madpo.trainer.data.views.merged_prompts import MergedDataset, joined, merge_prompts
 from madpo.trainer.dist import Shard
 from madpo.trainer.model.tokenizer import load_tokenizer
@@ -226,18 +226,18 @@ def test_the_runs_identity_depends_on_what_is_merged_and_not_on_the_micro_batch(
 
     def content(**changes: Any) -> str:
         sections = {name: getattr(config, name).model_copy(update=x) for name, x in changes.items()}
-        feed = load_data(config.model_copy(update=sections), tokenizer, training=True).feed
-        assert feed is not None
-        return feed.content
+        source = load_data(config.model_copy(update=sections), tokenizer, training=True).source
+        assert source is not None
+        return source.content
 
     assert content(train={"micro_batch_tokens": 9999}) == content() != content(data={"merge_prompts": False})
 
 
 def test_a_step_is_the_same_wherever_training_goes_on_and_for_any_number_of_ranks(tmp_path, tokenizer_folder):
     groups = train_of(config_for(tmp_path, tokenizer_folder, pairs()))
-    feed = WholeSet(groups, 3, "shuffled", {})
-    whole = feed.take(0, 12)[1].tolist()
-    again = WholeSet(train_of(config_for(tmp_path, tokenizer_folder, pairs())), 3, "shuffled", {})
+    source = DatasetSource(groups, 3, "shuffled", {})
+    whole = source.take(0, 12)[1].tolist()
+    again = DatasetSource(train_of(config_for(tmp_path, tokenizer_folder, pairs())), 3, "shuffled", {})
     assert [again.take(at, 1)[1][0] for at in range(12)] == whole
     rules, indices = StepRules(Item.EDGE, 256), np.array(whole[:4])
     told = [

@@ -17,9 +17,9 @@ from madpo.trainer import loop
 from madpo.trainer.batches.packing import PackedBatch
 from madpo.trainer.batches.steps import StepRules, plan_step
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.feed import WholeSet
 from madpo.trainer.data.order import DataOrder, systematic_draws
 from madpo.trainer.data.training_data import load_data, weighed
+from madpo.trainer.data.training_source import DatasetSource
 from madpo.trainer.data.views.trimmed import TrimmedDataset, draw_by_weight, edge_weights, skip_weightless
 from madpo.trainer.dist import Shard
 from madpo.trainer.head import OutputHead, PreferenceHead
@@ -78,8 +78,8 @@ def losses_and_gradients(shard: Shard, config: Config, skips: bool) -> list[Any]
     data = load_data(config, tokenizer, training=True)
     data = weighed(data, config) if skips else data
     engine, records = start_engine(config, tokenizer, training=True), list[Any]()
-    assert data.feed is not None
-    loop.train(config, engine, data.feed, data.train, shard, TrainState(), records.append, lambda: None)
+    assert data.source is not None
+    loop.train(config, engine, data.source, data.train, shard, TrainState(), records.append, lambda: None)
     weights = [parameter.detach().clone() for parameter in _whole(engine.module.policy)]
     engine.release()
     return [records, weights] if shard.is_main else []
@@ -153,8 +153,8 @@ def test_a_stream_skips_too(tmp_path, tokenizer_folder):
         data={"streaming": True, "stream_block": 5, "order": "as_is"},
         train={"max_steps": 2},
     )
-    feed = data_of(config).feed
-    groups, indices = feed.take(0, 12)
+    source = data_of(config).source
+    groups, indices = source.take(0, 12)
     assert groups.counts.counted_edges[indices].tolist() == [1] * 12
     assert groups.counts.edges[indices].tolist() == [int(margin > 0) for margin in MIXED[:12]]
     assert plan_step(groups, indices, RULES, ALONE).uncomputed == 8
@@ -167,10 +167,10 @@ def test_light_pairs_are_left_out_and_told(tmp_path, tokenizer_folder):
     data = data_of(config)
     assert sorted(data.train.margins.tolist()) == sorted(np.array(margins)[weights >= 0.5].tolist())
     assert data.train.counts.edges.tolist() == data.train.counts.counted_edges.tolist()
-    report = data.feed.report()["train"]
+    report = data.source.report()["train"]
     assert report["pairs_below_min_weight"] == (weights < 0.5).sum() > 0
     assert report["share_of_weight_below"] == pytest.approx(weights[weights < 0.5].sum() / weights.sum())
-    assert report["groups"] == len(data.train) == data.feed.num_groups
+    assert report["groups"] == len(data.train) == data.source.num_groups
     with pytest.raises(
         ValueError, match=r"min_weight: 5 is above the weight of every pair .* largest is 1\.4"
     ):
@@ -268,8 +268,8 @@ def test_merged_pairs_of_a_group_keep_their_relative_weights(tmp_path, tokenizer
     for index, (first, count) in enumerate(zip(firsts, groups.counts.edges, strict=True)):
         own = weights[first : first + count]
         assert data.train[index].weights == pytest.approx(weights.mean() * own / own.sum())
-    assert data.train.counts.counted_edges.tolist() == [1] * 4 and isinstance(data.feed, WholeSet)
-    assert data.feed.num_groups == 4
+    assert data.train.counts.counted_edges.tolist() == [1] * 4 and isinstance(data.source, DatasetSource)
+    assert data.source.num_groups == 4
 
 
 def test_held_out_pairs_are_weighted_as_ever(tmp_path, tokenizer_folder):
@@ -290,7 +290,7 @@ def test_weights_of_the_batch_take_the_place_of_the_objectives_in_the_head(tmp_p
     drawn, _ = draw_by_weight(*_with_weights(config))
     batch = plan_step(drawn, np.arange(4), RULES, ALONE).batches[0]
     torch.manual_seed(0)
-    hidden, ref_hidden = torch.randn(2, len(batch.rows), 16)
+    hidden, ref_hidden = torch.randn(2, len(batch.scored_positions), 16)
     weight = torch.nn.Parameter(torch.randn(311, 16) / 4)
 
     def loss(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:

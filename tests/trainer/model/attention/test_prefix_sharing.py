@@ -13,7 +13,7 @@ from kernel_cases import relative_error
 from madpo.trainer.batches.packing import Segment
 from madpo.trainer.model.attention import prefix_sharing as prefix_attention
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable
-from madpo.trainer.model.startup.checks import refuse_unless_head_is_known, refuse_unless_packing_is_exact
+from madpo.trainer.model.startup.checks import check_head, check_packing
 
 NAME = prefix_attention.NAMES["sdpa"]
 
@@ -70,7 +70,7 @@ def test_the_check_at_start_refuses_a_head_that_does_something_else():
     model = tiny_model("Llama 3", NAME)
     model.config.logit_scale = 2.0  # which a Llama ignores
     with pytest.raises(ValueError, match="its logits differ from those of its output weight"):
-        refuse_unless_head_is_known(model, torch.device("cpu"))
+        check_head(model, torch.device("cpu"))
 
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -81,7 +81,7 @@ def test_the_check_at_start_refuses_tokens_that_see_those_to_come(dtype):
     """Shared, a prompt cannot see what follows it."""
     model = tiny_model("Gemma 3", NAME, use_bidirectional_attention=True).to(dtype)
     with pytest.raises(ValueError, match="packed scores differ from single ones"):
-        refuse_unless_packing_is_exact(model, torch.device("cpu"))
+        check_packing(model, torch.device("cpu"))
 
 
 def test_a_few_tokens_that_rounding_sends_to_other_experts_are_no_alarm():
@@ -89,8 +89,8 @@ def test_a_few_tokens_that_rounding_sends_to_other_experts_are_no_alarm():
     config = tiny_config("gpt-oss", num_local_experts=32, num_experts_per_tok=4, **layers)
     torch.manual_seed(3)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
-    refuse_unless_packing_is_exact(model, torch.device("cpu"))
-    refuse_unless_packing_is_exact(model.to(torch.bfloat16), torch.device("cpu"))
+    check_packing(model, torch.device("cpu"))
+    check_packing(model.to(torch.bfloat16), torch.device("cpu"))
 
 
 def test_masks_that_a_model_forms_by_itself_are_refused():

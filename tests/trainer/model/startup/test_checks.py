@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from madpo.trainer.config.schema import Config
 from madpo.trainer.model.attention import prefix_sharing
-from madpo.trainer.model.startup.checks import refuse_noise
+from madpo.trainer.model.startup.checks import check_noise
 
 PHIMOE = {**SIZES, "model_type": "phimoe", **EXPERTS, "head_dim": 12}
 
@@ -60,8 +60,8 @@ def test_the_check_leaves_the_mode_as_it_was_and_lets_quiet_models_pass(dtype):
         model = tiny_model(family, prefix_sharing.NAMES["sdpa"]).to(dtype)
         for mode in (False, True):
             model.train(mode)
-            refuse_noise(model, torch.device("cpu"))
+            check_noise(model, torch.device("cpu"))
             assert all(module.training == mode for module in model.modules())
     noisy = tiny_model("Mixtral", prefix_sharing.NAMES["sdpa"], router_jitter_noise=0.5).to(dtype)
     with pytest.raises(ValueError, match="in training its hidden states differ from those in evaluation"):
-        refuse_noise(noisy, torch.device("cpu"))
+        check_noise(noisy, torch.device("cpu"))

@@ -45,7 +45,7 @@ class PairGroups:
         return Shapes(prompts, self.counts.sequences[indices], completions.ravel())
 
 
-class PairFeed:
+class PairSource:
     """The pairs in order. Unless packing is balanced, all claim to be alike: each as long as a micro-batch,
     so that none is packed with another, or as the mean, for as many micro-batches as if balanced."""
 

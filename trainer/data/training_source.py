@@ -11,7 +11,7 @@ from madpo.trainer.data.groups import TokenDataset, TokenGroups
 from madpo.trainer.data.order import DataOrder
 
 
-class Feed(Protocol):
+class TrainingSource(Protocol):
     """An endless sequence of groups, the same on every rank, for any number of ranks and whenever asked:
     the number of groups consumed is all there is to resume from."""
 
@@ -21,7 +21,7 @@ class Feed(Protocol):
     def take(self, consumed: int, count: int) -> tuple[TokenGroups, np.ndarray]:
         """The groups at positions consumed .. consumed + count - 1: (count,) indices into some groups.
 
-        Raises ValueError if they cannot be read or do not serve the objective.
+        Raises UserError if they cannot be read or do not serve the objective.
         """
         ...
 
@@ -39,7 +39,7 @@ def content_of(groups: TokenDataset) -> str:
     return f"{len(groups)} groups, {groups.fingerprint}"
 
 
-class WholeSet:
+class DatasetSource:
     """A data set that is known as a whole, in the order of `data.order`, or drawn by weights (G,)."""
 
     def __init__(
@@ -55,7 +55,7 @@ class WholeSet:
         self._groups, self._report = groups, report
         self._order = DataOrder(len(groups), seed, groups.ease(order), weights)
 
-    def seeing(self, groups: TokenDataset) -> WholeSet:
+    def seeing(self, groups: TokenDataset) -> DatasetSource:
         """The same order of the same groups, about which more is known."""
         out = copy.copy(self)
         out._groups = groups
