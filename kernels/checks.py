@@ -1,4 +1,4 @@
-"""What the ops demand of their arguments. A kernel would read beyond a tensor that is too short."""
+"""Checks of the ops' arguments: a kernel would read beyond the end of a tensor that is too short."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from madpo.kernels.edge_loss import EdgeLoss
-from madpo.kernels.layout import Groups
+from madpo.kernels.layout import GroupLayout
 
 
 def require(name: str, tensor: Tensor | None, *shape: int, like: Tensor | None = None) -> None:
-    """Raise ValueError unless a given tensor has this shape, and the dtype and device of `like`."""
+    """Raise ValueError unless the tensor is None or has this shape, and the dtype and device of `like`."""
     if tensor is None:
         return
     if tuple(tensor.shape) != shape:
@@ -49,7 +49,7 @@ def require_targets(targets: Tensor, rows: Tensor) -> None:
         raise ValueError(f"targets: {targets.dtype}, but torch.int64 is needed")
 
 
-def require_edges(loss: EdgeLoss, groups: Groups) -> None:
+def require_edges(loss: EdgeLoss, groups: GroupLayout) -> None:
     """Raise ValueError unless the loss's vectors have one number per edge."""
     for name in ("offsets", "weights", "margins"):
         require(name, getattr(loss, name), len(groups.chosen))

@@ -1,4 +1,4 @@
-"""How much of a batch's logits is worked on at once, within a budget of memory."""
+"""Cut a batch into chunks whose logits fit a budget of memory."""
 
 from __future__ import annotations
 
@@ -8,36 +8,37 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from madpo.kernels.layout import Groups, Span
+from madpo.kernels.layout import GroupLayout, GroupRange
 
 MIN_COLUMNS = 256
+"""The narrowest block of the vocabulary, whatever the budget."""
 
 
 @dataclass(frozen=True)
-class Wave:
-    """A span whose logits are formed together."""
+class Chunk:
+    """Groups whose logits are formed together: at once, or a block of the vocabulary at a time."""
 
-    span: Span
+    group_range: GroupRange
     logits_dtype: torch.dtype
-    columns: int  # of the vocabulary at a time; all of it, unless the span exceeds the budget
+    columns: int  # width of a block: the whole vocabulary unless these logits exceed the budget
 
 
-def plan_waves(
-    groups: Groups,
+def plan_chunks(
+    groups: GroupLayout,
     vocab_size: int,
     budget_bytes: int,
     wide: torch.dtype,
     narrow: torch.dtype,
-) -> list[Wave]:
-    """Cut the batch into waves whose logits take at most `budget_bytes`.
+) -> list[Chunk]:
+    """Cut the batch into chunks of whole groups whose logits take at most `budget_bytes`.
 
-    As few waves as possible, then as even as possible: GEMMs lose speed with few rows. Logits are
-    kept in `wide`. A group that is too large for that is a wave of its own: in `narrow` if that fits,
-    else in `wide` again but a slab of columns at a time, twice (MIN_COLUMNS at the least, whatever
-    the budget).
+    As few chunks as possible, then as even as possible: GEMMs lose speed with few rows. Logits have the
+    dtype `wide`. A group whose logits exceed the budget is a chunk of its own. Its logits are `narrow` if
+    these fit. Otherwise they are `wide` and formed twice, a block of the vocabulary at a time, of
+    MIN_COLUMNS at the least.
     """
-    spans = _group_spans(groups)
-    sizes = [span.num_rows for span in spans]
+    group_ranges = _range_of_each_group(groups)
+    sizes = [group_range.num_rows for group_range in group_ranges]
     low, high = 1, max(budget_bytes // (padded(vocab_size) * wide.itemsize), 1)
     fewest = len(_cut(sizes, high))
     while low < high:
@@ -46,12 +47,15 @@ def plan_waves(
             high = middle
         else:
             low = middle + 1
-    joined = (_join(spans[first], spans[last - 1]) for first, last in pairwise([0, *_cut(sizes, high)]))
-    return [_wave(span, vocab_size, budget_bytes, wide, narrow) for span in joined]
+    joined = (
+        _join(group_ranges[first], group_ranges[last - 1])
+        for first, last in pairwise([0, *_cut(sizes, high)])
+    )
+    return [_chunk(group_range, vocab_size, budget_bytes, wide, narrow) for group_range in joined]
 
 
 def _cut(sizes: Sequence[int], most: int) -> list[int]:
-    """Where runs of neighbours end that sum to at most `most`; a larger one is a run of its own."""
+    """The ends of runs of neighbours that sum to at most `most`; a larger size is a run of its own."""
     ends: list[int] = []
     total = 0
     for index, size in enumerate(sizes):
@@ -62,21 +66,23 @@ def _cut(sizes: Sequence[int], most: int) -> list[int]:
     return [*ends, len(sizes)] if sizes else []
 
 
-def _wave(span: Span, vocab_size: int, budget_bytes: int, wide: torch.dtype, narrow: torch.dtype) -> Wave:
-    cells = span.num_rows * padded(vocab_size)
+def _chunk(
+    group_range: GroupRange, vocab_size: int, budget_bytes: int, wide: torch.dtype, narrow: torch.dtype
+) -> Chunk:
+    cells = group_range.num_rows * padded(vocab_size)
     for dtype in (wide, narrow):
         if cells * dtype.itemsize <= budget_bytes:
-            return Wave(span, dtype, vocab_size)
-    columns = budget_bytes // (span.num_rows * wide.itemsize) // MIN_COLUMNS * MIN_COLUMNS
-    return Wave(span, wide, min(vocab_size, max(columns, MIN_COLUMNS)))
+            return Chunk(group_range, dtype, vocab_size)
+    columns = budget_bytes // (group_range.num_rows * wide.itemsize) // MIN_COLUMNS * MIN_COLUMNS
+    return Chunk(group_range, wide, min(vocab_size, max(columns, MIN_COLUMNS)))
 
 
-def _group_spans(groups: Groups) -> list[Span]:
+def _range_of_each_group(groups: GroupLayout) -> list[GroupRange]:
     rows = [0, *accumulate(groups.lengths)]
     sequences = [0, *accumulate(groups.group_sequences)]
     edges = [0, *accumulate(groups.group_edges)]
     return [
-        Span(
+        GroupRange(
             slice(g, g + 1),
             slice(sequences[g], sequences[g + 1]),
             slice(edges[g], edges[g + 1]),
@@ -86,8 +92,8 @@ def _group_spans(groups: Groups) -> list[Span]:
     ]
 
 
-def _join(a: Span, b: Span) -> Span:
-    return Span(
+def _join(a: GroupRange, b: GroupRange) -> GroupRange:
+    return GroupRange(
         slice(a.groups.start, b.groups.stop),
         slice(a.sequences.start, b.sequences.stop),
         slice(a.edges.start, b.edges.stop),
@@ -96,12 +102,12 @@ def _join(a: Span, b: Span) -> Span:
 
 
 def row_chunks(rows: int, vocab_size: int, budget_bytes: int, itemsize: int) -> list[slice]:
-    """Equal runs of rows whose logits take at most `budget_bytes` (one row at the least)."""
+    """Equal runs of rows whose logits take at most `budget_bytes`, at least one row each."""
     count = -(-rows // max(1, budget_bytes // (padded(vocab_size) * itemsize)))
     edges = [rows * i // count for i in range(count + 1)] if count else []
     return [slice(a, b) for a, b in pairwise(edges)]
 
 
 def padded(columns: int) -> int:
-    """Rows of logits begin at multiples of 16 elements, for GEMMs and wide loads."""
+    """Round up to 16: rows of logits begin at multiples of 16 elements, for GEMMs and wide loads."""
     return -(-columns // 16) * 16

@@ -1,7 +1,7 @@
-"""The preference head for objectives that look at whole distributions, not at the targets' log-probs alone.
+"""The preference head for objectives that need whole distributions, not the targets' log-probs alone.
 
-Plain torch on any device: a wave's logits and their derivatives come from autograd, so it keeps several
-times the logits of `preference_loss` and reads them more often. For the few objectives that need it.
+Plain torch on any device, in chunks of whole groups. Autograd differentiates a chunk's logits, so it keeps
+several times the logits of `preference_loss` and reads them more often. For the few objectives that need it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 from madpo.kernels.checks import require_head
-from madpo.kernels.chunks import Wave, plan_waves
+from madpo.kernels.chunks import Chunk, plan_chunks
 from madpo.kernels.gemm import wide_dtype
-from madpo.kernels.layout import Groups, Span
+from madpo.kernels.layout import GroupLayout, GroupRange
 from madpo.kernels.preference_loss import PreferenceLossFunction, Reference
 from madpo.kernels.primitives import TORCH
 from madpo.kernels.token_scores import TokenScores
 from madpo.kernels.transform import IDENTITY, LogitTransform
 
 COPIES = 8
-"""Tensors of the logits' size that are alive at once at most: both models', in and out of softmax, slopes."""
+"""Tensors of the logits' size alive at once, at most: both models', before and after softmax, gradients."""
 
 
-TokensLoss = Callable[[TokenScores, Span], Tensor]
-"""(scores of the span's tokens, differentiable, span) -> sum of the span's losses, a scalar."""
+TokensLoss = Callable[[TokenScores, GroupRange], Tensor]
+"""(differentiable scores of m tokens, their groups) -> () the sum of these groups' losses."""
 
 
 class DistributionLoss(NamedTuple):
@@ -41,7 +41,7 @@ def distribution_loss(
     hidden: Tensor,  # (M, H) the positions that predict the targets
     weight: Tensor,  # (V, H)
     targets: Tensor,  # (M,) in [0, V)
-    groups: Groups,
+    groups: GroupLayout,
     loss: TokensLoss,
     reference: Reference | None = None,
     *,
@@ -52,9 +52,10 @@ def distribution_loss(
 ) -> DistributionLoss:
     """scale * sum of the losses, with gradients to `hidden`, `weight` and `bias`, formed in forward.
 
-    Waves of whole groups take about `budget_bytes`; a larger group is a wave of its own. The reference is
-    given by its hidden states and weight, or by the log-probs of the targets, which tell no KL. Raises
-    ValueError for shapes that contradict each other.
+    Chunks of whole groups take about `budget_bytes`; a larger group is a chunk of its own. The reference is
+    given by its hidden states and weight, or by the log-probs of the targets, which give no KL.
+
+    Raises ValueError for shapes that contradict each other.
     """
     require_head(hidden, weight, bias, targets)
     groups.check(len(targets))
@@ -68,7 +69,7 @@ def distribution_loss(
 def _forward(
     needs: Sequence[bool],
     targets: Tensor,
-    groups: Groups,
+    groups: GroupLayout,
     loss: TokensLoss,
     reference: Reference,
     transform: LogitTransform,
@@ -87,24 +88,24 @@ def _forward(
     wide_bias = None if bias is None else leaf(bias, needs[2])
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     d_hidden = torch.zeros_like(hidden) if needs[0] else None
-    parts: list[TokenScores] = []
-    waves = plan_waves(groups, len(weight), budget_bytes, wide, wide)
-    for wave in waves or [Wave(groups.span, wide, len(weight))]:  # without a row, of no row
-        rows = wave.span.rows
+    scores: list[TokenScores] = []
+    chunks = plan_chunks(groups, len(weight), budget_bytes, wide, wide)
+    for chunk in chunks or [Chunk(groups.whole_range, wide, len(weight))]:  # no tokens: one empty chunk
+        rows = chunk.group_range.rows
         wide_hidden = leaf(hidden[rows], needs[0])
         with torch.enable_grad():
             inputs = wide_hidden, wide_weight, wide_bias, targets[rows]
-            statistics = _statistics(*inputs, reference, rows, transform)
-            span_loss = scale * loss(statistics, wave.span)
-        if span_loss.requires_grad:
-            span_loss.backward()
+            tokens = _token_scores(*inputs, reference, rows, transform)
+            chunk_loss = scale * loss(tokens, chunk.group_range)
+        if chunk_loss.requires_grad:
+            chunk_loss.backward()
         if d_hidden is not None and wide_hidden.grad is not None:
             d_hidden[rows] = wide_hidden.grad.to(hidden.dtype)
-        total += span_loss.detach()
-        parts.append(statistics.detach())
-    rows_known = (None if x[0] is None else torch.cat(x) for x in zip(*parts, strict=True))
+        total += chunk_loss.detach()
+        scores.append(tokens.detach())
+    joined = (None if x[0] is None else torch.cat(x) for x in zip(*scores, strict=True))
     gradients = [d_hidden, _gradient(wide_weight, weight), _gradient(wide_bias, bias)]
-    return (total.to(wide), *rows_known), gradients
+    return (total.to(wide), *joined), gradients
 
 
 def _gradient(leaf: Tensor | None, like: Tensor | None) -> Tensor | None:
@@ -113,7 +114,7 @@ def _gradient(leaf: Tensor | None, like: Tensor | None) -> Tensor | None:
     return torch.zeros_like(like) if leaf.grad is None else leaf.grad.to(like.dtype)
 
 
-def _statistics(
+def _token_scores(
     hidden: Tensor,  # (m, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)

@@ -1,7 +1,8 @@
-"""The family of pairwise losses that the kernels form themselves, as data, and its plain torch twin.
+"""The family of pairwise losses that the kernels form themselves: its parameters, and its plain torch twin.
 
 With l the log-prob of a completion (divided by its length where `length_normalised`), r the
-reference's (0 without one), D = (l_w - r_w) - (l_l - r_l) and z = beta * D - offset,
+reference's (0 without one), w chosen and l rejected, D = (l_w - r_w) - (l_l - r_l) and
+z = beta * D - offset,
 
     sigmoid   positive * softplus(-z) + negative * softplus(z)
     hinge     max(0, 1 - z)
@@ -56,12 +57,12 @@ class MarginWeight:
 
 @dataclass(frozen=True)
 class EdgeLoss:
-    """One member of the family. Vectors per edge live on the device of the rows."""
+    """One member of the family. Its vectors are on the device of the hidden states or logits."""
 
     beta: float
     curve: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
-    positive: float = 1.0  # of the sigmoid curve: share of the label as given
-    negative: float = 0.0  # share of the label reversed
+    positive: float = 1.0  # sigmoid curve: weight of the preference as given
+    negative: float = 0.0  # sigmoid curve: weight of the reversed preference
     length_normalised: bool = False
     offset: float = 0.0
     offsets: Tensor | None = None  # (E,) added to `offset`
@@ -85,7 +86,7 @@ def edge_loss_ref(
     chosen: Tensor,  # (E,)
     rejected: Tensor,  # (E,)
     loss: EdgeLoss,
-    edges: slice = slice(None),  # which of the per-edge vectors `winners` and `losers` stand for
+    edges: slice = slice(None),  # the part of the loss's vectors that `chosen` and `rejected` are for
 ) -> Tensor:
     """The weighted losses (E,), differentiable in `logps`, in its dtype."""
     ratios = logps if ref_logps is None else logps - ref_logps

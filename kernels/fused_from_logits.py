@@ -1,8 +1,7 @@
-"""The pairwise losses from logits that exist already: one launch forward, one read and write backward.
+"""The pairwise losses from existing logits, in one launch: scores, sums and losses together.
 
-A program streams one row of the policy's logits and the same row of the reference's. Whichever program
-finishes a group last sums its sequences and forms its edges, in a fixed order: which one it is changes
-nothing in the result.
+A program streams one row of the policy's logits and one of the reference's. The program that finishes a
+group last sums its sequences and forms its edges, in a fixed order, so it does not matter which one it is.
 """
 
 # Checkers see a kernel as the function it was written as: no launch options, constants without attributes.
@@ -15,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from madpo.kernels import logit_rows as rows
+from madpo.kernels import logit_rows
 from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.group_loss import edge_terms, group_loss, sum_rows
-from madpo.kernels.layout import Groups
+from madpo.kernels.layout import GroupLayout
 from madpo.kernels.logit_rows import LOWEST, stream_row, target_logit
+from madpo.kernels.stats import LogitStats, PairLosses
 from madpo.kernels.transform import LogitTransform
 
 
@@ -27,7 +27,7 @@ from madpo.kernels.transform import LogitTransform
 def score_row(
     LOGITS, row_stride, i, target, num_columns, LOGPS, TRANSFORM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Write the target's log-prob of row i; returns the row's logsumexp."""
+    """Store the log-prob of row i's target; return the row's logsumexp."""
     row = LOGITS + i.to(tl.int64) * row_stride
     z = target_logit(row, None, target, num_columns, TRANSFORM)
     lowest = tl.full((), LOWEST, tl.float32)
@@ -42,16 +42,11 @@ def score_row(
     do_not_specialize_on_alignment=[
         "TARGETS",
         "GROUP_OF_ROW",
-        "layout",
+        "ranges",
         "terms",
         "COUNTERS",
-        "LOGPS",
-        "REF_LOGPS",
-        "NORMALISERS",
-        "LOGP_SUMS",
-        "REF_LOGP_SUMS",
-        "LOSSES",
-        "SLOPES",
+        "stats",
+        "pairs",
     ],
 )
 def _score_groups_kernel(
@@ -59,16 +54,11 @@ def _score_groups_kernel(
     REF_LOGITS,  # (M, V) or None
     TARGETS,  # (M,)
     GROUP_OF_ROW,  # (M,)
-    layout,
-    terms,
+    ranges,  # PairRanges
+    terms,  # EdgeTerms
     COUNTERS,  # (G,) zeros
-    LOGPS,  # (M,)
-    REF_LOGPS,  # (M,) or None; scored here where there are REF_LOGITS
-    NORMALISERS,  # (M,)
-    LOGP_SUMS,  # (S,)
-    REF_LOGP_SUMS,  # (S,) or None; formed here where there are REF_LOGPS
-    LOSSES,  # (E,)
-    SLOPES,  # (M,)
+    stats,  # LogitStats; ref_token_logps are scored here where there are REF_LOGITS
+    pairs,  # PairLosses; ref_logps are formed here where there are ref_token_logps
     num_rows,
     num_columns,
     row_stride,
@@ -84,12 +74,14 @@ def _score_groups_kernel(
     if i < num_rows:
         g = tl.load(GROUP_OF_ROW + i).to(tl.int32)
         target = tl.load(TARGETS + i)
-        normaliser = score_row(LOGITS, row_stride, i, target, num_columns, LOGPS, TRANSFORM, BLOCK)
-        tl.store(NORMALISERS + i, normaliser)
+        logps = stats.token_logps
+        normaliser = score_row(LOGITS, row_stride, i, target, num_columns, logps, TRANSFORM, BLOCK)
+        tl.store(stats.normalisers + i, normaliser)
         if REF_LOGITS is not None:
-            score_row(REF_LOGITS, ref_row_stride, i, target, num_columns, REF_LOGPS, TRANSFORM, BLOCK)
-    first_sequence, last_sequence = tl.load(layout.sequences + g), tl.load(layout.sequences + g + 1)
-    rows = tl.load(layout.rows + last_sequence) - tl.load(layout.rows + first_sequence)
+            ref_logps = stats.ref_token_logps
+            score_row(REF_LOGITS, ref_row_stride, i, target, num_columns, ref_logps, TRANSFORM, BLOCK)
+    first_sequence, last_sequence = tl.load(ranges.sequences + g), tl.load(ranges.sequences + g + 1)
+    rows = tl.load(ranges.rows + last_sequence) - tl.load(ranges.rows + first_sequence)
     # Every warp's stores come before the count, and the count before any load of the group's log-probs,
     # which bypass this multiprocessor's own cache.
     tl.debug_barrier()
@@ -97,33 +89,28 @@ def _score_groups_kernel(
     if finished < rows:
         return
     for s in range(first_sequence, last_sequence):
-        start, stop = tl.load(layout.rows + s), tl.load(layout.rows + s + 1)
-        tl.store(LOGP_SUMS + s, sum_rows(LOGPS, start, stop, ".cg"))
-        if REF_LOGPS is not None:
-            tl.store(REF_LOGP_SUMS + s, sum_rows(REF_LOGPS, start, stop, ".cg"))
+        start, stop = tl.load(ranges.rows + s), tl.load(ranges.rows + s + 1)
+        tl.store(pairs.logps + s, sum_rows(stats.token_logps, start, stop, ".cg"))
+        if stats.ref_token_logps is not None:
+            tl.store(pairs.ref_logps + s, sum_rows(stats.ref_token_logps, start, stop, ".cg"))
     tl.debug_barrier()
-    group_loss(g, LOGP_SUMS, REF_LOGP_SUMS, layout, terms, LOSSES, SLOPES, CURVE, LENGTH_NORMALISED)
+    group_loss(g, ranges, terms, pairs, CURVE, LENGTH_NORMALISED)
 
 
 def score_groups(
     logits: Tensor,  # (M, V)
     ref_logits: Tensor | None,  # (M, V)
     targets: Tensor,  # (M,)
-    groups: Groups,
+    groups: GroupLayout,
     loss: EdgeLoss,
     scale: float,
     transform: LogitTransform,
-    logps: Tensor,  # (M,)
-    ref_token_logps: Tensor | None,  # (M,)
-    normalisers: Tensor,  # (M,)
-    logp_sums: Tensor,  # (S,) float64
-    ref_logps: Tensor | None,  # (S,)
-    losses: Tensor,  # (E,)
-    slopes: Tensor,  # (M,)
+    stats: LogitStats,
+    pairs: PairLosses,
 ) -> None:
-    """Fill the outputs, which begin with `logps`, from the logits.
+    """Fill `stats` and `pairs` from the logits.
 
-    `ref_token_logps` is written where there are `ref_logits`, `ref_logps` where there are
+    `ref_token_logps` are written where there are `ref_logits`, `ref_logps` where there are
     `ref_token_logps`; otherwise they are read.
     """
     assert logits.stride(1) == 1 and (ref_logits is None or ref_logits.stride(1) == 1)
@@ -135,16 +122,11 @@ def score_groups(
         ref_logits,
         targets,
         groups.group_of_row,
-        groups.layout,
+        groups.ranges,
         edge_terms(loss, scale),
         torch.zeros(num_groups, dtype=torch.int32, device=logits.device),
-        logps,
-        ref_token_logps,
-        normalisers,
-        logp_sums,
-        ref_logps,
-        losses,
-        slopes,
+        stats,
+        pairs,
         num_rows,
         logits.shape[1],
         logits.stride(0),
@@ -152,6 +134,6 @@ def score_groups(
         CURVE=loss.curve,
         LENGTH_NORMALISED=loss.length_normalised,
         TRANSFORM=transform,
-        BLOCK=rows.BLOCK,
-        num_warps=rows.NUM_WARPS,
+        BLOCK=logit_rows.BLOCK,
+        num_warps=logit_rows.NUM_WARPS,
     )

@@ -1,4 +1,4 @@
-"""Matrix products into wide accumulators: which dtypes are wide, and what torch multiplies as it is."""
+"""Matrix products of narrow operands with wide sums."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """What logits, sums and gradients are formed in."""
+    """The dtype in which logits, sums and gradients are formed: float32, or float64 for float64 inputs."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def mm_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
-    """out = a @ b, or out += a @ b, rounded once from the accumulators to out's dtype."""
+    """out = a @ b, or out += a @ b, summed in a wide dtype and rounded once to out's."""
     if not has_gemm(out, a, b):
         wide = torch.promote_types(wide_dtype(out), wide_dtype(a))
         product = a.to(wide) @ b.to(wide)
@@ -29,10 +29,10 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
 
 
 def has_gemm(out: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether torch multiplies these as they are: on a GPU alike dtypes, or narrow ones into float32.
+    """Whether torch multiplies these without a cast.
 
-    Not on a CPU: its bfloat16 product has no wide output, and of a strided operand it reads neighbours of
-    the last column (seen with torch 2.13).
+    On a GPU it takes equal dtypes, or narrow ones into float32. On a CPU only wide ones: its bfloat16
+    product has no wide output, and reads beyond the last column of a strided operand (seen with torch 2.13).
     """
     if a.dtype != b.dtype:
         return False

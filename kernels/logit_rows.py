@@ -1,12 +1,12 @@
 """Triton kernels over rows of logits: statistics in one read, gradient in one read and one write.
 
 Both give a program one row and walk its columns in blocks. The running maximum is kept per block, so
-that an element costs one exp2: at an H100's bandwidth two per element would already be limited by the
-special function units. Sums are float32, offsets int64 (M x V passes 2^31).
+that an element costs one exp2: with two, the special function units of an H100 could not keep up with its
+memory. Sums are float32, offsets int64 (M x V passes 2^31).
 
-Triton compiles a kernel anew for pointers and numbers that divide by 16 and those that do not. Only the
-logits are worth that: vectors begin wherever a wave does, and a compilation in the middle of training
-keeps every other rank waiting.
+Triton compiles a kernel once more for pointers and numbers that 16 does not divide. Only the logits are
+worth that: vectors begin wherever a chunk does, and a compilation in the middle of training keeps every
+other rank waiting.
 """
 
 # Checkers see a kernel as the function it was written as: no launch options, constants without attributes.
@@ -25,13 +25,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e38)  # a running maximum to begin with; -inf would give inf - inf
 
 BLOCK = 4096
-SCALE_PROGRAMS = 2048  # as many as run at once: for a factor of 1 they only start
+SCALE_PROGRAMS = 2048  # about as many as run at once: with a factor of 1 they only start
 NUM_WARPS = 8
 
 
 @triton.jit
 def logit(x, TRANSFORM: tl.constexpr):
-    """LogitTransform of x."""
+    """Apply the LogitTransform to x."""
     x = x * TRANSFORM.scale
     if TRANSFORM.softcap is not None:
         x = TRANSFORM.softcap * (2.0 * tl.sigmoid((2.0 / TRANSFORM.softcap) * x) - 1.0)
@@ -40,7 +40,7 @@ def logit(x, TRANSFORM: tl.constexpr):
 
 @triton.jit
 def load_logits(row, bias, columns, num_columns, TRANSFORM: tl.constexpr, IS_TAIL: tl.constexpr):
-    """A block of transformed logits in float32, -inf outside the row.
+    """Load a block of transformed logits in float32, -inf beyond the end of the row.
 
     Only the tail of a row is masked: a mask would cost the other blocks their wide loads wherever
     `num_columns` is no multiple of 16.
@@ -61,7 +61,7 @@ def load_logits(row, bias, columns, num_columns, TRANSFORM: tl.constexpr, IS_TAI
 
 @triton.jit
 def target_logit(row, bias, target, num_columns, TRANSFORM: tl.constexpr):
-    """The target's logit; NaN where the row does not hold it."""
+    """The target's logit; NaN where it is not among these columns."""
     inside = (target >= 0) & (target < num_columns)
     x = tl.load(row + target, mask=inside, other=float("nan")).to(tl.float32)
     if bias is not None:
@@ -206,23 +206,23 @@ def row_stats(
 
 
 @triton.jit
-def dlogit(z, is_target, normaliser, slope, TRANSFORM: tl.constexpr):
-    """slope * (1[target] - softmax), times the slope of the soft-cap."""
-    d = slope * (tl.where(is_target, 1.0, 0.0) - tl.exp2((z - normaliser) * LOG2E))
+def dlogit(z, is_target, normaliser, dloss_dlogp, TRANSFORM: tl.constexpr):
+    """dloss_dlogp * (1[target] - softmax), times the derivative of the soft-cap."""
+    d = dloss_dlogp * (tl.where(is_target, 1.0, 0.0) - tl.exp2((z - normaliser) * LOG2E))
     if TRANSFORM.softcap is not None:
         tanh = z * (TRANSFORM.temperature / TRANSFORM.softcap)
         d *= 1.0 - tanh * tanh
     return d
 
 
-@triton.jit(do_not_specialize_on_alignment=["TARGETS", "NORMALISERS", "SLOPES"])
+@triton.jit(do_not_specialize_on_alignment=["TARGETS", "NORMALISERS", "DLOSS_DLOGPS"])
 def _dlogits_kernel(
     LOGITS,  # (m, C)
     DLOGITS,  # (m, C), may be the front part of each row of LOGITS
     BIAS,  # (V,) or None
     TARGETS,  # (m,)
     NORMALISERS,  # (m,)
-    SLOPES,  # (m,)
+    DLOSS_DLOGPS,  # (m,)
     first_column,
     num_columns,
     row_stride,
@@ -234,8 +234,8 @@ def _dlogits_kernel(
     i = tl.program_id(0)
     row = LOGITS + i.to(tl.int64) * row_stride
     d_row = DLOGITS + i.to(tl.int64) * d_row_stride
-    slope = tl.load(SLOPES + i)
-    if slope == 0.0:
+    dloss_dlogp = tl.load(DLOSS_DLOGPS + i)
+    if dloss_dlogp == 0.0:
         for start in range(0, num_columns, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             zeros = tl.zeros((BLOCK,), DLOGITS.dtype.element_ty)
@@ -246,12 +246,12 @@ def _dlogits_kernel(
         bias += first_column
     target = (tl.load(TARGETS + i) - first_column).to(tl.int32)
     normaliser = tl.load(NORMALISERS + i)
-    slope *= TRANSFORM.scale / TRANSFORM.temperature
+    dloss_dlogp *= TRANSFORM.scale / TRANSFORM.temperature
     columns = tl.arange(0, BLOCK)
     tail = num_columns // BLOCK * BLOCK
     for start in range(0, tail, BLOCK):
         z = load_logits(row, bias, start + columns, num_columns, TRANSFORM, False)
-        d = dlogit(z, start + columns == target, normaliser, slope, TRANSFORM)
+        d = dlogit(z, start + columns == target, normaliser, dloss_dlogp, TRANSFORM)
         if SHRINKS:
             # Narrow values land where wider ones of this block or an earlier one were: every warp must
             # have read before any writes.
@@ -259,7 +259,7 @@ def _dlogits_kernel(
         tl.store(d_row + start + columns, d.to(DLOGITS.dtype.element_ty))
     if tail < num_columns:
         z = load_logits(row, bias, tail + columns, num_columns, TRANSFORM, True)
-        d = dlogit(z, tail + columns == target, normaliser, slope, TRANSFORM)
+        d = dlogit(z, tail + columns == target, normaliser, dloss_dlogp, TRANSFORM)
         if SHRINKS:
             tl.debug_barrier()
         inside = tail + columns < num_columns
@@ -267,10 +267,10 @@ def _dlogits_kernel(
 
 
 def dlogits_(
-    logits: Tensor,  # (m, C), used up unless `out` is given
+    logits: Tensor,  # (m, C), overwritten unless `out` is given
     targets: Tensor,  # (m,)
     normalisers: Tensor,  # (m,)
-    slopes: Tensor,  # (m,) d loss / d logp
+    dloss_dlogps: Tensor,  # (m,)
     *,
     bias: Tensor | None = None,  # (V,)
     transform: LogitTransform,
@@ -280,14 +280,14 @@ def dlogits_(
 ) -> Tensor:
     """d loss / d (h W^T + bias), (m, C) in `dtype`, in the memory of `logits` unless `out` is given.
 
-    slope * (1[v = target] - softmax) times the transform's derivative, formed in float32. A row whose
-    slope is 0 is written without being read.
+    dloss_dlogp * (1[v = target] - softmax) times the transform's derivative, formed in float32. A row
+    whose dloss_dlogp is 0 is written without being read.
     """
     shrinks = out is None and dtype != logits.dtype
     if out is None:
         assert dtype.itemsize <= logits.dtype.itemsize
         out = logits.view(dtype)[:, : logits.shape[1]] if shrinks else logits
-    assert targets.is_contiguous() and slopes.is_contiguous() and logits.stride(1) == out.stride(1) == 1
+    assert targets.is_contiguous() and dloss_dlogps.is_contiguous() and logits.stride(1) == out.stride(1) == 1
     if not len(logits):
         return out
     _dlogits_kernel[(len(logits),)](
@@ -296,7 +296,7 @@ def dlogits_(
         bias,
         targets,
         normalisers,
-        slopes,
+        dloss_dlogps,
         first_column,
         logits.shape[1],
         logits.stride(0),

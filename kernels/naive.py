@@ -1,6 +1,6 @@
-"""The ops in plain torch, all logits at once and differentiated by autograd: the truth for the tests.
+"""The ops in plain torch, with all logits in memory and gradients by autograd: what the tests compare with.
 
-In float64 they are exact to rounding; in a narrow type they show what torch itself loses.
+In float64 they are exact to rounding; in a narrow dtype they show what torch itself loses.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from madpo.kernels.edge_loss import EdgeLoss, edge_loss_ref
-from madpo.kernels.layout import Groups
-from madpo.kernels.preference_loss import Reference, SpanLoss
+from madpo.kernels.layout import GroupLayout
+from madpo.kernels.preference_loss import LogpsLoss, Reference
 from madpo.kernels.transform import IDENTITY, LogitTransform
 
 
@@ -33,20 +33,20 @@ def linear_token_logps_ref(
     bias: Tensor | None = None,  # (V,)
     transform: LogitTransform = IDENTITY,
 ) -> Tensor:
-    """(M,)"""
+    """(M,) log softmax(hidden W^T + bias)[target]."""
     return token_logps_ref(torch.nn.functional.linear(hidden, weight, bias), targets, transform)
 
 
 def preference_loss_from_logps_ref(
     token_logps: Tensor,  # (M,)
     ref_token_logps: Tensor | None,  # (M,)
-    groups: Groups,
-    loss: EdgeLoss | SpanLoss,
+    groups: GroupLayout,
+    loss: EdgeLoss | LogpsLoss,
     ref_logps: Tensor | None = None,  # (S,)
 ) -> Tensor:
     """() the sum of the losses."""
     if not isinstance(loss, EdgeLoss):
-        return loss(token_logps, ref_token_logps, groups.span)
+        return loss(token_logps, ref_token_logps, groups.whole_range)
     if ref_token_logps is not None:
         ref_logps = _sums(ref_token_logps, groups)
     lengths = torch.tensor(groups.lengths, device=token_logps.device)
@@ -58,8 +58,8 @@ def preference_loss_ref(
     hidden: Tensor,  # (M, H)
     weight: Tensor,  # (V, H)
     targets: Tensor,  # (M,)
-    groups: Groups,
-    loss: EdgeLoss | SpanLoss,
+    groups: GroupLayout,
+    loss: EdgeLoss | LogpsLoss,
     reference: Reference | None = None,
     *,
     bias: Tensor | None = None,  # (V,)
@@ -77,6 +77,6 @@ def preference_loss_ref(
     return scale * total, logps, ref_logps
 
 
-def _sums(values: Tensor, groups: Groups) -> Tensor:
+def _sums(values: Tensor, groups: GroupLayout) -> Tensor:
     """(M,) -> (S,)"""
     return torch.stack([values[a:b].sum() for a, b in pairwise([0, *accumulate(groups.lengths)])])

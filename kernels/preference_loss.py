@@ -1,10 +1,11 @@
-"""The preference head: hidden states and output weights -> loss and gradients, logits never kept whole.
+"""The preference head: hidden states and output weight -> loss and gradients, without keeping all logits.
 
-Work goes in waves of whole groups. A wave's logits give the log-probs of its targets, these the losses
-of its edges and one slope per row, and with the slopes the same logits become their own gradient, from
-which those of hidden states and weight follow: all in forward, 8 M H V operations with a reference,
-nothing computed twice. Only a group that is too large for the budget is walked a slab of the vocabulary
-at a time, twice. docs/kernels.md has the derivation and the memory formula.
+It works in chunks of whole groups. A chunk's logits give the log-probs of its targets, these the losses of
+its edges and the gradient in each log-prob, and with that gradient the logits are turned into their own
+gradient in place. The gradients of hidden states and weight follow from it. All this happens in forward,
+in 8 M H V operations with a reference, and nothing is computed twice. Only a group whose logits exceed the
+budget is walked twice, a block of the vocabulary at a time. docs/kernels.md has the derivation and the
+memory formula.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from madpo.kernels.checks import require, require_edges, require_head
-from madpo.kernels.chunks import Wave, padded, plan_waves
+from madpo.kernels.chunks import Chunk, padded, plan_chunks
 from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.gemm import mm_into, wide_dtype
-from madpo.kernels.layout import Groups, Span
-from madpo.kernels.primitives import Impl, Steps, choose_steps, plainly_on
+from madpo.kernels.layout import GroupLayout, GroupRange
+from madpo.kernels.primitives import Impl, Primitives, choose_primitives, device_without_autocast
+from madpo.kernels.stats import LogitStats, PairLosses
 from madpo.kernels.transform import IDENTITY, LogitTransform
 
-SpanLoss = Callable[[Tensor, Tensor | None, Span], Tensor]
-"""(token_logps (m,), ref_token_logps (m,) or None, span) -> sum of the span's losses, a scalar."""
+LogpsLoss = Callable[[Tensor, Tensor | None, GroupRange], Tensor]
+"""(token_logps (m,), ref_token_logps (m,) or None, their groups) -> () the sum of these groups' losses."""
 
 
 class PreferenceLoss(NamedTuple):
@@ -42,7 +44,7 @@ class PreferenceLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class Reference:
-    """What is known of the reference: its hidden states and weight, or log-probs scored before."""
+    """The reference: its hidden states and weight, or log-probs that were scored before, or nothing."""
 
     hidden: Tensor | None = None  # (M, H)
     weight: Tensor | None = None  # (V, H)
@@ -55,8 +57,8 @@ def preference_loss(
     hidden: Tensor,  # (M, H) the positions that predict the targets
     weight: Tensor,  # (V, H)
     targets: Tensor,  # (M,) in [0, V)
-    groups: Groups,
-    loss: EdgeLoss | SpanLoss,
+    groups: GroupLayout,
+    loss: EdgeLoss | LogpsLoss,
     reference: Reference | None = None,
     *,
     bias: Tensor | None = None,  # (V,)
@@ -68,9 +70,9 @@ def preference_loss(
 ) -> PreferenceLoss:
     """scale * sum of the losses, with gradients to `hidden`, `weight` and `bias`.
 
-    An `EdgeLoss` is formed in the kernels; any other objective is a function of a span's log-probs,
-    differentiated by autograd on those small vectors. The logits in memory at once take at most
-    `budget_bytes` (see `plan_waves`), in float32 unless `logits_dtype` says otherwise. Gradients are
+    The kernels form an `EdgeLoss`. Any other loss is a function of log-probs, which is called for each
+    chunk and differentiated by autograd on these small vectors. The logits in memory at once take at most
+    `budget_bytes` (see `plan_chunks`), in float32 unless `logits_dtype` says otherwise. Gradients are
     formed in forward and kept until backward, which works once.
 
     Raises ValueError for shapes, dtypes and counts that contradict each other, and where `impl` cannot
@@ -89,7 +91,7 @@ def preference_loss(
         scale,
         budget_bytes,
         logits_dtype,
-        choose_steps(impl, hidden),
+        choose_primitives(impl, hidden),
     )
     if hidden.dtype == torch.float16 and any(args.needs):
         raise ValueError(
@@ -97,7 +99,7 @@ def preference_loss(
             "vanishing; use bfloat16 or float32"
         )
     forward = partial(preference_loss_fwd, args=args)
-    return PreferenceLoss(*PreferenceLossFunction.apply(hidden, weight, bias, forward, args.steps))  # type: ignore[misc]
+    return PreferenceLoss(*PreferenceLossFunction.apply(hidden, weight, bias, forward, args.primitives))  # type: ignore[misc]
 
 
 def _check(
@@ -105,8 +107,8 @@ def _check(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    groups: Groups,
-    loss: EdgeLoss | SpanLoss,
+    groups: GroupLayout,
+    loss: EdgeLoss | LogpsLoss,
     reference: Reference,
     logits_dtype: torch.dtype | None,
 ) -> None:
@@ -147,18 +149,18 @@ class HeadArgs:
 
     needs: tuple[bool, ...]  # gradients of hidden, weight, bias
     targets: Tensor
-    groups: Groups
-    loss: EdgeLoss | SpanLoss
+    groups: GroupLayout
+    loss: EdgeLoss | LogpsLoss
     reference: Reference
     transform: LogitTransform
     scale: float
     budget_bytes: int
     logits_dtype: torch.dtype | None
-    steps: Steps
+    primitives: Primitives
 
 
 class PreferenceLossFunction(torch.autograd.Function):
-    """`forward` gives (loss and what else is known, gradients); backward hands the gradients out."""
+    """Calls `forward` for (outputs with the loss first, gradients); backward returns these gradients."""
 
     @staticmethod
     def forward(
@@ -167,11 +169,11 @@ class PreferenceLossFunction(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         forward: Callable[..., Any],
-        steps: Steps,
+        primitives: Primitives,
     ) -> Any:
-        with plainly_on(hidden):
+        with device_without_autocast(hidden):
             result, ctx.gradients = forward(hidden, weight, bias)
-        ctx.steps = steps
+        ctx.primitives = primitives
         ctx.mark_non_differentiable(*(x for x in result[1:] if x is not None))
         ctx.set_materialize_grads(False)
         return tuple(result)
@@ -182,41 +184,42 @@ class PreferenceLossFunction(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("preference_loss: backward works once; call the loss again")
         gradients, ctx.gradients = ctx.gradients, None
-        with plainly_on(upstream[0]):
-            return *(None if g is None else ctx.steps.scale_(g, upstream[0]) for g in gradients), None, None
+        with device_without_autocast(upstream[0]):
+            scaled = (None if g is None else ctx.primitives.scale_(g, upstream[0]) for g in gradients)
+            return *scaled, None, None
 
 
 def preference_loss_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, args: HeadArgs
 ) -> tuple[PreferenceLoss, Sequence[Tensor | None]]:
-    """The loss, and the gradients of hidden states, weight and bias where they are needed."""
+    """The outputs, and the gradients of hidden states, weight and bias, None where not needed."""
     head = _Head(args, hidden, weight, bias)
-    for wave in head.waves:
-        head.score(wave)
-        head.form_loss(wave.span)
+    for chunk in head.chunks:
+        head.score(chunk)
+        head.form_loss(chunk.group_range)
         if any(args.needs):
-            head.form_gradients(wave)
+            head.form_gradients(chunk)
     del head.logits_memory
     return head.result(), head.gradients()
 
 
 class _Head:
-    """One forward: what is known of every row so far, and the gradients so far."""
+    """The state of one forward pass: log-probs, losses and gradients, filled chunk by chunk."""
 
     def __init__(self, args: HeadArgs, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self.args, self.steps, self.groups, self.bias = args, args.steps, args.groups, bias
+        self.args, self.primitives, self.groups, self.bias = args, args.primitives, args.groups, bias
         self.wide, self.dtypes = wide_dtype(hidden), (hidden.dtype, weight.dtype)
         self.hidden, self.weight, self.reference = hidden, weight, args.reference
-        if self.steps.name == "torch":
+        if self.primitives.name == "torch":
             self._widen()
         narrow = args.logits_dtype or self.hidden.dtype
-        self.waves = plan_waves(
+        self.chunks = plan_chunks(
             self.groups, len(weight), args.budget_bytes, args.logits_dtype or self.wide, narrow
         )
         self._allocate(hidden.device)
 
     def _widen(self) -> None:
-        """Plain torch has no GEMM from narrow operands to wide sums on every device: widen once."""
+        """Cast the operands once: plain torch has no GEMM with wide sums of narrow ones on every device."""
         self.hidden, self.weight = self.hidden.to(self.wide), self.weight.to(self.wide)
         ref = self.reference
         if ref.hidden is not None and ref.weight is not None:
@@ -224,51 +227,56 @@ class _Head:
 
     def _allocate(self, device: torch.device) -> None:
         rows, sequences = len(self.args.targets), len(self.groups.lengths)
-        self.logps, self.normalisers, self.slopes = torch.empty(3, rows, dtype=self.wide, device=device)
-        self.logp_sums, self.ref_sums = torch.empty(2, sequences, dtype=torch.float64, device=device)
-        self.losses = torch.empty(len(self.groups.chosen), dtype=self.wide, device=device)
+        token_logps, normalisers, dloss_dlogps = torch.empty(3, rows, dtype=self.wide, device=device)
+        logps, ref_sums = torch.empty(2, sequences, dtype=torch.float64, device=device)
+        losses = torch.empty(len(self.groups.chosen), dtype=self.wide, device=device)
         self.total = torch.zeros((), dtype=torch.float64, device=device)
-        self.ref_token_logps = self.reference.token_logps
+        ref_token_logps = self.reference.token_logps
         if self.reference.hidden is not None:
-            self.ref_token_logps = torch.empty_like(self.logps)
-        self.ref_logps = self.ref_sums if self.ref_token_logps is not None else self.reference.logps
+            ref_token_logps = torch.empty_like(token_logps)
+        ref_logps = ref_sums if ref_token_logps is not None else self.reference.logps
+        self.stats = LogitStats(token_logps, ref_token_logps, normalisers)
+        self.pairs = PairLosses(logps, ref_logps, losses, dloss_dlogps)
 
-        sizes = (_num_bytes(wave.span.num_rows, wave.columns, wave.logits_dtype) for wave in self.waves)
+        sizes = (
+            _num_bytes(chunk.group_range.num_rows, chunk.columns, chunk.logits_dtype) for chunk in self.chunks
+        )
         self.logits_memory = torch.empty(max(sizes, default=0), dtype=torch.uint8, device=device)
 
         need_hidden, need_weight, need_bias = self.args.needs
-        # The weight's gradient is summed over waves in a wide type; a single wave writes it at once.
-        sum_dtype = self.dtypes[1] if len(self.waves) == 1 else self.wide
+        # The weight's gradient is summed over chunks in a wide dtype; a single chunk writes it at once.
+        sum_dtype = self.dtypes[1] if len(self.chunks) == 1 else self.wide
         hidden_like, weight_like = self.hidden.shape, self.weight.shape
         self.d_hidden = torch.empty(hidden_like, dtype=self.dtypes[0], device=device) if need_hidden else None
         self.d_weight = torch.empty(weight_like, dtype=sum_dtype, device=device) if need_weight else None
         self.d_bias = torch.zeros(len(self.weight), dtype=self.wide, device=device) if need_bias else None
-        if not self.waves and self.d_weight is not None:
+        if not self.chunks and self.d_weight is not None:
             self.d_weight.zero_()
 
-    def score(self, wave: Wave) -> None:
-        """Log-probs of the wave's rows. The policy comes last: its logits stay in memory."""
+    def score(self, chunk: Chunk) -> None:
+        """Score the chunk's targets. The policy comes last: its logits stay in memory."""
         ref = self.reference
         if ref.hidden is not None and ref.weight is not None:
-            self._score(wave, ref.hidden, ref.weight, ref.bias, self.ref_token_logps, None)
-        self._score(wave, self.hidden, self.weight, self.bias, self.logps, self.normalisers)
+            self._score(chunk, ref.hidden, ref.weight, ref.bias, self.stats.ref_token_logps, None)
+        stats = self.stats
+        self._score(chunk, self.hidden, self.weight, self.bias, stats.token_logps, stats.normalisers)
 
     def _score(
         self,
-        wave: Wave,
+        chunk: Chunk,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         logps: Tensor | None,
         normalisers: Tensor | None,
     ) -> None:
-        rows, state = wave.span.rows, None
+        rows, state = chunk.group_range.rows, None
         assert logps is not None
-        if wave.columns < len(weight):
-            state = torch.empty(3, wave.span.num_rows, dtype=self.wide, device=hidden.device)
-        for columns in self._slabs(wave):
-            self.steps.row_stats(
-                mm_into(self._logits(wave, columns), hidden[rows], weight[columns].T),
+        if chunk.columns < len(weight):
+            state = torch.empty(3, chunk.group_range.num_rows, dtype=self.wide, device=hidden.device)
+        for columns in self._vocab_blocks(chunk):
+            self.primitives.row_stats(
+                mm_into(self._logits(chunk, columns), hidden[rows], weight[columns].T),
                 self.args.targets[rows],
                 logps[rows],
                 None if normalisers is None else normalisers[rows],
@@ -279,54 +287,59 @@ class _Head:
                 last=columns.stop == len(weight),
             )
 
-    def _slabs(self, wave: Wave) -> Iterator[slice]:
-        for first in range(0, len(self.weight), wave.columns):
-            yield slice(first, min(first + wave.columns, len(self.weight)))
+    def _vocab_blocks(self, chunk: Chunk) -> Iterator[slice]:
+        for first in range(0, len(self.weight), chunk.columns):
+            yield slice(first, min(first + chunk.columns, len(self.weight)))
 
-    def _logits(self, wave: Wave, columns: slice) -> Tensor:
-        """(m, C) where the logits of a wave live, as they were left."""
-        rows, width = wave.span.num_rows, columns.stop - columns.start
-        memory = self.logits_memory[: _num_bytes(rows, width, wave.logits_dtype)]
-        return memory.view(wave.logits_dtype).view(rows, padded(width))[:, :width]
+    def _logits(self, chunk: Chunk, columns: slice) -> Tensor:
+        """(m, C) the memory of the chunk's logits, with whatever was left there."""
+        rows, width = chunk.group_range.num_rows, columns.stop - columns.start
+        memory = self.logits_memory[: _num_bytes(rows, width, chunk.logits_dtype)]
+        return memory.view(chunk.logits_dtype).view(rows, padded(width))[:, :width]
 
-    def form_loss(self, span: Span) -> None:
-        """The span's losses and the slopes of its rows."""
-        self.steps.sequence_sums(self.logps, self.groups, span, self.logp_sums)
-        if self.ref_token_logps is not None:
-            self.steps.sequence_sums(self.ref_token_logps, self.groups, span, self.ref_sums)
+    def form_loss(self, group_range: GroupRange) -> None:
+        """Form the losses of these groups, and the gradient in the log-prob of each token."""
+        stats, pairs, rows = self.stats, self.pairs, group_range.rows
+        self.primitives.sequence_sums(stats.token_logps, self.groups, group_range, pairs.logps)
+        if stats.ref_token_logps is not None:
+            assert pairs.ref_logps is not None
+            self.primitives.sequence_sums(stats.ref_token_logps, self.groups, group_range, pairs.ref_logps)
         loss, scale = self.args.loss, self.args.scale
         if isinstance(loss, EdgeLoss):
-            sums = self.logp_sums, self.ref_logps
-            self.steps.group_losses(*sums, self.groups, span, loss, scale, self.losses, self.slopes)
+            self.primitives.group_losses(pairs, self.groups, group_range, loss, scale)
             return
         with torch.enable_grad():
-            leaf = self.logps[span.rows].clone().requires_grad_()
-            ref = None if self.ref_token_logps is None else self.ref_token_logps[span.rows]
-            span_loss = loss(leaf, ref, span) * scale
-            if not span_loss.requires_grad:
-                self.slopes[span.rows] = 0.0
+            leaf = stats.token_logps[rows].clone().requires_grad_()
+            ref = None if stats.ref_token_logps is None else stats.ref_token_logps[rows]
+            chunk_loss = loss(leaf, ref, group_range) * scale
+            if not chunk_loss.requires_grad:
+                pairs.dloss_dlogps[rows] = 0.0
             elif any(self.args.needs):
-                (self.slopes[span.rows],) = torch.autograd.grad(span_loss, leaf)
-        self.total += span_loss.detach()
+                (pairs.dloss_dlogps[rows],) = torch.autograd.grad(chunk_loss, leaf)
+        self.total += chunk_loss.detach()
 
-    def form_gradients(self, wave: Wave) -> None:
-        """Add the wave's share to the gradients; uses up its logits."""
-        rows, whole, is_first = wave.span.rows, wave.columns == len(self.weight), wave is self.waves[0]
+    def form_gradients(self, chunk: Chunk) -> None:
+        """Add the chunk's part to the gradients; overwrites its logits."""
+        rows, whole, is_first = (
+            chunk.group_range.rows,
+            chunk.columns == len(self.weight),
+            chunk is self.chunks[0],
+        )
         d_hidden = None
         if self.d_hidden is not None:
-            # Wide even for one slab: with few rows cuBLAS splits the sum over the vocabulary, and into a
+            # Wide even for one block: with few rows cuBLAS splits the sum over the vocabulary, and with a
             # narrow output it would round the parts.
-            shape = wave.span.num_rows, self.hidden.shape[1]
+            shape = chunk.group_range.num_rows, self.hidden.shape[1]
             d_hidden = torch.empty(shape, dtype=self.wide, device=self.hidden.device)
-        for columns in self._slabs(wave):
-            logits = self._logits(wave, columns)
+        for columns in self._vocab_blocks(chunk):
+            logits = self._logits(chunk, columns)
             if not whole:
                 mm_into(logits, self.hidden[rows], self.weight[columns].T)
-            d_logits = self.steps.dlogits_(
+            d_logits = self.primitives.dlogits_(
                 logits,
                 self.args.targets[rows],
-                self.normalisers[rows],
-                self.slopes[rows],
+                self.stats.normalisers[rows],
+                self.pairs.dloss_dlogps[rows],
                 bias=self.bias,
                 transform=self.args.transform,
                 dtype=self.hidden.dtype,
@@ -343,9 +356,11 @@ class _Head:
 
     def result(self) -> PreferenceLoss:
         if isinstance(self.args.loss, EdgeLoss):
-            self.total = self.losses.double().sum() * self.args.scale
-        loss = self.total.to(self.wide)
-        return PreferenceLoss(loss, self.logps, self.ref_token_logps, self.logp_sums, self.ref_logps)
+            self.total = self.pairs.losses.double().sum() * self.args.scale
+        stats, pairs = self.stats, self.pairs
+        return PreferenceLoss(
+            self.total.to(self.wide), stats.token_logps, stats.ref_token_logps, pairs.logps, pairs.ref_logps
+        )
 
     def gradients(self) -> Sequence[Tensor | None]:
         return (

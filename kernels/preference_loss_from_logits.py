@@ -1,4 +1,4 @@
-"""The preference loss for who has logits already: a pass over them forward, a pass backward."""
+"""The preference loss from existing logits: one read of them forward, one read and one write backward."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch.autograd.graph import increment_version
 from madpo.kernels.checks import require, require_columns, require_edges, require_targets
 from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.gemm import wide_dtype
-from madpo.kernels.layout import Groups
+from madpo.kernels.layout import GroupLayout
 from madpo.kernels.preference_loss import PreferenceLoss
-from madpo.kernels.primitives import Impl, Steps, choose_steps, plainly_on
+from madpo.kernels.primitives import Impl, Primitives, choose_primitives, device_without_autocast
+from madpo.kernels.stats import LogitStats, PairLosses
 from madpo.kernels.transform import IDENTITY, LogitTransform
 
 
 def preference_loss_from_logits(
     logits: Tensor,  # (M, V) the positions that predict the targets
     targets: Tensor,  # (M,) in [0, V)
-    groups: Groups,
+    groups: GroupLayout,
     loss: EdgeLoss,
     *,
     ref_logits: Tensor | None = None,  # (M, V)
@@ -31,11 +32,11 @@ def preference_loss_from_logits(
     scale: float = 1.0,
     impl: Impl = "auto",
 ) -> PreferenceLoss:
-    """scale * sum of the edges' losses, with the gradient of the logits.
+    """scale * sum of the edges' losses, with a gradient to `logits`.
 
-    The reference is given by at most one of its logits, its log-probs of tokens, or their sums.
-    **Backward overwrites the logits with their gradient** and works once. Other objectives are formed
-    from `token_logps`.
+    Give at most one of the reference's logits, its log-probs of tokens, or their sums.
+    **Backward overwrites the logits with their gradient** and works once. For objectives that are no
+    `EdgeLoss`, take `token_logps`.
 
     Raises ValueError for counts that contradict each other, and where `impl` cannot run.
     """
@@ -56,8 +57,8 @@ def preference_loss_from_logits(
         None if ref_logits is None else ref_logits.detach(),
         *(None if x is None else x.detach().contiguous() for x in (ref_token_logps, ref_logps)),
     )
-    steps = choose_steps(impl, logits)
-    args = (targets.contiguous(), groups, loss, reference, transform, scale, steps)
+    primitives = choose_primitives(impl, logits)
+    args = (targets.contiguous(), groups, loss, reference, transform, scale, primitives)
     return PreferenceLoss(*PreferenceLossFromLogitsFunction.apply(logits, *args))  # type: ignore[misc]
 
 
@@ -67,54 +68,40 @@ class PreferenceLossFromLogitsFunction(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         targets: Tensor,
-        groups: Groups,
+        groups: GroupLayout,
         loss: EdgeLoss,
         reference: tuple[Tensor | None, Tensor | None, Tensor | None],
         transform: LogitTransform,
         scale: float,
-        steps: Steps,
+        primitives: Primitives,
     ) -> Any:
         ref_logits, ref_token_logps, ref_logps = reference
         wide, device = wide_dtype(logits), logits.device
-        logps, normalisers, slopes = torch.empty(3, len(targets), dtype=wide, device=device)
-        sums, ref_sums = torch.empty(2, len(groups.lengths), dtype=torch.float64, device=device)
+        token_logps, normalisers, dloss_dlogps = torch.empty(3, len(targets), dtype=wide, device=device)
+        logps, ref_sums = torch.empty(2, len(groups.lengths), dtype=torch.float64, device=device)
         losses = torch.empty(len(groups.chosen), dtype=wide, device=device)
         if ref_logits is not None:
-            ref_token_logps = torch.empty_like(logps)
+            ref_token_logps = torch.empty_like(token_logps)
         if ref_token_logps is not None:
             ref_logps = ref_sums
-        with plainly_on(logits):
-            steps.score_groups(
-                logits,
-                ref_logits,
-                targets,
-                groups,
-                loss,
-                scale,
-                transform,
-                logps,
-                ref_token_logps,
-                normalisers,
-                sums,
-                ref_logps,
-                losses,
-                slopes,
-            )
-        ctx.save_for_backward(logits, targets, normalisers, slopes)
-        ctx.transform, ctx.steps = transform, steps
-        out = PreferenceLoss(
-            (losses.double().sum() * scale).to(wide), logps, ref_token_logps, sums, ref_logps
-        )
+        stats = LogitStats(token_logps, ref_token_logps, normalisers)
+        pairs = PairLosses(logps, ref_logps, losses, dloss_dlogps)
+        with device_without_autocast(logits):
+            primitives.score_groups(logits, ref_logits, targets, groups, loss, scale, transform, stats, pairs)
+        ctx.save_for_backward(logits, targets, normalisers, dloss_dlogps)
+        ctx.transform, ctx.primitives = transform, primitives
+        total = (losses.double().sum() * scale).to(wide)
+        out = PreferenceLoss(total, token_logps, ref_token_logps, logps, ref_logps)
         ctx.mark_non_differentiable(*(x for x in out[1:] if x is not None))
         return tuple(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        logits, targets, normalisers, slopes = ctx.saved_tensors
-        slopes = slopes * upstream[0]
-        kind = {"transform": ctx.transform, "dtype": logits.dtype}
-        with plainly_on(logits):
-            d_logits = ctx.steps.dlogits_(logits, targets, normalisers, slopes, **kind, out=logits)
-        increment_version(logits)  # so that whoever needs the logits later gets torch's error
+        logits, targets, normalisers, dloss_dlogps = ctx.saved_tensors
+        dloss_dlogps = dloss_dlogps * upstream[0]
+        options = {"transform": ctx.transform, "dtype": logits.dtype, "out": logits}
+        with device_without_autocast(logits):
+            d_logits = ctx.primitives.dlogits_(logits, targets, normalisers, dloss_dlogps, **options)
+        increment_version(logits)  # torch then raises its error for anyone who needs the logits later
         return d_logits, *(None,) * 7

@@ -1,8 +1,8 @@
 """The primitives that every op is made of, and the one place that chooses between Triton and plain torch.
 
-The contract is the same in both and described where the Triton version is: `row_stats`, `dlogits_` and
-`scale_` in logit_rows.py, `sequence_sums` and `group_losses` in group_loss.py, `score_groups` in
-fused_from_logits.py.
+Each primitive has a Triton version and a twin in plain torch (torch_primitives.py) with the same
+arguments. They are documented at the Triton version: `row_stats`, `dlogits_` and `scale_` in
+logit_rows.py, `sequence_sums` and `group_losses` in group_loss.py, `score_groups` in fused_from_logits.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from madpo.kernels.gemm import NARROW
-from madpo.kernels.layout import Groups, Span
+from madpo.kernels.layout import GroupLayout, GroupRange
 from madpo.kernels.torch_primitives import (
     dlogits_ref_,
     group_losses_ref,
@@ -32,20 +32,20 @@ TRITON_DTYPES = (torch.float32, *NARROW)
 
 
 @dataclass(frozen=True)
-class Steps:
-    """One implementation."""
+class Primitives:
+    """One implementation of the primitives."""
 
     name: str
     row_stats: Callable[..., None]
     dlogits_: Callable[..., Tensor]
-    sequence_sums: Callable[[Tensor, Groups, Span, Tensor], None]
+    sequence_sums: Callable[[Tensor, GroupLayout, GroupRange, Tensor], None]
     group_losses: Callable[..., None]
     score_groups: Callable[..., None]
     scale_: Callable[[Tensor, Tensor], Tensor]
 
 
-def choose_steps(impl: Impl, tensor: Tensor) -> Steps:
-    """The implementation for `tensor`'s device. Raises ValueError where Triton cannot run."""
+def choose_primitives(impl: Impl, tensor: Tensor) -> Primitives:
+    """The implementation for `tensor`. Raises ValueError where Triton is asked for and cannot run."""
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl: {impl!r} is not one of auto, triton, torch")
     if impl == "torch" or (impl == "auto" and not (tensor.is_cuda and tensor.dtype in TRITON_DTYPES)):
@@ -59,7 +59,7 @@ def choose_steps(impl: Impl, tensor: Tensor) -> Steps:
         raise ValueError(f"impl: triton takes float32, bfloat16 and float16, not {tensor.dtype}; use torch")
     from madpo.kernels import fused_from_logits, group_loss, logit_rows
 
-    return Steps(
+    return Primitives(
         "triton",
         logit_rows.row_stats,
         logit_rows.dlogits_,
@@ -71,15 +71,17 @@ def choose_steps(impl: Impl, tensor: Tensor) -> Steps:
 
 
 @contextmanager
-def plainly_on(tensor: Tensor) -> Iterator[None]:
-    """On the tensor's device, which Triton would not look for, and without autocast, which would narrow
-    what is wide on purpose."""
+def device_without_autocast(tensor: Tensor) -> Iterator[None]:
+    """Make the tensor's device current and turn autocast off, inside the context.
+
+    Triton launches on the current device. Autocast would downcast sums that are wide on purpose.
+    """
     kind = tensor.device.type
     autocast = torch.autocast(kind, enabled=False) if kind in ("cuda", "cpu") else nullcontext()
     with torch.cuda.device_of(tensor), autocast:
         yield
 
 
-TORCH = Steps(
+TORCH = Primitives(
     "torch", row_stats_ref, dlogits_ref_, sequence_sums_ref, group_losses_ref, score_groups_ref, scale_ref_
 )

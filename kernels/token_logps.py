@@ -1,7 +1,7 @@
-"""Log-probs of targets with a gradient, from logits or from hidden states, for any objective outside.
+"""Differentiable log-probs of targets, from logits or from hidden states, for any loss.
 
-The loss is not known here, so the slope of a token arrives with backward. From hidden states that means
-to form the logits twice, 8 M H V operations instead of the preference head's 6.
+The loss is not known here: its gradient in each log-prob arrives with backward. From hidden states the
+logits are therefore formed twice, 8 M H V operations instead of the preference head's 6.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 from madpo.kernels.checks import require_columns, require_head, require_targets
 from madpo.kernels.chunks import padded, row_chunks
 from madpo.kernels.gemm import mm_into, wide_dtype
-from madpo.kernels.primitives import Impl, Steps, choose_steps, plainly_on
+from madpo.kernels.primitives import Impl, Primitives, choose_primitives, device_without_autocast
 from madpo.kernels.transform import IDENTITY, LogitTransform
 
 
@@ -39,7 +39,7 @@ class TokenArgs:
     entropy: bool
     inplace_backward: bool
     budget_bytes: int
-    steps: Steps
+    primitives: Primitives
 
 
 def token_logps(
@@ -53,13 +53,13 @@ def token_logps(
 ) -> TokenLogps:
     """Log-probs of the targets, in one read of the logits; backward reads and writes them once.
 
-    With `inplace_backward` the gradient takes the memory of the logits, which are lost then.
+    With `inplace_backward` the gradient overwrites the logits.
     Raises ValueError for shapes and dtypes that contradict each other, and where `impl` cannot run.
     """
     require_columns("logits", logits)
     require_targets(targets, logits)
-    steps = choose_steps(impl, logits)
-    args = TokenArgs(targets.contiguous(), transform, entropy, inplace_backward, 0, steps)
+    primitives = choose_primitives(impl, logits)
+    args = TokenArgs(targets.contiguous(), transform, entropy, inplace_backward, 0, primitives)
     return TokenLogps(*TokenLogpsFunction.apply(logits, args))  # type: ignore[misc]
 
 
@@ -67,8 +67,8 @@ class TokenLogpsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, args: TokenArgs) -> Any:
         out = _empty(args, logits)
-        with plainly_on(logits):
-            args.steps.row_stats(
+        with device_without_autocast(logits):
+            args.primitives.row_stats(
                 logits,
                 args.targets,
                 out.token_logps,
@@ -87,8 +87,8 @@ class TokenLogpsFunction(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, normalisers = ctx.saved_tensors
         args: TokenArgs = ctx.args
-        with plainly_on(logits):
-            d_logits = args.steps.dlogits_(
+        with device_without_autocast(logits):
+            d_logits = args.primitives.dlogits_(
                 logits,
                 args.targets,
                 normalisers,
@@ -98,7 +98,7 @@ class TokenLogpsFunction(torch.autograd.Function):
                 out=logits if args.inplace_backward else torch.empty_like(logits),
             )
         if args.inplace_backward:
-            increment_version(logits)  # so that whoever needs the logits later gets torch's error
+            increment_version(logits)  # torch then raises its error for anyone who needs the logits later
         return d_logits, None
 
 
@@ -119,15 +119,15 @@ def linear_token_logps(
     Raises ValueError for shapes and dtypes that contradict each other, and where `impl` cannot run.
     """
     require_head(hidden, weight, bias, targets)
-    steps = choose_steps(impl, hidden)
-    args = TokenArgs(targets.contiguous(), transform, entropy, True, budget_bytes, steps)
+    primitives = choose_primitives(impl, hidden)
+    args = TokenArgs(targets.contiguous(), transform, entropy, True, budget_bytes, primitives)
     return TokenLogps(*LinearTokenLogpsFunction.apply(hidden, weight, bias, args))  # type: ignore[misc]
 
 
 class LinearTokenLogpsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, args: TokenArgs) -> Any:
-        with plainly_on(hidden):
+        with device_without_autocast(hidden):
             out = linear_token_logps_fwd(hidden, weight, bias, args)
         ctx.save_for_backward(hidden, weight, bias, out.normalisers)
         ctx.args = args
@@ -138,7 +138,7 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, bias, normalisers = ctx.saved_tensors
-        with plainly_on(hidden):
+        with device_without_autocast(hidden):
             return *linear_token_logps_bwd(
                 hidden, weight, bias, normalisers, upstream[0], ctx.args, ctx.needs_input_grad[:3]
             ), None
@@ -147,10 +147,10 @@ class LinearTokenLogpsFunction(torch.autograd.Function):
 def linear_token_logps_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, args: TokenArgs
 ) -> TokenLogps:
-    out, memory = _empty(args, hidden), _Logits(hidden, weight, args)
-    for rows in memory.chunks:
-        args.steps.row_stats(
-            memory.of(rows),
+    out, logits = _empty(args, hidden), _Logits(hidden, weight, args)
+    for rows in logits.chunks:
+        args.primitives.row_stats(
+            logits.form(rows),
             args.targets[rows],
             out.token_logps[rows],
             out.normalisers[rows],
@@ -171,14 +171,14 @@ def linear_token_logps_bwd(
     args: TokenArgs,
     needs: tuple[bool, ...],  # gradients of hidden, weight, bias
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    wide, device, memory = wide_dtype(hidden), hidden.device, _Logits(hidden, weight, args)
+    wide, device, logits = wide_dtype(hidden), hidden.device, _Logits(hidden, weight, args)
     d_hidden = torch.empty(hidden.shape, dtype=wide, device=device) if needs[0] else None
-    sum_dtype = weight.dtype if len(memory.chunks) == 1 else wide
+    sum_dtype = weight.dtype if len(logits.chunks) == 1 else wide
     d_weight = torch.empty(weight.shape, dtype=sum_dtype, device=device) if needs[1] else None
     d_bias = torch.zeros(len(weight), dtype=wide, device=device) if needs[2] else None
-    for index, rows in enumerate(memory.chunks):
-        d_logits = args.steps.dlogits_(
-            memory.of(rows),
+    for index, rows in enumerate(logits.chunks):
+        d_logits = args.primitives.dlogits_(
+            logits.form(rows),
             args.targets[rows],
             normalisers[rows],
             upstream[rows].contiguous(),
@@ -192,7 +192,7 @@ def linear_token_logps_bwd(
             mm_into(d_weight, d_logits.T, hidden[rows], add=index > 0)
         if d_bias is not None:
             d_bias += d_logits.sum(0, dtype=wide)
-    if d_weight is not None and not memory.chunks:
+    if d_weight is not None and not logits.chunks:
         d_weight.zero_()
     return (
         None if d_hidden is None else d_hidden.to(hidden.dtype),
@@ -202,7 +202,7 @@ def linear_token_logps_bwd(
 
 
 class _Logits:
-    """Logits of some rows at a time, always in the same memory."""
+    """Forms the logits of one chunk of rows at a time, always in the same memory."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, args: TokenArgs) -> None:
         self.hidden, self.weight, wide = hidden, weight, wide_dtype(hidden)
@@ -210,8 +210,8 @@ class _Logits:
         most = max((rows.stop - rows.start for rows in self.chunks), default=0)
         self.memory = hidden.new_empty(most, padded(len(weight)), dtype=wide)
 
-    def of(self, rows: slice) -> Tensor:
-        """(m, V) in the wide type."""
+    def form(self, rows: slice) -> Tensor:
+        """(m, V) the logits of these rows, in the wide dtype."""
         logits = self.memory[: rows.stop - rows.start, : len(self.weight)]
         return mm_into(logits, self.hidden[rows], self.weight.T)
 

@@ -1,4 +1,4 @@
-"""What is known of scored tokens: one value per completion token, for both models."""
+"""Scores of completion tokens: the numbers that objectives are functions of."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class TokenScores(NamedTuple):
-    """The scores of M completion tokens; what nobody asked for is None."""
+    """The scores of M completion tokens; a score that nobody asked for is None."""
 
     token_logps: Tensor  # (M,) log p(target)
     ref_token_logps: Tensor | None = None  # (M,) under the reference; a constant
@@ -16,5 +16,5 @@ class TokenScores(NamedTuple):
     kl: Tensor | None = None  # (M,) sum_v q_v (log q_v - log p_v), q the reference's distribution
 
     def detach(self) -> TokenScores:
-        """These scores as constants."""
+        """The scores as constants."""
         return TokenScores(*(None if x is None else x.detach() for x in self))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The primitives in plain torch: for CPUs, for float64, and to hold the Triton kernels against."""
+"""The primitives in plain torch: for CPUs, for float64, and as twins to test the kernels against."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from madpo.kernels.edge_loss import EdgeLoss, edge_loss_ref
-from madpo.kernels.layout import Groups, Span
+from madpo.kernels.layout import GroupLayout, GroupRange
+from madpo.kernels.stats import LogitStats, PairLosses
 from madpo.kernels.transform import LogitTransform
 
 
@@ -35,8 +36,8 @@ def row_stats_ref(
     total = total + e.sum(1)
     columns = targets[:, None] - first_column
     inside = (columns >= 0) & (columns < z.shape[1])
-    found = z.gather(1, columns.clamp(0, z.shape[1] - 1))
-    target_logit = torch.where(inside, found, target_logit[:, None])[:, 0]
+    gathered = z.gather(1, columns.clamp(0, z.shape[1] - 1))
+    target_logit = torch.where(inside, gathered, target_logit[:, None])[:, 0]
     if not last:
         assert state is not None
         state.copy_(torch.stack((maximum, total, target_logit)))
@@ -55,7 +56,7 @@ def dlogits_ref_(
     logits: Tensor,  # (m, C)
     targets: Tensor,  # (m,)
     normalisers: Tensor,  # (m,)
-    slopes: Tensor,  # (m,)
+    dloss_dlogps: Tensor,  # (m,)
     *,
     bias: Tensor | None = None,  # (V,)
     transform: LogitTransform,
@@ -65,15 +66,15 @@ def dlogits_ref_(
 ) -> Tensor:
     """`logit_rows.dlogits_` in plain torch; it may wait for the device."""
     z = _transformed(logits, bias, transform, first_column, normalisers.dtype)
-    slope = transform.slope(z)
+    derivative = transform.derivative(z)
     d = z.clone() if z is logits and out is not None and out is not logits else z
-    d.sub_(normalisers[:, None]).exp_().mul_(-slopes[:, None])
+    d.sub_(normalisers[:, None]).exp_().mul_(-dloss_dlogps[:, None])
     columns = targets[:, None] - first_column
     inside = (columns >= 0) & (columns < d.shape[1])
-    d.scatter_add_(1, columns.clamp(0, d.shape[1] - 1), torch.where(inside, slopes[:, None], 0))
-    if not isinstance(slope, float) or slope != 1.0:
-        d.mul_(slope)
-    d.masked_fill_((slopes == 0)[:, None], 0.0)
+    d.scatter_add_(1, columns.clamp(0, d.shape[1] - 1), torch.where(inside, dloss_dlogps[:, None], 0))
+    if not isinstance(derivative, float) or derivative != 1.0:
+        d.mul_(derivative)
+    d.masked_fill_((dloss_dlogps == 0)[:, None], 0.0)
     return d.to(dtype) if out is None else out.copy_(d)
 
 
@@ -84,69 +85,63 @@ def _transformed(
     return transform(x if bias is None else x + bias[first : first + x.shape[1]])
 
 
-def sequence_sums_ref(values: Tensor, groups: Groups, span: Span, sums: Tensor) -> None:
+def sequence_sums_ref(values: Tensor, groups: GroupLayout, group_range: GroupRange, sums: Tensor) -> None:
     """`group_loss.sequence_sums` in plain torch."""
-    lengths = groups.layout.rows.diff()[span.sequences]
+    lengths = groups.ranges.rows.diff()[group_range.sequences]
     # unsafe=True skips a check of the lengths that would wait for the device.
-    sums[span.sequences] = torch.segment_reduce(
-        values[span.rows].double(), "sum", lengths=lengths, initial=0.0, unsafe=True
+    sums[group_range.sequences] = torch.segment_reduce(
+        values[group_range.rows].double(), "sum", lengths=lengths, initial=0.0, unsafe=True
     )
 
 
 def group_losses_ref(
-    logps: Tensor,  # (S,)
-    ref_logps: Tensor | None,  # (S,)
-    groups: Groups,
-    span: Span,
+    pairs: PairLosses,
+    groups: GroupLayout,
+    group_range: GroupRange,
     loss: EdgeLoss,
     scale: float,
-    losses: Tensor,  # (E,)
-    slopes: Tensor,  # (M,)
 ) -> None:
-    """`group_loss.group_losses` in plain torch, its slopes by autograd."""
-    lengths, first = groups.layout.rows.diff()[span.sequences], span.sequences.start
+    """`group_loss.group_losses` in plain torch, with gradients by autograd."""
+    sequences, edges, first = group_range.sequences, group_range.edges, group_range.sequences.start
+    lengths = groups.ranges.rows.diff()[sequences]
     with torch.enable_grad():
-        leaf = logps[span.sequences].clone().requires_grad_()
-        result = edge_loss_ref(
+        leaf = pairs.logps[sequences].clone().requires_grad_()
+        losses = edge_loss_ref(
             leaf,
-            None if ref_logps is None else ref_logps[span.sequences],
+            None if pairs.ref_logps is None else pairs.ref_logps[sequences],
             lengths,
-            groups.chosen[span.edges] - first,
-            groups.rejected[span.edges] - first,
+            groups.chosen[edges] - first,
+            groups.rejected[edges] - first,
             loss,
-            span.edges,
+            edges,
         )
-        (slope,) = torch.autograd.grad(scale * result.sum(), leaf)
-    losses[span.edges] = result.detach().to(losses.dtype)
-    slopes[span.rows] = slope.repeat_interleave(lengths, output_size=span.num_rows).to(slopes.dtype)
+        (gradient,) = torch.autograd.grad(scale * losses.sum(), leaf)
+    pairs.losses[edges] = losses.detach().to(pairs.losses.dtype)
+    gradients = gradient.repeat_interleave(lengths, output_size=group_range.num_rows)
+    pairs.dloss_dlogps[group_range.rows] = gradients.to(pairs.dloss_dlogps.dtype)
 
 
 def score_groups_ref(
     logits: Tensor,  # (M, V)
     ref_logits: Tensor | None,  # (M, V)
     targets: Tensor,  # (M,)
-    groups: Groups,
+    groups: GroupLayout,
     loss: EdgeLoss,
     scale: float,
     transform: LogitTransform,
-    logps: Tensor,  # (M,)
-    ref_token_logps: Tensor | None,  # (M,)
-    normalisers: Tensor,  # (M,)
-    logp_sums: Tensor,  # (S,)
-    ref_logps: Tensor | None,  # (S,)
-    losses: Tensor,  # (E,)
-    slopes: Tensor,  # (M,)
+    stats: LogitStats,
+    pairs: PairLosses,
 ) -> None:
-    """`fused_from_logits.score_groups` in plain torch: the other steps one after another."""
-    whole = groups.span
-    row_stats_ref(logits, targets, logps, normalisers, transform=transform)
-    sequence_sums_ref(logps, groups, whole, logp_sums)
-    if ref_token_logps is not None:
+    """`fused_from_logits.score_groups` in plain torch: the other primitives one after another."""
+    whole = groups.whole_range
+    row_stats_ref(logits, targets, stats.token_logps, stats.normalisers, transform=transform)
+    sequence_sums_ref(stats.token_logps, groups, whole, pairs.logps)
+    if stats.ref_token_logps is not None:
         if ref_logits is not None:
-            row_stats_ref(ref_logits, targets, ref_token_logps, transform=transform)
-        assert ref_logps is not None
-        sequence_sums_ref(ref_token_logps, groups, whole, ref_logps)
-    group_losses_ref(logp_sums, ref_logps, groups, whole, loss, scale, losses, slopes)
+            row_stats_ref(ref_logits, targets, stats.ref_token_logps, transform=transform)
+        assert pairs.ref_logps is not None
+        sequence_sums_ref(stats.ref_token_logps, groups, whole, pairs.ref_logps)
+    group_losses_ref(pairs, groups, whole, loss, scale)
 
 
 def scale_ref_(x: Tensor, factor: Tensor) -> Tensor:

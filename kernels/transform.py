@@ -1,4 +1,4 @@
-"""What a model does to its logits between the output weight and the softmax."""
+"""The transform of logits between the output weight and the softmax: scale, soft-cap, temperature."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class LogitTransform:
             x = self.softcap * torch.tanh(x / self.softcap)
         return x if self.temperature == 1.0 else x / self.temperature
 
-    def slope(self, z: Tensor) -> Tensor | float:
-        """dz / dx as a function of z, (m, C) or the same for all."""
+    def derivative(self, z: Tensor) -> Tensor | float:
+        """dz / dx as a function of z: (m, C), or a number where it is constant."""
         constant = self.scale / self.temperature
         if self.softcap is None:
             return constant

@@ -32,7 +32,7 @@ def run_bench(
     from madpo.benchmarks.head import run as head
     from madpo.benchmarks.head.peers import available
 
-    what = head.settings(shapes, rows, heads, dtype, iterations, everything, variants)
+    what = head.make_settings(shapes, rows, heads, dtype, iterations, everything, variants)
     console, log = Console(), Console(stderr=True)
     versions, absent = available()
     for note in head.notes(what, versions, absent):

@@ -217,7 +217,7 @@ def bench_step(
         return
 
     selected = contender or []
-    what = step.settings(model, data, lora, ranks, pairs, max_length, dtype, rounds, threads, selected)
+    what = step.make_settings(model, data, lora, ranks, pairs, max_length, dtype, rounds, threads, selected)
     run_step_bench(what, output)
 
 

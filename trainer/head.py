@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from madpo.kernels.distribution_loss import distribution_loss
+from madpo.kernels.distribution_loss import TokensLoss, distribution_loss
 from madpo.kernels.edge_loss import EdgeLoss
-from madpo.kernels.layout import Groups, Span
+from madpo.kernels.layout import GroupLayout, GroupRange
 from madpo.kernels.preference_loss import Reference, preference_loss
 from madpo.kernels.primitives import Impl
 from madpo.kernels.token_scores import TokenScores
@@ -21,9 +21,6 @@ from madpo.trainer.objectives.build import BoundObjective
 from madpo.trainer.scoring_module import Gradients, Mode, ScoredLoss
 
 __all__ = ["Impl", "LogitTransform", "OutputHead", "OutputLayers", "PreferenceHead"]
-
-SpanLoss = Callable[[TokenScores, Span], Tensor]
-"""(scores of the span's tokens, span) -> () the sum of the span's losses."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +112,8 @@ class OutputLayers(nn.Module):
         hidden: Tensor,  # (M, H)
         reference: Reference,
         targets: Tensor,  # (M,)
-        groups: Groups,
-        loss: EdgeLoss | SpanLoss,
+        groups: GroupLayout,
+        loss: EdgeLoss | TokensLoss,
         scale: float,
     ) -> ScoredLoss:
         """`scale` times the sum of the losses, and the tokens' scores, from the fused kernels."""
@@ -166,29 +163,33 @@ class PreferenceHead(OutputLayers):
         hidden: Tensor,  # (M, H)
         ref_hidden: Tensor | None,  # (M, H)
         batch: PackedBatch,
-        loss: EdgeLoss | SpanLoss,
+        loss: EdgeLoss | TokensLoss,
     ) -> ScoredLoss:
         reference = Reference(token_logps=batch.ref_token_logps)
         if ref_hidden is not None:
             reference = Reference(ref_hidden, self.ref_weight, self.ref_bias)
         return self.run_kernels(hidden, reference, batch.targets, groups_of(batch), loss, batch.scale)
 
-    def _losses(self, batch: PackedBatch) -> EdgeLoss | SpanLoss:
+    def _losses(self, batch: PackedBatch) -> EdgeLoss | TokensLoss:
         """What the kernels form, or a function that autograd differentiates."""
         loss = self.objective.epilogue(batch.margins)
         if loss is None:
-            return lambda tokens, span: self.objective.of_groups(batch.scored(tokens, span)).losses.sum()
+
+            def sum_of_losses(tokens: TokenScores, group_range: GroupRange) -> Tensor:
+                return self.objective.of_groups(batch.scored(tokens, group_range)).losses.sum()
+
+            return sum_of_losses
         if batch.edge_weights is None:
             return loss
         return replace(loss, weights=batch.edge_weights, margins=None, margin_weight=None)
 
 
-def groups_of(batch: PackedBatch) -> Groups:
+def groups_of(batch: PackedBatch) -> GroupLayout:
     """The structure of a batch, as the kernels take it."""
-    return Groups(batch.lengths, batch.group_sequences, batch.group_edges, batch.chosen, batch.rejected)
+    return GroupLayout(batch.lengths, batch.group_sequences, batch.group_edges, batch.chosen, batch.rejected)
 
 
-def no_loss(tokens: TokenScores, span: Span) -> Tensor:
+def no_loss(tokens: TokenScores, group_range: GroupRange) -> Tensor:
     """() a constant 0, where scores alone are asked for."""
     return tokens.token_logps.new_zeros(())
 
@@ -203,16 +204,16 @@ def of_tokens(
 
 def linear_loss(
     gradients: TokenScores,  # (M,) the gradient in each field that has one
-) -> SpanLoss:
+) -> TokensLoss:
     """A stand-in for losses whose gradients in the tokens' scores are known."""
 
-    def loss(tokens: TokenScores, span: Span) -> Tensor:
+    def loss(tokens: TokenScores, group_range: GroupRange) -> Tensor:
         pairs = zip(tokens, gradients, strict=True)
-        parts = [(x * g[span.rows]).sum() for x, g in pairs if x is not None and g is not None]
+        parts = [(x * g[group_range.rows]).sum() for x, g in pairs if x is not None and g is not None]
         return torch.stack(parts).sum()
 
     return loss
 
 
-def _without_distributions(loss: SpanLoss) -> Callable[[Tensor, Tensor | None, Span], Tensor]:
-    return lambda logps, ref_logps, span: loss(TokenScores(logps, ref_logps), span)
+def _without_distributions(loss: TokensLoss) -> Callable[[Tensor, Tensor | None, GroupRange], Tensor]:
+    return lambda logps, ref_logps, group_range: loss(TokenScores(logps, ref_logps), group_range)

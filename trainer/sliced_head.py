@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from madpo.kernels.layout import Groups
+from madpo.kernels.distribution_loss import TokensLoss
+from madpo.kernels.layout import GroupLayout
 from madpo.kernels.preference_loss import Reference
 from madpo.kernels.token_scores import TokenScores
 from madpo.trainer.batches.packing import PackedBatch
-from madpo.trainer.head import OutputLayers, SpanLoss, linear_loss, no_loss, of_tokens
+from madpo.trainer.head import OutputLayers, linear_loss, no_loss, of_tokens
 from madpo.trainer.objectives.base import Need
 from madpo.trainer.scoring_module import ScoredLoss
 from madpo.trainer.sequence_parallel import SequenceGroup
@@ -59,7 +60,7 @@ class SlicedHead(OutputLayers):
     def _reference(self, hidden: Tensor | None) -> Reference:
         return Reference() if hidden is None else Reference(hidden, self.ref_weight, self.ref_bias)
 
-    def _run(self, hidden: Tensor, reference: Reference, batch: PackedBatch, loss: SpanLoss) -> ScoredLoss:
+    def _run(self, hidden: Tensor, reference: Reference, batch: PackedBatch, loss: TokensLoss) -> ScoredLoss:
         targets = batch.targets[own_tokens(batch)]
         return self.run_kernels(hidden, reference, targets, _blocks(targets), loss, batch.scale)
 
@@ -85,8 +86,8 @@ def own_tokens(batch: PackedBatch) -> Tensor:
     return batch.own_tokens
 
 
-def _blocks(targets: Tensor) -> Groups:
+def _blocks(targets: Tensor) -> GroupLayout:
     """Split tokens into independent blocks, so that a chunk of logits may end between any two."""
     full, rest = divmod(len(targets), BLOCK)
     lengths = [BLOCK] * full + ([rest] if rest else [])
-    return Groups.alone(lengths, targets.device)
+    return GroupLayout.alone(lengths, targets.device)

@@ -1,4 +1,4 @@
-"""Time and memory: interleaved, with a cold cache, medians of many runs."""
+"""Measure time and memory of calls: interleaved, with a cold cache, medians of many runs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    pass
 
 FLUSH_BYTES = 2**28  # well over any L2
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds."""
+    """Milliseconds of a call."""
 
     median: float
     p20: float
@@ -72,7 +68,7 @@ def _timing(values: list[float]) -> Timing:
 
 
 def peak_bytes(call: Callable[[], None], device: torch.device) -> int | None:
-    """What the call allocates at most beyond what is allocated before it; on a CPU nobody counts: None."""
+    """Peak memory of the call beyond what was allocated before; None on a CPU, where torch counts none."""
     if device.type != "cuda":
         call()
         return None
@@ -85,7 +81,7 @@ def peak_bytes(call: Callable[[], None], device: torch.device) -> int | None:
 
 
 def copy_bandwidth(device: torch.device, iterations: int) -> float:
-    """Bytes per second of a copy of 1 GiB (16 MiB on a CPU), read and written ones counted."""
+    """Bytes per second, read and written, of a copy of 1 GiB (16 MiB on a CPU)."""
     size = 2**30 if device.type == "cuda" else 2**24
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -99,10 +95,10 @@ def discard(_: object) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One head on one problem; times in milliseconds, None where it was refused or cannot be had."""
+    """One line of a table: a head on a problem. Times in milliseconds; None where refused or not measured."""
 
     shape: str
-    rows: int
+    rows: int  # scored tokens
     dtype: str
     variant: str  # plain, frozen head, saturated, from logits
     head: str
@@ -121,3 +117,4 @@ class Row:
 
 
 LIMIT = "GEMMs alone"
+"""The head of the row for the bare GEMMs."""

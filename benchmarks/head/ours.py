@@ -1,4 +1,4 @@
-"""Our own loss head behind the interface of peers.py, and the GEMMs that no exact head can do without."""
+"""Our loss head behind the interface of peers.py, and the bare GEMMs that every exact head needs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 from madpo.benchmarks.head.peers import Peer
 from madpo.benchmarks.head.problems import Problem
 from madpo.kernels.edge_loss import EdgeLoss
-from madpo.kernels.layout import Groups, Span
+from madpo.kernels.layout import GroupLayout, GroupRange
 from madpo.kernels.preference_loss import PreferenceLoss, Reference, preference_loss
 
 
 @dataclass(frozen=True)
 class Grouped:
-    """The problem with its structure as the head takes it, which a collator forms."""
+    """A problem with its `GroupLayout`, which a collator would form."""
 
     problem: Problem
-    groups: Groups
+    groups: GroupLayout
 
     @property
     def hidden(self) -> Tensor:
@@ -34,13 +34,13 @@ class Grouped:
 
 
 def group(problem: Problem) -> Grouped:
-    groups = Groups.pairs(problem.lengths, problem.hidden.device)
-    _ = groups.layout
+    groups = GroupLayout.pairs(problem.lengths, problem.hidden.device)
+    _ = groups.ranges  # copied to the device now, not in the first timed step
     return Grouped(problem, groups)
 
 
 def head(state: Grouped, by_autograd: bool = False, **options: Any) -> PreferenceLoss:
-    """MADPO with its weights formed in the kernel; or as an objective that only autograd knows."""
+    """MADPO's loss by the kernels, or `by_autograd`, as for an objective that the kernels do not form."""
     problem = state.problem
     loss: Any = EdgeLoss(problem.beta, margins=problem.margins, margin_weight=problem.margin_weight)
     return preference_loss(
@@ -48,21 +48,25 @@ def head(state: Grouped, by_autograd: bool = False, **options: Any) -> Preferenc
         problem.weight,
         problem.targets,
         state.groups,
-        partial(madpo_of_span, state) if by_autograd else loss,
+        partial(madpo_of_range, state) if by_autograd else loss,
         Reference(problem.ref_hidden, problem.ref_weight),
         scale=1.0 / len(problem.margins),
         **options,
     )
 
 
-def madpo_of_span(state: Grouped, logps: Tensor, ref_logps: Tensor | None, span: Span) -> Tensor:
-    """The same loss as a function of a span's log-probs."""
+def madpo_of_range(
+    state: Grouped, logps: Tensor, ref_logps: Tensor | None, group_range: GroupRange
+) -> Tensor:
+    """madpo's loss as a function of the log-probs of some groups, for autograd."""
     assert ref_logps is not None
-    lengths = state.groups.layout.rows.diff()[span.sequences]
+    lengths = state.groups.ranges.rows.diff()[group_range.sequences]
     ratios = (logps - ref_logps).double()
     sums = torch.segment_reduce(ratios, "sum", lengths=lengths, initial=0.0, unsafe=True)
     chosen, rejected = sums.view(-1, 2).unbind(1)
-    return (state.problem.weights[span.edges] * -F.logsigmoid(state.problem.beta * (chosen - rejected))).sum()
+    return (
+        state.problem.weights[group_range.edges] * -F.logsigmoid(state.problem.beta * (chosen - rejected))
+    ).sum()
 
 
 def _ours(name: str, note: str, needs_narrow: bool = False, **options: Any) -> Peer:
@@ -79,13 +83,17 @@ def _ours(name: str, note: str, needs_narrow: bool = False, **options: Any) -> P
 OURS = (
     _ours("madpo", "2 GiB of float32 logits at once"),
     _ours("madpo, narrow logits", "2 GiB of logits in bfloat16", True, logits_dtype=torch.bfloat16),
-    _ours("madpo, 256 MiB", "slabs of the vocabulary, twice: 10 M H V", budget_bytes=2**28),
-    _ours("madpo, any objective", "its slopes by autograd instead of in the kernel", by_autograd=True),
+    _ours("madpo, 256 MiB", "blocks of the vocabulary, twice: 10 M H V", budget_bytes=2**28),
+    _ours(
+        "madpo, any objective",
+        "gradients in log-probs by autograd instead of in the kernel",
+        by_autograd=True,
+    ),
 )
 
 
 def gemm_chain(problem: Problem) -> None:
-    """The products alone, 2 M H V each: logits of policy and reference, and both gradients."""
+    """The bare products, 2 M H V each: logits of both models, gradients of hidden states and weight."""
     with torch.no_grad():
         logits = problem.hidden @ problem.weight.t()
         torch.mm(problem.ref_hidden, problem.ref_weight.t(), out=torch.empty_like(logits))
@@ -95,6 +103,6 @@ def gemm_chain(problem: Problem) -> None:
 
 
 def useful_flops(problem: Problem) -> int:
-    """8 M H V; 6 M H V with a frozen head."""
+    """FLOPs that every head needs: 8 M H V; 6 M H V with a frozen output weight."""
     rows, width = problem.hidden.shape
     return (8 if problem.weight.requires_grad else 6) * rows * width * len(problem.weight)

@@ -44,10 +44,10 @@ TokenLogps = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Packed:
-    """The problem as it is, with what a collator adds."""
+    """A problem with the sequence of each token, which a collator would add."""
 
     problem: Problem
-    sequence: Tensor  # (M,) the sequence of each row
+    sequence: Tensor  # (M,) the sequence of each token
 
     @property
     def hidden(self) -> Tensor:
@@ -60,13 +60,13 @@ class Packed:
 
 @dataclass(frozen=True)
 class Padded:
-    """Sequences side by side, all chosen ones first, padded to the longest: (2P, T) rows."""
+    """A padded batch (2P, T): all chosen sequences, then all rejected ones, padded to the longest."""
 
     problem: Problem  # with every weight 1
     hidden: Tensor  # (2P, T, H) leaf
     ref_hidden: Tensor  # (2P, T, H)
     targets: Tensor  # (2P, T), -100 on padding
-    rows: Tensor  # (M,) where each packed row went among the 2P * T
+    rows: Tensor  # (M,) position of each packed token among the 2P * T
     head: Any
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
@@ -85,12 +85,12 @@ def clear(state: State) -> None:
 def pack(problem: Problem) -> Packed:
     lengths = torch.tensor(problem.lengths)
     sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
-    _ = problem.weights  # formed now: they depend on the data alone
+    _ = problem.weights  # formed now, not in the first timed step: they depend on the data alone
     return Packed(problem, sequence.to(problem.hidden.device))
 
 
 def pad(problem: Problem, compiled: bool) -> Padded:
-    """Liger's layout. Completions only: its trainers hand it prompt rows as well."""
+    """Pad as Liger needs it, but completions only: its trainers pass it prompts as well."""
     problem = problem.unweighted()
     lengths, longest = problem.lengths, max(problem.lengths)
     pairs = len(lengths) // 2
@@ -116,7 +116,7 @@ def pad(problem: Problem, compiled: bool) -> Padded:
 def weighted_dpo(state: Packed, token_logps: TokenLogps) -> Tensor:  # ()
     """mean_p w_p * -log sigmoid(beta D_p) for heads that give log-probs of tokens.
 
-    Differences to the reference are taken before they are summed, in float32: no head loses digits here.
+    The reference's log-probs are subtracted before summing, in float32: no head loses digits here.
     """
     problem = state.problem
     with torch.no_grad():
@@ -130,7 +130,7 @@ def weighted_dpo(state: Packed, token_logps: TokenLogps) -> Tensor:  # ()
 
 @torch.no_grad()
 def sequence_logps(state: Packed, token_logps: TokenLogps) -> Tensor:  # (S,)
-    """The policy's log-probs of sequences, summed in float64: what is lost is lost per token."""
+    """The policy's log-probs of sequences, summed in float64: the only errors are those of single tokens."""
     problem = state.problem
     tokens = token_logps(problem.hidden, problem.weight, problem.targets).double()
     return tokens.new_zeros(len(problem.lengths)).index_add(0, state.sequence, tokens)
@@ -163,7 +163,7 @@ def compiled_chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def trl(hidden: Tensor, weight: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> Tensor:
-    """`outputs` are for the policy alone, as in its DPOTrainer."""
+    """TRL's log-probs. Only the policy forms `outputs`, as in its DPOTrainer."""
     head = load(TRL).ChunkedLogProbFunction
     wanted = outputs if torch.is_grad_enabled() else ()
     return head.apply(hidden, weight, None, targets, 1.0, TRL_VOCAB_CHUNK, None, 1.0, wanted)[0]
@@ -176,15 +176,15 @@ def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, **options
 
 @cache
 def load(module: str) -> Any:
-    """Raises whatever the import raises."""
+    """Import a peer's module. Raises whatever the import raises."""
     return _trl_file() if module == TRL else importlib.import_module(module)
 
 
 def _trl_file() -> ModuleType:
-    """TRL's kernel file, unchanged, without the packages that the rest of TRL needs.
+    """Load TRL's kernel file, unchanged, without the packages that the rest of TRL needs.
 
-    Two functions are given to it: `is_triton_available` where transformers is not installed, and in
-    backward a gather of ZeRO-3 partitions, which outside of ZeRO-3 is a null context in TRL too.
+    Two of its imports are replaced: `is_triton_available` where transformers is not installed, and a gather
+    of ZeRO-3 partitions in backward, which is a null context in TRL too outside of ZeRO-3.
     """
     path = metadata.distribution("trl").locate_file("trl/kernels/chunked_logprob.py")
     root = "trl_kernel_alone"
@@ -217,17 +217,17 @@ def _stub(name: str, **members: Any) -> None:
 @dataclass(frozen=True)
 class Peer:
     name: str
-    module: str | None  # what has to import; None is torch alone
+    module: str | None  # its module, which must import; None: torch alone
     run: Callable[[Any], Tensor]
     note: str
     prepare: Callable[[Problem], Any] = pack
-    weighted: bool = True  # False: it takes no weights, and solves the problem with every weight 1
+    weighted: bool = True  # False: it takes no weights and gets the problem with every weight 1
     needs_cuda: bool = False
     needs_narrow: bool = False  # bfloat16 or float16 only
     logps: Callable[[Any], Tensor] | None = None  # state -> (S,), where its log-probs can be had
 
     def refuses(self, problem: Problem) -> str | None:
-        """Why it cannot run this problem, None if it can."""
+        """The reason why it cannot run this problem; None if it can."""
         if self.needs_cuda and problem.hidden.device.type != "cuda":
             return "runs on CUDA only"
         narrow = problem.hidden.dtype in (torch.bfloat16, torch.float16)
@@ -292,7 +292,7 @@ PEERS = (
 
 
 def available() -> tuple[dict[str, str], dict[str, str]]:
-    """Versions of the peers that can run here, by name, and of the others the reasons why not."""
+    """(name -> version of each peer that can run here, name -> why not of the others)."""
     versions: dict[str, str] = {}
     reasons: dict[str, str] = {}
     for peer in PEERS:

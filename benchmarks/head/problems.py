@@ -1,7 +1,7 @@
-"""Problems that a loss head is measured on: peaked logits as of a trained model, and the exact answer.
+"""Problems to measure a loss head on, with logits as peaked as a trained model's, and the exact answer.
 
-Random normal hidden states would give a nearly uniform softmax: no numerics are hard there, and a peer
-that skips negligible probabilities finds none. So rows are built such that a few tokens hold the mass.
+Random normal hidden states would give a nearly uniform softmax: its numerics are easy, and a peer that
+skips negligible probabilities finds none. So rows of logits are built in which a few tokens hold the mass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from madpo.kernels.edge_loss import MarginWeight
 
 ROWS_PER_SEQUENCE = 384
-LOG_ODDS = (-3.0, 5.0)  # of the target against all other tokens
+LOG_ODDS = (-3.0, 5.0)  # range of the target's log-odds against all other tokens
 DRIFT = 0.2  # standard deviation of the reference's logits around the policy's
 SATURATION = 8.0  # logits by which policy and reference differ on targets, in a saturated problem
 WEIGHT = MarginWeight(c_max=4.0, c_min=0.25, steepness=1.0, tau=7.0)
@@ -47,25 +47,25 @@ SMALL = (Shape("small-1003", 64, 1003), Shape("small-4000", 128, 4000))
 
 @dataclass(frozen=True)
 class Problem:
-    """The completion rows of P pairs, packed without padding: chosen, rejected, chosen, rejected, ..."""
+    """The completion tokens of P pairs, packed without padding: chosen, rejected, chosen, rejected, ..."""
 
     hidden: Tensor  # (M, H) leaf with gradient
     weight: Tensor  # (V, H) leaf, with gradient unless the head is frozen
     ref_hidden: Tensor  # (M, H)
     ref_weight: Tensor  # (V, H)
     targets: Tensor  # (M,) int64
-    lengths: tuple[int, ...]  # (S,) rows of each sequence
+    lengths: tuple[int, ...]  # (S,) tokens of each sequence
     margins: Tensor  # (P,) float32
     beta: float = 0.1
     margin_weight: MarginWeight = WEIGHT
 
     @cached_property
     def weights(self) -> Tensor:
-        """(P,) float32: the weights of the margins, for heads that take no margins."""
+        """(P,) float32 weights that MADPO gives the margins, for heads that take weights and no margins."""
         return self.margin_weight(self.margins.double()).float()
 
     def unweighted(self) -> Problem:
-        """The same rows with margins for which every weight is 1, for heads that take no weights."""
+        """This problem with margins whose weights are all 1, for heads that take no weights."""
         return replace(self, margins=torch.full_like(self.margins, -1000.0))
 
 
@@ -78,7 +78,7 @@ def make_problem(
     saturated: bool = False,
     frozen_head: bool = False,
 ) -> Problem:
-    """A problem of `rows` completion rows in sequences of unequal length, about 384 rows each.
+    """Make a problem of `rows` completion tokens in sequences of unequal length, about 384 tokens each.
 
     With unit rows g of random directions, Zipf log-frequencies f (by token id, as in a BPE vocabulary)
     and one direction u that all tokens share, weight[v] = g[v] + f[v] u / sqrt(H). A hidden state is
@@ -87,15 +87,15 @@ def make_problem(
     entropy of a few nats among the other tokens, 1 to 3 over all: see `describe`. Targets are drawn by
     frequency.
 
-    The reference is the policy with its logits moved at random by a fifth of a nat. With `saturated` its
-    logit of a chosen target is lower by 8 besides, and the policy's of a rejected one: 3 to 8 nats of
-    log-ratio a row. Past 350 rows a pair the slope of the sigmoid is exactly 0 in float32, and it is
-    nearly 0 for shorter ones.
+    The reference is the policy with logits moved at random by a fifth of a nat. With `saturated`, the
+    reference's logit of each chosen target and the policy's of each rejected target are also lower by 8:
+    3 to 8 nats of log-ratio a token. From about 350 tokens a pair the derivative of the loss is then exactly
+    0 in float32; for shorter pairs it is nearly 0.
 
     Margins are normal with mean 4 and deviation 4, so that either sign and either side of tau occur.
     The same arguments give the same problem on the same kind of device.
 
-    Raises UserError for fewer than two rows.
+    Raises ValueError for fewer than two rows.
     """
     if rows < 2:
         raise ValueError(f"rows: {rows} cannot hold a pair; give at least 2")
@@ -148,7 +148,7 @@ def _lengths(rows: int, random: torch.Generator) -> tuple[int, ...]:
 
 
 def _spread(vocab: int) -> float:
-    """The deviation of the noise logits: what leaves a few nats among the tokens beside the target."""
+    """The noise logits' standard deviation that leaves an entropy of a few nats besides the target."""
     return math.sqrt(max(2 * (math.log(vocab) - 8.5), 2.0))
 
 
@@ -175,7 +175,7 @@ def _chunks(rows: int, vocab: int, bytes_each: int, limit: int = 2**29) -> Itera
 
 
 class Description(NamedTuple):
-    """Means over the rows of the policy."""
+    """Means over the policy's rows of logits."""
 
     entropy: float  # nats
     target_probability: float
@@ -185,7 +185,7 @@ class Description(NamedTuple):
 
 @torch.no_grad()
 def describe(problem: Problem) -> Description:
-    """How peaked the policy is."""
+    """Measure how peaked the policy's distributions are."""
     weight = problem.weight.float()
     sums = torch.zeros(4, dtype=torch.float64, device=problem.hidden.device)
     for rows in _chunks(len(problem.hidden), len(weight), 4):
@@ -199,7 +199,7 @@ def describe(problem: Problem) -> Description:
 
 
 class Exact(NamedTuple):
-    """Float64 throughout, from the problem's values as they are in its dtype."""
+    """The exact answer: float64 throughout, from the problem's values as rounded to its dtype."""
 
     loss: Tensor  # ()
     logps: Tensor  # (S,)
@@ -213,7 +213,7 @@ def exact(problem: Problem) -> Exact:
     """The loss, log-probs and gradients in closed form, a few rows of float64 logits at a time.
 
     L = 1/P sum_p w_p softplus(-beta D_p), D_p the chosen log-ratio minus the rejected one, hence
-    dL/d(logp of a row) = -+ w_p beta sigmoid(-beta D_p) / P, minus for chosen rows.
+    dL/d(log-prob of a token) = -+ w_p beta sigmoid(-beta D_p) / P, minus in the chosen sequence.
     """
     hidden, weight = problem.hidden.double(), problem.weight.double()
     logps = _sequence_logps(hidden, weight, problem)
@@ -223,16 +223,16 @@ def exact(problem: Problem) -> Exact:
     weights = problem.margin_weight(problem.margins.double())
     loss = (weights * F.softplus(-scaled)).mean()
 
-    slope = weights * problem.beta * torch.sigmoid(-scaled) / len(weights)  # (P,)
-    slopes = torch.stack([-slope, slope], 1).flatten()  # (S,)
-    row_slopes = slopes.repeat_interleave(_counts(problem), output_size=len(hidden))  # (M,)
+    gradient = weights * problem.beta * torch.sigmoid(-scaled) / len(weights)  # (P,)
+    of_sequences = torch.stack([-gradient, gradient], 1).flatten()  # (S,)
+    dloss_dlogps = of_sequences.repeat_interleave(_counts(problem), output_size=len(hidden))  # (M,)
     d_hidden = torch.empty_like(hidden)
     d_weight = torch.zeros_like(weight) if problem.weight.requires_grad else None
     for rows in _chunks(len(hidden), len(weight), 8):
         d_logits = torch.softmax(hidden[rows] @ weight.t(), 1).neg_()
         index = problem.targets[rows, None]
         d_logits.scatter_add_(1, index, torch.ones_like(index, dtype=torch.float64))
-        d_logits *= row_slopes[rows, None]
+        d_logits *= dloss_dlogps[rows, None]
         d_hidden[rows] = d_logits @ weight
         if d_weight is not None:
             d_weight.addmm_(d_logits.t(), hidden[rows])

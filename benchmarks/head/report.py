@@ -1,4 +1,4 @@
-"""What a benchmark found: a table on the terminal, a JSON and a Markdown file, a plot."""
+"""Results of the head's benchmark: tables on the terminal, a JSON and a Markdown file, a plot."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ LOGITS_COLUMNS = {
 }
 
 Key = tuple[str, int, str, str]
-"""shape, rows, dtype, variant: the heads of one table."""
+"""(shape, rows, dtype, variant): the problem of one table, with a line per head."""
 
 
 def facts(command: str, device: torch.device, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """What was run, on what, with which versions."""
+    """Date, hardware, command and versions of a run."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "command": command,
-        "versions": {name: found for name in packages if (found := _version(name))},
+        "versions": {name: number for name in packages if (number := _version(name))},
     }
 
 
@@ -67,25 +67,25 @@ def _version(name: str) -> str | None:
         return None
 
 
-def stem(found: dict[str, Any], what: str = "head") -> str:
-    """As in head_nvidia-h200_2026-11-21."""
-    return f"{what}_{re.sub('[^a-z0-9]+', '-', found['hardware'].lower())}_{found['date']}"
+def stem(facts: dict[str, Any], what: str = "head") -> str:
+    """A file name without its ending, as in head_nvidia-h200_2026-11-21."""
+    return f"{what}_{re.sub('[^a-z0-9]+', '-', facts['hardware'].lower())}_{facts['date']}"
 
 
-def merge(path: Path, found: dict[str, Any], rows: Iterable[Row], absent: dict[str, str]) -> dict[str, Any]:
-    """The rows together with those of the same file: a later run replaces what it measured again."""
+def merge(path: Path, facts: dict[str, Any], rows: Iterable[Row], absent: dict[str, str]) -> dict[str, Any]:
+    """The results with those of an existing file: a later run replaces the rows that it measured again."""
     old = json.loads(path.read_text())["rows"] if path.exists() else []
-    return together(old, found, rows, absent)
+    return together(old, facts, rows, absent)
 
 
 def together(
-    old: Iterable[dict[str, Any]], found: dict[str, Any], rows: Iterable[Row], absent: dict[str, str]
+    old: Iterable[dict[str, Any]], facts: dict[str, Any], rows: Iterable[Row], absent: dict[str, str]
 ) -> dict[str, Any]:
-    """What a file holds: earlier rows that were not measured again, and new ones."""
+    """The content of a file: facts, new rows, and old rows that were not measured again."""
     new = [asdict(row) for row in rows]
     replaced = {(_key(row), row["head"]) for row in new}
-    kept = [row for row in old if (_key(row), row["head"]) not in replaced]
-    return {**found, "absent": absent, "rows": [*kept, *new]}
+    unchanged = [row for row in old if (_key(row), row["head"]) not in replaced]
+    return {**facts, "absent": absent, "rows": [*unchanged, *new]}
 
 
 def _key(row: dict[str, Any]) -> Key:
@@ -93,7 +93,7 @@ def _key(row: dict[str, Any]) -> Key:
 
 
 def tables(results: dict[str, Any]) -> dict[Key, list[dict[str, Any]]]:
-    """Rows of one problem together, the fastest first."""
+    """The rows of each problem, the fastest first."""
     out: dict[Key, list[dict[str, Any]]] = {}
     for row in results["rows"]:
         out.setdefault(_key(row), []).append(row)
@@ -127,11 +127,11 @@ def _cell(name: str, value: Any) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def write(folder: Path, found: dict[str, Any], rows: Sequence[Row], absent: dict[str, str]) -> list[Path]:
-    """JSON, Markdown and, where matplotlib is installed, a plot; returns the files."""
+def write(folder: Path, facts: dict[str, Any], rows: Sequence[Row], absent: dict[str, str]) -> list[Path]:
+    """Write JSON, Markdown and, where matplotlib is installed, a plot; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{stem(found)}.json"
-    results = merge(path, found, rows, absent)
+    path = folder / f"{stem(facts)}.json"
+    results = merge(path, facts, rows, absent)
     path.write_text(json.dumps(results, indent=1) + "\n")
     markdown = path.with_suffix(".md")
     files = [path, markdown]
@@ -158,7 +158,7 @@ def as_markdown(results: dict[str, Any], pictures: Sequence[Path]) -> str:
 
 
 def plot(path: Path, results: dict[str, Any]) -> Path:
-    """Time over the time of the bare GEMMs, a panel per number of rows; 1 is the limit."""
+    """Plot times over the time of the bare GEMMs, in a panel per number of rows; 1 is the limit."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -210,6 +210,6 @@ def as_lines(results: dict[str, Any]) -> list[str]:
 
 
 def _overhead(entries: Sequence[dict[str, Any]], head: str) -> float:
-    """Time over the limit's; 0 where the head has none."""
+    """Time over the limit's; 0 where the head was not timed."""
     shares = [row["share_of_limit"] for row in entries if row["head"] == head and row["share_of_limit"]]
     return 1 / shares[0] if shares else 0.0

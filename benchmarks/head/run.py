@@ -1,9 +1,10 @@
 """The loss head against its peers: correct first, then fast. `madpo bench` runs it.
 
-So does `python -m madpo.benchmarks.head.run`, with equal options; it needs torch, Triton and numpy alone.
+`python -m madpo.benchmarks.head.run` does the same with the same options, and needs only torch, Triton and
+numpy.
 
-For every problem: the exact answer in float64, then each head's errors against it, and only for heads
-that are right their time, interleaved with the others and with the bare GEMMs of the same shapes.
+For every problem it forms the exact answer in float64, then each head's errors against it. Heads that are
+right are timed, interleaved with each other and with the bare GEMMs of the same shapes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from madpo.benchmarks.head.peers import PEERS, Peer, available, clear
 from madpo.benchmarks.head.problems import SHAPES, SMALL, Exact, Problem, Shape, exact, make_problem
 from madpo.benchmarks.head.time import seconds_of
 from madpo.kernels.edge_loss import EdgeLoss
-from madpo.kernels.layout import Groups
+from madpo.kernels.layout import GroupLayout
 from madpo.kernels.naive import preference_loss_from_logps_ref, token_logps_ref
 from madpo.kernels.preference_loss_from_logits import preference_loss_from_logits
 from madpo.trainer.errors import EXIT_USAGE, UserError
@@ -36,10 +37,10 @@ from madpo.trainer.errors import EXIT_USAGE, UserError
 ROWS, SMALL_ROWS = (512, 2048, 8192), (512,)
 VARIANTS = ("frozen_head", "saturated")
 IN_ONE_SITTING = ("Llama-3.1-8B", "Gemma-2-9B", "Llama-3.2-1B", "Qwen2.5-0.5B"), (8192,)
-"""Shapes and rows that a GPU is given where none are named: under ten minutes, see `minutes`."""
+"""Shapes and numbers of tokens for a GPU where none are named: under ten minutes, see `minutes`."""
 OUTPUT = Path("benchmarks/results")
 TOLERATED = 5.0
-"""A head whose errors are more than this many times those of naive torch has no speed."""
+"""A head that errs more than this many times as much as naive torch is not timed."""
 FLOORS = {"loss": 1e-3, "d_hidden": 1e-4, "d_weight": 1e-4}
 BASELINE = "torch naive fp32"
 HEADS = (*OURS, *PEERS)
@@ -55,14 +56,14 @@ class Settings:
     iterations: int
     warmup: int = 5
     variants: tuple[str, ...] = VARIANTS  # of the largest problem of each shape
-    logits: bool = True  # the op over logits that exist already as well
-    left_out: tuple[str, ...] = ()  # what nobody left out by name
+    logits: bool = True  # whether the op over existing logits is measured too
+    left_out: tuple[str, ...] = ()  # left out by default, not by an option
 
     def wants(self, name: str) -> bool:
         return not self.heads or name.startswith(self.heads) or name == BASELINE
 
 
-def settings(
+def make_settings(
     shapes: Sequence[str],
     rows: Sequence[int],
     heads: Sequence[str],
@@ -72,9 +73,9 @@ def settings(
     variants: bool = True,
     device: torch.device | None = None,
 ) -> Settings:
-    """Complete and check what the command line gave. Raises UserError for unknown names.
+    """Settings from the command line's options, checked. Raises UserError for unknown names.
 
-    On a GPU, `everything` or not: what is named, and of the rest all or what ten minutes allow.
+    On a GPU, options that are not given mean everything with `everything`, else what fits ten minutes.
     """
     known = {shape.name: shape for shape in (*SHAPES, *SMALL)}
     if unknown := [name for name in shapes if name not in known]:
@@ -111,64 +112,64 @@ def settings(
     )
 
 
-def minutes(what: Settings, heads: Sequence[str]) -> float:
-    """What an H200 needs for it, roughly, with these heads."""
-    wanted = [name for name in (LIMIT, *heads) if name == LIMIT or what.wants(name)]
-    rounds = what.warmup + what.iterations
-    problems = [(shape, rows) for shape in what.shapes for rows in what.rows]
-    problems += [(shape, what.rows[-1]) for shape in what.shapes for _ in what.variants]
+def minutes(settings: Settings, heads: Sequence[str]) -> float:
+    """Minutes on an H200, roughly, with these heads."""
+    wanted = [name for name in (LIMIT, *heads) if name == LIMIT or settings.wants(name)]
+    rounds = settings.warmup + settings.iterations
+    problems = [(shape, rows) for shape in settings.shapes for rows in settings.rows]
+    problems += [(shape, settings.rows[-1]) for shape in settings.shapes for _ in settings.variants]
     return sum(seconds_of(shape, rows, rounds, wanted) for shape, rows in problems) / 60
 
 
-def notes(what: Settings, versions: Mapping[str, str], absent: Mapping[str, str]) -> Iterator[str]:
-    """What is not measured, and how long the rest will take."""
-    yield from (f"without {name}: {reason}" for name, reason in absent.items() if what.wants(name))
-    if what.left_out:
-        yield f"left out: {', '.join(what.left_out)}; --all takes all, --shape and --rows what they name"
-    if what.device.type == "cuda":
+def notes(settings: Settings, versions: Mapping[str, str], absent: Mapping[str, str]) -> Iterator[str]:
+    """Lines that say what is not measured, and how long the rest will take."""
+    yield from (f"without {name}: {reason}" for name, reason in absent.items() if settings.wants(name))
+    if settings.left_out:
+        yield f"left out: {', '.join(settings.left_out)}; --all takes all, --shape and --rows what they name"
+    if settings.device.type == "cuda":
         here = [*(head.name for head in OURS), *versions]
-        yield f"about {minutes(what, here):.0f} minutes on an H200, by the FLOPs of the shapes"
+        yield f"about {minutes(settings, here):.0f} minutes on an H200, by the FLOPs of the shapes"
 
 
-def run(what: Settings, log: Callable[[str], None]) -> Iterator[Row]:
-    """All rows of the benchmark, as they come."""
-    for shape in what.shapes:
-        for rows in what.rows:
+def run(settings: Settings, log: Callable[[str], None]) -> Iterator[Row]:
+    """Measure all problems; yields each row of the results when it is known."""
+    for shape in settings.shapes:
+        for rows in settings.rows:
             log(f"{shape.name}, {rows} rows")
-            problem = make_problem(shape, rows, what.dtype, what.device, seed=rows)
-            yield from measured(problem, shape, "plain", what)
+            problem = make_problem(shape, rows, settings.dtype, settings.device, seed=rows)
+            yield from measured(problem, shape, "plain", settings)
             del problem
-        rows = what.rows[-1]
-        for variant in what.variants:
+        rows = settings.rows[-1]
+        for variant in settings.variants:
             log(f"{shape.name}, {rows} rows, {variant}")
-            problem = make_problem(shape, rows, what.dtype, what.device, seed=rows, **{variant: True})
-            yield from measured(problem, shape, variant.replace("_", " "), what)
+            problem = make_problem(shape, rows, settings.dtype, settings.device, seed=rows, **{variant: True})
+            yield from measured(problem, shape, variant.replace("_", " "), settings)
             del problem
-        if what.logits:
+        if settings.logits:
             log(f"{shape.name}, {rows} rows, from logits")
-            yield from from_logits(shape, rows, what)
+            yield from from_logits(shape, rows, settings)
 
 
 def record(
-    what: Settings, command: str, output: Path, absent: dict[str, str], log: Callable[[str], None]
+    settings: Settings, command: str, output: Path, absent: dict[str, str], log: Callable[[str], None]
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Measure, and write what is known after every problem; the results of this run, and the files."""
-    found = head_report.facts(command, what.device)
+    """Measure, and write the files anew after every problem; returns this run's results and the files."""
+    facts = head_report.facts(command, settings.device)
     measured_so_far, paths = list[Row](), list[Path]()
-    rows = run(what, log)
+    rows = run(settings, log)
     for _, of_problem in groupby(rows, key=lambda row: (row.shape, row.rows, row.variant)):
         measured_so_far += of_problem
-        paths = head_report.write(output, found, measured_so_far, absent)
-    return head_report.together([], found, measured_so_far, absent), paths
+        paths = head_report.write(output, facts, measured_so_far, absent)
+    return head_report.together([], facts, measured_so_far, absent), paths
 
 
-def measured(problem: Problem, shape: Shape, variant: str, what: Settings) -> Iterator[Row]:
+def measured(problem: Problem, shape: Shape, variant: str, settings: Settings) -> Iterator[Row]:
     """Check every head on the problem, then time those that are right."""
     torch.compiler.reset()
     versions, _ = available()
     facts: dict[str, dict[str, Any]] = {}
     states: dict[str, Any] = {}
-    heads = {head.name: head for head in HEADS if what.wants(head.name)}
+    heads = {head.name: head for head in HEADS if settings.wants(head.name)}
     truths = {True: exact(problem)}
     for name, head in heads.items():
         if head.module is not None and name not in versions:
@@ -198,7 +199,7 @@ def measured(problem: Problem, shape: Shape, variant: str, what: Settings) -> It
         for state in states.values():
             clear(state)
 
-    times = measure.interleaved(calls, what.device, what.iterations, what.warmup, after)
+    times = measure.interleaved(calls, settings.device, settings.iterations, settings.warmup, after)
     facts[LIMIT] = {}
     where = shape.name, len(problem.hidden), str(problem.hidden.dtype).removeprefix("torch."), variant
     for name, fact in facts.items():
@@ -219,7 +220,7 @@ def _step(head: Peer, state: Any) -> Callable[[], None]:
 
 
 def _check(head: Peer, problem: Problem, truth: Exact) -> tuple[Any, dict[str, Any]]:
-    """Its state, and its errors and working memory on one step."""
+    """Run one step: the head's state, and its errors and working memory."""
     state = head.prepare(problem)
     step = _step(head, state)
     step()  # compiles
@@ -240,7 +241,7 @@ def _check(head: Peer, problem: Problem, truth: Exact) -> tuple[Any, dict[str, A
 
 
 def _relative(got: Any, want: Tensor) -> float:
-    """Norm of the difference over that of the truth; in all, where the truth vanishes."""
+    """Norm of the difference over that of the truth; the norm itself where the truth is 0."""
     scale = want.norm()
     return float((got.double() - want).norm() / (scale if scale > 1e-30 else 1.0))
 
@@ -255,10 +256,10 @@ def _check_facts(facts: dict[str, dict[str, Any]]) -> None:
                 break
 
 
-def from_logits(shape: Shape, rows: int, what: Settings) -> Iterator[Row]:
-    """Over logits that exist already: the fewest bytes that have to move, over time."""
-    problem = make_problem(shape, rows, what.dtype, what.device, seed=rows)
-    groups = Groups.pairs(problem.lengths, what.device)
+def from_logits(shape: Shape, rows: int, settings: Settings) -> Iterator[Row]:
+    """Measure the op over existing logits, as the bytes it has to move over its time."""
+    problem = make_problem(shape, rows, settings.dtype, settings.device, seed=rows)
+    groups = GroupLayout.pairs(problem.lengths, settings.device)
     loss = EdgeLoss(problem.beta, margins=problem.margins, margin_weight=problem.margin_weight)
     with torch.no_grad():
         original, reference = problem.hidden @ problem.weight.t(), problem.ref_hidden @ problem.ref_weight.t()
@@ -275,7 +276,7 @@ def from_logits(shape: Shape, rows: int, what: Settings) -> Iterator[Row]:
         )
 
     def restore() -> None:
-        """Our backward left the gradient where the logits were."""
+        """Put the logits back: our backward overwrote them with their gradient."""
         logits.grad = None
         logits.detach().copy_(original)
 
@@ -295,9 +296,9 @@ def from_logits(shape: Shape, rows: int, what: Settings) -> Iterator[Row]:
     if not (errors[0] < 1e-4 and errors[1] < 0.02):
         refused["madpo"] = f"wrong: loss and gradient differ from naive torch's by {errors}"
         calls = {name: call for name, call in calls.items() if not name.startswith("madpo")}
-    bandwidth = measure.copy_bandwidth(what.device, what.iterations)
-    times = measure.interleaved(calls, what.device, what.iterations, what.warmup, restore)
-    where = shape.name, rows, str(what.dtype).removeprefix("torch."), "from logits"
+    bandwidth = measure.copy_bandwidth(settings.device, settings.iterations)
+    times = measure.interleaved(calls, settings.device, settings.iterations, settings.warmup, restore)
+    where = shape.name, rows, str(settings.dtype).removeprefix("torch."), "from logits"
     for name, timing in times.items():
         moved = original.nbytes * (4 if "backward" in name else 2)
         rate = moved / (timing.median / 1000)
@@ -315,13 +316,13 @@ def from_logits(shape: Shape, rows: int, what: Settings) -> Iterator[Row]:
 
 
 def main() -> int:
-    """The benchmark without the rest of the package, in plain text; returns the exit status."""
+    """Run the benchmark without the rest of the package, in plain text; returns the exit status."""
     parser = argparse.ArgumentParser(
         "python -m madpo.benchmarks.head.run", description=(__doc__ or "").split(". ")[0] + "."
     )
     repeated: dict[str, Any] = {"action": "append", "default": []}
     parser.add_argument("--shape", **repeated, help="as in Llama-3.1-8B")
-    parser.add_argument("--rows", **repeated, type=int, help="completion rows, as in 512, 2048, 8192")
+    parser.add_argument("--rows", **repeated, type=int, help="completion tokens, as in 512, 2048, 8192")
     parser.add_argument("--head", **repeated, help="as in madpo or TRL; default: all")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 or float32")
     parser.add_argument("--iterations", type=int, help="default: 20")
@@ -330,7 +331,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the results")
     given = parser.parse_args()
     try:
-        what = settings(
+        settings = make_settings(
             given.shape,
             given.rows,
             given.head,
@@ -347,11 +348,11 @@ def main() -> int:
     def log(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    for note in notes(what, versions, absent):
+    for note in notes(settings, versions, absent):
         log(note)
     command = shlex.join(["python", "-m", "madpo.benchmarks.head.run", *sys.argv[1:]])
-    found, paths = record(what, command, given.output, absent, log)
-    print("\n".join(head_report.as_lines(found)))
+    results, paths = record(settings, command, given.output, absent, log)
+    print("\n".join(head_report.as_lines(results)))
     for path in paths:
         print(f"wrote {path}")
     return 0

@@ -1,4 +1,4 @@
-"""How long the loss head's benchmark takes on an H200: the FLOPs of its shapes, and what compiles.
+"""Estimate how long the head's benchmark takes on an H200: the FLOPs of its shapes, and compilation.
 
 The rates are rough and on the slow side; nothing that is measured depends on them.
 """
@@ -10,20 +10,20 @@ from collections.abc import Iterable
 from madpo.benchmarks.head.problems import Shape
 
 NARROW_FLOPS, DOUBLE_FLOPS = 600e12, 40e12
-"""Per second, in products of bfloat16 and of float64."""
+"""FLOPs per second of products in bfloat16 and in float64."""
 OVER_THE_PRODUCTS = 2.0
 """Time of a step over that of its products alone, a mean over all heads."""
 CHECKS = 4
 """Steps of a head before it is timed: compilation, memory, loss, log-probs."""
 COMPILES = ("torch.compile", "torch.compile chunks", "Liger DPO")
 COMPILATION, START = 15.0, 1.0
-"""Seconds for every problem: of a head that torch compiles, and of any other."""
+"""Seconds per problem that a head spends on compilation if torch compiles it, and otherwise."""
 TRUTHS = 2
-"""With the weights, and without for the heads that take none; 10 M H V each."""
+"""Exact answers per problem: with weights, and without for heads that take none; 10 M H V each."""
 
 
 def seconds_of(shape: Shape, rows: int, rounds: int, heads: Iterable[str]) -> float:
-    """Of one problem: the truth, then each head's checks and rounds."""
+    """Seconds for one problem: the exact answers, then each head's checks and rounds."""
     size = rows * shape.hidden * shape.vocab
     names = list(heads)
     steps = len(names) * (rounds + CHECKS) * OVER_THE_PRODUCTS * 8 * size / NARROW_FLOPS

@@ -1,8 +1,10 @@
-"""Which block size and how many warps the kernels over logits like best: python -m madpo.benchmarks.head.tune
+"""Find the best block size and number of warps for the kernels over logits.
 
-Of Llama 3's vocabulary; with --all of two more, for which every kernel is compiled again.
-Prints the bandwidth of every choice, as bytes that have to move over time, and its share of a copy's.
-The winners go to BLOCK and NUM_WARPS in kernels/logit_rows.py, with the table in docs/LOG.md.
+    python -m madpo.benchmarks.head.tune [--all]
+
+It takes Llama 3's vocabulary; with --all two more, for which every kernel is compiled again.
+It prints the bandwidth of every choice (bytes that have to move, over time) and its share of a copy's.
+The best choice goes into BLOCK and NUM_WARPS in kernels/logit_rows.py, the table into docs/LOG.md.
 """
 
 from __future__ import annotations
@@ -21,22 +23,22 @@ BLOCKS, WARPS = (1024, 2048, 4096, 8192, 16384), (4, 8, 16)
 VOCABS = (128_256, 151_936, 256_000)
 
 
-def steps(
+def calls(
     rows: int, vocab: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, tuple[Callable[[], object], int]]:
-    """Name -> (call, bytes it has to move), on `rows` rows of logits in `dtype`."""
+    """Primitive's name -> (call, bytes it has to move), on `rows` rows of logits in `dtype`."""
     logits = torch.randn(rows, vocab, dtype=dtype, device=device)
     targets = torch.randint(0, vocab, (rows,), device=device)
     logps, normalisers = torch.empty(2, rows, device=device)
-    slopes = torch.ones(rows, device=device)
+    dloss_dlogps = torch.ones(rows, device=device)
 
     def stats() -> None:
         kernels.row_stats(logits, targets, logps, normalisers, transform=IDENTITY)
 
     def gradient() -> torch.Tensor:
-        # Uses up the logits; what stands there afterwards is as good to time.
+        # It overwrites the logits; timing does not depend on their values.
         return kernels.dlogits_(
-            logits, targets, normalisers, slopes, transform=IDENTITY, dtype=torch.bfloat16
+            logits, targets, normalisers, dloss_dlogps, transform=IDENTITY, dtype=torch.bfloat16
         )
 
     stats()
@@ -51,18 +53,18 @@ def sweep(
     iterations: int,
     choices: Sequence[tuple[int, int]] = tuple(product(BLOCKS, WARPS)),
 ) -> Iterator[tuple[str, int, str, int, int, float]]:
-    """(step, V, dtype, block, warps, bytes per second) of every choice."""
-    kept = kernels.BLOCK, kernels.NUM_WARPS
+    """(primitive, V, dtype, block, warps, bytes per second) of every choice."""
+    before = kernels.BLOCK, kernels.NUM_WARPS
     try:
         for vocab, dtype in product(vocabs, (torch.float32, torch.bfloat16)):
-            for name, (call, moved) in steps(rows, vocab, dtype, device).items():
+            for name, (call, moved) in calls(rows, vocab, dtype, device).items():
                 for kernels.BLOCK, kernels.NUM_WARPS in choices:
-                    calls = {name: lambda call=call: measure.discard(call())}
-                    timing = measure.interleaved(calls, device, iterations, 3)[name]
+                    timed = {name: lambda call=call: measure.discard(call())}
+                    timing = measure.interleaved(timed, device, iterations, 3)[name]
                     rate = moved / (timing.median / 1000)
                     yield name, vocab, str(dtype), kernels.BLOCK, kernels.NUM_WARPS, rate
     finally:
-        kernels.BLOCK, kernels.NUM_WARPS = kept
+        kernels.BLOCK, kernels.NUM_WARPS = before
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""A whole training step against TRL's, and against ourselves with a feature off. `madpo bench step` runs it.
+"""A whole training step against TRL's, and against ours with a feature off. `madpo bench step` runs it.
 
 Every contender trains the same model on the same pairs in the same order, in processes of its own, one
-block of steps at a time. On a CPU all have their turn in every round, in a new order: a busy machine slows
-all of them. On a GPU each would need the memory of the others, and comes to its end before the next. What a
-contender is worth is the median over rounds of the first one's time, TRL's, over its own. A contender whose
-losses are not those of the first one has no speed.
+block of steps at a time. On a CPU all contenders run a block in every round, in a new order, so that a busy
+machine slows all of them. On a GPU, where there is no memory for all, one finishes before the next starts.
+The result of a contender is the median over rounds of the first contender's (TRL's) time over its own. No
+speed is reported of a contender whose losses differ from the first one's.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from madpo.trainer.throughput import peak_flops
 TRL, MADPO = "TRL", "madpo"
 CACHED = "reference cached"
 TRL_DEFAULT = 8
-"""Its per_device_train_batch_size where none is given."""
+"""The default of its per_device_train_batch_size."""
 TRIAL_ROUNDS = 3
 LOSS_TOLERANCE = {False: 1e-4, True: 2e-2}
-"""Whether in bf16 -> the largest difference of a block's mean loss that rounding explains. In bf16 a few
-steps hardly move the loss by more: that the work is equal is shown in float32."""
+"""bf16 or not -> the largest difference of a block's mean loss that rounding explains. In bf16 a few steps
+hardly move the loss by more, so only a run in float32 shows that contenders do the same work."""
 
 
 class Variant(NamedTuple):
@@ -44,12 +44,12 @@ class Variant(NamedTuple):
     overrides: tuple[str, ...] = ()  # of our config
     packing: Packing = "balanced"
     one_traversal: bool = True
-    cached: bool = False  # the reference is scored before
-    may_fail: bool = False
+    cached: bool = False  # the reference is scored before training
+    may_fail: bool = False  # its overrides are the user's, so an error is a result
 
 
 def variants(ranks: int, lora: bool) -> dict[str, Variant]:
-    """Ours, and ours with one thing changed, to see what it is worth."""
+    """Our trainer, and our trainer with one feature changed, to see what the feature is worth."""
     other_stage = 3 if ranks == 1 else 2
     out = {
         MADPO: Variant(),
@@ -73,17 +73,17 @@ class Settings:
     data: str
     lora: bool
     ranks: int
-    pairs: int  # of a step, over all ranks
+    pairs: int  # in a step, over all ranks
     max_length: int
     bf16: bool
-    block: int  # steps in a turn
-    rounds: int  # measured
-    warmup: int  # rounds before
+    block: int  # steps without a pause
+    rounds: int  # that are measured
+    warmup: int  # rounds before these
     threads: int  # of all ranks together, on a CPU
-    trl_batch_sizes: tuple[int, ...]  # tried, the best is measured; none: TRL is left out
-    variants: Mapping[str, Variant]  # of ours
+    trl_batch_sizes: tuple[int, ...]  # all are tried, the fastest is measured; none: TRL is left out
+    variants: Mapping[str, Variant]  # of our trainer
     lr: float
-    together: bool  # all in each round
+    together: bool  # all contenders run in each round
 
     @property
     def steps(self) -> int:
@@ -92,7 +92,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender; None where it was refused."""
+    """One line of a table: a contender on a workload. None where it was refused or not measured."""
 
     model: str
     data: str
@@ -105,17 +105,17 @@ class Row:
     p25: float | None = None
     p75: float | None = None
     tokens_per_second: float | None = None  # padding-free tokens of both sequences of every pair
-    tflops: float | None = None  # of a rank, those that the mathematics asks for: see `step_flops`
-    mfu: float | None = None  # of what is known of the GPU
+    tflops: float | None = None  # per second and rank, as `step_flops` counts them
+    mfu: float | None = None  # `tflops` over the GPU's peak; None if that is unknown
     times_first: float | None = None  # median over rounds of the first contender's time over its own
-    cpu_times_first: float | None = None  # the same in CPU time, None on a GPU
-    peak_mib: float | None = None  # the largest rank's
-    loss: float | None = None  # of the last block
+    cpu_times_first: float | None = None  # `times_first` in CPU time, None on a GPU
+    peak_mib: float | None = None  # of the rank with the most
+    loss: float | None = None  # mean of the last block
     loss_gap: float | None = None  # the largest difference of any block from the first contender's
     refused: str | None = None
 
 
-def settings(
+def make_settings(
     model: str,
     data: str,
     lora: bool,
@@ -127,7 +127,7 @@ def settings(
     threads: int | None,
     contenders: Sequence[str],
 ) -> Settings:
-    """Complete and check what the command line gave. Raises UserError."""
+    """Settings from the command line's options, checked. Raises UserError for what is not allowed."""
     on_gpu = torch.cuda.is_available()
     dtype = dtype or ("bfloat16" if on_gpu else "float32")
     pairs = pairs or (64 if on_gpu else 8)
@@ -173,55 +173,57 @@ def settings(
     )
 
 
-def run(what: Settings, folder: Path, log: Callable[[str], None]) -> Iterator[list[Row]]:
-    """The rows of all contenders so far, as often as there are more. `folder` takes the model and the pairs.
+def run(settings: Settings, folder: Path, log: Callable[[str], None]) -> Iterator[list[Row]]:
+    """Measure all contenders; yields all rows so far whenever there are more. `folder` takes model and pairs.
 
     Raises UserError for unknown names.
     """
     log("writing the model and the pairs")
-    workload = make_workload(folder, what.model, what.data, what.pairs * what.steps, what.max_length)
-    ours = _job(what, workload)
-    jobs = {name: replace(ours, **variant._asdict()) for name, variant in what.variants.items()}
+    workload = make_workload(
+        folder, settings.model, settings.data, settings.pairs * settings.steps, settings.max_length
+    )
+    ours = _job(settings, workload)
+    jobs = {name: replace(ours, **variant._asdict()) for name, variant in settings.variants.items()}
     refused: dict[str, str] = {}
-    jobs = _trl_jobs(what, ours, log, refused) | jobs
+    jobs = _trl_jobs(settings, ours, log, refused) | jobs
     rounds = dict[str, list[Block]]()
-    for names in [list(jobs)] if what.together or not jobs else [[name] for name in jobs]:
+    for names in [list(jobs)] if settings.together or not jobs else [[name] for name in jobs]:
         some = {name: jobs[name] for name in names}
-        rounds |= tournament(some, what.rounds + what.warmup, log, refused)
-        yield list(_rows(what, workload, jobs, rounds, refused))
+        rounds |= tournament(some, settings.rounds + settings.warmup, log, refused)
+        yield list(_rows(settings, workload, jobs, rounds, refused))
 
 
-def _job(what: Settings, workload: Workload) -> Job:
+def _job(settings: Settings, workload: Workload) -> Job:
     return Job(
         MADPO,
         workload,
-        what.ranks,
-        max(1, what.threads // what.ranks),
-        what.pairs,
-        what.steps,
-        what.block,
-        what.bf16,
-        what.lr,
-        what.lora,
+        settings.ranks,
+        max(1, settings.threads // settings.ranks),
+        settings.pairs,
+        settings.steps,
+        settings.block,
+        settings.bf16,
+        settings.lr,
+        settings.lora,
     )
 
 
 def _trl_jobs(
-    what: Settings, ours: Job, log: Callable[[str], None], refused: dict[str, str]
+    settings: Settings, ours: Job, log: Callable[[str], None], refused: dict[str, str]
 ) -> dict[str, Job]:
-    """TRL with its fastest micro-batch, the first contender; the same with a cached reference, if ours is
-    measured with one; and as it comes."""
-    if not what.trl_batch_sizes:
+    """TRL's contenders: with its fastest batch size, with that and a cached reference if we have one too, and
+    with its default batch size."""
+    if not settings.trl_batch_sizes:
         return {}
-    best = _best_batch_size(what, ours, log, refused)
+    best = _best_batch_size(settings, ours, log, refused)
     if best is None:
         return {}
     fastest = replace(ours, trainer=TRL, batch_size=best)
     jobs = {name_of(fastest): fastest}
-    if any(variant.cached for variant in what.variants.values()):
+    if any(variant.cached for variant in settings.variants.values()):
         jobs[f"{name_of(fastest)}, {CACHED}"] = replace(fastest, cached=True)
     default = replace(fastest, batch_size=TRL_DEFAULT)
-    if TRL_DEFAULT in what.trl_batch_sizes and name_of(default) not in {*jobs, *refused}:
+    if TRL_DEFAULT in settings.trl_batch_sizes and name_of(default) not in {*jobs, *refused}:
         jobs[f"{name_of(default)}, its default"] = default
     return jobs
 
@@ -231,28 +233,28 @@ def name_of(trl: Job) -> str:
 
 
 def _best_batch_size(
-    what: Settings, ours: Job, log: Callable[[str], None], refused: dict[str, str]
+    settings: Settings, ours: Job, log: Callable[[str], None], refused: dict[str, str]
 ) -> int | None:
-    """TRL's fastest micro-batch; None if it runs with none."""
+    """TRL's fastest batch size; None if all fail."""
 
     def seconds(*sizes: int) -> list[float]:
         tried = [replace(ours, trainer=TRL, batch_size=size) for size in sizes]
-        count = min(TRIAL_ROUNDS, what.rounds + what.warmup)
+        count = min(TRIAL_ROUNDS, settings.rounds + settings.warmup)
         rounds = tournament({name_of(job): job for job in tried}, count, log, refused)
-        blocks = [rounds.get(name_of(job), []) for job in tried]
-        return [min((block.seconds for block in of_one[1:]), default=math.inf) for of_one in blocks]
+        blocks_of_each = [rounds.get(name_of(job), []) for job in tried]
+        return [min((block.seconds for block in blocks[1:]), default=math.inf) for blocks in blocks_of_each]
 
-    sizes = what.trl_batch_sizes
+    sizes = settings.trl_batch_sizes
     if len(sizes) == 1:
         return sizes[0]
-    times = dict(zip(sizes, seconds(*sizes), strict=True)) if what.together else climb(sizes, seconds)
+    times = dict(zip(sizes, seconds(*sizes), strict=True)) if settings.together else climb(sizes, seconds)
     best = min(times, key=lambda size: times[size])
     return best if times[best] < math.inf else None
 
 
 def climb(sizes: Sequence[int], seconds: Callable[[int], Sequence[float]]) -> dict[int, float]:
-    """size -> time, from TRL's default on for as long as the next one up, or else down, is faster: trying
-    all would take longer than what is to be measured."""
+    """(size -> seconds) from TRL's default upwards while it gets faster, or else downwards. Trying all sizes
+    would take longer than the benchmark."""
     start = min(range(len(sizes)), key=lambda i: abs(sizes[i] - TRL_DEFAULT))
     (best,) = seconds(sizes[start])
     times = {sizes[start]: best}
@@ -270,7 +272,7 @@ def climb(sizes: Sequence[int], seconds: Callable[[int], Sequence[float]]) -> di
 def tournament(
     jobs: Mapping[str, Job], rounds: int, log: Callable[[str], None], refused: dict[str, str]
 ) -> dict[str, list[Block]]:
-    """The blocks of each contender, in rounds. One that fails is in `refused` instead."""
+    """Run all contenders in rounds; returns the blocks of each. One that fails is in `refused` instead."""
     contenders: dict[str, Contender] = {}
     blocks: dict[str, list[Block]] = {}
     order, shuffle = list(jobs), random.Random(0).shuffle
@@ -309,36 +311,36 @@ def tournament(
 
 
 def _rows(
-    what: Settings,
+    settings: Settings,
     workload: Workload,
     jobs: Mapping[str, Job],
     rounds: Mapping[str, list[Block]],
     refused: Mapping[str, str],
 ) -> Iterator[Row]:
-    pairs, size = workload.pairs(), what.pairs * what.block
+    pairs, size = workload.pairs(), settings.pairs * settings.block
     starts = range(0, len(pairs), size)
     tokens = [sum(map(real_tokens, pairs[i : i + size])) for i in starts]
-    flops = {cached: step_flops(workload, what.lora, cached) for cached in (False, True)}
+    flops = {cached: step_flops(workload, settings.lora, cached) for cached in (False, True)}
     first = next(iter(rounds.values()), [])
-    peak = peak_flops(None, this_device(), what.bf16)
-    dtype = "bfloat16" if what.bf16 else "float32"
-    where = what.model, what.data, what.lora, what.ranks, what.pairs, dtype
+    peak = peak_flops(None, this_device(), settings.bf16)
+    dtype = "bfloat16" if settings.bf16 else "float32"
+    where = settings.model, settings.data, settings.lora, settings.ranks, settings.pairs, dtype
     for name, blocks in rounds.items():
         gap = max(abs(ours.loss - theirs.loss) for ours, theirs in zip(blocks, first, strict=True))
         row = Row(*where, name, loss=blocks[-1].loss, loss_gap=gap)
-        if not gap <= LOSS_TOLERANCE[what.bf16]:
+        if not gap <= LOSS_TOLERANCE[settings.bf16]:
             yield replace(row, refused=f"wrong: its loss is off by {gap:.1e}")
             continue
-        measured = range(what.warmup, len(blocks))
+        measured = range(settings.warmup, len(blocks))
         times = [blocks[i].seconds for i in measured]
-        work = [flops[jobs[name].cached][i : i + size].sum() / what.ranks for i in starts]
+        work = [flops[jobs[name].cached][i : i + size].sum() / settings.ranks for i in starts]
         rate = statistics.median(work[i] / blocks[i].seconds for i in measured)
         quarters = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
         yield replace(
             row,
-            step_seconds=statistics.median(times) / what.block,
-            p25=quarters[0] / what.block,
-            p75=quarters[2] / what.block,
+            step_seconds=statistics.median(times) / settings.block,
+            p25=quarters[0] / settings.block,
+            p75=quarters[2] / settings.block,
             tokens_per_second=statistics.median(tokens[i] / blocks[i].seconds for i in measured),
             tflops=rate / 1e12,
             mfu=None if peak is None else rate / peak,

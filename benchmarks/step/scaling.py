@@ -1,6 +1,6 @@
-"""How a step grows: its time with the tokens of a group, the head's memory with the number of pairs.
+"""Measure how a step's time grows with the tokens of a group, and the head's memory with the pairs.
 
-`madpo bench step --scaling` runs it, in this process and without DeepSpeed, whose share does not grow.
+`madpo bench step --scaling` runs it, in one process and without DeepSpeed, whose share does not grow.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from madpo.benchmarks.step.report import PACKAGES
 from madpo.benchmarks.step.worker import reset_peak, resident
 from madpo.benchmarks.step.workload import FIRST_WORD, MODELS, make_workload
 from madpo.kernels.edge_loss import EdgeLoss
-from madpo.kernels.layout import Groups
+from madpo.kernels.layout import GroupLayout
 from madpo.kernels.preference_loss import Reference, preference_loss
 from madpo.trainer.batches.packing import PackedBatch, pack
 from madpo.trainer.config.schema import from_tree
@@ -40,11 +40,11 @@ HEAD_BUDGET = 2**26
 
 @dataclass(frozen=True)
 class Time:
-    """Of one group: a prompt of a quarter of its tokens and two completions of equal length."""
+    """Time of a step on one group: a quarter of its tokens are prompt, the rest two equal completions."""
 
     tokens: int
     seconds: float  # forward of policy and reference, backward
-    attention: float  # of it in attention, whose arithmetic grows with the square
+    attention: float  # the part in attention, whose arithmetic grows with the square
 
     @property
     def others_per_token(self) -> float:
@@ -53,12 +53,12 @@ class Time:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of the loss head, in MiB."""
+    """Memory of the loss head, in MiB."""
 
     pairs: int
     rows: int
-    head: float  # at most, beyond inputs and gradients
-    all_logits: float  # what one copy of policy's and reference's would take, computed
+    head: float  # peak beyond inputs and gradients
+    all_logits: float  # size of all logits of policy and reference, computed
 
 
 def times(
@@ -68,7 +68,7 @@ def times(
     log: Callable[[str], None],
     sizes: Sequence[int] = GROUP_TOKENS,
 ) -> Iterator[Time]:
-    """Medians. Raises UserError for an unknown model."""
+    """Median times for each size. Raises UserError for an unknown model."""
     device = this_device()
     workload = make_workload(folder, model, "hh", 1, 64)
     tree: dict[str, Any] = {
@@ -90,8 +90,10 @@ def times(
 
         attention = _attention(module.policy, batch)
         calls = {"step": step, "attention": attention}
-        found = measure.interleaved(calls, device, iterations, 1, lambda: module.zero_grad(set_to_none=True))
-        yield Time(size, found["step"].median / 1000, found["attention"].median / 1000)
+        timings = measure.interleaved(
+            calls, device, iterations, 1, lambda: module.zero_grad(set_to_none=True)
+        )
+        yield Time(size, timings["step"].median / 1000, timings["attention"].median / 1000)
 
 
 def _group(size: int, vocab: int) -> PackedBatch:
@@ -101,7 +103,7 @@ def _group(size: int, vocab: int) -> PackedBatch:
 
 
 def _attention(model: Any, batch: PackedBatch) -> Callable[[], None]:
-    """What the layers' attention does in one step: forward for policy and reference, one backward."""
+    """A call that does all layers' attention of one step: forward for policy and reference, one backward."""
     config = model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     size, width = len(batch.input_ids), config.hidden_size // heads
@@ -131,7 +133,7 @@ def _attention(model: Any, batch: PackedBatch) -> Callable[[], None]:
 
 
 def memory(model: str, log: Callable[[str], None], counts: Sequence[int] = PAIRS) -> Iterator[Memory]:
-    """Of the head alone, with HEAD_BUDGET for its logits."""
+    """Peak memory of the head alone, with HEAD_BUDGET for its logits."""
     device, config = this_device(), MODELS[model]
     for count in counts:
         log(f"the head on {count} pairs")
@@ -146,7 +148,7 @@ def _memory(count: int, hidden: int, vocab: int, device: torch.device) -> Memory
     weight = (torch.randn(vocab, hidden, device=device) * hidden**-0.5).requires_grad_()
     states.requires_grad_()
     targets = torch.randint(vocab, (rows,), device=device)
-    groups = Groups.pairs(lengths, device)
+    groups = GroupLayout.pairs(lengths, device)
     loss = EdgeLoss(0.1)
 
     def run() -> None:
@@ -171,14 +173,14 @@ def _memory(count: int, hidden: int, vocab: int, device: torch.device) -> Memory
     return Memory(count, rows, (peak - gradients) / 2**20, 2 * rows * vocab * 4 / 2**20)
 
 
-def write(folder: Path, found: dict[str, Any], time: Sequence[Time], memory: Sequence[Memory]) -> list[Path]:
-    """JSON and Markdown."""
+def write(folder: Path, facts: dict[str, Any], time: Sequence[Time], memory: Sequence[Memory]) -> list[Path]:
+    """Write JSON and Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{head_report.stem(found, 'scaling')}.json"
+    path = folder / f"{head_report.stem(facts, 'scaling')}.json"
     values = {"time": [asdict(row) for row in time], "memory": [asdict(row) for row in memory]}
-    path.write_text(json.dumps({**found, **values}, indent=1) + "\n")
-    lines = [f"# How a step grows, on {found['hardware']}, {found['date']}", "", f"`{found['command']}`", ""]
-    lines += [", ".join(f"{name} {number}" for name, number in found["versions"].items()) + ".", ""]
+    path.write_text(json.dumps({**facts, **values}, indent=1) + "\n")
+    lines = [f"# How a step grows, on {facts['hardware']}, {facts['date']}", "", f"`{facts['command']}`", ""]
+    lines += [", ".join(f"{name} {number}" for name, number in facts["versions"].items()) + ".", ""]
     for table in tables(time, memory):
         lines += ["| " + " | ".join(table[0]) + " |", "|---:" * len(table[0]) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in table[1:]] + [""]
@@ -187,7 +189,7 @@ def write(folder: Path, found: dict[str, Any], time: Sequence[Time], memory: Seq
 
 
 def tables(time: Sequence[Time], memory: Sequence[Memory]) -> Iterator[list[list[str]]]:
-    """Each with its titles first."""
+    """The two tables, each with its titles first."""
     yield [
         ["tokens of the group", "s", "of it attention, s", "the rest, us per token"],
         *(

@@ -25,7 +25,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from madpo.kernels.edge_loss import EdgeLoss, MarginWeight
-from madpo.kernels.layout import Groups
+from madpo.kernels.layout import GroupLayout
 from madpo.kernels.preference_loss import Reference, preference_loss
 from madpo.kernels.preference_loss_from_logits import preference_loss_from_logits
 from madpo.kernels.token_logps import linear_token_logps, token_logps
@@ -101,7 +101,7 @@ def ops() -> Iterator[tuple[str, Any]]:
     yield "head bias odd", lambda: head(torch.bfloat16, 768, 50257, losses["dpo"], bias=True)
     narrow = {"budget_bytes": 2**31, "logits_dtype": torch.bfloat16}
     yield "head narrow", lambda: head(torch.bfloat16, 4096, 128256, losses["dpo"], **narrow)
-    yield "head slabs", lambda: head(torch.bfloat16, 4096, 128256, losses["dpo"], budget_bytes=2**26)
+    yield "head blocks", lambda: head(torch.bfloat16, 4096, 128256, losses["dpo"], budget_bytes=2**26)
     for dtype in (torch.bfloat16, torch.float32):
         yield f"from logits {dtype}", lambda dtype=dtype: from_logits(dtype, losses["madpo"])
         yield f"token logps {dtype}", lambda dtype=dtype: tokens(dtype)
@@ -119,7 +119,7 @@ def head(dtype: torch.dtype, hidden_size: int, vocab: int, loss: EdgeLoss, bias:
         hidden.requires_grad_(),
         weight.requires_grad_(),
         _targets(),
-        Groups.pairs(LENGTHS, "meta"),
+        GroupLayout.pairs(LENGTHS, "meta"),
         loss,
         Reference(ref_hidden, ref_weight, offset),
         bias=offset,
@@ -131,7 +131,7 @@ def head(dtype: torch.dtype, hidden_size: int, vocab: int, loss: EdgeLoss, bias:
 
 def from_logits(dtype: torch.dtype, loss: EdgeLoss) -> None:
     logits, ref_logits = torch.empty(2, sum(LENGTHS), 128256, dtype=dtype, device="meta")
-    groups = Groups.pairs(LENGTHS, "meta")
+    groups = GroupLayout.pairs(LENGTHS, "meta")
     leaf = logits.requires_grad_()
     out = preference_loss_from_logits(leaf, _targets(), groups, loss, ref_logits=ref_logits, impl="triton")
     out.loss.backward()

@@ -7,7 +7,7 @@ import torch
 from kernel_cases import relative_error
 
 from madpo.kernels.distribution_loss import distribution_loss
-from madpo.kernels.layout import Groups, Span
+from madpo.kernels.layout import GroupLayout, GroupRange
 from madpo.kernels.preference_loss import Reference
 from madpo.kernels.token_scores import TokenScores
 from madpo.kernels.transform import LogitTransform
@@ -21,15 +21,15 @@ def collisions_of(tokens: TokenScores) -> torch.Tensor:
     return tokens.log_collisions
 
 
-def span_loss(rows: TokenScores, span: Span) -> torch.Tensor:
-    """Something that goes through everything differentiable, and reads the rest."""
+def chunk_loss(rows: TokenScores, group_range: GroupRange) -> torch.Tensor:
+    """A loss that depends on every score: differentiably where there is a gradient."""
     assert rows.kl is not None and rows.ref_token_logps is not None
-    weights = torch.arange(span.rows.start, span.rows.stop, dtype=rows.kl.dtype) / M
+    weights = torch.arange(group_range.rows.start, group_range.rows.stop, dtype=rows.kl.dtype) / M
     ratios = rows.token_logps - rows.ref_token_logps
     return (weights * (torch.sin(ratios) + rows.kl.square() + collisions_of(rows) * ratios)).sum()
 
 
-@pytest.mark.parametrize("budget", [2**31, 1], ids=["one-wave", "a-wave-each"])
+@pytest.mark.parametrize("budget", [2**31, 1], ids=["one-chunk", "a-chunk-each"])
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5, 3.0)], ids=["", "scale-softcap"])
 @pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
 def test_equals_autograd_on_naive_logits(budget, transform, with_bias):
@@ -38,14 +38,14 @@ def test_equals_autograd_on_naive_logits(budget, transform, with_bias):
     bias, ref_bias = torch.randn(2, V, dtype=torch.float64) if with_bias else (None, None)
     targets = torch.randint(0, V, (M,))
     flat = [n for group in GROUPS for n in group]
-    groups = Groups(tuple(flat), (2, 2), (1, 1), torch.tensor([0, 2]), torch.tensor([1, 3]))
+    groups = GroupLayout(tuple(flat), (2, 2), (1, 1), torch.tensor([0, 2]), torch.tensor([1, 3]))
     leaves: list[Any] = [None if x is None else x.clone().requires_grad_() for x in (hidden, weight, bias)]
     out = distribution_loss(
         leaves[0],
         leaves[1],
         targets,
         groups,
-        span_loss,
+        chunk_loss,
         Reference(ref_hidden, ref_weight, ref_bias),
         bias=leaves[2],
         transform=transform,
@@ -66,7 +66,7 @@ def test_equals_autograd_on_naive_logits(budget, transform, with_bias):
         p[at], q[at], collisions, torch.nn.functional.kl_div(p, q, log_target=True, reduction="none").sum(1)
     )
     whole = slice(0, None)
-    want = 0.7 * span_loss(rows, Span(whole, whole, whole, slice(0, M)))
+    want = 0.7 * chunk_loss(rows, GroupRange(whole, whole, whole, slice(0, M)))
     (3 * want).backward()
     assert relative_error(out.loss, want) < 1e-12
     for got, truth in zip(out.tokens, rows, strict=True):
@@ -83,9 +83,9 @@ def test_log_probs_that_were_scored_before_take_the_place_of_the_reference():
     weight, ref_weight = torch.randn(2, V, H, dtype=torch.float64)
     targets = torch.randint(0, V, (M,))
     lengths = tuple(n for group in GROUPS for n in group)
-    groups = Groups(lengths, (2, 2), (1, 1), torch.tensor([0, 2]), torch.tensor([1, 3]))
+    groups = GroupLayout(lengths, (2, 2), (1, 1), torch.tensor([0, 2]), torch.tensor([1, 3]))
 
-    def loss(rows: TokenScores, span: Span) -> torch.Tensor:
+    def loss(rows: TokenScores, group_range: GroupRange) -> torch.Tensor:
         assert rows.ref_token_logps is not None
         return torch.sin(rows.token_logps - rows.ref_token_logps).sum()
 
@@ -104,16 +104,16 @@ def test_log_probs_that_were_scored_before_take_the_place_of_the_reference():
 
 def test_without_gradients_nothing_but_the_statistics_is_formed():
     hidden, weight = torch.randn(3, H), torch.randn(V, H, requires_grad=True)
-    groups = Groups((1, 2), (2,), (1,), torch.tensor([0]), torch.tensor([1]))
+    groups = GroupLayout((1, 2), (2,), (1,), torch.tensor([0]), torch.tensor([1]))
     with torch.no_grad():
         out = distribution_loss(
-            hidden, weight, torch.tensor([1, 2, 3]), groups, lambda rows, span: collisions_of(rows).sum()
+            hidden, weight, torch.tensor([1, 2, 3]), groups, lambda tokens, _: collisions_of(tokens).sum()
         )
     assert not out.loss.requires_grad and out.tokens.kl is None and out.tokens.ref_token_logps is None
     uniform = torch.zeros(V, H)
     with torch.no_grad():
         flat = distribution_loss(
-            hidden, uniform, torch.tensor([1, 2, 3]), groups, lambda rows, span: collisions_of(rows).sum()
+            hidden, uniform, torch.tensor([1, 2, 3]), groups, lambda tokens, _: collisions_of(tokens).sum()
         )
     torch.testing.assert_close(collisions_of(flat.tokens).exp(), torch.full((3,), 1 / V))
 
@@ -121,9 +121,9 @@ def test_without_gradients_nothing_but_the_statistics_is_formed():
 def test_narrow_inputs_are_computed_wide_and_return_narrow_gradients():
     hidden = torch.randn(3, H, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(V, H, dtype=torch.bfloat16, requires_grad=True)
-    groups = Groups((1, 2), (2,), (1,), torch.tensor([0]), torch.tensor([1]))
+    groups = GroupLayout((1, 2), (2,), (1,), torch.tensor([0]), torch.tensor([1]))
     out = distribution_loss(
-        hidden, weight, torch.tensor([1, 2, 3]), groups, lambda rows, span: rows.token_logps.sum()
+        hidden, weight, torch.tensor([1, 2, 3]), groups, lambda tokens, _: tokens.token_logps.sum()
     )
     out.loss.backward()
     assert out.tokens.token_logps.dtype == torch.float32

@@ -15,7 +15,7 @@ from patience import patient
 from madpo.benchmarks.head.peers import PEERS, clear
 from madpo.benchmarks.head.problems import SHAPES, Problem, exact, make_problem
 from madpo.kernels.edge_loss import EdgeLoss
-from madpo.kernels.layout import Groups
+from madpo.kernels.layout import GroupLayout
 from madpo.kernels.preference_loss import PreferenceLoss, Reference, preference_loss
 from madpo.kernels.preference_loss_from_logits import preference_loss_from_logits
 from madpo.kernels.token_logps import linear_token_logps, token_logps
@@ -31,7 +31,7 @@ def head(problem: Problem, **options) -> PreferenceLoss:
         problem.hidden,
         problem.weight,
         problem.targets,
-        Groups.pairs(problem.lengths, DEVICE),
+        GroupLayout.pairs(problem.lengths, DEVICE),
         loss,
         Reference(problem.ref_hidden, problem.ref_weight),
         scale=1 / len(problem.margins),
@@ -39,7 +39,7 @@ def head(problem: Problem, **options) -> PreferenceLoss:
     )
 
 
-@pytest.mark.parametrize("budget", [2 * GIB, GIB // 8], ids=["waves", "slabs"])
+@pytest.mark.parametrize("budget", [2 * GIB, GIB // 8], ids=["chunks", "vocab_blocks"])
 @pytest.mark.parametrize("shape", SHAPES, ids=[shape.name for shape in SHAPES])
 def test_real_vocabularies_against_float64(shape, budget):
     problem = make_problem(shape, 2048, torch.bfloat16, DEVICE, seed=1)
@@ -59,7 +59,7 @@ def test_real_vocabularies_against_float64(shape, budget):
         assert relative_error(got, want) <= 3 * error
 
 
-@pytest.mark.parametrize("budget", [2 * GIB, GIB // 8], ids=["waves", "slabs"])
+@pytest.mark.parametrize("budget", [2 * GIB, GIB // 8], ids=["chunks", "vocab_blocks"])
 def test_two_runs_agree_bit_for_bit_at_full_size(budget):
     problem = make_problem(SHAPES[3], 8192, torch.bfloat16, DEVICE, seed=2)
     runs = []
@@ -92,14 +92,14 @@ def test_a_wave_beyond_two_to_the_31(dtype):
     lengths, vocab = (4500, 4500), 256_000
     inputs = make_inputs(dtype, lengths, hidden_size=64, vocab_size=vocab)
     out = run(inputs, Case(EdgeLoss(beta=1e-4), budget_bytes=40 * GIB), "triton")
-    slabs = run(inputs, Case(EdgeLoss(beta=1e-4), budget_bytes=GIB), "triton")
+    blocks = run(inputs, Case(EdgeLoss(beta=1e-4), budget_bytes=GIB), "triton")
     last = slice(-3, None)
     logits = inputs.hidden[last].double() @ inputs.weight.double().T
     want = logits.log_softmax(-1).gather(1, inputs.targets[last, None])[:, 0]
     assert relative_error(out["token_logps"][last], want) < 1e-6
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    assert relative_error(out["d_hidden"], slabs["d_hidden"]) < tolerance
-    assert relative_error(out["d_weight"], slabs["d_weight"]) < tolerance
+    assert relative_error(out["d_hidden"], blocks["d_hidden"]) < tolerance
+    assert relative_error(out["d_weight"], blocks["d_weight"]) < tolerance
 
 
 @contextmanager
@@ -113,12 +113,12 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", ["dpo", "madpo", "everything", "two_waves", "slabs"])
+@pytest.mark.parametrize("name", ["dpo", "madpo", "everything", "two_chunks", "vocab_blocks"])
 def test_the_head_never_waits_for_the_device(name):
     case = CASES[name]
     inputs = make_inputs(torch.bfloat16, bias=case.bias)
     run(inputs, case, "triton")  # compiles
-    groups = Groups.pairs(inputs.groups.lengths, DEVICE)
+    groups = GroupLayout.pairs(inputs.groups.lengths, DEVICE)
     inputs = type(inputs)(**{**vars(inputs), "groups": groups})
     with no_waiting():
         run(inputs, case, "triton")
@@ -129,14 +129,14 @@ def test_the_other_ops_never_wait_for_the_device():
     logits = (inputs.hidden @ inputs.weight.T).detach()
 
     def ops() -> None:
-        groups = Groups.pairs(inputs.groups.lengths, DEVICE)
+        groups = GroupLayout.pairs(inputs.groups.lengths, DEVICE)
         leaf = logits.clone().requires_grad_()
         loss = CASES["madpo"].loss
         preference_loss_from_logits(leaf, inputs.targets, groups, loss, ref_logits=logits).loss.backward()
         token_logps(logits.clone().requires_grad_(), inputs.targets).token_logps.sum().backward()
         hidden, weight = inputs.hidden.requires_grad_(), inputs.weight.requires_grad_()
         linear_token_logps(hidden, weight, inputs.targets).token_logps.sum().backward()
-        objective = lambda logps, ref, span: (logps - ref).square().sum()  # noqa: E731
+        objective = lambda logps, ref, group_range: (logps - ref).square().sum()  # noqa: E731
         preference_loss(hidden, weight, inputs.targets, groups, objective, inputs.reference).loss.backward()
 
     ops()  # compiles
@@ -144,9 +144,9 @@ def test_the_other_ops_never_wait_for_the_device():
         ops()
 
 
-@pytest.mark.parametrize("budget", [GIB, GIB // 8], ids=["waves", "slabs"])
+@pytest.mark.parametrize("budget", [GIB, GIB // 8], ids=["chunks", "vocab_blocks"])
 def test_memory_is_that_of_the_formula(budget):
-    """Logits up to the budget, float32 sums of dW over several waves, of dH over slabs, gradients."""
+    """Logits up to the budget, float32 sums of dW over several chunks, of dH over blocks, gradients."""
     problem = make_problem(SHAPES[3], 8192, torch.bfloat16, DEVICE, seed=3)
     rows, width, vocab = *problem.hidden.shape, len(problem.weight)
     head(problem, budget_bytes=budget).loss.backward()  # compiles
@@ -185,11 +185,11 @@ def test_the_sanitizer_finds_nothing(tool):
 
 def small_ops() -> None:
     """Every kernel once, for the sanitizer."""
-    for name in ("madpo", "everything", "two_waves", "slabs"):
+    for name in ("madpo", "everything", "two_chunks", "vocab_blocks"):
         run(make_inputs(torch.bfloat16, bias=CASES[name].bias), CASES[name], "triton")
     logits = torch.randn(63, 5003, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(0, 5003, (63,), device=DEVICE)
-    groups = Groups.pairs((3, 5, 9, 1, 0, 4, 20, 21), DEVICE)
+    groups = GroupLayout.pairs((3, 5, 9, 1, 0, 4, 20, 21), DEVICE)
     token_logps(logits, targets, entropy=True).token_logps.sum().backward()
     preference_loss_from_logits(logits, targets, groups, CASES["madpo"].loss).loss.backward()
     torch.cuda.synchronize()

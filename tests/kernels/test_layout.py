@@ -1,38 +1,38 @@
-"""Waves: whole groups, within the budget, as few and as even as can be."""
+"""Chunks of whole groups within the budget, as few and as even as possible; offsets on the device."""
 
 import pytest
 import torch
 from kernel_cases import DEVICE
 
-from madpo.kernels.chunks import plan_waves, row_chunks
-from madpo.kernels.layout import Groups
+from madpo.kernels.chunks import plan_chunks, row_chunks
+from madpo.kernels.layout import GroupLayout
 
 NONE = torch.empty(0, dtype=torch.int64)
 V = 1024
 
 
 def plan(lengths, group_sequences, group_edges, rows, narrow=torch.bfloat16):
-    groups = Groups(lengths, group_sequences, group_edges, NONE, NONE)
-    return plan_waves(groups, V, rows * V * 4, torch.float32, narrow)
+    groups = GroupLayout(lengths, group_sequences, group_edges, NONE, NONE)
+    return plan_chunks(groups, V, rows * V * 4, torch.float32, narrow)
 
 
-def test_waves_hold_whole_groups_within_the_budget():
-    waves = plan([2, 2, 3, 1, 9, 9, 1, 1], [2, 2, 2, 2], [1, 2, 1, 0], rows=8)
-    spans = [wave.span for wave in waves]
-    assert [(s.rows.start, s.rows.stop) for s in spans] == [(0, 8), (8, 26), (26, 28)]
-    assert [(s.sequences.start, s.sequences.stop) for s in spans] == [(0, 4), (4, 6), (6, 8)]
-    assert [(s.edges.start, s.edges.stop) for s in spans] == [(0, 3), (3, 4), (4, 4)]
-    assert [(s.groups.start, s.groups.stop) for s in spans] == [(0, 2), (2, 3), (3, 4)]
-    assert [wave.columns for wave in waves] == [V, 256, V]
+def test_chunks_hold_whole_groups_within_the_budget():
+    chunks = plan([2, 2, 3, 1, 9, 9, 1, 1], [2, 2, 2, 2], [1, 2, 1, 0], rows=8)
+    group_ranges = [chunk.group_range for chunk in chunks]
+    assert [(s.rows.start, s.rows.stop) for s in group_ranges] == [(0, 8), (8, 26), (26, 28)]
+    assert [(s.sequences.start, s.sequences.stop) for s in group_ranges] == [(0, 4), (4, 6), (6, 8)]
+    assert [(s.edges.start, s.edges.stop) for s in group_ranges] == [(0, 3), (3, 4), (4, 4)]
+    assert [(s.groups.start, s.groups.stop) for s in group_ranges] == [(0, 2), (2, 3), (3, 4)]
+    assert [chunk.columns for chunk in chunks] == [V, 256, V]
 
 
-def test_waves_are_even():
-    waves = plan([10] * 14, [2] * 7, [1] * 7, rows=60)
-    assert [wave.span.num_rows for wave in waves] == [60, 60, 20]
-    waves = plan([10] * 16, [2] * 8, [1] * 8, rows=60)
-    assert [wave.span.num_rows for wave in waves] == [60, 60, 40]
-    waves = plan([10] * 20, [2] * 10, [1] * 10, rows=160)
-    assert [wave.span.num_rows for wave in waves] == [100, 100]
+def test_chunks_are_even():
+    chunks = plan([10] * 14, [2] * 7, [1] * 7, rows=60)
+    assert [chunk.group_range.num_rows for chunk in chunks] == [60, 60, 20]
+    chunks = plan([10] * 16, [2] * 8, [1] * 8, rows=60)
+    assert [chunk.group_range.num_rows for chunk in chunks] == [60, 60, 40]
+    chunks = plan([10] * 20, [2] * 10, [1] * 10, rows=160)
+    assert [chunk.group_range.num_rows for chunk in chunks] == [100, 100]
 
 
 @pytest.mark.parametrize(
@@ -45,21 +45,21 @@ def test_waves_are_even():
         (1, torch.float32, 256),
     ],
 )
-def test_a_large_group_is_narrow_then_walked_in_slabs(rows, dtype, columns):
-    (wave,) = plan([10, 10], [2], [1], rows)
-    assert (wave.logits_dtype, wave.columns) == (dtype, columns)
+def test_a_large_group_is_narrow_then_walked_in_blocks(rows, dtype, columns):
+    (chunk,) = plan([10, 10], [2], [1], rows)
+    assert (chunk.logits_dtype, chunk.columns) == (dtype, columns)
 
 
-def test_slabs_fill_the_budget():
-    groups = Groups([4096, 4096], [2], [1], NONE, NONE)
-    (wave,) = plan_waves(groups, 256_000, 2**30, torch.float32, torch.bfloat16)
-    assert wave.columns == 32_768 and wave.columns * 8192 * 4 == 2**30
+def test_blocks_fill_the_budget():
+    groups = GroupLayout([4096, 4096], [2], [1], NONE, NONE)
+    (chunk,) = plan_chunks(groups, 256_000, 2**30, torch.float32, torch.bfloat16)
+    assert chunk.columns == 32_768 and chunk.columns * 8192 * 4 == 2**30
 
 
 def test_empty_groups_and_empty_batches():
     assert plan([], [], [], rows=8) == []
-    (wave,) = plan([0, 0], [2], [1], rows=8)
-    assert wave.span.num_rows == 0 and wave.columns == V
+    (chunk,) = plan([0, 0], [2], [1], rows=8)
+    assert chunk.group_range.num_rows == 0 and chunk.columns == V
 
 
 def test_row_chunks_cover_all_rows_evenly():
@@ -77,11 +77,11 @@ def test_row_chunks_count_the_padding_of_rows():
 
 
 def test_offsets_on_the_device():
-    groups = Groups.pairs((3, 0, 2, 4), DEVICE)
-    assert groups.layout.rows.tolist() == [0, 3, 3, 5, 9]
-    assert groups.layout.sequences.tolist() == [0, 2, 4]
-    assert groups.layout.edges.tolist() == [0, 1, 2]
+    groups = GroupLayout.pairs((3, 0, 2, 4), DEVICE)
+    assert groups.ranges.rows.tolist() == [0, 3, 3, 5, 9]
+    assert groups.ranges.sequences.tolist() == [0, 2, 4]
+    assert groups.ranges.edges.tolist() == [0, 1, 2]
     assert groups.group_of_row.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1]
-    alone = Groups.alone((3, 2), DEVICE)
+    alone = GroupLayout.alone((3, 2), DEVICE)
     alone.check(5)
-    assert len(alone.layout.edges) == 3 and not len(alone.chosen)
+    assert len(alone.ranges.edges) == 3 and not len(alone.chosen)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from kernel_cases import (
     CASES,
+    CHUNKS,
     DEVICE,
     DTYPES,
     IMPLS,
     ONLY_THE_EDGES,
     ROW_BYTES,
-    SLABS,
-    WAVES,
+    VOCAB_BLOCKS,
     WHOLE,
     Case,
     H,
@@ -28,10 +28,10 @@ from kernel_cases import (
     vector,
 )
 
-from madpo.kernels.chunks import plan_waves
+from madpo.kernels.chunks import plan_chunks
 from madpo.kernels.edge_loss import EdgeLoss, edge_loss_ref
 from madpo.kernels.gemm import mm_into
-from madpo.kernels.layout import Groups
+from madpo.kernels.layout import GroupLayout
 from madpo.kernels.naive import preference_loss_ref
 from madpo.kernels.preference_loss import Reference, preference_loss
 
@@ -58,17 +58,17 @@ NAMES_AND_DTYPES = [
 
 
 def test_the_budgets_of_the_cases_cut_as_they_say():
-    """All rows at once, two waves, and slabs of the vocabulary beside a wave that has all of it."""
+    """All rows at once, two chunks, and blocks of the vocabulary beside a chunk that has all of it."""
     inputs = make_inputs()
 
-    def waves(budget, narrow):
-        return [w.columns for w in plan_waves(inputs.groups, V, budget, torch.float32, narrow)]
+    def chunks(budget, narrow):
+        return [chunk.columns for chunk in plan_chunks(inputs.groups, V, budget, torch.float32, narrow)]
 
     for narrow in DTYPES:
-        assert waves(WHOLE, narrow) == [V]
-        assert waves(WAVES, narrow) == [V, V]
-        slabs = waves(SLABS, narrow)
-        assert len(slabs) == 4 and slabs[0] == slabs[3] == 256 and slabs[1] == V
+        assert chunks(WHOLE, narrow) == [V]
+        assert chunks(CHUNKS, narrow) == [V, V]
+        blocks = chunks(VOCAB_BLOCKS, narrow)
+        assert len(blocks) == 4 and blocks[0] == blocks[3] == 256 and blocks[1] == V
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -85,7 +85,7 @@ def test_error_is_within_what_torch_itself_loses(name, impl, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["madpo", "two_waves", "slabs"])
+@pytest.mark.parametrize("name", ["madpo", "two_chunks", "vocab_blocks"])
 def test_wide_logits_lose_nothing(name, dtype):
     """Whatever the inputs' type, log-probs and loss are those of float32."""
     case = CASES[name]
@@ -101,9 +101,9 @@ def test_narrow_logits_are_used_only_where_wide_ones_do_not_fit():
     truth = run_ref(inputs, Case(madpo()), torch.float64)["token_logps"]
     wide = run(inputs, Case(madpo(), budget_bytes=11 * ROW_BYTES), "triton")["token_logps"]
     narrow = run(inputs, Case(madpo(), budget_bytes=6 * ROW_BYTES), "triton")["token_logps"]
-    slabs = run(inputs, Case(madpo(), budget_bytes=5 * ROW_BYTES), "triton")["token_logps"]
+    blocks = run(inputs, Case(madpo(), budget_bytes=5 * ROW_BYTES), "triton")["token_logps"]
     assert relative_error(wide, truth) < 1e-6
-    assert relative_error(slabs[-11:], truth[-11:]) < 1e-6
+    assert relative_error(blocks[-11:], truth[-11:]) < 1e-6
     assert 1e-5 < relative_error(narrow[-11:], truth[-11:]) < 1e-2
 
 
@@ -139,7 +139,7 @@ def test_margins_at_the_edges(margin, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_saturated_pairs_have_no_gradient(impl):
-    """A slope of exactly 0 gives exact zeros."""
+    """A gradient of exactly 0 in a log-prob gives exact zeros."""
     inputs = make_inputs()
     sums = torch.zeros(8, dtype=torch.float64, device=DEVICE)
     sums[0::2] = -1e5
@@ -149,14 +149,14 @@ def test_saturated_pairs_have_no_gradient(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("budget", [WHOLE, SLABS], ids=["whole", "slabs"])
+@pytest.mark.parametrize("budget", [WHOLE, VOCAB_BLOCKS], ids=["whole", "vocab_blocks"])
 def test_rows_of_slope_zero_are_not_read(budget, impl):
     """What a row's logits are is of no account where its loss does not depend on them, infinite ones too."""
     inputs = make_inputs()
     kept = torch.arange(len(inputs.targets), device=DEVICE) % 3 > 0
 
-    def objective(logps, ref_logps, span):
-        return torch.where(kept[span.rows], logps, 0.0).sum()
+    def objective(logps, ref_logps, group_range):
+        return torch.where(kept[group_range.rows], logps, 0.0).sum()
 
     def gradients(scale):
         hidden = inputs.hidden.where(kept[:, None], scale * inputs.hidden.sign()).requires_grad_()
@@ -180,7 +180,7 @@ def test_a_later_slab_may_have_by_far_the_largest_logits(impl):
     assert inputs.bias is not None and inputs.reference.bias is not None
     for bias in (inputs.bias, inputs.reference.bias):
         bias[256:512] += 200
-    case = Case(EdgeLoss(beta=0.3), bias=True, budget_bytes=SLABS)
+    case = Case(EdgeLoss(beta=0.3), bias=True, budget_bytes=VOCAB_BLOCKS)
     got, truth = run(inputs, case, impl), run_ref(inputs, case, torch.float64)
     assert_as_good_as_torch(got, truth, run_ref(inputs, case, torch.float32))
 
@@ -226,7 +226,7 @@ def test_cached_reference(cached, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("budget", [WHOLE, WAVES, SLABS], ids=["whole", "waves", "slabs"])
+@pytest.mark.parametrize("budget", [WHOLE, CHUNKS, VOCAB_BLOCKS], ids=["whole", "chunks", "vocab_blocks"])
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
 def test_gradients_only_where_they_are_wanted(needs, budget, impl):
     inputs = make_inputs()
@@ -251,7 +251,7 @@ def test_no_gradient_work_in_evaluation(impl, monkeypatch):
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: nothing here runs in parallel")
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("name", ["madpo", "two_waves", "slabs"])
+@pytest.mark.parametrize("name", ["madpo", "two_chunks", "vocab_blocks"])
 def test_two_runs_agree_bit_for_bit(name, impl):
     inputs = make_inputs(torch.bfloat16, bias=CASES[name].bias)
     first, second = (run(inputs, CASES[name], impl) for _ in range(2))
@@ -285,14 +285,16 @@ def test_backward_works_once(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("budget", [2**31, 30 * ROW_BYTES, 9 * ROW_BYTES], ids=["whole", "waves", "slabs"])
+@pytest.mark.parametrize(
+    "budget", [2**31, 30 * ROW_BYTES, 9 * ROW_BYTES], ids=["whole", "chunks", "vocab_blocks"]
+)
 def test_a_ranked_list_has_many_edges_for_one_completion(budget, impl):
     """Seven completions and their 21 edges, beside a group of three; more edges than a block holds."""
     count = 10
     lengths = (3, 1, 4, 1, 5, 9, 2, 6, 0, 3, 2, 2, 7)
     first = [(w, x) for w in range(count) for x in range(w + 1, count)]
     edges = torch.tensor([*first, (10, 11), (10, 12), (11, 12)], device=DEVICE)
-    groups = Groups(lengths, (count, 3), (len(first), 3), edges[:, 0], edges[:, 1])
+    groups = GroupLayout(lengths, (count, 3), (len(first), 3), edges[:, 0], edges[:, 1])
     inputs = make_inputs(lengths=(*lengths, 0))
     inputs = type(inputs)(**{**vars(inputs), "groups": groups})
     case = Case(EdgeLoss(beta=0.3, length_normalised=True), budget_bytes=budget)
@@ -302,12 +304,12 @@ def test_a_ranked_list_has_many_edges_for_one_completion(budget, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("budget", [WHOLE, WAVES, SLABS], ids=["whole", "waves", "slabs"])
+@pytest.mark.parametrize("budget", [WHOLE, CHUNKS, VOCAB_BLOCKS], ids=["whole", "chunks", "vocab_blocks"])
 def test_any_objective_takes_the_same_path(budget, impl):
     """An objective of token log-probs, differentiated by autograd, against float64."""
     inputs = make_inputs()
 
-    def objective(logps, ref_logps, span):
+    def objective(logps, ref_logps, group_range):
         return -((0.1 * logps).exp() * (2 - (logps - ref_logps).tanh())).sum()
 
     results = {}
@@ -327,7 +329,7 @@ def test_any_objective_takes_the_same_path(budget, impl):
 
 def test_the_edge_loss_in_float64_matches_its_gradient():
     """The twin itself, by finite differences."""
-    groups = Groups.pairs((2, 3, 1, 4), "cpu")
+    groups = GroupLayout.pairs((2, 3, 1, 4), "cpu")
     lengths = torch.tensor(groups.lengths)
     offsets = torch.randn(2, dtype=torch.float64)
     for curve in ("sigmoid", "ipo"):
@@ -340,7 +342,7 @@ def test_the_edge_loss_in_float64_matches_its_gradient():
 def test_same_policy_and_reference_have_a_margin_of_exactly_zero():
     inputs = make_inputs(torch.bfloat16)
     same = Reference(inputs.hidden.clone(), inputs.weight.clone())
-    for budget in (WHOLE, WAVES, SLABS):
+    for budget in (WHOLE, CHUNKS, VOCAB_BLOCKS):
         out = preference_loss(
             inputs.hidden,
             inputs.weight,
@@ -383,7 +385,7 @@ def test_contradicting_arguments_are_refused():
     with pytest.raises(ValueError, match="both or neither"):
         EdgeLoss(beta=0.1, margins=torch.zeros(1))
     with pytest.raises(ValueError, match="do not form pairs"):
-        Groups.pairs((1, 2, 3), "cpu")
+        GroupLayout.pairs((1, 2, 3), "cpu")
     with pytest.raises(ValueError, match="curve: 'exp' is not one of"):
         EdgeLoss(beta=0.1, curve="exp")  # pyright: ignore[reportArgumentType]
 
@@ -413,7 +415,7 @@ def test_shapes_and_dtypes_that_contradict_each_other_are_refused(change, messag
         "hidden": torch.zeros(4, H),
         "weight": torch.zeros(V, H),
         "targets": torch.zeros(4, dtype=torch.int64),
-        "groups": Groups.pairs((2, 2), "cpu"),
+        "groups": GroupLayout.pairs((2, 2), "cpu"),
         "loss": EdgeLoss(beta=0.3),
         **change,
     }
@@ -423,14 +425,14 @@ def test_shapes_and_dtypes_that_contradict_each_other_are_refused(change, messag
 
 def test_float16_gradients_are_refused():
     hidden, weight = torch.zeros(4, H, dtype=torch.float16), torch.zeros(V, H, dtype=torch.float16)
-    args = torch.zeros(4, dtype=torch.int64), Groups.pairs((2, 2), "cpu"), EdgeLoss(beta=0.3)
+    args = torch.zeros(4, dtype=torch.int64), GroupLayout.pairs((2, 2), "cpu"), EdgeLoss(beta=0.3)
     assert preference_loss(hidden, weight, *args).loss.isfinite()
     with pytest.raises(ValueError, match="use bfloat16 or float32"):
         preference_loss(hidden.requires_grad_(), weight, *args)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["madpo", "two_waves", "slabs", "everything"])
+@pytest.mark.parametrize("name", ["madpo", "two_chunks", "vocab_blocks", "everything"])
 def test_every_product_is_one_that_a_gpu_has(name, dtype, monkeypatch):
     """On a GPU torch multiplies alike dtypes, or bfloat16 into float32, and nothing else."""
     from madpo.kernels import preference_loss as module
@@ -461,20 +463,23 @@ def test_transposed_tensors_are_taken_as_they_are(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autocast_narrows_nothing(impl):
     inputs = make_inputs()
-    want = run(inputs, CASES["slabs"], impl)
+    want = run(inputs, CASES["vocab_blocks"], impl)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = run(inputs, CASES["slabs"], impl)
+        got = run(inputs, CASES["vocab_blocks"], impl)
     assert all(torch.equal(got[name], want[name]) for name in ("loss", "d_hidden", "d_weight"))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_an_objective_may_ignore_a_wave(impl):
-    """A wave whose loss does not depend on its log-probs has no gradient."""
+    """A chunk whose loss does not depend on its log-probs has no gradient."""
     inputs = make_inputs()
-    objective = lambda logps, ref, span: -logps.sum() if span.groups.start == 0 else logps.new_zeros(())  # noqa: E731
+
+    def objective(logps, ref_logps, group_range):
+        return -logps.sum() if group_range.groups.start == 0 else logps.new_zeros(())
+
     hidden = inputs.hidden.requires_grad_()
     args = hidden, inputs.weight, inputs.targets, inputs.groups, objective
-    preference_loss(*args, budget_bytes=WAVES, impl=impl).loss.backward()
+    preference_loss(*args, budget_bytes=CHUNKS, impl=impl).loss.backward()
     assert hidden.grad is not None
     assert hidden.grad[:15].any() and not hidden.grad[15:].any()
 

@@ -7,7 +7,7 @@ import torch
 from kernel_cases import CASES, DEVICE, DTYPES, IMPLS, ROW_BYTES, Case, H, V, make_inputs, relative_error
 
 from madpo.kernels.edge_loss import EdgeLoss, MarginWeight
-from madpo.kernels.layout import Groups
+from madpo.kernels.layout import GroupLayout
 from madpo.kernels.naive import linear_token_logps_ref, preference_loss_from_logps_ref, token_logps_ref
 from madpo.kernels.preference_loss_from_logits import preference_loss_from_logits
 from madpo.kernels.token_logps import linear_token_logps, token_logps
@@ -170,7 +170,7 @@ def test_preference_loss_from_logits(name, reference, impl, dtype):
     case: Case = CASES[name]
     options = {"scale": 0.5, **case.options}
     transform = options.get("transform", LogitTransform())
-    groups = Groups.pairs(LENGTHS, DEVICE)
+    groups = GroupLayout.pairs(LENGTHS, DEVICE)
     logits, targets = make_logits(dtype)
     # A view whose rows lie further apart than those of the policy.
     ref_logits = torch.nn.functional.pad(logits + torch.randn_like(logits), (0, 32))[:, :V]
@@ -204,7 +204,7 @@ def test_preference_loss_from_logits(name, reference, impl, dtype):
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: nothing here runs in parallel")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_preference_loss_from_logits_agrees_bit_for_bit(impl):
-    groups, loss = Groups.pairs(LENGTHS, DEVICE), EdgeLoss(beta=0.3)
+    groups, loss = GroupLayout.pairs(LENGTHS, DEVICE), EdgeLoss(beta=0.3)
     logits, targets = make_logits(torch.bfloat16)
     runs = []
     for _ in range(2):
@@ -221,7 +221,7 @@ def test_logits_of_another_shape_are_refused():
         token_logps(logits.view(2, 2, V), targets)
     with pytest.raises(ValueError, match="consecutive columns"):
         token_logps(logits.T.contiguous().T, targets)
-    groups, loss = Groups.pairs((2, 2), DEVICE), EdgeLoss(beta=0.1)
+    groups, loss = GroupLayout.pairs((2, 2), DEVICE), EdgeLoss(beta=0.1)
     with pytest.raises(ValueError, match="give one of them"):
         preference_loss_from_logits(
             logits, targets, groups, loss, ref_logits=logits, ref_logps=torch.zeros(2)
@@ -246,7 +246,7 @@ def test_logits_of_another_shape_are_refused():
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kind", ["ref_token_logps", "ref_logps"])
 def test_cached_log_probs_may_be_a_column_of_a_table(kind, impl):
-    groups, loss = Groups.pairs(LENGTHS, DEVICE), EdgeLoss(beta=0.3)
+    groups, loss = GroupLayout.pairs(LENGTHS, DEVICE), EdgeLoss(beta=0.3)
     logits, targets = make_logits(torch.float32)
     count = len(LENGTHS) if kind == "ref_logps" else len(targets)
     table = torch.randn(count, 3, device=DEVICE)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from madpo.kernels.edge_loss import EdgeLoss, MarginWeight
-from madpo.kernels.layout import Groups
+from madpo.kernels.layout import GroupLayout
 from madpo.kernels.naive import preference_loss_ref
 from madpo.kernels.preference_loss import Reference, preference_loss
 from madpo.kernels.transform import LogitTransform
@@ -22,10 +22,10 @@ H, V = 48, 1003
 LENGTHS = (3, 5, 2, 1, 0, 4, 6, 5)
 MARGINS = (0.3, -1.0, 7.0, 1e4)
 ROW_BYTES = 1008 * 4
-"""Of one row of float32 logits in memory."""
-WHOLE, WAVES, SLABS = 2**31, 15 * ROW_BYTES, 3 * ROW_BYTES
-"""Budgets: for all rows of LENGTHS; for the first three pairs; for so little that two of the pairs, narrow or
-not, are walked a slab of the vocabulary at a time."""
+"""Bytes of one row of float32 logits in memory."""
+WHOLE, CHUNKS, VOCAB_BLOCKS = 2**31, 15 * ROW_BYTES, 3 * ROW_BYTES
+"""Budgets: for all rows of LENGTHS; for the first three pairs; and one so small that two of the pairs are
+walked a block of the vocabulary at a time, even with narrow logits."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Inputs:
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
     targets: Tensor  # (M,)
-    groups: Groups
+    groups: GroupLayout
     reference: Reference
 
     def to(self, dtype: torch.dtype) -> Inputs:
@@ -70,7 +70,7 @@ def make_inputs(
         weight.to(DEVICE),
         torch.randn(vocab_size).to(DEVICE) if bias else None,
         torch.randint(0, vocab_size, (rows,)).to(DEVICE),
-        Groups.pairs(lengths, DEVICE),
+        GroupLayout.pairs(lengths, DEVICE),
         Reference(*(None if x is None else x.to(DEVICE) for x in vars(near).values())),
     )
     return inputs.to(dtype)
@@ -88,7 +88,7 @@ def madpo(**kwargs: Any) -> EdgeLoss:
 @dataclass(frozen=True)
 class Case:
     loss: EdgeLoss
-    options: dict[str, Any] = field(default_factory=dict)  # of `preference_loss` and its twin alike
+    options: dict[str, Any] = field(default_factory=dict)  # for `preference_loss` and naive torch
     bias: bool = False
     budget_bytes: int = WHOLE
 
@@ -118,17 +118,19 @@ CASES = {
     ),
     "madpo_smoothed_length": Case(madpo(positive=0.9, negative=0.1, length_normalised=True)),
     "weights_offsets": Case(WEIGHTS_OFFSETS),
-    "weights_offsets_two_waves": Case(WEIGHTS_OFFSETS, budget_bytes=WAVES),
+    "weights_offsets_two_chunks": Case(WEIGHTS_OFFSETS, budget_bytes=CHUNKS),
     "scale": Case(madpo(), {"scale": 0.125}),
     "softcap": Case(madpo(), {"transform": LogitTransform(softcap=5.0)}),
     "everything": Case(
         madpo(), {"transform": LogitTransform(scale=0.7, softcap=8.0, temperature=0.6)}, bias=True
     ),
-    "two_waves": Case(madpo(), budget_bytes=WAVES),
-    "slabs": Case(madpo(), {"transform": LogitTransform(softcap=8.0)}, True, budget_bytes=SLABS),
+    "two_chunks": Case(madpo(), budget_bytes=CHUNKS),
+    "vocab_blocks": Case(
+        madpo(), {"transform": LogitTransform(softcap=8.0)}, True, budget_bytes=VOCAB_BLOCKS
+    ),
 }
 ONLY_THE_EDGES = {"smoothed", "robust", "hinge", "ipo", "scale"}
-"""Cases that differ from others in the loss of the edges alone, which never sees a narrow number."""
+"""Cases that differ from others only in the loss of the edges, which is formed in wide dtypes anyway."""
 
 
 def run(
@@ -155,7 +157,7 @@ def run(
 
 
 def run_ref(inputs: Inputs, case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    """The same by the twin, in `dtype`."""
+    """The loss, log-probs and gradients by naive torch, in `dtype`."""
     inputs = inputs.to(dtype)
     leaves = _leaves(inputs, (True, True))
     loss, logps, ref_logps = preference_loss_ref(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from facts import Facts
 from kernel_cases import relative_error
-from odd_settings import CASES, ODD, keys, opinion, slopes
+from odd_settings import CASES, ODD, keys, numeric_gradients, opinion
 from torch import nn
 
 from madpo.kernels.token_scores import TokenScores
@@ -29,7 +29,7 @@ ONE_BATCH = [
     for name, index in CASES
     if not build(name, **keys(name, ODD[name][index])).needs & {"batch"}
 ]
-BUDGETS = pytest.mark.parametrize("rows", [1000, 9], ids=["one-wave", "waves-and-slabs"])
+BUDGETS = pytest.mark.parametrize("rows", [1000, 9], ids=["one-chunk", "chunks-and-blocks"])
 
 
 def batch_of(item: Item, above_zero: bool = False, weights: tuple[float, ...] = ()):
@@ -98,7 +98,7 @@ def test_every_objective_through_the_head(name, index, rows):
     parts: list[Any] = [each.detach().numpy() for each in (tokens, ref, *layout, collisions, kl)]
     x = Facts(*parts)
     assert loss.item() == pytest.approx(0.25 * opinion(name, x, settings)[0].sum(), rel=1e-7)
-    of_tokens, of_kl = (torch.from_numpy(0.25 * each) for each in slopes(name, x, settings))
+    of_tokens, of_kl = (torch.from_numpy(0.25 * each) for each in numeric_gradients(name, x, settings))
     for got, true in zip(
         (hidden.grad, weight.grad),
         torch.autograd.grad((tokens * of_tokens).sum() + (kl * of_kl).sum(), leaves),
@@ -115,7 +115,7 @@ class ScaledParams(Params):
 @BUDGETS
 def test_weights_that_come_with_the_pairs(rows):
     """An objective whose weight the kernels do not form, of somebody's own: it gets each pair's own weight,
-    also of a wave that is not the first."""
+    also of a chunk that is not the first."""
 
     @objective(ScaledParams, {"reference", "margins"}, weight=lambda margins, params: margins.abs())
     def scaled(scores: EdgeScores, params: ScaledParams):

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from madpo.kernels.layout import Span
+from madpo.kernels.layout import GroupRange
 from madpo.kernels.token_scores import TokenScores
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.objectives.scores import Scored
 
-WHOLE = Span(*(slice(0, None),) * 4)
+WHOLE = GroupRange(*(slice(0, None),) * 4)
 """All of a batch, whatever its size."""
 
 
@@ -120,23 +120,23 @@ class PackedBatch:
 
     def scored(
         self,
-        tokens: TokenScores,  # (m,) of the span's tokens
-        span: Span = WHOLE,
+        tokens: TokenScores,  # (m,) of these groups' tokens
+        group_range: GroupRange = WHOLE,
     ) -> Scored:
-        """What an objective sees of some whole groups, or of the whole batch; sequences count from the
-        span's first."""
-        first = span.sequences.start
+        """What an objective sees of a range of whole groups, or of the whole batch. Its sequences count from
+        the first of the range."""
+        first = group_range.sequences.start
         return Scored(
             tokens.token_logps,
             tokens.ref_token_logps,
-            self.seq_lengths[span.sequences],
-            self.chosen[span.edges] - first,
-            self.rejected[span.edges] - first,
-            self.margins[span.edges],
-            self.labels[span.sequences],
+            self.seq_lengths[group_range.sequences],
+            self.chosen[group_range.edges] - first,
+            self.rejected[group_range.edges] - first,
+            self.margins[group_range.edges],
+            self.labels[group_range.sequences],
             tokens.log_collisions,
             tokens.kl,
-            None if self.edge_weights is None else self.edge_weights[span.edges],
+            None if self.edge_weights is None else self.edge_weights[group_range.edges],
         )
 
     def to(self, device: torch.device | str) -> Self:

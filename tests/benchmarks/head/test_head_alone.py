@@ -14,7 +14,7 @@ NAMES = [peer.name for peer in head.HEADS]
 
 
 def on_a_gpu(shapes=(), rows=(), **options) -> head.Settings:
-    return head.settings(shapes, rows, (), "bfloat16", None, device=GPU, **options)
+    return head.make_settings(shapes, rows, (), "bfloat16", None, device=GPU, **options)
 
 
 def test_the_default_fits_ten_minutes_and_says_what_it_leaves_out():
@@ -49,7 +49,7 @@ def test_a_shape_that_is_named_comes_with_its_variants():
 
 
 def test_on_a_cpu_nothing_is_left_out():
-    what = head.settings((), (), (), "float32", None, device=torch.device("cpu"))
+    what = head.make_settings((), (), (), "float32", None, device=torch.device("cpu"))
     assert what.variants == head.VARIANTS and not what.left_out and max(what.rows) == 512
     assert list(head.notes(what, {}, {"TRL": "not here"})) == ["without TRL: not here"]
 

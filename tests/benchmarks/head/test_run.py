@@ -20,7 +20,7 @@ from madpo.benchmarks.head.problems import SMALL, describe, exact, make_problem
 from madpo.benchmarks.head.tune import sweep
 from madpo.kernels import logit_rows as rows
 from madpo.kernels.edge_loss import EdgeLoss
-from madpo.kernels.layout import Groups
+from madpo.kernels.layout import GroupLayout
 from madpo.kernels.naive import preference_loss_ref
 from madpo.kernels.preference_loss import Reference
 
@@ -48,7 +48,7 @@ def test_the_closed_form_equals_autograd_in_float64(kind):
     hidden, weight = (x.detach().double().requires_grad_() for x in (small.hidden, small.weight))
     loss = EdgeLoss(small.beta, margins=small.margins, margin_weight=small.margin_weight)
     reference = Reference(small.ref_hidden.double(), small.ref_weight.double())
-    groups = Groups.pairs(small.lengths, "cpu")
+    groups = GroupLayout.pairs(small.lengths, "cpu")
     want, _, _ = preference_loss_ref(
         hidden, weight, small.targets, groups, loss, reference, scale=1 / len(small.margins)
     )
@@ -94,7 +94,9 @@ def test_a_wrong_head_has_no_speed(monkeypatch):
 
     wrong = replace(OURS[0], name="wrong", run=run)
     monkeypatch.setattr(head, "HEADS", (*head.HEADS, wrong))
-    what = replace(head.settings(["small-1003"], [64], ["madpo"], "float32", 1), heads=("madpo", "wrong"))
+    what = replace(
+        head.make_settings(["small-1003"], [64], ["madpo"], "float32", 1), heads=("madpo", "wrong")
+    )
     rows = {row.head: row for row in head.measured(problem(rows=64), SMALL[0], "plain", what)}
     assert rows["wrong"].ms is None and "wrong: d_hidden is off by" in (rows["wrong"].refused or "")
     assert rows["madpo"].ms and rows["madpo"].refused is None

@@ -116,7 +116,7 @@ SAMPLED = [
 def test_tiers_pair_samples_or_the_better_sample_with_what_people_wrote(monkeypatch):
     monkeypatch.setattr(tiers, "reward", lambda text: -0.5)
     human = {f"p{i}": f" human {i}" for i in range(10)}
-    high, medium, low = (tiers.of_tier(tier, SAMPLED, human) for tier in ("high", "medium", "low"))
+    high, medium, low = (tiers.candidates_of(tier, SAMPLED, human) for tier in ("high", "medium", "low"))
     assert high[0] == Candidate("p0", (" a0", " b0"), (0.1, 0.7))
     assert high[1] == Candidate("p0", (" c0", " d0"), (2.0, -1.0))
     assert low[0] == Candidate("p0", (" b0", " human 0"), (0.7, -0.5))

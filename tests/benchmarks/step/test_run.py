@@ -23,7 +23,7 @@ MINI = step_workload._llama(32, 64, 2, (4, 2), 500)
 
 
 def mini_settings(contenders=(), ranks=1, lora=False) -> step.Settings:
-    what = step.settings("mini", "hh", lora, ranks, 4, 96, "float32", 2, ranks, contenders)
+    what = step.make_settings("mini", "hh", lora, ranks, 4, 96, "float32", 2, ranks, contenders)
     return replace(what, warmup=1, lr=1e-3, trl_batch_sizes=what.trl_batch_sizes[-1:])
 
 
@@ -153,7 +153,7 @@ def test_settings_that_cannot_be_are_named(changes, named):
         "contenders": [],
     }
     with pytest.raises(UserError, match=named):
-        step.settings(**(given | changes))
+        step.make_settings(**(given | changes))
 
 
 def test_keys_are_one_more_contender():
