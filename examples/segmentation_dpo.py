@@ -2,9 +2,9 @@
 
     python examples/segmentation_dpo.py --output runs/segmentation    # about a minute on one CPU core
 
-A small U-Net learns shapes from careless masks and is frozen as the reference. Of every further image there
-are two sketches, and a judge says which of them overlaps the shape more. From these answers alone, copies of
-the reference learn under four objectives; they are measured on images that none of them has seen.
+A small U-Net learns shapes from careless masks and is frozen as the reference. For every further image it
+draws two sketches, and a judge says which of them overlaps the shape more. From these answers alone, copies
+of the reference are trained with four objectives, and measured on images that none of them has seen.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ FORMS = {
     "LSE anchor": build("anchored_dpo", beta=5.0, anchor="lse", alpha=10.0),
     "hinge anchor": build("anchored_dpo", beta=5.0, anchor="hinge", alpha=10.0, tau=0.4),
 }
-"""Tuned on other seeds. Base and linear see s+ - s- alone: where both masks agree, nothing but shared weights
-holds a pixel; with a smaller beta or a larger alpha blobs grow there. LSE and hinge see s+ by itself too. As
-scores are never positive, LSE has a floor here, and the hinge pushes s- no lower than -tau; linear has none.
-The control to beat: with a beta near 0 and tau 0 the hinge does no more than imitate the chosen masks."""
+"""Objectives with parameters tuned on other seeds. With s+ and s- the scores of the chosen and rejected mask:
+
+Base and linear depend on s+ - s- alone. Where both masks agree they leave a pixel to the shared weights, and
+with a smaller beta or a larger alpha blobs grow there. LSE and hinge depend on s+ itself too. As scores are
+never positive, LSE has a floor here, and the hinge pushes s- no lower than -tau; linear has no floor.
+The control to beat is a hinge with a beta near 0 and tau 0, which only imitates the chosen masks.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Setup:
 
 
 class Pairs(NamedTuple):
-    """All that preference training sees beside the reference."""
+    """The data of preference training."""
 
     images: Tensor  # (B, 3, H, W) in [0, 1]
     chosen: Tensor  # (B, H, W) bool
@@ -57,7 +60,7 @@ class Pairs(NamedTuple):
 
 
 def smooth_noise(count: int, side: int, random: torch.Generator) -> Tensor:
-    """(B, H, W): hills and valleys of some 8 pixels, on a level that differs from image to image."""
+    """(B, H, W) hills and valleys of some 8 pixels, on a level that differs from image to image."""
     hills = torch.randn(count, 1, side // 8, side // 8, generator=random)
     level = torch.randn(count, 1, 1, 1, generator=random)
     return F.interpolate(hills + level, size=(side, side), mode="bicubic")[:, 0]
@@ -86,7 +89,7 @@ def draw_shapes(count: int, side: int, random: torch.Generator) -> tuple[Tensor,
     grain = between(0.02, 0.1) * torch.randn(distances.shape, generator=random)
     grain += 0.06 * smooth_noise(count, side, random)
     images = (images + grain[:, None]).clamp(0, 1)
-    return images.contiguous(memory_format=torch.channels_last), distances  # a CPU's convolutions like it
+    return images.contiguous(memory_format=torch.channels_last), distances  # faster convolutions on a CPU
 
 
 def network(width: int = 8) -> nn.Sequential:
@@ -103,7 +106,7 @@ def layer(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class Below(nn.Sequential):
-    """Works at half the resolution and puts its result beside what came in."""
+    """Runs its layers at half the resolution, and concatenates their output to its input."""
 
     def forward(self, input: Tensor) -> Tensor:  # input (B, C, H, W)
         return torch.cat([input, F.interpolate(super().forward(F.max_pool2d(input, 2)), scale_factor=2)], 1)
@@ -112,14 +115,14 @@ class Below(nn.Sequential):
 def score(logits: Tensor, masks: Tensor) -> Tensor:  # (B, H, W), (B, H, W) bool
     """(B,) log-likelihood of each mask, a Bernoulli variable per pixel, as a mean over the pixels.
 
-    Not the sum: beta, alpha and tau mean the same for images of any size, and the two terms of the LSE
-    anchor stay comparable, whereas of sums, hundreds of nats apart, it would see the larger alone.
+    With the mean, beta, alpha and tau mean the same for images of any size. Sums would be hundreds of nats
+    apart, and the LSE anchor would depend on the larger one alone.
     """
     return -F.binary_cross_entropy_with_logits(logits, masks.float(), reduction="none").mean((1, 2))
 
 
 def fit(model: nn.Module, loss: Callable[[Tensor], Tensor], batches: Tensor, lr: float) -> nn.Module:
-    """Minimise loss(rows) for the rows of one batch after the other; batches (steps, batch)."""
+    """Minimise loss(indices) over the batches, (steps, batch) indices."""
     optimiser = torch.optim.AdamW(model.requires_grad_(True).parameters(), lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.05, len(batches))
     for rows in batches:
@@ -131,7 +134,7 @@ def fit(model: nn.Module, loss: Callable[[Tensor], Tensor], batches: Tensor, lr:
 
 
 def train_reference(setup: Setup, random: torch.Generator) -> nn.Module:
-    """Learns from masks that are 2 pixels too wide and uneven, as from a hurried annotator."""
+    """Train the reference on masks that are 2 pixels too wide and uneven, as by a hurried annotator."""
     images, distances = draw_shapes(setup.careless, setup.side, random)
     masks = distances + 2 * smooth_noise(setup.careless, setup.side, random) < 2
     batches = torch.randint(len(images), (setup.reference_steps, setup.batch), generator=random)
@@ -145,7 +148,7 @@ def train_reference(setup: Setup, random: torch.Generator) -> nn.Module:
 
 
 def train(reference: nn.Module, objective: BoundObjective, pairs: Pairs, batches: Tensor) -> nn.Module:
-    """A copy of the reference that has learned from the pairs; batches (steps, batch) are rows of them."""
+    """Train a copy of the reference on the pairs; batches (steps, batch) index them."""
     model, frozen = copy.deepcopy(reference), reference(pairs.images)
     ref_chosen, ref_rejected = score(frozen, pairs.chosen), score(frozen, pairs.rejected)
 
@@ -163,7 +166,7 @@ def train(reference: nn.Module, objective: BoundObjective, pairs: Pairs, batches
 
 
 def ask(reference: nn.Module, images: Tensor, truth: Tensor, random: torch.Generator) -> Pairs:
-    """Two sketches of each image, and the preference of a judge who knows the truth (B, H, W)."""
+    """Draw two sketches of each image, and choose the one that overlaps the truth (B, H, W) more."""
     # A sketch is the reference's mask, its outline moved in and out unevenly and by less than 5 pixels.
     ramp = F.avg_pool2d((reference(images) > 0).float()[:, None], 9, stride=1, padding=4)[:, 0]
     noises = [0.25 * smooth_noise(len(images), images.shape[-1], random) for _ in range(2)]
@@ -178,12 +181,12 @@ def iou(one: Tensor, other: Tensor) -> Tensor:  # (B, H, W) bool each
 
 
 def rim(masks: Tensor) -> Tensor:  # masks (B, H, W) bool
-    """(B, H, W) bool: the pixels of each mask less than 3 from one outside it; the image's edge is none."""
+    """(B, H, W) bool: pixels of a mask less than 3 from one outside it. The image's edge does not count."""
     return masks & (F.max_pool2d((~masks).float()[:, None], 5, stride=1, padding=2)[:, 0] > 0)
 
 
 def measure(model: nn.Module, pairs: Pairs, truth: Tensor) -> dict[str, Tensor]:  # truth (B, H, W) bool
-    """(B,) each, in percent. Boundary IoU is that of the rims (Cheng et al. 2021, arXiv 2103.16562)."""
+    """Percentages, (B,) each. Boundary IoU is that of the rims (Cheng et al. 2021, arXiv 2103.16562)."""
     logits = model(pairs.images)
     overlap = iou(logits > 0, truth)
     won = score(logits, pairs.chosen) > score(logits, pairs.rejected)
@@ -196,7 +199,7 @@ def measure(model: nn.Module, pairs: Pairs, truth: Tensor) -> dict[str, Tensor]:
 
 
 def experiment(setup: Setup) -> tuple[dict[str, nn.Module], Pairs, Tensor]:
-    """The reference and what FORMS make of it, held-out pairs, and the truth (B, H, W) about them."""
+    """Train all models; returns them, the held-out pairs, and their true masks (B, H, W)."""
     random = torch.Generator().manual_seed(setup.seed)
     reference = train_reference(setup, random)
     seen, unseen = (draw_shapes(count, setup.side, random) for count in (setup.pairs, setup.held_out))
@@ -207,7 +210,7 @@ def experiment(setup: Setup) -> tuple[dict[str, nn.Module], Pairs, Tensor]:
 
 
 def tabulate(measured: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """Gains are paired: what makes an image difficult for both models cancels in the difference."""
+    """Means and standard errors. Gains are paired: an image's difficulty cancels in the difference."""
     before = measured["reference"]
     lines = [f"{'% ± std. error':14}" + "".join(f"{name:>13}" for name in (*before, "IoU gained"))]
     for name, metrics in measured.items():
@@ -218,7 +221,7 @@ def tabulate(measured: Mapping[str, Mapping[str, Tensor]]) -> str:
 
 
 def save_picture(models: Mapping[str, nn.Module], images: Tensor, truth: Tensor, path: Path) -> None:
-    """A row for each of the images (B, 3, H, W); the masks are coloured by the truth (B, H, W) bool."""
+    """Save a row for each image (B, 3, H, W), with masks coloured by the truth (B, H, W) bool."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 

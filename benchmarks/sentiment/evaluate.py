@@ -1,5 +1,5 @@
-"""What each trained model writes after the held-out prompts: the oracle's reward, and how far from the SFT
-model it had to go for it."""
+"""Evaluate trained models on held-out prompts: the oracle's reward of their completions, and their KL
+divergence from the SFT model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_atomically
 
 NAME = re.compile(r"(?P<arm>[a-z0-9-]+)_b(?P<beta>[0-9.]+)_(?P<tier>[a-z]+)_(?P<seed>\d+)$")
-"""How a run's folder is called: arm, beta, tier, seed."""
+"""The name of a run's folder: arm, beta, tier, seed."""
 BATCH = 256
 
 
@@ -35,18 +35,18 @@ def evaluate(
     max_new_tokens: int = 40,
     jobs: int = 2,
 ) -> None:
-    """Write `<run>.json` for the SFT model and every run of these seeds and betas whose folder under `runs`
-    is called as in NAME, and their names into `runs.json`.
+    """Write `<run>.json` for the SFT model and every run of these seeds and betas in a folder under `runs`
+    named as in NAME, and the names of the runs into `runs.json`.
 
-    One completion is sampled for every prompt at temperature 1, with the same seed for all models. What has
-    been evaluated stays, unless the model has changed. Raises UserError if there is no run.
+    One completion is sampled for every prompt at temperature 1, with the same seed for all models. Results
+    are kept unless the model has changed. Raises UserError if there is no run.
     """
-    found = {
+    models = {
         path.name: path / "model"
         for path in sorted(Path(runs).iterdir())
         if (name := NAME.match(path.name)) and int(name["seed"]) in seeds and float(name["beta"]) in betas
     }
-    if not found:
+    if not models:
         raise UserError(
             f"{runs}: no run of seeds {seeds} and betas {betas} that is called like dpo_b0.1_high_0"
         )
@@ -54,7 +54,7 @@ def evaluate(
         text = [json.loads(line)["prompt"] for line in file]
     output.mkdir(parents=True, exist_ok=True)
     todo = []
-    for name, model in {"sft": Path(reference), **found}.items():
+    for name, model in {"sft": Path(reference), **models}.items():
         weights = (model / "model.safetensors").read_bytes()
         key = xxhash.xxh3_128_hexdigest(weights + repr((text, max_new_tokens)).encode())
         path = output / f"{name}.json"
@@ -63,22 +63,22 @@ def evaluate(
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for done in pool.map(_evaluate_one, todo):
             print(done, flush=True)
-    (output / "runs.json").write_text(json.dumps(list(found)) + "\n")
+    (output / "runs.json").write_text(json.dumps(list(models)) + "\n")
 
 
 def _evaluate_one(task: tuple[Path, str, Path, Path, list[str], int]) -> str:
     path, key, model, reference, prompts, max_new_tokens = task
     torch.set_num_threads(1)
-    found = sample(model, reference, prompts, max_new_tokens)
-    write_atomically(path, json.dumps({"key": key, **found}) + "\n")
-    mean = {name: sum(found[name]) / len(found[name]) for name in ("rewards", "kls", "lengths")}
+    samples = sample(model, reference, prompts, max_new_tokens)
+    write_atomically(path, json.dumps({"key": key, **samples}) + "\n")
+    mean = {name: sum(samples[name]) / len(samples[name]) for name in ("rewards", "kls", "lengths")}
     return f"{path.stem:32} " + "  ".join(f"{name} {value:.3f}" for name, value in mean.items())
 
 
 @torch.no_grad()
 def sample(model: Path, reference: Path, prompts: Sequence[str], max_new_tokens: int) -> dict[str, Any]:
-    """For every prompt one completion: its text, the reward of prompt and completion, its tokens, and
-    log pi(y|x) - log pi_ref(y|x), whose mean is the KL divergence per completion in nats."""
+    """One completion for every prompt: its text, the oracle's reward of prompt and completion, its length in
+    tokens, and log pi(y|x) - log pi_ref(y|x), whose mean is the KL divergence per completion in nats."""
     tokenizer = AutoTokenizer.from_pretrained(reference, padding_side="left")
     policy, ref = _load(model), _load(reference)
     out: dict[str, list[Any]] = {"completions": [], "rewards": [], "kls": [], "lengths": []}
@@ -98,7 +98,7 @@ def sample(model: Path, reference: Path, prompts: Sequence[str], max_new_tokens:
         )
         width = inputs["input_ids"].shape[1]
         completion = ids[:, width:]
-        # Everything up to and with the first EOS is the model's; what follows is padding.
+        # The completion ends with the first EOS; padding follows.
         over = (completion == tokenizer.eos_token_id).cumsum(1) - (
             completion == tokenizer.eos_token_id
         ).long()

@@ -50,8 +50,8 @@ def write(
 ) -> None:
     """Write `sentiment.md` and, where matplotlib is installed, `frontier.svg`.
 
-    `results` is the folder that `evaluate` filled, `pairs` the one with the tiers, `recipe` that of the whole
-    recipe, in which the reward models' margins lie.
+    `results` is the folder that `evaluate` filled, `pairs` the folder of the tiers, and `recipe` that of the
+    whole recipe, with the reward models' margins.
     """
     sft, settings = read(Path(results))
     parts = [
@@ -141,21 +141,21 @@ def _frontier(settings: Settings) -> Iterator[str]:
 
 
 def _verdict(settings: Settings, beta: float) -> Iterator[str]:
-    """Says of each pair of methods that the paper compares whether its order is seen, and how surely."""
+    """For each two methods next to each other in the paper's order: whether it holds here, and how surely."""
     yield "\n## Does the paper's order hold here?\n"
     for tier in TIERS:
-        known = sorted(PAPER, key=lambda arm: -PAPER[arm][tier])
-        said = []
-        for better, worse in itertools.pairwise(known):
+        order = sorted(PAPER, key=lambda arm: -PAPER[arm][tier])
+        verdicts = []
+        for better, worse in itertools.pairwise(order):
             one, other = (settings.get(Setting(arm, beta, tier)) for arm in (better, worse))
             if one is None or other is None:
                 continue
             gap = difference(one, other)
             sure = abs(gap.mean) > 2 * gap.error
             word = ("yes" if gap.mean > 0 else "**no, reversed**") if sure else "not told apart"
-            said.append(f"{METHODS[better]} > {METHODS[worse]}: {word} ({gap.signed})")
-        if said:
-            yield f"- {tier}: " + "; ".join(said)
+            verdicts.append(f"{METHODS[better]} > {METHODS[worse]}: {word} ({gap.signed})")
+        if verdicts:
+            yield f"- {tier}: " + "; ".join(verdicts)
     yield '\n"Not told apart" is a difference of less than two standard errors.'
 
 
@@ -182,21 +182,21 @@ def _margins(pairs: Path, recipe: Path, seeds: Sequence[int]) -> Iterator[str]:
 
 
 def _reward_models(recipe: Path, tier: str, seeds: Sequence[int]) -> tuple[str, str, str]:
-    """What the stages `margins_*` found: (agreement on the pairs trained on, on others, quantile)."""
-    found = []
+    """Means over the stages `margins_*`: (agreement on the pairs trained on, on others, quantile)."""
+    of_seeds = []
     for folder in (recipe / f"margins_{tier}_{seed}" / "annotated" for seed in seeds):
         if not folder.is_dir():
             continue
         train, test = (_margin_pairs(folder / f"{split}.jsonl") for split in ("train", "test"))
-        found.append((_cosine(train), _cosine(test), float(np.quantile(np.abs(train[:, 0]), 0.8))))
-    if not found:
+        of_seeds.append((_cosine(train), _cosine(test), float(np.quantile(np.abs(train[:, 0]), 0.8))))
+    if not of_seeds:
         return "", "", ""
-    own, held_out, high = np.mean(found, axis=0)
+    own, held_out, high = np.mean(of_seeds, axis=0)
     return f"{own:.2f}", f"{held_out:.2f}", f"{high:.2f}"
 
 
 def _margin_pairs(path: Path) -> np.ndarray:
-    """(n, 2) the reward model's margin and the oracle's, of every row that was scored."""
+    """(n, 2) the reward model's margin and the oracle's of every scored pair."""
     with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     return np.array([(row["margin"], row["margin_given"]) for row in rows])
@@ -217,7 +217,7 @@ def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def plot(sft: Sample, settings: Settings, path: Path) -> None:
-    """Reward against sqrt(KL), a panel for each tier that has an arm with several betas."""
+    """Plot reward against sqrt(KL), in a panel for each tier that has an arm with several betas."""
     try:
         import matplotlib
     except ImportError:

@@ -31,7 +31,7 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """What the models of one setting wrote: (seeds, prompts) each."""
+    """Measurements of the completions of one setting's models: (seeds, prompts) each."""
 
     rewards: np.ndarray
     kls: np.ndarray
@@ -39,15 +39,18 @@ class Sample:
 
 
 def read(folder: Path) -> tuple[Sample, dict[Setting, Sample]]:
-    """The SFT model's sample, and one for each setting with its seeds in order, of those in `runs.json`."""
-    found: dict[Setting, dict[int, dict[str, list[float]]]] = {}
+    """The SFT model's sample, and a sample for each setting in `runs.json`, its seeds in order."""
+    records_of: dict[Setting, dict[int, dict[str, list[float]]]] = {}
     for run in json.loads((folder / "runs.json").read_text()):
         name = NAME.match(run)
         assert name is not None
         setting = Setting(name["arm"], float(name["beta"]), name["tier"])
-        found.setdefault(setting, {})[int(name["seed"])] = json.loads((folder / f"{run}.json").read_text())
+        records_of.setdefault(setting, {})[int(name["seed"])] = json.loads(
+            (folder / f"{run}.json").read_text()
+        )
     settings = {
-        setting: _sample([records[seed] for seed in sorted(records)]) for setting, records in found.items()
+        setting: _sample([records[seed] for seed in sorted(records)])
+        for setting, records in records_of.items()
     }
     return _sample([json.loads((folder / "sft.json").read_text())]), settings
 
@@ -70,10 +73,12 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: np.ndarray) -> Estimate:
-    """The mean of (seeds, prompts) values. Seeds share prompts and prompts share seeds, so the variance is
-    that of the seeds' means plus that of the prompts' means, less what is counted in both.
+    """The mean of (seeds, prompts) values, and its standard error with two-way clustering.
 
-    Source: Cameron, Gelbach and Miller 2011, two-way clustering. With one seed: over prompts only.
+    Seeds share prompts and prompts share seeds, so the variance is that of the seeds' means plus that of the
+    prompts' means, minus what both count. With one seed it is over prompts only.
+
+    Source: Cameron, Gelbach and Miller 2011.
     """
     seeds, prompts = values.shape
     over_prompts = values.mean(0).var(ddof=1) / prompts
@@ -93,9 +98,10 @@ def difference(one: Sample, other: Sample) -> Estimate:
 
 
 def at_equal_kl(settings: Mapping[Setting, Sample], arm: str, tier: str, kl: float) -> np.ndarray | None:
-    """(seeds, prompts) rewards of an arm where its mean KL divergence is `kl`, between its two nearest betas
-    on the scale of sqrt(KL), on which rewards of small divergences are nearly linear. None if its betas do
-    not reach that far."""
+    """(seeds, prompts) rewards of an arm at a mean KL divergence of `kl`; None if its betas do not reach it.
+
+    Interpolated between its two nearest betas in sqrt(KL), in which rewards are nearly linear at small KL.
+    """
     points = sorted(
         (
             (float(sample.kls.mean()), sample)

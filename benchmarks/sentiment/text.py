@@ -1,8 +1,8 @@
-"""Real English for the sentiment experiment: what the language model reads, and the prompts it continues.
+"""Real English for the sentiment experiment: texts for the language model, and prompts to continue.
 
-Two sources: the rated sentences that the demo fetches, or a folder (or zip file) of documents under `pos/`
-and `neg/`, as in the IMDb and Pang & Lee collections. Documents, not sentences, are dealt out to the parts,
-so that no part has read another's.
+The source is either the rated sentences that the demo fetches, or a folder (or zip file) of documents under
+`pos/` and `neg/`, as in the IMDb and Pang & Lee collections. Whole documents are dealt out to the parts, so
+that no document is in two of them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ SHARES_OF_FEW = {"lm": 0.25, "sft": 0.2, "pairs": 0.35, "evaluation": 0.2}
 REVIEWS = ("film review:", "product review:")
 MOST_WORDS = 32
 PAIRS, PROMPTS = 3000, 1000
-"""At scale 1: prompts for preference pairs, and held-out prompts."""
+"""Prompts for preference pairs, and held-out prompts, at scale 1."""
 LEAST = 200
-"""Sentences that the language model reads at any scale."""
+"""The fewest sentences that the language model reads, at any scale."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,15 @@ def prepare(
 
     lm/          text                 sentences of all kinds, to learn English from
     sft/         prompt, completion   reviews, cut after `prompt_words` words
-    pairs/       prompt, completion   negative reviews: the prompts of the pairs, and how people went on
+    pairs/       prompt, completion   negative reviews: the pairs' prompts, and the human continuations
     evaluation/  prompt, completion   negative reviews that nothing is trained on
 
-    `scale` multiplies what is paired and evaluated, as far as the source reaches; from 0.5 on, all of the
-    rest is read. Raises UserError for a source that is not there or too small.
+    `scale` multiplies the prompts of pairs and evaluation, as far as the source reaches; from 0.5 on, lm and
+    sft are whole. Raises UserError for a source that is missing or too small.
     """
     sentences = list(read_folder(Path(source)) if source else read_rated(output / "download"))
     parts = deal(sentences, SHARES if source else SHARES_OF_FEW)
-    part = min(1.0, 2 * scale)  # the language model is what the rest stands on
+    part = min(1.0, 2 * scale)  # everything else depends on the language model
     limits = {
         "sft": max(round(len(parts["sft"]) * part), LEAST),
         "pairs": round(PAIRS * scale),
@@ -65,10 +65,10 @@ def prepare(
     facts: dict[str, int] = {}
     for name, limit in limits.items():
         rows = list(continuations(parts[name], prompt_words, negative=name != "sft"))
-        kept = rows[:limit]
-        if len(kept) < 8:
-            raise UserError(f"{name}: only {len(kept)} sentences of {source or 'the rated sentences'} fit")
-        facts[name] = _write_splits(output / name, kept, held_out=len(kept) // 10 if name == "sft" else 0)
+        rows = rows[:limit]
+        if len(rows) < 8:
+            raise UserError(f"{name}: only {len(rows)} sentences of {source or 'the rated sentences'} fit")
+        facts[name] = _write_splits(output / name, rows, held_out=len(rows) // 10 if name == "sft" else 0)
     texts = [sentence.text for sentence in parts["lm"]]
     texts = texts[: max(round(len(texts) * part), LEAST)]
     facts["lm"] = _write_splits(output / "lm", [{"text": text} for text in texts], len(texts) // 50)
@@ -79,14 +79,14 @@ def prepare(
 
 
 def read_rated(folder: Path) -> Iterator[Sentence]:
-    """The human-rated sentences; negative is a mean rating below zero."""
+    """The human-rated sentences; one is negative if its mean rating is below zero."""
     for item in dict.fromkeys(rated_sentences.read(rated_sentences.fetch(folder))):
         text = _clean(item.text)
         yield Sentence(text, text.lower(), item.rating < 0, item.prompt in REVIEWS)
 
 
 def read_folder(path: Path) -> Iterator[Sentence]:
-    """The lines of every `pos/*.txt` and `neg/*.txt` below a folder or in a zip file. Raises UserError."""
+    """The lines of every `pos/*.txt` and `neg/*.txt` in a folder or zip file; UserError if there are none."""
     found = False
     for name, content in _documents(path):
         kind = re.search(r"(?:^|/)(pos|neg)/[^/]+\.txt$", name)
@@ -114,7 +114,7 @@ def _documents(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def deal(sentences: Iterable[Sentence], shares: dict[str, float]) -> dict[str, list[Sentence]]:
-    """Sentences by part, in an order that depends on the texts alone; what is no review goes to `lm`."""
+    """Sentences by part, in an order that depends on the texts alone. Those from no review go to `lm`."""
     parts: dict[str, list[Sentence]] = {name: [] for name in shares}
     for sentence in sentences:
         place, last = _unit_hash(sentence.document), ""
@@ -130,7 +130,7 @@ def deal(sentences: Iterable[Sentence], shares: dict[str, float]) -> dict[str, l
 def continuations(
     sentences: Iterable[Sentence], prompt_words: int, negative: bool
 ) -> Iterator[dict[str, str]]:
-    """Sentences as a prompt and how it goes on; every prompt once, cut between words."""
+    """Sentences cut into prompt and completion after `prompt_words` words; every prompt once."""
     seen = set()
     for sentence in sentences:
         words = sentence.text.split()
@@ -150,7 +150,7 @@ def _unit_hash(text: str) -> float:
 
 
 def _write_splits(folder: Path, rows: list[dict[str, str]], held_out: int) -> int:
-    """The first rows into test.jsonl, the others into train.jsonl; returns how many those are."""
+    """Write the first rows into test.jsonl, the others into train.jsonl; returns the number of the others."""
     write_rows(folder / "train.jsonl", rows[held_out:])
     if held_out:
         write_rows(folder / "test.jsonl", rows[:held_out])

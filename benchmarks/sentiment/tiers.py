@@ -1,8 +1,8 @@
-"""Preference pairs of three qualities, labelled by an oracle that errs as Bradley and Terry's model does.
+"""Preference pairs of three tiers of quality, with labels drawn by the Bradley-Terry model of the oracle.
 
 high    two samples of the SFT model
-low     the better of the two against what a person wrote in a negative review: easy pairs of large margins
-medium  the first half as low, the second as high
+low     the better of the two against the human continuation of a negative review: easy, large margins
+medium  the first half of the prompts as in low, the second as in high
 Source: Rho 2025 (arXiv 2510.05342) and the author's notebooks.
 """
 
@@ -21,12 +21,12 @@ from madpo.benchmarks.sentiment.text import write_rows
 
 TIERS = ("high", "medium", "low")
 HELD_OUT = 6
-"""One pair of so many is held out."""
+"""One pair in 6 is held out."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A prompt with two completions and the oracle's rewards of them."""
+    """A prompt with two completions and the oracle's rewards, not yet labelled."""
 
     prompt: str
     completions: tuple[str, str]
@@ -35,17 +35,17 @@ class Candidate:
 
 def make(output: Path, generated: str, people: str, seeds: Sequence[int], noise: float = 1.0) -> None:
     """Write `<tier>/seed-<seed>/` for every tier and seed: prompt, chosen, rejected and the oracle's margin,
-    in train.jsonl and test.jsonl; and beside it `<tier>/seed-<seed>-noised/` of which the margins are off by
-    `noise` times their own standard deviation.
+    in train.jsonl and test.jsonl. Beside it, `<tier>/seed-<seed>-noised/` has margins with noise of `noise`
+    times their own standard deviation.
 
-    `generated` is what `madpo generate` wrote with the oracle as judge, `people` the file of the prompts
-    with the human continuations. A seed decides the labels, which pairs are held out and the noise.
+    `generated` is the output of `madpo generate` with the oracle as judge, `people` the file of the prompts
+    with the human continuations. A seed decides the labels, which pairs are held out, and the noise.
     """
     sampled = _read(Path(generated))
     human = {row["prompt"]: row["completion"] for row in _read(Path(people))}
     facts = {}
     for tier in TIERS:
-        candidates = of_tier(tier, sampled, human)
+        candidates = candidates_of(tier, sampled, human)
         for seed in seeds:
             rows = labelled(candidates, seed)
             _write(output / tier / f"seed-{seed}", rows)
@@ -62,9 +62,8 @@ def make(output: Path, generated: str, people: str, seeds: Sequence[int], noise:
         print(name, fact)
 
 
-def of_tier(tier: str, sampled: Sequence[dict[str, Any]], human: dict[str, str]) -> list[Candidate]:
-    """The pairs of one tier, not yet labelled: the same prompts in all tiers, and one pair for every two
-    samples of a prompt."""
+def candidates_of(tier: str, sampled: Sequence[dict[str, Any]], human: dict[str, str]) -> list[Candidate]:
+    """The candidates of one tier: one for every two samples of a prompt, of the same prompts in all tiers."""
     candidates = []
     for index, row in enumerate(sampled):
         easy = tier == "low" or (tier == "medium" and index < len(sampled) // 2)
@@ -78,9 +77,11 @@ def of_tier(tier: str, sampled: Sequence[dict[str, Any]], human: dict[str, str])
 
 
 def labelled(candidates: Sequence[Candidate], seed: int) -> list[dict[str, Any]]:
-    """Rows in random order. The first completion is chosen with probability sigmoid(r1 - r2): Gumbel noise
-    on each reward, the larger sum wins. Equal or empty completions make no
-    pair."""
+    """Labelled pairs in random order. Equal or empty completions make no pair.
+
+    The first completion is chosen with probability sigmoid(r1 - r2): Gumbel noise is added to each reward,
+    and the larger sum wins.
+    """
     random = np.random.default_rng((seed, 1))
     noise = random.gumbel(size=(len(candidates), 2))
     rows = []
@@ -97,7 +98,7 @@ def labelled(candidates: Sequence[Candidate], seed: int) -> list[dict[str, Any]]
 
 
 def noised(rows: Sequence[dict[str, Any]], noise: float, seed: int) -> list[dict[str, Any]]:
-    """The rows with margins that are off by `noise` standard deviations."""
+    """Copies of the rows with normal noise on the margins, of `noise` times their standard deviation."""
     spread = noise * np.std([row["margin"] for row in rows])
     errors = np.random.default_rng((seed, 2)).normal(scale=spread, size=len(rows))
     return [{**row, "margin": row["margin"] + float(error)} for row, error in zip(rows, errors, strict=True)]

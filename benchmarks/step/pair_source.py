@@ -1,4 +1,4 @@
-"""Pairs of tokens in memory, as the training loop takes its groups."""
+"""Pairs in memory as a training source, whose packing can be made worse to measure what it is worth."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from madpo.trainer.data.lengths import Shapes
 from madpo.trainer.data.tokenise import TokenGroup
 
 Packing = Literal["balanced", "counted", "alone"]
-"""Micro-batches of equal cost, of equal numbers of pairs, or of one pair."""
+"""Micro-batches of equal cost; of equal numbers of pairs; of one pair."""
 
 
 class PairGroups:
+    """The pairs as groups of two completions; `claimed` is the length each pair pretends to have."""
+
     def __init__(self, pairs: Sequence[Pair], claimed: int | None) -> None:
         self._groups = [
             TokenGroup(prompt, [chosen, rejected], [(0, 1, None)], [1, -1])
@@ -46,8 +48,11 @@ class PairGroups:
 
 
 class PairSource:
-    """The pairs in order. Unless packing is balanced, all claim to be alike: each as long as a micro-batch,
-    so that none is packed with another, or as the mean, for as many micro-batches as if balanced."""
+    """The pairs in order.
+
+    Unless packing is balanced, all pairs claim one length: a micro-batch's, so that each is packed alone, or
+    the mean, which gives as many micro-batches as balanced packing, of unequal cost.
+    """
 
     content = "pairs of the benchmark"
 

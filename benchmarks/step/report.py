@@ -1,4 +1,4 @@
-"""What the step's benchmark found: one table per workload, a JSON and a Markdown file."""
+"""Results of the step's benchmark: one table per workload, a JSON and a Markdown file."""
 
 from __future__ import annotations
 
@@ -55,23 +55,23 @@ WORKLOAD = ("model", "data", "lora", "ranks", "pairs", "dtype")
 
 
 def facts(command: str) -> dict[str, Any]:
-    """What was run, on what, with which versions; of a CPU how busy it was with other things."""
+    """Date, hardware, command and versions of a run; for a CPU also how busy it was."""
     on_gpu = torch.cuda.is_available()
-    found = head_report.facts(command, torch.device("cuda" if on_gpu else "cpu"), PACKAGES)
+    facts = head_report.facts(command, torch.device("cuda" if on_gpu else "cpu"), PACKAGES)
     if not on_gpu:
-        found["load"] = f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} before the start"
-    return found
+        facts["load"] = f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} before the start"
+    return facts
 
 
 def title(row: dict[str, Any]) -> str:
-    """The workload in words."""
+    """The workload of a row in words."""
     ranks = "1 rank" if row["ranks"] == 1 else f"{row['ranks']} ranks, ZeRO-3"
     trained = f"{row['model']}{', LoRA' if row['lora'] else ''}"
     return f"{trained}, {row['data']} lengths, {row['pairs']} pairs a step, {row['dtype']}, {ranks}"
 
 
 def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Those of COLUMNS that any of the rows has a value in."""
+    """The COLUMNS in which any of the rows has a value."""
     return {
         name: title
         for name, title in COLUMNS.items()
@@ -80,7 +80,7 @@ def columns_of(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def that_fit(rows: Sequence[dict[str, Any]], width: int) -> dict[str, str]:
-    """Those of `columns_of` for which a table on a screen so wide has room, the most telling first."""
+    """The columns that fit a screen of this width, the most telling first."""
     columns = columns_of(rows)
     order = dict.fromkeys([*(name for name in TELLING if name in columns), *columns])
     sizes = [3 + max(map(len, [columns[name], *(cells(row, [name])[0] for row in rows)])) for name in order]
@@ -100,17 +100,17 @@ def _cell(value: Any, form: str) -> str:
     return "" if value is None else value if isinstance(value, str) else format(value, form)
 
 
-def write(folder: Path, found: dict[str, Any], rows: Sequence[Row]) -> list[Path]:
-    """JSON and Markdown. A later run of the same day replaces the workloads that it measured again."""
+def write(folder: Path, facts: dict[str, Any], rows: Sequence[Row]) -> list[Path]:
+    """Write JSON and Markdown. A later run of the same day replaces the workloads that it measured again."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{head_report.stem(found, 'step')}.json"
+    path = folder / f"{head_report.stem(facts, 'step')}.json"
     new = [asdict(row) for row in rows]
     old = json.loads(path.read_text()) if path.exists() else {"rows": [], "commands": []}
     again = {_workload(row) for row in new}
-    kept = [row for row in old["rows"] if _workload(row) not in again]
-    load = f"  # {found['load']}" if "load" in found else ""
-    commands = list(dict.fromkeys([*old["commands"], found["command"] + load]))
-    everything = {**found, "commands": commands, "rows": kept + new}
+    unchanged = [row for row in old["rows"] if _workload(row) not in again]
+    load = f"  # {facts['load']}" if "load" in facts else ""
+    commands = list(dict.fromkeys([*old["commands"], facts["command"] + load]))
+    everything = {**facts, "commands": commands, "rows": unchanged + new}
     path.write_text(json.dumps(everything, indent=1) + "\n")
     markdown = path.with_suffix(".md")
     markdown.write_text(as_markdown(everything))

@@ -1,10 +1,10 @@
-"""The processes of a contender: they train as their trainer trains, a block of steps at a time.
+"""The processes of a contender, which train a block of steps at a time.
 
-    contender = start(job)
-    block = contender.run_block()   # None: it has none left
+    contender = Contender.start(job)
+    block = contender.run_block()
     contender.stop()
 
-Ours runs `loop.train`, TRL its DPOTrainer's `train`; both stop between blocks, where the other's turn is.
+Ours run `loop.train`, TRL's its DPOTrainer's `train`; both wait between blocks while others run theirs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BETA = 0.1
 
 @dataclass(frozen=True)
 class Job:
-    """What all processes of one contender do."""
+    """The task of all processes of one contender."""
 
     trainer: str  # madpo or TRL
     workload: Workload
@@ -47,37 +47,37 @@ class Job:
     lora: bool  # whether an adapter is trained in place of all weights
     cached: bool = False  # whether the reference is scored once, before the first block
     batch_size: int = 1  # TRL's per_device_train_batch_size
-    overrides: tuple[str, ...] = ()  # of our config, as the other two below
+    overrides: tuple[str, ...] = ()  # of our config; this and what follows is for our trainer
     packing: Packing = "balanced"
     one_traversal: bool = True  # of an adapter's policy and reference
-    may_fail: bool = False  # the user chose the keys
+    may_fail: bool = False  # `overrides` are the user's, so an error is a result
 
 
 class Block(NamedTuple):
-    """One rank's account of one block."""
+    """Measurements of one block, of a rank or of all ranks."""
 
     seconds: float
-    cpu_seconds: float  # of all ranks together: on a busy machine the steadier measure
-    loss: float  # mean over the block's steps, of the rank's own pairs or of all
-    peak_bytes: int  # on a GPU allocated in the block, on a CPU resident so far beyond what imports took
+    cpu_seconds: float  # steadier than `seconds` on a busy machine
+    loss: float  # mean over the block's steps; TRL's ranks know only their own pairs
+    peak_bytes: int  # GPU: allocated in the block; CPU: resident so far, beyond the imports
 
 
 class Gate:
-    """Where a rank waits for its turn."""
+    """A rank's end of the pipe, where it waits for the next block."""
 
     def __init__(self, pipe: Connection, device: torch.device) -> None:
         self._pipe, self._device = pipe, device
         self._imports = resident("VmRSS")
 
     def open(self) -> None:
-        """The model is ready; wait for the first turn."""
+        """Report that the model is ready, and wait for the first block."""
         self._pipe.send(None)
         self._wait()
 
     def close_block(self, loss: Callable[[], float], peak_bytes: float | None = None) -> None:
-        """Tell how long the block took, and wait for the next turn. The loss is asked for afterwards.
+        """Report the block, and wait for the next. `loss` is called after the clock has stopped.
 
-        `peak_bytes` on a GPU is for those who reset torch's count within the block.
+        `peak_bytes` is for a trainer that resets torch's peak within the block, on a GPU.
         """
         if self._device.type == "cuda":
             torch.cuda.synchronize()
@@ -87,7 +87,7 @@ class Gate:
         self._wait()
 
     def _wait(self) -> None:
-        self._pipe.recv()  # ends in EOFError when nobody asks any more
+        self._pipe.recv()  # raises EOFError when the contender is stopped
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
@@ -107,13 +107,13 @@ def resident(field: str) -> int:
 
 
 def reset_peak() -> None:
-    """From here on VmHWM counts anew."""
+    """Reset VmHWM to what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 @dataclass
 class Contender:
-    """The side that asks."""
+    """The ranks of a contender, as the benchmark's process sees them."""
 
     processes: Sequence[Any]
     pipes: Sequence[Connection]
@@ -135,7 +135,7 @@ class Contender:
         return contender
 
     def run_block(self, timeout: float = 3600.0) -> Block:
-        """The slowest rank's time, all their CPU time, the mean of their losses, their largest peak."""
+        """Run a block: the slowest rank's time, all CPU time, the mean of losses, the largest peak."""
         for pipe in self.pipes:
             pipe.send("go")
         seconds, cpu, losses, peaks = zip(*self._answers(timeout), strict=True)
@@ -164,7 +164,7 @@ class Contender:
 
 
 def _rank(job: Job, rank: int, port: int, pipe: Connection) -> None:
-    if job.ranks > 1:  # a process that is alone must not be told so, or accelerate wraps its model in DDP
+    if job.ranks > 1:  # a single process must not have these, or accelerate wraps its model in DDP
         os.environ.update(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
@@ -174,7 +174,7 @@ def _rank(job: Job, rank: int, port: int, pipe: Connection) -> None:
             MASTER_PORT=str(port),
         )
     torch.set_num_threads(job.threads)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of DeepSpeed and TRL, at every step
+    warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed and TRL give some at every step
     from tqdm import tqdm
     from transformers.utils import logging
 
@@ -183,11 +183,11 @@ def _rank(job: Job, rank: int, port: int, pipe: Connection) -> None:
     try:
         (run_trl if job.trainer == "TRL" else run_madpo)(job, pipe)
         pipe.recv()
-    except (EOFError, BrokenPipeError):  # nobody asks any more
+    except (EOFError, BrokenPipeError):  # the contender was stopped
         pass
     except BaseException:
         pipe.send(traceback.format_exc())
-    os._exit(0)  # other ranks may be gone: nothing to take leave of
+    os._exit(0)  # other ranks may be gone: a clean exit would wait for them
 
 
 def run_madpo(job: Job, pipe: Connection) -> None:
@@ -246,7 +246,7 @@ def run_madpo(job: Job, pipe: Connection) -> None:
 
 
 def run_trl(job: Job, pipe: Connection) -> None:
-    """DPOTrainer on the same tokens in the same order: alone in plain PyTorch, several ranks with ZeRO-3."""
+    """Train with TRL's DPOTrainer on the same tokens in order; several ranks with ZeRO-3."""
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl.trainer.dpo_config import DPOConfig  # pyright: ignore[reportMissingImports]
@@ -263,7 +263,7 @@ def run_trl(job: Job, pipe: Connection) -> None:
 
     class Trainer(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-            return dataset  # it is tokens already
+            return dataset  # already tokens
 
         def compute_loss(self, *inputs: Any, **options: Any) -> Any:
             loss = super().compute_loss(*inputs, **options)
@@ -294,7 +294,7 @@ def run_trl(job: Job, pipe: Connection) -> None:
 
 
 def trl_arguments(job: Job, device: torch.device) -> dict[str, Any]:
-    """Its fastest settings that compute the same: no logging, no checkpoints, no recomputation."""
+    """DPOTrainer's fastest settings for the same loss: no logging, no checkpoints, no recomputation."""
     out: dict[str, Any] = {
         "output_dir": str(Path(job.workload.folder) / "trl"),
         "per_device_train_batch_size": job.batch_size,
@@ -314,7 +314,7 @@ def trl_arguments(job: Job, device: torch.device) -> dict[str, Any]:
         "model_init_kwargs": {
             # Weights that are trained are in float32, by DeepSpeed's copies or under autocast.
             "dtype": "bfloat16" if job.bf16 and (job.ranks > 1 or job.lora) else "float32",
-            "device_map": None,  # its default spreads a model over a GPU and the host as there is room
+            "device_map": None,  # the default may put part of a model on the host
         },
         "logging_strategy": "no",
         "save_strategy": "no",

@@ -1,4 +1,4 @@
-"""What a training step is measured on: a model with random weights and preference pairs, in a folder.
+"""Workloads of the step's benchmark: a model with random weights and preference pairs, in a folder.
 
 Every contender reads the same folder, so that weights, tokens and their order are the same for all.
 """
@@ -32,10 +32,10 @@ Pair = tuple[list[int], list[int], list[int]]
 """Tokens of prompt, chosen and rejected completion."""
 
 COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-"""Those of a pair in the data set, as TRL names them."""
+"""Columns of the data set of pairs, with TRL's names."""
 
 FIRST_WORD = 4
-"""The tokenizer's own tokens come before."""
+"""The first token that is no special one."""
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: tuple[int, int], vocab: int) -> dict[str, Any]:
@@ -58,12 +58,12 @@ MODELS = {
     "Qwen2.5-0.5B": _llama(896, 4864, 24, (14, 2), 151936)
     | {"model_type": "qwen2", "tie_word_embeddings": True, "use_sliding_window": False},
 }
-"""Name -> the config of the architecture; the shapes of real models are those of their own configs."""
+"""Name -> config of the architecture; models of real names have the real shapes."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Log-normal numbers of tokens: their medians, and one spread for prompts and completions alike."""
+    """Log-normal lengths in tokens: two medians, and one spread for prompts and completions."""
 
     prompt: float
     completion: float
@@ -71,12 +71,14 @@ class Lengths:
 
 
 DATA = {"ultrafeedback": Lengths(121, 288, 0.52), "hh": Lengths(127, 59, 0.60)}
-"""Medians: of whole sequences 409 and 186 tokens, of prompt over completion 0.42 and 2.15, measured by
-Wang and Hegde 2024, "Accelerating Direct Preference Optimization with Prefix Sharing" (arXiv 2410.20305),
-in their repository's table. Spread: that with which mean rows have the size that the data sets' cards
-name, at 4.3 bytes a token: 405,688,662 bytes in 61,135 rows, prompt four times, chosen twice
-(HuggingFaceH4/ultrafeedback_binarized, train_prefs), and 512,473,755 in 160,800, prompt three times, both
-completions twice (KHuss/hh-rlhf-formatted). Real lengths are less regular than these.
+"""Lengths of two data sets, from published numbers. Real lengths are less regular.
+
+Medians: whole sequences have 409 and 186 tokens, prompt over completion is 0.42 and 2.15, by the table in
+the repository of Wang and Hegde 2024, "Accelerating Direct Preference Optimization with Prefix Sharing"
+(arXiv 2410.20305). The spread gives mean rows the size that the data sets' cards state, at 4.3 bytes a
+token: 405,688,662 bytes in 61,135 rows with the prompt four times and chosen twice
+(HuggingFaceH4/ultrafeedback_binarized, train_prefs), and 512,473,755 bytes in 160,800 rows with the prompt
+three times and both completions twice (KHuss/hh-rlhf-formatted).
 """
 
 
@@ -102,20 +104,20 @@ class Workload:
 
 
 def real_tokens(pair: Pair) -> int:
-    """Tokens of both sequences, each with its prompt, without padding: the unit of every rate here,
+    """Tokens of both sequences, each with its prompt, without padding. Every rate here counts these,
     whatever a contender shares or pads."""
     prompt, chosen, rejected = map(len, pair)
     return 2 * prompt + chosen + rejected
 
 
 def fresh_adapter(workload: Workload) -> Any:
-    """peft's description of our default adapter. Raises UserError without peft."""
+    """peft's config of our default adapter. Raises UserError without peft."""
     return lora.new_config(PeftConfig(), workload.model, None, scores=False)
 
 
 def step_flops(workload: Workload, adapted: bool, cached: bool) -> np.ndarray:  # (num_pairs,)
-    """What the mathematics of training asks for, the same of every contender: the prompt once, the head on
-    completions only, the reference's forward unless it is cached, nothing a second time."""
+    """FLOPs of each pair that training needs, the same for every contender: the prompt once, the head on
+    completions only, the reference's forward unless it is cached, and no recomputation."""
     config = AutoConfig.from_pretrained(workload.model)
     with torch.device("meta"):
         policy = AutoModelForCausalLM.from_config(config)
@@ -132,7 +134,7 @@ def step_flops(workload: Workload, adapted: bool, cached: bool) -> np.ndarray:  
 def make_workload(
     folder: Path, model: str, data: str, num_pairs: int, max_length: int, seed: int = 0
 ) -> Workload:
-    """Write model and pairs. Raises UserError for unknown names, or if the demo's data are not there."""
+    """Write model and pairs into `folder`. Raises UserError for unknown names or missing demo data."""
     if model not in MODELS:
         raise UserError(f"--model {model}: unknown; choose from {', '.join(MODELS)}")
     if data not in (*DATA, "demo"):
@@ -151,7 +153,7 @@ def make_workload(
 
 
 def draw_pairs(lengths: Lengths, count: int, max_length: int, vocab: int, seed: int) -> list[Pair]:
-    """Random tokens; a prompt takes at most half of `max_length`, completions are cut to what is left."""
+    """Pairs of random tokens. Prompts take at most half of `max_length`; completions are cut to the rest."""
     random = np.random.default_rng(seed)
 
     def draw(median: float, most: int) -> list[int]:
@@ -166,8 +168,10 @@ def draw_pairs(lengths: Lengths, count: int, max_length: int, vocab: int, seed: 
 
 
 def demo_pairs(count: int, max_length: int) -> list[Pair]:
-    """The first pairs of `madpo demo`'s training set, tokenised, as often as it takes. Raises UserError
-    if they cannot be fetched."""
+    """The first `count` pairs of `madpo demo`'s training set, tokenised, repeated if there are fewer.
+
+    Raises UserError if they cannot be fetched.
+    """
     from transformers import AutoTokenizer
 
     from madpo.trainer.data.rated_sentences import prepare
@@ -192,7 +196,7 @@ def _encoded(tokenizer: Any, row: dict[str, str], max_length: int) -> Pair:
 
 
 def _save_model(folder: Path, config: dict[str, Any], seed: int) -> None:
-    """Random weights in float32 with a tokenizer that has no words, since the pairs are tokens already."""
+    """Save random float32 weights, and a tokenizer without words: the pairs are already tokens."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast

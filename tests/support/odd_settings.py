@@ -163,10 +163,10 @@ def opinion(name: str, x: Facts, parameters: dict[str, Any]) -> Kept:
     return result if isinstance(result, tuple) else (result, {})
 
 
-def slopes(name: str, x: Facts, parameters: dict[str, Any]) -> tuple[Array, Array]:
-    """The slopes (M,) of the losses' sum in every token's log-prob and every kl, by central differences."""
+def numeric_gradients(name: str, x: Facts, parameters: dict[str, Any]) -> tuple[Array, Array]:
+    """Gradients (M,) of the sum of losses in each token's log-prob and each kl, by central differences."""
 
-    def slope(which: str, index: int) -> float:
+    def derivative(which: str, index: int) -> float:
         sums = []
         for step in (1e-4, -1e-4):
             moved = np.array(getattr(x, which))
@@ -176,8 +176,8 @@ def slopes(name: str, x: Facts, parameters: dict[str, Any]) -> tuple[Array, Arra
 
     count = range(len(x.tokens))
     with_kl = name == "tdpo"
-    of_kl = [slope("kl", index) if with_kl else 0.0 for index in count]
-    return np.array([slope("tokens", index) for index in count]), np.array(of_kl)
+    of_kl = [derivative("kl", index) if with_kl else 0.0 for index in count]
+    return np.array([derivative("tokens", index) for index in count]), np.array(of_kl)
 
 
 def example(name: str) -> Facts:

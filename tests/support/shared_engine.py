@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from facts import Facts
-from odd_settings import Settings, opinion, slopes
+from odd_settings import Settings, numeric_gradients, opinion
 
 from madpo.trainer.batches.steps import plan_step, step_rules
 from madpo.trainer.config.schema import Config
@@ -160,6 +160,8 @@ def loss_and_gradients(
     """The mean over items by the second opinion, its gradient, and what it remembers."""
     name, (x, tokens, kl) = config.objective.loss_type, known
     losses, memory = opinion(name, x, settings)
-    of_tokens, of_kl = (torch.from_numpy(slope / items_of(config, x)) for slope in slopes(name, x, settings))
+    of_tokens, of_kl = (
+        torch.from_numpy(gradient / items_of(config, x)) for gradient in numeric_gradients(name, x, settings)
+    )
     stand_in = (tokens * of_tokens).sum() + (kl * of_kl).sum()
     return losses.sum() / items_of(config, x), plain.gradients(stand_in), memory

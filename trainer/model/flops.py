@@ -51,7 +51,7 @@ def step_cost(module: ScoringModule, training: bool = True) -> StepCost:
         return StepCost(forward)
     sides = policy.trains + module.head.weight.requires_grad
     backward = policy.backward + Cost(per_row=2 * head * sides)
-    if module.head.objective.needs_batch:  # a first pass, without gradients, finds the slopes
+    if module.head.objective.needs_batch:  # a first pass, without gradients, scores all completions
         again, again_in_parts = Cost(per_row=2 * head), policy.forward
     if getattr(module.policy, "repeats_layers", False):
         again += policy.layers

@@ -179,9 +179,9 @@ def _target_margins(gaps: Tensor, params: GammaPOParams) -> Tensor:
     scale, rate = params.gamma * len(gaps), min(0.5 / params.tau, 1.0)
     p = torch.full_like(gaps, 1 / max(len(gaps), 1))
     for _ in range(19):
-        slope = params.gamma * torch.sigmoid(scale * p - gaps)
+        gradient = params.gamma * torch.sigmoid(scale * p - gaps)
         pull = params.tau * (1 + torch.log(len(gaps) * (p + 1e-10)))
-        p = torch.softmax(torch.log(p) - rate * (slope + pull), 0)
+        p = torch.softmax(torch.log(p) - rate * (gradient + pull), 0)
     return scale * p
 
 

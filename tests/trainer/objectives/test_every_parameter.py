@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from facts import Facts
-from odd_settings import CASES, ODD, Settings, example, keys, opinion, second_opinion, slopes
+from odd_settings import CASES, ODD, Settings, example, keys, numeric_gradients, opinion, second_opinion
 
 from madpo.kernels.edge_loss import edge_loss_ref
 from madpo.trainer.objectives import BatchState, EdgeScores, Scored, SequenceScores, build
@@ -43,8 +43,10 @@ def losses(name: str, x: Facts, settings: Settings) -> np.ndarray:
     return outcome(name, x, settings).losses.numpy()
 
 
-def losses_and_slopes(name: str, x: Facts, settings: Settings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The losses, and the slopes (M,) of their sum in every token's log-prob and in every KL."""
+def losses_and_gradients(
+    name: str, x: Facts, settings: Settings
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The losses, and the gradients (M,) of their sum in each token's log-prob and in each KL."""
     of = scored(x)
     assert of.kl is not None
     leaves = of.token_logps.requires_grad_(), of.kl.requires_grad_()
@@ -83,7 +85,7 @@ def test_the_loss_changes_with_every_parameter(name, field):
     x, largest = example(name), 0.0
     for settings in ODD[name]:
         others = {key: value for key, value in settings.items() if key != field}
-        pairs = zip(*(losses_and_slopes(name, x, these) for these in (settings, others)), strict=True)
+        pairs = zip(*(losses_and_gradients(name, x, these) for these in (settings, others)), strict=True)
         largest = max(largest, *(float(np.abs(odd - default).max()) for odd, default in pairs))
     assert largest > 1e-3
 
@@ -107,11 +109,11 @@ def test_the_defaults_are_the_documented_ones(name):
 
 
 @pytest.mark.parametrize("name, index", CASES)
-def test_the_slopes_are_what_a_second_formula_says(name, index):
+def test_the_gradients_are_what_a_second_formula_says(name, index):
     """In every token's log-prob and in every KL, where what the formula holds constant stays as it is."""
     x, settings = example(name), ODD[name][index]
-    _, *got = losses_and_slopes(name, x, settings)
-    for ours, want in zip(got, slopes(name, x, settings), strict=True):
+    _, *got = losses_and_gradients(name, x, settings)
+    for ours, want in zip(got, numeric_gradients(name, x, settings), strict=True):
         np.testing.assert_allclose(ours, want, rtol=1e-5, atol=1e-6)
 
 

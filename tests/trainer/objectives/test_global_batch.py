@@ -43,8 +43,8 @@ def arrays(scores: EdgeScores):
     return won - ref_won, lost - ref_lost, won / n_w, lost / n_l, n_w, n_l
 
 
-def slopes(losses: torch.Tensor, scores: EdgeScores) -> np.ndarray:
-    """d(sum of losses)/d l_w"""
+def dloss_dlogps(losses: torch.Tensor, scores: EdgeScores) -> np.ndarray:
+    """(E,) d(sum of losses) / d(log-prob of the chosen completion)."""
     return torch.autograd.grad(losses.sum(), scores.chosen_logps, retain_graph=True)[0].numpy()
 
 
@@ -64,7 +64,7 @@ def test_beta_dpo(edges):
         want = np.where(kept, softplus(-beta * gaps), 0)
         np.testing.assert_allclose(outcome.losses.detach(), want, rtol=1e-12)
         want = np.where(kept, -beta * sigmoid(-beta * gaps), 0)
-        np.testing.assert_allclose(slopes(outcome.losses, edges), want)
+        np.testing.assert_allclose(dloss_dlogps(outcome.losses, edges), want)
         memory = outcome.memory
 
 
@@ -111,7 +111,7 @@ def test_alpha_dpo(edges):
     outcome = build("alpha_dpo", beta=2.0, gamma=0.5, alpha=0.2).outcome(edges)
     z = 2 * (u_w - u_l) - 0.5 - 2 * 0.2 * (gaps - mean) / std
     np.testing.assert_allclose(outcome.losses.detach(), softplus(-z), rtol=1e-12)
-    np.testing.assert_allclose(slopes(outcome.losses, edges), -2 * sigmoid(-z) / n_w)
+    np.testing.assert_allclose(dloss_dlogps(outcome.losses, edges), -2 * sigmoid(-z) / n_w)
     assert outcome.memory["moments"] == pytest.approx([mean, std])
     simpo = build("simpo", beta=2.0, gamma=0.5)(edges)
     torch.testing.assert_close(build("alpha_dpo", beta=2.0, gamma=0.5, alpha=0.0)(edges), simpo)
@@ -125,18 +125,18 @@ def test_amapo(edges):
     assert (margins == 0).any() and (margins > 0).any()
     losses = build("amapo")(edges)
     np.testing.assert_allclose(losses.detach(), softplus(margins - 2 * gaps), rtol=1e-12)
-    np.testing.assert_allclose(slopes(losses, edges), -2 * sigmoid(margins - 2 * gaps) / n_w)
+    np.testing.assert_allclose(dloss_dlogps(losses, edges), -2 * sigmoid(margins - 2 * gaps) / n_w)
 
 
 def test_dr_dpo(edges):
-    """The mean over pairs is the loss of the step; its slopes are DPO's, weighted by a softmax of -L."""
+    """The mean over pairs is the loss of the step; its gradients are DPO's, weighted by a softmax of -L."""
     a, b, *_ = arrays(edges)
     plain = softplus(-0.1 * (a - b))
     losses = build("dr_dpo", beta_prime=0.5)(edges)
     np.testing.assert_allclose(losses.mean().item(), -0.5 * np.log(np.mean(np.exp(-plain / 0.5))), rtol=1e-12)
     weights = np.exp(-plain / 0.5)
     want = -0.1 * sigmoid(-0.1 * (a - b)) * weights / weights.sum()
-    np.testing.assert_allclose(slopes(losses, edges) / E, want)
+    np.testing.assert_allclose(dloss_dlogps(losses, edges) / E, want)
     large = build("dr_dpo", beta_prime=1e7)(edges)
     assert large.mean().item() == pytest.approx(plain.mean(), rel=1e-6)
 
@@ -152,11 +152,13 @@ def test_aot(edges, e):
         losses = build(name, beta=0.3, label_smoothing=e)(edges)
         want = (1 - e) * softplus(-z) + e * softplus(z)
         np.testing.assert_allclose(losses.detach(), want, rtol=1e-12)
-    # A slope belongs to the edge that has the rank, not to the place of the rank.
+    # A gradient belongs to the edge that has the rank, not to the position of the rank.
     rank = np.argsort(np.argsort(a))
     z = unpaired[rank]
     want = 0.3 * (e * sigmoid(z) - (1 - e) * sigmoid(-z))
-    np.testing.assert_allclose(slopes(build("aot_unpaired", beta=0.3, label_smoothing=e)(edges), edges), want)
+    np.testing.assert_allclose(
+        dloss_dlogps(build("aot_unpaired", beta=0.3, label_smoothing=e)(edges), edges), want
+    )
 
 
 def test_gamma_po(edges):
@@ -167,7 +169,7 @@ def test_gamma_po(edges):
     margins = outcome.stats["gamma_po/margin"].numpy()
     assert margins.mean() == pytest.approx(1.0) and margins.std() > 1e-4
     np.testing.assert_allclose(outcome.losses.detach(), softplus(margins - z), rtol=1e-12)
-    np.testing.assert_allclose(slopes(outcome.losses, edges), -2.5 * sigmoid(margins - z) / n_w)
+    np.testing.assert_allclose(dloss_dlogps(outcome.losses, edges), -2.5 * sigmoid(margins - z) / n_w)
     assert outcome.memory["gaps"] == pytest.approx(z)
 
     def value(g):
@@ -206,9 +208,9 @@ def test_kto():
     outcome = build("kto").outcome(scores)
     assert outcome.losses.tolist() == pytest.approx([0.49500017, 0.4725277, 0, 0], abs=1e-8)
     assert outcome.stats["kto/kl"].tolist() == pytest.approx([0.3] * 4)
-    (slope,) = torch.autograd.grad(outcome.losses.sum(), scores.logps)
+    (gradient,) = torch.autograd.grad(outcome.losses.sum(), scores.logps)
     x, y = sigmoid(0.1 * 0.2), sigmoid(0.1 * 1.1)
-    assert slope.tolist() == pytest.approx([-0.1 * x * (1 - x), 0.1 * y * (1 - y), 0, 0])
+    assert gradient.tolist() == pytest.approx([-0.1 * x * (1 - x), 0.1 * y * (1 - y), 0, 0])
     weighted = build("kto", desirable_weight=2.0, undesirable_weight=0.5)(scores).tolist()
     assert weighted == pytest.approx([0.99000034, 0.23626385, 0, 0], abs=1e-8)
     negative = build("kto")(completions([1, -1, 0], [0.5, -0.8, -3.0])).tolist()
