@@ -1,6 +1,6 @@
 """The loss head against its peers: correct first, then fast. `madpo bench` runs it.
 
-`python -m madpo.benchmarks.head.run` does the same with the same options, and needs only torch, Triton and
+`python -m madpo.benchmarks.head` does the same with the same options, and needs only torch, Triton and
 numpy.
 
 For every problem it forms the exact answer in float64, then each head's errors against it. Heads that are
@@ -318,7 +318,7 @@ def from_logits(shape: Shape, rows: int, settings: Settings) -> Iterator[Row]:
 def main() -> int:
     """Run the benchmark without the rest of the package, in plain text; returns the exit status."""
     parser = argparse.ArgumentParser(
-        "python -m madpo.benchmarks.head.run", description=(__doc__ or "").split(". ")[0] + "."
+        "python -m madpo.benchmarks.head", description=(__doc__ or "").split(". ")[0] + "."
     )
     repeated: dict[str, Any] = {"action": "append", "default": []}
     parser.add_argument("--shape", **repeated, help="as in Llama-3.1-8B")
@@ -350,7 +350,7 @@ def main() -> int:
 
     for note in notes(settings, versions, absent):
         log(note)
-    command = shlex.join(["python", "-m", "madpo.benchmarks.head.run", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "madpo.benchmarks.head", *sys.argv[1:]])
     results, paths = record(settings, command, given.output, absent, log)
     print("\n".join(head_report.as_lines(results)))
     for path in paths:
