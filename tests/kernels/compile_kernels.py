@@ -2,9 +2,9 @@
 
     python tests/kernels/compile_kernels.py [80 90 100]
 
-The ops run on meta tensors of real shapes, a launch compiles and stops. Fails on a compile error, on a
-spilled register and on more shared memory than the GPU has; prints registers and shared memory of every
-variant. Must run without TRITON_INTERPRET.
+The ops run on meta tensors of real shapes; a launch compiles and stops. It fails on a compile error, a
+spilled register, or more shared memory than the GPU has, and prints registers and shared memory of every
+variant. It must run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from madpo.kernels.transform import LogitTransform
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 ALIGNED = {"LOGITS", "DLOGITS", "REF_LOGITS", "BIAS", "X"}
-"""Pointers worth a compilation of their own where they divide by 16."""
+"""Pointers for which a second compilation pays, where 16 divides them."""
 MAX_REGISTERS = 128
-"""More would leave fewer than two programs of 8 warps to a multiprocessor."""
+"""With more, fewer than two programs of 8 warps run on a multiprocessor."""
 
 
 class AbsentGPU:
-    """What Triton asks a driver before it compiles."""
+    """A driver that answers what Triton asks before it compiles."""
 
     def __init__(self, capability: int) -> None:
         self.capability, self.target = capability, GPUTarget("cuda", capability, 32)
@@ -72,11 +72,11 @@ class Usage:
             file.flush()
             resources = _output("cuobjdump", "--dump-resource-usage", file.name)
             sass = _output("nvdisasm", "-c", file.name)
-        found = re.search(r"REG:(\d+)", resources)
-        assert found, resources
+        registers = re.search(r"REG:(\d+)", resources)
+        assert registers, resources
         spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
         wide = len(re.findall(r"\bLDG\.[A-Z0-9.]*128", sass))
-        return cls(int(found[1]), kernel.metadata.shared, spills, wide)
+        return cls(int(registers[1]), kernel.metadata.shared, spills, wide)
 
 
 def _output(tool: str, *args: str) -> str:
@@ -84,7 +84,7 @@ def _output(tool: str, *args: str) -> str:
 
 
 def ops() -> Iterator[tuple[str, Any]]:
-    """Calls that reach every kernel in every form that training uses."""
+    """(name, call) that together reach every kernel in every form that training uses."""
     weight = MarginWeight(c_max=4.0, c_min=0.25, steepness=1.0, tau=7.0)
     edge = torch.empty(2, device="meta")
     losses = {
@@ -154,7 +154,7 @@ def _targets() -> torch.Tensor:
 
 
 def compile_for(capability: int) -> list[str]:
-    """Compile and print; returns what is wrong."""
+    """Compile all kernels and print their usage; returns the problems."""
     driver.set_active(AbsentGPU(capability))  # pyright: ignore[reportArgumentType]
     problems: list[str] = []
     seen: set[str] = set()

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of several blocks and a tail, as real vocabularies have, at the size of the tests."""
+    """Give rows of the tests' size several blocks and a tail, as real vocabularies have."""
     from madpo.kernels import logit_rows
 
     monkeypatch.setattr(logit_rows, "BLOCK", 256)
@@ -13,4 +13,4 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _poisoned(poisoned: None) -> None:
-    """All of them."""
+    """Poison unwritten memory in every test."""

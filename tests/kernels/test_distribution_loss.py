@@ -78,7 +78,7 @@ def test_equals_autograd_on_naive_logits(budget, transform, with_bias):
 
 
 def test_log_probs_that_were_scored_before_take_the_place_of_the_reference():
-    """All but the KL, which they do not tell."""
+    """Everything is the same but the KL, which cannot be had from them."""
     hidden, ref_hidden = torch.randn(2, M, H, dtype=torch.float64)
     weight, ref_weight = torch.randn(2, V, H, dtype=torch.float64)
     targets = torch.randint(0, V, (M,))

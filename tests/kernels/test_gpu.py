@@ -1,4 +1,4 @@
-"""What only a GPU can show: real vocabularies, offsets beyond 2^31, memory, and no wait for the device."""
+"""Tests that need a GPU: real vocabularies, offsets beyond 2^31, memory, and no wait for the device."""
 
 import os
 import shutil
@@ -104,7 +104,7 @@ def test_a_wave_beyond_two_to_the_31(dtype):
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Any wait of the host for the device is an error."""
+    """torch raises where the host waits for the device."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -146,7 +146,7 @@ def test_the_other_ops_never_wait_for_the_device():
 
 @pytest.mark.parametrize("budget", [GIB, GIB // 8], ids=["chunks", "vocab_blocks"])
 def test_memory_is_that_of_the_formula(budget):
-    """Logits up to the budget, float32 sums of dW over several chunks, of dH over blocks, gradients."""
+    """Logits up to the budget; float32 dW where there are several chunks; float32 dH of a chunk; gradients."""
     problem = make_problem(SHAPES[3], 8192, torch.bfloat16, DEVICE, seed=3)
     rows, width, vocab = *problem.hidden.shape, len(problem.weight)
     head(problem, budget_bytes=budget).loss.backward()  # compiles

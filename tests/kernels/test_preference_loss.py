@@ -87,7 +87,7 @@ def test_error_is_within_what_torch_itself_loses(name, impl, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["madpo", "two_chunks", "vocab_blocks"])
 def test_wide_logits_lose_nothing(name, dtype):
-    """Whatever the inputs' type, log-probs and loss are those of float32."""
+    """Log-probs and loss are as exact as in float32, whatever the inputs' dtype."""
     case = CASES[name]
     case = Case(case.loss, case.options, case.bias, case.budget_bytes if dtype == torch.float32 else 2**31)
     inputs = make_inputs(dtype, bias=case.bias)
@@ -151,7 +151,7 @@ def test_saturated_pairs_have_no_gradient(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("budget", [WHOLE, VOCAB_BLOCKS], ids=["whole", "vocab_blocks"])
 def test_rows_of_slope_zero_are_not_read(budget, impl):
-    """What a row's logits are is of no account where its loss does not depend on them, infinite ones too."""
+    """A row of logits on which the loss does not depend changes nothing, even if infinite."""
     inputs = make_inputs()
     kept = torch.arange(len(inputs.targets), device=DEVICE) % 3 > 0
 
@@ -188,7 +188,7 @@ def test_a_later_slab_may_have_by_far_the_largest_logits(impl):
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=["fp32", "bf16"])
 def test_a_narrow_product_is_rounded_once(out_dtype, add):
-    """Sums over a long axis of operands that do not lie side by side, in whatever the output is."""
+    """Products of strided operands over a long axis, for every dtype of the output."""
     a = torch.randn(9, 4099, device=DEVICE).to(torch.bfloat16)[:, 1:4097]
     b = torch.randn(7, 4100, device=DEVICE).to(torch.bfloat16)[:, 2:4098].T
     out = torch.randn(9, 16, device=DEVICE).to(out_dtype)[:, :7]
@@ -261,7 +261,7 @@ def test_two_runs_agree_bit_for_bit(name, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_upstream_gradient_scales(impl, monkeypatch):
-    """Whatever lies beyond the blocks that run at once, too."""
+    """Also elements beyond the blocks that run at once."""
     from madpo.kernels import logit_rows
 
     monkeypatch.setattr(logit_rows, "SCALE_PROGRAMS", 2)
@@ -328,7 +328,7 @@ def test_any_objective_takes_the_same_path(budget, impl):
 
 
 def test_the_edge_loss_in_float64_matches_its_gradient():
-    """The twin itself, by finite differences."""
+    """The gradient of the plain torch twin, against finite differences."""
     groups = GroupLayout.pairs((2, 3, 1, 4), "cpu")
     lengths = torch.tensor(groups.lengths)
     offsets = torch.randn(2, dtype=torch.float64)
@@ -410,7 +410,7 @@ def test_contradicting_arguments_are_refused():
     ],
 )
 def test_shapes_and_dtypes_that_contradict_each_other_are_refused(change, message):
-    """A kernel would read beyond the end of what is too short."""
+    """A kernel would read beyond the end of a tensor that is too short."""
     arguments: dict[str, Any] = {
         "hidden": torch.zeros(4, H),
         "weight": torch.zeros(V, H),
@@ -434,7 +434,7 @@ def test_float16_gradients_are_refused():
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["madpo", "two_chunks", "vocab_blocks", "everything"])
 def test_every_product_is_one_that_a_gpu_has(name, dtype, monkeypatch):
-    """On a GPU torch multiplies alike dtypes, or bfloat16 into float32, and nothing else."""
+    """On a GPU torch multiplies equal dtypes, or bfloat16 into float32, and nothing else."""
     from madpo.kernels import preference_loss as module
 
     original = module.mm_into

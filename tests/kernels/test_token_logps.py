@@ -56,7 +56,7 @@ def test_from_logits(inplace, transform, impl, dtype):
     assert torch.equal(out.hits, found >= z.amax(-1) - 1e-9)
     out.token_logps.backward(upstream)
     assert grad(ours).dtype == dtype
-    # Formed in float32 and rounded once: what rounding the exact gradient loses, and no more.
+    # Formed in float32 and rounded once, so it loses no more than rounding the exact gradient does.
     rounding = relative_error(grad(exact).to(dtype), exact.grad)
     assert relative_error(ours.grad, exact.grad) <= 1.01 * rounding + 2e-6
     assert torch.equal(ours.detach(), logits) != inplace
@@ -77,7 +77,7 @@ def test_the_largest_logit_is_a_hit_and_entropy_survives_masked_logits(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_an_expanded_upstream_gradient(impl):
-    """`sum().backward()` hands over one number with stride 0."""
+    """`sum().backward()` passes one number with stride 0."""
     logits, targets = make_logits(torch.float32, 5)
     ours, exact = leaf(logits), leaf(logits, torch.float64)
     token_logps(ours, targets, impl=impl).token_logps.sum().backward()
@@ -172,7 +172,7 @@ def test_preference_loss_from_logits(name, reference, impl, dtype):
     transform = options.get("transform", LogitTransform())
     groups = GroupLayout.pairs(LENGTHS, DEVICE)
     logits, targets = make_logits(dtype)
-    # A view whose rows lie further apart than those of the policy.
+    # A view with a larger row stride than the policy's logits.
     ref_logits = torch.nn.functional.pad(logits + torch.randn_like(logits), (0, 32))[:, :V]
     ref_tokens = token_logps_ref(ref_logits.double(), targets, transform)
     ref_sums = torch.stack([x.sum() for x in ref_tokens.split(LENGTHS)])

@@ -1,4 +1,4 @@
-"""What the head's benchmark measures where nothing is named, and its own command line."""
+"""The head's benchmark: what it measures by default, and its own command line."""
 
 import sys
 

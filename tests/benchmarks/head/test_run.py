@@ -1,4 +1,4 @@
-"""The benchmark: its truth, its refusal of wrong results, and what it writes."""
+"""The head's benchmark: its exact answer, its refusal of wrong results, and its files."""
 
 import json
 import subprocess

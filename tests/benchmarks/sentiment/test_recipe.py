@@ -1,4 +1,4 @@
-"""The sentiment experiment's recipe: all of it is sound, and in small it shows what is certain."""
+"""The sentiment experiment's recipe: every stage has a sound config, and a small run does what it must."""
 
 from __future__ import annotations
 

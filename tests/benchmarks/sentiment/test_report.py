@@ -49,7 +49,7 @@ def text(tmp_path, results, capsys):
     for split, factor in (("train", 2.0), ("test", -2.0)):
         rows = [{"margin": factor * m, "margin_given": m} for m in (0.5, -1.0, 2.0)]
         (margins / f"{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    (tmp_path / "margins_high_9" / "annotated").mkdir(parents=True)  # of a seed that is no longer asked for
+    (tmp_path / "margins_high_9" / "annotated").mkdir(parents=True)  # a seed that is no longer in the recipe
     report.write(tmp_path / "out", str(results), str(pairs), str(tmp_path), [0], "Made up")
     return (tmp_path / "out" / "sentiment.md").read_text()
 
@@ -77,7 +77,7 @@ def test_orders_that_are_seen_reversed_or_not_told_apart_are_called_so(text):
 
 
 def test_methods_are_compared_at_equal_kl(text, tmp_path):
-    """DPO's betas meet MADPO's KL at 0.1 of both; MADPO's other KL is beyond their reach."""
+    """DPO's betas reach the KL of MADPO at beta 0.1, and not MADPO's other KL."""
     section = text[text.index("## Against DPO at the same KL") :]
     assert float(row(section, "high", "MADPO", "0.1")[6].split()[0]) == pytest.approx(0.5, abs=0.1)
     assert row(section, "high", "MADPO", "0.3")[5:] == ["DPO's KLs are 2.0 to 4.0", ""]

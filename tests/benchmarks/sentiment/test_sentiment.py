@@ -125,7 +125,7 @@ def test_tiers_pair_samples_or_the_better_sample_with_what_people_wrote(monkeypa
 
 
 def test_labels_follow_bradley_and_terry():
-    """Of 20,000 pairs with a difference of 1.2 the better one is chosen in a share sigmoid(1.2)."""
+    """In 20,000 pairs with a difference of 1.2 the better one is chosen with probability sigmoid(1.2)."""
     candidates = [Candidate("p", (" better", " worse"), (1.0, -0.2))] * 20_000
     rows = tiers.labelled(candidates, seed=3)
     right = np.mean([row["chosen"] == " better" for row in rows])
@@ -160,7 +160,7 @@ def test_an_estimate_counts_seeds_and_prompts_as_they_vary():
 
 
 def test_differences_are_paired():
-    """What seeds and prompts have in common does not count."""
+    """Effects of seeds and prompts that both samples share do not count."""
     random = np.random.default_rng(1)
     base = random.normal(scale=5, size=(5, 50))
     noise = random.normal(scale=0.01, size=(5, 50))

@@ -1,4 +1,4 @@
-"""The step's benchmark: equal work, a wrong contender without a speed, and what it writes."""
+"""The step's benchmark: equal work, a wrong contender without a speed, and its files."""
 
 import json
 import math
