@@ -146,7 +146,7 @@ def test_the_other_ops_never_wait_for_the_device():
 
 @pytest.mark.parametrize("budget", [GIB, GIB // 8], ids=["chunks", "vocab_blocks"])
 def test_memory_is_that_of_the_formula(budget):
-    """Logits up to the budget; float32 dW where there are several chunks; float32 dH of a chunk; gradients."""
+    """Logits up to the budget, float32 dW if there are several chunks, float32 dH of a chunk, gradients."""
     problem = make_problem(SHAPES[3], 8192, torch.bfloat16, DEVICE, seed=3)
     rows, width, vocab = *problem.hidden.shape, len(problem.weight)
     head(problem, budget_bytes=budget).loss.backward()  # compiles
