@@ -12,8 +12,9 @@ import pytest
 from madpo.trainer.config.effects import keys
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_OURS = {"runs", "build", "dist"}
-HISTORY = {"docs/LOG.md"}  # says what was, also of files that moved since
+NOT_OURS = {"runs", "build", "dist", "__pycache__"}
+HISTORY = {"docs/LOG.md"}
+"""Pages that say what was, also of files that have moved since."""
 YOURS = {"my_data.py", "path/file.py", "file.py"}
 """Files of a user, in examples."""
 ABSENT = {"kernels/__init__.py"}
@@ -25,18 +26,14 @@ def files() -> list[str]:
     """Every file and folder of the project, relative to its root."""
     out = list[str]()
     for folder, folders, names in os.walk(ROOT):
-        folders[:] = [
-            x for x in folders if x not in NOT_OURS and not x.startswith(".") and x != "__pycache__"
-        ]
-        folders[:] = [x for x in folders if not x.endswith(".egg-info")]
+        folders[:] = [x for x in folders if x not in NOT_OURS and not x.startswith(".")]
         here = Path(folder).relative_to(ROOT)
         out += [(here / name).as_posix() for name in (*folders, *names)]
     return out
 
 
-PAGES = sorted(name for name in files() if name.endswith(".md") and name not in HISTORY)
-PAGES = [name for name in PAGES if "/" not in name or name.startswith("docs/") or name.endswith("README.md")]
-PAGES.remove("CHANGELOG.md")  # history, too
+PAGES = [name for name in files() if name.startswith("docs/") or name.endswith("README.md")]
+PAGES = sorted({"CONTRIBUTING.md", *(name for name in PAGES if name.endswith(".md"))} - HISTORY)
 FOLDERS = sorted(name for name in files() if "/" not in name and (ROOT / name).is_dir())
 
 
