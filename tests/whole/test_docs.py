@@ -103,12 +103,11 @@ def test_make_targets_and_tests_that_a_page_names_exist(page):
 
 
 def test_names_in_the_life_of_a_step_are_in_the_file_that_is_named_beside_them():
-    """Line by line: a name of code stands in one of the files, or folders, of its line."""
-    missing, count = list[str](), 0
+    """A name of code stands in a file, or folder, of its line; a row without one is about those above it."""
+    missing, count, places = list[str](), 0, set[str]()
     for line in (ROOT / "docs/life_of_a_step.md").read_text().splitlines():
-        places = [ROOT / name for name in named_files(line)]
-        sources = [path for place in places for path in (place.rglob("*.py") if place.is_dir() else [place])]
-        code = "\n".join(path.read_text() for path in sources)
+        places = named_files(line) or (places if line.startswith("|") else set())
+        code = "\n".join(code_of(ROOT / name) for name in places)
         for name in re.findall(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)`", line):
             if name in keys() or is_there(name, "docs/life_of_a_step.md"):
                 continue
@@ -116,3 +115,8 @@ def test_names_in_the_life_of_a_step_are_in_the_file_that_is_named_beside_them()
             missing += [name for part in name.split(".") if not re.search(rf"\b{part}\b", code)]
     assert not missing
     assert count > 20
+
+
+def code_of(place: Path) -> str:
+    """The text of a file, or of all Python files in a folder."""
+    return "\n".join(path.read_text() for path in (place.rglob("*.py") if place.is_dir() else [place]))
