@@ -12,7 +12,6 @@ import typer
 
 from madpo.launch.lifeline import LAUNCHER_PID, die_with_launcher
 from madpo.trainer.errors import EXIT_USAGE, UserError
-from madpo.trainer.run_folder import set_aside
 
 if TYPE_CHECKING:
     from madpo.launch.local import Task
@@ -228,6 +227,8 @@ def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) ->
     resolved = load(config, overrides or [], task)
     folder = Path(resolved.output_dir)
     if fresh:
+        from madpo.trainer.run_folder import set_aside
+
         set_aside(folder)
     status = local.run(task, config, overrides or [], resolved.launch)
     if status == 0:

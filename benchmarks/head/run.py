@@ -1,6 +1,6 @@
 """The loss head against its peers: correct first, then fast. `madpo bench` runs it.
 
-So does `python -m madpo.benchmarks.head.run`, with equal options; it needs torch, Triton and numpy alone.
+So does `python -m madpo.benchmarks.head`, with equal options; it needs torch, Triton and numpy alone.
 
 For every problem: the exact answer in float64, then each head's errors against it, and only for heads
 that are right their time, interleaved with the others and with the bare GEMMs of the same shapes.

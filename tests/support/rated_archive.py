@@ -1,4 +1,4 @@
-"""The package with the rated sentences, as `make` downloaded it once into the environment."""
+"""The archive of rated sentences, as `make` fetched it once into the environment."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from madpo.trainer.data.rated_sentences import SOURCE
+from madpo.trainer.data.rated_sentences import ARCHIVE
 
-STORED = Path(sys.prefix) / "share" / "madpo" / SOURCE
+STORED = Path(sys.prefix) / "share" / "madpo" / Path(ARCHIVE).name
 
 
 def place(folder: Path) -> Path:
-    """The folder, with the package in it if it was downloaded; `fetch` asks the package index otherwise."""
+    """Put the archive into the folder if it was fetched; `fetch` asks the package index otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
     if STORED.is_file():
         shutil.copy(STORED, folder)

@@ -11,28 +11,11 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from harness import LLAMA, make_config, run_ranks, without_clock
-from small_runs import changed, config_of, records, train
+from small_runs import changed, records, train
 
 from madpo.trainer.config.schema import Config
 
 pytestmark = pytest.mark.ranks
-
-
-@pytest.fixture(scope="module")
-def trained_once(tmp_path_factory, tokenizer_folder) -> Config:
-    """A run of one step on two ranks; not to be written into."""
-    run = config_of(tmp_path_factory.mktemp("once"), tokenizer_folder)
-    run = changed(run, train={"max_steps": 1, "export": False})
-    run_ranks(2, train, run)
-    return run
-
-
-@pytest.fixture
-def finished(trained_once, tmp_path) -> Config:
-    """A copy of it."""
-    run = changed(trained_once, output_dir=str(tmp_path / "finished"))
-    shutil.copytree(trained_once.output_dir, run.output_dir)
-    return run
 
 
 TRL_NAMES = {

@@ -26,7 +26,6 @@ from typing import Any
 from madpo.trainer.errors import UserError
 
 PACKAGE = "vaderSentiment==3.3.2"
-SOURCE = "vaderSentiment-3.3.2.tar.gz"
 ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
 SHA256 = "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b95c5fa"
 DOMAINS = {
@@ -46,15 +45,22 @@ class Rated:
 
 
 def fetch(folder: Path) -> Path:
-    """The archive of rated sentences, downloaded through pip if `folder` holds neither it nor its package.
+    """The archive of rated sentences, downloaded through pip if `folder` does not hold it yet.
 
-    Raises UserError if it cannot be fetched, or its SHA-256 is not the known one.
+    Raises ValueError if it cannot be fetched, or its SHA-256 is not the known one.
     """
     archive = folder / Path(ARCHIVE).name
     if not archive.is_file():
-        source = folder / SOURCE
-        if not source.is_file():
-            _download(folder, source)
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--no-binary", ":all:", "--dest", str(folder), PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        source = folder / "vaderSentiment-3.3.2.tar.gz"
+        if done.returncode or not source.is_file():
+            raise UserError(
+                f"could not download {PACKAGE} with pip: {done.stderr.strip()[-500:]}\n"
+                f"check the package index, or put the package's source archive at {source}"
+            )
         with tarfile.open(source) as outer:
             member = outer.extractfile(f"vaderSentiment-3.3.2/{ARCHIVE}")
             assert member is not None
@@ -66,18 +72,6 @@ def fetch(folder: Path) -> Path:
             "delete it and run again"
         )
     return archive
-
-
-def _download(folder: Path, source: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--no-binary", ":all:", "--dest", str(folder), PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode or not source.is_file():
-        raise UserError(
-            f"could not download {PACKAGE} with pip: {done.stderr.strip()[-500:]}\n"
-            f"check the package index, or put the package's source archive at {source}"
-        )
 
 
 def read(archive: Path) -> list[Rated]:

