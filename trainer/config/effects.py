@@ -55,11 +55,11 @@ def _keys(section: type[Section], prefix: str, given: Effect | None) -> Iterator
         own = Effect(declared["effect"]) if "effect" in declared else Effect.NUMBERS
         effect = own if given in (None, Effect.NUMBERS) else given
         yield f"{prefix}{name}", Key(effect, declared.get("names"))
-        for inner in _sections(field):
+        for inner in sections_in(field):
             yield from _keys(inner, f"{prefix}{name}.", effect)
 
 
-def _sections(field: FieldInfo) -> Iterator[type[Section]]:
+def sections_in(field: FieldInfo) -> Iterator[type[Section]]:
     """The sections that a key's type contains, directly or as items of a list."""
 
     def kinds(annotation: Any) -> Iterator[Any]:
