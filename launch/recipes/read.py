@@ -125,10 +125,10 @@ def _check_entry(entry: Any, where: str) -> None:
         raise UserError(f"{where}.function: a call names one, as module:name or path/file.py:name")
 
 
-def _check_keys(tree: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+def _check_keys(tree: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
     for key in tree:
-        if key not in known:
-            raise UserError(f"{where}: {key}: unknown key{nearest(key, known)}")
+        if key not in allowed:
+            raise UserError(f"{where}: {key}: unknown key{nearest(key, allowed)}")
 
 
 def _mapping(tree: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
@@ -228,27 +228,27 @@ def _at(scope: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def _substitute(value: Any, lookup: Callable[[str], Any], where: str, known: Iterable[str]) -> Any:
+def _substitute(value: Any, lookup: Callable[[str], Any], where: str, names: Iterable[str]) -> Any:
     """Replace every ${name} in `value`, the innermost first. One that is the whole text keeps its type."""
     if isinstance(value, dict):
-        return {key: _substitute(child, lookup, f"{where}.{key}", known) for key, child in value.items()}
+        return {key: _substitute(child, lookup, f"{where}.{key}", names) for key, child in value.items()}
     if isinstance(value, list):
-        return [_substitute(child, lookup, where, known) for child in value]
+        return [_substitute(child, lookup, where, names) for child in value]
     for _ in range(MOST_SUBSTITUTIONS):
-        found = REFERENCE.search(value) if isinstance(value, str) else None
-        if found is None:
+        match = REFERENCE.search(value) if isinstance(value, str) else None
+        if match is None:
             return value
         try:
-            new = lookup(found[1])
+            new = lookup(match[1])
         except KeyError:
-            near = nearest(found[1], known)
-            raise UserError(f"{where}: {found[0]} is no stage or var{near}") from None
-        if found[0] == value and not isinstance(new, str):
-            return _substitute(new, lookup, where, known)
+            near = nearest(match[1], names)
+            raise UserError(f"{where}: {match[0]} is no stage or var{near}") from None
+        if match[0] == value and not isinstance(new, str):
+            return _substitute(new, lookup, where, names)
         if isinstance(new, dict | list):
-            raise UserError(f"{where}: {found[0]} is no text or number, and cannot be a part of {value!r}")
+            raise UserError(f"{where}: {match[0]} is no text or number, and cannot be a part of {value!r}")
         text = new if isinstance(new, str) else json.dumps(new)
-        value = value[: found.start()] + text + value[found.end() :]
+        value = value[: match.start()] + text + value[match.end() :]
     raise UserError(f"{where}: {value!r:.80} refers to itself")
 
 

@@ -148,8 +148,8 @@ class Runner:
         self.status = self.status or status
 
     def _say(self, stage: Stage, text: str) -> None:
-        place = self.recipe.stages.index(stage) + 1
-        print(f"[{place}/{len(self.recipe.stages)}] {stage.name}: {text}", flush=True)
+        number = self.recipe.stages.index(stage) + 1
+        print(f"[{number}/{len(self.recipe.stages)}] {stage.name}: {text}", flush=True)
 
     @contextmanager
     def _signals_passed_on(self) -> Iterator[None]:

@@ -274,10 +274,10 @@ def _validate_weights(config: Config) -> None:
     else:
         return
     if config.bound_objective.weight is None:
-        known = ", ".join(name for name, entry in OBJECTIVES.items() if entry.weight is not None)
+        objectives = ", ".join(name for name, entry in OBJECTIVES.items() if entry.weight is not None)
         raise UserError(
             f"data.{key}: {config.objective.loss_type} has no weight that follows from the margin alone; "
-            f"leave it out, or use loss_type {known}"
+            f"leave it out, or use loss_type {objectives}"
         )
     if data.streaming:
         raise UserError(

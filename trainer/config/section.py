@@ -27,7 +27,7 @@ class Effect(Enum):
     MEANS = "means"
     """Speed, memory, rounding or places. A run may continue; a recipe keeps the finished stage."""
     PACKED_ROWS = "packed rows"
-    """As MEANS; but as NUMBERS where `model.router_aux_loss_coef` adds a loss over each packed row."""
+    """MEANS; but NUMBERS where `model.router_aux_loss_coef` adds a loss over each packed row."""
 
 
 def setting(

@@ -48,8 +48,8 @@ def show_data(config: Config, count: int, console: Console) -> None:
     decode, coloured = decoder(tokenizer), console.is_terminal and not console.no_color
     lines: list[Text] = []
     for index in order.take(0, min(count, len(groups))).tolist():
-        place = f"{groups.name}, row {groups.rows[index]}"
-        lines += render_group(groups[index], decode, place, coloured, borrows)
+        title = f"{groups.name}, row {groups.rows[index]}"
+        lines += render_group(groups[index], decode, title, coloured, borrows)
     tokens, trained = int(groups.counts.lengths.sum()), int(groups.counts.completion_tokens.sum())
     console.print(*lines, *render_totals(report, tokens, trained, coloured), sep="\n", soft_wrap=True)
     if config.data.min_weight is not None or config.data.sampling != "uniform":
@@ -69,14 +69,14 @@ def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
 
 
 def render_group(
-    group: TokenGroup, decode: Decode, place: str, coloured: bool, borrows: bool = False
+    group: TokenGroup, decode: Decode, title: str, coloured: bool, borrows: bool = False
 ) -> Iterator[Text]:
     """A group as lines: the prompt once, then every completion with its margins or label.
 
     Trained tokens are coloured, or stand in [[ ]]. With `borrows`, completions of label 0 belong to another
     prompt.
     """
-    yield Text(f"── {place}", style="bold")
+    yield Text(f"── {title}", style="bold")
     moved = f"; {group.boundary_cut} more merge with the completion and count as its tokens"
     yield _header("prompt", len(group.prompt), moved if group.boundary_cut else "")
     yield _body(decode(group.prompt), PROMPT if coloured else "")
@@ -123,10 +123,10 @@ def _standing(group: TokenGroup, index: int, borrows: bool) -> str:
         return ", of another prompt"
     if not group.edges:
         return {1: ", desirable", -1: ", undesirable"}[group.labels[index]] if group.labels else ""
-    wins = [(loser, margin) for winner, loser, margin in group.edges if winner == index]
+    wins = [(rejected, margin) for chosen, rejected, margin in group.edges if chosen == index]
     if len(group.edges) == 1:
         return f", margin {wins[0][1]:g}" if wins and wins[0][1] is not None else ""
-    beaten = [f"{loser + 1}" + ("" if margin is None else f" by {margin:g}") for loser, margin in wins]
+    beaten = [f"{rejected + 1}" + ("" if margin is None else f" by {margin:g}") for rejected, margin in wins]
     return f", better than {', '.join(beaten)}" if beaten else ""
 
 
