@@ -1,4 +1,4 @@
-"""`madpo bench` and `madpo bench step`: run a benchmark, show it, write it down."""
+"""`madpo bench` and `madpo bench step`: run a benchmark, print and write its results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run_bench(
     everything: bool = False,
     variants: bool = True,
 ) -> None:
-    """Raises UserError for unknown names."""
+    """Measure the loss heads. Raises UserError for unknown names."""
     from rich.console import Console
     from rich.table import Table
 
@@ -32,29 +32,29 @@ def run_bench(
     from madpo.benchmarks.head import run as head
     from madpo.benchmarks.head.peers import available
 
-    what = head.make_settings(shapes, rows, heads, dtype, iterations, everything, variants)
+    settings = head.make_settings(shapes, rows, heads, dtype, iterations, everything, variants)
     console, log = Console(), Console(stderr=True)
     versions, absent = available()
-    for note in head.notes(what, versions, absent):
+    for note in head.notes(settings, versions, absent):
         log.print(note, style="dim", markup=False)
     with log.status("starting") as status:
         command = shlex.join(["madpo", *sys.argv[1:]])
-        found, paths = head.record(what, command, output, absent, status.update)
-    for key, entries in head_report.tables(found).items():
+        results, paths = head.record(settings, command, output, absent, status.update)
+    for key, entries in head_report.tables(results).items():
         table = Table(title=head_report.title(key), title_justify="left", title_style="bold")
         for title in head_report.columns_of(key[3]).values():
             table.add_column(title, justify="left" if title == "head" else "right")
         for entry in entries:
             table.add_row(*head_report.cells(entry))
         console.print(table)
-    if what.device.type != "cuda":
+    if settings.device.type != "cuda":
         console.print(head_report.ON_A_CPU, style="yellow", soft_wrap=True)
     for path in paths:
         print(f"wrote {path}")
 
 
-def run_step_bench(what: step.Settings, output: Path) -> None:
-    """Raises UserError for unknown names."""
+def run_step_bench(settings: step.Settings, output: Path) -> None:
+    """Measure training steps. Raises UserError for a contender that cannot run."""
     from rich.console import Console
     from rich.table import Table
 
@@ -62,11 +62,11 @@ def run_step_bench(what: step.Settings, output: Path) -> None:
     from madpo.benchmarks.step import run as step
 
     console, log = Console(), Console(stderr=True)
-    found = step_report.facts(shlex.join(["madpo", *sys.argv[1:]]))
+    facts = step_report.facts(shlex.join(["madpo", *sys.argv[1:]]))
     rows, paths = list[step.Row](), list[Path]()
     with TemporaryDirectory() as folder, log.status("starting") as status:
-        for rows in step.run(what, Path(folder), status.update):
-            paths = step_report.write(output, found, rows)
+        for rows in step.run(settings, Path(folder), status.update):
+            paths = step_report.write(output, facts, rows)
     entries, refused = [asdict(row) for row in rows if not row.refused], [row for row in rows if row.refused]
     table = Table(title=step_report.title(asdict(rows[0])), title_justify="left", title_style="bold")
     columns = step_report.that_fit(entries, console.width)
@@ -83,16 +83,16 @@ def run_step_bench(what: step.Settings, output: Path) -> None:
 
 
 def run_scaling(model: str, iterations: int, output: Path) -> None:
-    """Raises UserError for unknown names."""
+    """Measure how time and memory grow with tokens and pairs. Raises UserError for an unknown model."""
     from rich.console import Console
     from rich.table import Table
 
     from madpo.benchmarks.step import scaling as step_scaling
 
     console, log = Console(), Console(stderr=True)
-    found = step_scaling.facts(shlex.join(["madpo", *sys.argv[1:]]))
+    facts = step_scaling.facts(shlex.join(["madpo", *sys.argv[1:]]))
     with TemporaryDirectory() as folder, log.status("starting") as status:
-        # First: of memory that was let go and stays with the process, none counts as new.
+        # Memory first: what the time measurements leave with the process would hide new memory.
         memory = list(step_scaling.memory(model, status.update))
         time = list(step_scaling.times(Path(folder), model, iterations, status.update))
     for titles, *lines in step_scaling.tables(time, memory):
@@ -102,5 +102,5 @@ def run_scaling(model: str, iterations: int, output: Path) -> None:
         for line in lines:
             table.add_row(*line)
         console.print(table)
-    for path in step_scaling.write(output, found, time, memory):
+    for path in step_scaling.write(output, facts, time, memory):
         print(f"wrote {path}")

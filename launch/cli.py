@@ -42,13 +42,13 @@ def train(
 
 @app.command()
 def sft(config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """As train, on completions: the objective is nll by default."""
+    """Train on completions (supervised); the objective is nll by default."""
     _train("sft", config, overrides, fresh)
 
 
 @app.command()
 def reward(config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """As train, a reward model: bradley_terry by default."""
+    """Train a reward model; the objective is bradley_terry by default."""
     _train("reward", config, overrides, fresh)
 
 
@@ -59,11 +59,13 @@ def run_recipe(
         list[str] | None,
         typer.Argument(help="as in vars.scale=0.2 or 'dpo-*.optim.lr=2e-6'", metavar="STAGE.KEY=VALUE"),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="independent stages at a time")] = 1,
-    only: Annotated[list[str] | None, typer.Option(help="these stages, and what they need")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="stages that run at a time")] = 1,
+    only: Annotated[
+        list[str] | None, typer.Option(help="run this stage, and those that it depends on")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would run")] = False,
 ) -> None:
-    """Run a recipe's stages; done and unchanged ones are skipped."""
+    """Run a recipe's stages; those that are done and unchanged are skipped."""
     from madpo.launch.recipes.runner import run
 
     raise typer.Exit(run(recipe, overrides or [], jobs, only or [], dry_run))
@@ -79,7 +81,9 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
 def export(
     config: ConfigPath,
     overrides: Overrides = None,
-    merge: Annotated[bool, typer.Option("--merge", help="an adapter also as whole weights")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="also write an adapter merged into its base")
+    ] = False,
 ) -> None:
     """Write the run's newest checkpoint as a Hugging Face model folder."""
     _run_task("export", config, [*(overrides or []), *(["train.export_merged=true"] if merge else [])])
@@ -90,18 +94,21 @@ def annotate(
     config: ConfigPath,
     overrides: Overrides = None,
     folds: Annotated[
-        int | None, typer.Option(help="train so many models; each row is scored by one that has not seen it")
+        int | None,
+        typer.Option(help="train this many models, and score each example by one not trained on it"),
     ] = None,
-    model: Annotated[list[str] | None, typer.Option(help="score with this one; several: their mean")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="score with this model; several: mean score")
+    ] = None,
 ) -> None:
-    """Score a data set's pairs with a reward run's model: margins for MADPO, MixDPO and their like."""
-    from madpo.launch import fold_models as fold_runs
+    """Score a data set's pairs with a reward model: margins for MADPO, MixDPO and similar objectives."""
+    from madpo.launch import fold_models
     from madpo.trainer.config.schema import load
 
     overrides = list(overrides or [])
     overrides += [f"annotate.folds={folds}"] if folds is not None else []
     overrides += [f"annotate.models={json.dumps(model)}"] if model else []
-    status = fold_runs.train_folds(load(config, overrides, "annotate"), config, overrides)
+    status = fold_models.train_folds(load(config, overrides, "annotate"), config, overrides)
     if status:
         raise typer.Exit(status)
     _run_task("annotate", config, overrides)
@@ -115,7 +122,7 @@ def generate(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def probe(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Measure what the starting model knows of its training set, and suggest a supervised objective."""
+    """Measure how well the starting model predicts its training set, and suggest a supervised objective."""
     _run_task("probe", config, overrides)
 
 
@@ -158,7 +165,7 @@ def report(
 
 @app.command()
 def demo() -> None:
-    """Fetch real preference data; train, evaluate, export and report on it in runs/demo."""
+    """Fetch real preference data; train, evaluate, export and report in runs/demo."""
     from madpo.launch.demo import run_demo
 
     raise typer.Exit(run_demo())
@@ -172,7 +179,7 @@ app.add_typer(bench_app, name="bench")
 def bench(
     context: typer.Context,
     shape: Annotated[list[str] | None, typer.Option(help="as in Llama-3.1-8B; default: four of six")] = None,
-    rows: Annotated[list[int] | None, typer.Option(help="as in 512 and 2048; default: 8192")] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="scored tokens, as in 512; default: 8192")] = None,
     head: Annotated[list[str] | None, typer.Option(help="as in madpo or TRL; default: all")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
     iterations: Annotated[int | None, typer.Option(help="default: 20")] = None,
@@ -184,7 +191,7 @@ def bench(
         bool, typer.Option("--variants/--no-variants", help="a frozen head, saturation, given logits")
     ] = True,
 ) -> None:
-    """Measure the loss head against its peers, after checking that each is right; or see COMMAND."""
+    """Measure the loss head against its peers, after checking each against float64; or run COMMAND."""
     if context.invoked_subcommand is not None:
         return
     from madpo.launch.bench import run_bench
@@ -198,16 +205,20 @@ def bench_step(
     data: Annotated[str, typer.Option(help="lengths as in ultrafeedback or hh, or demo")] = "ultrafeedback",
     lora: Annotated[bool, typer.Option("--lora", help="train an adapter, not all weights")] = False,
     ranks: Annotated[int, typer.Option(help="processes; several: with ZeRO-3")] = 1,
-    pairs: Annotated[int | None, typer.Option(min=1, help="of a step; default: 8, on a GPU 64")] = None,
-    max_length: Annotated[int, typer.Option(min=4, help="tokens of a sequence")] = 1024,
-    dtype: Annotated[str | None, typer.Option(help="float32, or bfloat16, the default on a GPU")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="default: 12")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="of all ranks; default: torch's")] = None,
+    pairs: Annotated[int | None, typer.Option(min=1, help="pairs of a step; default: 8, on a GPU 64")] = None,
+    max_length: Annotated[int, typer.Option(min=4, help="most tokens of a sequence")] = 1024,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 (default on a GPU)")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="steps of each contender; default: 12")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="threads of all ranks together; default: torch's")
+    ] = None,
     contender: Annotated[list[str] | None, typer.Option(help="as in madpo or TRL; default: all")] = None,
-    scaling: Annotated[bool, typer.Option("--scaling", help="instead: growth with tokens and pairs")] = False,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="measure growth with tokens and pairs instead")
+    ] = False,
     output: Annotated[Path, typer.Option(help="folder of the results")] = Path("benchmarks/results"),
 ) -> None:
-    """Measure a whole training step against TRL's, and against ours with one feature off."""
+    """Measure a training step against TRL's, and against our own with one feature off."""
     from madpo.benchmarks.step import run as step
     from madpo.launch.bench import run_scaling, run_step_bench
 
@@ -216,8 +227,10 @@ def bench_step(
         return
 
     selected = contender or []
-    what = step.make_settings(model, data, lora, ranks, pairs, max_length, dtype, rounds, threads, selected)
-    run_step_bench(what, output)
+    settings = step.make_settings(
+        model, data, lora, ranks, pairs, max_length, dtype, rounds, threads, selected
+    )
+    run_step_bench(settings, output)
 
 
 def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) -> None:
@@ -250,7 +263,7 @@ def _run_task(task: Task, config: str, overrides: list[str] | None) -> None:
 
 
 def main() -> None:
-    """The console script: errors of the user end in one line and status 2."""
+    """The console script: a UserError ends in one line and exit status 2."""
     if LAUNCHER_PID in os.environ:  # a stage of `madpo run`
         die_with_launcher()
     try:

@@ -1,4 +1,4 @@
-"""`madpo demo`: the main job on real data, with the commands that a user would type."""
+"""`madpo demo`: train on real data, with the commands that a user would type."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ TABLE_ROWS = (
 
 
 def run_demo() -> int:
-    """Prepare the data, warm up a language model, train MADPO and DPO from it, compare, report.
+    """Prepare the data, warm up a language model, train MADPO and DPO from it, compare them, report.
 
-    Returns the exit status of the first command that fails, or 0. Raises UserError if the data
-    cannot be fetched. An earlier demo's runs are replaced, its data is kept.
+    Runs of an earlier demo are replaced, its data is kept. Returns the exit status of the first command that
+    fails, or 0. Raises UserError if the data cannot be fetched.
     """
     from madpo.trainer.data.rated_sentences import prepare
 
@@ -68,9 +68,7 @@ def _summarise(seconds: float) -> None:
     for title, name in RUNS.items():
         record = last_evaluation(FOLDER / name)
         columns[title] = {row: record[row] for row in TABLE_ROWS if row in record}
-    print(
-        "\nHeld-out pairs, made of sentences that no run has trained on; MADPO and DPO after equal steps:\n"
-    )
+    print("\nHeld-out pairs, of sentences that no run has trained on; MADPO and DPO after as many steps:\n")
     print(metrics_table(columns))
     report = write_report([FOLDER / RUNS[name] for name in ("MADPO", "DPO")], FOLDER / "report.html")
     print(f"\nmodel   {FOLDER / RUNS['MADPO'] / 'model'}")

@@ -1,4 +1,4 @@
-"""No process outlives the command that it was started for. Without heavy imports."""
+"""End a process when the command that started it ends. This module imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ LAUNCHER_PID = "MADPO_LAUNCHER_PID"
 
 
 def die_with_launcher() -> None:
-    """Terminate this process when what started it dies, which launchers do not see to themselves.
+    """Terminate this process when its parent or its `madpo` command dies; launchers do not see to that.
 
-    The parent is watched by the kernel. `madpo train` stands further up, behind the deepspeed
-    command, and leaves its process id in LAUNCHER_PID for a thread to wait on. Linux only.
+    The kernel watches the parent. `madpo train` may be further up, above the deepspeed launcher; it leaves
+    its process id in LAUNCHER_PID, and a thread waits for its end. Linux only.
     """
     if sys.platform != "linux":
         return
@@ -29,7 +29,7 @@ def die_with_launcher() -> None:
     except ProcessLookupError:
         os.kill(os.getpid(), signal.SIGTERM)
     except OSError:
-        return  # a kernel before 5.3, or a sandbox: train on, with the parent watched only
+        return  # a kernel before 5.3, or a sandbox: go on, with only the parent watched
     else:
         threading.Thread(target=_terminate_after, args=(launcher,), daemon=True).start()
 

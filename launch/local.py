@@ -1,4 +1,4 @@
-"""Start the ranks of this machine, several with the `deepspeed` launcher, and stop all of them with us."""
+"""Start the ranks of this machine, with the `deepspeed` launcher if several, and stop them when we stop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Task = Literal["train", "sft", "reward", "evaluate", "export", "probe", "annotat
 
 
 def count_processes(launch: LaunchConfig) -> int:
-    """How many ranks to start here. Raises UserError for more ranks than GPUs."""
+    """The number of ranks to start on this machine. Raises UserError for more ranks than GPUs."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -34,7 +34,7 @@ def count_processes(launch: LaunchConfig) -> int:
 def visible_gpus() -> list[str]:
     """The numbers in CUDA_VISIBLE_DEVICES on a machine with GPUs, else [].
 
-    Raises UserError for names of GPUs, which the launcher cannot be told of.
+    Raises UserError for GPUs given by name, which the deepspeed launcher does not take.
     """
     import torch
 
@@ -51,20 +51,20 @@ def visible_gpus() -> list[str]:
 
 
 def command_line(task: Task, config: str, overrides: Sequence[str], ranks: int) -> list[str]:
-    """The command that runs a task on `ranks` ranks of this machine: one alone needs no launcher."""
+    """The command that runs a task on `ranks` ranks of this machine; a single rank needs no launcher."""
     from madpo.trainer.dist import free_port
 
     worker = ["madpo.launch.worker", "--task", task, config, *overrides]
     if ranks == 1:
         return [sys.executable, "-m", *worker]
-    which = ["--num_accelerators", str(ranks)]
+    devices = ["--num_accelerators", str(ranks)]
     if visible := visible_gpus():
         # Given a number, the launcher takes the first GPUs whatever CUDA_VISIBLE_DEVICES says.
-        which = ["--include", f"localhost:{','.join(visible[:ranks])}"]
+        devices = ["--include", f"localhost:{','.join(visible[:ranks])}"]
     return [
         *(sys.executable, "-m", "deepspeed.launcher.runner"),
-        *("--hostfile", os.devnull),  # this machine only, whatever the cluster's default file says
-        *which,
+        *("--hostfile", os.devnull),  # this machine only, even if the cluster has a default hostfile
+        *devices,
         *("--master_port", str(free_port())),
         "--no_local_rank",
         *("--log_level", "error"),
@@ -74,7 +74,7 @@ def command_line(task: Task, config: str, overrides: Sequence[str], ranks: int) 
 
 
 def environment(ranks: int) -> dict[str, str]:
-    """The environment of the ranks: cores shared out, and on a CPU DeepSpeed told so."""
+    """The environment of the ranks: this machine's cores are divided among them."""
     import torch
 
     from madpo.trainer.dist import free_port
@@ -87,7 +87,7 @@ def environment(ranks: int) -> dict[str, str]:
         del env["CUDA_VISIBLE_DEVICES"]  # the command line names them
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # One build folder per Python environment: DeepSpeed's shared default is rebuilt by each in turn.
+    # A build folder per Python environment: environments that share DeepSpeed's default rebuild it in turn.
     env.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     if not torch.cuda.is_available():
         env.setdefault("DS_ACCELERATOR", "cpu")
@@ -95,8 +95,10 @@ def environment(ranks: int) -> dict[str, str]:
 
 
 def run(task: Task, config: str, overrides: Sequence[str], launch: LaunchConfig) -> int:
-    """Start the ranks, wait for them, return their exit status (128 + n after signal n); signals are
-    passed on."""
+    """Start the ranks, pass signals on to them, wait, and return their exit status.
+
+    The status is 128 + n after signal n.
+    """
     ranks = count_processes(launch)
     process = subprocess.Popen(
         command_line(task, config, overrides, ranks), env=environment(ranks), start_new_session=True

@@ -1,4 +1,4 @@
-"""The entry of one rank, the same under `deepspeed`, `torchrun` and alone.
+"""The entry point of one rank, under `deepspeed`, under `torchrun`, or alone.
 
 deepspeed --hostfile hosts --module madpo.launch.worker CONFIG [section.key=value ...]
 torchrun --nproc-per-node 8 -m madpo.launch.worker CONFIG [section.key=value ...]
@@ -27,11 +27,11 @@ TASKS = {
     "annotate": ("annotate", "run_annotation"),
     "generate": ("generate", "run_generation"),
 }
-"""Task -> module of trainer/stages and its function."""
+"""Task -> a module of trainer/stages, and its function."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one stage on this rank; returns the exit status."""
+    """Run one task on this rank; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m madpo.launch.worker")
     parser.add_argument("--task", choices=TASKS, default="train")
     parser.add_argument("--local_rank", type=int, help="passed by the deepspeed launcher, not used")
@@ -48,9 +48,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _show(error: UserError) -> None:
-    """Print an error that most often all ranks have, once per node; and one that a single rank has."""
+    """Print an error: once per node if all ranks have it, and also if only one rank does."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(5)  # when the node's first rank failed too, the launcher ends this one meanwhile
+        time.sleep(5)  # if the node's first rank failed too, the launcher ends this process meanwhile
     rank = os.environ.get("RANK", "0")
     print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
 
@@ -63,7 +63,7 @@ def _run(args: argparse.Namespace) -> None:
     from madpo.trainer.config.deepspeed import check_machine
     from madpo.trainer.config.schema import load
 
-    # torch 2.13 warns at every collective about a rename that DeepSpeed has yet to follow.
+    # torch 2.13 warns at every collective about a renamed argument that DeepSpeed still uses.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     disable_progress_bar()
     if not sys.stderr.isatty():

@@ -1,8 +1,11 @@
 """Checkpoints: DeepSpeed's shards of weights and optimiser, and the run state beside them.
 
-`checkpoints/step-00000010/` is named in `checkpoints/latest` only after every rank has written its
-part, so that a run killed while saving resumes from the checkpoint before. What is resumed from is
-rank 0's decision, and every rank must see the same folder.
+`checkpoints/latest` names `step-00000010/` only after every rank has written its part, so a run killed
+while saving resumes from the checkpoint before. Rank 0 decides which checkpoint a run resumes from; every
+rank must see the same folder.
+
+A checkpoint carries the run's identity: all config keys that change its numbers, the number of ranks, the
+ZeRO stage and a fingerprint of the data. A run resumes only with an equal identity.
 """
 
 from __future__ import annotations
@@ -27,11 +30,14 @@ STAGE = "deepspeed.zero_optimization.stage"
 
 
 def identity(config: Config, shard: Shard, content: str | None = None) -> dict[str, Any]:
-    """What must not change between a run and its continuation, as dotted keys. `content` is the data's."""
+    """What must not change between a run and its continuation: dotted key -> value.
+
+    `content` is the fingerprint of the training data.
+    """
     out: dict[str, Any] = {RANKS: shard.world_size}
     for section, values in config.model_dump(mode="json", by_alias=True).items():
         flat = values if isinstance(values, dict) else {"": values}
-        if section == "peft":  # whether there is one, too
+        if section == "peft":  # that there is an adapter at all counts too
             flat = {"": values is not None, **(values or {})}
         out |= {f"{section}.{key}".rstrip("."): value for key, value in flat.items()}
     router_loss = config.model.router_aux_loss_coef > 0
@@ -44,7 +50,7 @@ def identity(config: Config, shard: Shard, content: str | None = None) -> dict[s
 
 
 def model_identity(config: Config, shard: Shard) -> dict[str, Any]:
-    """The part of the identity that says which weights fit."""
+    """The part of the identity that decides which weights can be loaded."""
     parts = ("model.", "peft", RANKS, STAGE)
     return {key: value for key, value in identity(config, shard).items() if key.startswith(parts)}
 
@@ -53,23 +59,21 @@ def save(
     engine: Engine,
     root: Path,
     state: TrainState,
-    run: dict[str, Any],
+    identity: dict[str, Any],
     shard: Shard,
     keep: int,
     with_reference: bool = False,
 ) -> None:
-    """Write a checkpoint on all ranks, commit it, and delete older ones but the newest `keep`.
+    """Write a checkpoint on all ranks, commit it, and delete all but the newest `keep`.
 
-    `run` is the identity that a continuation is compared with. The reference belongs into the checkpoint
-    if it moves.
+    A reference that moves belongs into the checkpoint (`with_reference`).
     """
     tag = f"step-{state.step:08d}"
     engine.save(root, tag, with_frozen=with_reference)
     if shard.is_main:
-        content = {"state": dataclasses.asdict(state), "run": run}
+        content = {"state": dataclasses.asdict(state), "run": identity}
         (root / tag / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
-    # DeepSpeed 0.19's save_checkpoint ends with a barrier of its own, so that nothing would change today
-    # without this one; it is here because the commit must not depend on that.
+    # DeepSpeed 0.19's save_checkpoint ends with a barrier of its own, but the commit must not depend on it.
     barrier()
     if shard.is_main:
         write_atomically(root / "latest", tag)
@@ -78,40 +82,43 @@ def save(
     barrier()
 
 
-def latest(root: Path, run: dict[str, Any]) -> str | None:
-    """The tag of the newest committed checkpoint, or None; the same on all ranks.
+def latest(root: Path, identity: dict[str, Any]) -> str | None:
+    """The tag of the newest committed checkpoint, equal on all ranks; None if there is none.
 
-    Raises UserError if a rank cannot see it, or it is of another run: one of the keys in `run` had
-    another value there.
+    Raises UserError if a rank cannot see it, or if one of the keys in `identity` has another value there.
     """
     pointer = root / "latest"
     tag = from_main(pointer.read_text().strip() if pointer.is_file() else None)
     if tag is None:
         return None
-    raise_if_any(_problem(root / tag, run))
+    raise_if_any(_problem(root / tag, identity))
     return tag
 
 
 def stored_objective(root: Path) -> dict[str, Any] | None:
-    """The objective block of the newest committed checkpoint's run, with numbers for quantiles, or None."""
+    """The objective block stored in the newest committed checkpoint, with its quantiles as numbers.
+
+    None if there is no checkpoint.
+    """
     pointer = root / "latest"
     path = root / pointer.read_text().strip() / STATE_FILE if pointer.is_file() else None
     if path is None or not path.is_file():
         return None
-    run = json.loads(path.read_text())["run"]
+    stored = json.loads(path.read_text())["run"]
     prefix = "objective."
-    return {key.removeprefix(prefix): value for key, value in run.items() if key.startswith(prefix)}
+    return {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
 
 
-def _problem(folder: Path, run: dict[str, Any]) -> str | None:
+def _problem(folder: Path, identity: dict[str, Any]) -> str | None:
+    """Why a run of this identity cannot resume from the folder; None if it can."""
     path = folder / STATE_FILE
     if not path.is_file():
         return f"{folder}: rank 0 resumes from here, but it cannot be read; output_dir must be shared storage"
-    then = json.loads(path.read_text())["run"]
-    changed = [key for key in run if key not in then or then[key] != run[key]]
+    stored = json.loads(path.read_text())["run"]
+    changed = [key for key in identity if key not in stored or stored[key] != identity[key]]
     if not changed:
         return None
-    lines = "".join(f"\n  {key}: {then.get(key)!r} there, {run[key]!r} now" for key in changed)
+    lines = "".join(f"\n  {key}: {stored.get(key)!r} there, {identity[key]!r} now" for key in changed)
     return (
         f"{folder} is a checkpoint of another run:{lines}\nset it back to continue that run; or train "
         "with --fresh, or into another output_dir"
@@ -119,7 +126,7 @@ def _problem(folder: Path, run: dict[str, Any]) -> str | None:
 
 
 def load(engine: Engine, root: Path, tag: str) -> TrainState:
-    """Restore weights and optimiser. Raises UserError on all ranks if one of them cannot."""
-    is_there = engine.load(root, tag)
-    raise_if_any(None if is_there else f"{root / tag}: the checkpoint cannot be loaded; train with --fresh")
+    """Restore weights and optimiser, and return the run's state. Raises UserError if a rank cannot."""
+    is_loaded = engine.load(root, tag)
+    raise_if_any(None if is_loaded else f"{root / tag}: the checkpoint cannot be loaded; train with --fresh")
     return TrainState(**json.loads((root / tag / STATE_FILE).read_text())["state"])

@@ -16,7 +16,7 @@ from madpo.trainer.errors import UserError
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of every step is this process's."""
+    """This process among all ranks; every step is shared out over them."""
 
     rank: int
     world_size: int
@@ -27,7 +27,7 @@ class Shard:
 
 
 def init(timeout_minutes: float) -> Shard:
-    """Join the process group that the launcher's environment variables describe; without any, alone.
+    """Join the process group that the launcher's environment variables describe; without them, run alone.
 
     Does nothing in a process that has joined already.
     """
@@ -48,7 +48,7 @@ def init(timeout_minutes: float) -> Shard:
 
 
 def check_launcher() -> None:
-    """Raise UserError if there are other processes and nothing says how to find them."""
+    """Raise UserError if there are several processes and the environment does not say how they connect."""
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
         if "RANK" not in os.environ and int(os.environ.get(name, "1")) > 1:
             raise UserError(
@@ -60,7 +60,7 @@ def check_launcher() -> None:
 
 
 def device() -> torch.device:
-    """This rank's GPU, without one the CPU."""
+    """This rank's GPU, or the CPU if there is none."""
     return (
         torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_available()
@@ -69,14 +69,14 @@ def device() -> torch.device:
 
 
 def from_main(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+    """Broadcast rank 0's value to all ranks."""
     box = [value]
     torch_dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def raise_if_any(problem: str | None) -> None:
-    """Raise UserError on all ranks if one of them has a problem, so that none is left waiting."""
+    """Raise UserError on all ranks if any rank has a problem, so that none waits for the others."""
     problems: list[str | None] = [None] * torch_dist.get_world_size()
     torch_dist.all_gather_object(problems, problem)
     for rank, text in enumerate(problems):
@@ -89,7 +89,6 @@ def barrier() -> None:
 
 
 def leave() -> None:
-    """Leave the process group."""
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: its config from ours, and what a run asks of it."""
+"""The DeepSpeed engine: its configuration, made from ours, and the calls that a run needs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ModuleT = TypeVar("ModuleT", covariant=True, default=ScoringModule)
 
 
 def deepspeed_config(config: Config, training: bool = True) -> dict[str, Any]:
-    """DeepSpeed's configuration. The user's `deepspeed` block comes last and fills or replaces."""
+    """DeepSpeed's configuration, made from ours. The user's `deepspeed` block adds to it or replaces."""
     ranks = dist.get_world_size()
     zero = {
         "stage": zero_stage(config.deepspeed, ranks),
@@ -38,7 +38,7 @@ def deepspeed_config(config: Config, training: bool = True) -> dict[str, Any]:
     }
     user = dict(config.deepspeed)
     zero |= user.pop("zero_optimization", {})
-    # Without stage 3, whose copies from and to the host overlap too, a lone rank would only wait for it.
+    # A single rank has no communication to overlap; but stage 3 also overlaps copies from and to the host.
     zero.setdefault("overlap_comm", torch.cuda.is_available() and (ranks > 1 or zero["stage"] == 3))
     if not training and zero["stage"] < 3:
         zero["stage"] = 0  # no optimiser to shard, and DeepSpeed refuses to
@@ -71,7 +71,7 @@ def deepspeed_config(config: Config, training: bool = True) -> dict[str, Any]:
 
 
 def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Trainable parameters, matrices with weight decay and vectors (norms, biases) without."""
+    """The trainable parameters: matrices with weight decay, vectors (norms, biases) without."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     is_matrix = [len(real_shape(parameter)) > 1 for parameter in trainable]
     groups = [
@@ -87,7 +87,7 @@ def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, An
 class Engine(Generic[ModuleT]):
     """A DeepSpeed engine around a module: the only place that talks to DeepSpeed during a run.
 
-    Most modules are a `ScoringModule`; one that only samples has no use for a call.
+    The module is a `ScoringModule`, except where a model only samples and the engine is never called.
     """
 
     def __init__(self, config: Config, module: ModuleT, training: bool = True) -> None:
@@ -98,7 +98,7 @@ class Engine(Generic[ModuleT]):
         logger.setLevel(logging.ERROR)
         assert isinstance(module, nn.Module)
         groups: Any = parameter_groups(module, config.optim) if training else None
-        with redirect_stdout(StringIO()):  # where it prints how much memory there is, in bf16 without stage 3
+        with redirect_stdout(StringIO()):  # DeepSpeed prints memory sizes, in bf16 without stage 3
             engine, *_ = deepspeed.initialize(
                 model=module,
                 config=deepspeed_config(config, training),
@@ -112,7 +112,7 @@ class Engine(Generic[ModuleT]):
         return self.deepspeed.device
 
     def __call__(self, batch: PackedBatch, mode: Mode = Mode.LOSS, gradients: Gradients = None) -> ScoredLoss:
-        """The loss () and the scores (M,) of a batch that is on the engine's device; see `Mode`."""
+        """Run a forward pass of a batch on the engine's device; `mode` says what it computes."""
         loss, *tokens = self.deepspeed(batch, mode, gradients)
         return ScoredLoss(loss, TokenScores(*tokens))
 
@@ -120,13 +120,13 @@ class Engine(Generic[ModuleT]):
         self.deepspeed.backward(loss)
 
     def accumulate(self, items: Sequence[Item]) -> Iterator[Item]:
-        """Go through the micro-batches of a step; gradients are reduced over ranks at the last."""
+        """Iterate over a step's micro-batches; gradients are reduced over ranks at the last one."""
         for index, item in enumerate(items):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(items) - 1)
             yield item
 
     def step(self, learning_rate: float) -> None:
-        """Update the weights with the gradients of the micro-batches so far."""
+        """Update the weights with the gradients accumulated so far."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.step()
@@ -137,7 +137,7 @@ class Engine(Generic[ModuleT]):
         return float(norm.item() if isinstance(norm, Tensor) else norm)
 
     def passes_of(self, kind: str) -> AbstractContextManager[None]:
-        """Inside, ZeRO-3 records and follows a module order of its own for this `kind` of pass."""
+        """Context manager; inside it ZeRO-3 follows a module order of its own for this `kind` of pass."""
         return passes_of(self.deepspeed, kind)
 
     def save(self, root: Path, tag: str, with_frozen: bool) -> None:
@@ -151,7 +151,7 @@ class Engine(Generic[ModuleT]):
         path, _ = self.deepspeed.load_checkpoint(
             str(root),
             tag=tag,
-            load_module_strict=False,  # a reference that stays is not in it
+            load_module_strict=False,  # a reference that never moves is not in the checkpoint
             load_lr_scheduler_states=False,
         )
         forget_copies(self.deepspeed.module)
@@ -164,5 +164,5 @@ class Engine(Generic[ModuleT]):
         self.deepspeed.eval()
 
     def release(self) -> None:
-        """Free weights and optimiser; the engine is of no use afterwards."""
+        """Free weights and optimiser. The engine cannot be used afterwards."""
         release(self.deepspeed)

@@ -1,4 +1,4 @@
-"""The one error that users are meant to see, the exit status that goes with it, and the word they meant."""
+"""UserError, the one error that users are meant to see; its exit status; a near word for a misspelt one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ EXIT_USAGE = 2
 
 
 class UserError(ValueError):
-    """Something in the config, the data or the surroundings that its owner can mend.
+    """Something in the config, the data or the machine that the user can mend.
 
-    Shown as one line without a traceback. Any other exception, other UserErrors included, is ours.
+    Shown as one line without a traceback. Any other exception, other ValueErrors included, is our fault.
     """
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`, did you mean 'x'?` when one of the known words is close, else the list of them."""
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f", did you mean {close[0]!r}?" if close else f"; known here: {', '.join(known)}"
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """`, did you mean 'x'?` if an allowed word is close to `word`, else the list of allowed words."""
+    allowed = sorted(allowed)
+    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.6)
+    return f", did you mean {close[0]!r}?" if close else f"; known here: {', '.join(allowed)}"

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all, and hashes of what files hold.
+"""Write files and folders so that they appear complete or not at all; hash files.
 
-What is to appear is written under a temporary name beside its place, flushed to the disk, and renamed, and
-then the rename is flushed too: whoever finds the name, after a crash of the machine too, finds all of it.
+The content is written under a temporary name in the same folder, flushed to the disk and renamed; then the
+rename is flushed too. So what has its name is complete, even after a crash of the machine.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ BLOCK = 1 << 22
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
-    """Put a file there, in place of an older one: text in UTF-8, bytes, or what a function writes to the
-    path it is given. If it fails, nothing has changed. The folder must exist."""
+    """Write a file, replacing an older one. If that fails, nothing has changed.
+
+    `content` is text (written as UTF-8), bytes, or a function that writes to the path it is given. The
+    folder must exist.
+    """
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         if isinstance(content, str):
@@ -37,9 +40,9 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], None]) 
 
 
 def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Put the folder there that a function makes at the path it is given, in place of an older one.
+    """Make a folder, replacing an older one; `write` creates it at the temporary path it is given.
 
-    What a killed process has left under the temporary name is removed first.
+    What a killed process left under the temporary name is removed first.
     """
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -57,7 +60,7 @@ def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def hash_of_file(*paths: Path) -> str:
-    """A hash of a file's bytes, or of several files' one after the other."""
+    """A hash of a file's bytes, or of several files' bytes one after the other."""
     content = xxhash.xxh3_128()
     for path in paths:
         with path.open("rb") as file:
@@ -72,7 +75,7 @@ def _flush(path: Path) -> None:
 
 
 def _flush_folder(path: Path) -> None:
-    """The names in it; a file system that cannot keeps them in its own way."""
+    """Flush the names in a folder, where the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

@@ -1,11 +1,11 @@
-"""Objectives whose losses look at every completion of a step, whichever rank and micro-batch it is in.
+"""A step of an objective whose losses look at every completion of the step, on all ranks.
 
     score all micro-batches, without gradients
       -> all ranks exchange the completions' log-probs, in the step's own order
       -> the losses, and by autograd on these few numbers their gradient in each log-prob
       -> train the micro-batches with these gradients as constants, without completions whose gradient is 0
 
-By the chain rule the last pass has the gradient of the losses, and they do not depend on how the step was
+By the chain rule the last pass has the gradient of the losses. The losses do not depend on how the step is
 spread over ranks and micro-batches.
 """
 
@@ -31,17 +31,19 @@ from madpo.trainer.scoring_module import Mode
 
 
 class Losses(NamedTuple):
-    """The losses of a step, and what follows from them."""
+    """What follows from the losses of a step."""
 
-    dloss_dlogps: Tensor  # (S,) of all completions of the step, on the CPU
-    memory: dict[str, list[float]]  # what the objective wants to find in the next step's state
+    dloss_dlogps: Tensor  # (S,) for all completions of the step, on the CPU
+    memory: dict[str, list[float]]  # the objective's, for the next step's BatchState
 
 
 def forward_backward(
     engine: Engine, step: Step, batches: Sequence[PackedBatch], meter: Meter, state: BatchState
 ) -> tuple[dict[str, list[float]], StepWork]:
-    """The gradients of a step whose `batches` are on the engine's device; the objective's memory for the
-    next step, and the work that was done."""
+    """Accumulate the gradients of a step whose `batches` are on the engine's device.
+
+    Returns the objective's memory for the next step, and the work that was done.
+    """
     if len(batches) == 1:
         return _in_one_pass(engine, step, batches[0], meter, state), step.work
     return _in_two_passes(engine, step, batches, meter, state)
@@ -59,8 +61,8 @@ def _in_one_pass(
 ) -> dict[str, list[float]]:
     """Forward and backward where each rank has one micro-batch.
 
-    The backbone runs once, the head twice: first for the log-probs, which all ranks exchange; then for a
-    loss with the gradients that follow.
+    The backbone runs once, the head twice: first for the log-probs, which all ranks exchange; then for
+    the loss, with the exchanged gradients as constants.
     """
     memory = dict[str, list[float]]()
 
@@ -80,14 +82,17 @@ def _in_one_pass(
 def _in_two_passes(
     engine: Engine, step: Step, batches: Sequence[PackedBatch], meter: Meter, state: BatchState
 ) -> tuple[dict[str, list[float]], StepWork]:
-    """Forward and backward of several micro-batches, each computed twice: a scoring pass without gradients,
-    then a training pass without the completions whose gradient is 0."""
+    """Forward and backward where a rank has several micro-batches.
+
+    Each runs twice: a scoring pass without gradients, then a training pass without the completions whose
+    gradient is 0.
+    """
     module = engine.module
     tokens = _scored(engine, batches, meter)
     losses = _losses(module.head.objective, step, batches, tokens, meter, state)
     on_host = [(batch, own_gradients(losses.dloss_dlogps, batch)) for batch in step.batches]
     work = step.work
-    # A loss of all packed tokens needs all of them, and slices of a row have no whole completions.
+    # A loss over all packed tokens needs every completion, and a slice of a row holds no whole one.
     if not module.loss_of_tokens and module.sequence_group is None:
         on_host = [_without_zeros(batch, gradients) for batch, gradients in on_host]
         work += step.spared((losses.dloss_dlogps == 0).numpy())
@@ -102,13 +107,13 @@ def _without_zeros(
     gradients: Tensor,  # (S,)
 ) -> tuple[PackedBatch, Tensor]:
     """The batch without the completions whose gradient is 0, and the gradients of the others."""
-    batch, kept = batch.without((gradients == 0).numpy())
-    return batch, gradients[kept]
+    batch, selected = batch.without((gradients == 0).numpy())
+    return batch, gradients[selected]
 
 
 @torch.no_grad()
 def _scored(engine: Engine, batches: Sequence[PackedBatch], meter: Meter) -> list[TokenScores]:
-    """The scores of every batch under policy and reference, without gradients."""
+    """Score every batch without gradients: per-token log-probs of policy and reference."""
     out = []
     with engine.passes_of("scoring"):
         for batch in batches:
@@ -122,12 +127,12 @@ def _losses(
     objective: BoundObjective,
     step: Step,
     batches: Sequence[PackedBatch],
-    tokens: Sequence[TokenScores],  # of each batch
+    tokens: Sequence[TokenScores],  # one for each batch
     meter: Meter,
     state: BatchState,
 ) -> Losses:
     """Exchange the scores, form the losses of the whole step, and fold this rank's part into the meter."""
-    scored = [batch.scored(known) for batch, known in zip(batches, tokens, strict=True)]
+    scored = [batch.scored(scores) for batch, scores in zip(batches, tokens, strict=True)]
     outcomes, gradients = share_losses(step, batches, scored, objective, state)
     for batch, scores, outcome in zip(batches, scored, outcomes, strict=True):
         add_batch(meter, batch, scores, outcome, objective)
@@ -137,14 +142,15 @@ def _losses(
 def share_losses(
     step: Step,
     batches: Sequence[PackedBatch],
-    scored: Sequence[Scored],  # of each batch
+    scored: Sequence[Scored],  # one for each batch
     objective: BoundObjective,
     state: BatchState,
 ) -> tuple[list[Outcome], Tensor]:
-    """For each of this rank's batches its part of the losses; and (S,) the gradient of their sum in the
-    log-prob of every completion of the step.
+    """Form the losses of the whole step, on every rank.
 
-    Every rank calls this once a step. The outcomes carry the memory for the next step.
+    Returns the outcome of each of this rank's batches, with the memory for the next step; and (S,) the
+    gradient of the sum of all losses in the log-prob of every completion of the step. All ranks call
+    this once a step.
     """
     sequences, chosen, rejected, margins = _exchange(step, batches, scored)
     leaf = sequences.logps.requires_grad_()
@@ -157,18 +163,21 @@ def share_losses(
 
 
 def _part(outcome: Outcome, batch: PackedBatch, item: Item) -> Outcome:
-    """What the outcome of the step says of one batch."""
-    places = batch.edge_positions if item is Item.EDGE else batch.sequence_positions
-    values = {"": outcome.losses.detach(), **outcome.stats}
-    part = {name: of.to(places.device)[places] for name, of in values.items()}
-    return Outcome(part.pop(""), part, outcome.memory)
+    """Select one batch's items from the outcome of the step."""
+    positions = batch.edge_positions if item is Item.EDGE else batch.sequence_positions
+
+    def select(values: Tensor) -> Tensor:
+        return values.to(positions.device)[positions]
+
+    stats = {name: select(values) for name, values in outcome.stats.items()}
+    return Outcome(select(outcome.losses.detach()), stats, outcome.memory)
 
 
 def own_gradients(
-    gradients: Tensor,  # of all completions of the step
+    gradients: Tensor,  # for all completions of the step
     batch: PackedBatch,
 ) -> Tensor:
-    """(S,) those of one batch's completions; 0 for a dummy batch's, which has no place in the step."""
+    """(S,) the gradients of one batch's completions; 0 for a dummy batch, which has no positions."""
     own = gradients.new_zeros(len(batch.lengths), device=batch.labels.device)
     own[: len(batch.sequence_positions)] = gradients.to(own.device)[batch.sequence_positions]
     return own
@@ -177,10 +186,10 @@ def own_gradients(
 def _exchange(
     step: Step, batches: Sequence[PackedBatch], scored: Sequence[Scored]
 ) -> tuple[SequenceScores, Tensor, Tensor, Tensor]:
-    """The scores of all completions (S,) and winners, losers, margins of all edges (E,), on the CPU.
+    """The scores of all completions (S,), and chosen, rejected and margins of all edges (E,), on the CPU.
 
-    Each rank fills the places of its own in a table of zeros, and the sum over ranks is the whole, as often
-    as there are ranks to a row.
+    Each rank fills its own positions in a table of zeros, and the sum over ranks is the whole table. Ranks
+    that share a row fill the same positions, so the sum is divided by their number.
     """
     device = batches[0].labels.device
     flat = torch.zeros(4 * step.num_sequences + 3 * step.num_edges, dtype=torch.float64, device=device)
@@ -188,11 +197,11 @@ def _exchange(
     edges = flat[4 * step.num_sequences :].view(3, step.num_edges)
     has_reference = scored[0].ref_token_logps is not None
     for batch, scores in zip(batches, scored, strict=True):
-        places = batch.sequence_positions
+        positions = batch.sequence_positions
         ref_logps = scores.ref_logps if has_reference else torch.zeros_like(scores.logps)
         columns = torch.stack((scores.logps, ref_logps, scores.lengths.double(), scores.labels.double()))
-        table[:, places] = columns[:, : len(places)]
-        won, lost = places[scores.chosen].double(), places[scores.rejected].double()
+        table[:, positions] = columns[:, : len(positions)]
+        won, lost = positions[scores.chosen].double(), positions[scores.rejected].double()
         edges[:, batch.edge_positions] = torch.stack((won, lost, scores.margins))
     dist.all_reduce(flat)
     flat = flat.cpu() / step.copies

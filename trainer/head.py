@@ -33,10 +33,10 @@ class OutputHead:
 
 
 class OutputLayers(nn.Module):
-    """Holds the output embeddings of policy and reference, shared with the models that own them.
+    """The output layers of policy and reference; their weights are shared with the models.
 
-    A module of its own so that ZeRO-3 gathers the two weights around its forward and backward only.
-    What is formed from them, whole rows or slices, is a subclass's matter.
+    A module of its own, so that ZeRO-3 gathers the two weights around its forward and backward only.
+    `PreferenceHead` computes on whole packed rows, `SlicedHead` on a rank's slice of a row.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class OutputLayers(nn.Module):
         mode: Mode = Mode.LOSS,
         gradients: Gradients = None,
     ) -> tuple[Tensor | None, ...]:
-        """The loss () and the fields of `TokenScores`, as a plain tuple, as `mode` asks."""
-        out = self._of_mode(hidden, ref_hidden, batch, mode, gradients)
+        """The loss (), then the fields of `TokenScores`, as a plain tuple; `mode` says what is computed."""
+        out = self._run_mode(hidden, ref_hidden, batch, mode, gradients)
         return out.loss, *out.tokens
 
-    def _of_mode(
+    def _run_mode(
         self,
         hidden: Tensor,  # (M, H)
         ref_hidden: Tensor | None,  # (M, H)
@@ -88,7 +88,7 @@ class OutputLayers(nn.Module):
         return ScoredLoss(self.loss_from_gradients(hidden, batch, gradients(batch, tokens)).loss, tokens)
 
     def score(self, hidden: Tensor, ref_hidden: Tensor | None, batch: PackedBatch) -> TokenScores:
-        """The scores (M,) of all tokens of the batch's rows, without gradients; arguments as in `forward`."""
+        """The scores (M,) of all scored tokens, without gradients; arguments as in `forward`."""
         raise NotImplementedError
 
     def loss(self, hidden: Tensor, ref_hidden: Tensor | None, batch: PackedBatch) -> ScoredLoss:
@@ -101,9 +101,10 @@ class OutputLayers(nn.Module):
         batch: PackedBatch,
         dloss_dlogps: Tensor,  # (S,)
     ) -> ScoredLoss:
-        """A loss that has these gradients in the completions' log-probs, times `batch.scale`.
+        """A loss that has the given gradients in the completions' log-probs, times `batch.scale`.
 
-        By the chain rule it has the gradient in weights and hidden states of the losses that they are of.
+        If they are those of an objective, then by the chain rule the gradients in weights and hidden states
+        are the objective's too.
         """
         raise NotImplementedError
 
@@ -116,7 +117,7 @@ class OutputLayers(nn.Module):
         loss: EdgeLoss | TokensLoss,
         scale: float,
     ) -> ScoredLoss:
-        """`scale` times the sum of the losses, and the tokens' scores, from the fused kernels."""
+        """Run the fused kernels: `scale` times the sum of the losses, and the tokens' scores."""
         inputs = hidden, self.weight, targets, groups
         transform, budget = self.transform, self.budget_bytes
         if Need.DISTRIBUTIONS in self.objective.needs:
@@ -145,7 +146,7 @@ class OutputLayers(nn.Module):
 
 
 class PreferenceHead(OutputLayers):
-    """Scores and loss of whole packed rows."""
+    """Scores and losses of whole packed rows."""
 
     def score(self, hidden: Tensor, ref_hidden: Tensor | None, batch: PackedBatch) -> TokenScores:
         with torch.no_grad():
@@ -155,7 +156,7 @@ class PreferenceHead(OutputLayers):
         return self._run(hidden, ref_hidden, batch, self._losses(batch))
 
     def loss_from_gradients(self, hidden: Tensor, batch: PackedBatch, dloss_dlogps: Tensor) -> ScoredLoss:
-        loss = linear_loss(TokenScores(of_tokens(dloss_dlogps, batch)))
+        loss = linear_loss(TokenScores(spread_over_tokens(dloss_dlogps, batch)))
         return self.run_kernels(hidden, Reference(), batch.targets, groups_of(batch), loss, batch.scale)
 
     def _run(
@@ -171,7 +172,7 @@ class PreferenceHead(OutputLayers):
         return self.run_kernels(hidden, reference, batch.targets, groups_of(batch), loss, batch.scale)
 
     def _losses(self, batch: PackedBatch) -> EdgeLoss | TokensLoss:
-        """What the kernels form, or a function that autograd differentiates."""
+        """The loss as data for the kernels to form, or as a function that autograd differentiates."""
         loss = self.objective.epilogue(batch.margins)
         if loss is None:
 
@@ -185,27 +186,27 @@ class PreferenceHead(OutputLayers):
 
 
 def groups_of(batch: PackedBatch) -> GroupLayout:
-    """The structure of a batch, as the kernels take it."""
+    """The layout of a batch's groups, in the kernels' type."""
     return GroupLayout(batch.lengths, batch.group_sequences, batch.group_edges, batch.chosen, batch.rejected)
 
 
 def no_loss(tokens: TokenScores, group_range: GroupRange) -> Tensor:
-    """() a constant 0, where scores alone are asked for."""
+    """A constant 0 (), for passes that only score."""
     return tokens.token_logps.new_zeros(())
 
 
-def of_tokens(
+def spread_over_tokens(
     dloss_dlogps: Tensor,  # (S,)
     batch: PackedBatch,
 ) -> Tensor:
-    """(M,) the gradient in each token's log-prob: that of its completion, which is their sum."""
+    """(M,) gradients in the tokens' log-probs: each token has its completion's, a sum over tokens."""
     return dloss_dlogps.repeat_interleave(batch.seq_lengths, output_size=len(batch.targets))
 
 
 def linear_loss(
     gradients: TokenScores,  # (M,) the gradient in each field that has one
 ) -> TokensLoss:
-    """A stand-in for losses whose gradients in the tokens' scores are known."""
+    """The linear loss that has the given gradients in the tokens' scores."""
 
     def loss(tokens: TokenScores, group_range: GroupRange) -> Tensor:
         pairs = zip(tokens, gradients, strict=True)

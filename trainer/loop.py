@@ -37,30 +37,38 @@ def train(
     on_record: Callable[[Record], None],
     on_save: Callable[[], None],
 ) -> None:
-    """Train from `state` to the end of the plan. `on_record` gets every logged line, on all ranks."""
-    settings, plan = config.train, run_length(config, source.num_groups)
+    """Train from `state` to the end of the run.
+
+    `on_record` gets every logged record, on all ranks; `on_save` writes a checkpoint.
+    """
+    settings = config.train
+    length = run_length(config, source.num_groups)
     rules = step_rules(config, engine.module, step_cost(engine.module))
     steps = training_steps(
-        source, rules, settings.global_batch_size, shard, state.consumed, plan.total_groups
+        source, rules, settings.global_batch_size, shard, state.consumed, length.total_groups
     )
     peak = peak_flops(settings.peak_tflops, engine.device, settings.bf16)
-    meter, work, logged_at, logged_step = Meter(), StepWork(), time.perf_counter(), state.step
+    # What is summed up for the next log line, and since when.
+    meter = Meter()
+    work = StepWork()
+    logged_at = time.perf_counter()
+    logged_step = state.step
     engine.train()
 
     for step in prefetched(steps, engine.device):
-        rate = learning_rate(config.optim, state.step, plan.total_steps)
-        now = BatchState(state.memory, (config.seed, state.step))
-        state.memory, done = train_step(engine, step, rate, meter, now)
+        rate = learning_rate(config.optim, state.step, length.total_steps)
+        batch_state = BatchState(state.memory, (config.seed, state.step))
+        state.memory, step_work = train_step(engine, step, rate, meter, batch_state)
         state.step += 1
         state.consumed += step.num_groups
         state.num_tokens += step.work.tokens
-        work += done
+        work += step_work
         if config.model.sync_ref_model and _due(state.step, config.model.ref_model_sync_steps):
-            seed = config.seed + state.step  # any that a continuation finds again
+            seed = config.seed + state.step  # a resumed run has the same
             alpha, models = config.model.ref_model_mixup_alpha, engine.module
             assert models.reference is not None
             move_reference(models.policy, models.reference, alpha, seed, engine.device)
-        is_last = state.step == plan.total_steps
+        is_last = state.step == length.total_steps
 
         saves = is_last or _due(state.step, settings.save_steps)
         # A checkpoint closes a log line too, so that a resumed run logs the same numbers.
@@ -73,10 +81,13 @@ def train(
                 "num_tokens": state.num_tokens,
                 **throughput(work, state.step - logged_step, seconds, shard.world_size, peak),
             }
-            record |= {"data/skipped_edges": work.skipped_edges} if work.skipped_edges else {}
+            if work.skipped_edges:
+                record["data/skipped_edges"] = work.skipped_edges
             _check_finite(record, state.step)
             on_record(_stamped(record, state, step.epoch))
-            work, logged_at, logged_step = StepWork(), time.perf_counter(), state.step
+            work = StepWork()
+            logged_at = time.perf_counter()
+            logged_step = state.step
 
         if held_out is not None and (is_last or _due(state.step, settings.eval_steps)):
             paused = time.perf_counter()
@@ -100,7 +111,7 @@ def evaluate(
 ) -> Record:
     """Metrics over all groups, names prefixed with `eval_`. Leaves the engine in evaluation mode.
 
-    An objective of the whole batch sees stretches of `global_batch_size` groups, and `memory` unchanged.
+    A global-batch objective sees chunks of `global_batch_size` groups; `memory` stays as it is.
     """
     engine.eval()
     meter = Meter()
@@ -112,7 +123,10 @@ def evaluate(
 
 
 def _check_finite(record: Record, step: int) -> None:
-    """Stop before such weights reach a checkpoint. Every rank has the same record, so all stop."""
+    """Raise UserError before weights from a NaN or infinite loss reach a checkpoint.
+
+    Every rank has the same record, so all stop.
+    """
     if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
         raise UserError(
             f"step {step}: loss is {record['loss']}, gradient norm {record['grad_norm']}; the run stops, its "

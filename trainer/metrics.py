@@ -1,6 +1,6 @@
-"""Metrics: TRL's names, summed on the device, reduced in one collective per log step.
+"""Metrics under TRL's names: summed on the device, reduced over ranks in one collective per log step.
 
-docs/metrics.md says what each name means; this file is the only place that forms them.
+docs/metrics.md says what each name means; no other file forms a metric of the loss.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from madpo.trainer.throughput import MEMORY, PeakMemory
 
 MOMENTS = ("x", "y", "xx", "yy", "xy")
 WITH_EXTREMA = frozenset({"madpo/weight"})
-"""Metrics logged as name_mean, name_min and name_max instead of a mean alone."""
+"""Metrics logged as name_mean, name_min and name_max, others as their mean."""
 
 
 class Meter:
@@ -36,19 +36,19 @@ class Meter:
         self.memory = PeakMemory()
 
     def add(self, name: str, values: Tensor, where: Tensor | None = None) -> None:
-        """Fold in the values (k,) of one micro-batch, or those `where` (k,) is true.
+        """Fold in the values (k,) of one micro-batch, or only those where `where` (k,) is true.
 
-        There may be none, the name is then known all the same.
+        There may be none; the name is entered all the same, as on the other ranks.
         """
         values = values.detach().double()
-        taken = torch.ones_like(values, dtype=torch.bool) if where is None else where
+        selected = torch.ones_like(values, dtype=torch.bool) if where is None else where
         floor = values.new_full((1,), -math.inf)
         total = torch.stack(
             [
-                torch.where(taken, values, 0.0).sum(),
-                taken.sum().double(),
-                torch.cat((floor, torch.where(taken, -values, -math.inf))).max(),
-                torch.cat((floor, torch.where(taken, values, -math.inf))).max(),
+                torch.where(selected, values, 0.0).sum(),
+                selected.sum().double(),
+                torch.cat((floor, torch.where(selected, -values, -math.inf))).max(),
+                torch.cat((floor, torch.where(selected, values, -math.inf))).max(),
             ]
         )
         if name in self._totals:
@@ -57,20 +57,20 @@ class Meter:
         self._totals[name] = total
 
     def add_count(self, name: str, count: int) -> None:
-        """Have a mean that is known count so many values more, all 0; less, if it is negative."""
+        """Add `count` zeros to the mean `name`, which must be known (negative: take them out again)."""
         self._totals[name][1] += count
 
     def add_correlation(self, name: str, x: Tensor, y: Tensor, where: Tensor) -> None:
-        """Fold in pairs of values (k,) whose correlation is to be logged."""
+        """Fold in pairs of values (k,), whose correlation is logged as `name`."""
         x, y = x.double(), y.double()
         for moment, values in zip(MOMENTS, (x, y, x * x, y * y, x * y), strict=True):
             self.add(f"{name} {moment}", values, where)
 
     def reduce(self) -> dict[str, float]:
-        """Means (and extrema) over all ranks, then start anew. One all-gather, one copy to the host.
+        """Means (and extrema) over all ranks; then start anew. One all-gather, one copy to the host.
 
-        Of memory it is the rank that took the most. Ranks that share their rows have the same values, all of
-        them as often: no mean moves.
+        For memory, the value of the rank that took the most. Ranks that share rows all add the same values,
+        each equally often, which changes no mean.
         """
         device = next(iter(self._totals.values())).device
         for name, gib in self.memory.take().items():
@@ -80,8 +80,8 @@ class Meter:
         self._totals = {}
         gathered = local.new_empty((dist.get_world_size() * len(names), 4))
         dist.all_gather_into_tensor(gathered, local)
-        everything = gathered.cpu().view(-1, len(names), 4)
-        sums, extrema = everything[..., :2].sum(0), everything[..., 2:].amax(0)
+        by_rank = gathered.cpu().view(-1, len(names), 4)
+        sums, extrema = by_rank[..., :2].sum(0), by_rank[..., 2:].amax(0)
         out: dict[str, float] = {}
         for name, (total, count), (minus_min, maximum) in zip(
             names, sums.tolist(), extrema.tolist(), strict=True
@@ -100,7 +100,7 @@ class Meter:
 
 
 def _with_correlations(record: dict[str, float]) -> dict[str, float]:
-    """Moments as the correlations they stand for, left out where one of the two does not vary."""
+    """Replace moments by correlations; none is logged where one of the two values does not vary."""
     for name in [key.removesuffix(" xy") for key in record if key.endswith(" xy")]:
         x, y, xx, yy, xy = (record.pop(f"{name} {moment}") for moment in MOMENTS)
         spread = (xx - x * x) * (yy - y * y)
@@ -116,31 +116,37 @@ def add_batch(
     outcome: Outcome,
     objective: BoundObjective,
 ) -> None:
-    """Fold one micro-batch's metrics into the meter. Names depend on the objective alone."""
-    keep = 0 if batch.is_dummy else None
+    """Fold one micro-batch's metrics into the meter. Names depend on the objective alone.
+
+    A dummy batch enters the names and no value.
+    """
+
+    def real(values: Tensor) -> Tensor:
+        return values[:0] if batch.is_dummy else values
+
     labelled = batch.labels != 0
     with torch.no_grad():
-        where = labelled[:keep] if objective.item is Item.SEQUENCE else None
-        meter.add("loss", outcome.losses[:keep], where)
+        where = real(labelled) if objective.item is Item.SEQUENCE else None
+        meter.add("loss", real(outcome.losses), where)
         for name, values in outcome.stats.items():
-            meter.add(name, values[:keep], where)
+            meter.add(name, real(values), where)
         if objective.item is not Item.TOKEN:
             _add_completions(meter, batch, scored, objective)
         if scored.ref_token_logps is not None:
             drift = scored.token_logps.double() - scored.ref_token_logps.double()
             if objective.item is Item.SEQUENCE:
-                where = labelled.repeat_interleave(batch.seq_lengths, output_size=len(drift))[:keep]
-            meter.add("kl", (drift.square() / 2)[:keep], where)
+                where = real(labelled.repeat_interleave(batch.seq_lengths, output_size=len(drift)))
+            meter.add("kl", real(drift.square() / 2), where)
 
 
 def add_stats(meter: Meter, batch: PackedBatch, stats: Mapping[str, Tensor]) -> None:
-    """Fold in what the model measured beside its rows, () means over the packed tokens of one micro-batch."""
+    """Fold in the model's own statistics: means () over the packed tokens of one micro-batch."""
     for name, value in stats.items():
         meter.add(name, value.expand(0 if batch.is_dummy else len(batch.input_ids)))
 
 
 def _add_completions(meter: Meter, batch: PackedBatch, scored: Scored, objective: BoundObjective) -> None:
-    """Rewards, log-probs and lengths of chosen and rejected, or of desirable and undesirable, completions."""
+    """Rewards, log-probs and lengths of chosen and rejected (or desirable and undesirable) completions."""
     are_rewards, pairs = objective.is_reward_model, objective.item is Item.EDGE
     per_token = scored.logps / scored.lengths.clamp(min=1)
     rewards = objective.beta * (per_token if scored.ref_token_logps is None else scored.logratios)
@@ -152,8 +158,8 @@ def _add_completions(meter: Meter, batch: PackedBatch, scored: Scored, objective
     if pairs:
         sides = {"chosen": (scored.chosen, None), "rejected": (scored.rejected, None)}
     for side, (index, where) in sides.items():
-        for name, of_all in values.items():
-            meter.add(f"{name}/{side}", of_all[index], where)
+        for name, of_completions in values.items():
+            meter.add(f"{name}/{side}", of_completions[index], where)
     meter.add_correlation("rewards/length_correlation", rewards, values["lengths"], labels != 0)
     if not pairs:
         return
@@ -166,13 +172,13 @@ def _add_completions(meter: Meter, batch: PackedBatch, scored: Scored, objective
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one line per log step, handed to the system before the call returns."""
+    """`metrics.jsonl`: one line per log step, handed to the operating system before the call returns."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
-        """Continue after `resume_step`: lines of later steps belong to work that is done again."""
+        """Continue after `resume_step`: lines of later steps go, as those steps are trained again."""
         path = folder / METRICS
-        kept = [record for record in read_metrics(folder) if record["step"] <= resume_step]
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+        earlier = [record for record in read_metrics(folder) if record["step"] <= resume_step]
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in earlier))
         self._file: IO[str] = path.open("a")
 
     def write(self, record: Mapping[str, float]) -> None:

@@ -1,12 +1,12 @@
-"""What a run leaves in its folder, by name, and how to read it back.
+"""The files of a run folder, and how to read them back.
 
 config.yaml       the resolved configuration
 run.json          the command, the versions, the hardware
 data_report.json  what was read, cut and dropped
 metrics.jsonl     one line per log step and evaluation
 evaluation.json   the result of `madpo evaluate`
-generated/        completions and their scores, by `madpo generate`
-pairs/            preference pairs made of them
+generated/        completions and their scores, from `madpo generate`
+pairs/            preference pairs made of those completions
 checkpoints/      weights, optimiser and state to resume from
 model/            the exported model, or the adapter
 merged/           with train.export_merged: the model with the adapter in it
@@ -28,10 +28,10 @@ METRICS = "metrics.jsonl"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl, none if there is no such file.
+    """The records of metrics.jsonl; an empty list if there is no such file.
 
-    A run that was killed may leave half of its last line, which does not count; one that only lacks its
-    line feed does. Raises UserError naming any other line that is not an object with a step.
+    A killed run may leave half a last line, which is ignored; a last line that only lacks its line feed
+    counts. Raises UserError naming any other line that is not an object with a step.
     """
     path = folder / METRICS
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
@@ -50,7 +50,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def last_evaluation(folder: Path) -> dict[str, Any]:
-    """The newest evaluation of a run: from training, or from `madpo evaluate`; {} if there is none."""
+    """A run's newest evaluation, from training or from `madpo evaluate`; {} if there is none."""
     for record in reversed(read_metrics(folder)):
         if "eval_loss" in record:
             return record
@@ -59,17 +59,17 @@ def last_evaluation(folder: Path) -> dict[str, Any]:
 
 
 def set_aside(folder: Path) -> None:
-    """Rename an earlier run, so that a fresh one starts and nothing is lost."""
+    """Rename an earlier run's folder, so that a fresh run can start and nothing is lost."""
     if folder.exists():
         number = 1
         while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
             number += 1
         folder.rename(target)
-        print(f"the earlier run is now {target}", flush=True)
+        print(f"earlier run moved to {target}", flush=True)
 
 
 def claim(folder: Path, shard: Shard) -> FileLock:
-    """Hold the run folder for this run. Raises UserError on all ranks if another run holds it."""
+    """Lock the run folder. Raises UserError on all ranks if another run has locked it."""
     lock = FileLock(folder / ".lock", timeout=0)
     problem = None
     if shard.is_main:

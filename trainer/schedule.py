@@ -1,4 +1,4 @@
-"""How long a run is, and its learning rate as a pure function of the step: there is no state to resume."""
+"""The length of a run, and its learning rate as a pure function of the step: no state to resume."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from madpo.trainer.config.train import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
-    """The rate of optimiser step `step`, counted from 0, of `total_steps`.
+    """The learning rate of optimiser step `step`, counted from 0, of `total_steps`.
 
-    Linear warm-up that starts above 0, so that the first step moves; then constant, or linear or
-    half-cosine decay to 0 after the last step.
+    Linear warm-up from above 0, so that the first step changes the weights; then constant, or a linear
+    or half-cosine decay to 0 after the last step.
     """
     warmup = optim.warmup_steps or math.ceil(optim.warmup_ratio * total_steps)
     if step < warmup:
@@ -28,15 +28,17 @@ def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
 
 @dataclass(frozen=True)
 class RunLength:
-    """How long a run is, known before it starts."""
+    """The length of a run, known before it starts."""
 
     total_groups: int
     total_steps: int
 
 
 def run_length(config: Config, num_groups: int | None) -> RunLength:
-    """Epochs of groups in steps of the global batch, of which the last may be smaller; or max_steps, which
-    a stream must have: the number of its groups is not known."""
+    """The length of a run: `max_steps`, or else `num_train_epochs`, whose last step may be smaller.
+
+    A stream has no `num_groups`, so its config must set `max_steps`.
+    """
     train = config.train
     if train.max_steps is not None:
         return RunLength(train.max_steps * train.global_batch_size, train.max_steps)

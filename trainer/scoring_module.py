@@ -1,4 +1,4 @@
-"""What the trainer needs of a model, and what one forward pass of it gives."""
+"""What the trainer requires of a model, and what its forward pass returns."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from madpo.trainer.sequence_parallel import SequenceGroup
 
 
 class Mode(Enum):
-    """What a forward pass is asked for.
+    """What a forward pass computes.
 
-    It stands in one argument of `forward`, because ZeRO-3 gathers weights around that method alone.
+    An argument of `forward` rather than methods, because ZeRO-3 gathers weights around `forward` only.
     """
 
     LOSS = "loss"
     """Scores, and the batch's loss with its gradient."""
     SCORE = "score"
-    """Scores alone; the loss is a constant 0."""
+    """Scores only; the loss is a constant 0."""
     FROM_GRADIENTS = "from gradients"
-    """A loss whose gradient in the completions' log-probs is given; the policy's scores alone."""
+    """A loss whose gradients in the completions' log-probs are given; scores of the policy only."""
     EXCHANGE = "exchange"
-    """Scores first; from them a function forms the gradients, and with these the loss of FROM_GRADIENTS."""
+    """Scores, from which a given function forms gradients, and then the loss of FROM_GRADIENTS."""
 
 
 Exchange = Callable[[PackedBatch, TokenScores], Tensor]
 """(a batch, its scores (M,)) -> (S,) the gradient of the step's loss in the log-probs of its completions."""
 
 Gradients = Tensor | Exchange | None
-"""What goes with a `Mode`: (S,) gradients for FROM_GRADIENTS, a function for EXCHANGE, else nothing."""
+"""The argument that goes with a `Mode`: (S,) gradients for FROM_GRADIENTS, a function for EXCHANGE."""
 
 
 class ScoredLoss(NamedTuple):
-    """What a forward pass gives; only `loss` carries a gradient."""
+    """What a forward pass returns; only `loss` carries a gradient."""
 
     loss: Tensor  # ()
     tokens: TokenScores  # (M,)
@@ -50,12 +50,12 @@ class ScoredLoss(NamedTuple):
 
 Context = Callable[[], AbstractContextManager[None]]
 Switch = Callable[[nn.Module], Context]
-"""A model, or a part of one -> the context in which it is the reference's."""
+"""A model, or a part of one -> a context manager inside which it computes the reference."""
 
 
 @dataclass(frozen=True)
 class ReferenceScorer:
-    """What the policy is compared with: a model of its own, or the policy without its adapter."""
+    """How the reference is computed: by a model of its own, or by the policy without its adapter."""
 
     model: PreTrainedModel
     switch: Switch = lambda part: nullcontext
@@ -70,7 +70,7 @@ class ReferenceScorer:
 
 
 class Head(Protocol):
-    """What forms scores and loss from hidden states."""
+    """The part of a model that forms scores and loss from hidden states."""
 
     objective: BoundObjective
     weight: nn.Parameter
@@ -78,19 +78,19 @@ class Head(Protocol):
 
 
 class ScoringModule(Protocol):
-    """What the trainer needs of a model: `PolicyWithReference` and `RewardModel` have it."""
+    """What the trainer requires of a model. `PolicyWithReference` and `RewardModel` provide it."""
 
     policy: PreTrainedModel
     reference: PreTrainedModel | None  # a frozen model of its own; the name is in checkpoints
     sequence_group: SequenceGroup | None  # ranks that share a packed row
-    notes: list[str]  # what a user should know of the models
+    notes: list[str]  # what a user should know of the models; printed before the first step
 
     @property
     def head(self) -> Head: ...
 
     @property
     def reference_scorer(self) -> ReferenceScorer | None:
-        """A model of its own, or the policy without its adapter; None where nothing is compared."""
+        """How the reference is computed; None where the objective needs none."""
         ...
 
     @property
@@ -100,19 +100,19 @@ class ScoringModule(Protocol):
 
     @property
     def loss_of_tokens(self) -> bool:
-        """Whether the loss has a term over all packed tokens, so that no completion may be left out."""
+        """Whether the loss has a term over all packed tokens, so that no completion may be skipped."""
         ...
 
     @property
     def stats(self) -> Mapping[str, Tensor]:
-        """(), of the last batch: means over its packed tokens, for the log."""
+        """Means () over the packed tokens of the last batch, for the log."""
         ...
 
     def __call__(
         self, batch: PackedBatch, mode: Mode = Mode.LOSS, gradients: Gradients = None
     ) -> tuple[Tensor | None, ...]:
-        """The loss and then the fields of `TokenScores`, as a plain tuple.
+        """The loss, then the fields of `TokenScores`, as a plain tuple.
 
-        DeepSpeed's hooks rebuild tuples and may not know of names; `Engine` gives them their type.
+        DeepSpeed's hooks rebuild tuples and may not know named ones; `Engine` restores the type.
         """
         ...

@@ -1,8 +1,8 @@
-"""Sequence parallelism: a group of ranks computes a packed row together, each a slice of its tokens.
+"""Sequence parallelism: a group of ranks computes a packed row together, each rank a slice of its tokens.
 
-All layers but attention look at one token at a time and run on the slice. Around attention two all-to-alls
-exchange all heads of a rank's tokens for its heads of all tokens, and back: the attention function sees the
-whole row with all its segments, and fewer heads.
+All layers except attention look at one token at a time and run on the slice. Before attention an all-to-all
+exchanges all heads of a rank's tokens for some heads of all tokens, and afterwards another one reverses it.
+So the attention function sees the whole row with all its segments, and fewer heads.
 Source: Jacobs et al. 2023, DeepSpeed Ulysses (arXiv 2309.14509).
 """
 
@@ -30,8 +30,10 @@ class SequenceGroup:
     index: int  # of this rank in the group, and of its slice in the row
 
     def to_heads(self, *rows: Tensor) -> list[Tensor]:
-        """All heads of this slice's tokens -> this rank's heads of all tokens, in one exchange:
-        (1, heads, N / size, head_dim) each -> (1, heads / size, N, head_dim) each."""
+        """Exchange all heads of this slice's tokens for this rank's heads of all tokens, in one collective.
+
+        (1, heads, N / size, head_dim) each -> (1, heads / size, N, head_dim) each.
+        """
         parts = [row[0].unflatten(0, (self.size, -1)) for row in rows]
         flat = self._exchange(torch.cat([part.flatten(1) for part in parts], dim=1))
         received = flat.split([part[0].numel() for part in parts], dim=1)
@@ -41,22 +43,24 @@ class SequenceGroup:
         ]
 
     def to_tokens(self, out: Tensor) -> Tensor:
-        """The way back: (1, N, heads / size, head_dim) -> (1, N / size, heads, head_dim)."""
+        """Undo `to_heads`: (1, N, heads / size, head_dim) -> (1, N / size, heads, head_dim)."""
         received = self._exchange(out[0].unflatten(0, (self.size, -1)))
         return received.transpose(0, 1).flatten(1, 2)[None]
 
-    def meet(self, rows: Sequence[Tensor | None], own: Tensor, total: int) -> list[Tensor | None]:
-        """Vectors (m,) of the slices' rows -> vectors (total,) of all, alike on every rank of the group.
-        `own` (m,) says which rows this rank has; what is None stays None."""
-        known = torch.stack([row for row in rows if row is not None])
-        table = known.new_zeros(len(known), total)
-        table[:, own] = known
+    def gather(self, vectors: Sequence[Tensor | None], own: Tensor, total: int) -> list[Tensor | None]:
+        """Join the slices' vectors (m,) into vectors (total,), equal on every rank of the group.
+
+        `own` (m,) are the indices of this rank's values in the whole; None stays None.
+        """
+        given = torch.stack([vector for vector in vectors if vector is not None])
+        table = given.new_zeros(len(given), total)
+        table[:, own] = given
         dist.all_reduce(table, group=self.ranks)
         whole = iter(table.unbind())
-        return [None if row is None else next(whole) for row in rows]
+        return [None if vector is None else next(whole) for vector in vectors]
 
     def largest(self, value: Tensor) -> float:
-        """Of the ranks' values ()."""
+        """The largest of the ranks' values ()."""
         value = value.clone()
         dist.all_reduce(value, dist.ReduceOp.MAX, group=self.ranks)
         return float(value)
@@ -67,9 +71,9 @@ class SequenceGroup:
 
 @cache
 def join(size: int, timeout_minutes: float) -> SequenceGroup | None:
-    """This rank's group of `size` consecutive ranks; None if every rank has rows of its own.
+    """This rank's group of `size` consecutive ranks; None for size 1, where ranks share no rows.
 
-    All ranks call it. Raises UserError if they do not form such groups.
+    All ranks call it. Raises UserError if `size` does not divide their number.
     """
     if size == 1:
         return None
@@ -85,7 +89,7 @@ def join(size: int, timeout_minutes: float) -> SequenceGroup | None:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Part i of x (size, ...) goes to rank i, in whose result it is the sender's; gradients go back."""
+    """All-to-all: part i of x (size, ...) goes to rank i, part i of the result comes from rank i."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: dist.ProcessGroup) -> Tensor:
@@ -100,7 +104,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 def across_slices(attention: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:
-    """The attention function, also for rows whose segment table names the group that shares them."""
+    """Extend an attention function to shared rows: those whose segment table names a sequence group."""
 
     # Compiled, the collective would be traced as an operation without a gradient.
     @torch.compiler.disable

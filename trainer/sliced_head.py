@@ -1,8 +1,9 @@
-"""The loss head of a row that several ranks share, each of which has a slice of its tokens.
+"""The loss head for rows that several ranks share; each rank has a slice of a row's tokens.
 
-A loss depends on completions that lie in several slices, so it takes two passes over a rank's slice: the
-log-probs of all slices are gathered and the loss is differentiated in them; then these gradients go back
-through the slice. Summed over the group's ranks that is the gradient of the whole row, by the chain rule.
+A loss depends on completions that lie in several slices, so a rank passes over its slice twice. Pass 1
+scores the slice; the group gathers all log-probs and differentiates the loss in them. Pass 2 sends these
+gradients back through the slice. Summed over the group, that is the gradient of the whole row, by the
+chain rule.
 """
 
 from __future__ import annotations
@@ -17,20 +18,21 @@ from madpo.kernels.layout import GroupLayout
 from madpo.kernels.preference_loss import Reference
 from madpo.kernels.token_scores import TokenScores
 from madpo.trainer.batches.packing import PackedBatch
-from madpo.trainer.head import OutputLayers, linear_loss, no_loss, of_tokens
+from madpo.trainer.head import OutputLayers, linear_loss, no_loss, spread_over_tokens
 from madpo.trainer.objectives.base import Need
 from madpo.trainer.scoring_module import ScoredLoss
 from madpo.trainer.sequence_parallel import SequenceGroup
 
 BLOCK = 256
-"""Scored tokens between which a chunk of logits may end."""
+"""Scored tokens of a block; a chunk of logits ends where a block does."""
 
 
 class SlicedHead(OutputLayers):
-    """Scores of whole rows, and losses that are a rank's part of theirs.
+    """Scores of whole rows, and this rank's share of their losses.
 
-    The hidden states are those of the slice's own tokens, (m, H); scores are those of all M tokens of the
-    row, alike on every rank of the group. The value of a loss is that of a stand-in, which means nothing.
+    Hidden states are those of the slice's own scored tokens, (m, H). Scores are those of all M scored
+    tokens of the row, equal on every rank of the group. A loss has the right gradient; its value has no
+    meaning.
     """
 
     def __init__(self, *args: Any, sequence_group: SequenceGroup, **options: Any) -> None:
@@ -40,21 +42,21 @@ class SlicedHead(OutputLayers):
     def score(self, hidden: Tensor, ref_hidden: Tensor | None, batch: PackedBatch) -> TokenScores:
         with torch.no_grad():
             own = self._run(hidden, self._reference(ref_hidden), batch, no_loss).tokens
-        whole = self.sequence_group.meet(own, own_tokens(batch), len(batch.targets))
+        whole = self.sequence_group.gather(own, own_tokens(batch), len(batch.targets))
         tokens = TokenScores(*whole)  # type: ignore[arg-type]
-        known = batch.ref_token_logps
-        return tokens if known is None else tokens._replace(ref_token_logps=known)
+        cached = batch.ref_token_logps
+        return tokens if cached is None else tokens._replace(ref_token_logps=cached)
 
     def loss(self, hidden: Tensor, ref_hidden: Tensor | None, batch: PackedBatch) -> ScoredLoss:
         tokens = self.score(hidden, ref_hidden, batch)
         gradients = self._gradients(batch, tokens)
-        # Only distributions have a gradient in what is formed with the reference.
-        again = Need.DISTRIBUTIONS in self.objective.needs
-        reference = self._reference(ref_hidden) if again else Reference()
+        # The gradient of a token's log-prob needs no reference; that of a KL of distributions does.
+        needs_reference = Need.DISTRIBUTIONS in self.objective.needs
+        reference = self._reference(ref_hidden) if needs_reference else Reference()
         return ScoredLoss(self._run(hidden, reference, batch, linear_loss(gradients)).loss, tokens)
 
     def loss_from_gradients(self, hidden: Tensor, batch: PackedBatch, dloss_dlogps: Tensor) -> ScoredLoss:
-        gradient = of_tokens(dloss_dlogps, batch)[own_tokens(batch)]
+        gradient = spread_over_tokens(dloss_dlogps, batch)[own_tokens(batch)]
         return self._run(hidden, Reference(), batch, linear_loss(TokenScores(gradient)))
 
     def _reference(self, hidden: Tensor | None) -> Reference:
@@ -69,19 +71,19 @@ class SlicedHead(OutputLayers):
         batch: PackedBatch,
         tokens: TokenScores,  # (M,)
     ) -> TokenScores:
-        """d(sum of the losses) / d(score), (m,) for each field of `tokens` that is there."""
+        """d(sum of losses) / d(score), one (m,) tensor for each field of `tokens` that is set."""
         leaves = TokenScores(*(None if x is None else x.clone().requires_grad_() for x in tokens))  # type: ignore[arg-type]
         losses = self.objective.of_groups(batch.scored(leaves)).losses.sum()
-        there = [name for name, leaf in leaves._asdict().items() if leaf is not None]
+        fields = [name for name, leaf in leaves._asdict().items() if leaf is not None]
         gradients = torch.autograd.grad(
-            losses, [getattr(leaves, name) for name in there], allow_unused=True, materialize_grads=True
+            losses, [getattr(leaves, name) for name in fields], allow_unused=True, materialize_grads=True
         )
         own = own_tokens(batch)
-        return TokenScores(**{name: each[own] for name, each in zip(there, gradients, strict=True)})
+        return TokenScores(**{name: each[own] for name, each in zip(fields, gradients, strict=True)})
 
 
 def own_tokens(batch: PackedBatch) -> Tensor:
-    """(m,) which of the row's M scored tokens are in this rank's slice."""
+    """(m,) the indices, among the row's M scored tokens, of those in this rank's slice."""
     assert batch.own_tokens is not None, "a whole row has no slice"
     return batch.own_tokens
 

@@ -1,4 +1,4 @@
-"""All mutable state of a run besides weights and optimiser."""
+"""All mutable state of a run except weights and optimiser."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 @dataclass
 class TrainState:
-    """Counts say where a run is: the order of data is a pure function of `consumed`."""
+    """How far a run is. The order of the data is a pure function of `consumed`."""
 
     step: int = 0  # optimiser steps done
     consumed: int = 0  # groups trained on, over all ranks
     num_tokens: int = 0  # packed tokens trained on, over all ranks
-    memory: dict[str, list[float]] = field(default_factory=dict)  # of an objective of the whole batch
+    memory: dict[str, list[float]] = field(default_factory=dict)  # what a global-batch objective keeps

@@ -18,38 +18,41 @@ from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.scoring_module import Mode, ScoringModule
 
 
-class Done(NamedTuple):
-    """What is left of a step."""
+class StepResult(NamedTuple):
+    """What a training step returns."""
 
-    memory: dict[str, list[float]]  # what the objective wants to find in the next step's state
+    memory: dict[str, list[float]]  # the objective's, for the next step's BatchState
     work: StepWork
 
 
-def train_step(engine: Engine, step: Step, learning_rate: float, meter: Meter, state: BatchState) -> Done:
+def train_step(
+    engine: Engine, step: Step, learning_rate: float, meter: Meter, state: BatchState
+) -> StepResult:
     """Forward and backward of every micro-batch, then one optimiser update."""
     with meter.memory.phase("forward_backward"):
-        done = forward_backward(engine, step, meter, state)
+        result = forward_backward(engine, step, meter, state)
     with meter.memory.phase("optimizer"):
         engine.step(learning_rate)
-    return done
+    return result
 
 
-def forward_backward(engine: Engine, step: Step, meter: Meter, state: BatchState) -> Done:
-    """The gradients of a step.
+def forward_backward(engine: Engine, step: Step, meter: Meter, state: BatchState) -> StepResult:
+    """Accumulate the gradients of a step.
 
-    For most objectives the host never waits for the device; one of the global batch has to exchange scores.
+    The host never waits for the device, except for a global-batch objective, whose scores the ranks
+    exchange.
     """
     batches = [batch.to(engine.device) for batch in step.batches]
     if engine.module.head.objective.needs_batch:
-        done = Done(*global_batch.forward_backward(engine, step, batches, meter, state))
+        result = StepResult(*global_batch.forward_backward(engine, step, batches, meter, state))
     else:
         for batch in engine.accumulate(batches):
             out = engine(batch)
             engine.backward(out.loss)
             _measure(engine.module, meter, batch, out.tokens)
-        done = Done({}, step.work)
+        result = StepResult({}, step.work)
     _count_skipped(meter, step)
-    return done
+    return result
 
 
 @torch.no_grad()
@@ -67,7 +70,7 @@ def evaluation_step(engine: Engine, step: Step, meter: Meter, state: BatchState)
 
 
 def _count_skipped(meter: Meter, step: Step) -> None:
-    """Count the pairs of weight 0, which are in the mean loss and in no batch; rank 0 counts for all."""
+    """Count pairs of weight 0 in the mean loss, although no batch holds them. Rank 0 counts for all."""
     if step.uncomputed and dist.get_rank() == 0:
         meter.add_count("loss", step.uncomputed * step.copies)
 
@@ -81,8 +84,8 @@ def _measure(
 ) -> None:
     """Fold a batch's metrics into the meter.
 
-    The head has formed the loss where it trains; here the objective is computed again, on the small
-    vectors, for its values by item.
+    The head has already formed the loss that trains. The objective is computed here once more, on the
+    small score vectors, for its value per item.
     """
     scored, objective = batch.scored(tokens), module.head.objective
     add_stats(meter, batch, module.stats)

@@ -1,4 +1,4 @@
-"""How fast a run is, how fast its devices could be, and how much memory a phase of a step takes."""
+"""How fast a run is, how fast its devices could be, and how much memory each phase of a step takes."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ PEAK_TFLOPS = {
     "B200": 2250.0,
     "MI300X": 1307.4,
 }
-"""Part of a device's name, the longer before the shorter -> dense bf16 TFLOP/s of its matrix units.
+"""Part of a device's name -> dense bf16 TFLOP/s of its matrix units. Longer names come first: first hit wins.
 
-Sources: the makers' data sheets (NVIDIA A100, L40S, H100, H100 NVL, H200, GB200 NVL72, DGX B200; AMD
-Instinct MI300X). NVIDIA's give the rate with sparsity, which is twice the dense one.
+Sources: data sheets (NVIDIA A100, L40S, H100, H100 NVL, H200, GB200 NVL72, DGX B200; AMD Instinct MI300X).
+NVIDIA's give the rate with sparsity, which is twice the dense one.
 """
 
 MEMORY = "perf/peak_memory_gib"
 
 
 def peak_flops(given_tflops: float | None, device: torch.device, bf16: bool) -> float | None:
-    """FLOP/s of one device: what the user gave, or what is known of it in bf16."""
+    """Peak FLOP/s of one device: the user's number, or the table's in bf16; None if neither says."""
     if given_tflops is not None:
         return given_tflops * 1e12
     if device.type != "cuda" or not bf16:
@@ -41,7 +41,7 @@ def peak_flops(given_tflops: float | None, device: torch.device, bf16: bool) -> 
 
 
 def known_peak(name: str) -> float | None:
-    """FLOP/s of the device of that name in bf16; None for one that is not known, or for a slice of one."""
+    """Peak FLOP/s in bf16 of the device of that name; None if unknown, or a MIG slice of a device."""
     peaks = [peak for part, peak in PEAK_TFLOPS.items() if part in name and "MIG" not in name]
     return peaks[0] * 1e12 if peaks else None
 
@@ -49,7 +49,7 @@ def known_peak(name: str) -> float | None:
 def throughput(
     work: StepWork, steps: int, seconds: float, world_size: int, peak: float | None
 ) -> dict[str, float]:
-    """The metrics of some steps that took `seconds`; `peak` is of one rank, in FLOP/s."""
+    """The `perf/` metrics of `steps` steps that took `seconds`; `peak` is one rank's, in FLOP/s."""
     per_rank = seconds * world_size
     out = {
         "perf/step_time": seconds / steps,
@@ -66,8 +66,11 @@ def throughput(
 
 
 class PeakMemory:
-    """The most memory that this rank held in each phase: on a GPU what was allocated there, by torch's own
-    count, which waits for nothing; on a CPU what the process held at any time so far."""
+    """The most memory that this rank held in each phase.
+
+    On a GPU: what torch allocated there, by its own count, which needs no synchronisation. On a CPU: the
+    most that the process has held so far.
+    """
 
     def __init__(self) -> None:
         self._on_gpu = torch.cuda.is_available()
@@ -82,7 +85,7 @@ class PeakMemory:
         self._peaks[name] = max(self._peaks.get(name, 0.0), peak / 2**30)
 
     def take(self) -> dict[str, float]:
-        """Metrics, of all phases and of each, since the last time."""
+        """The peak over all phases and of each phase, as metrics in GiB; then start anew."""
         peaks, self._peaks = self._peaks, {}
         if not peaks:
             return {}
@@ -93,5 +96,5 @@ class PeakMemory:
 
 
 def _peak_of_process() -> int:
-    """Bytes."""
+    """The most memory that the process has held so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -13,8 +13,11 @@ from madpo.trainer.errors import UserError
 
 
 def find(function: str, beside: Path) -> tuple[str, str]:
-    """`module:name` or `file.py:name`, a file relative to `beside` -> (the same, with the file's whole
-    path, and the text of its module), without importing it. Raises UserError if there is none."""
+    """Look up the module of a function without importing it; a file is relative to `beside`.
+
+    Returns the function in the same notation, with the file's absolute path, and the module's source
+    text. Raises UserError if there is no such module.
+    """
     module, _, name = function.rpartition(":")
     if not module or not name.isidentifier():
         raise UserError(f"function {function!r}: write module:name or path/file.py:name")
@@ -25,12 +28,12 @@ def find(function: str, beside: Path) -> tuple[str, str]:
 
 
 def file_of(function: str, beside: Path) -> Path | None:
-    """The file of the function's module, if there is one; see `find`."""
+    """The file of the function's module, None if there is none; arguments as in `find`."""
     module = function.rpartition(":")[0]
     if module.endswith(".py"):
         path = (beside / Path(module).expanduser()).resolve()
         return path if path.is_file() else None
-    _look_here()
+    _search_working_directory()
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
@@ -39,13 +42,14 @@ def file_of(function: str, beside: Path) -> Path | None:
 
 
 def load(function: str) -> Any:
-    """The function; a file is relative to the working directory.
+    """Import the function's module and return the function; a file is relative to the working directory.
 
-    Raises ImportError, FileNotFoundError or AttributeError if there is none, and what its module raises.
+    Raises ImportError, FileNotFoundError or AttributeError if there is none, and whatever its module
+    raises.
     """
     module, _, name = function.rpartition(":")
     if not module.endswith(".py"):
-        _look_here()
+        _search_working_directory()
         return getattr(importlib.import_module(module), name)
     path = Path(module).expanduser().resolve()
     spec = importlib.util.spec_from_file_location(f"user_function_{path.stem}", path)
@@ -56,7 +60,7 @@ def load(function: str) -> Any:
     return getattr(loaded, name)
 
 
-def _look_here() -> None:
-    """Modules of the working directory can be named in every process, however it was started."""
+def _search_working_directory() -> None:
+    """Make modules in the working directory importable in every process, however it was started."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())

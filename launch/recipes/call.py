@@ -1,4 +1,4 @@
-"""One Python function of a recipe, in a process of its own.
+"""Call one Python function of a recipe, in a process of its own.
 
 python -m madpo.launch.recipes.call REQUEST.yaml
 """
@@ -18,8 +18,10 @@ from madpo.trainer.errors import EXIT_USAGE, UserError, nearest
 
 
 def check(function: str, text: str, arguments: dict[str, Any]) -> None:
-    """Raise UserError unless the module's text has the function, and it takes these arguments and
-    `output`. A function that the module imports or makes is taken on trust."""
+    """Raise UserError unless the module's text defines the function with these arguments and `output`.
+
+    A function that the module imports or assigns cannot be checked and is accepted.
+    """
     module, _, name = function.rpartition(":")
     try:
         tree = ast.parse(text)
@@ -30,21 +32,22 @@ def check(function: str, text: str, arguments: dict[str, Any]) -> None:
         if not re.search(rf"\b{name}\b", text):
             raise UserError(f"{module} has no function {name}{nearest(name, defined)}")
         return
-    takes = defined[name]
-    positional = [argument.arg for argument in (*takes.posonlyargs, *takes.args)]
-    known = [*positional, *(argument.arg for argument in takes.kwonlyargs)]
-    needed = positional[: len(positional) - len(takes.defaults)]
-    needed += [a.arg for a, value in zip(takes.kwonlyargs, takes.kw_defaults, strict=True) if value is None]
+    signature = defined[name]
+    positional = [argument.arg for argument in (*signature.posonlyargs, *signature.args)]
+    allowed = [*positional, *(argument.arg for argument in signature.kwonlyargs)]
+    needed = positional[: len(positional) - len(signature.defaults)]
+    by_keyword = zip(signature.kwonlyargs, signature.kw_defaults, strict=True)
+    needed += [argument.arg for argument, default in by_keyword if default is None]
     given = ("output", *arguments)
     for key in given:
-        if key not in known and takes.kwarg is None:
-            raise UserError(f"{name} takes no argument {key}{nearest(key, known)}")
+        if key not in allowed and signature.kwarg is None:
+            raise UserError(f"{name} takes no argument {key}{nearest(key, allowed)}")
     if missing := [key for key in needed if key not in given]:
         raise UserError(f"{name} needs the argument {', '.join(missing)}")
 
 
 def main() -> int:
-    """Call the function of a request file; returns the exit status."""
+    """Call the function that a request file names; returns the exit status."""
     die_with_launcher()
     (path,) = sys.argv[1:]
     request = strict_yaml.read(path)

@@ -12,15 +12,18 @@ from madpo.trainer.files import hash_of_file, write_atomically
 
 
 class Contents:
-    """Hashes of what files and folders hold. A file of the same size and time is not read twice."""
+    """Hashes the contents of files and folders, and remembers them between runs.
 
-    def __init__(self, memory: Path) -> None:
-        self.memory = memory
-        self.known: dict[str, str] = json.loads(memory.read_text()) if memory.is_file() else {}
-        self.seen: dict[str, str] = {}
+    A file is read again only if its size or its time of change differs.
+    """
+
+    def __init__(self, store: Path) -> None:
+        self.store = store  # a JSON file
+        self.stored: dict[str, str] = json.loads(store.read_text()) if store.is_file() else {}
+        self.used: dict[str, str] = {}
 
     def __call__(self, path: Path, without: Path) -> str:
-        """The hash of a file, or of all files below a folder by relative name but those below another."""
+        """The hash of a file; or of all files in the folder `path`, with names, except those in `without`."""
         if path.is_file():
             return self._of_file(path)
         files = sorted(x for x in path.rglob("*") if not x.is_relative_to(without) and x.is_file())
@@ -30,14 +33,14 @@ class Contents:
     def _of_file(self, path: Path) -> str:
         facts = path.stat()
         key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
-        if key not in self.known:
-            self.known[key] = hash_of_file(path)
-        self.seen[key] = self.known[key]
-        return self.seen[key]
+        if key not in self.stored:
+            self.stored[key] = hash_of_file(path)
+        self.used[key] = self.stored[key]
+        return self.used[key]
 
     def save(self) -> None:
-        """Remember what was asked for this time."""
-        write_json(self.memory, self.seen)
+        """Store the hashes that were used this time; others are forgotten."""
+        write_json(self.store, self.used)
 
 
 def write_json(path: Path, content: Any) -> None:

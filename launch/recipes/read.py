@@ -1,4 +1,4 @@
-"""A recipe: stages that build on each other, in one YAML file; what it says, and in which order.
+"""Read a recipe: a YAML file of stages that build on each other, into the order in which they can run.
 
 docs/recipes.md has the format.
 """
@@ -34,9 +34,9 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 class Stage:
     name: str
     task: str
-    given: dict[str, Any]  # the config's tree without output_dir, or the arguments of the call
-    portable: dict[str, Any]  # the same with names of stages in place of their folders
-    function: str | None  # of a call
+    given: dict[str, Any]  # the config's tree without output_dir, or the arguments of a call
+    portable: dict[str, Any]  # `given` with names of stages instead of their folders
+    function: str | None  # the function of a call
     after: tuple[str, ...]  # the stages that it depends on
 
 
@@ -44,12 +44,12 @@ class Stage:
 class Recipe:
     path: Path
     folder: Path
-    stages: tuple[Stage, ...]  # each behind those it depends on, else as in the file
+    stages: tuple[Stage, ...]  # each after those it depends on, else in the file's order
 
     def needed_for(self, patterns: Sequence[str]) -> Recipe:
-        """The stages that the patterns name and all that these depend on; all stages for no patterns.
+        """The recipe with only the stages that match the patterns, and all that these depend on.
 
-        Raises UserError for a pattern that names none.
+        No patterns: all stages. Raises UserError for a pattern that matches none.
         """
         if not patterns:
             return self
@@ -62,10 +62,10 @@ class Recipe:
 
 
 def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe, apply overrides, expand it. UserError names the stage and the key.
+    """Read a recipe, apply overrides, expand its loops and variables. UserError names the stage and the key.
 
-    An override begins with a key of the recipe, as in vars.scale=0.2, or with the name or pattern of
-    stages and a key of their config or arguments, as in 'dpo-*.optim.lr=1e-6'.
+    An override begins with a key of the recipe, as in vars.scale=0.2; or with the name or pattern of stages,
+    and goes on with a key of their config or arguments, as in 'dpo-*.optim.lr=1e-6'.
     """
     overrides = list(overrides)
     own = [text for text in overrides if re.split("[.=]", text, maxsplit=1)[0] in RECIPE_KEYS]
@@ -103,15 +103,8 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     return Recipe(path, folder, tuple(_in_order(stages, path)))
 
 
-def _names(key: str) -> str | None:
-    """Whether a value of the config key names a path or a function whose content counts."""
-    from madpo.trainer.config.effects import keys
-
-    return keys()[key].names if key in keys() else None
-
-
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, section by section. A mapping that names its kind replaces one whole."""
+    """Lay `above` over `below`, section by section. A mapping that names its kind replaces the old one."""
     out = dict(below)
     for key, value in above.items():
         old = out.get(key)
@@ -132,10 +125,10 @@ def _check_entry(entry: Any, where: str) -> None:
         raise UserError(f"{where}.function: a call names one, as module:name or path/file.py:name")
 
 
-def _check_keys(tree: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+def _check_keys(tree: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
     for key in tree:
-        if key not in known:
-            raise UserError(f"{where}: {key}: unknown key{nearest(key, known)}")
+        if key not in allowed:
+            raise UserError(f"{where}: {key}: unknown key{nearest(key, allowed)}")
 
 
 def _mapping(tree: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
@@ -146,10 +139,10 @@ def _mapping(tree: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
 
 
 def _scopes(entry: Mapping[str, Any], variables: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
-    """The variables of every stage that an entry stands for: one, or the product of its `for`."""
+    """The variables of every stage that an entry stands for: one stage, or the product of its `for`."""
     loops = _mapping(entry, "for", where)
     values = {
-        key: _at(variables, found[1]) if (found := REFERENCE.fullmatch(str(choices))) else choices
+        key: _at(variables, match[1]) if (match := REFERENCE.fullmatch(str(choices))) else choices
         for key, choices in loops.items()
     }
     for key, choices in values.items():
@@ -162,7 +155,7 @@ def _scopes(entry: Mapping[str, Any], variables: dict[str, Any], where: str) -> 
 
 
 def _body(entry: Mapping[str, Any], defaults: dict[str, Any], beside: Path, where: str) -> dict[str, Any]:
-    """What a stage is given, as written: the arguments, or `defaults`, `file` and `config` merged."""
+    """A stage's tree before substitution: its arguments, or `defaults`, `file` and `config` merged."""
     if entry["task"] == CALL:
         return _mapping(entry, "arguments", where)
     config = _mapping(entry, "config", where)
@@ -175,7 +168,7 @@ def _body(entry: Mapping[str, Any], defaults: dict[str, Any], beside: Path, wher
 
 
 def _override(bodies: dict[str, Any], text: str) -> None:
-    """Apply `stage.key=value` to what the stage is given; a stage's name may hold dots itself."""
+    """Apply `stage.key=value` to what the stage is given; the stage's name may itself contain dots."""
     parts = text.partition("=")[0].split(".")
     for length in range(len(parts) - 1, 0, -1):
         pattern = ".".join(parts[:length])
@@ -185,10 +178,9 @@ def _override(bodies: dict[str, Any], text: str) -> None:
             bodies[name] = entry, scope, strict_yaml.override(body, [text[len(pattern) + 1 :]])
         if names:
             return
-    known = [*RECIPE_KEYS, *bodies]
     raise UserError(
         f"override {text!r}: write stage.section.key=value, or begin with vars, defaults or output_dir; "
-        f"{parts[0]!r} is no stage{nearest(parts[0], known)}"
+        f"{parts[0]!r} is no stage{nearest(parts[0], [*RECIPE_KEYS, *bodies])}"
     )
 
 
@@ -217,14 +209,14 @@ def _stage(name: str, bodies: Mapping[str, Any], folder: Path, where: str) -> St
 
 
 def _matching(pattern: str, names: Sequence[str], where: str) -> list[str]:
-    found = [name for name in names if fnmatchcase(name, pattern)]
-    if not found:
+    matching = [name for name in names if fnmatchcase(name, pattern)]
+    if not matching:
         raise UserError(f"{where}: no stage {pattern!r}{nearest(pattern, names)}")
-    return found
+    return matching
 
 
 def _at(scope: Mapping[str, Any], name: str) -> Any:
-    """The value of a name, or as in `arm.objective` what a mapping holds. Raises KeyError."""
+    """The value of a name, or, as in `arm.objective`, of a key in a named mapping. Raises KeyError."""
     if name in scope:
         return scope[name]
     first, _, rest = name.partition(".")
@@ -236,32 +228,32 @@ def _at(scope: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def _substitute(value: Any, lookup: Callable[[str], Any], where: str, known: Iterable[str]) -> Any:
-    """`value` with every ${name} replaced, the innermost first; alone in its text it keeps its type."""
+def _substitute(value: Any, lookup: Callable[[str], Any], where: str, names: Iterable[str]) -> Any:
+    """Replace every ${name} in `value`, the innermost first. One that is the whole text keeps its type."""
     if isinstance(value, dict):
-        return {key: _substitute(child, lookup, f"{where}.{key}", known) for key, child in value.items()}
+        return {key: _substitute(child, lookup, f"{where}.{key}", names) for key, child in value.items()}
     if isinstance(value, list):
-        return [_substitute(child, lookup, where, known) for child in value]
+        return [_substitute(child, lookup, where, names) for child in value]
     for _ in range(MOST_SUBSTITUTIONS):
-        found = REFERENCE.search(value) if isinstance(value, str) else None
-        if found is None:
+        match = REFERENCE.search(value) if isinstance(value, str) else None
+        if match is None:
             return value
         try:
-            new = lookup(found[1])
+            new = lookup(match[1])
         except KeyError:
-            near = nearest(found[1], known)
-            raise UserError(f"{where}: {found[0]} is no stage or var{near}") from None
-        if found[0] == value and not isinstance(new, str):
-            return _substitute(new, lookup, where, known)
+            near = nearest(match[1], names)
+            raise UserError(f"{where}: {match[0]} is no stage or var{near}") from None
+        if match[0] == value and not isinstance(new, str):
+            return _substitute(new, lookup, where, names)
         if isinstance(new, dict | list):
-            raise UserError(f"{where}: {found[0]} is no text or number, and cannot be a part of {value!r}")
+            raise UserError(f"{where}: {match[0]} is no text or number, and cannot be a part of {value!r}")
         text = new if isinstance(new, str) else json.dumps(new)
-        value = value[: found.start()] + text + value[found.end() :]
+        value = value[: match.start()] + text + value[match.end() :]
     raise UserError(f"{where}: {value!r:.80} refers to itself")
 
 
 def _in_order(stages: Sequence[Stage], path: Path) -> Iterator[Stage]:
-    """Each stage behind those it depends on; the file's order where these leave a choice."""
+    """The stages, each after those it depends on; where that leaves a choice, in the file's order."""
     waiting, done = list(stages), set[str]()
     while waiting:
         stage = next((stage for stage in waiting if done.issuperset(stage.after)), None)

@@ -1,8 +1,8 @@
-"""`madpo run`: the stages of a recipe, each as the command that a user would type, in order.
+"""`madpo run`: run a recipe's stages in order, each as the command that a user would type.
 
-A stage's folder holds `.started.json` and, after success, `.done.json`, both with the stage's key. What is
-done with the same key is skipped; what was cut off with the same key is continued; what has another key is
-set aside and done again.
+A stage's folder holds `.started.json` and, after success, `.done.json`, both with the stage's key. A stage
+that is done with an equal key is skipped; one that was interrupted with an equal key is continued; one with
+another key is set aside and run again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LINES_OF_A_FAILURE = 20
 
 @dataclass(frozen=True)
 class Job:
-    """A stage on its way."""
+    """A stage that is running."""
 
     stage: Stage
     process: subprocess.Popen[bytes]
@@ -56,24 +56,24 @@ def run(path: Path, overrides: Sequence[str], jobs: int, only: Sequence[str], dr
     whole = read(path, overrides)
     sources = {stage.name: checked(stage, whole) for stage in whole.stages}
     contents = Contents(whole.folder / HOUSEKEEPING / "contents.json")
-    found = keys(whole, contents, lambda stage: sources[stage.name])
+    stage_keys = keys(whole, contents, lambda stage: sources[stage.name])
     recipe = whole.needed_for(only)
     if dry_run:
-        states = _states(recipe, found)
+        states = _states(recipe, stage_keys)
         _show([(s.name, s.task, _some(s.after), states[s.name]) for s in recipe.stages], PLAN)
         return 0
     with _claimed(recipe.folder / HOUSEKEEPING):
         contents.save()
-        return Runner(recipe, found, _states(recipe, found), jobs).run()
+        return Runner(recipe, stage_keys, _states(recipe, stage_keys), jobs).run()
 
 
 class Runner:
-    """Starts what is ready, in the recipe's order; stops starting after a failure or a signal."""
+    """Starts stages that are ready, in the recipe's order; starts no more after a failure or a signal."""
 
     def __init__(
-        self, recipe: Recipe, found: Mapping[str, str], states: Mapping[str, State], jobs: int
+        self, recipe: Recipe, stage_keys: Mapping[str, str], states: Mapping[str, State], jobs: int
     ) -> None:
-        self.recipe, self.keys, self.states, self.jobs = recipe, found, states, jobs
+        self.recipe, self.keys, self.states, self.jobs = recipe, stage_keys, states, jobs
         self.running: list[Job] = []
         self.results = {name: ("done before", "") for name, state in states.items() if state == "done"}
         self.status = 0
@@ -148,12 +148,12 @@ class Runner:
         self.status = self.status or status
 
     def _say(self, stage: Stage, text: str) -> None:
-        place = self.recipe.stages.index(stage) + 1
-        print(f"[{place}/{len(self.recipe.stages)}] {stage.name}: {text}", flush=True)
+        number = self.recipe.stages.index(stage) + 1
+        print(f"[{number}/{len(self.recipe.stages)}] {stage.name}: {text}", flush=True)
 
     @contextmanager
     def _signals_passed_on(self) -> Iterator[None]:
-        """SIGINT and SIGTERM go to the stages under way, and no further one starts."""
+        """Context manager: SIGINT and SIGTERM go to the running stages, and no further one starts."""
 
         def forward(number: int, _frame: object) -> None:
             self.status = self.status or 128 + number
@@ -167,13 +167,13 @@ class Runner:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
-            for job in self.running:  # after an error of ours
+            for job in self.running:  # some are left only after an error of ours
                 job.process.terminate()
                 job.process.wait()
 
 
 def checked(stage: Stage, recipe: Recipe) -> str:
-    """Raise UserError for a stage that could not start; returns the source of a call's module."""
+    """Raise UserError for a stage that could not start; returns the source text of a call's module."""
     where = f"{recipe.path}: stages.{stage.name}"
     if stage.function is None:
         from_tree({**stage.given, "output_dir": str(recipe.folder / stage.name)}, where, stage.task)
@@ -187,7 +187,7 @@ def checked(stage: Stage, recipe: Recipe) -> str:
 
 
 def _request(stage: Stage, recipe: Recipe) -> str:
-    """The file that a stage is started with: its config, or the call. Returns the path."""
+    """Write the file that a stage is started with, its config or its call; returns the path."""
     path, folder = recipe.folder / HOUSEKEEPING / f"{stage.name}.yaml", str(recipe.folder / stage.name)
     if stage.function is None:
         tree = {"output_dir": folder, **stage.given}
@@ -198,12 +198,12 @@ def _request(stage: Stage, recipe: Recipe) -> str:
     return str(path)
 
 
-def _states(recipe: Recipe, found: Mapping[str, str]) -> dict[str, State]:
-    return {stage.name: _state(recipe.folder / stage.name, found[stage.name]) for stage in recipe.stages}
+def _states(recipe: Recipe, stage_keys: Mapping[str, str]) -> dict[str, State]:
+    return {stage.name: _state(recipe.folder / stage.name, stage_keys[stage.name]) for stage in recipe.stages}
 
 
 def _state(folder: Path, key: str) -> State:
-    """What a stage's folder says of it."""
+    """The state of a stage, from the key files in its folder."""
     if _key_in(folder / ".done.json") == key:
         return "done"
     if _key_in(folder / ".started.json") == key:

@@ -1,4 +1,4 @@
-"""Losses that look at the whole step equal one big batch in plain PyTorch, however the step is split."""
+"""Global-batch losses equal one big batch in plain PyTorch, however the step is split."""
 
 from __future__ import annotations
 

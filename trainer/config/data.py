@@ -1,4 +1,4 @@
-"""The config's section `data`: which rows, how they are read, and what becomes of them."""
+"""The config's section `data`: which data sets, how their examples are read, and what becomes of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from madpo.trainer.formats.read_row import check_template_kwargs
 
 
 def check_adapter(name: str) -> str:
-    """The same, if there is such an adapter. Raises UserError."""
+    """Return the name if there is such an adapter, else raise UserError."""
     if name != "auto" and name not in ADAPTERS:
         raise UserError(f"unknown adapter{nearest(name, ['auto', *ADAPTERS])}")
     return name
@@ -22,17 +22,27 @@ def check_adapter(name: str) -> str:
 class DatasetPart(Section):
     """One data set of a mixture."""
 
-    path: str = setting(description="as data.dataset_name", effect=Effect.RESULT, names="path")
-    name: str | None = Field(default=None, description="as data.dataset_config")
-    split: str = "train"
-    test_split: str | None = Field(default=None, description="held-out split; null: none of this part")
+    path: str = setting(
+        description="data set: a .jsonl or .parquet file, a folder of <split>.jsonl/.parquet, or a hub name",
+        effect=Effect.RESULT,
+        names="path",
+    )
+    name: str | None = Field(default=None, description="configuration of a data set on the hub")
+    split: str = Field(default="train", description="training split")
+    test_split: str | None = Field(
+        default=None, description="held-out split; null: nothing is held out of this part"
+    )
     fraction: float = Field(
         default=1.0,
         gt=0,
-        description="of the training groups; 2.5: all twice, half once more",
+        description="share of the training groups that is used; 2.5: all twice, and half once more",
     )
-    adapter: str | None = Field(default=None, description="null: data.adapter")
-    columns: dict[str, str] | None = Field(default=None, description="null: data.columns")
+    adapter: str | None = Field(
+        default=None, description="adapter that reads this part's examples; null: data.adapter"
+    )
+    columns: dict[str, str] | None = Field(
+        default=None, description="names of columns, ours to this part's; null: data.columns"
+    )
 
     @field_validator("adapter")
     @classmethod
@@ -43,54 +53,81 @@ class DatasetPart(Section):
 class DataConfig(Section):
     dataset_name: str | None = setting(
         default=None,
-        description="a .jsonl or .parquet file, a folder of <split>.jsonl/.parquet, or a hub name",
+        description="data set: a .jsonl or .parquet file, a folder of <split>.jsonl/.parquet, or a hub name",
         effect=Effect.RESULT,
         names="path",
     )
     datasets: list[DatasetPart] | None = setting(
-        default=None, min_length=1, description="a mixture, in place of dataset_name", effect=Effect.RESULT
+        default=None,
+        min_length=1,
+        description="mixture of several data sets, instead of dataset_name",
+        effect=Effect.RESULT,
     )
-    dataset_config: str | None = None
-    dataset_train_split: str = "train"
+    dataset_config: str | None = Field(default=None, description="configuration of a data set on the hub")
+    dataset_train_split: str = Field(default="train", description="training split")
     dataset_test_split: str | None = setting(
         default=None, description="held-out split; null: no evaluation", effect=Effect.RESULT
     )
-    adapter: str = Field(default="auto", description="how rows are read, see docs/data.md; auto: by columns")
-    columns: dict[str, str] = Field(default_factory=dict, description="our name of a column: the data set's")
+    adapter: str = Field(
+        default="auto",
+        description="adapter that reads the examples, see docs/data.md; auto: chosen by the columns",
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="names of columns: ours to the data set's, where they differ"
+    )
     edges: Literal["all", "adjacent", "best_worst"] = Field(
-        default="all", description="which completions of a ranked group are compared"
+        default="all", description="pairs of a ranked group's completions that are compared"
     )
     chat_template_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="variables for the chat template; a row's own come before these"
+        default_factory=dict, description="variables for the chat template; an example's own override them"
     )
-    streaming: bool = Field(default=False, description="read training rows in blocks, as they are needed")
-    stream_block: int = Field(default=10_000, ge=1, description="rows that are read and shuffled at a time")
-    max_length: int = Field(default=1024, ge=2, description="tokens of prompt + one completion")
+    streaming: bool = Field(
+        default=False, description="read training examples in blocks while training, not all at the start"
+    )
+    stream_block: int = Field(
+        default=10_000, ge=1, description="examples of a stream that are read and shuffled at a time"
+    )
+    max_length: int = Field(
+        default=1024,
+        ge=2,
+        description="most tokens of a prompt with one completion; longer completions are cut",
+    )
     append_eos: Literal["auto", "always", "never"] = Field(
-        default="auto", description="auto: plain text yes, conversations no (their template ends them)"
+        default="auto",
+        description="end token after a completion; auto: for plain text, not for conversations, whose "
+        "template ends them",
     )
     merge_prompts: bool = Field(
-        default=False, description="rows of one prompt are one group of the batch; not of a stream"
+        default=False, description="merge examples with equal prompts into one group; not for a stream"
     )
     order: Literal["shuffled", "easy_to_hard", "as_is"] = Field(
-        default="shuffled", description="of every epoch; easy_to_hard: by falling margin"
+        default="shuffled",
+        description="order of the data in every epoch; easy_to_hard: largest margins first",
     )
     min_weight: float | None = Field(
-        default=None, gt=0, description="pairs that the objective weights less are left out of training"
+        default=None, gt=0, description="smallest weight by the objective of a pair that is trained on"
     )
     sampling: Literal["uniform", "weight"] = Field(
-        default="uniform", description="weight: groups are drawn by the weight of their pairs, not weighted"
+        default="uniform",
+        description="weight: draw groups in proportion to their pairs' weights; the loss is then unweighted",
     )
-    folds: int | None = Field(default=None, ge=2, description="parts of the training split, by prompt")
-    fold: int | None = Field(default=None, ge=0, description="the part, from 0, that is left out of training")
+    folds: int | None = Field(
+        default=None, ge=2, description="number of parts that the training split is cut into, by prompt"
+    )
+    fold: int | None = Field(
+        default=None, ge=0, description="index, from 0, of the part that is left out of training"
+    )
     on_bad_row: Literal["error", "drop"] = setting(
-        default="error", description="a row that cannot be read", effect=Effect.RESULT
+        default="error", description="what to do with an example that cannot be read", effect=Effect.RESULT
     )
     dataset_num_proc: int | None = setting(
-        default=None, ge=1, description="processes that tokenise", effect=Effect.MEANS
+        default=None,
+        ge=1,
+        description="processes that tokenise; null: one, the main process",
+        effect=Effect.MEANS,
     )
     cache_dir: str = setting(
-        default="~/.cache/madpo", description="where tokenised data is kept", effect=Effect.MEANS
+        default="~/.cache/madpo", description="folder of the tokenised data", effect=Effect.MEANS
     )
 
     @field_validator("adapter")
@@ -113,7 +150,7 @@ class DataConfig(Section):
 
     @property
     def names(self) -> list[str]:
-        """Of the one data set, or of all parts of a mixture."""
+        """Paths of the data set, or of all parts of a mixture."""
         return [str(self.dataset_name)] if self.datasets is None else [part.path for part in self.datasets]
 
     @property
@@ -122,7 +159,7 @@ class DataConfig(Section):
         return self.dataset_test_split is not None or any(part.test_split is not None for part in parts)
 
     def alone(self, part: DatasetPart) -> DataConfig:
-        """The section as it would be with one part of the mixture as its only data set."""
+        """A copy of the section with one part of the mixture as its only data set."""
         own = {"adapter": part.adapter, "columns": part.columns}
         return self.model_copy(
             update={

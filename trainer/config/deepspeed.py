@@ -1,7 +1,7 @@
-"""What in a `deepspeed` block would contradict the rest of the config, go unheard, or not run here.
+"""Check the `deepspeed` block for keys that conflict with ours, are ignored by DeepSpeed, or cannot run here.
 
-DeepSpeed ignores unknown top-level keys, and says of others what is wrong with them only when the model is
-loaded, or by an assertion.
+DeepSpeed itself ignores unknown top-level keys, and complains about others only when the model is loaded, or
+by an assertion.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ REFUSED_OFFLOAD_KEYS = {
 }
 
 HARMLESS = {"super_offload": False, "ratio": 1.0}
+"""Values of refused keys that change nothing."""
 
 
 def check_block(block: dict[str, Any]) -> None:
-    """Raises UserError for keys that are unknown, ours, or of no use here."""
+    """Raise UserError for keys that are unknown, set by us, or unusable here."""
     for key in block:
         if key in OWNED_DEEPSPEED_KEYS:
             raise UserError(f"deepspeed.{key}: madpo sets this itself; use {OWNED_DEEPSPEED_KEYS[key]}")
@@ -58,15 +59,18 @@ def _check_offload(where: str, offload: Any, stage: int) -> None:
 
 
 def zero_stage(block: dict[str, Any], ranks: int) -> int:
-    """The stage that was asked for; else 3, which shares the weights out, too, but 2 for a rank that is alone
-    and has nobody to share with, unless a key is of stage 3 by its name: stage3_*, offload_*, zero_*."""
+    """The ZeRO stage that the block sets, else a default.
+
+    The default is 3, which partitions the weights too. It is 2 for a single rank, which has nothing to
+    partition, unless the block has a key of stage 3 (stage3_*, offload_*, zero_*).
+    """
     zero = block.get("zero_optimization", {})
     of_stage_3 = any(key.startswith(("stage3_", "offload_", "zero_")) for key in zero)
     return zero.get("stage", 3 if ranks > 1 or of_stage_3 else 2)
 
 
 def check_machine(block: dict[str, Any]) -> None:
-    """Raises UserError for what this machine lacks. To be called on the machine that trains."""
+    """Raise UserError for what this machine lacks. To be called on the machine that trains."""
     import torch
 
     where, zero = "deepspeed.zero_optimization", block.get("zero_optimization", {})
@@ -88,7 +92,7 @@ def _can_offload_to_disk() -> bool:
 
 
 def offload_device(block: dict[str, Any], key: str) -> str:
-    """Where offload_param or offload_optimizer sends what it says: none, cpu or nvme."""
+    """The device of `offload_param` or `offload_optimizer`: none, cpu or nvme."""
     return (block.get("zero_optimization", {}).get(key) or {}).get("device", "none")
 
 

@@ -1,4 +1,4 @@
-"""What a change of a config key means, read off the keys themselves."""
+"""What a change of a config key means for a continuation and for a recipe, read from the schema."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from madpo.trainer.config.section import Effect, Section
 
 
 class Key(NamedTuple):
-    """What a key says of itself."""
+    """What a key declares; see `section.setting`."""
 
     effect: Effect
     names: Literal["path", "function"] | None
@@ -22,24 +22,27 @@ class Key(NamedTuple):
 
 @cache
 def keys() -> dict[str, Key]:
-    """All keys of the config, dotted, sections among them."""
+    """Dotted key -> what it declares, for all keys of the config and its sections."""
     return dict(_keys(Config, "", None))
 
 
 def may_continue(key: str, router_loss: bool) -> bool:
-    """Whether a run may continue with another value of the key; `router_loss`: a loss of each packed row."""
+    """Whether a run may continue with another value of the key.
+
+    `router_loss`: the run has a loss over each packed row.
+    """
     effect = key_of(key).effect
     return effect in (Effect.RESULT, Effect.MEANS) or (effect is Effect.PACKED_ROWS and not router_loss)
 
 
 def keeps_results(key: str, router_loss: bool) -> bool:
-    """Whether a finished stage with another value of the key is as good."""
+    """Whether a finished stage stays valid with another value of the key; arguments as `may_continue`."""
     effect = key_of(key).effect
     return effect is Effect.MEANS or (effect is Effect.PACKED_ROWS and not router_loss)
 
 
 def key_of(dotted: str) -> Key:
-    """The key itself, or the one that holds it as part of its value, as in `objective.beta`."""
+    """What the key declares, or the key whose value contains it: `objective` for `objective.beta`."""
     while dotted not in keys():
         dotted, _, inner = dotted.rpartition(".")
         assert inner and dotted, f"{inner} is no key of the config"
@@ -48,16 +51,16 @@ def key_of(dotted: str) -> Key:
 
 def _keys(section: type[Section], prefix: str, given: Effect | None) -> Iterator[tuple[str, Key]]:
     for name, field in section.model_fields.items():
-        said: Any = field.json_schema_extra or {}
-        own = Effect(said["effect"]) if "effect" in said else Effect.NUMBERS
+        declared: Any = field.json_schema_extra or {}
+        own = Effect(declared["effect"]) if "effect" in declared else Effect.NUMBERS
         effect = own if given in (None, Effect.NUMBERS) else given
-        yield f"{prefix}{name}", Key(effect, said.get("names"))
-        for inner in _sections(field):
+        yield f"{prefix}{name}", Key(effect, declared.get("names"))
+        for inner in sections_in(field):
             yield from _keys(inner, f"{prefix}{name}.", effect)
 
 
-def _sections(field: FieldInfo) -> Iterator[type[Section]]:
-    """The section that a key holds, alone or as the items of a list."""
+def sections_in(field: FieldInfo) -> Iterator[type[Section]]:
+    """The sections that a key's type contains, directly or as items of a list."""
 
     def kinds(annotation: Any) -> Iterator[Any]:
         if get_origin(annotation) in (Union, UnionType, list):

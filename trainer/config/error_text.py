@@ -1,4 +1,4 @@
-"""What a user is told of a config that does not fit the schema."""
+"""The messages for a config that does not fit the schema."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from madpo.trainer.objectives.registry import OBJECTIVES
 
 
 def explain(error: ValidationError, schema: type[BaseModel]) -> str:
-    """Every problem on its own line: key, what is wrong, what is allowed."""
+    """The message for a validation error: each problem on a line, with key, fault and what is allowed."""
     lines = [_explain_one(item, schema) for item in error.errors()]
     return lines[0] if len(lines) == 1 else f"{len(lines)} problems\n" + "\n".join(f"  {x}" for x in lines)
 
@@ -19,7 +19,7 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
 def _explain_one(item: Any, schema: type[BaseModel]) -> str:
     location = [str(part) for part in item["loc"]]
     if location[:1] == ["objective"] and location[1:2] and location[1] in OBJECTIVES:
-        del location[1]  # pydantic names the chosen parameter class in the path
+        del location[1]  # pydantic puts the parameter class into the path
     key, kind, value = ".".join(location), item["type"], item["input"]
     prefix = f"{key}: " if key else ""
     if kind == "extra_forbidden":
@@ -39,7 +39,7 @@ def _explain_one(item: Any, schema: type[BaseModel]) -> str:
 def _known_keys(location: tuple[Any, ...], schema: type[BaseModel]) -> list[str]:
     """The keys that are allowed where `location` points to an unknown one."""
     node = schema
-    parents = [part for part in location[:-1] if isinstance(part, str)]  # without places in lists
+    parents = [part for part in location[:-1] if isinstance(part, str)]  # without indices of lists
     if parents[:1] == ["objective"]:
         node = OBJECTIVES[parents[1]].params
     else:
@@ -49,7 +49,7 @@ def _known_keys(location: tuple[Any, ...], schema: type[BaseModel]) -> list[str]
 
 
 def section_in(annotation: Any) -> type[BaseModel]:
-    """The section that a field holds, perhaps in a list, perhaps or null."""
+    """The section in a field's type, which may be a list of sections, or allow null."""
     while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
         annotation = next(part for part in get_args(annotation) if part is not type(None))
     return annotation

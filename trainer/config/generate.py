@@ -1,4 +1,4 @@
-"""The config's section `generate`: what is sampled, and who judges it."""
+"""The config's section `generate`: which completions are sampled, and who judges them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,33 @@ from madpo.trainer.errors import UserError
 
 
 class EndpointConfig(Section):
-    url: str = Field(description="base of an OpenAI-compatible server, as in http://localhost:8000/v1")
-    model: str = Field(description="its name on that server")
-    api_key_env: str | None = Field(default=None, description="environment variable that holds the key")
+    url: str = Field(
+        description="base address of an OpenAI-compatible server, as in http://localhost:8000/v1"
+    )
+    model: str = Field(description="name of the judge's model on the server")
+    api_key_env: str | None = Field(
+        default=None, description="environment variable that holds the server's key"
+    )
     mode: Literal["score", "pairwise"] = Field(
-        default="score", description="a number for each completion, or which of two is better, in both orders"
+        default="score",
+        description="score: a number for each completion; pairwise: the better of two, asked in both orders",
     )
     template: str | None = Field(
         default=None,
-        description="question with {prompt} and {completion}, pairwise {prompt}, {first} and {second}",
+        description="question to the judge, with {prompt} and {completion}, or if pairwise {prompt}, {first} "
+        "and {second}; null: a default question",
     )
     parameters: dict[str, Any] = Field(
-        default_factory=lambda: {"temperature": 0}, description="more of the request's body"
+        default_factory=lambda: {"temperature": 0}, description="further fields of the request's body"
     )
-    timeout: float = Field(default=60.0, gt=0, description="seconds for one reply")
-    max_retries: int = Field(default=5, ge=0, description="after a failure that may pass")
-    retry_wait: float = Field(default=1.0, gt=0, description="seconds before the first retry, then doubled")
-    concurrency: int = Field(default=8, ge=1, description="requests at once, of each rank")
+    timeout: float = Field(default=60.0, gt=0, description="seconds to wait for one reply")
+    max_retries: int = Field(
+        default=5, ge=0, description="retries of a request after failures that may be temporary"
+    )
+    retry_wait: float = Field(
+        default=1.0, gt=0, description="seconds before the first retry; doubled for each further one"
+    )
+    concurrency: int = Field(default=8, ge=1, description="requests of each rank at a time")
 
     @model_validator(mode="after")
     def _validate(self) -> Self:
@@ -42,12 +52,20 @@ class EndpointConfig(Section):
 
 class JudgeConfig(Section):
     reward_model: str | None = setting(
-        default=None, description="folder of a reward model", effect=Effect.RESULT, names="path"
+        default=None,
+        description="folder of a reward model that scores the completions",
+        effect=Effect.RESULT,
+        names="path",
     )
     function: str | None = setting(
-        default=None, description="module:name or path/file.py:name", effect=Effect.RESULT, names="function"
+        default=None,
+        description="Python function that scores the completions, as module:name or path/file.py:name",
+        effect=Effect.RESULT,
+        names="function",
     )
-    endpoint: EndpointConfig | None = None
+    endpoint: EndpointConfig | None = Field(
+        default=None, description="server of a language model that judges the completions"
+    )
 
     @model_validator(mode="after")
     def _validate(self) -> Self:
@@ -61,29 +79,39 @@ class JudgeConfig(Section):
 class GenerateConfig(Section):
     models: list[str] = setting(
         default_factory=list,
-        description="folders or hub names; empty: model.model_name_or_path",
+        description="models to sample from: folders or hub names; empty: model.model_name_or_path",
         effect=Effect.RESULT,
         names="path",
     )
-    num_completions: int = Field(default=2, ge=1, description="per prompt and model")
-    max_new_tokens: int = Field(default=256, ge=1)
-    temperature: float = Field(default=1.0, ge=0, description="0: the likeliest token each time")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="1: off")
-    top_k: int = Field(default=0, ge=0, description="0: off")
+    num_completions: int = Field(default=2, ge=1, description="completions per prompt and model")
+    max_new_tokens: int = Field(default=256, ge=1, description="most tokens of a completion")
+    temperature: float = Field(
+        default=1.0, ge=0, description="temperature of sampling; 0: always the likeliest token"
+    )
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="sample from the likeliest tokens of this total probability; 1: off",
+    )
+    top_k: int = Field(default=0, ge=0, description="sample from this many of the likeliest tokens; 0: off")
     prompt_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="so many of a plain text's tokens are the prompt; null: column prompt",
+        description="number of a plain text's first tokens that are the prompt; null: read column prompt",
     )
-    limit: int | None = Field(default=None, ge=1, description="prompts of each split")
-    batch_size: int = Field(default=64, ge=1, description="prompts at once")
+    limit: int | None = Field(default=None, ge=1, description="most prompts of each split; null: all of them")
+    batch_size: int = Field(default=64, ge=1, description="prompts that are sampled together")
     backend: Literal["auto", "hf", "vllm"] = Field(
-        default="hf", description="auto: vllm where it is installed and there is a GPU, else hf"
+        default="hf",
+        description="library that samples; auto: vllm where it is installed and there is a GPU, else hf",
     )
-    partitioned: bool = Field(default=False, description="hf: a model in ZeRO-3 partitions over the ranks")
-    judge: JudgeConfig | None = None
+    partitioned: bool = Field(
+        default=False, description="partition a model over the ranks (ZeRO-3) to sample; backend hf only"
+    )
+    judge: JudgeConfig | None = Field(default=None, description="who scores the completions; null: nobody")
     pairs: Literal["none", "best_worst", "bradley_terry"] = Field(
-        default="none", description="preference pairs from the scores, written beside them"
+        default="none", description="how preference pairs are made from the scores, and written beside them"
     )
 
     @model_validator(mode="after")

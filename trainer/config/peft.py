@@ -1,4 +1,4 @@
-"""The config's section `peft`: a LoRA adapter in place of all weights."""
+"""The config's section `peft`: train a LoRA adapter instead of all weights."""
 
 from __future__ import annotations
 
@@ -11,33 +11,51 @@ from madpo.trainer.errors import UserError
 
 
 class PeftConfig(Section):
-    """A LoRA adapter in place of all weights. Null is the value in brackets, or what a stored adapter has."""
+    """A LoRA adapter that is trained instead of all weights.
 
-    lora_r: int | None = Field(default=None, ge=1, description="rank (16)")
-    lora_alpha: int | None = Field(default=None, ge=1, description="scale: alpha / r, see use_rslora (32)")
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="only 0")
+    Null stands for the value of a stored adapter, or for a new one's default, which descriptions give.
+    """
+
+    lora_r: int | None = Field(default=None, ge=1, description="rank of the adapter; null: 16")
+    lora_alpha: int | None = Field(
+        default=None, ge=1, description="numerator of the adapter's scale, alpha / r; null: 32"
+    )
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout of the adapter; only 0")
     lora_target_modules: Literal["all-linear"] | list[str] | None = Field(
-        default=None, description="names of linear layers (all-linear: all but the head)"
+        default=None,
+        description="names of the linear layers that are adapted; null or all-linear: all except the head",
     )
     lora_modules_to_save: list[str] | None = Field(
-        default=None, description="layers trained whole, in a copy, as in [embed_tokens, lm_head]"
+        default=None, description="layers trained as whole copies, as in [embed_tokens, lm_head]; null: none"
     )
-    use_rslora: bool | None = Field(default=None, description="scale: alpha / sqrt(r) (false)")
-    use_dora: bool | None = Field(default=None, description="directions and magnitudes apart (false)")
+    use_rslora: bool | None = Field(
+        default=None, description="scale the adapter by alpha / sqrt(r) instead of alpha / r; null: false"
+    )
+    use_dora: bool | None = Field(
+        default=None, description="DoRA: train directions and magnitudes of weights apart; null: false"
+    )
     base_model_name_or_path: str | None = setting(
-        default=None, description="of a stored adapter; null: the one that it names", names="path"
+        default=None,
+        description="base model of a stored adapter; null: the one that the adapter names",
+        names="path",
     )
-    load_in_4bit: bool = Field(default=False, description="QLoRA: the base in 4 bits; needs madpo[qlora]")
-    load_in_8bit: bool = False
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    use_bnb_nested_quant: bool = Field(default=False, description="quantise the quantisation constants too")
+    load_in_4bit: bool = Field(
+        default=False, description="QLoRA: the base model in 4 bits; needs madpo[qlora]"
+    )
+    load_in_8bit: bool = Field(default=False, description="the base model in 8 bits; needs madpo[qlora]")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = Field(
+        default="nf4", description="number format of a base model in 4 bits"
+    )
+    use_bnb_nested_quant: bool = Field(
+        default=False, description="quantise the quantisation constants of a base model in 4 bits too"
+    )
 
     @property
     def quantised(self) -> bool:
         return self.load_in_4bit or self.load_in_8bit
 
     def of_given_models(self) -> PeftConfig | None:
-        """What of the section holds for models that are only scored with: how their bases are quantised."""
+        """The part that also holds for models that only score: how their bases are quantised; else None."""
         keys = {"load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"}
         return PeftConfig(**self.model_dump(include=keys)) if self.quantised else None
 

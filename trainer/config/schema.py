@@ -1,7 +1,7 @@
 """The whole configuration: one strict schema, read from YAML with dotted overrides.
 
-Key names are TRL's where TRL has one. An unknown key, a duplicate key or a value out of range is a
-UserError that names the key, the value and what is allowed, all of them at once.
+Key names are TRL's where TRL has one. Unknown keys, duplicate keys and values out of range are a UserError
+that names each key, its value and what is allowed, all at once.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ from madpo.trainer.objectives.registry import OBJECTIVES, ObjectiveParams
 
 
 class AnnotateConfig(Section):
-    """Of `madpo annotate`: the models that score, in place of the run in output_dir."""
+    """The reward models that `madpo annotate` scores with, instead of the run in output_dir."""
 
     folds: int | None = Field(
-        default=None, ge=2, description="so many models, each trained without a fold of the prompts"
+        default=None,
+        ge=2,
+        description="number of models to train, each without one fold of the prompts (cross-fitting)",
     )
     models: list[str] | None = setting(
         default=None,
         min_length=1,
-        description="reward models or their run folders; scores are their mean",
+        description="reward models, or run folders of such, whose mean score is written",
         effect=Effect.RESULT,
         names="path",
     )
@@ -52,11 +54,11 @@ class AnnotateConfig(Section):
 class LaunchConfig(Section):
     num_processes: int | Literal["auto"] = setting(
         default="auto",
-        description="ranks on this machine; auto: one per GPU, without a GPU two",
+        description="ranks on this machine; auto: one per GPU, or two without a GPU",
         effect=Effect.RESULT,
     )
     timeout_minutes: float = setting(
-        default=30.0, gt=0, description="a collective that hangs longer fails", effect=Effect.MEANS
+        default=30.0, gt=0, description="minutes after which a hanging collective fails", effect=Effect.MEANS
     )
 
     @field_validator("num_processes")
@@ -68,21 +70,30 @@ class LaunchConfig(Section):
 
 
 class Config(Section):
-    output_dir: str = setting(description="the run folder", effect=Effect.MEANS)
-    seed: int = Field(default=42, ge=0, lt=2**32)
-    model: ModelConfig
-    peft: PeftConfig | None = Field(default=None, description="null: train all weights")
-    data: DataConfig
-    objective: ObjectiveParams  # pyright: ignore[reportInvalidTypeForm]
-    optim: OptimConfig = OptimConfig()
-    train: TrainConfig = TrainConfig()
-    annotate: AnnotateConfig = setting(AnnotateConfig(), effect=Effect.RESULT)
-    launch: LaunchConfig = LaunchConfig()
+    output_dir: str = setting(description="folder of the run", effect=Effect.MEANS)
+    seed: int = Field(
+        default=42,
+        ge=0,
+        lt=2**32,
+        description="seed of new weights, of the order of the data, and of sampling",
+    )
+    model: ModelConfig = Field(description="weights, reference, attention, what is frozen")
+    peft: PeftConfig | None = Field(default=None, description="LoRA adapter; null: train all weights")
+    data: DataConfig = Field(description="data sets, how they are read, and what becomes of them")
+    objective: ObjectiveParams = Field(description="loss_type and its parameters")  # pyright: ignore[reportInvalidTypeForm]
+    optim: OptimConfig = Field(default=OptimConfig(), description="optimiser and learning rate")
+    train: TrainConfig = Field(default=TrainConfig(), description="batch sizes, length, logs, checkpoints")
+    annotate: AnnotateConfig = setting(
+        AnnotateConfig(), description="models that madpo annotate scores with", effect=Effect.RESULT
+    )
+    launch: LaunchConfig = Field(default=LaunchConfig(), description="ranks on this machine")
     generate: GenerateConfig | None = setting(
-        default=None, description="for madpo generate; null: defaults", effect=Effect.RESULT
+        default=None,
+        description="what madpo generate samples and who judges it; null: defaults",
+        effect=Effect.RESULT,
     )
     deepspeed: dict[str, Any] = setting(
-        default_factory=dict, description="passed to DeepSpeed", effect=Effect.RESULT
+        default_factory=dict, description="block that is passed to DeepSpeed", effect=Effect.RESULT
     )
 
     @field_validator("objective", mode="before")
@@ -102,7 +113,7 @@ class Config(Section):
 
 
 def validate(config: Config) -> None:
-    """The checks that look at more than one key. Raises UserError."""
+    """Check combinations of keys. Raises UserError."""
     model, optim, train = config.model, config.optim, config.train
     if (model.model_name_or_path is None) == (model.init_config is None):
         raise UserError("model: set one of model_name_or_path (weights) and init_config (from scratch)")
@@ -165,7 +176,7 @@ def _validate_sequence_parallel(config: Config) -> None:
 
 
 def validate_peft(config: Config, peft: PeftConfig) -> None:
-    """What an adapter, a new one or a stored one, cannot be combined with. Raises UserError."""
+    """Check what an adapter, new or stored, cannot be combined with. Raises UserError."""
     model = config.model
     if model.init_config is not None:
         raise UserError(
@@ -240,26 +251,33 @@ def _validate_data(config: Config) -> None:
                 f"data.datasets.{number}.test_split: it is the training split; held-out data must be "
                 "other data"
             )
-    of_parts = {"dataset_config": "name", "dataset_train_split": "split", "dataset_test_split": "test_split"}
-    for key, of_part in of_parts.items():
+    keys_of_parts = {
+        "dataset_config": "name",
+        "dataset_train_split": "split",
+        "dataset_test_split": "test_split",
+    }
+    for key, key_of_part in keys_of_parts.items():
         if data.datasets is not None and getattr(data, key) != DataConfig.model_fields[key].default:
             raise UserError(
-                f"data.{key}: every part of a mixture has its own; set data.datasets: [{{{of_part}: ...}}]"
+                f"data.{key}: every part of a mixture has its own; "
+                f"set data.datasets: [{{{key_of_part}: ...}}]"
             )
 
 
 def _validate_weights(config: Config) -> None:
-    """Of keys that look at the weights of pairs."""
+    """Check the two keys that look at the weights of pairs, `min_weight` and `sampling`."""
     data = config.data
-    set_keys = [*["min_weight"] * (data.min_weight is not None), *["sampling"] * (data.sampling == "weight")]
-    if not set_keys:
+    if data.min_weight is not None:
+        key = "min_weight"
+    elif data.sampling == "weight":
+        key = "sampling"
+    else:
         return
-    key = set_keys[0]
     if config.bound_objective.weight is None:
-        known = ", ".join(name for name, entry in OBJECTIVES.items() if entry.weight is not None)
+        objectives = ", ".join(name for name, entry in OBJECTIVES.items() if entry.weight is not None)
         raise UserError(
             f"data.{key}: {config.objective.loss_type} has no weight that follows from the margin alone; "
-            f"leave it out, or use loss_type {known}"
+            f"leave it out, or use loss_type {objectives}"
         )
     if data.streaming:
         raise UserError(
@@ -292,16 +310,16 @@ def _validate_streaming(config: Config) -> None:
 
 
 DEFAULT_OBJECTIVES = {"sft": "nll", "reward": "bradley_terry", "annotate": "bradley_terry", "generate": "nll"}
-"""Task -> the loss_type of a config that names none; `generate` has no use for it."""
+"""Task -> the loss_type of a config that names none; `generate` uses no loss."""
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), task: str = "train") -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, check everything. Raises UserError."""
+    """Read a config from a YAML file, apply `section.key=value` overrides, check it. Raises UserError."""
     return from_tree(strict_yaml.override(strict_yaml.read(path), overrides), str(path), task)
 
 
 def from_tree(tree: dict[str, Any], origin: str, task: str = "train") -> Config:
-    """The config in a mapping of sections, for a task. UserError names `origin` and every problem."""
+    """Build and check a task's config from a mapping. UserError names `origin` and every problem."""
     objective = tree.get("objective") or {}
     if task in DEFAULT_OBJECTIVES and isinstance(objective, dict):
         tree = {**tree, "objective": {"loss_type": DEFAULT_OBJECTIVES[task], **objective}}
@@ -319,5 +337,5 @@ def from_tree(tree: dict[str, Any], origin: str, task: str = "train") -> Config:
 
 
 def dump(config: Config) -> str:
-    """The resolved config as YAML; `load` of it gives the same config."""
+    """The resolved config as YAML, which `load` reads back as an equal config."""
     return strict_yaml.dump(config.model_dump(mode="json", by_alias=True))

@@ -1,4 +1,4 @@
-"""The base of every section of the config, and what a key says of itself."""
+"""The base of every section of the config, and how a key declares its effect."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values are of their type, immutable and finite."""
+    """Base of every section: unknown keys and values of another type are errors; immutable, finite."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
@@ -17,17 +17,17 @@ class Section(BaseModel):
 
 
 class Effect(Enum):
-    """What another value of a key means for what was done with the old one."""
+    """What a new value of a key changes: whether a run may continue, whether a recipe runs a stage again."""
 
     NUMBERS = "numbers"
-    """It trains other numbers: a run refuses to continue with it, a recipe does the stage again."""
+    """The numbers that are trained. A run refuses to continue; a recipe runs the stage again."""
     RESULT = "result"
-    """It changes what a stage reads or writes beside the training, or names what counts by its content: a
-    run may continue with it, a recipe does the stage again."""
+    """What a stage reads or writes besides the trained numbers; or the key names a file whose content counts,
+    not its name. A run may continue; a recipe runs the stage again."""
     MEANS = "means"
-    """It changes speed, memory, rounding or places: a run may continue with it, a recipe keeps the stage."""
+    """Speed, memory, rounding or places. A run may continue; a recipe keeps the finished stage."""
     PACKED_ROWS = "packed rows"
-    """MEANS; but NUMBERS where `model.router_aux_loss_coef` adds a loss that is formed of each packed row."""
+    """MEANS; but NUMBERS where `model.router_aux_loss_coef` adds a loss over each packed row."""
 
 
 def setting(
@@ -37,10 +37,10 @@ def setting(
     names: Literal["path", "function"] | None = None,
     **options: Any,
 ) -> Any:
-    """A pydantic field that says what a change of its value means, and whether it names something to read.
+    """A pydantic field that declares its effect, and whether its value names something to read.
 
-    A section's effect holds for all keys in it. `names`: a file, a folder or a model, or a function in a
-    file, whose content decides a stage's result.
+    A section's effect holds for all keys in it. `names`: "path" for a file, a folder or a model, "function"
+    for a function in a file; their content decides a stage's result.
     """
     if default is not ...:
         options["default"] = default

@@ -1,4 +1,4 @@
-"""YAML as a user means it: duplicate keys are errors, `1e-6` is a float, dotted overrides."""
+"""Strict YAML: duplicate keys are errors, `1e-6` is a float; dotted overrides."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from madpo.trainer.errors import UserError
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that rejects duplicate keys and reads scalars as YAML 1.2 does: `no` is text, `010`
-    is ten, `1:30` is text, `1e-6` is a float."""
+    """SafeLoader that rejects duplicate keys, and reads scalars as YAML 1.2: `no` and `1:30` are text,
+    `010` is ten, `1e-6` is a float."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # pyright: ignore
 
@@ -35,7 +35,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 class _StrictDumper(yaml.SafeDumper):
-    """Quotes text that either this module or another YAML reader would take for something else."""
+    """SafeDumper that quotes text which this module or another YAML reader would take for something else."""
 
 
 _SCALARS = (
@@ -56,7 +56,7 @@ _StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(str(n
 
 
 def parse(text: str, origin: str) -> Any:
-    """The value of a YAML text. UserError names `origin` and the line."""
+    """Parse a YAML text. UserError names `origin` and the line."""
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
@@ -68,7 +68,7 @@ def parse(text: str, origin: str) -> Any:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. UserError names the file and line."""
+    """Read a YAML file that holds a mapping. UserError names the file and line."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -79,12 +79,12 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def dump(tree: dict[str, Any]) -> str:
-    """The YAML text of a mapping; `parse` of it gives the same mapping."""
+    """Write a mapping as YAML; `parse` reads it back as an equal mapping."""
     return yaml.dump(tree, Dumper=_StrictDumper, sort_keys=False, width=100)
 
 
 def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """A copy of `tree` with `a.b=value` assignments applied; values are YAML, a mapping replaces."""
+    """Apply `a.b=value` assignments to a copy of `tree`. Values are YAML; a mapping replaces the old one."""
     tree = dict(tree)
     for assignment in assignments:
         path, separator, text = assignment.partition("=")
@@ -104,7 +104,7 @@ def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]
 
 
 def named_texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a tree with the dotted key that it stands under, without places in lists."""
+    """(dotted key, text) for every text in a tree; items of a list have the list's key."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):

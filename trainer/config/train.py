@@ -1,4 +1,4 @@
-"""The config's sections `optim` and `train`: the optimiser, the steps and what is kept of them."""
+"""The config's sections `optim` and `train`: the optimiser, the steps, and what is written."""
 
 from __future__ import annotations
 
@@ -10,66 +10,93 @@ from madpo.trainer.config.section import Effect, Section, setting
 
 
 class OptimConfig(Section):
-    lr: float = Field(default=1e-6, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0, description="on matrices only, not on norms and biases")
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(default=1e-8, gt=0)
-    max_grad_norm: float = Field(default=1.0, ge=0, description="0: no clipping")
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = Field(default=0, ge=0)
-    warmup_ratio: float = Field(default=0.0, ge=0, lt=1, description="share of all steps; or warmup_steps")
+    lr: float = Field(default=1e-6, gt=0, description="learning rate after warm-up")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="weight decay of matrices; norms and biases have none"
+    )
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the squared gradient")
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW's term against division by zero")
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="norm above which gradients are clipped; 0: no clipping"
+    )
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        default="cosine", description="course of the learning rate after warm-up; linear and cosine end at 0"
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    warmup_ratio: float = Field(
+        default=0.0, ge=0, lt=1, description="share of all steps that is warm-up, instead of warmup_steps"
+    )
 
 
 class TrainConfig(Section):
-    global_batch_size: int = Field(default=64, ge=1, description="groups (prompts) per step, over all ranks")
+    global_batch_size: int = Field(
+        default=64, ge=1, description="groups (prompts) per step, of all ranks together"
+    )
     micro_batch_tokens: int = setting(
-        default=16384, ge=2, description="packed tokens per forward and rank", effect=Effect.PACKED_ROWS
+        default=16384,
+        ge=2,
+        description="most packed tokens of a micro-batch on one rank",
+        effect=Effect.PACKED_ROWS,
     )
     sequence_parallel_size: int = Field(
-        default=1, ge=1, description="ranks that share a packed row, for long ones; divides the model's heads"
+        default=1,
+        ge=1,
+        description="ranks that share each packed row, for long sequences; divides the model's heads",
     )
-    num_train_epochs: float = Field(default=1.0, gt=0)
-    max_steps: int | None = Field(default=None, ge=1, description="in place of num_train_epochs")
-    bf16: bool = True
-    logging_steps: int = setting(default=10, ge=1, effect=Effect.RESULT)
+    num_train_epochs: float = Field(default=1.0, gt=0, description="passes over the training data")
+    max_steps: int | None = Field(
+        default=None, ge=1, description="optimiser steps, instead of num_train_epochs"
+    )
+    bf16: bool = Field(default=True, description="train in bfloat16, else in float32")
+    logging_steps: int = setting(
+        default=10, ge=1, description="steps between lines of metrics", effect=Effect.RESULT
+    )
     eval_steps: int | None = setting(
-        default=None, ge=1, description="null: only at the end", effect=Effect.RESULT
+        default=None,
+        ge=1,
+        description="steps between evaluations; null: one at the end",
+        effect=Effect.RESULT,
     )
     save_steps: int | None = setting(
-        default=None, ge=1, description="null: only at the end", effect=Effect.MEANS
+        default=None,
+        ge=1,
+        description="steps between checkpoints; null: one at the end",
+        effect=Effect.MEANS,
     )
-    save_total_limit: int = setting(default=2, ge=1, description="checkpoints kept", effect=Effect.MEANS)
+    save_total_limit: int = setting(
+        default=2, ge=1, description="number of newest checkpoints to keep", effect=Effect.MEANS
+    )
     export: bool = setting(
         default=True, description="write a Hugging Face model folder at the end", effect=Effect.RESULT
     )
     export_merged: bool = setting(
         default=False,
-        description="beside an adapter, also write whole weights with it in them",
+        description="besides an adapter, also export the whole model with the adapter merged in",
         effect=Effect.RESULT,
     )
     max_shard_size: str = setting(
         default="5GB",
         pattern=r"^[1-9][0-9]*(KB|MB|GB)$",
-        description="of an exported weights file",
+        description="largest size of one exported weights file",
         effect=Effect.RESULT,
     )
     head_gib: float = setting(
-        default=2.0, gt=0, description="GiB of logits that the loss head keeps at once", effect=Effect.MEANS
+        default=2.0, gt=0, description="GiB of logits that the loss head holds at a time", effect=Effect.MEANS
     )
     head_impl: Literal["auto", "triton", "torch"] = setting(
         default="auto",
-        description="of the loss head; auto: triton on GPUs, torch on CPUs",
+        description="implementation of the loss head; auto: triton on GPUs, torch on CPUs",
         effect=Effect.MEANS,
     )
     peak_tflops: float | None = setting(
         default=None,
         gt=0,
-        description="of one device, for perf/mfu; null: of common GPUs it is known",
+        description="peak TFLOP/s of one device, for perf/mfu; null: looked up for common GPUs",
         effect=Effect.RESULT,
     )
 
     @property
     def row_tokens(self) -> int:
-        """The most that a packed row may hold."""
+        """The most tokens that a packed row may hold."""
         return self.micro_batch_tokens * self.sequence_parallel_size

@@ -1,4 +1,4 @@
-"""Objectives, also for use outside the trainer:
+"""The losses, also for use outside the trainer:
 
 objective = build("madpo", beta=0.1, c_max=4.0, lam=1.0, tau=7.0)
 losses = objective(EdgeScores(chosen_logps=..., rejected_logps=..., ...))  # (E,)

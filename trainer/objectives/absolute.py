@@ -1,4 +1,4 @@
-"""Losses that look at the chosen and the rejected completion each by itself, not at their difference."""
+"""Losses that look at chosen and rejected completion separately, not only at their difference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from madpo.trainer.objectives.scores import EdgeScores
 class CalDPOParams(Params):
     loss_type: Literal["cal_dpo"] = "cal_dpo"
     beta: Beta = 0.001
-    weight: Annotated[float, Field(ge=0, description="of the squares")] = 0.5
+    weight: Annotated[float, Field(ge=0, description="weight of the two squared terms")] = 0.5
 
 
 @objective(CalDPOParams, {"reference"})
@@ -34,7 +34,7 @@ def cal_dpo(scores: EdgeScores, params: CalDPOParams) -> Tensor:
 class CalDPOHingeParams(Params):
     loss_type: Literal["cal_dpo_hinge"] = "cal_dpo_hinge"
     beta: Beta = 0.1
-    alpha: Annotated[float, Field(ge=0, description="weight of the hinge")] = 1.0
+    alpha: Annotated[float, Field(ge=0, description="weight of the hinge on the chosen reward")] = 1.0
     tau: Annotated[float, Field(description="reward that the chosen completion should reach")] = 1.0
 
 
@@ -81,7 +81,9 @@ def nca_pair(scores: EdgeScores, params: NCAParams) -> Tensor:
 class BCOParams(Params):
     loss_type: Literal["bco_pair"] = "bco_pair"
     beta: Beta = 0.01
-    delta: Annotated[float, Field(description="shift of the rewards")] = 0.0
+    delta: Annotated[
+        float, Field(description="reward at which a completion counts as neither good nor bad")
+    ] = 0.0
 
 
 @objective(BCOParams, {"reference"})
@@ -128,9 +130,11 @@ def apo_down(scores: EdgeScores, params: APODownParams) -> Tensor:
 class AnchoredParams(Params):
     loss_type: Literal["anchored_dpo"] = "anchored_dpo"
     beta: Beta = 0.1
-    anchor: Annotated[Literal["linear", "lse", "hinge"], Field(description="its form")] = "hinge"
+    anchor: Annotated[Literal["linear", "lse", "hinge"], Field(description="form of the anchor")] = "hinge"
     alpha: Annotated[float, Field(ge=0, description="weight of the anchor")] = 1.0
-    tau: Annotated[float, Field(description="of the hinge: scores above tau and below -tau are enough")] = 1.0
+    tau: Annotated[
+        float, Field(description="hinge anchor: chosen above tau and rejected below -tau cost nothing")
+    ] = 1.0
 
 
 @objective(AnchoredParams, {"reference"})

@@ -1,12 +1,13 @@
-"""What an objective is: a pure function of small vectors, and what it needs, declared as data.
+"""What an objective is: a pure function of small vectors, and its needs, declared as data.
 
-An objective sees the log-probabilities of whole groups (a prompt with its completions) and returns
-one loss per *item*. What an item is, an edge, a sequence or a token, is declared too: the loss of an
-optimiser step is the mean over the items of the global batch. An objective of edges sees `EdgeScores`,
-one of sequences `SequenceScores`, one that reads tokens `Scored`.
+An objective sees the log-probabilities of whole groups (a prompt with its completions) and returns one loss
+per *item*: an edge, a sequence or a token, as it declares. The loss of an optimiser step is the mean over
+the items of the global batch. An objective of edges takes `EdgeScores`, one of sequences `SequenceScores`,
+one that looks at tokens `Scored`.
 
-Most objectives see the groups of a micro-batch. One that needs the "batch" sees all items of the step, of
-all ranks and in the step's order; it may take a `BatchState` too and keep numbers for the next step.
+Most objectives see one micro-batch at a time. A global-batch objective, which needs "batch", sees all items
+of the step, of all ranks and in the step's order. It may also take a `BatchState`, and keep numbers for the
+next step.
 """
 
 from __future__ import annotations
@@ -56,41 +57,41 @@ class Params(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     def problem_with(self, margins: np.ndarray) -> str | None:
-        """What in the margins (E,) of a data set this loss cannot be formed with, and what to do about it."""
+        """Why this loss cannot be computed with the margins (E,) of a data set, and what to do; else None."""
         return None
 
     @classmethod
     def keys(cls) -> set[str]:
-        """All names under which parameters can be given."""
+        """All names under which parameters can be given, aliases among them."""
         aliases = (parameter.validation_alias for parameter in cls.model_fields.values())
         choices = (choice for alias in aliases if isinstance(alias, AliasChoices) for choice in alias.choices)
         return {*cls.model_fields, *map(str, choices)}
 
     @property
     def quantiles(self) -> dict[str, float]:
-        """Parameters that are given as a quantile, with that quantile."""
-        found = {name: quantile_of(getattr(self, name)) for name in type(self).model_fields}
-        return {name: q for name, q in found.items() if q is not None}
+        """Parameter -> q, for the parameters that are given as `quantile:q`."""
+        quantiles = {name: quantile_of(getattr(self, name)) for name in type(self).model_fields}
+        return {name: q for name, q in quantiles.items() if q is not None}
 
     def resolve(self, values: np.ndarray) -> Self:
-        """The same with numbers for quantiles, of the values (N,) that the parameters are compared with.
+        """A copy with every quantile replaced by its number: that quantile of the values (N,).
 
-        Raises ValueError where a quantile is not allowed as a number.
+        `values` are what the parameters are compared with. Raises ValueError if a number is out of range.
         """
         numbers = {name: float(np.quantile(self.scale_of(values), q)) for name, q in self.quantiles.items()}
         return type(self).model_validate({**self.model_dump(by_alias=True), **numbers})
 
     def scale_of(self, values: np.ndarray) -> np.ndarray:
-        """The values as the parameters are compared with them."""
+        """Transform the values as this loss does before it compares them with its parameters."""
         return values
 
 
 @dataclass(frozen=True)
 class BatchState:
-    """What an objective of the whole batch knows beside the scores of the step; alike on all ranks."""
+    """What a global-batch objective knows besides the scores of the step; equal on all ranks."""
 
-    memory: Mapping[str, list[float]] = field(default_factory=dict)  # what it kept; empty at first
-    seed: tuple[int, int] = (0, 0)  # of the run, and the step
+    memory: Mapping[str, list[float]] = field(default_factory=dict)  # from the last step; empty at first
+    seed: tuple[int, int] = (0, 0)  # the run's seed, and the step's number
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,14 @@ class Outcome:
 
     losses: Tensor  # (items,)
     stats: dict[str, Tensor] = field(default_factory=dict)  # name -> (items,), detached, for the log
-    memory: dict[str, list[float]] = field(default_factory=dict)  # to find in the next step's BatchState
+    memory: dict[str, list[float]] = field(default_factory=dict)  # for the next step's BatchState
 
 
 class Need(StrEnum):
-    """What an objective needs beside the log-probs of its completions."""
+    """What an objective needs besides the log-probs of its completions."""
 
     REFERENCE = "reference"
-    """Log-probs under the reference."""
+    """Log-probs under the reference model."""
     MARGINS = "margins"
     """Margins of the pairs."""
     LENGTHS = "lengths"
@@ -114,33 +115,36 @@ class Need(StrEnum):
     LABELS = "labels"
     """Which completions are desirable."""
     MISMATCHED = "mismatched"
-    """Completions that were written for another prompt."""
+    """Completions that belong to another prompt (KTO's estimate of the KL)."""
     SCORES = "scores"
-    """A reward model's scores in place of log-probs."""
+    """A reward model's scores instead of log-probs."""
     TOKENS = "tokens"
     """Log-probs of single tokens: the function takes `Scored`."""
     DISTRIBUTIONS = "distributions"
-    """`log_collisions` of `Scored`, and `kl` where the reference is at hand, from a slower head."""
+    """`log_collisions` of `Scored`, from a slower head that looks at whole distributions."""
     KL = "kl"
-    """`kl` of `Scored`, which the reference's log-probs do not tell; needs `distributions`, too."""
+    """`kl` of `Scored`, which takes the reference's logits; needs `distributions` too."""
     BATCH = "batch"
-    """All items of the step at once."""
+    """All items of the step at once, of all ranks."""
 
 
 def _needs(names: Iterable[str]) -> frozenset[Need]:
-    """Raises AssertionError for a name that is no need."""
+    """The members of `Need` by name. Raises AssertionError for an unknown name."""
     unknown = sorted(set(names) - set(Need))
     assert not unknown, f"unknown needs {', '.join(unknown)}; choose from {', '.join(Need)}"
     return frozenset(Need(name) for name in names)
 
 
 Epilogue = Callable[[Tensor, Any], EdgeLoss]
-"""(margins (E,), params) -> the same losses as data, for the kernels to form."""
+"""(margins (E,), params) -> the objective's losses as data, for the kernels to form."""
 
 
 EdgeWeight = Callable[[Tensor, Any], Tensor]
-"""(margins (E,), params) -> weights (E,), not negative, where an edge's loss is its weight times something
-that does not depend on the margin. `EdgeScores.weights` come in their place."""
+"""(margins (E,), params) -> weights (E,), 0 or more.
+
+For an objective whose loss is such a weight times something that does not depend on the margin. It must use
+`EdgeScores.weights` instead where they are given.
+"""
 
 
 @dataclass(frozen=True)
@@ -151,19 +155,23 @@ class Objective:
     params: type[Params]
     item: Item = Item.EDGE
     needs: frozenset[Need] = frozenset()
-    needs_of: Callable[[Any], Iterable[str]] | None = None  # where they depend on the parameters
-    epilogue: Epilogue | None = None  # None: by autograd
+    needs_of: Callable[[Any], Iterable[str]] | None = None  # set where the needs depend on the parameters
+    epilogue: Epilogue | None = None  # None: autograd differentiates the function
     weight: EdgeWeight | None = None  # None: the loss is no such product
 
     def __call__(self, scored: Scored, params: Params) -> Outcome:
-        """The losses of some whole groups; not for an objective that needs the batch."""
+        """The losses of whole groups; not for a global-batch objective."""
         assert not self.needs_batch
-        views = {EdgeScores: lambda: scored.edges, SequenceScores: lambda: scored.sequences}
-        return self.function(views.get(self.view, lambda: scored)(), params, BatchState())
+        scores: Scores = scored
+        if self.view is EdgeScores:
+            scores = scored.edges
+        elif self.view is SequenceScores:
+            scores = scored.sequences
+        return self.function(scores, params, BatchState())
 
     @property
     def view(self) -> type[Scores]:
-        """What the function takes."""
+        """The kind of scores that the function takes."""
         if self.item is Item.TOKEN or self.needs & {Need.TOKENS, Need.DISTRIBUTIONS}:
             return Scored
         return EdgeScores if self.item is Item.EDGE else SequenceScores
@@ -173,7 +181,7 @@ class Objective:
         return self.params.model_fields["loss_type"].default
 
     def of(self, params: Params) -> Objective:
-        """The objective with the needs that it has under these parameters."""
+        """The objective with its needs under these parameters."""
         return self if self.needs_of is None else replace(self, needs=_needs(self.needs_of(params)))
 
     @property
@@ -190,7 +198,7 @@ class Objective:
 
     @property
     def is_reward_model(self) -> bool:
-        """Whether it trains a reward model, on scores in place of log-probs."""
+        """Whether it trains a reward model, on scores instead of log-probs."""
         return Need.SCORES in self.needs
 
     @property
@@ -212,9 +220,9 @@ def objective(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the function below under the `loss_type` of its parameters.
 
-    It takes (scores, params), and as a third argument a `BatchState` if it wants it, and returns an
-    Outcome or just the losses. `needs` are members of `Need` or their values. Raises AssertionError for
-    a name that is none.
+    The function takes (scores, params), or (scores, params, BatchState), and returns an Outcome or just the
+    losses. `needs` are members of `Need` or their values, or a function of the parameters. Raises
+    AssertionError for an unknown need.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from madpo.trainer.objectives.scores import EdgeScores
 class DPOPParams(Params):
     loss_type: Literal["dpop"] = "dpop"
     beta: Beta = 0.1
-    lam: Lambda = 5.0
+    lam: Annotated[Lambda, Field(description="penalty on a chosen completion below the reference")] = 5.0
 
 
 @objective(DPOPParams, {"reference"})
@@ -35,7 +35,10 @@ def dpop(scores: EdgeScores, params: DPOPParams) -> Tensor:
 class BDPOParams(Params):
     loss_type: Literal["bdpo"] = "bdpo"
     beta: Beta = 0.1
-    lam: Annotated[Lambda, Field(gt=0, lt=1)] = 0.5
+    lam: Annotated[
+        Lambda,
+        Field(gt=0, lt=1, description="share of the policy in the mixture that bounds the rejected part"),
+    ] = 0.5
 
 
 @objective(BDPOParams, {"reference"})
@@ -52,7 +55,7 @@ def bdpo(scores: EdgeScores, params: BDPOParams) -> Tensor:
 class BPOParams(Params):
     loss_type: Literal["bpo"] = "bpo"
     beta: Beta = 0.1
-    alpha: Annotated[float, Field(gt=0, description="weight of the rejected part")] = 0.3
+    alpha: Annotated[float, Field(gt=0, description="factor on the rejected completion's log-ratio")] = 0.3
 
 
 @objective(BPOParams, {"reference"})

@@ -14,13 +14,14 @@ from madpo.trainer.objectives.base import BatchState, EdgeLoss, Item, Need, Obje
 from madpo.trainer.objectives.scores import Scored, Scores
 
 ALIASES = {"sigmoid": "dpo", "sft": "chosen_nll"}
-"""Names of other libraries."""
+"""Names in other libraries -> ours."""
 
 
 def as_one_objective(block: dict[str, Any]) -> dict[str, Any]:
-    """An `objective` block in TRL's spelling as ours: other names, and a list of losses with their weights.
+    """Translate an `objective` block from TRL's spelling: its names, and a list of losses with weights.
 
-    A parameter beside a list goes to every loss that has it. Raises ValueError for one that none has.
+    A list becomes a `weighted_sum`; a parameter beside it goes to every loss that has one of that name.
+    Raises ValueError for a parameter that no loss has.
     """
     from madpo.trainer.objectives.registry import OBJECTIVES
 
@@ -28,12 +29,12 @@ def as_one_objective(block: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(kinds, list) or not kinds or not all(isinstance(kind, str) for kind in kinds):
         return {**block, "loss_type": ALIASES.get(kinds, kinds)} if isinstance(kinds, str) else block
     parameters = {key: value for key, value in block.items() if key not in ("loss_type", "loss_weights")}
-    terms, taken = [], set[str]()
+    terms, allowed = [], set[str]()
     for kind in (ALIASES.get(kind, kind) for kind in kinds):
-        known = OBJECTIVES[kind].params.keys() if kind in OBJECTIVES else set[str]()
-        terms.append({"loss_type": kind, **{k: v for k, v in parameters.items() if k in known}})
-        taken |= known
-    if unknown := parameters.keys() - taken:
+        own = OBJECTIVES[kind].params.keys() if kind in OBJECTIVES else set[str]()
+        terms.append({"loss_type": kind, **{k: v for k, v in parameters.items() if k in own}})
+        allowed |= own
+    if unknown := parameters.keys() - allowed:
         names = ", ".join(map(str, kinds))
         raise ValueError(f"{', '.join(sorted(unknown))}: none of {names} has this parameter")
     weights = block.get("loss_weights", [1.0] * len(kinds))
@@ -61,7 +62,7 @@ class BoundObjective:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What it needs beside the log-probs: reference, margins, lengths, labels, tokens, batch, ..."""
+        """What it needs besides log-probs: reference, margins, lengths, labels, tokens, batch, ..."""
         return self.entry.needs
 
     @property
@@ -74,7 +75,7 @@ class BoundObjective:
 
     @property
     def needs_batch(self) -> bool:
-        """Whether its losses look at all items of the step, of all ranks, at once."""
+        """Whether it is a global-batch objective: its losses look at all items of the step at once."""
         return self.entry.needs_batch
 
     @property
@@ -92,7 +93,7 @@ class BoundObjective:
 
     @property
     def weight(self) -> Callable[[Tensor], Tensor] | None:
-        """Margins (E,) -> the weights (E,) of the pairs, where the loss is such a product."""
+        """Margins (E,) -> weights (E,) of the pairs; None where the loss has no such factor."""
         weight = self.entry.weight
         return None if weight is None else lambda margins: weight(margins, self.params)
 
@@ -100,7 +101,7 @@ class BoundObjective:
         self,
         margins: Tensor,  # (E,)
     ) -> EdgeLoss | None:
-        """The losses as data for the kernels to form; None where autograd differentiates the function."""
+        """The losses as data for the kernels to form; None if autograd differentiates the function."""
         return None if self.entry.epilogue is None else self.entry.epilogue(margins, self.params)
 
     def __call__(self, scores: Scores, state: BatchState | None = None) -> Tensor:
@@ -108,7 +109,7 @@ class BoundObjective:
         return self.outcome(scores, state).losses
 
     def outcome(self, scores: Scores, state: BatchState | None = None) -> Outcome:
-        """The losses, what goes into the log, and what the next call should find in its `state`."""
+        """The losses, values for the log, and memory for the next step's `state`."""
         view = self.entry.view
         if not isinstance(scores, view):
             raise ValueError(f"{self.entry.name} takes {view.__name__}, got {type(scores).__name__}")
@@ -119,7 +120,7 @@ class BoundObjective:
         return self.entry.function(scores, self.params, state or BatchState())
 
     def of_groups(self, scored: Scored) -> Outcome:
-        """The losses of whole groups; not for an objective that needs the batch."""
+        """The losses of whole groups; not for a global-batch objective."""
         return self.entry(scored, self.params)
 
 
@@ -131,11 +132,11 @@ FIELDS = {
     Need.DISTRIBUTIONS: ("log_collisions",),
     Need.KL: ("kl",),
 }
-"""Where the scores hold what an objective needs; of these names, each kind of scores has some."""
+"""Need -> the fields of scores that hold it; no kind of scores has all of them."""
 
 
 def bind(params: Params) -> BoundObjective:
-    """The objective that these parameters are of."""
+    """The objective that has these parameters."""
     from madpo.trainer.objectives.registry import OBJECTIVES
 
     return BoundObjective(OBJECTIVES[params.model_fields["loss_type"].default].of(params), params)

@@ -1,4 +1,4 @@
-"""DPO's difference of log-ratios under other curves and divergences."""
+"""DPO's difference of log-ratios with other curves and other divergences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from madpo.trainer.objectives.scores import EdgeScores
 class EXOParams(Params):
     loss_type: Literal["exo_pair"] = "exo_pair"
     beta: Beta = 0.1
-    eps: Annotated[float, Field(gt=0, lt=0.5, description="probability of a wrong label")] = 1e-3
+    eps: Annotated[float, Field(gt=0, lt=0.5, description="assumed probability that a label is wrong")] = 1e-3
 
 
 @objective(EXOParams, {"reference"})
@@ -35,7 +35,7 @@ def exo_pair(scores: EdgeScores, params: EXOParams) -> Tensor:
 class DiscoPOPParams(Params):
     loss_type: Literal["discopop"] = "discopop"
     beta: Beta = 0.05
-    tau: Annotated[float, Field(gt=0, description="temperature of the mixture")] = 0.05
+    tau: Annotated[float, Field(gt=0, description="temperature of the switch between the two losses")] = 0.05
 
 
 @objective(DiscoPOPParams, {"reference"})
@@ -54,8 +54,11 @@ def discopop(scores: EdgeScores, params: DiscoPOPParams) -> Tensor:
 class FDPOParams(Params):
     loss_type: Literal["f_dpo"] = "f_dpo"
     beta: Beta = 0.1
-    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
-    alpha: Annotated[float, Field(gt=0, description="of the alpha divergence, not 1")] = 0.5
+    divergence: Annotated[
+        Literal["reverse_kl", "forward_kl", "js", "alpha"],
+        Field(description="divergence that keeps the policy near the reference"),
+    ] = "reverse_kl"
+    alpha: Annotated[float, Field(gt=0, description="order of the alpha divergence, not 1")] = 0.5
 
     @model_validator(mode="after")
     def _alpha_is_not_one(self) -> Self:
@@ -66,7 +69,7 @@ class FDPOParams(Params):
 
 @objective(FDPOParams, {"reference"})
 def f_dpo(scores: EdgeScores, params: FDPOParams) -> Tensor:
-    """L = -log sigmoid(beta (g(a) - g(b))) with g of the divergence that holds the policy to the reference.
+    """L = -log sigmoid(beta (g(a) - g(b))); g follows from the divergence between policy and reference.
 
     reverse_kl: g(x) = x (DPO). forward_kl: -e^-x. js: log sigmoid(x). alpha: e^((alpha - 1) x) / (alpha - 1),
     alpha as TRL has it. Exponents end at 80, where float32 would soon overflow.

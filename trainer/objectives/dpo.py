@@ -1,4 +1,4 @@
-"""Direct Preference Optimisation, and its forms for labels that may be wrong."""
+"""Direct Preference Optimisation, and its variants for wrong labels and for length."""
 
 from __future__ import annotations
 

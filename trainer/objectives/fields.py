@@ -9,7 +9,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, AliasChoices, Field
 
-Beta = Annotated[float, Field(gt=0, description="strength of the pull to the reference")]
+Beta = Annotated[
+    float, Field(gt=0, description="strength with which the policy is held to the reference model")
+]
 LabelSmoothing = Annotated[
     float,
     Field(
@@ -17,28 +19,33 @@ LabelSmoothing = Annotated[
         lt=0.5,
         validation_alias=AliasChoices("label_smoothing", "eps"),
         serialization_alias="label_smoothing",
-        description="share of labels taken to be reversed, below 1/2",
+        description="assumed share of pairs whose labels are reversed",
     ),
 ]
-Gamma = Annotated[float, Field(description="margin that the scaled difference should exceed")]
+Gamma = Annotated[float, Field(description="margin by which chosen should exceed rejected, after beta")]
 Lambda = Annotated[
     float,
     Field(validation_alias=AliasChoices("lambda", "lam"), serialization_alias="lambda", ge=0),
 ]
-NLLWeight = Annotated[float, Field(ge=0, description="weight of the chosen completion's NLL")]
-Average = Annotated[bool, Field(description="per token (true) or summed over the completion (false)")]
+NLLWeight = Annotated[
+    float, Field(ge=0, description="weight of the chosen completion's negative log-likelihood")
+]
+Scale = Annotated[float, Field(gt=0, description="factor on chosen minus rejected log-prob")]
+Average = Annotated[
+    bool, Field(description="negative log-likelihood as a mean over tokens (true) or a sum (false)")
+]
 
 QUANTILE = re.compile(r"quantile:(0?\.\d*[1-9]\d*)")
 
 
 def quantile_of(value: object) -> float | None:
-    """q of a parameter that is given as `quantile:q`, None for anything else."""
-    found = QUANTILE.fullmatch(value) if isinstance(value, str) else None
-    return float(found[1]) if found else None
+    """The q of a value `quantile:q`; None for any other value."""
+    match = QUANTILE.fullmatch(value) if isinstance(value, str) else None
+    return float(match[1]) if match else None
 
 
 def number(value: float | str) -> float:
-    """The value, where a quantile has no meaning: ValueError."""
+    """The value as a number. Raises ValueError for a quantile that no data has resolved."""
     if isinstance(value, str):
         raise ValueError(f"{value} is taken of a run's training set; give a number here")
     return value
@@ -46,12 +53,13 @@ def number(value: float | str) -> float:
 
 def _number_or_quantile(value: float | str, above: float = -math.inf, below: float = math.inf) -> float | str:
     if quantile_of(value) is None and (isinstance(value, str) or not above < value < below):
-        parts = [f" above {above:g}"] * math.isfinite(above) + [f" below {below:g}"] * math.isfinite(below)
+        limits = (("above", above), ("below", below))
+        parts = [f" {word} {limit:g}" for word, limit in limits if math.isfinite(limit)]
         raise ValueError(f"a number{' and'.join(parts)}; or quantile:q, q in (0, 1), as in quantile:0.1")
     return value
 
 
 Threshold = Annotated[float | str, AfterValidator(_number_or_quantile)]
-"""A number, or which quantile it is of the training set's values."""
+"""A number, or `quantile:q` of the training set's values."""
 PositiveThreshold = Annotated[float | str, AfterValidator(partial(_number_or_quantile, above=0))]
 ProbabilityThreshold = Annotated[float | str, AfterValidator(partial(_number_or_quantile, above=0, below=1))]

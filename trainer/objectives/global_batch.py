@@ -1,4 +1,4 @@
-"""Losses of pairs that depend on the other pairs of the step, of all ranks."""
+"""Global-batch losses: each pair's depends on the other pairs of the step, of all ranks."""
 
 from __future__ import annotations
 
@@ -11,49 +11,53 @@ from pydantic import Field
 from torch import Tensor
 
 from madpo.trainer.objectives.base import BatchState, Outcome, Params, objective
-from madpo.trainer.objectives.fields import Beta, Gamma, LabelSmoothing
+from madpo.trainer.objectives.fields import Beta, Gamma, LabelSmoothing, Scale
 from madpo.trainer.objectives.scores import EdgeScores
 
-Momentum = Annotated[float, Field(ge=0, lt=1, description="of the running mean and deviation")]
+Momentum = Annotated[
+    float, Field(ge=0, lt=1, description="share of the old value in the running mean and deviation")
+]
 
 
 class BetaDPOParams(Params):
     loss_type: Literal["beta_dpo"] = "beta_dpo"
     beta: Beta = 0.1
-    alpha: Annotated[float, Field(ge=0, description="how far the batch moves beta")] = 0.6
+    alpha: Annotated[float, Field(ge=0, description="how strongly beta follows the mean of the step")] = 0.6
     drop: Annotated[float, Field(ge=0, lt=1, description="share of pairs that the filter leaves out")] = 0.2
     momentum: Momentum = 0.9
-    min_beta: Annotated[float, Field(gt=0, description="floor under the batch's beta")] = 1e-3
+    min_beta: Annotated[float, Field(gt=0, description="smallest beta of a step")] = 1e-3
 
 
 @objective(BetaDPOParams, {"reference", "batch"})
 def beta_dpo(scores: EdgeScores, params: BetaDPOParams, state: BatchState) -> Outcome:
-    """L = -log sigmoid(b D) for the pairs that the filter keeps, 0 for the others.
+    """L = -log sigmoid(b D) for the pairs that the filter draws, 0 for the others.
 
-    M0 and s0 are running mean and deviation of D, updated before use. Of E pairs (1 - drop) E are drawn
-    without replacement, in proportion to exp(-((D - M0) / s0)^2 / 2), and b = max(beta (1 + alpha (mean of
-    the drawn D - M0)), min_beta). The mean of the losses is over all pairs, as in the authors' code.
+    M0 and s0 are the running mean and deviation of D, updated before use. Of E pairs (1 - drop) E are drawn
+    without replacement, with weights exp(-((D - M0) / s0)^2 / 2). b = max(beta (1 + alpha (mean of the drawn
+    D - M0)), min_beta). The mean of the losses is over all pairs, as in the authors' code.
     Source: Wu et al. 2024 (arXiv 2407.08639) and the authors' code.
     """
     gaps = scores.deltas.detach().double()
     mean, std, memory = _running(gaps, params.momentum, state)
     log_weights = torch.zeros_like(gaps) if std == 0 else -0.5 * ((gaps - mean) / std).square()
-    # The largest of log-weights plus Gumbel noise are a draw without replacement.
+    # The largest of log-weights plus Gumbel noise are a weighted draw without replacement.
     noise = -torch.log(-torch.log(_uniforms(len(gaps), state).to(gaps.device)))
-    kept = torch.zeros_like(gaps, dtype=torch.bool)
+    drawn = torch.zeros_like(gaps, dtype=torch.bool)
     count = max(int(len(gaps) * (1 - params.drop)), 1)
-    kept[torch.topk(log_weights + noise, count).indices] = True
-    beta = params.beta * (1 + params.alpha * (gaps[kept].mean() - mean))
+    drawn[torch.topk(log_weights + noise, count).indices] = True
+    beta = params.beta * (1 + params.alpha * (gaps[drawn].mean() - mean))
     beta = beta.clamp(min=params.min_beta)
-    losses = torch.where(kept, -F.logsigmoid(beta.to(scores.deltas.dtype) * scores.deltas), 0.0)
-    return Outcome(losses, {"beta_dpo/beta": beta.expand_as(gaps), "beta_dpo/kept": kept.double()}, memory)
+    losses = torch.where(drawn, -F.logsigmoid(beta.to(scores.deltas.dtype) * scores.deltas), 0.0)
+    return Outcome(losses, {"beta_dpo/beta": beta.expand_as(gaps), "beta_dpo/kept": drawn.double()}, memory)
 
 
 class AlphaDPOParams(Params):
     loss_type: Literal["alpha_dpo"] = "alpha_dpo"
-    beta: Beta = 2.5
+    beta: Scale = 2.5
     gamma: Gamma = 1.5
-    alpha: Annotated[float, Field(ge=0, description="weight of the standardised gap")] = 0.2
+    alpha: Annotated[
+        float, Field(ge=0, description="factor on the standardised gap between policy and reference")
+    ] = 0.2
     momentum: Momentum = 0.9
 
 
@@ -75,14 +79,14 @@ def alpha_dpo(scores: EdgeScores, params: AlphaDPOParams, state: BatchState) -> 
 
 class AMaPOParams(Params):
     loss_type: Literal["amapo"] = "amapo"
-    beta: Beta = 2.0
+    beta: Scale = 2.0
 
 
 @objective(AMaPOParams, {"lengths", "batch"})
 def amapo(scores: EdgeScores, params: AMaPOParams) -> Outcome:
     """L = -log sigmoid(beta G - sg[m]), m = beta exp((mean - G) / std * mean) where G < mean, else 0.
 
-    G = u_w - u_l per token; mean and std are those of the step. Without a reference.
+    G = u_w - u_l per token; mean and std are those of the step. There is no reference.
     Source: AMaPO's authors' code (2025).
     """
     gaps = scores.chosen_means - scores.rejected_means
@@ -97,14 +101,16 @@ def amapo(scores: EdgeScores, params: AMaPOParams) -> Outcome:
 class DrDPOParams(Params):
     loss_type: Literal["dr_dpo"] = "dr_dpo"
     beta: Beta = 0.1
-    beta_prime: Annotated[float, Field(gt=0, description="temperature over the pairs; large is DPO")] = 1.0
+    beta_prime: Annotated[
+        float, Field(gt=0, description="temperature over the pairs of a step; infinity would be DPO")
+    ] = 1.0
 
 
 @objective(DrDPOParams, {"reference", "batch"})
 def dr_dpo(scores: EdgeScores, params: DrDPOParams) -> Tensor:
     """L = -b' log mean_i exp(-L_i / b'), L_i the DPO losses of the step: pairs of large loss count less.
 
-    The loss of the step, repeated for every pair.
+    L is one number for the whole step, repeated for every pair.
     Source: Wu et al. 2024 (arXiv 2407.07880) and the authors' code.
     """
     losses = -F.logsigmoid(params.beta * scores.deltas)
@@ -137,7 +143,7 @@ class AOTUnpairedParams(AOTParams):
 
 @objective(AOTUnpairedParams, {"reference", "batch"})
 def aot_unpaired(scores: EdgeScores, params: AOTUnpairedParams) -> Tensor:
-    """As `aot` with d = sort(a) - sort(b): which chosen meets which rejected completion is of no account.
+    """L_i as in `aot`, with d = sort(a) - sort(b): pairs are ignored, all chosen meet all rejected.
 
     Source: Melnyk et al. 2024 (arXiv 2406.05882), as TRL has it.
     """
@@ -147,10 +153,12 @@ def aot_unpaired(scores: EdgeScores, params: AOTUnpairedParams) -> Tensor:
 
 class GammaPOParams(Params):
     loss_type: Literal["gamma_po"] = "gamma_po"
-    beta: Beta = 2.5
+    beta: Annotated[float, Field(gt=0, description="factor on a pair's gap")] = 2.5
     gamma: Annotated[float, Field(gt=0, description="mean of the pairs' margins")] = 1.0
-    tau: Annotated[float, Field(gt=0, description="pull of the margins to their mean")] = 10.0
-    base: Annotated[Literal["simpo", "dpo"], Field(description="which gap has the margin")] = "simpo"
+    tau: Annotated[float, Field(gt=0, description="how strongly margins are pulled to their mean")] = 10.0
+    base: Annotated[
+        Literal["simpo", "dpo"], Field(description="loss that gets the margins: simpo or dpo")
+    ] = "simpo"
 
 
 @objective(
@@ -175,7 +183,7 @@ def gamma_po(scores: EdgeScores, params: GammaPOParams, state: BatchState) -> Ou
 
 
 def _target_margins(gaps: Tensor, params: GammaPOParams) -> Tensor:
-    """(N,) margins for the gaps (N,). Nineteen updates: the authors make one more and do not use it."""
+    """Margins (N,) for the gaps (N,). Nineteen updates: the authors make one more and do not use it."""
     scale, rate = params.gamma * len(gaps), min(0.5 / params.tau, 1.0)
     p = torch.full_like(gaps, 1 / max(len(gaps), 1))
     for _ in range(19):
@@ -197,16 +205,16 @@ def _moments(values: Tensor) -> tuple[float, float]:
 def _running(
     values: Tensor, momentum: float, state: BatchState
 ) -> tuple[float, float, dict[str, list[float]]]:
-    """Running mean and deviation, both from 0 on, with the step's values in them."""
+    """Running mean and deviation, which start at 0, updated with the step's values; and their memory."""
     old = state.memory.get("moments", [0.0, 0.0])
     mean, std = (momentum * x + (1 - momentum) * y for x, y in zip(old, _moments(values), strict=True))
     return mean, std, {"moments": [mean, std]}
 
 
 def _uniforms(count: int, state: BatchState) -> Tensor:
-    """(count,) numbers in (0, 1) that depend on the state's seed alone.
+    """Numbers (count,) in (0, 1) that depend on the state's seed only.
 
-    The counter keeps them apart from the order of the data, which has the same kind of key.
+    The counter makes them differ from the draws of the data's order, whose key is of the same kind.
     """
     words = np.random.Philox(key=list(state.seed), counter=[0, 0, 0, 1]).random_raw(count)
     return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53

@@ -9,14 +9,16 @@ from pydantic import Field
 from torch import Tensor
 
 from madpo.trainer.objectives.base import EdgeLoss, Params, objective
-from madpo.trainer.objectives.fields import Average, Beta, Lambda
+from madpo.trainer.objectives.fields import Beta, Lambda
 from madpo.trainer.objectives.scores import EdgeScores
 
 
 class IPOParams(Params):
     loss_type: Literal["ipo"] = "ipo"
     beta: Beta = 0.1
-    average: Average = True
+    average: Annotated[bool, Field(description="log-ratios as means over tokens (true) or sums (false)")] = (
+        True
+    )
 
 
 @objective(
@@ -65,8 +67,8 @@ def rso(scores: EdgeScores, params: RSOParams) -> Tensor:
 
 class SLiCParams(Params):
     loss_type: Literal["slic_hf"] = "slic_hf"
-    delta: Annotated[float, Field(gt=0, description="margin of the log-probs")] = 1.0
-    lam: Lambda = 0.1
+    delta: Annotated[float, Field(gt=0, description="log-prob by which chosen should exceed rejected")] = 1.0
+    lam: Annotated[Lambda, Field(description="weight of the chosen completion's log-likelihood")] = 0.1
 
 
 @objective(SLiCParams)

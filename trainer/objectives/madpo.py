@@ -18,21 +18,26 @@ from madpo.trainer.objectives.scores import EdgeScores
 class MADPOParams(Params):
     loss_type: Literal["madpo"] = "madpo"
     beta: Beta = 0.1
-    c_max: float = Field(default=4.0, gt=1, description="amplification limit, above 1")
-    c_min: float | None = Field(default=None, gt=0, lt=1, description="dampening limit; null is 1 / c_max")
+    c_max: float = Field(default=4.0, gt=1, description="largest factor on a margin, for small margins")
+    c_min: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="smallest factor on a margin, for large margins; null: 1 / c_max",
+    )
     steepness: float = Field(
         default=1.0,
         gt=0,
         validation_alias=AliasChoices("lambda", "lam"),
         serialization_alias="lambda",
-        description="steepness of the transition",
+        description="steepness of the change from c_max to c_min",
     )
     tau: PositiveThreshold = Field(
-        default=7.0, description="margin at which the weight crosses 1; or quantile:q of the absolute margins"
+        default=7.0, description="margin whose factor and weight are 1; or quantile:q of the absolute margins"
     )
-    margin_scale: float = Field(default=1.0, gt=0, description="multiplies the margins of the data set")
+    margin_scale: float = Field(default=1.0, gt=0, description="factor on the margins of the data set")
     ablation: Literal["amplify", "regularise"] | None = Field(
-        default=None, description="keep only c above 1 (amplify) or below (regularise)"
+        default=None, description="amplify: no factor below 1; regularise: none above 1; null: both"
     )
 
     @model_validator(mode="after")
@@ -46,7 +51,7 @@ class MADPOParams(Params):
 
     @property
     def weight(self) -> MarginWeight:
-        """The weight of a pair as a function of its margin, with the equation."""
+        """A pair's weight as a function of its margin; `MarginWeight` has the equation."""
         assert self.c_min is not None
         return MarginWeight(
             self.c_max,

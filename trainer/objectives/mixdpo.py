@@ -1,4 +1,4 @@
-"""MixDPO: easy pairs by preference, difficult ones by imitation of the chosen completion."""
+"""MixDPO: a preference loss on easy pairs, imitation of the chosen completion on difficult ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MixDPOParams(Params):
     gamma: Gamma = 0.0
 
     def resolve(self, values: np.ndarray) -> Self:
-        """Just above the quantile, so that of tied margins all are difficult and the share is q at least."""
+        """A copy with a threshold just above the quantile: at least a share q is difficult, with all ties."""
         numbers = {
             name: float(np.nextafter(np.quantile(values, q, method="inverted_cdf"), np.inf))
             for name, q in self.quantiles.items()

@@ -1,4 +1,4 @@
-"""DPO with an offset inside the sigmoid: margins from the data, lengths, a damped rejected part, ties."""
+"""DPO with an offset inside the sigmoid, from margins or lengths; a damped rejected part; ties."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from madpo.trainer.objectives.scores import EdgeScores
 class ODPOParams(Params):
     loss_type: Literal["odpo"] = "odpo"
     beta: Beta = 0.1
-    alpha: Annotated[float, Field(ge=0, description="weight of the offset")] = 1.0
+    alpha: Annotated[float, Field(ge=0, description="factor on the offset, log(margin)")] = 1.0
 
     def problem_with(self, margins: np.ndarray) -> str | None:
         count = int((margins <= 0).sum())
@@ -50,7 +50,7 @@ def odpo(scores: EdgeScores, params: ODPOParams) -> Tensor:
 class ConstantMarginParams(Params):
     loss_type: Literal["constant_margin"] = "constant_margin"
     beta: Beta = 0.1
-    margin: Annotated[float, Field(description="the offset")] = 1.0
+    margin: Annotated[float, Field(description="offset that is the same for every pair")] = 1.0
 
 
 @objective(ConstantMarginParams, {"reference"}, epilogue=lambda margins, p: EdgeLoss(p.beta, offset=p.margin))
@@ -62,7 +62,7 @@ def constant_margin(scores: EdgeScores, params: ConstantMarginParams) -> Tensor:
 class RDPOParams(Params):
     loss_type: Literal["r_dpo"] = "r_dpo"
     beta: Beta = 0.1
-    alpha: Annotated[float, Field(ge=0, description="weight of the difference in length")] = 0.02
+    alpha: Annotated[float, Field(ge=0, description="factor on chosen minus rejected length")] = 0.02
 
 
 @objective(RDPOParams, {"reference", "lengths"})
@@ -79,7 +79,7 @@ def r_dpo(scores: EdgeScores, params: RDPOParams) -> Tensor:
 class DPOShiftParams(Params):
     loss_type: Literal["dpo_shift"] = "dpo_shift"
     beta: Beta = 0.1
-    lam: Lambda = 0.75
+    lam: Annotated[Lambda, Field(description="factor on the rejected log-ratio; 1 is DPO")] = 0.75
 
 
 @objective(DPOShiftParams, {"reference"})
@@ -95,7 +95,7 @@ def dpo_shift(scores: EdgeScores, params: DPOShiftParams) -> Tensor:
 class MMPOParams(Params):
     loss_type: Literal["mmpo"] = "mmpo"
     beta: Beta = 0.1
-    gamma: Annotated[float, Field(gt=0, description="scale of the margins")] = 1.1
+    gamma: Annotated[float, Field(gt=0, description="factor on the margins of the data set")] = 1.1
 
 
 @objective(MMPOParams, {"reference", "margins"})
@@ -113,8 +113,8 @@ def mmpo(scores: EdgeScores, params: MMPOParams) -> Tensor:
 class TODOParams(Params):
     loss_type: Literal["todo"] = "todo"
     beta: Beta = 0.1
-    theta: Annotated[float, Field(gt=0, description="half the width of a tie")] = 0.5
-    tie_margin: Annotated[float, Field(ge=0, description="a pair whose |margin| is no larger is a tie")] = 0.0
+    theta: Annotated[float, Field(gt=0, description="half the width of a tie, in rewards")] = 0.5
+    tie_margin: Annotated[float, Field(ge=0, description="largest |margin| of a pair that is a tie")] = 0.0
 
 
 @objective(TODOParams, {"reference", "margins"})

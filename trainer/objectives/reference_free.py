@@ -1,4 +1,4 @@
-"""Losses without a reference: log-probs per token in place of log-ratios."""
+"""Losses without a reference: log-probs, most often per token, instead of log-ratios."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from madpo.trainer.objectives.base import EdgeLoss, Params, objective
-from madpo.trainer.objectives.fields import Average, Gamma, Lambda, NLLWeight
+from madpo.trainer.objectives.fields import Average, Gamma, Lambda, NLLWeight, Scale
 from madpo.trainer.objectives.scores import EdgeScores
-
-Scale = Annotated[float, Field(gt=0, description="factor on the difference of log-probs")]
 
 
 class SimPOParams(Params):
@@ -39,12 +37,12 @@ class AlphaPOParams(Params):
     loss_type: Literal["alphapo"] = "alphapo"
     beta: Scale = 2.5
     gamma: Gamma = 0.25
-    alpha: Annotated[float, Field(description="shape of the reward; 0 is SimPO")] = 0.25
+    alpha: Annotated[float, Field(description="curvature of the reward; 0 is SimPO")] = 0.25
 
 
 @objective(AlphaPOParams, {"lengths"})
 def alphapo(scores: EdgeScores, params: AlphaPOParams) -> Tensor:
-    """SimPO with the reward (1 - p^-alpha) / alpha in place of log p, p = e^u.
+    """L = -log sigmoid(beta (R(u_w) - R(u_l)) - gamma), R = (1 - p^-alpha) / alpha, p = e^u.
 
     Source: Gupta et al. 2025 (arXiv 2501.03884); the default of gamma is assumed.
     """
@@ -58,7 +56,7 @@ def alphapo(scores: EdgeScores, params: AlphaPOParams) -> Tensor:
 
 class ORPOParams(Params):
     loss_type: Literal["orpo"] = "orpo"
-    lam: Lambda = 0.1
+    lam: Annotated[Lambda, Field(description="weight of the odds-ratio loss beside the NLL")] = 0.1
 
 
 @objective(ORPOParams, {"lengths"})
@@ -76,7 +74,7 @@ def orpo(scores: EdgeScores, params: ORPOParams) -> Tensor:
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x < 0, in the form that loses nothing on either side of -log 2."""
+    """log(1 - e^x) for x < 0, by the formula that keeps its digits on either side of -log 2."""
     small = x > -0.6931471805599453
     near = torch.where(small, x, -1.0)
     far = torch.where(small, -1.0, x)

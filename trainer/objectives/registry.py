@@ -1,7 +1,7 @@
-"""All objectives by `loss_type`: those of this folder, and those that installed packages announce.
+"""All objectives by `loss_type`: those in this folder, and those that installed packages announce.
 
-To add one here, write its file. To add one from outside, decorate it with `base.objective` in a package
-of your own and announce the module as an entry point of the group `madpo.objectives`.
+To add one here, write its file. To add one from another package, decorate it with `base.objective` there
+and announce its module as an entry point of the group `madpo.objectives`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pydantic import Field
 
 from madpo.trainer.objectives.base import OBJECTIVES
 
-for found in pkgutil.iter_modules([str(Path(__file__).parent)]):
-    if found.name != "registry":
-        import_module(f"madpo.trainer.objectives.{found.name}")
+for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+    if module.name != "registry":
+        import_module(f"madpo.trainer.objectives.{module.name}")
 for entry_point in entry_points(group="madpo.objectives"):
     entry_point.load()
 for name in sorted(OBJECTIVES):

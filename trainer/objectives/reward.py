@@ -1,4 +1,4 @@
-"""Losses of reward models: a score for every completion in place of its log-prob."""
+"""Losses of reward models, which give every completion a score instead of a log-prob."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from madpo.trainer.objectives.scores import EdgeScores
 
 class BradleyTerryParams(Params):
     loss_type: Literal["bradley_terry"] = "bradley_terry"
-    margin: Annotated[bool, Field(description="subtract the data's margin")] = False
+    margin: Annotated[bool, Field(description="subtract the data set's margin from the gap")] = False
     center_rewards_coefficient: Annotated[
-        float, Field(ge=0, description="pull of the pair's sum of scores to 0; 0.01 in the paper")
+        float, Field(ge=0, description="weight of a pair's squared sum of scores; 0.01 in the paper")
     ] = 0.0
 
 

@@ -25,12 +25,12 @@ def nll(scored: Scored, params: NLLParams) -> Tensor:
 
 class FAlphaParams(Params):
     loss_type: Literal["f_alpha"] = "f_alpha"
-    alpha: Annotated[float, Field(ge=0, description="0 is -log p, 1 is 1 - p")] = 1.0
+    alpha: Annotated[float, Field(ge=0, description="shape of the loss: 0 is -log p, 1 is 1 - p")] = 1.0
 
 
 @objective(FAlphaParams, item=Item.TOKEN)
 def f_alpha(scored: Scored, params: FAlphaParams) -> Tensor:
-    """L = (1 - p^alpha) / alpha: the larger alpha, the more it leans on what the model knows already.
+    """L = (1 - p^alpha) / alpha: a larger alpha trains more on what the model already finds likely.
 
     For strong base models 1 is a good start, for weak ones 0.
     Source: Li et al. 2025 (arXiv 2510.00526).
@@ -44,26 +44,31 @@ def f_alpha(scored: Scored, params: FAlphaParams) -> Tensor:
 class ThresholdedParams(Params):
     loss_type: Literal["thresholded_nll"] = "thresholded_nll"
     threshold: ProbabilityThreshold = Field(
-        default=0.2, description="a probability, or quantile:q of the starting model's on the training set"
+        default=0.2,
+        description="probability of a token; or quantile:q of the starting model's on the training set",
     )
-    keep: Annotated[Literal["above", "below"], Field(description="which tokens are trained")] = "above"
-    loss: Annotated[Literal["log", "linear"], Field(description="-log p or 1 - p")] = "log"
+    keep: Annotated[
+        Literal["above", "below"], Field(description="train tokens of a probability above or below threshold")
+    ] = "above"
+    loss: Annotated[
+        Literal["log", "linear"], Field(description="loss of a token: log is -log p, linear is 1 - p")
+    ] = "log"
 
 
 @objective(ThresholdedParams, item=Item.TOKEN)
 def thresholded_nll(scored: Scored, params: ThresholdedParams) -> Tensor:
     """L = f(p) 1[p >= threshold], or 1[p <= threshold]; no gradient through the indicator.
 
-    The mean is over all completion tokens; the authors' code divides by those that are kept.
-    A quantile is one of the starting model's probabilities, and a number from then on.
+    The mean is over all completion tokens; the authors' code divides by the number of trained ones. A
+    quantile is taken of the starting model's probabilities before training, and stays that number.
     Source: Li et al. 2025 (arXiv 2510.00526), equation 4 and figure 5.
     """
     logps = scored.token_logps
     p = logps.detach().exp()
     threshold = number(params.threshold)
-    kept = p >= threshold if params.keep == "above" else p <= threshold
+    is_trained = p >= threshold if params.keep == "above" else p <= threshold
     losses = -logps if params.loss == "log" else -torch.expm1(logps)
-    return torch.where(kept, losses, 0.0)
+    return torch.where(is_trained, losses, 0.0)
 
 
 class DFTParams(Params):
@@ -72,7 +77,7 @@ class DFTParams(Params):
 
 @objective(DFTParams, item=Item.TOKEN)
 def dft(scored: Scored, params: DFTParams) -> Tensor:
-    """L = -sg[p] log p: the gradient of 1 - p at the scale of a log-likelihood.
+    """L = -sg[p] log p: a log-likelihood whose gradient is that of 1 - p.
 
     Source: Wu et al. 2025 (arXiv 2508.05629).
     """

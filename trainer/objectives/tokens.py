@@ -1,4 +1,4 @@
-"""Losses of pairs that look inside the completions: at single tokens, or at their distributions."""
+"""Losses of pairs that look at single tokens of the completions, or at the tokens' distributions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from madpo.trainer.objectives.scores import Scored, segment_sum
 class LDDPOParams(Params):
     loss_type: Literal["ld_dpo"] = "ld_dpo"
     beta: Beta = 0.1
-    alpha: Annotated[float, Field(ge=0, le=1, description="weight of the longer one's tail; 1 is DPO")] = 0.5
+    alpha: Annotated[
+        float,
+        Field(ge=0, le=1, description="weight of tokens beyond the shorter completion's length; 1 is DPO"),
+    ] = 0.5
 
 
 @objective(LDDPOParams, {"reference", "tokens"})
@@ -35,7 +38,7 @@ def ld_dpo(scored: Scored, params: LDDPOParams) -> Tensor:
     whole = scored.logratios
 
     def damped(sequences: Tensor) -> Tensor:
-        """(E,) log-ratios of the sequences (E,), their tails damped."""
+        """Log-ratios (E,) of the sequences (E,), with a weight alpha on their tails."""
         first = starts[sequences]
         head = ends[first + shared] - ends[first]
         return params.alpha * whole[sequences] + (1 - params.alpha) * head
@@ -46,7 +49,7 @@ def ld_dpo(scored: Scored, params: LDDPOParams) -> Tensor:
 class WPOParams(Params):
     loss_type: Literal["wpo"] = "wpo"
     beta: Beta = 0.01
-    clamp: Annotated[bool, Field(description="weights of at most 1, as the authors have it")] = True
+    clamp: Annotated[bool, Field(description="limit weights to 1, as the authors do")] = True
 
 
 @objective(WPOParams, {"reference", "lengths", "distributions"})
@@ -67,10 +70,11 @@ def wpo(scored: Scored, params: WPOParams) -> Outcome:
 class TDPOParams(Params):
     loss_type: Literal["tdpo"] = "tdpo"
     beta: Beta = 0.1
-    alpha: Annotated[float, Field(ge=0, description="weight of the difference in KL")] = 0.5
-    stop_gradient: Annotated[bool, Field(description="of K_w; true is TDPO2, false with alpha 1 TDPO1")] = (
-        True
-    )
+    alpha: Annotated[float, Field(ge=0, description="factor on rejected minus chosen KL")] = 0.5
+    stop_gradient: Annotated[
+        bool,
+        Field(description="no gradient through the chosen KL; true is TDPO2, false with alpha 1 is TDPO1"),
+    ] = True
 
 
 @objective(TDPOParams, {"reference", "distributions", "kl"})

@@ -1,4 +1,4 @@
-"""Losses of single completions with a label: desirable or not."""
+"""Losses of single completions with a label, desirable or undesirable."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from madpo.trainer.objectives.base import Item, Outcome, Params, objective
 from madpo.trainer.objectives.fields import Beta
 from madpo.trainer.objectives.scores import SequenceScores
 
-Weight = Annotated[float, Field(gt=0, description="of the completions with this label")]
+DesirableWeight = Annotated[float, Field(gt=0, description="weight of desirable completions")]
+UndesirableWeight = Annotated[float, Field(gt=0, description="weight of undesirable completions")]
 
 
 class KTOParams(Params):
     loss_type: Literal["kto"] = "kto"
     beta: Beta = 0.1
-    desirable_weight: Weight = 1.0
-    undesirable_weight: Weight = 1.0
+    desirable_weight: DesirableWeight = 1.0
+    undesirable_weight: UndesirableWeight = 1.0
 
 
 @objective(KTOParams, {"reference", "labels", "mismatched", "batch"}, item=Item.SEQUENCE)
 def kto(scores: SequenceScores, params: KTOParams) -> Outcome:
     """L = w_D (1 - sigmoid(beta (a - z0))) where desirable, w_U (1 - sigmoid(beta (z0 - a))) where not.
 
-    a = log pi - log pi_ref. z0 = max(0, mean of a over the completions with label 0, which were written
-    for another prompt) estimates the KL over the step, without a gradient. Label 0 has loss 0.
+    a = log pi - log pi_ref. z0 = max(0, mean of a over the completions with label 0), which belong to
+    another prompt, estimates the KL over the step, without a gradient. Label 0 has loss 0.
     Source: Ethayarajh et al. 2024 (arXiv 2402.01306), as TRL has it.
     """
     assert scores.labels is not None
@@ -41,8 +42,8 @@ def kto(scores: SequenceScores, params: KTOParams) -> Outcome:
 class APOZeroUnpairedParams(Params):
     loss_type: Literal["apo_zero_unpaired"] = "apo_zero_unpaired"
     beta: Beta = 0.1
-    desirable_weight: Weight = 1.0
-    undesirable_weight: Weight = 1.0
+    desirable_weight: DesirableWeight = 1.0
+    undesirable_weight: UndesirableWeight = 1.0
 
 
 @objective(APOZeroUnpairedParams, {"reference", "labels"}, item=Item.SEQUENCE)

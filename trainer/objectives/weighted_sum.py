@@ -1,4 +1,4 @@
-"""Several objectives of pairs at once."""
+"""A weighted sum of several objectives of pairs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ MPO: tuple[dict[str, Any], ...] = (
 class WeightedSumParams(Params):
     loss_type: Literal["weighted_sum"] = "weighted_sum"
     terms: list[dict[str, Any]] = Field(
-        default=list(MPO), min_length=1, description="each a loss_type with its parameters"
+        default=list(MPO), min_length=1, description="objectives, each a loss_type with its parameters"
     )
     loss_weights: list[Annotated[float, Field(ge=0)]] = Field(
-        default=[0.8, 0.2, 1.0], description="one for each term"
+        default=[0.8, 0.2, 1.0], description="weights of the terms, one for each"
     )
 
     @model_validator(mode="after")
@@ -49,7 +49,7 @@ class WeightedSumParams(Params):
 
     @cached_property
     def objectives(self) -> list[BoundObjective]:
-        """The terms, built; raises ValueError for an unknown one."""
+        """The terms as objectives. Raises ValueError for an unknown one."""
         return [build(term["loss_type"], **_without_type(term)) for term in self.terms]
 
     @property
@@ -70,7 +70,7 @@ class WeightedSumParams(Params):
 
     @property
     def beta(self) -> float:
-        """The first term's, for the metrics."""
+        """The first term's beta, for the metrics."""
         return self.objectives[0].beta
 
 
@@ -92,14 +92,14 @@ def weighted_sum(scores: EdgeScores, params: WeightedSumParams, state: BatchStat
     stats: dict[str, Tensor] = {}
     memory: dict[str, list[float]] = {}
     for index, (weight, bound) in enumerate(zip(params.loss_weights, params.objectives, strict=True)):
-        mine = f"{index} "  # two terms of one kind keep two memories
-        kept = {key.removeprefix(mine): x for key, x in state.memory.items() if key.startswith(mine)}
-        outcome = bound.outcome(scores, BatchState(kept, state.seed))
+        prefix = f"{index} "  # two terms of one kind keep two memories
+        own = {key.removeprefix(prefix): x for key, x in state.memory.items() if key.startswith(prefix)}
+        outcome = bound.outcome(scores, BatchState(own, state.seed))
         total = total + weight * outcome.losses
-        again = f"_{index}" if f"loss/{bound.entry.name}" in stats else ""
-        stats |= {f"loss/{bound.entry.name}{again}": outcome.losses.detach()}
-        stats |= {name + again: values for name, values in outcome.stats.items()}
-        memory |= {mine + key: values for key, values in outcome.memory.items()}
+        suffix = f"_{index}" if f"loss/{bound.entry.name}" in stats else ""
+        stats |= {f"loss/{bound.entry.name}{suffix}": outcome.losses.detach()}
+        stats |= {name + suffix: values for name, values in outcome.stats.items()}
+        memory |= {prefix + key: values for key, values in outcome.memory.items()}
     return Outcome(total, stats, memory)
 
 
@@ -110,5 +110,5 @@ class ChosenNLLParams(Params):
 
 @objective(ChosenNLLParams, {"lengths"})
 def chosen_nll_of_pairs(scores: EdgeScores, params: ChosenNLLParams) -> Tensor:
-    """L = NLL_w, per token or summed: a term for a sum, TRL's `sft`."""
+    """L = NLL_w, per token or summed; TRL's `sft` as a term of a sum."""
     return chosen_nll(scores, params.average)

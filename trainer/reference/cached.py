@@ -35,7 +35,7 @@ from madpo.trainer.objectives.base import Item, Need
 from madpo.trainer.reference import file as reference_file
 from madpo.trainer.reference.file import FORMAT_VERSION
 from madpo.trainer.reference.model import ReferenceAlone, weights_of_reference
-from madpo.trainer.reports.progress import SECONDS_BETWEEN_NEWS, print_line
+from madpo.trainer.reports.progress import SECONDS_BETWEEN_LINES, print_line
 from madpo.trainer.schedule import run_length
 from madpo.trainer.scoring_module import Mode, ScoringModule
 from madpo.trainer.zero3.loading import partitioned_loading
@@ -292,7 +292,7 @@ def _with_news(stretches: Iterator[np.ndarray], groups: TokenDataset, shard: Sha
             continue
         yield stretch
         done += len(stretch)
-        if time.monotonic() - last > SECONDS_BETWEEN_NEWS:
+        if time.monotonic() - last > SECONDS_BETWEEN_LINES:
             last = time.monotonic()
             print_line(f"reference: {done / count:.0%} of {groups.name} scored")
 

@@ -1,7 +1,7 @@
-"""How far a reward model's margins can be taken for what they say: P(chosen is better) = sigmoid(margin).
+"""The calibration of a reward model's margins, read as P(chosen is better) = sigmoid(margin).
 
-Every pair of a preference data set is given as chosen and rejected, so the chance that the model gives the
-side it prefers, sigmoid(|margin|), is compared with how often that side is the chosen one.
+The model prefers one completion of each pair, with confidence sigmoid(|margin|). The confidence is compared
+with how often the preferred completion is the chosen one.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Bin:
-    """Pairs of like confidence."""
+    """Pairs of similar confidence."""
 
     predicted: float  # mean of sigmoid(|margin|)
-    observed: float  # share in which the preferred side is the chosen one
+    observed: float  # share of pairs whose preferred completion is the chosen one
     pairs: int
-    standard_error: float  # of the observed share if the prediction were right
+    standard_error: float  # of `observed`, if `predicted` were right
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Calibration:
     log_loss: float  # mean of -log sigmoid(margin), nats
     log_loss_standard_error: float
     calibration_error: float  # mean over pairs of |predicted - observed| of their bin
-    calibration_error_by_chance: float  # what margins that are right would show on as many pairs
-    best_scale: float | None  # s with the least -log sigmoid(s margin); None: no largest s is best
+    calibration_error_by_chance: float  # that of perfectly calibrated margins, expected on as many pairs
+    best_scale: float | None  # s with the least mean -log sigmoid(s margin); None: above the range searched
     bins: list[Bin]
 
     def numbers(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """All fields, as values for JSON."""
         return asdict(self)
 
 
@@ -46,11 +46,11 @@ def calibration(
     margins: np.ndarray,  # (N,)
     bins: int = BINS,
 ) -> Calibration:
-    """Compare the margins with their labels, in `bins` bins of equally many pairs.
+    """Compare the margins with the labels, in `bins` bins of equally many pairs.
 
-    Bins of equal counts, as most pairs of a good model crowd near certainty (Nguyen and O'Connor 2015;
-    the error itself: Naeini et al. 2015). The scale is that of temperature scaling, Guo et al. 2017:
-    below 1 the margins are too large.
+    Bins have equal counts because most pairs of a good model lie near certainty (Nguyen and O'Connor 2015;
+    the calibration error: Naeini et al. 2015). The best scale is that of temperature scaling (Guo et al.
+    2017); below 1 the margins are too large.
     """
     assert len(margins)
     margins = np.asarray(margins, np.float64)
@@ -58,10 +58,10 @@ def calibration(
     confidence = _sigmoid(np.abs(margins))
     losses = np.logaddexp(0, -margins)
     order = np.argsort(confidence, kind="stable")
-    found = [_bin(confidence[part], right[part]) for part in np.array_split(order, bins) if len(part)]
-    shares = np.array([one.pairs for one in found]) / len(margins)
-    gaps = np.array([abs(one.predicted - one.observed) for one in found])
-    noise = np.array([one.standard_error for one in found]) * math.sqrt(2 / math.pi)  # E|N(0, 1)|
+    filled = [_bin(confidence[part], right[part]) for part in np.array_split(order, bins) if len(part)]
+    shares = np.array([one.pairs for one in filled]) / len(margins)
+    gaps = np.array([abs(one.predicted - one.observed) for one in filled])
+    noise = np.array([one.standard_error for one in filled]) * math.sqrt(2 / math.pi)  # E|N(0, 1)|
     return Calibration(
         pairs=len(margins),
         accuracy=float(right.mean()),
@@ -71,7 +71,7 @@ def calibration(
         calibration_error=float(shares @ gaps),
         calibration_error_by_chance=float(shares @ noise),
         best_scale=best_scale(margins),
-        bins=found,
+        bins=filled,
     )
 
 
@@ -79,7 +79,10 @@ def best_scale(
     margins: np.ndarray,  # (N,)
     largest: float = 100.0,
 ) -> float | None:
-    """s >= 0 with the least mean of -log sigmoid(s margin), by bisection of its slope, which only rises."""
+    """The s >= 0 with the least mean of -log sigmoid(s margin); None if that is above `largest`.
+
+    Found by bisection of the derivative, which only rises.
+    """
 
     def slope(scale: float) -> float:
         return -float((margins * _sigmoid(-scale * margins)).mean())
@@ -110,5 +113,5 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def _standard_error(values: np.ndarray) -> float:
-    """Of the mean."""
+    """The standard error of the mean of the values (N,)."""
     return float(values.std() / math.sqrt(len(values)))

@@ -1,4 +1,4 @@
-"""`annotated/report.html`: what reward margins are worth, and what MADPO would make of them."""
+"""`annotated/report.html`: the calibration of reward margins, and the weights that MADPO would give them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ C_MAX, PAPERS_TAU, QUANTILE = 4.0, 7.0, 0.8
 
 @dataclass(frozen=True)
 class View:
-    """The margins of a split's pairs, by one rule."""
+    """A set of margins, as one colour in the report."""
 
     name: str
     colour: str
     margins: np.ndarray  # (N,)
-    found: Calibration
+    calibration: Calibration
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Weight:
     """MADPO's weight as a function of the margin, at one threshold."""
 
     name: str
-    mark: str  # of its curve
+    mark: str  # style of its curve, solid or dashed
     tau: float
 
     def __call__(self, margins: np.ndarray) -> np.ndarray:
@@ -45,8 +45,10 @@ def write_calibration_report(
     margins: Mapping[str, np.ndarray],  # name -> (N,)
     output: Path,
 ) -> Path:
-    """Write the report with all margins on the same charts, and return its path; what a quantile is of
-    are the first ones. Raises UserError if matplotlib is missing."""
+    """Write the report, with all sets of margins on the same charts, and return its path.
+
+    The quantile for MADPO's tau is taken of the first set. Raises UserError if matplotlib is missing.
+    """
     require_matplotlib()
     pairs = zip(margins.items(), cycle(COLOURS), strict=False)
     views = [View(name, colour, values, calibration(values)) for (name, values), colour in pairs]
@@ -72,13 +74,13 @@ def write_calibration_report(
 
 
 def _numbers(views: Sequence[View]) -> str:
-    rows = [["pairs", *(f"{view.found.pairs:,}" for view in views)]]
-    found = [view.found for view in views]
-    rows.append(["accuracy", *(f"{x.accuracy:.3f} ± {x.accuracy_standard_error:.3f}" for x in found)])
-    rows.append(["log loss, nats", *(f"{x.log_loss:.4f} ± {x.log_loss_standard_error:.4f}" for x in found)])
-    rows.append(["calibration error", *(f"{x.calibration_error:.4f}" for x in found)])
-    rows.append(["the same, by chance alone", *(f"{x.calibration_error_by_chance:.4f}" for x in found)])
-    scales = ["above 100" if x.best_scale is None else f"{x.best_scale:.3f}" for x in found]
+    all_of = [view.calibration for view in views]
+    rows = [["pairs", *(f"{x.pairs:,}" for x in all_of)]]
+    rows.append(["accuracy", *(f"{x.accuracy:.3f} ± {x.accuracy_standard_error:.3f}" for x in all_of)])
+    rows.append(["log loss, nats", *(f"{x.log_loss:.4f} ± {x.log_loss_standard_error:.4f}" for x in all_of)])
+    rows.append(["calibration error", *(f"{x.calibration_error:.4f}" for x in all_of)])
+    rows.append(["calibration error by chance", *(f"{x.calibration_error_by_chance:.4f}" for x in all_of)])
+    scales = ["above 100" if x.best_scale is None else f"{x.best_scale:.3f}" for x in all_of]
     rows.append(["best scale of the margins", *scales])
     for quantile in (0.05, 0.25, 0.5, 0.75, 0.95):
         values = [f"{np.quantile(view.margins, quantile):.3f}" for view in views]
@@ -106,11 +108,11 @@ def _figure(title: str, note: str, legend: str, drawing: str) -> str:
 
 def _reliability(views: Sequence[View]) -> str:
     with svg("reliability") as (axes, drawing):
-        low = min(0.45, *(one.observed for view in views for one in view.found.bins)) - 0.02
+        low = min(0.45, *(one.observed for view in views for one in view.calibration.bins)) - 0.02
         axes.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=0.7, linestyle=(0, (2, 2)))
         for view in views:
             predicted, observed, errors = (
-                [getattr(one, name) for one in view.found.bins]
+                [getattr(one, name) for one in view.calibration.bins]
                 for name in ("predicted", "observed", "standard_error")
             )
             axes.errorbar(predicted, observed, errors, color=view.colour, linewidth=1.1, capsize=0)
@@ -147,12 +149,12 @@ def _histogram(views: Sequence[View], weights: Sequence[Weight]) -> str:
 
 
 RELIABILITY = (
-    "how often the preferred side is the chosen one, in ten groups of equally many pairs; bars: one standard "
-    "error of a margin that is right; below the diagonal: margins too large"
+    "how often the preferred completion is the chosen one, in ten bins of equally many pairs; bars: one "
+    "standard error if margins are calibrated; below the diagonal: margins are too large"
 )
 HISTOGRAM = (
-    f"share of pairs (left; the last bars hold all beyond), and MADPO's weight at c_max = {C_MAX:g} "
-    "(right; 1 is DPO)"
+    f"share of pairs (left axis; the outermost bars hold all beyond), and MADPO's weight at c_max = "
+    f"{C_MAX:g} (right axis; 1 is DPO)"
 )
 
 PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
@@ -160,8 +162,8 @@ PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
 <title>Margins of {title}</title><style>{css}</style>
 <p>Margins of a reward model, P(chosen is better) = sigmoid(margin)</p><h1>{title}</h1>{numbers}
 <div class="grid">{reliability}{histogram}</div>
-<h2>What MADPO would make of them</h2>{weights}
-<p style="margin-top:1rem">The best scale is that by which margins would predict the labels best: below 1 they
-are too large, and <code>objective.margin_scale</code> takes it. A calibration error near the one by chance
-cannot be told from none.</p></html>
+<h2>Weights that MADPO would give</h2>{weights}
+<p style="margin-top:1rem">Times the best scale, the margins predict the labels best. Below 1 the margins are
+too large; set <code>objective.margin_scale</code> to it. A calibration error close to the one by chance means
+that no error is visible.</p></html>
 """

@@ -1,4 +1,4 @@
-"""What reports are made of: drawings that need no network, tables, and one style."""
+"""The parts of an HTML report: SVG drawings, tables, and one style. None needs the network."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ COLOURS = ("#2f6db5", "#d9772b", "#3a9168", "#8a5fb0", "#b8435a", "#6b7280")
 
 
 def require_matplotlib() -> None:
-    """Raises UserError without it."""
+    """Raise UserError if matplotlib is missing."""
     if find_spec("matplotlib") is None:
         raise UserError("report needs matplotlib: pip install 'madpo[report]'")
 
 
 @contextmanager
 def svg(title: str) -> Iterator[tuple[Axes, StringIO]]:
-    """Axes to draw on, and the drawing, which is there on exit. Its text stays text, in the page's font;
-    its ids are unique to the title."""
+    """Context manager: axes to draw on, and a buffer that holds the SVG after exit.
+
+    Text stays text, in the page's font; ids are unique to the title.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -47,11 +49,12 @@ def svg(title: str) -> Iterator[tuple[Axes, StringIO]]:
 
 
 def key(mark: str, colour: str, label: str) -> str:
+    """An entry of a legend: a mark (solid, dashed or dot) and its label."""
     return f'<span><i class="{mark}" style="color:{colour}"></i>{escape(label)}</span>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are HTML already."""
+    """An HTML table; the cells are HTML already."""
     lines = ["".join(f"<th>{cell}</th>" for cell in head)] if any(head) else []
     lines += [f"<th>{first}</th>" + "".join(f"<td>{x}</td>" for x in rest) for first, *rest in rows]
     body = "".join(f"<tr>{line}</tr>\n" for line in lines)

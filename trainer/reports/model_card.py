@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, how to load it, what made it, and how well it does."""
+"""The model card of an exported model: what it is, how to load it, how it was trained, how well it does."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from madpo.trainer.state import TrainState
 
 
 def model_card(config: Config, run: Path, state: TrainState, policy: Any, adapter: bool) -> str:
-    """README.md of a folder with the adapter, or with whole weights: YAML front matter, then text.
+    """The README.md of an exported adapter or of exported weights: YAML front matter, then text.
 
-    Nothing is said that the run does not know: no license, and no path but those that the config has.
+    It says only what the run knows: no license, and no paths except those in the config.
     """
     base, names = _base(config, policy), config.data.names
     facts = {
@@ -38,11 +38,11 @@ def model_card(config: Config, run: Path, state: TrainState, policy: Any, adapte
     }
     text = "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items() if body)
     kind = "reward model" if _scores(config) else "language model"
-    what = f"LoRA adapter that makes a {kind} of" if adapter else f"{kind} trained from"
+    title = f"LoRA adapter that makes a {kind} of" if adapter else f"{kind} trained from"
     start = f"`{base}`" if base else "random weights"
     return (
         f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n# {run.name}\n\n"
-        f"A {what} {start}, by madpo with the objective `{config.objective.loss_type}` on "
+        f"A {title} {start}, by madpo with the objective `{config.objective.loss_type}` on "
         f"{', '.join(f'`{name}`' for name in names)}.\n{text}"
     )
 
@@ -62,9 +62,9 @@ def _use(config: Config, base: str | None, adapter: bool, policy: Any) -> str:
     library, name, options = "transformers", f"AutoModelFor{kind}", ""
     if adapter:
         library, name = "peft", f"AutoPeftModelFor{kind}"
-    if adapter and _scores(config):  # which its base model does not know
+    if adapter and _scores(config):  # the base model's own config does not have these
         options = f", num_labels=1, pad_token_id={policy.config.pad_token_id}"
-    needs = f"\n\nIts base model is `{base}`, which has to be there under that name." if adapter else ""
+    needs = f"\n\nIts base model is `{base}`, and must be available under that name." if adapter else ""
     return (
         f"```python\nfrom {library} import {name}\nfrom transformers import AutoTokenizer\n\n"
         f'folder = "..."  # this one\nmodel = {name}.from_pretrained(folder{options})\n'
@@ -76,22 +76,22 @@ def _training(config: Config, run: Path, state: TrainState, policy: Any) -> str:
     trained, total = count_parameters(policy)
     objective = config.objective.model_dump(mode="json", by_alias=True)
     values = ", ".join(f"{key} {value}" for key, value in objective.items() if key != "loss_type")
-    made = _read(run / "run.json")
-    versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
+    facts = _read(run / "run.json")
+    versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
     rows = {
         "objective": f"`{config.objective.loss_type}` ({values}); equation: docs/objectives.md of madpo",
         "seen": f"{state.step} steps, {state.consumed} prompts, {state.num_tokens} tokens",
         "trained parameters": f"{trained:,} of {total:,}",
         "precision": "bfloat16" if config.train.bf16 else "float32",
-        "command": f"`{made['command']}`" if made else "",
-        "hardware": f"{made['world_size']} x {made['device']}" if made else "",
+        "command": f"`{facts['command']}`" if facts else "",
+        "hardware": f"{facts['world_size']} x {facts['device']}" if facts else "",
         "versions": versions,
     }
     return _table(("", ""), ((key, value) for key, value in rows.items() if value))
 
 
 def _data(run: Path) -> str:
-    """What was read of every split, and why rows were dropped."""
+    """A table of what was read from every split, and of why examples were dropped."""
     report = _read(run / "data_report.json")
     rows = [
         (
@@ -107,8 +107,8 @@ def _data(run: Path) -> str:
 
 
 def _held_out(run: Path) -> str:
-    found = last_evaluation(run).items()
-    rows = [(k.removeprefix("eval_"), f"{value:.4f}") for k, value in found if k.startswith("eval_")]
+    record = last_evaluation(run).items()
+    rows = [(k.removeprefix("eval_"), f"{value:.4f}") for k, value in record if k.startswith("eval_")]
     return _table(("metric", "value"), rows) if rows else ""
 
 

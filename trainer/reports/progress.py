@@ -1,4 +1,4 @@
-"""What rank 0 shows: a live line on a terminal, plain lines elsewhere, tables of metrics."""
+"""What rank 0 prints: a live line on a terminal, plain lines elsewhere, tables of metrics."""
 
 from __future__ import annotations
 
@@ -30,12 +30,20 @@ SHORT = {
 """Metrics on the progress line: name -> (label, format)."""
 
 
-WORTH_A_WORD = 0.1
-"""Share of the tokens that merging prompts would save, from which on it is mentioned."""
+MERGE_HINT = 0.1
+"""Share of repeated prompt tokens above which `data.merge_prompts` is suggested."""
+
+
+COUNTS = {
+    "truncated_completions": "completions cut",
+    "groups_with_moved_boundary": "prompts with moved boundary",
+    "rows_that_spell_special_tokens": "examples that spell special tokens",
+}
+"""Counts of the data report that are printed where they are not 0 -> what they count."""
 
 
 class Progress:
-    """The progress of one run."""
+    """Prints the start of one run and its progress."""
 
     def __init__(self, total_steps: int) -> None:
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
@@ -53,29 +61,25 @@ class Progress:
         parameters: tuple[int, int],  # trained, all
         notes: Sequence[str] = (),
     ) -> None:
-        """The facts of the run, before its first step; `notes` are further ones, a line each."""
+        """Print what a user should know before the first step; `notes` are printed a line each."""
         out = self._console.print
-        where = f"{shard.world_size} rank(s) on {device.type}"
-        out(f"[bold]{config.objective.loss_type}[/] into {config.output_dir}, {where}")
+        ranks = f"{shard.world_size} rank{'' if shard.world_size == 1 else 's'}"
+        out(f"[bold]{config.objective.loss_type}[/] on {ranks} ({device.type}), into {config.output_dir}")
         trained, total = parameters
-        out(f"  {trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
+        out(f"  training {trained:,} of {total:,} parameters ({trained / total:.2%})")
         for split, facts in report.items():
-            dropped = sum(facts["dropped"].values())
-            notes = [f"{facts['groups']} groups, {facts['tokens']} tokens"]
-            notes += [f"{dropped} rows dropped"] if dropped else []
+            counts = [f"{facts['groups']} groups, {facts['tokens']} tokens"]
+            if dropped := sum(facts["dropped"].values()):
+                counts.append(f"{dropped} examples dropped")
             if "rows_merged" in facts:
                 saved = facts["tokens_saved_by_merging"]
-                notes += [
-                    f"{facts['rows_merged']} rows merged with others of their prompt, {saved} tokens saved"
-                ]
+                counts.append(f"{facts['rows_merged']} examples merged by prompt, {saved} tokens saved")
             repeated = facts.get("tokens_of_known_prompts", 0) / max(facts["tokens"], 1)
             could_merge = not (config.data.merge_prompts or config.bound_objective.supervised)
-            if could_merge and repeated > WORTH_A_WORD:
-                notes += [f"{repeated:.0%} of the tokens are prompts said before (data.merge_prompts)"]
-            counts = ("truncated_completions", "groups_with_moved_boundary", "rows_that_spell_special_tokens")
-            for key in counts:
-                notes += [f"{facts[key]} {key.replace('_', ' ')}"] if facts[key] else []
-            out(f"  {split}: {', '.join(notes)}")
+            if could_merge and repeated > MERGE_HINT:
+                counts.append(f"{repeated:.0%} of the tokens repeat a prompt (see data.merge_prompts)")
+            counts += [f"{facts[key]} {label}" for key, label in COUNTS.items() if facts[key]]
+            out(f"  {split}: {', '.join(counts)}")
         for note in notes:
             out(f"  {note}")
         if state.step:
@@ -94,7 +98,7 @@ class Progress:
             self._live.add_task("", total=self._total, completed=state.step, metrics="")
 
     def show(self, record: Mapping[str, float]) -> None:
-        """One logged line: train metrics update the live line, an evaluation stays on the screen."""
+        """Print a logged record: training updates the live line, an evaluation gets a line of its own."""
         step = int(record["step"])
         if "eval_loss" in record:
             text = "  ".join(_short(record, "eval_"))
@@ -107,6 +111,7 @@ class Progress:
             self._console.print(f"step {step}/{self._total}  {text}  {self._remaining(step)}")
 
     def _remaining(self, step: int) -> str:
+        """`eta m:ss`, extrapolated from the first record on; empty at the first."""
         now = time.monotonic()
         if self._clock is None:
             self._clock = (now, step)
@@ -128,7 +133,7 @@ def _short(record: Mapping[str, float], prefix: str = "") -> list[str]:
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
-    """A table with a row per metric and a column per model, as text."""
+    """A text table with a row per metric and a column per model."""
     table = Table("metric", *columns, box=None, pad_edge=False)
     names = dict.fromkeys(name for record in columns.values() for name in record)
     for name in names:
@@ -140,7 +145,8 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
     return capture.get().rstrip()
 
 
-SECONDS_BETWEEN_NEWS = 30
+SECONDS_BETWEEN_LINES = 30
+"""How often a long stage prints a line."""
 
 
 def print_line(text: str) -> None:

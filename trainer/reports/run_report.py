@@ -1,4 +1,4 @@
-"""`report.html`: charts and tables of one run or several, in one file that needs no network."""
+"""`report.html`: charts and tables of one or several runs, in one file that needs no network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVAL = "eval_"
 
 @dataclass(frozen=True)
 class Chart:
-    """What one chart shows; it is left out where no run has one of its metrics."""
+    """A chart of the report; it is left out if no run has one of its metrics."""
 
     title: str
     note: str
@@ -45,14 +45,14 @@ CHARTS = (
     Chart("Throughput", "tokens per second on all devices together", ("perf/tokens_per_second",)),
     Chart("Utilisation", "model FLOPs as a share of the devices' peak", ("perf/mfu",)),
     Chart("Imbalance", "busiest rank's work over the mean; 1 is none", ("perf/imbalance",), 1.0),
-    Chart("Learning rate", "as scheduled", ("learning_rate",)),
+    Chart("Learning rate", "by the schedule", ("learning_rate",)),
     Chart("Gradient norm", "before clipping", ("grad_norm",)),
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds."""
+    """The contents of a run folder that the report shows."""
 
     name: str
     colour: str
@@ -62,20 +62,20 @@ class Run:
     facts: dict[str, Any]
 
     def series(self, *metrics: str) -> list[list[float]]:
-        """The steps, then the values of each metric, of the lines that have all the metrics."""
+        """The steps, then the values of each metric, from the records that have all of these metrics."""
         names = ("step", *metrics)
         rows = [record for record in self.records if all(name in record for name in names)]
         return [[row[name] for row in rows] for name in names]
 
     def final(self, evaluation: bool) -> dict[str, float]:
-        """The last value of every metric of training, or of evaluation; not the time."""
+        """The last value of every metric of training, or of evaluation; without the time."""
         last = {name: value for record in self.records for name, value in record.items()}
         names = (name for name in last if name.startswith(EVAL) == evaluation and name != "time")
         return {name: last[name] for name in names}
 
 
 def write_report(runs: Sequence[Path], output: Path) -> Path:
-    """Write the report of the run folders, overlaid on the same charts, and return its path.
+    """Write a report with all runs on the same charts, and return its path.
 
     Raises UserError if matplotlib or a run's metrics are missing, or a file cannot be read.
     """
@@ -116,16 +116,16 @@ def _load_runs(folders: Sequence[Path]) -> list[Run]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes()) if path.is_file() else {}
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{path}: {error}; mend or remove it") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object; mend or remove it")
-    return found
+    return content
 
 
 def _figure(chart: Chart, runs: Sequence[Run]) -> str:
-    """The chart as HTML, or nothing if there is nothing to show."""
+    """The chart as HTML; empty if no run has its metrics."""
     shown = [*chart.metrics, *(EVAL + metric for metric in chart.metrics)]
     having = [run for run in runs if any(run.series(metric)[0] for metric in shown)]
     if not having:
@@ -135,7 +135,7 @@ def _figure(chart: Chart, runs: Sequence[Run]) -> str:
 
 
 def _legend(chart: Chart, runs: Sequence[Run], alone: bool) -> str:
-    """Colours of the runs and marks of what differs within a run; empty if there is one curve."""
+    """The legend: colours of the runs, and line styles within a run; empty if there is one curve."""
     evaluated = any(run.series(EVAL + metric)[0] for run in runs for metric in chart.metrics)
     colour = runs[0].colour if alone else GREY
     keys = [] if alone else [key("solid", run.colour, run.name) for run in runs]
@@ -186,7 +186,7 @@ def _facts_table(runs: Sequence[Run]) -> str:
 
 
 def _details(run: Run) -> str:
-    """How to repeat a run, on what it ran, and on which data."""
+    """A run's command, hardware, data and configuration."""
     facts = {"command": "", **run.facts}
     command = escape(str(facts.pop("command")))
     if "started" in facts:
@@ -195,22 +195,22 @@ def _details(run: Run) -> str:
     tables = {"Environment": {"": facts}, "Data": run.data if by_split else {"": run.data}}
     return f"""<h2>{escape(run.name)}</h2>
 {f"<h3>To repeat this run</h3><pre>{command}</pre>" if command else ""}
-<div class="side">{"".join(_object_table(title, found) for title, found in tables.items())}</div>
+<div class="side">{"".join(_object_table(title, columns) for title, columns in tables.items())}</div>
 <details><summary>Configuration</summary><pre>{escape(run.config or "not recorded")}</pre></details>
 """
 
 
 def _object_table(title: str, columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """A titled table with a row per name and a column per object; inner objects are flattened."""
+    """A titled table with a row per name and a column per object; nested objects are flattened."""
     flat = [_flatten(column) for column in columns.values()]
     names = dict.fromkeys(name for column in flat for name in column)
     rows = [[escape(name), *(text(column.get(name)) for column in flat)] for name in names]
     return f"<div><h3>{title}</h3>{table(['', *map(escape, columns)], rows)}</div>" if rows else ""
 
 
-def _flatten(found: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for inner, value in found.items():
+    for inner, value in nested.items():
         name = prefix + inner
         flat |= _flatten(value, f"{name}: ") if isinstance(value, dict) else {name: value}
     return flat

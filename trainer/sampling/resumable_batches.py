@@ -19,7 +19,7 @@ import xxhash
 from madpo.trainer import dist
 from madpo.trainer.dist import Shard
 from madpo.trainer.files import write_atomically
-from madpo.trainer.reports.progress import SECONDS_BETWEEN_NEWS, print_line
+from madpo.trainer.reports.progress import SECONDS_BETWEEN_LINES, print_line
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,6 @@ def _with_news(batches: Sequence[Batch], what: str, shard: Shard) -> Iterator[Ba
     last = time.monotonic()
     for done, batch in enumerate(batches):
         yield batch
-        if shard.is_main and time.monotonic() - last > SECONDS_BETWEEN_NEWS:
+        if shard.is_main and time.monotonic() - last > SECONDS_BETWEEN_LINES:
             last = time.monotonic()
             print_line(f"{what}: {done + 1} of this rank's {len(batches)} batches")

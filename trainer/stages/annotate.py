@@ -1,4 +1,4 @@
-"""Margins from a reward model: a data set's pairs, scored, as the next stage reads them."""
+"""Score a data set's pairs with reward models, and write it out with the margins, for the next stage."""
 
 from __future__ import annotations
 
@@ -37,24 +37,25 @@ from madpo.trainer.state import TrainState
 
 @dataclass(frozen=True)
 class RewardCheckpoint:
-    """A reward model: the newest checkpoint of the run that the config describes, or the model it names."""
+    """A reward model: the newest checkpoint of the config's run, or else the model that the config names."""
 
     config: Config
-    given: bool = False  # look for no checkpoint
+    given: bool = False  # use the model that the config names; look for no checkpoint
     fold: int | None = None  # the fold that it was trained without
 
 
 def run_annotation(config: Config) -> None:
-    """Write `<output_dir>/annotated/<split>.jsonl` for the splits that the config names, and
-    `annotation.json` and `report.html` beside them.
+    """Write `<output_dir>/annotated/<split>.jsonl` for the splits that the config names.
 
-    The scores are of the newest checkpoint of the reward run in `output_dir`, or of the model it names if
-    there is none; the mean of `annotate.models`; or with `annotate.folds` of the runs `fold-<k>` in
-    `output_dir`, a training row's by the one whose training left it out, any other row's the mean.
+    `annotation.json` and `report.html` stand beside them. The scores come from
+    - the newest checkpoint of the reward run in `output_dir`, or the model of the config if there is none;
+    - with `annotate.models`: those models; a score is their mean;
+    - with `annotate.folds`: the runs `fold-<k>` in `output_dir`. A training example is scored by the model
+      that was trained without it, any other example by the mean of all.
 
-    Every row of the source is there, with `score_chosen`, `score_rejected` and `margin` where it could be
-    scored. What the source gave as a margin or score is kept under `..._given`, so that one scale is left.
-    Raises UserError.
+    Every example that can be read is written, with `score_chosen`, `score_rejected` and `margin` where it
+    could be scored. Margins and scores of the source are renamed to `..._given`, so that only one scale is
+    left. Raises UserError.
     """
     if not config.bound_objective.is_reward_model:
         raise UserError(
@@ -69,18 +70,20 @@ def run_annotation(config: Config) -> None:
     if config.data.streaming:
         raise UserError("data.streaming: annotate writes the whole data set; set data.streaming=false")
     judges = judges_of(config)
-    data = [_load(judge.config) for judge in judges]  # before the process group: tokenising may be long
+    data = [
+        load_pairs(judge.config) for judge in judges
+    ]  # before the ranks join, as tokenising may take long
     shard = dist.init(config.launch.timeout_minutes)
-    found = [_score(judge, groups, shard) for judge, groups in zip(judges, data, strict=True)]
+    judged = [_score(judge, groups, shard) for judge, groups in zip(judges, data, strict=True)]
     if shard.is_main:
-        _write_all(config, data, [scores for _, scores in found], [name for name, _ in found])
+        _write_all(config, data, [scores for _, scores in judged], [name for name, _ in judged])
     barrier()
 
 
 def _write_all(
     config: Config,
-    data: list[dict[str, GroupDataset]],  # of each judge
-    scores: list[dict[str, np.ndarray]],  # of each judge, split -> (G, 2)
+    data: list[dict[str, GroupDataset]],  # for each judge
+    scores: list[dict[str, np.ndarray]],  # for each judge, split -> (G, 2)
     names: list[str],
 ) -> None:
     target, margins = Path(config.output_dir) / "annotated", dict[str, np.ndarray]()
@@ -101,7 +104,7 @@ def _write_all(
 
 
 def judges_of(config: Config) -> list[RewardCheckpoint]:
-    """The reward models that a config asks to score with."""
+    """The reward models that the config asks for."""
     if config.annotate.folds is not None:
         folds = range(config.annotate.folds)
         return [RewardCheckpoint(fold_config(config, fold), fold=fold) for fold in folds]
@@ -117,18 +120,18 @@ def judges_of(config: Config) -> list[RewardCheckpoint]:
 
 
 def fold_config(config: Config, fold: int) -> Config:
-    """The config of the run that trains the model without a fold."""
+    """The config of the run that is trained without this fold."""
     data = config.data.model_copy(update={"folds": config.annotate.folds, "fold": fold})
     folder = str(Path(config.output_dir) / f"fold-{fold}")
     return config.model_copy(update={"data": data, "annotate": AnnotateConfig(), "output_dir": folder})
 
 
-def _load(config: Config) -> dict[str, GroupDataset]:
-    """The pairs of every split that the config names, all folds."""
+def load_pairs(config: Config) -> dict[str, GroupDataset]:
+    """Read the pairs of every split that the config names, all folds of them."""
     tokenizer = load_tokenizer(config.model)
     splits = [config.data.dataset_train_split, config.data.dataset_test_split]
     data = {split: load_groups(config.data, split, tokenizer)[0] for split in splits if split is not None}
-    plain = config.model_copy(update={"objective": BradleyTerryParams()})  # which asks no margin of the data
+    plain = config.model_copy(update={"objective": BradleyTerryParams()})  # needs no margins in the data
     for groups in data.values():
         budget, shares = config.train.row_tokens, config.model.prefix_sharing
         check_groups(groups, plain.bound_objective, budget, shares)
@@ -143,8 +146,10 @@ def _load(config: Config) -> dict[str, GroupDataset]:
 def _score(
     judge: RewardCheckpoint, data: dict[str, GroupDataset], shard: Shard
 ) -> tuple[str, dict[str, np.ndarray]]:
-    """The model's name, and split -> (G, 2) its scores of every group's chosen and rejected. The model is
-    gone afterwards."""
+    """Load a reward model, score all pairs, release it.
+
+    Returns its name, and split -> (G, 2) the scores of every group's chosen and rejected completion.
+    """
     config = judge.config.model_copy(update={"objective": BradleyTerryParams()})
     checkpoints = Path(config.output_dir) / "checkpoints"
     tag = None if judge.given else checkpoint.latest(checkpoints, _identity(judge, data, shard))
@@ -173,7 +178,11 @@ def _score(
 
 
 def _identity(judge: RewardCheckpoint, data: dict[str, GroupDataset], shard: Shard) -> dict[str, Any]:
-    """What a checkpoint must agree in: a fold's in all, so that no row is judged by who has seen it."""
+    """The identity that the checkpoint must have.
+
+    A fold's is the whole identity of its run, data included: no example may be scored by a model that was
+    trained on it.
+    """
     if judge.fold is None:
         return checkpoint.model_identity(judge.config, shard)
     return checkpoint.identity(judge.config, shard, content_of(_training_groups(judge, data)))
@@ -198,7 +207,7 @@ def _check_finished(judge: RewardCheckpoint, data: dict[str, GroupDataset], stat
 
 @torch.no_grad()
 def completion_scores(engine: Engine, groups: GroupDataset, config: Config, shard: Shard) -> torch.Tensor:
-    """(S,) the reward model's score of every completion, in the order of the groups; on all ranks."""
+    """Scores (S,) of every completion, in the order of the groups, on all ranks."""
     engine.eval()
     first, rules = 0, step_rules(config, engine.module)
     scores = torch.zeros(int(groups.counts.sequences.sum()), dtype=torch.float64, device=engine.device)
@@ -217,11 +226,11 @@ def _show(split: str, facts: dict[str, Any], target: Path) -> None:
     models = facts["models"]
     seen = ""
     if "in_sample" in facts:
-        seen = f" ({facts['in_sample']['accuracy']:.1%} by models that were trained on the pair)"
+        seen = f" ({facts['in_sample']['accuracy']:.1%} by the models that were trained on them)"
     Console(highlight=False, soft_wrap=True).print(
-        f"{split}: {facts['scored']} of {facts['rows']} rows scored by "
+        f"{split}: {facts['scored']} of {facts['rows']} examples scored by "
         f"{models[0] if len(models) == 1 else f'{len(models)} models'}; chosen above "
-        f"rejected in {facts['accuracy']:.1%}{seen}; "
+        f"rejected in {facts['accuracy']:.1%} of the pairs{seen}; "
         f"margins {low:.2f} .. {middle:.2f} .. {high:.2f} (5 %, median, 95 %)\n"
         f"  next stage: data.dataset_name={target}",
         markup=False,

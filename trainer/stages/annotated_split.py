@@ -1,4 +1,4 @@
-"""Scores of a data set's pairs by reward models, and the files that they are written to."""
+"""A data set's pairs with their scores by one or more reward models, and the files they are written to."""
 
 from __future__ import annotations
 
@@ -21,64 +21,64 @@ from madpo.trainer.reports.calibration import calibration
 
 @dataclass(frozen=True)
 class JudgedSplit:
-    """The pairs of a split, by all judges."""
+    """The R pairs of a split that all judges have scored."""
 
-    rows: np.ndarray  # (R,) as `GroupDataset.rows`
+    rows: np.ndarray  # (R,) numbers of the examples, as in `GroupDataset.rows`
     scores: np.ndarray  # (judges, R, 2) of chosen and rejected
-    folds: np.ndarray | None  # (R,) for the split that judges were trained on: who saw the pair not
+    folds: np.ndarray | None  # (R,) the judge that was not trained on the pair; None: no judge was
 
     @property
     def combined(self) -> np.ndarray:
-        """(R, 2) the score by the judge that has not seen the pair; the mean of all where none has."""
+        """Scores (R, 2) by the judge that was not trained on the pair; the mean of all if none was."""
         if self.folds is None:
             return self.scores.mean(0)
         return self.scores[self.folds, np.arange(len(self.rows))]
 
     @property
     def margins(self) -> np.ndarray:
-        """(judges, R)"""
+        """Margins (judges, R) by each judge."""
         return self.scores[..., 0] - self.scores[..., 1]
 
     @property
     def margin_std(self) -> np.ndarray | None:
-        """(R,) the standard deviation of the margins that the mean is of."""
+        """Standard deviations (R,) over the judges, where their mean is used; else None."""
         return self.margins.std(0) if self.folds is None and len(self.scores) > 1 else None
 
     @property
     def seen(self) -> np.ndarray | None:
-        """(R,) the mean margin by the judges that were trained on the pair."""
+        """Mean margins (R,) by the judges that were trained on the pair; None if none was."""
         if self.folds is None:
             return None
-        saw = np.arange(len(self.scores))[:, None] != self.folds
-        return (self.margins * saw).sum(0) / saw.sum(0)
+        was_trained = np.arange(len(self.scores))[:, None] != self.folds
+        return (self.margins * was_trained).sum(0) / was_trained.sum(0)
 
 
 def together(
-    rows: list[np.ndarray],  # of each judge (G,)
-    scores: list[np.ndarray],  # of each judge (G, 2)
-    folds: np.ndarray | None,  # (G,) of the first judge's rows
+    rows: list[np.ndarray],  # for each judge (G,)
+    scores: list[np.ndarray],  # for each judge (G, 2)
+    folds: np.ndarray | None,  # (G,) for the first judge's rows
 ) -> JudgedSplit:
-    """The rows that all judges have scored; their tokenizers may differ in what is too long."""
+    """Select the examples that all judges have scored: by its tokenizer, one may find an example too long."""
     common = reduce(np.intersect1d, rows)
-    places = [np.searchsorted(own, common) for own in rows]
-    stacked = np.stack([own[place] for own, place in zip(scores, places, strict=True)])
-    return JudgedSplit(common, stacked, None if folds is None else folds[places[0]])
+    indices = [np.searchsorted(own, common) for own in rows]
+    stacked = np.stack([own[index] for own, index in zip(scores, indices, strict=True)])
+    return JudgedSplit(common, stacked, None if folds is None else folds[indices[0]])
 
 
 def write_split(
     target: Path, split: str, source: Source, scored: JudgedSplit, models: list[str], renames: dict[str, str]
 ) -> dict[str, Any]:
-    """The annotated split, and `annotation.json` beside it: by what, from what, and how the margins lie.
+    """Write the annotated split, and facts about it into `annotation.json`; return the facts.
 
-    `renames` is `data.columns`: what is written stands under the source's own names, so that the same
-    config reads it.
+    The facts are the models, the source and the distribution of the margins. `renames` is `data.columns`:
+    new columns get the source's own names, so that the config that read the source reads the result.
     """
     names = ["score_chosen", "score_rejected", "margin"]
     columns = [*scored.combined.T, margins_of(scored.combined)]
     if scored.margin_std is not None:
         names, columns = [*names, "margin_std"], [*columns, scored.margin_std]
     values = np.stack(columns, 1).tolist()
-    found = {
+    new_columns = {
         row: {renames.get(name, name): x for name, x in zip(names, value, strict=True)}
         for row, value in zip(scored.rows.tolist(), values, strict=True)
     }
@@ -91,8 +91,8 @@ def write_split(
         with partial.open("w", encoding="utf-8") as file:
             for number, row in _rows(source):
                 count += 1
-                if number in found:
-                    line = _plain({**_without_margins(row, renames), **found[number]})
+                if number in new_columns:
+                    line = _plain({**_without_margins(row, renames), **new_columns[number]})
                     file.write(json.dumps(line, ensure_ascii=False, allow_nan=False, default=str) + "\n")
 
     write_atomically(path, write)
@@ -125,12 +125,12 @@ def _rule(scored: JudgedSplit) -> str:
 
 
 def margins_of(scores: np.ndarray) -> np.ndarray:
-    """scores (R, 2) -> (R,)"""
+    """Margins (R,), chosen minus rejected, of scores (R, 2)."""
     return scores[:, 0] - scores[:, 1]
 
 
 def _rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(the number that a group knows its row by, the row); a line that cannot be read is left out."""
+    """(number, example) for every example, numbered as in the data set; unreadable lines are left out."""
     row: Any
     for index, row in enumerate(source.rows):
         if source.unit != "line":
@@ -143,7 +143,7 @@ def _rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _without_margins(row: dict[str, Any], renames: dict[str, str]) -> dict[str, Any]:
-    """The row with its margin and scores under names that nothing reads, those of earlier rounds too."""
+    """Rename the example's margin and scores to names that nothing reads, in every further round too."""
     columns = {renames.get(name, name) for name in (*MARGIN_COLUMNS, "margin_std")}
     out = {key: value for key, value in row.items() if key not in columns}
     for key in columns & row.keys():
@@ -155,7 +155,7 @@ def _without_margins(row: dict[str, Any], renames: dict[str, str]) -> dict[str, 
 
 
 def _plain(value: Any) -> Any:
-    """With null for numbers that are none: Parquet has them, and JSON has not."""
+    """Replace NaN and infinity by null: Parquet has them, JSON does not."""
     if isinstance(value, dict):
         return {key: _plain(child) for key, child in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Evaluation of a model on the held-out split, without training."""
+"""Evaluate a model on the held-out split, without training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run_evaluation(config: Config) -> None:
     folder = Path(config.output_dir)
     stored = checkpoint.stored_objective(folder / "checkpoints") or {}
     if config.objective.quantiles and stored.get("loss_type") == config.objective.loss_type:
-        # The run's numbers, whatever data is evaluated now.
+        # The thresholds that the run was trained with, whatever data is evaluated now.
         params = type(config.objective).model_validate(stored)
         config = config.model_copy(update={"objective": params})
     tokenizer = load_tokenizer(config.model)

@@ -1,5 +1,8 @@
-"""Export: a folder that transformers loads, with tokenizer and model card: `AutoModelForCausalLM`, for a
-reward model `AutoModelForSequenceClassification`. Of an adapter: one that peft loads, unless it is merged."""
+"""Export a model as a folder that transformers loads, with tokenizer and model card.
+
+It loads with `AutoModelForCausalLM`, or `AutoModelForSequenceClassification` for a reward model. An adapter
+that is not merged becomes a folder that peft loads.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +49,11 @@ def export_model(
     shard: Shard,
     state: TrainState,
 ) -> None:
-    """Write the policy into `<run>/model`: its weights, or its adapter, and then on request the two merged
-    into `<run>/merged`. They are gathered on rank 0; each folder appears complete or not at all."""
+    """Write the policy's weights, or its adapter, into `<run>/model`.
+
+    With `train.export_merged`, also an adapter merged with its base into `<run>/merged`. Weights are gathered
+    on rank 0; each folder appears complete or not at all.
+    """
     policy = engine.module.policy
     if config.bound_objective.is_reward_model:
         policy.config.pad_token_id = tokenizer.pad_token_id = padding_token(tokenizer)
@@ -83,7 +89,7 @@ def _save(
 
 def _save_model(policy: Any, weights: dict[str, Tensor], folder: Path, max_shard_size: str) -> None:
     implementation = policy.config._attn_implementation
-    policy.config._attn_implementation = None  # ours is not known where the folder is loaded
+    policy.config._attn_implementation = None  # ours is unknown where the folder will be loaded
     try:
         policy.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
     finally:

@@ -1,8 +1,8 @@
-"""Completions of a data set's prompts by one or more models, judged: data that the next stage reads.
+"""Sample completions of a data set's prompts from one or more models, judge them, and write them as data.
 
-The work is cut into batches of prompts, longest first. A batch's completions depend on the batch and the
-seed alone, and each finished batch is a file: so the number of ranks changes nothing, and a run that was
-cut off goes on where it stood.
+The work is cut into batches of prompts, longest first. A batch's completions depend only on the batch and
+the seed, and each finished batch is a file. So the number of ranks changes no result, and an interrupted run
+continues where it stopped.
 """
 
 from __future__ import annotations
@@ -40,36 +40,38 @@ from madpo.trainer.sampling.samplers import backend_of, completion_of, open_samp
 
 @dataclass(frozen=True)
 class Writer:
-    """One of the models that write completions."""
+    """A model that completions are sampled from."""
 
     index: int
     name: str  # as in the config
-    folder: str  # or a name on the hub
+    folder: str  # where it is loaded from: a folder, or a name on the hub
     revision: str | None
 
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """What all models and the judge have in common."""
+    """What sampling from every model and judging have in common."""
 
     config: Config
     settings: GenerateConfig
     backend: str
-    prompts: dict[str, Prompts]  # of each split
+    prompts: dict[str, Prompts]  # split -> its prompts
     batches: list[Batch]
-    root: Path  # of finished batches
+    root: Path  # folder of the finished batches
     shard: Shard
 
     def identity(self) -> str:
-        """A hash of the prompts and of which of them go together."""
+        """A hash of the prompts and of their batches."""
         members = [(batch.split, batch.number, batch.members) for batch in self.batches]
-        prompts = [(split, asdict(found.rules), found.keys) for split, found in self.prompts.items()]
+        prompts = [(split, asdict(own.rules), own.keys) for split, own in self.prompts.items()]
         return xxhash.xxh3_128_hexdigest(json.dumps([members, prompts]).encode())
 
 
 def run_generation(config: Config) -> None:
-    """Write `<output_dir>/generated/<split>.jsonl` for the splits that the config names, and with
-    `generate.pairs` preference pairs into `<output_dir>/pairs`. Raises UserError."""
+    """Write `<output_dir>/generated/<split>.jsonl` for the splits that the config names.
+
+    With `generate.pairs`, also preference pairs into `<output_dir>/pairs`. Raises UserError.
+    """
     settings, folder = config.generate or GenerateConfig(), Path(config.output_dir)
     backend, writers = backend_of(settings), writers_of(config, settings)
     if settings.judge is not None:
@@ -83,22 +85,25 @@ def run_generation(config: Config) -> None:
     batches = {split: batches_of(split, prompts[split].lengths, settings.batch_size) for split in splits}
     shard = dist.init(config.launch.timeout_minutes)
     lock = claim(folder, shard)
-    every = list(chain(*batches.values()))
-    plan = SamplingPlan(config, settings, backend, prompts, every, folder / "generated" / "parts", shard)
+    all_batches = list(chain(*batches.values()))
+    finished = folder / "generated" / "parts"
+    plan = SamplingPlan(config, settings, backend, prompts, all_batches, finished, shard)
     written = [_sample_all(plan, writer) for writer in writers]
     judged = _judge_all(plan, settings.judge, written) if settings.judge else None
     if shard.is_main:
         for split in splits:
             rows = _joined(prompts[split], batches[split], writers, written, judged)
             facts = _write(folder, split, rows, settings, config.seed)
-            _note(folder, split, facts | _provenance(config, settings, backend, writers, prompts[split]))
+            _write_facts(
+                folder, split, facts | _provenance(config, settings, backend, writers, prompts[split])
+            )
             _show(folder, split, facts, settings)
     dist.barrier()
     lock.release()
 
 
 def writers_of(config: Config, settings: GenerateConfig) -> list[Writer]:
-    """The models to sample from; of a run's folder the exported one. Raises UserError if there is none."""
+    """The models to sample from; a run folder stands for its exported model. Raises UserError for none."""
     own = config.model.model_name_or_path
     if not settings.models and own is None:
         raise UserError("generate.models: name a model; model.init_config is one from scratch")
@@ -109,7 +114,7 @@ def writers_of(config: Config, settings: GenerateConfig) -> list[Writer]:
 
 
 def _sample_all(plan: SamplingPlan, writer: Writer) -> ResumableBatches:
-    """One model's completions: for each prompt of a batch the fields of each `Completion`."""
+    """Sample all batches from one model: for each prompt, the fields of each `Completion`."""
     config, settings = plan.config, plan.settings
     update = {"model_name_or_path": writer.folder, "model_revision": writer.revision}
     tokenizer = load_tokenizer(config.model.model_copy(update=update))
@@ -142,7 +147,7 @@ def _sample_all(plan: SamplingPlan, writer: Writer) -> ResumableBatches:
 def _judge_all(
     plan: SamplingPlan, judge: JudgeConfig, written: Sequence[ResumableBatches]
 ) -> ResumableBatches:
-    """Scores: for each prompt of a batch one of each completion, those of all models behind each other."""
+    """Score all batches: for each prompt, one score per completion, model after model."""
 
     def open_work() -> BatchJob:
         score = open_judge(plan.config, judge)
@@ -163,13 +168,14 @@ def _judge_all(
 
 
 def _together(batch: Batch, written: Sequence[ResumableBatches]) -> list[list[dict[str, Any]]]:
-    """Of each prompt the completions of all models."""
+    """For each prompt of the batch, the completions of all models."""
     return [
         list(chain(*of_prompt)) for of_prompt in zip(*(parts.read(batch) for parts in written), strict=True)
     ]
 
 
 def _like(prompt: Text, text: str) -> Text:
+    """A completion in the prompt's form: text, or a message."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
@@ -186,18 +192,19 @@ def _joined(
         scores = judged.read(batch) if judged else None
         counts = [len(parts.read(batch)[0]) for parts in written]
         models = [writer.name for writer, count in zip(writers, counts, strict=True) for _ in range(count)]
-        for place, (member, found) in enumerate(zip(batch.members, _together(batch, written), strict=True)):
+        completions_of = _together(batch, written)
+        for index, (member, completions) in enumerate(zip(batch.members, completions_of, strict=True)):
             group = prompts.groups[member]
             prompt = group.prompt
             rows[member] = {
                 "prompt": prompt,
                 **({"tools": group.tools} if group.tools else {}),
                 **({"chat_template_kwargs": group.template_kwargs} if group.template_kwargs else {}),
-                "completions": [_like(prompt, completion["text"]) for completion in found],
-                **({} if scores is None else {"scores": scores[place]}),
+                "completions": [_like(prompt, completion["text"]) for completion in completions],
+                **({} if scores is None else {"scores": scores[index]}),
                 "models": models,
-                "finish": [completion["finish"] for completion in found],
-                "tokens": [completion["tokens"] for completion in found],
+                "finish": [completion["finish"] for completion in completions],
+                "tokens": [completion["tokens"] for completion in completions],
             }
     return [rows[member] for member in range(len(rows))]
 
@@ -205,7 +212,7 @@ def _joined(
 def _write(
     folder: Path, split: str, rows: list[dict[str, Any]], settings: GenerateConfig, seed: int
 ) -> dict[str, Any]:
-    """The split, pairs of it where wanted, and what is to be said of both."""
+    """Write a split's completions, and pairs of them if asked; return facts about both."""
     _write_lines(folder / "generated" / f"{split}.jsonl", rows)
     facts: dict[str, Any] = {"prompts": len(rows), "completions": sum(len(x["models"]) for x in rows)}
     facts["of_model"] = {name: _facts_of(rows, name) for name in dict.fromkeys(rows[0]["models"])}
@@ -225,15 +232,15 @@ def _write(
 
 
 def _facts_of(rows: list[dict[str, Any]], model: str) -> dict[str, Any]:
-    """How long a model's completions are, how many end by themselves, and their scores."""
-    mine = [(row, i) for row in rows for i, name in enumerate(row["models"]) if name == model]
+    """Facts about a model's completions: their length, how many end by themselves, their scores."""
+    own = [(row, i) for row in rows for i, name in enumerate(row["models"]) if name == model]
     facts: dict[str, Any] = {
-        "mean_tokens": float(np.mean([row["tokens"][i] for row, i in mine])),
-        "stopped": float(np.mean([row["finish"][i] == "stop" for row, i in mine])),
+        "mean_tokens": float(np.mean([row["tokens"][i] for row, i in own])),
+        "stopped": float(np.mean([row["finish"][i] == "stop" for row, i in own])),
     }
     if "scores" in rows[0]:
-        given = [row["scores"][i] for row, i in mine if row["scores"][i] is not None]
-        facts["unscored"] = len(mine) - len(given)
+        given = [row["scores"][i] for row, i in own if row["scores"][i] is not None]
+        facts["unscored"] = len(own) - len(given)
         if given:
             facts |= {"score_mean": float(np.mean(given)), "score_sd": float(np.std(given))}
     return facts
@@ -261,22 +268,22 @@ def _provenance(
     }
 
 
-def _note(folder: Path, split: str, facts: dict[str, Any]) -> None:
-    """generation.json, beside the rows."""
+def _write_facts(folder: Path, split: str, facts: dict[str, Any]) -> None:
+    """Write a split's facts into generation.json, beside those of the other splits."""
     path = folder / "generated" / "generation.json"
-    notes = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps({**notes, split: facts}, indent=2) + "\n")
+    others = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**others, split: facts}, indent=2) + "\n")
 
 
 def _show(folder: Path, split: str, facts: dict[str, Any], settings: GenerateConfig) -> None:
     print_line(f"{split}: {facts['completions']} completions of {facts['prompts']} prompts")
-    for name, of_model in facts["of_model"].items():
-        scores = "score_mean" in of_model and (
-            f", score {of_model['score_mean']:.3f} (standard deviation {of_model['score_sd']:.3f})"
-        )
+    for name, own in facts["of_model"].items():
+        scores = ""
+        if "score_mean" in own:
+            scores = f", score {own['score_mean']:.3f} (standard deviation {own['score_sd']:.3f})"
         print_line(
-            f"  {name}: {of_model['mean_tokens']:.1f} tokens, {of_model['stopped']:.1%} end by themselves"
-            f"{scores or ''}"
+            f"  {name}: {own['mean_tokens']:.1f} tokens on average, {own['stopped']:.1%} ended by "
+            f"themselves{scores}"
         )
     if settings.pairs != "none":
         pairs = facts["pairs"]

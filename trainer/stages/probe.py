@@ -1,7 +1,7 @@
-"""How well a model predicts its training set before training: which supervised objective that speaks for.
+"""Measure how well a model predicts its training set before training, and suggest a supervised objective.
 
-Source: Li et al. 2025 (arXiv 2510.00526), who take the mean predicted probability as a measure of what a
-base model knows of a task.
+Source: Li et al. 2025 (arXiv 2510.00526), who take the mean predicted probability of a token as a measure of
+what a base model knows of a task.
 """
 
 from __future__ import annotations
@@ -38,44 +38,41 @@ from madpo.trainer.stages.start_engine import start_engine
 
 MOST_GROUPS = 2000
 STRONG, WEAK = 0.63, 0.25
-"""Halfway between the mean probabilities of the paper's tasks: mathematics .76 to .81, where -p was better
-than -log p by far; medicine .50, where they were alike; an unseen notation .01, where -p learned nothing."""
+"""Limits of the mean probability, halfway between those of the paper's tasks: mathematics .76 to .81, where
+-p was far better than -log p; medicine .50, where both were equal; an unseen notation .01, where -p learned
+nothing."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What the starting model thinks of the completions it is to be trained on."""
+    """The probabilities that the starting model gives to the completions it is to be trained on."""
 
-    of: dict[str, Any]  # model and data that were probed
+    of: dict[str, Any]  # identity of the model and data that were probed
     groups: int
     tokens: int
     mean_probability: float  # over tokens
-    standard_error: float  # over groups, whose tokens are no independent draws
+    standard_error: float  # over groups, because tokens of a group are not independent
     nll: float
     percentiles: list[float] = field(repr=False)  # 0, 1, .. 100 of the tokens' probabilities
 
     @property
     def capability(self) -> str:
-        return (
-            "strong"
-            if self.mean_probability >= STRONG
-            else "weak"
-            if self.mean_probability < WEAK
-            else "intermediate"
-        )
+        if self.mean_probability >= STRONG:
+            return "strong"
+        return "weak" if self.mean_probability < WEAK else "intermediate"
 
     @property
     def suggestion(self) -> str:
-        """An objective block and why."""
+        """An objective block, and the reason for it."""
         return {
-            "strong": "{loss_type: f_alpha, alpha: 1}: lean on what the model knows (1 - p)",
-            "intermediate": "{loss_type: nll} or {loss_type: f_alpha, alpha: 1}: compare, neither is sure",
-            "weak": "{loss_type: nll}: every token has something to teach (-log p)",
+            "strong": "{loss_type: f_alpha, alpha: 1}: train mostly on what the model finds likely (1 - p)",
+            "intermediate": "{loss_type: nll} or {loss_type: f_alpha, alpha: 1}: try both, either may win",
+            "weak": "{loss_type: nll}: train on every token, unlikely ones most (-log p)",
         }[self.capability]
 
 
 def run_probe(config: Config) -> None:
-    """`madpo probe`: print what was found and keep it in the run folder. Raises UserError."""
+    """Measure, print the result, and store it in the run folder. Raises UserError."""
     if config.data.streaming:
         raise UserError("data.streaming: probe draws from the whole training set; set data.streaming=false")
     config = _supervised(config)
@@ -91,7 +88,7 @@ def run_probe(config: Config) -> None:
 def stored_probe(
     config: Config, groups: TokenDataset, tokenizer: PreTrainedTokenizerBase, shard: Shard
 ) -> Probe:
-    """The probe in the run folder if it is of this model and data; else it is made and put there."""
+    """Read the probe in the run folder if it is of this model and data; else measure and store one."""
     path, of = _path(config), _identity(config, groups)
     stored = dist.from_main(json.loads(path.read_text()) if path.is_file() else None)
     if isinstance(stored, dict) and stored.get("of") == of:
@@ -110,11 +107,10 @@ def _path(config: Config) -> Path:
 
 
 def _supervised(config: Config) -> Config:
-    """The same model and data, with nothing but log-probs asked of them."""
+    """A copy of the config with a supervised objective, which needs log-probs of the policy only."""
     model = config.model.model_copy(update={"ref_model_name_or_path": None, "reference": "auto"})
-    data = config.data.model_copy(
-        update={"order": "shuffled"}
-    )  # completions alone have no margins to sort by
+    # Supervised data has no margins to sort by.
+    data = config.data.model_copy(update={"order": "shuffled"})
     return config.model_copy(update={"objective": NLLParams(), "model": model, "data": data})
 
 
@@ -131,19 +127,20 @@ def _identity(config: Config, groups: TokenDataset) -> dict[str, Any]:
 
 @torch.no_grad()
 def _measure(engine: Engine, groups: TokenDataset, config: Config, shard: Shard, of: dict[str, Any]) -> Probe:
-    """Log-probs of the completions of at most MOST_GROUPS groups, drawn by the seed."""
+    """Score the completions of at most MOST_GROUPS groups, which the seed draws."""
     engine.eval()
     selected = np.sort(permutation(len(groups), config.seed, epoch=0)[:MOST_GROUPS])
-    rules, found = dataclasses.replace(step_rules(config, engine.module), item=Item.TOKEN), []
+    rules = dataclasses.replace(step_rules(config, engine.module), item=Item.TOKEN)
+    own: list[np.ndarray] = []  # log-probs of the completions that this rank scored
     for step in evaluation_steps(groups, rules, config.train.global_batch_size, shard, selected):
         for batch in step.batches:
             logps = engine(batch.to(engine.device), Mode.SCORE).tokens.token_logps
-            knows_first = shard.rank % rules.ranks_per_row == 0  # the others of its rows know the same
-            if knows_first and not batch.is_dummy:
-                found += [part.double().cpu().numpy() for part in logps.split(batch.lengths)]
-    everything: list[Any] = [None] * shard.world_size
-    torch_dist.all_gather_object(everything, found)
-    logps = [part for of_rank in everything for part in of_rank]
+            is_first = shard.rank % rules.ranks_per_row == 0  # ranks that share a row have equal scores
+            if is_first and not batch.is_dummy:
+                own += [part.double().cpu().numpy() for part in logps.split(batch.lengths)]
+    gathered: list[Any] = [None] * shard.world_size
+    torch_dist.all_gather_object(gathered, own)
+    logps = [part for parts in gathered for part in parts]
     tokens = np.concatenate(logps)
     means = np.array([np.exp(part).mean() for part in logps])
     weights = np.array([len(part) for part in logps]) / len(tokens)
@@ -160,18 +157,18 @@ def _measure(engine: Engine, groups: TokenDataset, config: Config, shard: Shard,
 
 
 def show(probe: Probe, path: Path) -> None:
-    """The numbers and what follows from them, as text."""
+    """Print the numbers and the suggestion."""
     tenth, half, most = (f"{probe.percentiles[i]:.3f}" for i in (10, 50, 90))
     table = Table("measured on the training set", "", box=None, pad_edge=False)
     table.add_row("completions, tokens", f"{probe.groups:,}, {probe.tokens:,}")
     table.add_row("mean probability of a token", f"{probe.mean_probability:.3f} ± {probe.standard_error:.3f}")
-    table.add_row("10 %, 50 %, 90 % of tokens below", f"{tenth}, {half}, {most}")
+    table.add_row("its 10 %, 50 %, 90 % quantiles", f"{tenth}, {half}, {most}")
     table.add_row("nll per token", f"{probe.nll:.3f} nats")
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     console.print(
         f"\n{probe.capability}: the mean is {_compared(probe)}\nsuggested objective: {probe.suggestion}\n"
-        f"kept in {path}",
+        f"stored in {path}",
         markup=False,
     )
 

@@ -1,4 +1,4 @@
-"""Thresholds that are given as quantiles become numbers, once, before the run they are for."""
+"""Replace an objective's thresholds that are given as quantiles by numbers, once, before the run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from madpo.trainer.stages.probe import stored_probe
 
 
 def resolve_quantiles(config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, shard: Shard) -> Config:
-    """The config with a number for every quantile: of the margins of the training set, or, for a threshold
-    of token probabilities, of those that the starting model gives its completions.
+    """A copy of the config with a number for every quantile.
 
-    The former follow from the data; the latter are kept in the run folder's `probe.json`. Raises UserError
-    where the number is none that the parameter may have.
+    Quantiles are those of the training set's margins, or, for a threshold of token probabilities, of the
+    probabilities that the starting model gives to its completions; these are measured once and stored in
+    the run folder's `probe.json`. Raises UserError if a number is out of the parameter's range.
     """
     params: Any = config.objective
     if not params.quantiles:

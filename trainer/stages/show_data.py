@@ -1,4 +1,4 @@
-"""The first groups of training as the model sees them, and what became of the rest of the data."""
+"""Show the first groups of training as the model sees them, and what became of all examples."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from madpo.trainer.objectives.base import Need
 Decode = Callable[[Sequence[int]], str]
 PROMPT = "dim"
 STYLES = {1: "green", -1: "red", 0: "yellow"}
-"""Of a completion, by its label: desirable or better than most, the opposite, neither."""
+"""Label of a completion -> its colour: desirable or better than most, the opposite, neither."""
 
 
 def show_data(config: Config, count: int, console: Console) -> None:
-    """Print `count` groups in the order of training, then the totals. No ranks, no model.
+    """Print `count` groups in the order of training, then the totals. Needs neither ranks nor a model.
 
-    Raises UserError for data that cannot be read, and, after it is shown, for data that cannot serve the
-    objective.
+    Raises UserError for data that cannot be read, and, after showing it, for data that the objective cannot
+    use.
     """
     tokenizer = load_tokenizer(config.model)
     objective = config.bound_objective
@@ -43,13 +43,13 @@ def show_data(config: Config, count: int, console: Console) -> None:
     if borrows:
         groups = MismatchedDataset(groups, config.seed, config.data.max_length)
     groups = merged(groups, config)
-    report = next(iter(report_of_merged(groups, reports).values()))  # of all parts together
+    report = next(iter(report_of_merged(groups, reports).values()))  # the report of all parts together
     order = DataOrder(len(groups), config.seed, groups.ease(config.data.order))
     decode, coloured = decoder(tokenizer), console.is_terminal and not console.no_color
     lines: list[Text] = []
     for index in order.take(0, min(count, len(groups))).tolist():
-        place = f"{groups.name}, row {groups.rows[index]}"
-        lines += render_group(groups[index], decode, place, coloured, borrows)
+        title = f"{groups.name}, row {groups.rows[index]}"
+        lines += render_group(groups[index], decode, title, coloured, borrows)
     tokens, trained = int(groups.counts.lengths.sum()), int(groups.counts.completion_tokens.sum())
     console.print(*lines, *render_totals(report, tokens, trained, coloured), sep="\n", soft_wrap=True)
     if config.data.min_weight is not None or config.data.sampling != "uniform":
@@ -59,7 +59,7 @@ def show_data(config: Config, count: int, console: Console) -> None:
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
-    """Token ids -> text, special tokens spelled out."""
+    """A function from token ids to text, with special tokens spelled out."""
 
     def decode(ids: Sequence[int]) -> str:
         text: Any = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -69,15 +69,15 @@ def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
 
 
 def render_group(
-    group: TokenGroup, decode: Decode, place: str, coloured: bool, borrows: bool = False
+    group: TokenGroup, decode: Decode, title: str, coloured: bool, borrows: bool = False
 ) -> Iterator[Text]:
-    """A group as lines: the prompt once, then every completion with what the edges say of it.
+    """A group as lines: the prompt once, then every completion with its margins or label.
 
-    What is trained on is coloured, or stands in [[ ]]. Where groups borrow, completions of label 0 were
-    written for another prompt.
+    Trained tokens are coloured, or stand in [[ ]]. With `borrows`, completions of label 0 belong to another
+    prompt.
     """
-    yield Text(f"── {place}", style="bold")
-    moved = f"; {group.boundary_cut} more merged into the completion and moved there"
+    yield Text(f"── {title}", style="bold")
+    moved = f"; {group.boundary_cut} more merge with the completion and count as its tokens"
     yield _header("prompt", len(group.prompt), moved if group.boundary_cut else "")
     yield _body(decode(group.prompt), PROMPT if coloured else "")
     for index, completion in enumerate(group.completions):
@@ -97,14 +97,14 @@ def _header(name: str, tokens: int, note: str) -> Text:
 
 
 def _body(text: str, style: str) -> Text:
-    """Lines behind a bar, with control characters escaped, as a terminal would obey them."""
+    """Lines behind a bar. Control characters are escaped, because a terminal would obey them."""
     escaped = (x if x.isprintable() or x in "\n\t" else x.encode("unicode_escape").decode() for x in text)
     lines = (Text.assemble("│ ", (line, style)) for line in "".join(escaped).split("\n"))
     return Text("\n").join(lines)
 
 
 def _after(prompt: list[int], completion: list[int], decode: Decode) -> str:
-    """The completion as it follows the prompt: some tokenizers drop the space that a text begins with."""
+    """The completion's text after the prompt; decoded by itself, some tokenizers drop a leading space."""
     whole, head = decode(prompt + completion), decode(prompt)
     return whole.removeprefix(head) if whole.startswith(head) else decode(completion)
 
@@ -118,30 +118,29 @@ def _name(group: TokenGroup, index: int) -> str:
 
 
 def _standing(group: TokenGroup, index: int, borrows: bool) -> str:
-    """What edges and labels say of a completion."""
+    """A completion's margins against others, or its label."""
     if borrows and group.labels[index] == 0:
         return ", of another prompt"
     if not group.edges:
         return {1: ", desirable", -1: ", undesirable"}[group.labels[index]] if group.labels else ""
-    wins = [(loser, margin) for winner, loser, margin in group.edges if winner == index]
+    wins = [(rejected, margin) for chosen, rejected, margin in group.edges if chosen == index]
     if len(group.edges) == 1:
         return f", margin {wins[0][1]:g}" if wins and wins[0][1] is not None else ""
-    beaten = [f"{loser + 1}" + ("" if margin is None else f" by {margin:g}") for loser, margin in wins]
+    beaten = [f"{rejected + 1}" + ("" if margin is None else f" by {margin:g}") for rejected, margin in wins]
     return f", better than {', '.join(beaten)}" if beaten else ""
 
 
 def render_totals(report: dict[str, Any], tokens: int, trained: int, coloured: bool) -> Iterator[Text]:
-    """What became of all rows, in lines; zeros are left out. A prompt counts once per group."""
-    yield Text(f"── {report['source']}: {report['rows']:,} rows, {report['groups']:,} groups", style="bold")
+    """What became of all examples, as lines; zeros are left out. A prompt counts once per group."""
+    totals = f"{report['rows']:,} examples, {report['groups']:,} groups"
+    yield Text(f"── {report['source']}: {totals}", style="bold")
     if "without_fold" in report:
         yield Text(f"fold {report['without_fold']} is left out", style="bold")
     for reason, number in report["dropped"].items():
         yield Text(f"{number:,} dropped: {reason}", style="bold")
     if report.get("rows_merged"):
         saved = report["tokens_saved_by_merging"]
-        yield Text(
-            f"{report['rows_merged']:,} rows merged with others of their prompt, {saved:,} tokens saved"
-        )
+        yield Text(f"{report['rows_merged']:,} examples merged by prompt, {saved:,} tokens saved")
     shown = "coloured" if coloured else "in [[ ]]"
     yield Text(f"{tokens:,} tokens, {trained / tokens:.1%} of them trained on, {shown}")
     for name, says in COUNTS.items():
@@ -153,9 +152,9 @@ def render_totals(report: dict[str, Any], tokens: int, trained: int, coloured: b
 
 
 COUNTS = {
-    "truncated_completions": "completions lost their end to max_length",
-    "groups_with_moved_boundary": "prompts whose last tokens merged into the completion",
-    "comparisons_of_equal_tokens": "comparisons left out: both sides are the same tokens",
-    "rows_that_spell_special_tokens": "rows spell out a special token: in messages it becomes one",
+    "truncated_completions": "completions cut at max_length",
+    "groups_with_moved_boundary": "prompts whose last tokens merge with the completion",
+    "comparisons_of_equal_tokens": "pairs left out: both completions are the same tokens",
+    "rows_that_spell_special_tokens": "examples spell out a special token: in conversations it becomes one",
 }
-"""Counts of the data report and how they are said."""
+"""Counts of the data report -> what is printed after the number."""

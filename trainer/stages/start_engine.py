@@ -19,7 +19,7 @@ from madpo.trainer.zero3.loading import partitioned_loading
 
 
 def check_data_fits(data: Data, config: Config, engine: Engine) -> None:
-    """Raise UserError if a group, as the engine's model computes it, exceeds the token budget."""
+    """Raise UserError if a group does not fit into the token budget, as the engine's model packs it."""
     rules = step_rules(config, engine.module)
     for groups in (data.train, data.held_out):
         if groups is not None:
@@ -27,8 +27,10 @@ def check_data_fits(data: Data, config: Config, engine: Engine) -> None:
 
 
 def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool) -> Engine:
-    """The engine around policy, reference and head. What a user should know of how the models attend is in
-    the module's `notes`."""
+    """Build the models and the engine around them, and check both.
+
+    The module's `notes` say what was chosen, for the user. Raises UserError for a model that cannot be used.
+    """
     with partitioned_loading(deepspeed_config(config, training)):
         module = build_module(config, tokenizer)
     engine, group = Engine[ScoringModule](config, module, training), module.sequence_group
@@ -41,7 +43,7 @@ def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: b
             if group is not None:
                 check_slicing(model, group, engine.device)
     quantised = config.peft is not None and config.peft.quantised
-    if training and not quantised:  # whose kernels round otherwise in training, without any noise
+    if training and not quantised:  # quantised kernels round differently in training, which is no noise
         check_noise(module.policy, engine.device)
     module.notes = list(dict.fromkeys(notes))
     if isinstance(module, PolicyWithReference):

@@ -1,4 +1,4 @@
-"""Training, from whatever the run folder holds to a finished run: any objective, any world size."""
+"""Train, from the newest checkpoint or from the start: any objective, any number of ranks."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from madpo.trainer.state import TrainState
 
 
 def run_training(config: Config, command: str) -> None:
-    """Train, evaluate, checkpoint and export into `output_dir`; continue a run that is there.
+    """Train, evaluate, checkpoint and export into `output_dir`; continue a run that is already there.
 
-    Data comes before the process group: tokenising may take longer than a collective waits, and may
-    fork. Raises UserError for a config, model or data set that cannot be trained.
+    Data is read before the ranks join, because tokenising may take longer than a collective's timeout, and
+    may fork. Raises UserError for a config, model or data set that cannot be trained.
     """
     folder = Path(config.output_dir)
     checkpoints = folder / "checkpoints"
@@ -46,8 +46,8 @@ def run_training(config: Config, command: str) -> None:
     config = resolve_quantiles(config, data, tokenizer, shard)
     data = weighed(data, config)
     assert data.source is not None
-    run = checkpoint.identity(config, shard, data.source.content)
-    tag = checkpoint.latest(checkpoints, run)
+    identity = checkpoint.identity(config, shard, data.source.content)
+    tag = checkpoint.latest(checkpoints, identity)
     data, cached = with_reference(config, data, tokenizer, shard, training=True)
     source = data.source
     assert source is not None
@@ -79,9 +79,9 @@ def run_training(config: Config, command: str) -> None:
 
         def on_save() -> None:
             keep, moves = config.train.save_total_limit, config.model.sync_ref_model
-            checkpoint.save(engine, checkpoints, state, run, shard, keep, with_reference=moves)
+            checkpoint.save(engine, checkpoints, state, identity, shard, keep, with_reference=moves)
             if shard.is_main:
-                _write_report(folder, data)  # of a stream it grows
+                _write_report(folder, data)  # a stream's report grows
 
         loop.train(config, engine, source, data.held_out, shard, state, on_record, on_save)
 
@@ -96,7 +96,7 @@ def _write_report(folder: Path, data: Data) -> None:
 
 
 def _describe_run(folder: Path, config: Config, command: str, shard: Shard) -> None:
-    """config.yaml and run.json: what ran, on what, and how to repeat it."""
+    """Write config.yaml and run.json: the command, the versions and the hardware."""
     (folder / "config.yaml").write_text(dump(config))
     on_gpu = torch.cuda.is_available()
     run = {

@@ -10,8 +10,11 @@ import pytest
 
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.config.deepspeed import DEEPSPEED_KEYS
+from madpo.trainer.config.effects import sections_in
 from madpo.trainer.config.schema import Config, dump, load
+from madpo.trainer.config.section import Section
 from madpo.trainer.engine import deepspeed_config
+from madpo.trainer.objectives.registry import OBJECTIVES
 
 MINIMAL = """
 output_dir: runs/x
@@ -222,3 +225,22 @@ def test_an_objective_stands_in_where_none_is_needed(tmp_path):
     assert (
         load(tmp_path / "config.yaml", ["objective.loss_type=dpo"], "generate").objective.loss_type == "dpo"
     )
+
+
+def descriptions(section: type[Section], prefix: str = "") -> dict[str, str | None]:
+    found = dict[str, str | None]()
+    for name, field in section.model_fields.items():
+        found[prefix + name] = field.description
+        for inner in sections_in(field):
+            found |= descriptions(inner, f"{prefix}{name}.")
+    return found
+
+
+def test_every_key_has_a_description_that_reads_alone():
+    described = descriptions(Config)
+    for entry in OBJECTIVES.values():
+        parameters = entry.params.model_fields.items()
+        described |= {f"{entry.name}.{name}": x.description for name, x in parameters if name != "loss_type"}
+    assert len(described) > 200
+    leans = re.compile(r"(?i)(of|as|its|their|it|null|so many|in place)\b")
+    assert [name for name, text in described.items() if not text or leans.match(text)] == []

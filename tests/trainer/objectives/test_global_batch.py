@@ -1,4 +1,4 @@
-"""Objectives of the whole batch and of single completions, by independent arithmetic in numpy."""
+"""Objectives of the global batch and of single completions, by independent arithmetic in numpy."""
 
 import math
 

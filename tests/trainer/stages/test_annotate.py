@@ -26,8 +26,7 @@ from madpo.trainer.formats.adapters import ADAPTERS
 from madpo.trainer.formats.read_row import RowRules, read_row
 from madpo.trainer.formats.text_groups import TextGroup, hash_of_prompt
 from madpo.trainer.model.tokenizer import load_tokenizer
-from madpo.trainer.stages.annotate import _load as load
-from madpo.trainer.stages.annotate import fold_config, run_annotation
+from madpo.trainer.stages.annotate import fold_config, load_pairs, run_annotation
 from madpo.trainer.stages.annotated_split import JudgedSplit, together, write_split
 from madpo.trainer.stages.train import run_training
 
@@ -224,7 +223,7 @@ def test_rows_of_several_comparisons_have_no_one_margin(config, tmp_path):
     ranked = changed(config, "data", dataset_name=str(path), dataset_test_split=None)
     with pytest.raises(ValueError, match=r"1 rows make several comparisons; set data.edges=best_worst"):
         run_annotation(ranked)
-    (groups,) = load(changed(ranked, "data", edges="best_worst")).values()
+    (groups,) = load_pairs(changed(ranked, "data", edges="best_worst")).values()
     assert groups[0].edges == [(1, 0, 2.0)]
 
 

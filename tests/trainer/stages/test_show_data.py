@@ -40,7 +40,7 @@ def test_a_pair_in_plain_text():
     group = TokenGroup(ids("a\nb:"), [ids(" c\n"), ids(" d")], [(0, 1, 2.5)], [1, -1], boundary_cut=2)
     assert lines(group) == [
         "── f, row 1",
-        "prompt, 4 tokens; 2 more merged into the completion and moved there",
+        "prompt, 4 tokens; 2 more merge with the completion and count as its tokens",
         "│ a",
         "│ b:",
         "chosen, 3 tokens, margin 2.5",
@@ -62,8 +62,8 @@ def test_a_ranked_group_says_who_is_better_than_whom_and_what_was_cut():
         "│ [[c]]",
         "completion 3, 1 token, better than 1 by 0.25",
         "│ [[d]]",
-        "1 comparisons left out: both sides are the same tokens",
-        "2 completions lost their end to max_length",
+        "1 pairs left out: both completions are the same tokens",
+        "2 completions cut at max_length",
         "",
     ]
 
@@ -123,12 +123,12 @@ REPORT = {
 
 def test_the_totals_leave_out_zeros():
     assert [text.plain for text in render_totals(REPORT, 4000, 1000, False)] == [
-        "── f: 12 rows, 9 groups",
+        "── f: 12 examples, 9 groups",
         "2 dropped: prompt fills max_length",
         "1 dropped: unreadable",
         "4,000 tokens, 25.0% of them trained on, in [[ ]]",
-        "3 prompts whose last tokens merged into the completion",
-        "1 rows spell out a special token: in messages it becomes one",
+        "3 prompts whose last tokens merge with the completion",
+        "1 examples spell out a special token: in conversations it becomes one",
         "margins from -1 to 2, mean 0.5",
     ]
 
@@ -157,7 +157,7 @@ def test_the_first_groups_of_training_are_shown_in_its_order(tmp_path, tokenizer
     output = shown(config, 2)
     places = [line for line in output.splitlines() if line.startswith("── ")]
     assert places[:2] == [f"── {groups.name}, row {row}" for row in rows]
-    assert places[2].endswith("5 rows, 5 groups")
+    assert places[2].endswith("5 examples, 5 groups")
     source = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     for row in rows:
         assert f"│ <bos>{source[row - 1]['prompt']}\n" in output
@@ -213,4 +213,4 @@ def test_the_fold_that_is_left_out_is_not_shown(tmp_path, tokenizer_folder):
     counts = [part.count(", row ") for part in parts]
     assert sum(counts) == whole.count(", row ") == 5 and all(counts)
     for fold, (part, count) in enumerate(zip(parts, counts, strict=True)):
-        assert f"5 rows, {count} groups\nfold {fold} is left out\n" in part
+        assert f"5 examples, {count} groups\nfold {fold} is left out\n" in part

@@ -1,0 +1,67 @@
+"""What a run prints before its first step, and after it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from madpo.trainer.dist import Shard
+from madpo.trainer.reports.progress import Progress
+from madpo.trainer.state import TrainState
+
+FACTS = {
+    "groups": 8,
+    "tokens": 100,
+    "dropped": {"unreadable": 2, "prompt fills max_length": 1},
+    "tokens_of_known_prompts": 25,
+    "truncated_completions": 3,
+    "groups_with_moved_boundary": 0,
+    "rows_that_spell_special_tokens": 1,
+}
+
+
+def config() -> Any:
+    return SimpleNamespace(
+        objective=SimpleNamespace(loss_type="madpo"),
+        output_dir="runs/x",
+        data=SimpleNamespace(merge_prompts=False),
+        bound_objective=SimpleNamespace(supervised=False),
+    )
+
+
+def announced(capsys, report: dict[str, Any], state: TrainState, ranks: int, *notes: str) -> list[str]:
+    Progress(10).announce(config(), report, state, Shard(0, ranks), torch.device("cpu"), (1000, 4000), notes)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_counts_of_the_data_and_all_notes_are_announced(capsys):
+    reports = {"train": FACTS, "test": {**FACTS, "dropped": {}, "tokens_of_known_prompts": 0}}
+    assert announced(capsys, reports, TrainState(), 2, "attention is exact", "cached") == [
+        "madpo on 2 ranks (cpu), into runs/x",
+        "  training 1,000 of 4,000 parameters (25.00%)",
+        "  train: 8 groups, 100 tokens, 3 examples dropped, 25% of the tokens repeat a prompt (see "
+        "data.merge_prompts), 3 completions cut, 1 examples that spell special tokens",
+        "  test: 8 groups, 100 tokens, 3 completions cut, 1 examples that spell special tokens",
+        "  attention is exact",
+        "  cached",
+    ]
+
+
+def test_merged_examples_and_the_step_to_resume_from_are_announced(capsys):
+    merged = {**FACTS, "rows_merged": 4, "tokens_saved_by_merging": 40, "tokens_of_known_prompts": 0}
+    lines = announced(capsys, {"train": merged}, TrainState(step=5), 1)
+    assert lines[0] == "madpo on 1 rank (cpu), into runs/x"
+    assert "4 examples merged by prompt, 40 tokens saved" in lines[2]
+    assert lines[-1] == "  resuming after step 5 of 10"
+
+
+def test_a_record_is_a_line_and_an_evaluation_says_so(capsys):
+    progress = Progress(10)
+    progress.show({"step": 2, "loss": 0.5, "kl": 0.25})
+    progress.show({"step": 4, "eval_loss": 0.5})
+    assert capsys.readouterr().out.splitlines() == [
+        "step 2/10  loss 0.5000  kl 0.2500  ",
+        "step 4/10  held out: loss 0.5000",
+    ]
