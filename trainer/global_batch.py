@@ -90,7 +90,7 @@ def _in_two_passes(
     # A loss of all packed tokens needs all of them, and slices of a row have no whole completions.
     if not module.loss_of_tokens and module.sequence_group is None:
         on_host = [_without_zeros(batch, gradients) for batch, gradients in on_host]
-        work += step.spared((losses.dloss_dlogps == 0).numpy())
+        work += step.saved_by((losses.dloss_dlogps == 0).numpy())
     for batch, gradients in engine.accumulate(on_host):
         out = engine(batch.to(engine.device), Mode.FROM_GRADIENTS, gradients.to(engine.device))
         engine.backward(out.loss)

@@ -68,8 +68,8 @@ def evaluation_step(engine: Engine, step: Step, meter: Meter, state: BatchState)
 
 def _count_skipped(meter: Meter, step: Step) -> None:
     """Count the pairs of weight 0, which are in the mean loss and in no batch; rank 0 counts for all."""
-    if step.uncomputed and dist.get_rank() == 0:
-        meter.add_count("loss", step.uncomputed * step.copies)
+    if step.skipped_items and dist.get_rank() == 0:
+        meter.add_count("loss", step.skipped_items * step.copies)
 
 
 @torch.no_grad()
