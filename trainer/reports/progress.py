@@ -140,7 +140,7 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
     return capture.get().rstrip()
 
 
-SECONDS_BETWEEN_NEWS = 30
+SECONDS_BETWEEN_PROGRESS_LINES = 30
 
 
 def print_line(text: str) -> None:

@@ -19,7 +19,7 @@ import xxhash
 from madpo.trainer import dist
 from madpo.trainer.dist import Shard
 from madpo.trainer.files import write_atomically
-from madpo.trainer.reports.progress import SECONDS_BETWEEN_NEWS, print_line
+from madpo.trainer.reports.progress import SECONDS_BETWEEN_PROGRESS_LINES, print_line
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class ResumableBatches:
             work, close = open_work()
             mine = todo[shard.rank :: shard.world_size]
             dummies = -(-len(todo) // shard.world_size) - len(mine) if in_step else 0
-            for batch in _with_news(mine, what, shard):
+            for batch in _with_progress_lines(mine, what, shard):
                 self.write(batch, work(batch))
             for _ in range(dummies):
                 work(todo[-1])
@@ -88,11 +88,11 @@ class ResumableBatches:
         dist.barrier()
 
 
-def _with_news(batches: Sequence[Batch], what: str, shard: Shard) -> Iterator[Batch]:
+def _with_progress_lines(batches: Sequence[Batch], what: str, shard: Shard) -> Iterator[Batch]:
     """The batches; rank 0 says now and then how far it has come."""
     last = time.monotonic()
     for done, batch in enumerate(batches):
         yield batch
-        if shard.is_main and time.monotonic() - last > SECONDS_BETWEEN_NEWS:
+        if shard.is_main and time.monotonic() - last > SECONDS_BETWEEN_PROGRESS_LINES:
             last = time.monotonic()
             print_line(f"{what}: {done + 1} of this rank's {len(batches)} batches")

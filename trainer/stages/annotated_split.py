@@ -60,9 +60,9 @@ def together(
 ) -> JudgedSplit:
     """The rows that all judges have scored; their tokenizers may differ in what is too long."""
     common = reduce(np.intersect1d, rows)
-    places = [np.searchsorted(own, common) for own in rows]
-    stacked = np.stack([own[place] for own, place in zip(scores, places, strict=True)])
-    return JudgedSplit(common, stacked, None if folds is None else folds[places[0]])
+    positions = [np.searchsorted(own, common) for own in rows]
+    stacked = np.stack([own[at] for own, at in zip(scores, positions, strict=True)])
+    return JudgedSplit(common, stacked, None if folds is None else folds[positions[0]])
 
 
 def write_split(
