@@ -95,7 +95,7 @@ def _in_two_passes(
     # A loss over all packed tokens needs every completion, and a slice of a row holds no whole one.
     if not module.loss_of_tokens and module.sequence_group is None:
         on_host = [_without_zeros(batch, gradients) for batch, gradients in on_host]
-        work += step.spared((losses.dloss_dlogps == 0).numpy())
+        work += step.saved_by((losses.dloss_dlogps == 0).numpy())
     for batch, gradients in engine.accumulate(on_host):
         out = engine(batch.to(engine.device), Mode.FROM_GRADIENTS, gradients.to(engine.device))
         engine.backward(out.loss)

@@ -71,8 +71,8 @@ def evaluation_step(engine: Engine, step: Step, meter: Meter, state: BatchState)
 
 def _count_skipped(meter: Meter, step: Step) -> None:
     """Count pairs of weight 0 in the mean loss, although no batch holds them. Rank 0 counts for all."""
-    if step.uncomputed and dist.get_rank() == 0:
-        meter.add_count("loss", step.uncomputed * step.copies)
+    if step.skipped_items and dist.get_rank() == 0:
+        meter.add_count("loss", step.skipped_items * step.copies)
 
 
 @torch.no_grad()

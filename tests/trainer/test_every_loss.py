@@ -63,7 +63,7 @@ def config_of(base: Config, name: str, settings: Settings) -> Config:
 
 
 class Known:
-    """What plain PyTorch knows of stretches of data, each computed once."""
+    """What plain PyTorch knows of chunks of data, each computed once."""
 
     def __init__(self, base: Config) -> None:
         self.plain, self._facts = Plain(base), dict[str, Any]()

@@ -128,7 +128,7 @@ def two_passes(shard, config: Config) -> tuple[list[int], StepWork, StepCost, li
     return passes, done.work, rules.cost, [groups[index] for index in range(BATCH)]
 
 
-def test_the_second_pass_is_spared_what_is_worth_nothing(configs):
+def test_the_second_pass_skips_what_has_no_gradient(configs):
     """KTO's completions for other prompts, whose mean is a constant in its loss."""
     kto = configs[-1]
     config = kto.model_copy(update={"train": kto.train.model_copy(update={"micro_batch_tokens": 64})})

@@ -147,9 +147,9 @@ def test_objectives_of_the_batch_get_the_runs_seed_the_step_and_what_they_left_b
 
 @pytest.mark.ranks
 def test_an_evaluation_sees_the_memory_of_its_step_and_other_draws_for_every_stretch(run):
-    """5 held-out groups are two stretches of a step's size."""
+    """5 held-out groups are two chunks of a step's size."""
     assert [(step, seed) for step, seed, *_ in run["evaluated"]] == [
-        (step, (7, stretch)) for step in (2, 4, 6) for stretch in (0, 1)
+        (step, (7, chunk)) for step in (2, 4, 6) for chunk in (0, 1)
     ]
     for _, _, memory, of_training in run["evaluated"]:
         assert memory == of_training != {}

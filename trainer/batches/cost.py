@@ -1,4 +1,4 @@
-"""What groups and steps cost, from the lengths of the groups: operations of the model, tokens, balance."""
+"""The cost of groups and steps, from the lengths of the groups: FLOPs, tokens, balance over ranks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from madpo.trainer.data.lengths import Shapes
 
 @dataclass(frozen=True)
 class Cost:
-    """What groups cost, as a linear function of what there is of them; in floating-point operations, or in
-    any unit where only the proportions count."""
+    """The cost of a group: linear in its tokens, scored tokens and attention pairs. In FLOPs, or in any unit
+    where only proportions count."""
 
     per_token: float = 0.0
     per_row: float = 0.0  # per completion token, each of which the output head scores
@@ -29,7 +29,7 @@ class Cost:
         return Cost(factor * self.per_token, factor * self.per_row, looks)
 
     def of(self, shapes: Shapes, shared: bool = True) -> np.ndarray:
-        """(B,) of each group, its prompt computed once or with every completion."""
+        """(B,) cost of each group; `shared`: its prompt is computed once, else with every completion."""
         total = self.per_token * shapes.tokens(shared) + self.per_row * shapes.totals(shapes.completions)
         for window, each in self.per_look.items():
             total = total + each * shapes.looks(window, shared)
@@ -38,35 +38,35 @@ class Cost:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step costs."""
+    """The cost of a step."""
 
-    forward: Cost  # of policy and reference
+    forward: Cost  # policy and reference
     backward: Cost = field(default_factory=Cost)
-    again: Cost = field(default_factory=Cost)  # what is computed a second time, to save memory
-    again_in_parts: Cost = field(default_factory=Cost)  # what else is, of a step of several micro-batches
+    again: Cost = field(default_factory=Cost)  # recomputed to save memory
+    again_in_parts: Cost = field(default_factory=Cost)  # recomputed too if there are several micro-batches
 
     @property
     def model(self) -> Cost:
-        """What the mathematics of the step asks for."""
+        """What the step's mathematics needs, without what is recomputed."""
         return self.forward + self.backward
 
 
 TOKENS = StepCost(Cost(per_token=1.0))
-"""Where no model is known."""
+"""Counts packed tokens, for want of a model."""
 
 
 @dataclass(frozen=True)
 class StepWork:
-    """What one step or several were, over all ranks."""
+    """What one or several steps computed, on all ranks together."""
 
     tokens: int = 0  # packed
-    unshared_tokens: int = 0  # with the prompt before every completion
-    padded_tokens: int = 0  # the same in batches of whole pairs, padded
-    flops: float = 0.0  # of the model
-    flops_again: float = 0.0
-    busiest: float = 0.0  # cost of the rank with the most to do, summed over micro-batches
-    mean: float = 0.0  # cost of a rank
-    skipped_edges: int = 0  # comparisons of weight 0, which were not computed
+    unshared_tokens: int = 0  # if the prompt stood before every completion
+    padded_tokens: int = 0  # if these sequences were also padded, in batches of whole groups
+    flops: float = 0.0  # of the step's mathematics
+    flops_again: float = 0.0  # recomputed
+    busiest: float = 0.0  # cost of the busiest rank of each micro-batch, summed over micro-batches
+    mean: float = 0.0  # cost of a rank, the mean over ranks
+    skipped_edges: int = 0  # edges of weight 0, in the mean loss but not computed
 
     def __add__(self, other: StepWork) -> StepWork:
         sums = (a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
@@ -76,36 +76,37 @@ class StepWork:
 def work_of(
     shapes: Shapes,
     cost: StepCost,
-    plan: list[list[list[int]]],  # [rank][micro] -> groups
+    plan: list[list[list[int]]],  # [rank][micro-batch] -> groups
     shared: bool = True,
     skipped_edges: int = 0,
 ) -> StepWork:
-    """What a step is whose groups are spread over ranks and micro-batches by `plan`."""
+    """The work of a step whose groups `plan` spreads over ranks and micro-batches."""
     flops = cost.model.of(shapes, shared)
-    loads = np.array([[flops[positions].sum() for positions in rank] for rank in plan])  # (ranks, micro)
+    loads = np.array([[flops[groups].sum() for groups in rank] for rank in plan])  # (ranks, micro-batches)
     again = cost.again + cost.again_in_parts if loads.shape[1] > 1 else cost.again
     return StepWork(
-        int(shapes.tokens(shared).sum()),
-        int(shapes.tokens(shared=False).sum()),
-        shapes.padded_tokens(loads.size),
-        float(flops.sum()),
-        float(again.of(shapes, shared).sum()),
-        float(loads.max(0).sum()),
-        float(loads.sum() / len(plan)),
-        skipped_edges,
+        tokens=int(shapes.tokens(shared).sum()),
+        unshared_tokens=int(shapes.tokens(shared=False).sum()),
+        padded_tokens=shapes.padded_tokens(loads.size),
+        flops=float(flops.sum()),
+        flops_again=float(again.of(shapes, shared).sum()),
+        busiest=float(loads.max(0).sum()),
+        mean=float(loads.sum() / len(plan)),
+        skipped_edges=skipped_edges,
     )
 
 
-def spared(
+def saved_by(
     shapes: Shapes,
-    left_out: np.ndarray,  # (S,) bool
+    skipped: np.ndarray,  # (S,) bool
     cost: StepCost,
     shared: bool = True,
 ) -> StepWork:
-    """What is less, of a step in parts whose second pass has no completion that was left out; to be added."""
-    left = shapes.without(left_out)
+    """The (negative) change in FLOPs if the second of two passes skips these completions; to be added to the
+    step's work."""
+    remaining = shapes.without(skipped)
 
-    def difference(of: Cost) -> float:
-        return float(of.of(left, shared).sum() - of.of(shapes, shared).sum())
+    def change(part: Cost) -> float:
+        return float(part.of(remaining, shared).sum() - part.of(shapes, shared).sum())
 
-    return StepWork(flops=difference(cost.backward), flops_again=difference(cost.again + cost.again_in_parts))
+    return StepWork(flops=change(cost.backward), flops_again=change(cost.again + cost.again_in_parts))

@@ -1,11 +1,11 @@
-"""Token groups -> packed batches: rows without padding, and the table that tells what sees what.
+"""Token groups -> packed batches: one row without padding, and the segments that say what attends to what.
 
 For a group with prompt p (length a) and completions c1 .. ck the packed row is p c1 .. ck. Position
 ids restart at a for every completion. A completion attends to the prompt and to itself, never to a
-sibling. A scored row is the position that predicts a completion token; the prompt's last position
-predicts the first token of every completion, so it appears k times.
+sibling. A scored token is a completion token. The position before it predicts it: the prompt's last
+position predicts the first token of every completion, so it is k times among `scored_positions`.
 
-Without sharing, and for a completion alone, the row is p c1 .. p ck, where each p ci is one segment.
+Without prefix sharing, and for a single completion, the row is p c1 .. p ck, each p ci one segment.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ WHOLE = GroupRange(*(slice(0, None),) * 4)
 
 
 class Segment(NamedTuple):
-    """Queries [start, end) attend causally to themselves and to keys [prompt_start, prompt_end).
+    """Queries [start, end) attend causally to themselves, and to the keys [prompt_start, prompt_end).
 
-    The segments of a batch tile its row in order, and a prompt that is shared is a segment of its own.
+    The segments of a batch tile its row in order. A shared prompt is a segment of its own.
     """
 
     start: int
     end: int
     prompt_start: int
-    prompt_end: int  # equal to prompt_start for what sees itself only
+    prompt_end: int  # equal to prompt_start if the segment attends to itself only
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Whole groups in one row. Tensors live on a device; counts and the segment table on the host.
+    """Whole groups in one packed row. Tensors live on a device; counts and segments on the host.
 
-    Of a row that several ranks share, tokens and scored rows are those of one slice (sequence_slices.py).
+    Where several ranks share a row, tokens and scored positions are those of this rank's slice
+    (sequence_slices.py).
     """
 
     input_ids: Tensor  # (N,)
@@ -53,70 +54,69 @@ class PackedBatch:
     scored_positions: Tensor  # (M,) index into N of the position that predicts each target
     targets: Tensor  # (M,)
     ends: Tensor  # (S,) index into N of each completion's last token
-    seq_lengths: Tensor  # (S,) scored rows of each sequence
+    seq_lengths: Tensor  # (S,) scored tokens of each sequence
     chosen: Tensor  # (E,) index into S
     rejected: Tensor  # (E,)
     margins: Tensor  # (E,) NaN where the data set has none
     labels: Tensor  # (S,) 1 desirable, -1 undesirable, 0 neither or not known
     sequence_positions: Tensor  # (S,) position among all sequences of the step, over all ranks
-    edge_positions: Tensor  # (E,) position among its edges
+    edge_positions: Tensor  # (E,) position among all edges of the step
     segments: tuple[Segment, ...]
     lengths: tuple[int, ...]  # seq_lengths on the host
     group_sequences: tuple[int, ...]  # (G,) completions of each group
     group_edges: tuple[int, ...]  # (G,) edges of each group
     scale: float = 1.0  # factor on the sum of item losses
-    token_scale: float = 0.0  # factor on what is summed over packed tokens
-    is_dummy: bool = False  # keeps a rank in step that has no groups left; counts for nothing
-    edge_weights: Tensor | None = None  # (E,) in place of those that the objective gives
-    ref_token_logps: Tensor | None = None  # (M,) where the reference was scored before
-    own_tokens: Tensor | None = None  # (m,) of a row in slices: which of the M rows these `rows` are
+    token_scale: float = 0.0  # factor on sums over packed tokens
+    is_dummy: bool = False  # for a rank without groups (`dummy_batch`); counts for nothing
+    edge_weights: Tensor | None = None  # (E,) replace the objective's own weights
+    ref_token_logps: Tensor | None = None  # (M,) if the reference was scored before
+    own_tokens: Tensor | None = None  # (m,) this slice's scored tokens, as indices into the row's M
 
     def without(
         self,
-        left_out: np.ndarray,  # (S,) bool
+        skipped: np.ndarray,  # (S,) bool
     ) -> tuple[Self, Tensor]:
-        """The batch, on the host, without some completions and the prompts that lose all of theirs; and
-        (s,) which completions are kept.
+        """The batch without the skipped completions and the prompts that lose all of theirs, and (s,) which
+        completions remain. On the host.
 
-        For losses whose gradients are known: what compares completions goes. If none would be left, the
-        shortest stays, because every rank must run as many batches.
+        It is for losses whose gradients are known, so it has no edges. One completion always remains, the
+        shortest, because every rank must run the same number of batches.
         """
-        is_kept = ~left_out
+        is_kept = ~skipped
         if not is_kept.any():
             is_kept[np.argmin(self.lengths)] = True
         if is_kept.all():
             return self, torch.arange(len(self.lengths))
-        tokens, segments = _left(self.segments, is_kept)
-        new_places = np.full(len(self.input_ids), -1)
-        new_places[tokens] = np.arange(len(tokens))
-        rows, sequences = np.flatnonzero(np.repeat(is_kept, self.lengths)), np.flatnonzero(is_kept)
-        of_tokens, of_rows, of_sequences, places = map(
-            torch.from_numpy, (tokens, rows, sequences, new_places)
-        )
+        old_positions, segments = _kept_segments(self.segments, is_kept)
+        new_positions = np.full(len(self.input_ids), -1)
+        new_positions[old_positions] = np.arange(len(old_positions))
+        tokens, moved = torch.from_numpy(old_positions), torch.from_numpy(new_positions)
+        scored = torch.from_numpy(np.flatnonzero(np.repeat(is_kept, self.lengths)))
+        sequences = torch.from_numpy(np.flatnonzero(is_kept))
         owners = np.repeat(np.arange(len(self.group_sequences)), self.group_sequences)
-        sizes = np.unique(owners[is_kept], return_counts=True)[1].tolist()
+        group_sequences = np.unique(owners[is_kept], return_counts=True)[1].tolist()
         batch = dataclasses.replace(
             self,
-            input_ids=self.input_ids[of_tokens],
-            position_ids=self.position_ids[of_tokens],
-            scored_positions=places[self.scored_positions[of_rows]],
-            targets=self.targets[of_rows],
-            ends=places[self.ends[of_sequences]],
-            seq_lengths=self.seq_lengths[of_sequences],
+            input_ids=self.input_ids[tokens],
+            position_ids=self.position_ids[tokens],
+            scored_positions=moved[self.scored_positions[scored]],
+            targets=self.targets[scored],
+            ends=moved[self.ends[sequences]],
+            seq_lengths=self.seq_lengths[sequences],
             chosen=self.chosen[:0],
             rejected=self.rejected[:0],
             margins=self.margins[:0],
-            labels=self.labels[of_sequences],
-            sequence_positions=self.sequence_positions[of_sequences],
+            labels=self.labels[sequences],
+            sequence_positions=self.sequence_positions[sequences],
             edge_positions=self.edge_positions[:0],
             segments=tuple(segments),
-            lengths=tuple(self.lengths[place] for place in sequences),
-            group_sequences=tuple(sizes),
-            group_edges=(0,) * len(sizes),
+            lengths=tuple(self.lengths[sequence] for sequence in sequences.tolist()),
+            group_sequences=tuple(group_sequences),
+            group_edges=(0,) * len(group_sequences),
             edge_weights=None,
             ref_token_logps=None,
         )
-        return batch, of_sequences
+        return batch, sequences
 
     def scored(
         self,
@@ -148,131 +148,197 @@ class PackedBatch:
         return dataclasses.replace(self, **moved)
 
     def pin_memory(self) -> Self:
-        """The same in memory from which a GPU copies without making the host wait."""
+        """The batch in pinned memory, from which a GPU copies without making the host wait."""
         tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         pinned = {name: x.pin_memory() for name, x in tensors.items() if isinstance(x, Tensor)}
         return dataclasses.replace(self, **pinned)
 
 
-def _left(
+def _kept_segments(
     segments: Sequence[Segment],
     is_kept: np.ndarray,  # (S,) completions
 ) -> tuple[np.ndarray, list[Segment]]:
-    """The tokens of the completions kept, and of their prompts, as places (n,); and their segments there."""
+    """(n,) positions of the tokens that remain, those of kept completions and their prompts; and the segments
+    of the row that these tokens make."""
     shared = {segment.prompt_start for segment in segments if segment.prompt_start < segment.prompt_end}
     completions = [segment for segment in segments if segment.start not in shared]
     kept = {segment for segment, keep in zip(completions, is_kept, strict=True) if keep}
     prompts = {segment.prompt_start for segment in kept}
     new_starts: dict[int, int] = {}
-    tokens, out, end = [np.empty(0, np.int64)], list[Segment](), 0
+    new_segments: list[Segment] = []
+    old_positions = [np.empty(0, np.int64)]
+    end = 0
     for segment in segments:
-        start, old_end, prompt_start, prompt_end = segment
-        if not (start in prompts if start in shared else segment in kept):
+        remains = segment.start in prompts if segment.start in shared else segment in kept
+        if not remains:
             continue
-        new_starts[start] = end
-        prompt = new_starts[prompt_start]
-        out.append(Segment(end, end + old_end - start, prompt, prompt + prompt_end - prompt_start))
-        tokens.append(np.arange(start, old_end))
-        end += old_end - start
-    return np.concatenate(tokens), out
+        start, end = end, end + segment.end - segment.start
+        new_starts[segment.start] = start
+        prompt_start = new_starts[segment.prompt_start]
+        prompt_end = prompt_start + segment.prompt_end - segment.prompt_start
+        new_segments.append(Segment(start, end, prompt_start, prompt_end))
+        old_positions.append(np.arange(segment.start, segment.end))
+    return np.concatenate(old_positions), new_segments
 
 
 def pack(
     groups: Sequence[TokenGroup],
     scale: float = 1.0,
     is_dummy: bool = False,
-    places: Sequence[tuple[int, int]] | None = None,
+    first_positions: Sequence[tuple[int, int]] | None = None,
     token_scale: float = 0.0,
-    ref_logps: Sequence[np.ndarray] | None = None,  # of each group (m,) float32
+    ref_logps: Sequence[np.ndarray] | None = None,  # (m,) float32 for each group
     prefix_sharing: bool = True,
 ) -> PackedBatch:
-    """Pack whole groups into one row, in the order given; each prompt once, or once for each completion.
+    """Pack whole groups into one row, in the order given: each prompt once, or once before each completion.
 
-    `places` says where the first sequence and the first edge of each group stand among those of the step;
-    without it the groups are the step.
+    `first_positions` holds, for each group, the positions of its first sequence and of its first edge in the
+    step. Without it the groups are the whole step.
     """
-    ids: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    rows: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    ends: list[int] = []
-    segments: list[Segment] = []
-    lengths: list[int] = []
-    edges: list[tuple[int, int, float]] = []
-    labels: list[int] = []
-    weights: list[float] = []
-    sequence_positions: list[int] = []
-    edge_positions: list[int] = []
-    end = 0
-    for index, group in enumerate(groups):
-        first_sequence, first_edge = places[index] if places else (len(lengths), len(edges))
-        sequence_positions += range(first_sequence, first_sequence + len(group.completions))
-        edge_positions += range(first_edge, first_edge + len(group.edges))
-        weights += group.weights
-        labels += group.labels or [0] * len(group.completions)
-        first, shared = len(lengths), prefix_sharing and len(group.completions) > 1
-        prompt_start = prompt_end = end
-        for number, completion in enumerate(group.completions):
-            if number == 0 or not shared:
-                prompt_start, prompt_end = end, end + len(group.prompt)
-                ids.append(_whole(group.prompt))
-                positions.append(np.arange(len(group.prompt)))
-                if shared:
-                    segments.append(Segment(prompt_start, prompt_end, prompt_start, prompt_start))
-                end = prompt_end
-            start, end = end, end + len(completion)
-            ids.append(_whole(completion))
-            positions.append(np.arange(len(group.prompt), len(group.prompt) + len(completion)))
-            if shared:
-                segments.append(Segment(start, end, prompt_start, prompt_end))
-            else:
-                segments.append(Segment(prompt_start, end, prompt_start, prompt_start))
-            rows += [np.array([prompt_end - 1]), np.arange(start, end - 1)]
-            targets.append(ids[-1])
-            ends.append(end - 1)
-            lengths.append(len(completion))
-        edges += [
-            (first + winner, first + loser, math.nan if margin is None else margin)
-            for winner, loser, margin in group.edges
-        ]
-    chosen, rejected, margins = zip(*edges, strict=True) if edges else ((), (), ())
-    long = torch.int64
+    row = _tokens_of_row(groups, prefix_sharing)
+    scored_positions, targets = _scored_tokens(row.completions)
+    chosen, rejected, margins, edge_weights = _edges(groups)
+    sequence_positions, edge_positions = _positions_in_step(groups, first_positions)
+    lengths = [len(completion.tokens) for completion in row.completions]
     return PackedBatch(
-        input_ids=_joined(ids),
-        position_ids=_joined(positions),
-        scored_positions=_joined(rows),
-        targets=_joined(targets),
-        ends=torch.tensor(ends, dtype=long),
-        seq_lengths=torch.tensor(lengths, dtype=long),
-        chosen=torch.tensor(chosen, dtype=long),
-        rejected=torch.tensor(rejected, dtype=long),
-        margins=torch.tensor(margins, dtype=torch.float64),
-        labels=torch.tensor(labels, dtype=long),
-        sequence_positions=torch.tensor(sequence_positions, dtype=long),
-        edge_positions=torch.tensor(edge_positions, dtype=long),
-        segments=tuple(segments),
+        input_ids=row.input_ids,
+        position_ids=row.position_ids,
+        scored_positions=scored_positions,
+        targets=targets,
+        ends=_indices([completion.end - 1 for completion in row.completions]),
+        seq_lengths=_indices(lengths),
+        chosen=chosen,
+        rejected=rejected,
+        margins=margins,
+        labels=_labels(groups),
+        sequence_positions=sequence_positions,
+        edge_positions=edge_positions,
+        segments=tuple(row.segments),
         lengths=tuple(lengths),
         group_sequences=tuple(len(group.completions) for group in groups),
         group_edges=tuple(len(group.edges) for group in groups),
         scale=scale,
         token_scale=token_scale,
         is_dummy=is_dummy,
-        edge_weights=torch.tensor(weights, dtype=torch.float64) if weights else None,
+        edge_weights=edge_weights,
         ref_token_logps=None if ref_logps is None else torch.from_numpy(np.concatenate(ref_logps)),
     )
 
 
-def _whole(numbers: Sequence[int]) -> np.ndarray:
-    return np.asarray(numbers, dtype=np.int64)
+class _Completion(NamedTuple):
+    """A completion in the row: its tokens from `start`, and where the prompt before it ends."""
+
+    prompt_end: int
+    start: int
+    tokens: np.ndarray  # int64
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
 
 
-def _joined(parts: Sequence[np.ndarray]) -> Tensor:
+class _Row(NamedTuple):
+    input_ids: Tensor  # (N,)
+    position_ids: Tensor  # (N,)
+    segments: list[Segment]
+    completions: list[_Completion]  # S
+
+
+def _tokens_of_row(groups: Sequence[TokenGroup], prefix_sharing: bool) -> _Row:
+    ids: list[np.ndarray] = []
+    position_ids: list[np.ndarray] = []
+    segments: list[Segment] = []
+    completions: list[_Completion] = []
+    end = 0
+    for group in groups:
+        shared = prefix_sharing and len(group.completions) > 1
+        prompt_length = len(group.prompt)
+        prompt_start = prompt_end = end
+        for number, completion in enumerate(group.completions):
+            if number == 0 or not shared:
+                prompt_start, prompt_end = end, end + prompt_length
+                ids.append(_int64(group.prompt))
+                position_ids.append(np.arange(prompt_length))
+                end = prompt_end
+                if shared:
+                    segments.append(Segment(prompt_start, prompt_end, prompt_start, prompt_start))
+            start, end = end, end + len(completion)
+            ids.append(_int64(completion))
+            position_ids.append(np.arange(prompt_length, prompt_length + len(completion)))
+            if shared:
+                segments.append(Segment(start, end, prompt_start, prompt_end))
+            else:
+                segments.append(Segment(prompt_start, end, prompt_start, prompt_start))
+            completions.append(_Completion(prompt_end, start, ids[-1]))
+    return _Row(_concatenated(ids), _concatenated(position_ids), segments, completions)
+
+
+def _scored_tokens(completions: Sequence[_Completion]) -> tuple[Tensor, Tensor]:
+    """(M,) the position that predicts each completion token, and (M,) that token."""
+    predicting: list[np.ndarray] = []
+    for completion in completions:
+        predicting.append(np.array([completion.prompt_end - 1]))
+        predicting.append(np.arange(completion.start, completion.end - 1))
+    return _concatenated(predicting), _concatenated([completion.tokens for completion in completions])
+
+
+def _edges(groups: Sequence[TokenGroup]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(E,) chosen, rejected, margins, and weights if the groups bring their own."""
+    chosen: list[int] = []
+    rejected: list[int] = []
+    margins: list[float] = []
+    weights: list[float] = []
+    first_sequence = 0
+    for group in groups:
+        for winner, loser, margin in group.edges:
+            chosen.append(first_sequence + winner)
+            rejected.append(first_sequence + loser)
+            margins.append(math.nan if margin is None else margin)
+        weights += group.weights
+        first_sequence += len(group.completions)
+    edge_weights = torch.tensor(weights, dtype=torch.float64) if weights else None
+    return _indices(chosen), _indices(rejected), torch.tensor(margins, dtype=torch.float64), edge_weights
+
+
+def _labels(groups: Sequence[TokenGroup]) -> Tensor:
+    """(S,) labels; 0 for the completions of a group without."""
+    labels: list[int] = []
+    for group in groups:
+        labels += group.labels or [0] * len(group.completions)
+    return _indices(labels)
+
+
+def _positions_in_step(
+    groups: Sequence[TokenGroup], first_positions: Sequence[tuple[int, int]] | None
+) -> tuple[Tensor, Tensor]:
+    """(S,) and (E,) the positions of sequences and edges among all of the step."""
+    sequences: list[int] = []
+    edges: list[int] = []
+    for index, group in enumerate(groups):
+        if first_positions is None:
+            first_sequence, first_edge = len(sequences), len(edges)
+        else:
+            first_sequence, first_edge = first_positions[index]
+        sequences += range(first_sequence, first_sequence + len(group.completions))
+        edges += range(first_edge, first_edge + len(group.edges))
+    return _indices(sequences), _indices(edges)
+
+
+def _int64(tokens: Sequence[int]) -> np.ndarray:
+    return np.asarray(tokens, dtype=np.int64)
+
+
+def _indices(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+def _concatenated(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0, np.int64))
 
 
 def dummy_batch(with_reference: bool = False) -> PackedBatch:
-    """A smallest batch with weight zero, for a rank without groups: every rank must run the same
-    number of forward and backward passes, or ZeRO-3's collectives hang."""
+    """The smallest batch, with weight 0, for a rank without groups. Every rank must run the same number of
+    forward and backward passes, or ZeRO-3's collectives hang."""
     ref_logps = [np.zeros(1, np.float32)] if with_reference else None
     batch = pack([TokenGroup([0], [[0]], [])], scale=0.0, is_dummy=True, ref_logps=ref_logps)
     return dataclasses.replace(batch, sequence_positions=batch.sequence_positions[:0])

@@ -1,4 +1,4 @@
-"""Steps that are read and packed while the one before them is computed."""
+"""Prefetching: the next steps are read and packed while this one is computed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from madpo.trainer.batches.steps import Step
 
 AHEAD = 2
-"""Steps that are ready or being made while one is computed."""
+"""Steps that are ready or in the making while one is computed."""
 
 
 def prefetched(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
-    """The same steps, made by one thread in the background, in pinned memory if they go to a GPU.
+    """`steps`, made by one background thread, in pinned memory if they go to a GPU.
 
-    What making a step raises is raised where its turn comes. Meant for the head of a for loop: the thread
+    An error in making a step is raised when its turn comes. Meant for the head of a for loop: the thread
     ends with the loop, however that ends.
     """
 
@@ -25,7 +25,7 @@ def prefetched(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
         step = next(steps, None)
         return step.pin_memory() if step is not None and device.type == "cuda" else step
 
-    background = ThreadPoolExecutor(1, "prefetch", initializer=_use, initargs=(device,))
+    background = ThreadPoolExecutor(1, "prefetch", initializer=_set_device, initargs=(device,))
     try:
         ready = deque(background.submit(make) for _ in range(AHEAD))
         while (step := ready.popleft().result()) is not None:
@@ -35,7 +35,7 @@ def prefetched(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
         background.shutdown(wait=True, cancel_futures=True)
 
 
-def _use(device: torch.device) -> None:
-    """A thread begins on the first GPU, where pinning memory would open a context of its own."""
+def _set_device(device: torch.device) -> None:
+    """A new thread starts on the first GPU, where pinning memory would open another CUDA context."""
     if device.type == "cuda":
         torch.cuda.set_device(device)

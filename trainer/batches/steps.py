@@ -1,19 +1,19 @@
-"""Steps of packed micro-batches for one rank, from a data order and a token budget."""
+"""Steps: one rank's packed micro-batches, planned from a data order and a token budget."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from madpo.trainer.batches.cost import TOKENS, StepCost, StepWork, spared, work_of
+from madpo.trainer.batches.cost import TOKENS, StepCost, StepWork, saved_by, work_of
 from madpo.trainer.batches.micro_batches import plan_micro_batches
 from madpo.trainer.batches.packing import PackedBatch, dummy_batch, pack
 from madpo.trainer.batches.sequence_slices import slice_of
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.groups import TokenGroups
+from madpo.trainer.data.groups import GroupCounts, TokenGroups
 from madpo.trainer.data.lengths import Shapes, check_budget
 from madpo.trainer.data.training_source import TrainingSource
 from madpo.trainer.dist import Shard
@@ -25,10 +25,10 @@ class StepRules:
     """How groups become steps."""
 
     item: Item  # the unit that the loss is averaged over
-    budget: int  # packed tokens of a micro-batch
+    budget: int  # packed tokens that a micro-batch may hold
     prefix_sharing: bool = True  # a prompt is computed once for all its completions
     cost: StepCost = TOKENS  # what ranks are balanced by
-    ranks_per_row: int = 1  # more than one: each has a slice of every row of its group of ranks
+    ranks_per_row: int = 1  # sequence parallelism: so many ranks share a row, each has a slice of it
 
 
 class Packs(Protocol):
@@ -41,38 +41,41 @@ class Packs(Protocol):
 
 
 def step_rules(config: Config, module: Packs | None = None, cost: StepCost = TOKENS) -> StepRules:
-    """The rules of a run; without a module those of one in which sequences may share rows."""
+    """The rules of a run. Without a module, sequences are taken to be able to share rows."""
     train, shares = config.train, config.model.prefix_sharing and (module is None or module.shares_rows)
     item = config.bound_objective.item
     return StepRules(item, train.row_tokens, shares, cost, train.sequence_parallel_size)
 
 
 def check_rows_fit(groups: TokenGroups, rules: StepRules) -> None:
-    """Raise UserError if a group, as the model computes it, is more than a packed row may hold."""
+    """Raise UserError if a group, as the model computes it, has more tokens than a packed row may hold."""
     check_budget(groups.counts.computed_tokens(rules.prefix_sharing), rules.budget)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One rank's part of an optimiser step, or of a stretch of an evaluation."""
+    """One rank's part of an optimiser step, or of a chunk of an evaluation.
 
-    batches: list[PackedBatch]  # as many as on every other rank; all else is of all ranks together
+    `batches` are this rank's; all other numbers are those of all ranks together.
+    """
+
+    batches: list[PackedBatch]  # equally many on every rank
     num_sequences: int
     num_edges: int
     num_groups: int
     work: StepWork
-    shapes: Shapes  # of the groups that are computed, whose completions have the places of `batches`
+    shapes: Shapes  # lengths of the computed groups; completions in the order of `sequence_positions`
     rules: StepRules
-    copies: int = 1  # ranks that share these batches, and know the log-probs of all of their rows
-    uncomputed: int = 0  # items of the mean less those computed
-    epoch: float = 0.0  # how often training has gone through its groups after this step
+    copies: int = 1  # ranks that hold these same batches, each a slice of every row
+    skipped_items: int = 0  # items in the mean loss less items computed; negative if more are computed
+    epoch: float = 0.0  # passes over the training groups, up to and with this step
 
-    def spared(
+    def saved_by(
         self,
-        left_out: np.ndarray,  # (S,) bool, of all completions
+        skipped: np.ndarray,  # (S,) bool, of all completions of the step
     ) -> StepWork:
-        """To be added to `work` where the second pass of an objective of the whole batch leaves some out."""
-        return spared(self.shapes, left_out, self.rules.cost, self.rules.prefix_sharing)
+        """The (negative) change in `work` if the second pass of a global-batch objective skips these."""
+        return saved_by(self.shapes, skipped, self.rules.cost, self.rules.prefix_sharing)
 
     def pin_memory(self) -> Step:
         return replace(self, batches=[batch.pin_memory() for batch in self.batches])
@@ -86,49 +89,97 @@ def plan_step(
 ) -> Step:
     """This rank's micro-batches of one step.
 
-    The loss of the step is the mean over the items of the global batch, whose number is known before
-    a group is read. Each micro-batch carries world_size / items as its scale: DeepSpeed averages
-    gradients over ranks, and the factor world_size makes that a sum. What is a mean over packed tokens
-    instead has world_size / tokens as its scale. Groups without completions count, and are not computed.
+    Groups without completions, which a view left without any edge, count in the mean and are not computed.
     """
-    counts = groups.counts.at(indices)
+    all_counts = groups.counts.at(indices)
+    computed = indices[all_counts.sequences > 0]
+    counts, shapes = groups.counts.at(computed), groups.shapes(computed)
+    weights = _weights_of_step(all_counts, shapes, rules, shard)
+    assignment = _assignment(shapes, rules, shard)
+    own = assignment[shard.rank // rules.ranks_per_row]
+    return Step(
+        batches=_packed(groups, computed, own, weights, rules, shard),
+        num_sequences=int(counts.sequences.sum()),
+        num_edges=int(counts.edges.sum()),
+        num_groups=len(indices),
+        work=work_of(shapes, rules.cost, assignment, rules.prefix_sharing, weights.skipped_edges),
+        shapes=shapes,
+        rules=rules,
+        copies=rules.ranks_per_row,
+        skipped_items=weights.skipped_items,
+    )
+
+
+class _StepWeights(NamedTuple):
+    """What the losses of a step are multiplied by, and what is in its mean without being computed."""
+
+    scale: float
+    token_scale: float
+    skipped_items: int
+    skipped_edges: int
+
+
+def _weights_of_step(
+    counts: GroupCounts,  # of all groups of the global batch
+    shapes: Shapes,  # of those that are computed
+    rules: StepRules,
+    shard: Shard,
+) -> _StepWeights:
+    """The loss of a step is the mean over the items of the global batch, whose number is known before a
+    group is read. So each micro-batch is scaled by world_size / items: DeepSpeed averages gradients over
+    ranks, and the factor world_size makes that a sum. A mean over packed tokens is scaled by
+    world_size / tokens.
+    """
     items = int(counts.items(rules.item).sum())
-    not_computed = counts.counted_edges - counts.edges
-    uncomputed = int(not_computed.sum()) if rules.item is Item.EDGE else 0
-    skipped = int(not_computed.clip(min=0).sum())
-    num_groups, indices = len(indices), indices[counts.sequences > 0]
-    counts = groups.counts.at(indices)
-    scale = shard.world_size / max(items, 1)
-    ends = np.cumsum((counts.sequences, counts.edges), axis=1)  # (2, B)
-    places = np.concatenate((np.zeros_like(ends[:, :1]), ends[:, :-1]), axis=1).T.tolist()
-    shapes, shared = groups.shapes(indices), rules.prefix_sharing
-    lengths = shapes.tokens(shared)
-    token_scale = shard.world_size / max(int(lengths.sum()), 1)
-    # Not by what is computed again: the user may change that between a run and its continuation, and a
-    # group must not move to another micro-batch by it.
-    costs = rules.cost.model.of(shapes, shared)
-    sharing = rules.ranks_per_row
-    bins = shard.world_size // sharing
-    plan = plan_micro_batches(lengths, rules.budget, bins, costs)
-    known = groups.reference
-    batches = [
-        pack(
-            [groups[indices[p]] for p in positions],
-            scale,
-            places=[places[p] for p in positions],
-            token_scale=token_scale,
-            ref_logps=None if known is None else [known[indices[p]] for p in positions],
-            prefix_sharing=shared,
+    tokens = int(shapes.tokens(rules.prefix_sharing).sum())
+    skipped = counts.counted_edges - counts.edges  # negative where a group of several edges is one item
+    return _StepWeights(
+        scale=shard.world_size / max(items, 1),
+        token_scale=shard.world_size / max(tokens, 1),
+        skipped_items=int(skipped.sum()) if rules.item is Item.EDGE else 0,
+        skipped_edges=int(skipped.clip(min=0).sum()),
+    )
+
+
+def _assignment(shapes: Shapes, rules: StepRules, shard: Shard) -> list[list[list[int]]]:
+    """Who computes what: [rank, or ranks that share a row][micro-batch] -> indices into `shapes`."""
+    # The cost leaves out what is recomputed to save memory: a continuation may set that otherwise, and must
+    # put every group into the same micro-batch.
+    costs = rules.cost.model.of(shapes, rules.prefix_sharing)
+    lengths = shapes.tokens(rules.prefix_sharing)
+    return plan_micro_batches(lengths, rules.budget, shard.world_size // rules.ranks_per_row, costs)
+
+
+def _packed(
+    groups: TokenGroups,
+    computed: np.ndarray,  # (b,) the groups of the step that are computed
+    own: list[list[int]],  # [micro-batch] -> indices into `computed`
+    weights: _StepWeights,
+    rules: StepRules,
+    shard: Shard,
+) -> list[PackedBatch]:
+    counts, reference = groups.counts.at(computed), groups.reference
+    first_sequences = np.cumsum(counts.sequences) - counts.sequences
+    first_edges = np.cumsum(counts.edges) - counts.edges
+    first_positions = list(zip(first_sequences.tolist(), first_edges.tolist(), strict=True))
+    batches: list[PackedBatch] = []
+    for members in own:
+        if not members:
+            batches.append(dummy_batch(with_reference=reference is not None))
+            continue
+        batch = pack(
+            [groups[computed[member]] for member in members],
+            weights.scale,
+            first_positions=[first_positions[member] for member in members],
+            token_scale=weights.token_scale,
+            ref_logps=None if reference is None else [reference[computed[member]] for member in members],
+            prefix_sharing=rules.prefix_sharing,
         )
-        if positions
-        else dummy_batch(with_reference=known is not None)
-        for positions in plan[shard.rank // sharing]
-    ]
-    if sharing > 1:
-        batches = [slice_of(batch, shard.rank % sharing, sharing) for batch in batches]
-    totals = int(counts.sequences.sum()), int(counts.edges.sum())
-    work = work_of(shapes, rules.cost, plan, shared, skipped)
-    return Step(batches, *totals, num_groups, work, shapes, rules, sharing, uncomputed)
+        batches.append(batch)
+    if rules.ranks_per_row == 1:
+        return batches
+    index = shard.rank % rules.ranks_per_row
+    return [slice_of(batch, index, rules.ranks_per_row) for batch in batches]
 
 
 def training_steps(
@@ -151,9 +202,9 @@ def evaluation_steps(
     rules: StepRules,
     batch_size: int,
     shard: Shard,
-    selected: np.ndarray | None = None,  # (B,) which groups; None: all
+    selected: np.ndarray | None = None,  # (B,) indices of groups; None: all
 ) -> Iterator[Step]:
-    """The groups once, in order, in stretches of `batch_size`."""
+    """The groups once, in order, in chunks of `batch_size`."""
     selected = np.arange(len(groups.counts)) if selected is None else selected
     for start in range(0, len(selected), batch_size):
         yield plan_step(groups, selected[start : start + batch_size], rules, shard)

@@ -1,6 +1,6 @@
-"""A source read in stretches: from where the last one ended, so that it is never held as a whole.
+"""Readers of a stream: a source read block by block, so that it is never held as a whole.
 
-Where a stretch begins is a cursor, plain JSON: every block of a stream keeps that of the next one.
+A cursor, plain JSON, says where a block begins. Every block of a stream keeps the cursor of the next.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ FIRST_ROWS = 100
 
 class Reader(Protocol):
     name: str
-    version: str  # changes with any change of the files, and perhaps without one
-    content: str  # a hash that says which source this is, for which a terabyte need not be read
+    version: str  # changes with any change of the files, and maybe without one
+    content: str  # a hash that identifies the source, from samples: it may be a terabyte
     start: Any  # the first cursor
 
     def read(self, cursor: Any, count: int) -> tuple[Source, Any]:
-        """At most `count` rows and the cursor behind them; fewer only at the end. Raises UserError."""
+        """Up to `count` examples, fewer only at the end, and the cursor behind them. Raises UserError."""
         ...
 
     def where(self, cursor: Any, row: int) -> str:
-        """How messages name a row of the stretch that begins at `cursor`."""
+        """How messages name example `row` of the block that begins at `cursor`."""
         ...
 
 
 def open_reader(data: DataConfig, split: str) -> Reader:
-    """Raises UserError where there are no rows."""
+    """The reader of a split. Raises UserError if the split is missing."""
     files = split_files(data, split)
     if files is None:
         return RowReader(f"{data.dataset_name}[{split}]", load_by_name(data, split, streaming=True))
@@ -51,7 +51,7 @@ def open_reader(data: DataConfig, split: str) -> Reader:
 
 
 class LineReader:
-    """The lines of a .jsonl file that are not blank. A cursor is the byte and the lines before it."""
+    """Reads the lines of a .jsonl file that are not blank. A cursor is the bytes and the lines before it."""
 
     def __init__(self, path: Path) -> None:
         self.name, self.start = str(path), [0, 0]
@@ -79,8 +79,8 @@ class LineReader:
 
 
 class RowReader:
-    """The rows of .parquet files, or of a data set on the hub. A cursor is the number of rows before it
-    and the state that `datasets` resumes from: the shard and the place in it."""
+    """Reads the rows of .parquet files, or of a data set on the hub. A cursor is the number of rows before it
+    and the state that `datasets` resumes from: the shard and the position in it."""
 
     def __init__(self, name: str, rows: Any, files: Iterable[Path] = ()) -> None:
         self.name, self._files = name, list(files)
@@ -90,7 +90,7 @@ class RowReader:
         self.content = sampled_content(self._files) if self._files else self._first_rows()
 
     def _first_rows(self) -> str:
-        """All that is known of a data set on the hub before it has been read."""
+        """A hash of the name and the first rows: all that is known of a data set on the hub at the start."""
         first, _ = self.read(self.start, FIRST_ROWS)
         return xxhash.xxh3_128_hexdigest(repr((self.name, first.rows.to_list())).encode())
 
@@ -98,22 +98,22 @@ class RowReader:
         _check_unchanged(self._files, self.version)
         rows = self._rows.with_format("arrow")
         rows.load_state_dict(json.loads(json.dumps(cursor["state"])))
-        # One by one: a state that was left with batches of one size is not sound for another.
+        # One by one: `datasets` cannot resume with batches of another size than the state was left with.
         tables: list[Any] = list(itertools.islice(rows.iter(batch_size=1), count))
         table = (
             pa.concat_tables(tables, promote_options="default").combine_chunks() if tables else pa.table({})
         )
-        found = datasets.Dataset(table)  # pyright: ignore[reportArgumentType]
-        end = {"rows": cursor["rows"] + len(found), "state": rows.state_dict()}
-        return Source(self.name, found, "", "row"), end
+        block = datasets.Dataset(table)  # pyright: ignore[reportArgumentType]
+        end = {"rows": cursor["rows"] + len(block), "state": rows.state_dict()}
+        return Source(self.name, block, "", "row"), end
 
     def where(self, cursor: Any, row: int) -> str:
         return f"{self.name} row {cursor['rows'] + row}"
 
 
 def sampled_content(files: Iterable[Path]) -> str:
-    """A hash of sizes and of SAMPLES places spread evenly over each file, both ends among them; which is
-    all of it up to SAMPLES x SAMPLE_BYTES."""
+    """A hash of each file's size and of SAMPLES samples spread evenly over it, from end to end. Up to
+    SAMPLES x SAMPLE_BYTES that is the whole file."""
     content = xxhash.xxh3_128()
     for path in files:
         size = path.stat().st_size

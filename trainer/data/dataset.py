@@ -1,4 +1,4 @@
-"""A data set as token groups in a table on disk: an index, and the counts that batches are planned from."""
+"""`GroupDataset`: token groups in a memory-mapped table, one row for each."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from madpo.trainer.data.tokenise import TokenGroup
 
 
 class GroupDataset:
-    """Token groups by index, memory-mapped, with the counts that batches are planned from."""
+    """Token groups in a table on disk. All views lie on one of these."""
 
     def __init__(self, table: datasets.Dataset, name: str, fingerprint: str) -> None:
         self.name = name
-        self.fingerprint = fingerprint  # of the rows and everything that made tokens of them
+        self.fingerprint = fingerprint  # of the examples and everything that made tokens of them
         self.table = table
         edges = column_of(table, "num_edges")
         self.counts = GroupCounts(
@@ -37,12 +37,12 @@ class GroupDataset:
 
     @property
     def rows(self) -> np.ndarray:
-        """(G,) the line in a .jsonl file that a group comes from, else the number of its row."""
+        """(G,) the example that a group comes from: its line in a .jsonl file, else its number."""
         return self._rows
 
     @property
     def prompt_hashes(self) -> np.ndarray:
-        """(G,) equal where the prompts' text is."""
+        """(G,) a hash of each prompt's text."""
         return self._prompt_hashes
 
     @property
@@ -50,7 +50,7 @@ class GroupDataset:
         """(E,) margins of all edges; NaN where the data set has none."""
         return self._margins
 
-    # A protocol's property cannot be a cached one, so each has its column beside it.
+    # pyright takes no cached_property for a protocol's property, so the cached columns have their own names.
     @cached_property
     def _rows(self) -> np.ndarray:
         return column_of(self.table, "row")
@@ -64,7 +64,7 @@ class GroupDataset:
         return flat_column(self.table, "margins")
 
     def select(self, indices: np.ndarray, name: str) -> GroupDataset:
-        """The groups at `indices` (n,), under this name in messages and in the run's identity."""
+        """The groups at `indices` (n,), called `name` in messages."""
         rows = xxhash.xxh3_64_hexdigest(np.ascontiguousarray(indices, np.int64).tobytes())
         return GroupDataset(self.table.select(indices), name, f"{self.fingerprint}, groups {rows}")
 
@@ -89,20 +89,27 @@ class GroupDataset:
 
     def __getitem__(self, index: int) -> TokenGroup:
         row = self.table[int(index)]
-        edges = list(zip(row["winners"], row["losers"], row["margins"], strict=True))
-        counts = {name: row[name] for name in ("boundary_cut", "truncated", "equal")}
-        return TokenGroup(row["prompt"], row["completions"], edges, row["labels"], **counts)
+        return TokenGroup(
+            row["prompt"],
+            row["completions"],
+            edges=list(zip(row["winners"], row["losers"], row["margins"], strict=True)),
+            labels=row["labels"],
+            boundary_cut=row["boundary_cut"],
+            truncated=row["truncated"],
+            equal=row["equal"],
+        )
 
 
 def flat_column(
-    table: datasets.Dataset, name: str, of_each: Callable[[Any], Any] | None = None
+    table: datasets.Dataset, name: str, convert: Callable[[Any], Any] | None = None
 ) -> np.ndarray:
-    """The numbers of a column of lists, one list after another; NaN for null. Or `of_each` of what is in
-    the lists."""
+    """The elements of a column of lists, one list after another, converted if that is given; NaN for null."""
     column: Any = table.with_format("arrow")[name][:]
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     flat = column.flatten()
-    return (flat if of_each is None else of_each(flat)).to_numpy(zero_copy_only=False)
+    if convert is not None:
+        flat = convert(flat)
+    return flat.to_numpy(zero_copy_only=False)
 
 
 def column_of(table: datasets.Dataset, name: str) -> np.ndarray:

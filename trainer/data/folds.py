@@ -1,4 +1,4 @@
-"""Folds of a data set by prompt: what a model has not been trained on, it can judge."""
+"""Folds of a data set by prompt: a model may judge the fold that it was not trained on."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def folds_of(
     prompt_hashes: np.ndarray,  # (G,)
     folds: int,
 ) -> np.ndarray:
-    """(G,) the fold of every group, hash mod `folds`: groups of equal prompts share one, in any data set."""
+    """(G,) the fold of every group: hash mod `folds`, so equal prompts share a fold, in any data set."""
     return prompt_hashes % folds
 
 
 def without_fold(groups: GroupDataset, folds: int, fold: int) -> GroupDataset:
-    """The groups of all folds but one. Raises UserError if there are none inside it or outside."""
+    """The groups of all folds but `fold`. Raises UserError if that leaves none, or takes none out."""
     inside = folds_of(groups.prompt_hashes, folds) == fold
     if inside.all() or not inside.any():
         raise UserError(

@@ -1,4 +1,4 @@
-"""Token groups by index: what training, scoring and evaluation read, whatever the groups come from."""
+"""Interfaces of token groups: what training, scoring and evaluation read, wherever the groups come from."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from madpo.trainer.objectives.build import BoundObjective
 
 @dataclass(frozen=True)
 class GroupCounts:
-    """The numbers that batches are planned from, known before a group is read."""
+    """Counts of each group, from which steps are planned before a group is read."""
 
     lengths: np.ndarray  # (G,) packed tokens: prompt and completions
     completion_tokens: np.ndarray  # (G,)
     sequences: np.ndarray  # (G,) completions
     edges: np.ndarray  # (G,)
-    counted_edges: np.ndarray  # (G,) of the mean, of which some views compute a part only
-    labelled: np.ndarray  # (G,) sequences that are desirable or not
+    counted_edges: np.ndarray  # (G,) edges in the mean loss; a view may compute fewer
+    labelled: np.ndarray  # (G,) sequences with a label 1 or -1
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -37,18 +37,18 @@ class GroupCounts:
 
     @classmethod
     def concatenated(cls, parts: Iterable[GroupCounts]) -> Self:
-        """The counts of several sets of groups, one set after another."""
+        """The counts of several sets of groups in one, one set after another."""
         parts = list(parts)
         return cls(*(np.concatenate([getattr(x, field.name) for x in parts]) for field in fields(cls)))
 
     def computed_tokens(self, prefix_sharing: bool) -> np.ndarray:
-        """(G,) the length of each group's part of a packed row."""
+        """(G,) tokens of each group in a packed row."""
         if prefix_sharing:
             return self.lengths
         return self.lengths + (np.maximum(self.sequences, 1) - 1) * (self.lengths - self.completion_tokens)
 
     def items(self, item: Item) -> np.ndarray:
-        """(G,) how many losses of the given unit each group has in the mean."""
+        """(G,) items that each group has in the mean loss."""
         counts = {
             Item.EDGE: self.counted_edges,
             Item.SEQUENCE: self.labelled,
@@ -62,7 +62,7 @@ class ReferenceLogps:
     """The reference's log-probs of all completion tokens, group after group."""
 
     flat: np.ndarray  # (M,) float32
-    starts: np.ndarray  # (G + 1,) where each group's begin
+    starts: np.ndarray  # (G + 1,) where those of each group begin
 
     def __getitem__(self, index: int) -> np.ndarray:  # (m,)
         """The log-probs of one group."""
@@ -72,7 +72,7 @@ class ReferenceLogps:
 class TokenGroups(Protocol):
     """Token groups by index, and the counts that batches are planned from."""
 
-    reference: ReferenceLogps | None  # if the reference was scored before
+    reference: ReferenceLogps | None  # None unless the reference was scored before
 
     @property
     def counts(self) -> GroupCounts: ...
@@ -85,24 +85,24 @@ class TokenGroups(Protocol):
 
 
 class TokenDataset(TokenGroups, Protocol):
-    """The groups of a data set that is known as a whole, or a view of one."""
+    """The groups of a data set that is known as a whole; or a view, which is the same data seen otherwise."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the rows and everything that made tokens, and this view, of them."""
+        """Identifies the examples, and everything that made tokens and this view of them."""
         ...
 
     @property
     def rows(self) -> np.ndarray:
-        """(G,) the line in a .jsonl file that a group comes from, else the number of its row."""
+        """(G,) the example that a group comes from: its line in a .jsonl file, else its number."""
         ...
 
     @property
     def prompt_hashes(self) -> np.ndarray:
-        """(G,) equal where the prompts' text is."""
+        """(G,) a hash of each prompt's text."""
         ...
 
     @property
@@ -118,11 +118,11 @@ class TokenDataset(TokenGroups, Protocol):
 
 
 class TabledGroups(TokenDataset, Protocol):
-    """Groups that stand in a table, a row each. A view that joins or drops groups has none."""
+    """Groups with a table that has one row for each. A view that joins or drops groups has none."""
 
     @property
     def table(self) -> datasets.Dataset:
-        """Prompts, completions and edges as they were tokenised, without what a view adds to them."""
+        """Prompts, completions and edges as tokenised, without what a view adds."""
         ...
 
 
@@ -136,30 +136,31 @@ def with_logps(
     """A copy of the groups that carries the reference's log-probs."""
     starts = np.concatenate(([0], np.cumsum(groups.counts.completion_tokens, dtype=np.int64)))
     assert len(flat) == starts[-1]
-    out = copy.copy(groups)
-    out.reference = ReferenceLogps(flat, starts)
-    return out
+    with_reference = copy.copy(groups)
+    with_reference.reference = ReferenceLogps(flat, starts)
+    return with_reference
 
 
 class ConcatenatedGroups:
-    """Several sets of groups as one, one after another."""
+    """Several sets of groups in one, one set after another."""
 
     def __init__(self, parts: Sequence[TokenGroups]) -> None:
         self._parts = parts
         self._sizes = np.array([len(part.counts) for part in parts])
         self._ends = np.cumsum(self._sizes)
         self.counts = GroupCounts.concatenated(part.counts for part in parts)
-        self.reference: ReferenceLogps | None = None  # of a stream there is none
+        self.reference: ReferenceLogps | None = None  # a stream has none
 
     def __getitem__(self, index: int) -> TokenGroup:
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        return self._parts[number][int(index) - int(self._ends[number] - self._sizes[number])]
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        first = int(self._ends[part] - self._sizes[part])
+        return self._parts[part][int(index) - first]
 
     def shapes(self, indices: np.ndarray) -> Shapes:
-        numbers = np.searchsorted(self._ends, indices, side="right")
+        part_of = np.searchsorted(self._ends, indices, side="right")
         firsts = self._ends - self._sizes
-        parts = [part.shapes(indices[numbers == i] - firsts[i]) for i, part in enumerate(self._parts)]
-        return joined(parts).at(np.argsort(np.argsort(numbers, kind="stable")))
+        shapes = [part.shapes(indices[part_of == i] - firsts[i]) for i, part in enumerate(self._parts)]
+        return joined(shapes).at(np.argsort(np.argsort(part_of, kind="stable")))  # in the order of `indices`
 
 
 def ease_of(
@@ -170,7 +171,7 @@ def ease_of(
 ) -> np.ndarray | None:
     """(G,) what `data.order` sorts by, largest first; None for shuffled.
 
-    easy_to_hard takes the mean margin of a group's edges. Raises UserError if a group has none.
+    easy_to_hard sorts by the mean margin of a group's edges. Raises UserError if a group has none.
     """
     if order == "shuffled":
         return None
@@ -187,7 +188,7 @@ def ease_of(
 def check_groups(
     groups: TokenDataset, objective: BoundObjective, budget: int, prefix_sharing: bool = True
 ) -> None:
-    """Raise UserError unless the groups hold what the objective needs and fit the token budget."""
+    """Raise UserError unless the groups have what the objective needs and fit into the token budget."""
     counts, loss_type = groups.counts, objective.loss_type
     check_budget(counts.computed_tokens(prefix_sharing), budget)
     if objective.item is Item.EDGE and not counts.edges.all():

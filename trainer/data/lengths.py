@@ -1,4 +1,4 @@
-"""What is known of groups from their lengths alone: tokens, what attention looks at, whether they fit."""
+"""The lengths of groups, and what follows from them alone: tokens, attention pairs, whether they fit."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ class Shapes:
 
     def totals(
         self,
-        values: np.ndarray,  # (S,) of each completion
+        values: np.ndarray,  # (S,) one for each completion
     ) -> np.ndarray:  # (B,)
+        """Sums over the completions of each group."""
         return np.bincount(self.owners, values, minlength=len(self.sequences))
 
     def tokens(self, shared: bool = True) -> np.ndarray:
-        """(B,) tokens of a group whose prompt is there once, or before every completion."""
+        """(B,) tokens of each group, with its prompt once if `shared`, else before every completion."""
         tokens = self.prompts + self.totals(self.completions) if shared else self.totals(self.rows)
         return tokens.astype(np.int64)
 
@@ -46,37 +47,39 @@ class Shapes:
         whole, prompt = _causal_pairs(self.rows, window), _causal_pairs(self.prompts, window)
         return self.totals(whole - prompt[self.owners]) + prompt if shared else self.totals(whole)
 
-    def padded_tokens(self, parts: int) -> int:
-        """Tokens of all groups in `parts` batches, in order and as even as can be, a row for every completion
-        with its prompt, padded to the longest of its batch."""
-        batches = np.array_split(np.arange(len(self.sequences)), parts)
+    def padded_tokens(self, num_batches: int) -> int:
+        """Tokens with padding, if the groups were cut in order into equal batches, and every completion with
+        its prompt were a row as long as the longest of its batch."""
         longest = np.zeros(len(self.sequences), dtype=np.int64)
         np.maximum.at(longest, self.owners, self.rows)
-        return int(sum(longest[batch].max() * self.sequences[batch].sum() for batch in batches if len(batch)))
+        tokens = 0
+        for batch in np.array_split(np.arange(len(self.sequences)), num_batches):
+            if len(batch):
+                tokens += int(longest[batch].max() * self.sequences[batch].sum())
+        return tokens
 
     def at(
         self,
-        order: np.ndarray,  # (b,)
+        indices: np.ndarray,  # (b,)
     ) -> Shapes:
-        """Some of the groups, in this order."""
-        if not len(order):
+        """The groups at `indices`, in that order."""
+        if not len(indices):
             return shapes_of([])
-        each = np.split(self.completions, np.cumsum(self.sequences)[:-1])
-        return Shapes(
-            self.prompts[order], self.sequences[order], np.concatenate([each[place] for place in order])
-        )
+        of_groups = np.split(self.completions, np.cumsum(self.sequences)[:-1])
+        completions = np.concatenate([of_groups[index] for index in indices])
+        return Shapes(self.prompts[indices], self.sequences[indices], completions)
 
     def without(
         self,
-        left_out: np.ndarray,  # (S,) bool
+        skipped: np.ndarray,  # (S,) bool
     ) -> Shapes:
-        """The same groups without some completions, and without the prompts of those that lose all."""
-        sequences = self.totals(~left_out).astype(np.int64)
-        return Shapes(np.where(sequences, self.prompts, 0), sequences, self.completions[~left_out])
+        """These groups without the skipped completions and the prompts that lose all of theirs."""
+        sequences = self.totals(~skipped).astype(np.int64)
+        return Shapes(np.where(sequences, self.prompts, 0), sequences, self.completions[~skipped])
 
 
 def shapes_of(groups: Sequence[TokenGroup]) -> Shapes:
-    """Of groups that have been read."""
+    """The lengths of groups that have been read."""
     return Shapes(
         np.array([len(group.prompt) for group in groups], dtype=np.int64),
         np.array([len(group.completions) for group in groups], dtype=np.int64),
@@ -86,13 +89,17 @@ def shapes_of(groups: Sequence[TokenGroup]) -> Shapes:
 
 def in_two_parts(
     is_first: np.ndarray,  # (B,) which of the groups
-    first: Callable[[np.ndarray], Shapes],  # (places among B,) -> their shapes
+    first: Callable[[np.ndarray], Shapes],  # (n,) positions among the B -> the shapes of these groups
     second: Callable[[np.ndarray], Shapes],
 ) -> Shapes:
-    """The shapes of B groups, some of which are found in one way and the others in another."""
-    places = [np.flatnonzero(is_first), np.flatnonzero(~is_first)]
-    found = [find(of) for find, of in zip((first, second), places, strict=True) if len(of)]
-    return joined(found).at(np.argsort(np.concatenate(places))) if found else shapes_of([])
+    """The shapes of B groups: `first` gives those of some, `second` those of the others."""
+    positions = [np.flatnonzero(is_first), np.flatnonzero(~is_first)]
+    parts = [
+        shapes_at(of_part)
+        for shapes_at, of_part in zip((first, second), positions, strict=True)
+        if len(of_part)
+    ]
+    return joined(parts).at(np.argsort(np.concatenate(positions))) if parts else shapes_of([])
 
 
 def joined(parts: Iterable[Shapes]) -> Shapes:

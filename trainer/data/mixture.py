@@ -1,4 +1,4 @@
-"""The groups of a split, of one data set or of a mixture of several."""
+"""The groups of a split, from one data set or from a mixture of several."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from madpo.trainer.errors import UserError
 def load_split(
     data: DataConfig, held_out: bool, tokenizer: PreTrainedTokenizerBase, supervised: bool = False
 ) -> tuple[GroupDataset, dict[str, dict[str, Any]]]:
-    """The training or the held-out groups, and by name what was read, cut and dropped.
+    """The training or the held-out groups, and for each part a report of what was read, cut and dropped.
 
-    The parts of a mixture stand one after another, each tokenised and cached as if it were alone; the
-    held-out split of a part is taken whole. Raises UserError as `load_groups`, and without a split.
+    The first report is of all parts together. The parts of a mixture stand one after another, each tokenised
+    and cached as if it were alone; a held-out split is taken whole. Raises UserError as `load_groups` does,
+    and if no split is named.
     """
     if data.datasets is None:
         split = data.dataset_test_split if held_out else data.dataset_train_split

@@ -1,4 +1,4 @@
-"""The order of groups: a pure function of (seed, epoch, consumed), the same for any world size."""
+"""The order of groups: a pure function of (seed, epoch, consumed), equal for any world size."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 
 
 class DataOrder:
-    """An endless sequence over `num_groups` groups, one permutation of them an epoch.
+    """An endless sequence of group indices: in every epoch a new permutation of `num_groups` groups.
 
-    Position p of the sequence is group `permutation(seed, p // num_groups)[p % num_groups]`, so the
-    number of groups consumed is all there is to resume from. With `ease` (G,) every epoch goes from easy
-    to hard: by falling ease, and shuffled among groups that are equally easy. With `weights` (G,) an epoch is
-    as many draws of groups in proportion to them, shuffled.
+    Position p of the sequence is group `permutation(seed, p // num_groups)[p % num_groups]`, so a run resumes
+    from the number of groups consumed. With `ease` (G,) every epoch goes from easy to hard: by falling ease,
+    and shuffled among groups that are equally easy. With `weights` (G,) an epoch is G draws of groups in
+    proportion to them, shuffled.
     """
 
     def __init__(
@@ -26,17 +26,17 @@ class DataOrder:
         assert num_groups > 0 and (ease is None or len(ease) == num_groups)
         assert weights is None or (ease is None and len(weights) == num_groups)
         self.num_groups, self._seed, self._ease, self._weights = num_groups, seed, ease, weights
-        self._permutation = functools.lru_cache(maxsize=2)(self._order_of_epoch)
+        self._cached_order = functools.lru_cache(maxsize=2)(self._order_of_epoch)
 
     def take(self, consumed: int, count: int) -> np.ndarray:
         """The group indices at positions consumed .. consumed + count - 1, (count,) int64."""
         positions = np.arange(consumed, consumed + count)
         epochs, offsets = np.divmod(positions, self.num_groups)
-        out = np.empty(count, dtype=np.int64)
+        indices = np.empty(count, dtype=np.int64)
         for epoch in np.unique(epochs):
-            here = epochs == epoch
-            out[here] = self._permutation(int(epoch))[offsets[here]]
-        return out
+            in_epoch = epochs == epoch
+            indices[in_epoch] = self._cached_order(int(epoch))[offsets[in_epoch]]
+        return indices
 
     def _order_of_epoch(self, epoch: int) -> np.ndarray:
         shuffled = permutation(self.num_groups, self._seed, epoch)
@@ -48,8 +48,10 @@ class DataOrder:
 
 
 def permutation(num_groups: int, seed: int, epoch: int) -> np.ndarray:
-    """Sorting raw Philox words: numpy keeps a bit generator's stream fixed across versions, which it
-    does not promise for `permutation`."""
+    """(G,) a random permutation that no numpy version changes.
+
+    It sorts raw Philox words: numpy keeps a bit generator's stream fixed, and not its `permutation`.
+    """
     words = np.random.Philox(key=[seed, epoch]).random_raw(num_groups)
     return np.argsort(words, kind="stable")
 
@@ -59,16 +61,16 @@ def systematic_draws(
     seed: int,
     epoch: int,
 ) -> np.ndarray:
-    """(G,) groups in rising order, each of them G w / sum(w) times, rounded up or down so that this is the
-    expectation.
+    """(G,) group indices in rising order, each G w / sum(w) times, rounded up or down at random so that this
+    is the expectation.
 
-    One random number shifts G evenly spaced points over the weights laid end to end. Independent draws have
-    the same expectation, and numbers of times that vary more: from 0 to G.
+    Systematic sampling: one random number shifts G evenly spaced points over the weights laid end to end.
+    Independent draws have this expectation too, with a larger variance.
     """
-    # The counter keeps the number apart from those of the permutation.
+    # Another counter, so that the number is independent of the permutation's.
     word = np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, 2]).random_raw(1)
     shift = (word >> np.uint64(11)).astype(np.float64) * 2.0**-53
     ends = np.cumsum(weights, dtype=np.float64)
     points = (np.arange(len(weights)) + shift) * (ends[-1] / len(weights))
-    # Rounding may put the last point onto the end.
+    # Rounding may put the last point onto the end, behind all weights.
     return np.minimum(np.searchsorted(ends, points, side="right"), np.flatnonzero(weights)[-1])

@@ -1,4 +1,4 @@
-"""What was read, cut and dropped of a data set, for `data_report.json`."""
+"""Reports of what was read, cut and dropped, for `data_report.json`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from madpo.trainer.data.dataset import column_of, flat_column
 def report_of(
     name: str,
     table: datasets.Dataset,
-    taken: np.ndarray,  # (G,) rows that groups were made of
+    taken: np.ndarray,  # (G,) rows of the table that become groups
 ) -> dict[str, Any]:
-    """What was read and dropped, of all rows, and what is trained on, of those taken."""
+    """What was read and dropped, over all rows of the table; and what is trained on, over those taken."""
     problems = table.data.column("problem")
     reasons = pc.call_function("if_else", [table.data.column("unreadable"), "unreadable", problems])
     values, counts = (column.to_pylist() for column in pc.call_function("value_counts", [reasons]).flatten())
+    dropped = {reason: n for reason, n in sorted(zip(values, counts, strict=True)) if reason}
     margins = flat_column(table.select(taken), "margins")
     margins = margins[~np.isnan(margins)]
     report: dict[str, Any] = {
         "source": name,
         "rows": len(table),
         "groups": len(taken),
-        "dropped": {reason: n for reason, n in sorted(zip(values, counts, strict=True)) if reason},
+        "dropped": dropped,
         "tokens": int(column_of(table, "num_tokens")[taken].sum()),
         "truncated_completions": int(column_of(table, "truncated")[taken].sum()),
         "groups_with_moved_boundary": int((column_of(table, "boundary_cut")[taken] > 0).sum()),
@@ -45,7 +46,7 @@ def report_of(
 
 
 def total_report(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The report of several parts together."""
+    """One report of several parts together."""
     counts = [key for key, value in reports[0].items() if isinstance(value, int) and key != "margins"]
     reasons = sorted({reason for report in reports for reason in report["dropped"]})
     total: dict[str, Any] = {"source": name, **{key: sum(x[key] for x in reports) for key in counts}}

@@ -1,4 +1,4 @@
-"""Where rows come from, opened as a whole: a file, a folder of splits, or a name on the hub."""
+"""Sources that are opened as a whole: a file, a folder of splits, or a name on the hub."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ LINES = datasets.Features({"line": datasets.Value("int64"), "raw": datasets.Valu
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from: `rows` holds either columns or one raw JSON line per row."""
+    """The examples of a split: `rows` holds their columns, or one raw JSON line each."""
 
     name: str
     rows: datasets.Dataset
     fingerprint: str
-    unit: str  # how a row is named in messages: "{name}:{line}" or "{name} row {index}"
+    unit: str  # "line" or "row": messages say "{name}:{line}" or "{name} row {index}"
 
     def where(self, row: int) -> str:
         return f"{self.name}:{row}" if self.unit == "line" else f"{self.name} row {row}"
 
 
 def open_source(data: DataConfig, split: str, cache: Path) -> Source:
-    """The rows of a split. Raises UserError where there are none."""
+    """Open a split. Raises UserError if it is missing or empty."""
     files = split_files(data, split)
     if files is None:
         rows = load_by_name(data, split)
@@ -56,13 +56,13 @@ def open_source(data: DataConfig, split: str, cache: Path) -> Source:
 def split_files(data: DataConfig, split: str) -> list[Path] | None:
     """The files of a split: one .jsonl, or .parquet files in order; None for a name on the hub.
 
-    Raises UserError for a missing file or split, one that stands there twice, and another file type.
+    Raises UserError for a missing file or split, a split that is there twice, and another file type.
     """
     assert data.dataset_name is not None
     path = Path(data.dataset_name).expanduser()
     if path.is_dir():
-        found = [path / f"{split}{suffix}" for suffix in (".jsonl", ".parquet")]
-        files = [file for file in found if file.is_file()]
+        named = [path / f"{split}{suffix}" for suffix in (".jsonl", ".parquet")]
+        files = [file for file in named if file.is_file()]
         shards = sorted(path.glob(f"{split}-*.parquet"))
         if len(files) + bool(shards) > 1:
             raise UserError(f"{path}: split {split!r} stands there twice: {[x.name for x in files + shards]}")

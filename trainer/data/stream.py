@@ -1,9 +1,9 @@
-"""A data set that is never held as a whole: blocks of rows, each read and tokenised when it is needed.
+"""A training source that is never held as a whole: blocks of examples, read and tokenised when needed.
 
 The groups of a block are shuffled among themselves by (seed, epoch, block), and the blocks follow each
 other as in the source. So the order is a function of the number of groups consumed, given how many groups
-each block has. That is kept on disk, with where the next block begins: to find a place again takes a walk
-over these notes, and only what is missing is read and tokenised once more.
+each block has. That number is kept on disk, in a small record of each block, with the cursor of the next. A
+continued run walks over these records to find its position, and reads and tokenises only missing blocks.
 """
 
 from __future__ import annotations
@@ -41,28 +41,28 @@ from madpo.trainer.files import write_atomically
 
 
 @dataclass(frozen=True)
-class Note:
-    """What is known of a block once it has been read, plain JSON on disk."""
+class BlockRecord:
+    """What is known of a block once it has been read; plain JSON on disk."""
 
     cursor: Any  # where it begins
     following: Any  # where the next one begins; None: the source ends
     report: dict[str, Any]  # what was read, cut and dropped
 
 
-class Place(NamedTuple):
-    """A position of the sequence."""
+class BlockOfEpoch(NamedTuple):
+    """A block in one epoch of the sequence."""
 
     epoch: int
     block: int
-    first: int  # position of the block's first group
+    first: int  # position of its first group in the sequence
 
 
 class Stream:
     """A training source that is read in blocks.
 
-    `check` is called with the groups of a block before they are trained on; it raises UserError or
-    returns what is trained on, as many groups. A block with fewer than `fewest` groups is passed over.
-    Nothing behind position `end` of the sequence will be asked for, and is prepared in the background.
+    `check` gets the groups of a block before they are trained on. It raises UserError, or returns as many
+    groups to train on. A block with fewer than `fewest` groups is passed over. The next block is prepared in
+    the background, unless it lies behind position `end` of the sequence, where the run stops.
     """
 
     def __init__(
@@ -85,49 +85,51 @@ class Stream:
         self._folder = Path(data.cache_dir).expanduser() / f"stream-{key}-{data.stream_block}"
         self.num_groups: int | None = None
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._notes: list[Note] = []
-        self._reached = Place(0, 0, 0)
-        self._groups = functools.lru_cache(maxsize=2)(self._load)
+        self._records: list[BlockRecord] = []
+        self._reached = BlockOfEpoch(0, 0, 0)
+        self._cached_groups = functools.lru_cache(maxsize=2)(self._load)
         self._background = ThreadPoolExecutor(1)
-        self._groups(self._locate(0).block)  # so that bad rows at the beginning are found before a start
+        self._cached_groups(self._locate(0).block)  # so that bad rows in it are found before the run starts
 
     def take(self, consumed: int, count: int) -> tuple[TokenGroups, np.ndarray]:
         pieces: list[TokenGroups] = []
         selected: list[np.ndarray] = []
         stop = consumed + count
         while consumed < stop:
-            place = self._locate(consumed)
-            groups = self._groups(place.block)
-            here = self._order(place, len(groups))[consumed - place.first : stop - place.first]
-            selected.append(here + sum(len(piece.counts) for piece in pieces))
+            located = self._locate(consumed)
+            groups = self._cached_groups(located.block)
+            order = self._order(located, len(groups))
+            indices = order[consumed - located.first : stop - located.first]
+            selected.append(indices + sum(len(piece.counts) for piece in pieces))
             pieces.append(groups)
-            consumed += len(here)
-            if place.first + len(groups) < self._end:
-                self._prepare_after(place.block)
+            consumed += len(indices)
+            if located.first + len(groups) < self._end:
+                self._prepare_after(located.block)
         return (pieces[0] if len(pieces) == 1 else ConcatenatedGroups(pieces)), np.concatenate(selected)
 
     def epoch(self, consumed: int) -> float:
-        """Whole passes that were begun before the last group: how long one is shows only at its end."""
+        """Whole passes before the last consumed group: the length of a pass is known only at its end."""
         return float(self._locate(consumed - 1).epoch) if consumed else 0.0
 
     def report(self) -> dict[str, Any]:
-        name = f"{self._reader.name}, {len(self._notes)} blocks"
-        return {self._split: total_report(name, [note.report for note in self._notes])}
+        name = f"{self._reader.name}, {len(self._records)} blocks"
+        return {self._split: total_report(name, [record.report for record in self._records])}
 
-    def _order(self, place: Place, num_groups: int) -> np.ndarray:
+    def _order(self, located: BlockOfEpoch, num_groups: int) -> np.ndarray:
         if self._data.order == "as_is":
             return np.arange(num_groups)
-        return permutation(num_groups, self._seed + (place.block << 32), place.epoch)
+        return permutation(num_groups, self._seed + (located.block << 32), located.epoch)
 
-    def _locate(self, position: int) -> Place:
+    def _locate(self, position: int) -> BlockOfEpoch:
         """The block that holds a position. Raises UserError if no row of the source can be trained on."""
-        epoch, block, first = self._reached if position >= self._reached.first else Place(0, 0, 0)
+        is_ahead = position >= self._reached.first
+        epoch, block, first = self._reached if is_ahead else BlockOfEpoch(0, 0, 0)
         while position >= first + (size := self._size(block)):
             if size == 0:
-                self._table(block)  # which refuses bad rows where no group will
+                self._table(block)  # no group of it will be loaded, so its bad rows are refused here
             first += size
             block += 1
-            if self._note(block - 1).following is None:
+            if self._record(block - 1).following is None:
                 if not any(map(self._size, range(block))):
                     report = self.report()[self._split]
                     raise UserError(
@@ -135,24 +137,25 @@ class Stream:
                         f"{report['dropped']}; data.max_length is {self._data.max_length}"
                     )
                 epoch, block = epoch + 1, 0
-        self._reached = Place(epoch, block, first)
+        self._reached = BlockOfEpoch(epoch, block, first)
         return self._reached
 
     def _size(self, block: int) -> int:
-        return self._note(block).report["groups"]
+        return self._record(block).report["groups"]
 
-    def _note(self, block: int) -> Note:
-        while block >= len(self._notes):
-            number = len(self._notes)
+    def _record(self, block: int) -> BlockRecord:
+        """The record of a block; blocks up to it that have none yet are read."""
+        while block >= len(self._records):
+            number = len(self._records)
             path = self._path(number, ".json")
             if not path.is_file():
-                self._make(number, self._notes[-1].following if self._notes else self._reader.start)
-            note = Note(**json.loads(path.read_text()))
-            if 0 < note.report["groups"] < self._fewest:
-                note.report["dropped"]["too few in a block"] = note.report["groups"]
-                note.report["groups"] = 0
-            self._notes.append(note)
-        return self._notes[block]
+                self._make(number, self._records[-1].following if self._records else self._reader.start)
+            record = BlockRecord(**json.loads(path.read_text()))
+            if 0 < record.report["groups"] < self._fewest:
+                record.report["dropped"]["too few in a block"] = record.report["groups"]
+                record.report["groups"] = 0
+            self._records.append(record)
+        return self._records[block]
 
     def _load(self, block: int) -> TokenDataset:
         table = self._table(block)
@@ -160,44 +163,44 @@ class Stream:
         return self._check(groups)
 
     def _table(self, block: int) -> datasets.Dataset:
-        """All rows of a block. Raises UserError for one that cannot be read, unless those are dropped."""
-        path, note = self._path(block), self._note(block)
+        """The tokenised rows of a block. Raises UserError for an unreadable one, unless those are dropped."""
+        path, record = self._path(block), self._record(block)
         if not path.is_dir():
-            self._make(block, note.cursor)
+            self._make(block, record.cursor)
         table = datasets.load_from_disk(str(path))
         assert isinstance(table, datasets.Dataset)
-        where = functools.partial(self._reader.where, note.cursor)
+        where = functools.partial(self._reader.where, record.cursor)
         check_readable(where, table, self._data.on_bad_row)
         return table
 
     def _prepare_after(self, block: int) -> None:
-        """Make the next block while this one is trained on. An error in it comes when its turn comes."""
-        following = self._note(block).following
+        """Make the next block in the background. An error in it is raised when its turn comes."""
+        following = self._record(block).following
         if following is not None and not self._path(block + 1).is_dir():
             self._background.submit(self._make, block + 1, following)
 
     def _make(self, block: int, cursor: Any) -> None:
-        """Read and tokenise a block, unless another rank has: its table, and then its note."""
-        path, note = self._path(block), self._path(block, ".json")
+        """Read and tokenise a block, unless another rank has: write its table, then its record."""
+        path, record_path = self._path(block), self._path(block, ".json")
         with FileLock(self._folder / "lock"):
-            if path.is_dir() and note.is_file():
+            if path.is_dir() and record_path.is_file():
                 return
             source, following = self._reader.read(cursor, self._data.stream_block)
             shutil.rmtree(path, ignore_errors=True)
             if not len(source.rows):
                 raise UserError(f"{source.name}: the file has no rows")
-            tokenise_all(source, self._tokenizer, self._rules, self._layout, None, path)
+            tokenise_all(source, self._tokenizer, self._rules, self._adapter, None, path)
             table = datasets.load_from_disk(str(path))
             assert isinstance(table, datasets.Dataset)
             full = len(source.rows) == self._data.stream_block
             more = full and len(self._reader.read(following, 1)[0].rows) > 0
             report = report_of(source.name, table, usable_rows(table))
-            made = Note(cursor, following if more else None, report)
-            write_atomically(note, json.dumps(asdict(made)))
+            record = BlockRecord(cursor, following if more else None, report)
+            write_atomically(record_path, json.dumps(asdict(record)))
 
     @functools.cached_property
-    def _layout(self) -> str:
-        """Of the beginning of the source, for all of it."""
+    def _adapter(self) -> str:
+        """The adapter, chosen by the first rows of the source."""
         return adapter_in(self._reader.read(self._reader.start, FIRST_ROWS)[0], self._rules)
 
     def _path(self, block: int, suffix: str = "") -> Path:

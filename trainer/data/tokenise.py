@@ -16,37 +16,37 @@ from madpo.trainer.formats.text_groups import Messages, Text, TextGroup
 
 @dataclass(frozen=True)
 class TokenRules:
-    """Everything besides the tokenizer that decides which tokens come out; part of the cache key."""
+    """Everything besides the tokenizer that decides the tokens of an example; part of the cache key."""
 
     max_length: int
     append_eos: Literal["auto", "always", "never"] = "auto"
-    supervised: bool = False  # one completion per row, and no edges
-    template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)  # a row's own come before these
+    supervised: bool = False  # one completion per example, and no edges
+    template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)  # an example's own win
     rows: RowRules = field(default_factory=RowRules)
 
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """A prompt and its completions as token ids. Edges are (winner, loser, margin or None)."""
+    """A prompt and its completions as token ids. Edges are (chosen, rejected, margin or None)."""
 
     prompt: list[int]
     completions: list[list[int]]
     edges: list[tuple[int, int, float | None]]
-    labels: list[int] = field(default_factory=list)  # 1 desirable, -1 undesirable, 0 neither; of all or none
-    weights: list[float] = field(default_factory=list)  # of the edges, in place of the objective's
-    boundary_cut: int = 0  # prompt tokens that merged into the completion and moved there
-    truncated: int = 0  # completions that lost their end
-    equal: int = 0  # edges left out, as their two sides are the same tokens
-    problem: str = ""  # why the group cannot be trained on; empty: it can
+    labels: list[int] = field(default_factory=list)  # 1 desirable, -1 undesirable, 0 neither; all or none
+    weights: list[float] = field(default_factory=list)  # one for each edge, in place of the objective's
+    boundary_cut: int = 0  # prompt tokens that moved into the completion, as its text merged with them
+    truncated: int = 0  # completions that were cut at their end
+    equal: int = 0  # edges dropped, as chosen and rejected are the same tokens
+    problem: str = ""  # why the group cannot be trained on, or empty
 
 
 def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> TokenGroup:
-    """Tokens of one group.
+    """Tokenise one group.
 
-    A completion starts where the tokens of prompt + completion leave those of the prompt alone: at
-    their longest common prefix, and the same place for every completion of the group. Completions
-    are cut to `max_length` at their end. An edge whose two sides become equal is left out. A group whose
-    prompt fills `max_length`, or that no edge is left of, cannot be trained on and says so in `problem`.
+    A completion starts where the tokens of prompt + completion begin to differ from those of the prompt
+    alone, behind their longest common prefix; at the same position for every completion of the group.
+    Completions are cut to `max_length` at their end. An edge of equal tokens is dropped. A group that cannot
+    be trained on says why in `problem`: its prompt fills `max_length`, or it has no edge left.
     """
     prompt_only = encode_prompt(group, tokenizer, rules)
     wholes = [_encode_whole(group, x, tokenizer, rules) for x in group.completions]
@@ -81,7 +81,7 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
 
 
 def labels_of(edges: list[tuple[int, int, float | None]], count: int) -> list[int]:
-    """What edges say of single completions: desirable if it wins more often than it loses, and so on."""
+    """Labels by edges: 1 if a completion is more often chosen than rejected, -1 if less often, else 0."""
     if not edges:
         return []
     score = [0] * count
@@ -92,14 +92,14 @@ def labels_of(edges: list[tuple[int, int, float | None]], count: int) -> list[in
 
 
 def special_spellings(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Finds the tokenizer's special tokens where they are spelled out."""
+    """A pattern that matches the tokenizer's special tokens spelled out in text; None if it has none."""
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True)))) if special else None
 
 
 def spells_special(group: TextGroup, spellings: re.Pattern[str] | None) -> bool:
-    """Whether a text of the group spells a special token. In messages it becomes one, elsewhere it stays
-    text."""
+    """Whether a text of the group spells out a special token. In messages it becomes that token, in plain
+    text it stays text."""
     texts = [x for text in (group.prompt, *group.completions) for x in _texts(text)]
     return spellings is not None and any(spellings.search(text) for text in texts)
 
@@ -109,7 +109,7 @@ def _texts(text: Text) -> list[str]:
 
 
 def encode_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> list[int]:
-    """A group's prompt alone, up to where its completions start."""
+    """The tokens of a group's prompt alone, with the header of the answer in a conversation."""
     if isinstance(group.prompt, str):
         return _encode_text(group.prompt, tokenizer)
     continued = _is_continued(group.prompt)
@@ -124,8 +124,7 @@ def encode_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: T
 
 
 def _is_continued(prompt: Messages) -> bool:
-    """A prompt that ends with the assistant's own words is continued, and one that ends with its call of a
-    tool is followed by the result; any other is answered."""
+    """Whether completions continue the prompt's last message: the assistant's own words, but no tool call."""
     return prompt[-1]["role"] == "assistant" and "tool_calls" not in prompt[-1]
 
 
@@ -154,9 +153,9 @@ def _encode_whole(
 
 
 def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Plain text is data: a special token spelled out in it stays text."""
+    """Tokens of plain text. It is data: a special token spelled out in it stays text."""
     ids: list[int] = tokenizer(text, split_special_tokens=True)["input_ids"]  # type: ignore[assignment]
-    # A tokenizer that closes every text with EOS would close the prompt too; append_eos decides.
+    # Some tokenizers end every text with EOS, the prompt too. Whether there is one is up to append_eos.
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 

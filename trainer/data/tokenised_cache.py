@@ -1,7 +1,7 @@
-"""Rows -> a table of token groups on disk: read, checked, tokenised once, cached by content.
+"""The examples of a split -> a table of token groups on disk, tokenised once and cached by content.
 
-Every rank calls `load_groups`; a file lock lets one of them do the work and the others wait without
-holding a collective open, however long it takes.
+Every rank calls `load_groups`. A file lock lets one of them do the work, however long it takes: the others
+wait at the lock, not in a collective, which would time out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row
 from madpo.trainer.formats.text_groups import hash_of_prompt, parse_json_line
 
 FORMAT_VERSION = 5
-"""Part of the cache key; raise it when the same rows would give other tokens."""
+"""Part of the cache key; raise it when the same examples would give other tokens."""
 
 FEATURES = datasets.Features(
     {
@@ -63,7 +63,7 @@ FEATURES = datasets.Features(
 
 
 def rules_of(data: DataConfig, supervised: bool = False) -> TokenRules:
-    """What the config says of reading rows and making tokens of them."""
+    """The rules that the config sets for reading examples and tokenising them."""
     rows = RowRules(data.adapter, data.columns, data.edges)
     return TokenRules(data.max_length, data.append_eos, supervised, data.chat_template_kwargs, rows)
 
@@ -75,9 +75,9 @@ def load_groups(
     supervised: bool = False,
     fraction: float = 1.0,
 ) -> tuple[GroupDataset, dict[str, Any]]:
-    """The groups of one split, or a share of them, and a report of what was read, cut and dropped.
+    """The groups of one split, or a fraction of them, and a report of what was read, cut and dropped.
 
-    Raises UserError for a missing file or split, unknown columns, an unreadable row (unless
+    Raises UserError for a missing file or split, unknown columns, an unreadable example (unless
     `on_bad_row: drop`), and a split in which nothing can be trained on.
     """
     cache = Path(data.cache_dir).expanduser()
@@ -108,13 +108,13 @@ def load_groups(
 
 
 def groups_key(fingerprint: str, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> str:
-    """A hash of rows and everything that makes tokens of them."""
+    """A hash of the examples and everything that decides their tokens."""
     identity = (FORMAT_VERSION, fingerprint, tokenizer_identity(tokenizer), asdict(rules))
     return xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
 
 
 def usable_rows(table: datasets.Dataset) -> np.ndarray:
-    """The rows that can be trained on, of a whole table."""
+    """(n,) the rows of the table that can be trained on."""
     return np.flatnonzero(pc.call_function("equal", [table.data.column("problem"), ""]))
 
 
@@ -122,13 +122,13 @@ def share(
     num_groups: int,
     fraction: float,
 ) -> np.ndarray:  # (round(fraction * num_groups),)
-    """All groups as often as `fraction` has wholes, then a random share of them in their order.
+    """Indices of a fraction of the groups: all of them as often as it has wholes, then a random subset.
 
-    The same share in every run, whatever its seed; a larger one holds the smaller.
+    The subset does not depend on the run's seed, and a larger one holds every smaller one.
     """
     whole, rest = divmod(fraction, 1)
-    some = permutation(num_groups, seed=0, epoch=0)[: round(rest * num_groups)]
-    return np.concatenate((np.tile(np.arange(num_groups), int(whole)), np.sort(some)))
+    subset = permutation(num_groups, seed=0, epoch=0)[: round(rest * num_groups)]
+    return np.concatenate((np.tile(np.arange(num_groups), int(whole)), np.sort(subset)))
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -145,7 +145,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @dataclass(frozen=True)
 class _RowTokeniser:
-    """Picklable, so that several processes can tokenise."""
+    """Example -> row of the table. A class, since several processes need it pickled."""
 
     tokenizer: PreTrainedTokenizerBase
     rules: TokenRules
@@ -165,13 +165,13 @@ class _RowTokeniser:
             if len(group.completions) > 1 and not group.edges and not group.problem:
                 group = replace(group, problem="no completion is better than another")
             spells = spells_special(text, self.spellings)
-        except Exception as error:  # a chat template, for one, raises what it likes
+        except Exception as error:  # a chat template may raise anything
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             group = TokenGroup([], [], [], problem=f"{kind}{error}")
-            facts = {"spells_special": False, "prompt_hash": 0}
-            return {**_columns(group), **facts, "unreadable": True, "row": number}
-        facts = {"spells_special": spells, "prompt_hash": hash_of_prompt(text)}
-        return {**_columns(group), **facts, "unreadable": False, "row": number}
+            of_text = {"spells_special": False, "prompt_hash": 0, "unreadable": True}
+        else:
+            of_text = {"spells_special": spells, "prompt_hash": hash_of_prompt(text), "unreadable": False}
+        return {**_columns(group), **of_text, "row": number}
 
 
 def _columns(group: TokenGroup) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def tokenise_all(
     num_proc: int | None,
     path: Path,
 ) -> None:
-    """Write a table of FEATURES, a row for every row of the source, that appears whole or not at all."""
+    """Write a table of FEATURES with a row for every example of the source, whole or not at all."""
     raw_lines = source.unit == "line"
     scratch = path.with_name(path.name + ".scratch")  # so that no more than a batch is held in memory
     scratch.mkdir(exist_ok=True)
@@ -225,7 +225,7 @@ def tokenise_all(
 def adapter_in(
     source: Source, rules: TokenRules, choose: Callable[[Iterable[str], RowRules, bool], str] = choose_adapter
 ) -> str:
-    """The adapter for the columns; JSON lines have those of the first line that can be read."""
+    """The adapter for a source's columns. Those of JSON lines are taken from the first readable line."""
     if source.unit != "line":
         return choose(source.rows.column_names, rules.rows, rules.supervised)
     problem = None
@@ -239,7 +239,7 @@ def adapter_in(
 
 
 def check_readable(where: Callable[[int], str], table: datasets.Dataset, on_bad_row: str) -> None:
-    """Raise UserError that names the first bad row, by `where`, unless bad rows are to be dropped."""
+    """Raise UserError that names the first unreadable example, unless `on_bad_row` is drop."""
     bad = np.flatnonzero(column_of(table, "unreadable"))
     if len(bad) and on_bad_row == "error":
         first = table[int(bad[0])]

@@ -1,4 +1,22 @@
-"""The data of a run, from files to feed: read, made to fit the objective, merged, weighed."""
+"""The data of a run: read -> fit -> merge -> weigh -> source.
+
+    read     the groups of a split, from one data set or a mixture, without the fold that is left out
+    fit      add mismatched completions if the objective needs them; check what it needs and the token budget
+    merge    join groups that share a prompt (`data.merge_prompts`)
+    weigh    drop light pairs (`data.min_weight`), draw groups by weight (`data.sampling`), skip weight 0
+    source   the training groups in the order of `data.order`
+
+`load_data` does all but weighing, which comes later, in `weighed`: weights may depend on quantiles of the
+margins, found once the data is there. Each of fit, merge and weigh may lay a view over the groups. Views lie
+on each other in this order only, each at most once except the last:
+
+    GroupDataset <- MismatchedDataset <- MergedDataset <- TrimmedDataset (dropped) <- TrimmedDataset (skipped)
+
+Mismatched completions come from other examples, so they are added before examples are joined. Merging reads
+the table of its groups, so nothing below it may join or drop any. Trimming takes edges as it finds them.
+
+A stream is fitted and weighed block by block, and never merged.
+"""
 
 from __future__ import annotations
 
@@ -22,24 +40,28 @@ from madpo.trainer.data.views.trimmed import draw_by_weight, drop_light, edge_we
 from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Need
 
+Report = dict[str, Any]
+"""What was read, cut and dropped of a split or of one part of it."""
+
 
 @dataclass(frozen=True)
 class Data:
     train: TokenDataset | None  # None also for a stream
     held_out: TokenDataset | None
     source: TrainingSource | None  # of the training groups
-    held_out_report: dict[str, Any]
+    held_out_report: dict[str, Report]
 
     @property
-    def report(self) -> dict[str, Any]:
-        """split -> what was read, cut and dropped, of a stream so far."""
+    def report(self) -> dict[str, Report]:
+        """split -> what was read, cut and dropped; of a stream, so far."""
         return {**(self.source.report() if self.source else {}), **self.held_out_report}
 
 
 def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool) -> Data:
-    """The splits that the config names. Raises UserError for data that cannot serve the objective.
+    """Read, fit and merge the splits that the config names. Raises UserError for data that cannot serve the
+    objective.
 
-    Evaluation reads the training split too if a threshold is a quantile of it.
+    Evaluation reads the training split too if a threshold is a quantile of its margins.
     """
     data, supervised = config.data, config.bound_objective.supervised
     train, held_out, source, held_out_report = None, None, None, {}
@@ -47,66 +69,92 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool
         source = _stream(config, tokenizer)
     elif training or config.objective.quantiles:
         groups, report = training_groups(config, tokenizer)
-        train = merged(_made_fit(groups, config), config)
+        train = merged(_fitted(groups, config), config)
         source = DatasetSource(train, config.seed, data.order, report_of_merged(train, report))
     if data.has_test_split or not training:
-        groups, held_out_report = load_split(data, True, tokenizer, supervised)
-        held_out = merged(_made_fit(groups, config), config)
-        held_out_report = report_of_merged(held_out, held_out_report)
+        groups, report = load_split(data, True, tokenizer, supervised)
+        held_out = merged(_fitted(groups, config), config)
+        held_out_report = report_of_merged(held_out, report)
     return Data(train, held_out, source, held_out_report)
+
+
+def weighed(data: Data, config: Config) -> Data:
+    """The data seen through the weights of its pairs, and a new source of the training groups.
+
+    Held-out pairs of weight 0 are skipped. Of the training groups, light pairs are dropped first if the
+    config says so; then groups are drawn by weight, or pairs of weight 0 skipped. Quantile thresholds must be
+    numbers by now. Raises UserError if no pair is left.
+    """
+    if config.bound_objective.weight is None:
+        return data
+    held_out = None if data.held_out is None else _without_skipped(data.held_out, config)
+    if data.train is None:
+        return replace(data, held_out=held_out)
+    assert data.source is not None
+    train, report, draws = data.train, data.source.report(), None
+    if config.data.min_weight is not None:
+        train, dropped = drop_light(train, _weights(train, config), config.data.min_weight)
+        report = _with_totals(report, dropped)
+    if config.data.sampling == "weight":
+        train, draws = draw_by_weight(train, _weights(train, config))
+    else:
+        train = _without_skipped(train, config)
+    source = DatasetSource(train, config.seed, config.data.order, report, draws)
+    return Data(train, held_out, source, data.held_out_report)
 
 
 def training_groups(
     config: Config, tokenizer: PreTrainedTokenizerBase
-) -> tuple[GroupDataset, dict[str, dict[str, Any]]]:
-    """The training groups without the fold that is left out, and the report of `load_split`, whose first
-    entry, of all parts together, has the numbers without it. Raises UserError."""
+) -> tuple[GroupDataset, dict[str, Report]]:
+    """The training groups without the fold that is left out, and the reports of `load_split`, the total
+    without the fold too. Raises UserError."""
     data = config.data
     groups, report = load_split(data, False, tokenizer, config.bound_objective.supervised)
     if data.folds is None or data.fold is None:
         return groups, report
     groups = without_fold(groups, data.folds, data.fold)
-    kept = {"groups": len(groups), "tokens": int(groups.counts.lengths.sum()), "without_fold": data.fold}
-    total = next(iter(report))
-    return groups, report | {total: report[total] | kept}
+    tokens = int(groups.counts.lengths.sum())
+    return groups, _with_totals(report, {"groups": len(groups), "tokens": tokens, "without_fold": data.fold})
+
+
+def _fitted(groups: GroupDataset, config: Config) -> TabledGroups:
+    """The groups as the objective takes them. Raises UserError if they cannot serve it."""
+    objective = config.bound_objective
+    fitted: TabledGroups = groups
+    if Need.MISMATCHED in objective.needs:
+        fitted = MismatchedDataset(groups, config.seed, config.data.max_length)
+    check_groups(fitted, objective, config.train.row_tokens, config.model.prefix_sharing)
+    problem = config.objective.problem_with(fitted.margins)
+    if problem:
+        raise UserError(f"{fitted.name}: {problem}")
+    return fitted
 
 
 def merged(groups: TabledGroups, config: Config) -> TokenDataset:
-    """The groups with the rows of a prompt in one, if the config says so.
+    """The groups with those of one prompt joined, if the config says so.
 
-    They have no more tokens than a pair may have: every micro-batch that holds pairs holds them, so that
-    they do not depend on `train.micro_batch_tokens`, which may change from run to continuation.
+    A joined group has no more tokens than a pair may have. Every micro-batch that holds pairs can hold it, so
+    the groups do not depend on `train.micro_batch_tokens`, which a continued run may change.
     """
     if not config.data.merge_prompts:
         return groups
     return merge_prompts(groups, config.bound_objective, most_tokens=2 * config.data.max_length)
 
 
-def weighed(data: Data, config: Config) -> Data:
-    """The data seen through the weights of its pairs, whose parameters must be numbers by now: what weighs
-    nothing is not computed, and of the training groups light pairs are left out, or all drawn by weight, if
-    the config says so. Raises UserError if that leaves nothing.
-    """
-    if config.bound_objective.weight is None:
-        return data
-    held_out = data.held_out and without_weightless(data.held_out, config)
-    if data.train is None:
-        return replace(data, held_out=held_out)
-    assert data.source is not None
-    train, report, draws = data.train, data.source.report(), None
-    if config.data.min_weight is not None:
-        train, found = drop_light(train, _weights(train, config), config.data.min_weight)
-        total = next(iter(report))
-        report = report | {total: report[total] | found}
-    if config.data.sampling == "weight":
-        train, draws = draw_by_weight(train, _weights(train, config))
-    else:
-        train = without_weightless(train, config)
-    source = DatasetSource(train, config.seed, config.data.order, report, draws)
-    return Data(train, held_out, source, data.held_out_report)
+def report_of_merged(groups: TokenDataset, report: dict[str, Report]) -> dict[str, Report]:
+    """The report with the numbers of the merged groups; or with what merging would save."""
+    return _with_totals(
+        report, groups.report if isinstance(groups, MergedDataset) else repeated_prompts(groups)
+    )
 
 
-def without_weightless(groups: TokenDataset, config: Config) -> TokenDataset:
+def _with_totals(report: dict[str, Report], numbers: Report) -> dict[str, Report]:
+    """The report with these numbers in its first entry, which is of all parts together."""
+    total = next(iter(report))
+    return report | {total: report[total] | numbers}
+
+
+def _without_skipped(groups: TokenDataset, config: Config) -> TokenDataset:
     """The groups without the pairs whose loss the objective multiplies by 0."""
     if config.bound_objective.weight is None:
         return groups
@@ -115,28 +163,6 @@ def without_weightless(groups: TokenDataset, config: Config) -> TokenDataset:
 
 def _weights(groups: TokenDataset, config: Config) -> np.ndarray:
     return edge_weights(groups, config.bound_objective)
-
-
-def report_of_merged(groups: TokenDataset, report: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The report, whose first entry is of all parts together, with the numbers of the groups as merged, or
-    with what merging them would save."""
-    total = next(iter(report))
-    found = groups.report if isinstance(groups, MergedDataset) else repeated_prompts(groups)
-    return report | {total: report[total] | found}
-
-
-def _made_fit(loaded: GroupDataset, config: Config) -> TabledGroups:
-    """The groups as the objective takes them. Raises UserError if they cannot serve it."""
-    objective = config.bound_objective
-    groups: TabledGroups = loaded
-    if Need.MISMATCHED in objective.needs:
-        groups = MismatchedDataset(loaded, config.seed, config.data.max_length)
-    budget, shares = config.train.row_tokens, config.model.prefix_sharing
-    check_groups(groups, objective, budget, shares)
-    problem = config.objective.problem_with(groups.margins)
-    if problem:
-        raise UserError(f"{groups.name}: {problem}")
-    return groups
 
 
 def _stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> Stream:
@@ -151,5 +177,5 @@ def _stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> Stream:
         end=train.max_steps * train.global_batch_size,
         supervised=objective.supervised,
         fewest=2 if Need.MISMATCHED in objective.needs else 1,
-        check=lambda groups: without_weightless(_made_fit(groups, config), config),
+        check=lambda groups: _without_skipped(_fitted(groups, config), config),
     )

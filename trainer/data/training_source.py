@@ -1,4 +1,4 @@
-"""What training takes its groups from: a whole data set in some order. A stream is another (stream.py)."""
+"""Training sources: what training takes groups from. A whole data set here, a stream in stream.py."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from madpo.trainer.data.order import DataOrder
 
 
 class TrainingSource(Protocol):
-    """An endless sequence of groups, the same on every rank, for any number of ranks and whenever asked:
-    the number of groups consumed is all there is to resume from."""
+    """An endless sequence of groups. It does not depend on the rank or on the number of ranks, and a run
+    resumes from the number of groups consumed."""
 
-    content: str  # what a continuation must find again
-    num_groups: int | None  # of an epoch; None: not known before its end
+    content: str  # fingerprint; a continuation must have the same
+    num_groups: int | None  # in an epoch; None: not known before its end
 
     def take(self, consumed: int, count: int) -> tuple[TokenGroups, np.ndarray]:
-        """The groups at positions consumed .. consumed + count - 1: (count,) indices into some groups.
-
-        Raises UserError if they cannot be read or do not serve the objective.
-        """
+        """The groups at positions consumed .. consumed + count - 1: token groups, and (count,) indices into
+        them. Raises UserError if they cannot be read or do not serve the objective."""
         ...
 
     def epoch(self, consumed: int) -> float:
-        """How often the groups have been gone through."""
+        """Passes over the groups after so many consumed."""
         ...
 
     def report(self) -> dict[str, Any]:
@@ -35,12 +33,12 @@ class TrainingSource(Protocol):
 
 
 def content_of(groups: TokenDataset) -> str:
-    """What a continuation of a run on these groups must find again."""
+    """Fingerprint of the training data; a continued run must have the same."""
     return f"{len(groups)} groups, {groups.fingerprint}"
 
 
 class DatasetSource:
-    """A data set that is known as a whole, in the order of `data.order`, or drawn by weights (G,)."""
+    """A data set that is known as a whole, in the order of `data.order`, or drawn by `weights` (G,)."""
 
     def __init__(
         self,
@@ -56,10 +54,10 @@ class DatasetSource:
         self._order = DataOrder(len(groups), seed, groups.ease(order), weights)
 
     def seeing(self, groups: TokenDataset) -> DatasetSource:
-        """The same order of the same groups, about which more is known."""
-        out = copy.copy(self)
-        out._groups = groups
-        return out
+        """A copy that reads from `groups`, these groups with cached log-probs, in the same order."""
+        source = copy.copy(self)
+        source._groups = groups
+        return source
 
     def take(self, consumed: int, count: int) -> tuple[TokenGroups, np.ndarray]:
         return self._groups, self._order.take(consumed, count)

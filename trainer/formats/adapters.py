@@ -1,7 +1,7 @@
-"""Published data sets -> text groups: each adapter reads the columns of one known format as they are.
+"""Adapters: published data sets -> text groups. Each reads the columns of one known format.
 
-Sources of questions and answers become conversations, for the tokenizer's chat template; those whose
-texts hold their own format stay text.
+Questions and answers become conversations, for the tokenizer's chat template. Texts that hold their own
+format stay text.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from madpo.trainer.formats.text_groups import TextGroup, finite, objects, ranked
 
 @dataclass(frozen=True)
 class Adapter:
-    """How the rows of one format become groups."""
+    """How the examples of one format become groups."""
 
     name: str
-    needs: tuple[tuple[str, ...], ...]  # columns that must be there: of each tuple one
+    needs: tuple[tuple[str, ...], ...]  # required columns: one of each tuple
     source: str  # where the format is published
-    makes: str  # what a row becomes
-    read: Callable[[dict[str, Any]], TextGroup]  # raises ValueError that names the field
+    makes: str  # what an example becomes
+    read: Callable[[dict[str, Any]], TextGroup]  # raises UserError that names the field
 
     def missing(self, columns: set[str]) -> list[str]:
-        """What it needs and the columns have not."""
+        """Required columns that are not among these."""
         return [" or ".join(names) for names in self.needs if not columns.intersection(names)]
 
 
@@ -53,11 +53,11 @@ ADAPTERS: dict[str, Adapter] = {
     )
     for name, needed in text_groups.LAYOUTS
 }
-"""Name -> adapter; first the layouts of no published source, which `auto` finds."""
+"""Name -> adapter. First those of the plain layouts, which `auto` finds by their columns."""
 
 
 def adapter(name: str, needs: str, source: str, makes: str) -> Callable[[Any], Any]:
-    """Registers a function row -> group. `needs` names columns; `a|b` is either."""
+    """Register a function example -> group. `needs` names columns; `a|b` is either of two."""
 
     def register(read: Callable[[dict[str, Any]], TextGroup]) -> Any:
         columns = tuple(tuple(names.split("|")) for names in needs.split())
@@ -121,14 +121,14 @@ def _ultrafeedback_binarized(row: dict[str, Any]) -> TextGroup:
     "`overall_score` is wrong in places; completions without a score are left out",
 )
 def _ultrafeedback(row: dict[str, Any]) -> TextGroup:
-    every = each(row, "completions", lambda x: (answer(text_of(x, "response")), _fine_grained(x)))
-    scored = [(reply, score) for reply, score in every if score is not None]
+    rated = each(row, "completions", lambda x: (answer(text_of(x, "response")), _fine_grained(x)))
+    scored = [(reply, score) for reply, score in rated if score is not None]
     prompt = question(text_of(row, "instruction"))
     return ranked(prompt, [reply for reply, _ in scored], [score for _, score in scored])
 
 
 def _fine_grained(completion: Row) -> float | None:
-    """Its score, else the mean of the aspects that were rated, else None."""
+    """The completion's score, else the mean of its rated aspects, else None."""
     if completion.get("fine-grained_score") is not None:
         return finite(completion["fine-grained_score"], "fine-grained_score")
     aspects = (completion.get("annotations") or {}).values()
@@ -146,7 +146,7 @@ def _fine_grained(completion: Row) -> float | None:
 def _nectar(row: dict[str, Any]) -> TextGroup:
     prompt = transcript({"prompt": text_of(row, "prompt").rstrip(" ")}, "prompt")
     if prompt[-1] == say("assistant", ""):
-        prompt = prompt[:-1]  # the open "Assistant: " is what the chat template's own header is for
+        prompt = prompt[:-1]  # the open "Assistant: " would repeat the chat template's own header
     answers = each(row, "answers", lambda x: answer(text_of(x, "answer")))
     ranks = each(row, "answers", lambda x: finite(x.get("rank"), "rank"))
     return ranked(prompt, answers, [-rank for rank in ranks], with_margins=False)
@@ -160,7 +160,7 @@ def _pku(row: dict[str, Any], which: str) -> TextGroup:
     return pair(question(text_of(row, "prompt")), chosen, rejected)
 
 
-for _name, _which, _says in (
+for _name, _which, _makes in (
     ("pku_safe_rlhf", "better_response_id", "the more helpful answer is chosen"),
     ("pku_safe_rlhf_safety", "safer_response_id", "the safer answer is chosen"),
 ):
@@ -168,7 +168,7 @@ for _name, _which, _says in (
         _name,
         f"prompt response_0 response_1 {_which}",
         "PKU-Alignment/PKU-SafeRLHF",
-        f"pair of conversations; {_says}",
+        f"pair of conversations; {_makes}",
     )(partial(_pku, which=_which))
 
 

@@ -1,4 +1,4 @@
-"""Pieces of published rows as messages: questions, answers, transcripts, turns of ShareGPT."""
+"""Helpers of the adapters: questions, answers, transcripts and ShareGPT's turns as chat messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 
 
 def text_of(row: Row, *names: str) -> str:
-    """The text in the first of these columns that the row has. Raises UserError."""
+    """The text in the first of these columns that is not null. Raises UserError."""
     name = next((x for x in names if row.get(x) is not None), names[0])
     value = row.get(name)
     if not isinstance(value, str) or not value:
@@ -38,16 +38,16 @@ def answer(content: str) -> Text:
 
 
 def each(row: Row, name: str, read: Callable[[Row], Any]) -> list[Any]:
-    """What `read` makes of every object in a column; errors say of which."""
-    out = []
+    """`read` applied to every object of the list in a column. Errors name the object's index."""
+    results = []
     for index, value in enumerate(objects(row, name, at_least=2)):
         try:
             if not isinstance(value, dict):
                 raise UserError(f"expected an object, got {value!r:.80}")
-            out.append(read(value))
+            results.append(read(value))
         except UserError as error:
             raise UserError(f"{name}[{index}]: {error}") from None
-    return out
+    return results
 
 
 def pair(prompt: Any, chosen: Any, rejected: Any) -> TextGroup:
@@ -59,7 +59,7 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def transcript(row: Row, name: str) -> Messages:
-    """The messages of "\\n\\nHuman: ...\\n\\nAssistant: ...", one space after each colon taken off."""
+    """The messages of "\\n\\nHuman: ...\\n\\nAssistant: ...", without the space after each colon."""
     before, *turns = _TURN.split("\n\n" + text_of(row, name).lstrip("\n"))
     if before or not turns:
         raise UserError(
@@ -81,25 +81,25 @@ _SPEAKERS = {
 }
 
 
-def shared_turn(turn: Any, place: str) -> dict[str, Any]:
-    """A turn with `from` and `value` as a message. Raises UserError."""
+def shared_turn(turn: Any, where: str) -> dict[str, Any]:
+    """A ShareGPT turn, `from` and `value`, as a message. Raises UserError that calls it `where`."""
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise UserError(f"{place}: expected an object with from and value, got {turn!r:.80}")
+        raise UserError(f"{where}: expected an object with from and value, got {turn!r:.80}")
     if turn.get("from") == "function_call":
-        return {"role": "assistant", "tool_calls": _calls(turn["value"], place)}
+        return {"role": "assistant", "tool_calls": _calls(turn["value"], where)}
     if turn.get("from") not in _SPEAKERS:
-        known = ", ".join((*_SPEAKERS, "function_call"))
-        raise UserError(f"{place}: from is one of {known}, got {turn.get('from')!r}")
+        speakers = ", ".join((*_SPEAKERS, "function_call"))
+        raise UserError(f"{where}: from is one of {speakers}, got {turn.get('from')!r}")
     return say(_SPEAKERS[turn["from"]], turn["value"])
 
 
-def _calls(text: str, place: str) -> list[dict[str, Any]]:
-    """One call, or a list of them, as JSON with name and arguments."""
+def _calls(text: str, where: str) -> list[dict[str, Any]]:
+    """Tool calls from JSON text: one call or a list of them, each with name and arguments."""
     try:
         parsed = json.loads(text)
     except ValueError:
         parsed = None
     calls = parsed if isinstance(parsed, list) else [parsed]
     if not calls or any(not isinstance(call, dict) or "name" not in call for call in calls):
-        raise UserError(f"{place}: a function call is JSON with name and arguments, got {text!r:.80}")
+        raise UserError(f"{where}: a function call is JSON with name and arguments, got {text!r:.80}")
     return [{"type": "function", "function": call} for call in calls]

@@ -1,4 +1,4 @@
-"""One row of a data set as its text group: the columns renamed, read by an adapter, edges chosen."""
+"""One example -> its text group: columns are renamed, an adapter reads them, edges are selected."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ OWNED_TEMPLATE_KWARGS = {
     *("continue_final_message", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
-"""Options of the chat template that are decided elsewhere."""
+"""Options of `apply_chat_template` that madpo sets itself, so that data and config may not."""
 
 
 @dataclass(frozen=True)
 class RowRules:
-    """What decides, besides the row, which group it becomes; part of the cache key."""
+    """What decides, besides the example itself, which group it becomes; part of the cache key."""
 
     adapter: str = "auto"
-    columns: dict[str, str] = field(default_factory=dict, hash=False)  # our name -> the source's
+    columns: dict[str, str] = field(default_factory=dict, hash=False)  # our column name -> the source's
     edges: Which = "all"
 
 
 def choose_adapter(columns: Iterable[str], rules: RowRules, supervised: bool = False) -> str:
     """The name of the adapter for a source with these columns.
 
-    Raises UserError for a renamed column that is not there, an adapter that lacks a column, and columns of
-    which `auto` makes nothing; it says which adapter comes nearest.
+    Raises UserError for a renamed column that is not there, for an adapter that lacks a column, and for
+    columns that `auto` does not recognise; the last says which adapter comes nearest.
     """
-    found = set(columns)
+    columns = set(columns)
     for ours, theirs in rules.columns.items():
-        if theirs not in found:
-            raise UserError(f"data.columns: {ours}: {theirs}: no such column; there are {sorted(found)}")
-    names = found - set(rules.columns.values()) | rules.columns.keys()
+        if theirs not in columns:
+            raise UserError(f"data.columns: {ours}: {theirs}: no such column; there are {sorted(columns)}")
+    names = columns - set(rules.columns.values()) | rules.columns.keys()
     if rules.adapter == "auto":
         try:
             return layout_of(names, supervised)
@@ -58,26 +58,31 @@ def choose_adapter(columns: Iterable[str], rules: RowRules, supervised: bool = F
     if missing:
         raise UserError(
             f"data.adapter: {rules.adapter} needs the column {', '.join(missing)}; there are "
-            f"{sorted(found)}; rename with data.columns"
+            f"{sorted(columns)}; rename with data.columns"
         )
     return rules.adapter
 
 
 def _nearest(names: set[str]) -> str:
-    """What to say of the adapters that need the fewest columns more."""
-    missing = {a.name: a.missing(names) for a in ADAPTERS.values()}
-    near = {x: lack for x, lack in missing.items() if len(lack) < len(ADAPTERS[x].needs)}
+    """The end of an error message: the adapters that fit these columns, or lack the fewest."""
+    missing = {name: adapter.missing(names) for name, adapter in ADAPTERS.items()}
+    near = [name for name, lacks in missing.items() if len(lacks) < len(ADAPTERS[name].needs)]
     if not near:
         return "; or rename with data.columns"
-    fitting = [name for name, lack in near.items() if not lack]
+    fitting = [name for name in near if not missing[name]]
     if fitting:
         return f"; data.adapter={' or '.join(fitting)} reads these"
-    name = min(near, key=lambda x: (len(near[x]) / len(ADAPTERS[x].needs), -len(ADAPTERS[x].needs)))
-    return f"; nearest is {name}, which lacks {', '.join(near[name])}: rename with data.columns"
+
+    def distance(name: str) -> tuple[float, int]:
+        needs = len(ADAPTERS[name].needs)
+        return len(missing[name]) / needs, -needs
+
+    nearest = min(near, key=distance)
+    return f"; nearest is {nearest}, which lacks {', '.join(missing[nearest])}: rename with data.columns"
 
 
 def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised: bool = False) -> TextGroup:
-    """The group of a row. Raises UserError that names the field, what it holds and what it should."""
+    """The group of an example. Raises UserError that names the field, its value and what it should hold."""
     row = renamed(row, rules.columns)
     group = adapter.read(row)
     group = best_only(group) if supervised else _with_margin(choose_edges(group, rules.edges), margin_of(row))
@@ -87,7 +92,7 @@ def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised:
 
 
 def _with_margin(group: TextGroup, margin: float | None) -> TextGroup:
-    """The group of one comparison with the row's margin, also where its source knows another or none."""
+    """The group with the example's own margin, if it has one and a single edge; the adapter's otherwise."""
     if margin is None or not group.edges:
         return group
     if len(group.edges) > 1:
@@ -99,17 +104,17 @@ def _with_margin(group: TextGroup, margin: float | None) -> TextGroup:
 
 
 def renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """The row under our names: a column that is renamed is there under its new one only."""
-    taken = set(columns.values())
-    kept = {name: value for name, value in row.items() if name not in taken}
-    return {**kept, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
+    """The example under our column names. A renamed column keeps no old name."""
+    old_names = set(columns.values())
+    others = {name: value for name, value in row.items() if name not in old_names}
+    return {**others, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
 
 
 def choose_edges(group: TextGroup, which: Which) -> TextGroup:
-    """The group with some of its comparisons, and the completions that take part in them.
+    """The group with the edges that `data.edges` selects, and the completions that they compare.
 
-    all: every one. adjacent: those without a completion between the two. best_worst: of the completions
-    that nothing beats with those that beat nothing. Pairs are the same under all of them.
+    all: every edge. adjacent: edges with no completion between chosen and rejected. best_worst: edges between
+    a completion that nothing beats and one that beats nothing. A group of one pair is never changed.
     """
     if not group.edges:
         return group
@@ -125,7 +130,7 @@ def choose_edges(group: TextGroup, which: Which) -> TextGroup:
 
 
 def _tools(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The `tools` column: JSON schemas, or the JSON text of them."""
+    """The column `tools`: a list of JSON schemas, or its JSON text."""
     value = row.get("tools")
     if isinstance(value, str):
         try:
@@ -149,7 +154,7 @@ def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_template_kwargs(kwargs: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The same, unless it has a name that is decided elsewhere. Raises UserError."""
+    """`kwargs`. Raises UserError if madpo sets one of them itself."""
     owned = ", ".join(sorted(OWNED_TEMPLATE_KWARGS.intersection(kwargs)))
     if owned:
         raise UserError(f"{prefix}{owned}: madpo sets this itself; give variables of the template")

@@ -1,13 +1,13 @@
-"""Rows of a data set -> text groups: one prompt, its completions, and the edges that compare them.
+"""An example of a data set -> a text group: one prompt, its completions, and the edges that compare them.
 
-Accepted columns, TRL's names:
+Accepted columns, under TRL's names:
     preference   prompt, chosen, rejected     text, or lists of messages; conversations may leave out
                  `prompt` or repeat it as text: their common leading messages are the prompt
                  margin, or score_chosen and score_rejected (also chosen_score and rejected_score)
     unpaired     prompt, completion, label     true (or 1) is desirable
     supervised   prompt, completion   or   messages   or   text
     scored       prompt, completions, scores   a list of texts or of lists of messages, and its numbers
-Conversations may have `tools` and `chat_template_kwargs` beside them, for the chat template.
+Conversations may have columns `tools` and `chat_template_kwargs` too, for the chat template.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xxhash
 
 from madpo.trainer.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 Messages = list[dict[str, Any]]
 Text = str | Messages
@@ -31,15 +28,15 @@ Text = str | Messages
 
 @dataclass(frozen=True)
 class TextGroup:
-    """A prompt with its completions. Edges are (winner, loser, margin or None)."""
+    """A prompt with its completions. Edges are (chosen, rejected, margin or None)."""
 
     prompt: Text
     completions: list[Text]
     edges: list[tuple[int, int, float | None]]
-    labels: list[int] = field(default_factory=list)  # 1 desirable, -1 undesirable; of all or none
-    tools: list[dict[str, Any]] = field(default_factory=list)  # JSON schemas, given to the chat template
-    template_kwargs: dict[str, Any] = field(default_factory=dict)  # also given to it
-    compared: bool = field(default=False, compare=False)  # made by `ranked`, perhaps of fewer than two scores
+    labels: list[int] = field(default_factory=list)  # 1 desirable, -1 undesirable; all completions or none
+    tools: list[dict[str, Any]] = field(default_factory=list)  # JSON schemas, for the chat template
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # more variables of the chat template
+    compared: bool = field(default=False, compare=False)  # from `ranked`, maybe with fewer than two scores
 
     @property
     def conversational(self) -> bool:
@@ -56,30 +53,38 @@ LAYOUTS = (
 )
 
 
-def layout_of(columns: Iterable[str], supervised: bool = False) -> str:
-    """The layout that a data set's columns have; supervised training prefers the supervised ones.
+SUPERVISED_ORDER = ("prompt-completion", "messages", "text", "scored", "preference")
+"""Supervised training takes a layout with single completions first, else the best completion of several."""
 
-    Raises UserError that lists what was found.
+
+def layout_of(columns: Iterable[str], supervised: bool = False) -> str:
+    """The layout of a data set with these columns.
+
+    Raises UserError that lists the columns and all layouts.
     """
-    columns = set(columns)
-    for name, needed in (*LAYOUTS[2:], LAYOUTS[0]) if supervised else LAYOUTS:
-        if needed <= columns:
+    columns, needed = set(columns), dict(LAYOUTS)
+    for name in SUPERVISED_ORDER if supervised else needed:
+        if needed[name] <= columns:
             return name
-    known = "; ".join(" + ".join(sorted(needed)) for _, needed in LAYOUTS)
-    raise UserError(f"columns {sorted(columns)} are no known layout; give one of: {known}")
+    layouts = "; ".join(" + ".join(sorted(names)) for names in needed.values())
+    raise UserError(f"columns {sorted(columns)} are no known layout; give one of: {layouts}")
 
 
 def to_group(row: Mapping[str, Any], layout: str, supervised: bool = False) -> TextGroup:
-    """One row as a group. Supervised training keeps the chosen completion of a preference row.
+    """The group of an example with this layout. Supervised training keeps the best completion only.
 
-    Raises UserError that names the field, what it holds and what it should.
+    Raises UserError that names the field, its value and what it should hold.
     """
     if layout in ("preference", "scored"):
         group = preference(row) if layout == "preference" else _scored(row)
         return best_only(group) if supervised else group
     if layout in ("prompt-completion", "unpaired"):
         prompt, completion = text_or_messages(row, "prompt"), text_or_messages(row, "completion")
-        labels = [label_of(row)] if layout == "unpaired" else [-1] * (row.get("label") is False)
+        labels = []
+        if layout == "unpaired":
+            labels = [label_of(row)]
+        elif row.get("label") is False:
+            labels = [-1]
         return TextGroup(prompt, same_kind(prompt, completion), [], labels)
     if layout == "messages":
         messages = text_or_messages(row, "messages")
@@ -93,7 +98,7 @@ def to_group(row: Mapping[str, Any], layout: str, supervised: bool = False) -> T
 
 
 def best_only(group: TextGroup) -> TextGroup:
-    """The group with the first completion that no other is better than, for supervised training."""
+    """The group with one completion, the first that no other beats; for supervised training."""
     if len(group.completions) == 1:
         return group
     if not group.completions:
@@ -106,11 +111,11 @@ def best_only(group: TextGroup) -> TextGroup:
 def ranked(
     prompt: Text,
     completions: Sequence[Text],
-    scores: Sequence[float],  # of the completions
+    scores: Sequence[float],  # one for each completion
     with_margins: bool = True,
 ) -> TextGroup:
-    """A group in which every completion is compared with every other of another score; ties prefer
-    nothing. The margin is the difference of the scores."""
+    """A group with an edge for every two completions of different scores; ties prefer nothing. The margin
+    is the difference of the scores."""
     edges: list[tuple[int, int, float | None]] = [
         (winner, loser, finite(better - worse, "margin") if with_margins else None)
         for winner, better in enumerate(scores)
@@ -121,19 +126,20 @@ def ranked(
 
 
 def _scored(row: Mapping[str, Any]) -> TextGroup:
-    """A completion may be empty, as a model may end at once; one without a score is left out."""
+    """The group of the layout `scored`. A completion may be empty, as a model may end at once; one without
+    a score is dropped."""
     completions, scores = (objects(row, name, at_least=2) for name in ("completions", "scores"))
     if len(completions) != len(scores):
         raise UserError(f"scores: {len(scores)} numbers for {len(completions)} completions")
     texts = [as_text(x, f"completions[{i}]", may_be_empty=True) for i, x in enumerate(completions)]
-    known = [i for i, score in enumerate(scores) if score is not None]
-    numbers = [finite(scores[i], f"scores[{i}]") for i in known]
+    scored = [i for i, score in enumerate(scores) if score is not None]
+    numbers = [finite(scores[i], f"scores[{i}]") for i in scored]
     prompt = text_or_messages(row, "prompt", may_be_empty=True)
-    return ranked(prompt, [texts[i] for i in known], numbers)
+    return ranked(prompt, [texts[i] for i in scored], numbers)
 
 
 def objects(row: Mapping[str, Any], name: str, at_least: int = 1) -> list[Any]:
-    """The list under a name. Raises UserError."""
+    """The list in a column. Raises UserError for anything else, or a shorter one."""
     value = row.get(name)
     if not isinstance(value, list) or len(value) < at_least:
         raise UserError(f"{name}: expected a list of at least {at_least}, got {value!r:.80}")
@@ -141,7 +147,7 @@ def objects(row: Mapping[str, Any], name: str, at_least: int = 1) -> list[Any]:
 
 
 def preference(row: Mapping[str, Any]) -> TextGroup:
-    """A row with chosen and rejected. Raises UserError."""
+    """The group of the layout `preference`: chosen and rejected, perhaps a prompt. Raises UserError."""
     chosen, rejected = text_or_messages(row, "chosen"), text_or_messages(row, "rejected")
     prompt = text_or_messages(row, "prompt", may_be_empty=True) if row.get("prompt") is not None else None
     if (
@@ -149,7 +155,7 @@ def preference(row: Mapping[str, Any]) -> TextGroup:
         and isinstance(rejected, list)
         and not (isinstance(prompt, list) and chosen[0]["role"] == "assistant")
     ):
-        # Whole conversations; a prompt column beside them says again how they begin.
+        # Two whole conversations: a prompt column only repeats how they begin.
         prompt, chosen, rejected = _split_conversations(chosen, rejected)
     if prompt is None:
         raise UserError(
@@ -160,7 +166,7 @@ def preference(row: Mapping[str, Any]) -> TextGroup:
 
 
 def _split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
-    """The prompt is what both conversations begin with."""
+    """(prompt, chosen, rejected): the messages that both conversations begin with are the prompt."""
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
@@ -171,7 +177,8 @@ def _split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages
 
 
 def same_kind(prompt: Text, *completions: Text) -> list[Text]:
-    """The completions, if they and the prompt are all text or all messages of the assistant."""
+    """The completions. Raises UserError unless prompt and completions are all text, or all messages and the
+    completions the assistant's."""
     if len({isinstance(x, str) for x in (prompt, *completions)}) > 1:
         raise UserError("prompt and completions must all be text or all be lists of messages")
     for completion in completions:
@@ -185,12 +192,12 @@ def same_kind(prompt: Text, *completions: Text) -> list[Text]:
 
 
 def text_or_messages(row: Mapping[str, Any], field: str, may_be_empty: bool = False) -> Text:
-    """The text or the messages under a name. Raises UserError."""
+    """The text or the messages in a column. Raises UserError for anything else."""
     return as_text(row.get(field), field, may_be_empty)
 
 
 def as_text(value: Any, field: str, may_be_empty: bool = False) -> Text:
-    """The value, if it is text or messages; `field` is what messages call it. Raises UserError."""
+    """The value, if it is text or messages. Raises UserError that calls it `field`."""
     if isinstance(value, str):
         if not value and not may_be_empty:
             raise UserError(f"{field} is empty")
@@ -201,7 +208,7 @@ def as_text(value: Any, field: str, may_be_empty: bool = False) -> Text:
 
 
 def _message(field: str, message: Any) -> dict[str, Any]:
-    """A message without the keys that hold null; one that calls tools needs no text."""
+    """The message without null keys. It needs a role, and text unless it calls tools."""
     if isinstance(message, dict) and isinstance(message.get("role"), str):
         message = without_nulls(message)
         calls = message.get("tool_calls") if message["role"] == "assistant" else None
@@ -215,7 +222,7 @@ def _message(field: str, message: Any) -> dict[str, Any]:
 
 
 def without_nulls(value: Any) -> Any:
-    """Parquet gives every object of a column every key, null where it has none."""
+    """Drop keys that hold null: Parquet gives every object of a column every key."""
     if isinstance(value, dict):
         return {key: without_nulls(x) for key, x in value.items() if x is not None}
     return [without_nulls(x) for x in value] if isinstance(value, list) else value
@@ -226,7 +233,7 @@ MARGIN_COLUMNS = frozenset({"margin", *SCORES[0], *SCORES[1]})
 
 
 def margin_of(row: Mapping[str, Any]) -> float | None:
-    """The margin column, else the difference of a pair of score columns, else None."""
+    """The column `margin`, else the difference of two score columns, else None."""
     if row.get("margin") is not None:
         return finite(row["margin"], "margin")
     for chosen, rejected in SCORES:
@@ -236,14 +243,14 @@ def margin_of(row: Mapping[str, Any]) -> float | None:
 
 
 def with_edges(group: Any, edges: Sequence[tuple[int, int, float | None]]) -> Any:
-    """The group, of text or of tokens, with some of its edges and the completions that take part in them."""
-    places = sorted({place for edge in edges for place in edge[:2]})
-    new = {old: place for place, old in enumerate(places)}
+    """A text or token group with these of its edges, and the completions that they compare."""
+    selected = sorted({completion for edge in edges for completion in edge[:2]})
+    new_index = {old: new for new, old in enumerate(selected)}
     return replace(
         group,
-        completions=[group.completions[place] for place in places],
-        edges=[(new[winner], new[loser], margin) for winner, loser, margin in edges],
-        labels=[group.labels[place] for place in places] if group.labels else [],
+        completions=[group.completions[old] for old in selected],
+        edges=[(new_index[chosen], new_index[rejected], margin) for chosen, rejected, margin in edges],
+        labels=[group.labels[old] for old in selected] if group.labels else [],
     )
 
 
@@ -255,7 +262,7 @@ def label_of(row: Mapping[str, Any]) -> int:
 
 
 def finite(value: Any, field: str) -> float:
-    """The value as a number. Raises UserError."""
+    """The value as a float. Raises UserError for what is no finite number."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not abs(value) <= sys.float_info.max:
         raise UserError(f"{field}: expected a finite number, got {value!r}")
@@ -265,7 +272,7 @@ def finite(value: Any, field: str) -> float:
 def parse_json_line(raw: bytes) -> dict[str, Any]:
     """One line of a JSON Lines file. Raises UserError.
 
-    Stricter than the usual readers, which turn numbers in a text column into text, accept NaN and
+    It is stricter than the usual readers, which turn numbers in a text column into text, accept NaN, and
     keep the last of two equal keys.
     """
     try:
@@ -300,6 +307,6 @@ def _no_constant(name: str) -> float:
 
 
 def hash_of_prompt(group: TextGroup) -> int:
-    """A hash of the prompt's text, in [0, 2^63); of the completions where there is no prompt."""
+    """A hash in [0, 2^63) of the prompt's text, or of the completions if the prompt is empty."""
     content = json.dumps(group.prompt or group.completions, sort_keys=True)
     return xxhash.xxh3_64_intdigest(content.encode()) >> 1

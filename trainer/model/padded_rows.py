@@ -28,14 +28,14 @@ def run_rows(model: Any, batch: PackedBatch, **options: Any) -> RowsOutput:
 
     A prompt's tokens are taken from the row of its first completion: they are the same in all of them.
     """
-    index, places = (on_device(x, batch.input_ids.device) for x in row_index(batch.segments))
+    index, positions = (on_device(x, batch.input_ids.device) for x in row_index(batch.segments))
     output: Any = model(input_ids=batch.input_ids[index], use_cache=False, **options)
     logits = getattr(output, "router_logits", None)
     # Mamba's residuals are float32 in any precision; like transformers, take its output to the head's.
-    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, places).to(model.dtype)
+    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions).to(model.dtype)
     return RowsOutput(
         hidden[None],
-        logits and tuple(layer.reshape(index.numel(), -1).index_select(0, places) for layer in logits),
+        logits and tuple(layer.reshape(index.numel(), -1).index_select(0, positions) for layer in logits),
     )
 
 
@@ -50,9 +50,9 @@ def row_index(segments: tuple[Segment, ...]) -> tuple[np.ndarray, np.ndarray]:
     ]
     width = max(map(len, rows))
     index = np.zeros((len(rows), width), dtype=np.int64)
-    places = np.empty(segments[-1].end, dtype=np.int64)
+    positions = np.empty(segments[-1].end, dtype=np.int64)
     for number in reversed(range(len(rows))):  # so that the first copy of a prompt stays
         row = rows[number]
         index[number, : len(row)] = row
-        places[row] = number * width + np.arange(len(row))
-    return index, places
+        positions[row] = number * width + np.arange(len(row))
+    return index, positions

@@ -155,7 +155,7 @@ def _cached(
     if not is_there:
         if shard.is_main and (other := reference_file.nearest(folder, parts)):
             print_line(f"reference: {groups.name} is scored anew: {other}")
-        found = list(_with_news(_scores(engine, groups, config, shard), groups, shard))
+        found = list(_with_progress_lines(_scores(engine, groups, config, shard), groups, shard))
         _on_main(shard, lambda: reference_file.write(path, np.concatenate(found), parts))
     problem = None
     try:
@@ -250,7 +250,7 @@ def _scores(
     shard: Shard,
     selected: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
-    """The reference's log-probs (m,) of stretches of the groups, in their order, on every rank."""
+    """The reference's log-probs (m,) of chunks of the groups, in their order, on every rank."""
     of_run = step_rules(config, engine.module)
     rules = replace(of_run, item=Item.TOKEN, ranks_per_row=1)  # without gradients a long row fits one rank
     check_rows_fit(groups, rules)
@@ -259,14 +259,14 @@ def _scores(
     size = max(1, round(budget * len(groups.counts.lengths) / max(int(groups.counts.lengths.sum()), 1)))
     for number, step in enumerate(evaluation_steps(groups, rules, size, shard, selected)):
         here = selected[number * size : (number + 1) * size]
-        yield _stretch(engine, step, groups.counts.completion_tokens[here], groups.counts.sequences[here])
+        yield _score_chunk(engine, step, groups.counts.completion_tokens[here], groups.counts.sequences[here])
 
 
 @torch.no_grad()
-def _stretch(
+def _score_chunk(
     engine: Engine[ReferenceAlone],
     step: Step,
-    tokens: np.ndarray,  # (G,) completion tokens of each group of the stretch
+    tokens: np.ndarray,  # (G,) completion tokens of each group of the chunk
     sequences: np.ndarray,  # (G,)
 ) -> np.ndarray:  # (m,)
     """Each rank fills in its own groups, and the sum over ranks is the whole."""
@@ -284,14 +284,16 @@ def _stretch(
     return flat.cpu().numpy()
 
 
-def _with_news(stretches: Iterator[np.ndarray], groups: TokenDataset, shard: Shard) -> Iterator[np.ndarray]:
+def _with_progress_lines(
+    chunks: Iterator[np.ndarray], groups: TokenDataset, shard: Shard
+) -> Iterator[np.ndarray]:
     """The same, kept on rank 0 alone, which says now and then how far it has come."""
     count, done, last = int(groups.counts.completion_tokens.sum()), 0, time.monotonic()
-    for stretch in stretches:
+    for chunk in chunks:
         if not shard.is_main:
             continue
-        yield stretch
-        done += len(stretch)
+        yield chunk
+        done += len(chunk)
         if time.monotonic() - last > SECONDS_BETWEEN_LINES:
             last = time.monotonic()
             print_line(f"reference: {done / count:.0%} of {groups.name} scored")

@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible server: questions out, numbers or verdicts back."""
+"""A judge behind an OpenAI-compatible server, asked for scores or for the better of two completions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Answer = TypeVar("Answer")
 
 
 class _NoRedirect(HTTPRedirectHandler):
-    """A redirect would take the key to another server."""
+    """Refuses redirects, which would take the key to another server."""
 
     def redirect_request(self, *_args: Any, **_options: Any) -> None:
         return None
@@ -56,20 +56,22 @@ class _NoRedirect(HTTPRedirectHandler):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Scores completions, as the section `generate.judge.endpoint` says."""
+    """A judge that asks the server of the section `generate.judge.endpoint`."""
 
     settings: EndpointConfig
 
     def __call__(
         self, prompts: Sequence[Text], completions: Sequence[Sequence[Text]]
     ) -> list[list[float | None]]:
-        """Scores in the shape of `completions`; None where no reply could be read in all attempts.
+        """Scores in the shape of `completions`; None where no attempt gave a readable reply.
 
-        Raises UserError for a server that refuses, or fails in all attempts.
+        Raises UserError for a server that refuses, or that fails in all attempts.
         """
+        prompt_texts = [_as_text(prompt) for prompt in prompts]
         texts = [[_as_text(completion) for completion in of_prompt] for of_prompt in completions]
-        rate = self._rate if self.settings.mode == "score" else self._compare
-        return rate([_as_text(prompt) for prompt in prompts], texts)
+        if self.settings.mode == "score":
+            return self._rate(prompt_texts, texts)
+        return self._compare(prompt_texts, texts)
 
     def _rate(self, prompts: list[str], completions: list[list[str]]) -> list[list[float | None]]:
         template = self.settings.template or SCORE_QUESTION
@@ -82,8 +84,8 @@ class Endpoint:
         return [[next(answers) for _ in of_prompt] for of_prompt in completions]
 
     def _compare(self, prompts: list[str], completions: list[list[str]]) -> list[list[float | None]]:
-        """The share of a prompt's other completions that each one beats. A tie is half a win, and so is a
-        verdict that turns with the order."""
+        """For each completion, the share of the prompt's other completions that it beats. A tie is half a
+        win, and so is a verdict that changes with the order of the two."""
         template = self.settings.template or PAIRWISE_QUESTION
         questions = [
             fill(template, prompt=prompt, first=of_prompt[i], second=of_prompt[j])
@@ -91,11 +93,11 @@ class Endpoint:
             for i, j in itertools.permutations(range(len(of_prompt)), 2)
         ]
         answers = iter(self._ask_all(questions, read_verdict))
-        out = []
+        scores = []
         for of_prompt in completions:
             orders = itertools.permutations(range(len(of_prompt)), 2)
-            out.append(win_rates(len(of_prompt), {pair: next(answers) for pair in orders}))
-        return out
+            scores.append(win_rates(len(of_prompt), {order: next(answers) for order in orders}))
+        return scores
 
     def _ask_all(self, questions: list[str], read: Callable[[str], Answer | None]) -> list[Answer | None]:
         with ThreadPoolExecutor(self.settings.concurrency) as pool:
@@ -107,14 +109,14 @@ class Endpoint:
                 raise
 
     def _ask(self, question: str, read: Callable[[str], Answer | None]) -> Answer | None:
-        """One answer, with retries; None if the server answers and what it says cannot be read."""
+        """One answer, with retries; None if the server replied and no reply could be read."""
         problem = ""
         for attempt in range(self.settings.max_retries + 1):
             if attempt:
                 time.sleep(min(self.settings.retry_wait * 2 ** (attempt - 1), LONGEST_WAIT))
             try:
                 reply = self._post(question)
-            except _Passing as error:
+            except _Transient as error:
                 problem = str(error)
                 continue
             problem = ""
@@ -128,7 +130,7 @@ class Endpoint:
         return None
 
     def _post(self, question: str) -> str:
-        """The text of one reply. Raises _Passing for what may be over soon, UserError for the rest."""
+        """The text of one reply. Raises _Transient for failures worth a retry, UserError for others."""
         settings, key = self.settings, api_key(self.settings)
         body = {
             **settings.parameters,
@@ -146,23 +148,23 @@ class Endpoint:
             said = error.read(500).decode("utf-8", "replace")
             said = f"{error.code} {error.reason}: {said.replace(key, '***') if key else said}"
             if error.code in (408, 409, 425, 429) or error.code >= 500:
-                raise _Passing(said) from None
+                raise _Transient(said) from None
             raise UserError(f"generate.judge.endpoint: {settings.url} answers {said}") from None
         except (OSError, HTTPException) as error:
-            raise _Passing(f"{type(error).__name__}: {error}") from None
+            raise _Transient(f"{type(error).__name__}: {error}") from None
         try:
             content = json.loads(raw)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError):
-            raise _Passing(f"a reply that is no chat completion: {raw[:200]!r}") from None
+            raise _Transient(f"a reply that is no chat completion: {raw[:200]!r}") from None
         return content if isinstance(content, str) else ""
 
 
-class _Passing(Exception):
+class _Transient(Exception):
     """A failure that may be over at the next attempt."""
 
 
 def api_key(settings: EndpointConfig) -> str | None:
-    """Raises UserError if the variable that should hold the key is not set."""
+    """The key, if one is configured. Raises UserError if its environment variable is not set."""
     if settings.api_key_env is None:
         return None
     if not (key := os.environ.get(settings.api_key_env)):
@@ -173,12 +175,12 @@ def api_key(settings: EndpointConfig) -> str | None:
 
 
 def fill(template: str, **values: str) -> str:
-    """The template with its fields filled in; braces in the values, and other braces, stay as they are."""
+    """The template with its fields filled in. Other braces, and braces in values, stay as they are."""
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
 
 
 def read_number(reply: str) -> float | None:
-    """The score in a reply: `score` of a JSON object, or the only number in it; None if there is none."""
+    """The score in a reply: `score` of a JSON object, or the only number in the text; else None."""
     value = _field(reply, "score")
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
@@ -187,24 +189,24 @@ def read_number(reply: str) -> float | None:
 
 
 def read_verdict(reply: str) -> float | None:
-    """What the first response gets: 1 for A, 0 for B, 1/2 for a tie (as `winner` of a JSON object, or the
-    only word of the reply); None for anything else."""
+    """The first response's part of a win: 1 for A, 0 for B, 1/2 for a tie. The verdict is `winner` of a JSON
+    object, or the only word of the reply; anything else gives None."""
     value = _field(reply, "winner")
     word = re.fullmatch(r"\W*(A|B|tie)\W*", value if isinstance(value, str) else reply, re.IGNORECASE)
     return {"a": 1.0, "b": 0.0, "tie": 0.5}[word[1].lower()] if word else None
 
 
 def win_rates(count: int, verdicts: dict[tuple[int, int], float | None]) -> list[float | None]:
-    """(count,) what each wins on average, from the verdicts of (first, second) in both orders.
+    """(count,) the mean win of each against the others, from verdicts on (first, second) in both orders.
 
-    Orders that disagree make a tie. A comparison that has no verdict in one of them does not count.
+    Two orders that disagree make a tie. A comparison without a verdict in one of them does not count.
     """
-    shares: list[list[float]] = [[] for _ in range(count)]
-    for (i, j), ahead in verdicts.items():
-        behind = verdicts[j, i]
-        if ahead is not None and behind is not None:
-            shares[i].append(ahead if ahead == 1 - behind else 0.5)
-    return [sum(share) / len(share) if share else None for share in shares]
+    wins: list[list[float]] = [[] for _ in range(count)]
+    for (first, second), verdict in verdicts.items():
+        swapped = verdicts[second, first]
+        if verdict is not None and swapped is not None:
+            wins[first].append(verdict if verdict == 1 - swapped else 0.5)
+    return [sum(each) / len(each) if each else None for each in wins]
 
 
 def _field(reply: str, name: str) -> Any:

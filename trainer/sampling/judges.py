@@ -1,16 +1,16 @@
-"""Scores for completions: by a reward model, a function of the user's, or a server.
+"""Judges, which score completions: a reward model, a user's function, or a server.
 
-A judge is called with prompts and, for each, its completions, and returns scores in the same shape; None
+A judge is called with prompts and the completions of each. It returns a score for every completion, or None
 where it has none.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,11 +35,11 @@ from madpo.trainer.sampling.judge_server import Endpoint, api_key
 
 Scores = list[list[float | None]]
 Judge = Callable[[Sequence[TextGroup], Sequence[Sequence[Text]]], Scores]
-"""The prompts, as groups without completions, and their completions -> a score of each."""
+"""(prompts as groups without completions, the completions of each) -> their scores."""
 
 
 def check_judge(judge: JudgeConfig) -> None:
-    """Raise UserError for a judge that cannot work, before anything is sampled for it."""
+    """Raise UserError for a judge that cannot work; called before anything is sampled."""
     if judge.function is not None:
         _load_function(judge.function)
     if judge.endpoint is not None:
@@ -47,24 +47,24 @@ def check_judge(judge: JudgeConfig) -> None:
 
 
 def open_judge(config: Config, judge: JudgeConfig) -> Judge:
-    """The judge that the section names. Raises UserError for one that cannot be loaded."""
+    """Load the judge that the section names. Raises UserError if that fails."""
     if judge.reward_model is not None:
         return RewardJudge(config, folder_of(judge.reward_model))
     if judge.function is not None:
-        return _of_texts(FunctionJudge(judge.function))
+        return _judge_of_texts(FunctionJudge(judge.function))
     assert judge.endpoint is not None
-    return _of_texts(Endpoint(judge.endpoint))
+    return _judge_of_texts(Endpoint(judge.endpoint))
 
 
-def _of_texts(judge: Callable[[Sequence[Text], Sequence[Sequence[Text]]], Scores]) -> Judge:
-    """A judge that sees a prompt as it stands in the data."""
+def _judge_of_texts(judge: Callable[[Sequence[Text], Sequence[Sequence[Text]]], Scores]) -> Judge:
+    """The judge, given the prompts' text or messages in place of groups."""
     return lambda prompts, completions: judge([group.prompt for group in prompts], completions)
 
 
 def judge_identity(config: Config, judge: JudgeConfig) -> list[Any]:
-    """Everything that its scores depend on, as far as it can be seen from here."""
-    patience = {"timeout", "max_retries", "retry_wait", "concurrency"}
-    identity: list[Any] = [judge.model_dump(exclude={"endpoint": patience})]
+    """Everything that the scores are known to depend on; the key of judged batches."""
+    without_effect = {"timeout", "max_retries", "retry_wait", "concurrency"}
+    identity: list[Any] = [judge.model_dump(exclude={"endpoint": without_effect})]
     if judge.reward_model is not None:
         data, files = config.data, state_of_files(folder_of(judge.reward_model))
         identity += [files, data.max_length, data.append_eos, data.chat_template_kwargs, config.train.bf16]
@@ -74,8 +74,16 @@ def judge_identity(config: Config, judge: JudgeConfig) -> list[Any]:
     return identity
 
 
+class _Judged(NamedTuple):
+    """A token group to score, and what it was made of."""
+
+    prompt: int  # number of the prompt
+    completions: list[int]  # numbers of its completions
+    group: TokenGroup
+
+
 class RewardJudge:
-    """A reward model, whole on every rank; it sees the tokens that training on the completion would see."""
+    """A reward model, whole on every rank. It scores the tokens that training on a completion would use."""
 
     def __init__(self, config: Config, folder: str) -> None:
         model = config.model.model_copy(
@@ -106,34 +114,40 @@ class RewardJudge:
         settle_attention(module.policy, config.model.attention, torch.device(self.device))
 
     def __call__(self, prompts: Sequence[TextGroup], completions: Sequence[Sequence[Text]]) -> Scores:
-        """None for what cannot be trained on either: no token, or a prompt that fills `max_length`."""
+        """Scores; None for what could not be trained on (no token, or a prompt that fills `max_length`)."""
         scores: Scores = [[None] * len(of_prompt) for of_prompt in completions]
-        for chunk in self._within_budget(list(self._groups(prompts, completions))):
-            batch = pack([group for _, _, group in chunk]).to(self.device)
-            found = iter(self._score(batch))
-            for row, places, _ in chunk:
-                for place in places:
-                    scores[row][place] = next(found)
+        for chunk in self._within_budget(self._groups(prompts, completions)):
+            batch = pack([part.group for part in chunk]).to(self.device)
+            batch_scores = iter(self._score(batch))
+            for part in chunk:
+                for completion in part.completions:
+                    scores[part.prompt][completion] = next(batch_scores)
         return scores
 
-    def _groups(self, prompts: Sequence[TextGroup], completions: Sequence[Sequence[Text]]) -> Any:
-        """(prompt's number, completions' numbers, their tokens), all completions of a prompt together where
-        they can be."""
-        for row, (prompt, of_prompt) in enumerate(zip(prompts, completions, strict=True)):
+    def _groups(
+        self, prompts: Sequence[TextGroup], completions: Sequence[Sequence[Text]]
+    ) -> Iterator[_Judged]:
+        """Token groups: all completions of a prompt in one, or each in its own if they cannot be together."""
+        for number, (prompt, of_prompt) in enumerate(zip(prompts, completions, strict=True)):
             together = list(range(len(of_prompt)))
-            for places in (together, *([place] for place in together)):
-                texts = [of_prompt[place] for place in places]
-                group = tokenise(replace(prompt, completions=texts), self.tokenizer, self.rules)
+            group = self._tokenised(prompt, of_prompt)
+            if not group.problem:
+                yield _Judged(number, together, group)
+                continue
+            for completion in together:
+                group = self._tokenised(prompt, [of_prompt[completion]])
                 if not group.problem:
-                    yield row, places, group
-                    if places == together:
-                        break
+                    yield _Judged(number, [completion], group)
 
-    def _within_budget(self, groups: list[tuple[int, list[int], TokenGroup]]) -> Any:
-        """The groups in packs of at most `micro_batch_tokens` tokens, or one group."""
-        chunk, tokens = [], 0
+    def _tokenised(self, prompt: TextGroup, completions: Sequence[Text]) -> TokenGroup:
+        return tokenise(replace(prompt, completions=list(completions)), self.tokenizer, self.rules)
+
+    def _within_budget(self, groups: Iterable[_Judged]) -> Iterator[list[_Judged]]:
+        """The groups in chunks of at most `micro_batch_tokens` tokens, or of one group."""
+        chunk: list[_Judged] = []
+        tokens = 0
         for item in groups:
-            size = len(item[2].prompt) + sum(map(len, item[2].completions))
+            size = len(item.group.prompt) + sum(map(len, item.group.completions))
             if chunk and tokens + size > self.budget:
                 yield chunk
                 chunk, tokens = [], 0
@@ -150,27 +164,27 @@ class RewardJudge:
 
 
 class FunctionJudge:
-    """`name(prompts, completions)` from a module or a file; the result is checked."""
+    """A user's function `name(prompts, completions)` from a module or a file. Its result is checked."""
 
     def __init__(self, where: str) -> None:
         self.where, self.function = where, _load_function(where)
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Sequence[Text]]) -> Scores:
-        out = self.function(list(prompts), [list(of_prompt) for of_prompt in completions])
+        returned = self.function(list(prompts), [list(of_prompt) for of_prompt in completions])
         try:
-            scores: Scores = [[None if x is None else float(x) for x in of_prompt] for of_prompt in out]
+            scores: Scores = [[None if x is None else float(x) for x in of_prompt] for of_prompt in returned]
         except (TypeError, ValueError):
-            raise UserError(self._problem(f"something else: {out!r:.200}")) from None
+            raise UserError(self._problem(f"something else: {returned!r:.200}")) from None
         if [len(x) for x in scores] != [len(x) for x in completions]:
             raise UserError(self._problem(f"lists of the lengths {[len(x) for x in scores]!r:.200}"))
         if not all(x is None or math.isfinite(x) for of_prompt in scores for x in of_prompt):
             raise UserError(self._problem("a number that is not finite"))
         return scores
 
-    def _problem(self, found: str) -> str:
+    def _problem(self, returned: str) -> str:
         return (
             f"generate.judge.function: {self.where} must return a list with, for each prompt, a list of one "
-            f"finite number or None per completion, and returned {found}"
+            f"finite number or None per completion, and returned {returned}"
         )
 
 

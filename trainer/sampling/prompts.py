@@ -1,4 +1,4 @@
-"""The prompts of a data set of any layout, each once: what completions are sampled for."""
+"""The distinct prompts of a data set of any layout, to sample completions for."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Prompts:
     source: str
     rules: TokenRules
     groups: list[TextGroup] = field(default_factory=list)  # without completions
-    lengths: list[int] = field(default_factory=list)  # tokens of each
-    rows: int = 0
-    repeated: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
+    lengths: list[int] = field(default_factory=list)  # tokens of each prompt
+    rows: int = 0  # examples read
+    repeated: int = 0  # examples whose prompt an earlier one has
+    dropped: Counter[str] = field(default_factory=Counter)  # reason -> examples
 
     @property
     def texts(self) -> list[Text]:
@@ -40,11 +40,11 @@ class Prompts:
 
     @property
     def keys(self) -> list[str]:
-        """What tells one prompt from another."""
+        """A key for each prompt, equal for equal ones."""
         return [_key(group) for group in self.groups]
 
     def encode(self, member: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """The tokens of one prompt."""
+        """The tokens of prompt number `member`."""
         return encode_prompt(self.groups[member], tokenizer, self.rules)
 
 
@@ -55,11 +55,11 @@ def read_prompts(
     prompt_tokens: int | None = None,
     limit: int | None = None,
 ) -> Prompts:
-    """The first `limit` distinct prompts of a split. Rows may hold nothing but a prompt.
+    """The first `limit` distinct prompts of a split. An example may hold nothing but a prompt.
 
-    With `prompt_tokens` a plain text is cut behind its first so many tokens (BOS does not count), also one
-    that has no prompt column. A prompt that fills `data.max_length` is left out and counted. Raises
-    UserError for a row that cannot be read (unless `on_bad_row: drop`) and where no prompt is left.
+    With `prompt_tokens`, the prompt is that many first tokens (without BOS) of the prompt's text, or of plain
+    text without a prompt. A prompt that fills `data.max_length` is dropped and counted. Raises UserError for
+    an example that cannot be read (unless `on_bad_row: drop`), and if no prompt is left.
     """
     if data.datasets is not None or data.streaming:
         raise UserError(
@@ -73,39 +73,39 @@ def read_prompts(
         source = open_source(data, split, cache)
     rules = rules_of(data)
     adapter = adapter_in(source, rules, _choose)
-    found, seen = Prompts(source.name, rules), set[str]()
+    prompts, seen = Prompts(source.name, rules), set[str]()
     count = 0
     for number, row in _rows(source):
-        if len(found.groups) == limit:
+        if len(prompts.groups) == limit:
             break
         count += 1
         try:
             group = _prompt(row, adapter, tokenizer, rules, prompt_tokens)
             length = len(encode_prompt(group, tokenizer, rules))
-        except Exception as error:  # a chat template, for one, raises what it likes
+        except Exception as error:  # a chat template may raise anything
             if data.on_bad_row == "error":
                 raise UserError(
                     f"{source.where(number)}: {error}; mend the row, or set data.on_bad_row=drop"
                 ) from error
-            found.dropped["unreadable"] += 1
+            prompts.dropped["unreadable"] += 1
             continue
         if not 0 < length < data.max_length:
-            found.dropped["prompt fills max_length" if length else "prompt has no tokens"] += 1
+            prompts.dropped["prompt fills max_length" if length else "prompt has no tokens"] += 1
             continue
         key = _key(group)
         if key in seen:
             continue
         seen.add(key)
-        found.groups.append(group)
-        found.lengths.append(length)
-    repeated = count - len(found.groups) - sum(found.dropped.values())
-    if not found.groups:
-        raise UserError(f"{source.name}: no prompt in {count} rows: {dict(found.dropped)}")
-    return replace(found, rows=count, repeated=repeated)
+        prompts.groups.append(group)
+        prompts.lengths.append(length)
+    repeated = count - len(prompts.groups) - sum(prompts.dropped.values())
+    if not prompts.groups:
+        raise UserError(f"{source.name}: no prompt in {count} rows: {dict(prompts.dropped)}")
+    return replace(prompts, rows=count, repeated=repeated)
 
 
 def _rows(source: Source) -> Iterator[tuple[int, Any]]:
-    """(what a row is known by in messages, the row: a mapping, or a raw line of JSON)."""
+    """(line or number of an example, the example as a mapping or a raw line of JSON)."""
     row: Any
     for index, row in enumerate(source.rows):
         yield (row["line"], row["raw"]) if source.unit == "line" else (index, row)
@@ -116,7 +116,7 @@ def _prompt(
 ) -> TextGroup:
     fields = parse_json_line(row) if isinstance(row, bytes) else row
     group = _group(fields, adapter, rules.rows)
-    text = group.completions[0] if group.completions else ""  # none where no completion has a score
+    text = group.completions[0] if group.completions else ""  # empty if no completion has a score
     bare = replace(group, completions=[], edges=[], labels=[])
     is_plain = group.prompt == "" and isinstance(text, str)
     if prompt_tokens is None:
@@ -136,7 +136,7 @@ PROMPT_ONLY = "prompt"
 
 
 def _choose(columns: Iterable[str], rules: RowRules, supervised: bool) -> str:
-    """The adapter for a source with these columns, or PROMPT_ONLY. Raises UserError."""
+    """The adapter for these columns, or PROMPT_ONLY. Raises UserError if none fits."""
     names = renamed(dict.fromkeys(columns), rules.columns)
     return PROMPT_ONLY if _is_prompt_only(names, rules) else choose_adapter(columns, rules, supervised)
 
@@ -148,12 +148,12 @@ def _is_prompt_only(names: Iterable[str], rules: RowRules) -> bool:
 
 
 def _group(row: dict[str, Any], adapter: str, rules: RowRules) -> TextGroup:
-    """The row's group; a row that holds nothing but a prompt is completed first, so that one function reads
-    all."""
-    given = {name: value for name, value in renamed(row, rules.columns).items() if value is not None}
-    if adapter != PROMPT_ONLY and not _is_prompt_only(given, rules):
+    """The example's group. One that holds nothing but a prompt gets a dummy completion, so that `read_row`
+    takes it too."""
+    columns = {name: value for name, value in renamed(row, rules.columns).items() if value is not None}
+    if adapter != PROMPT_ONLY and not _is_prompt_only(columns, rules):
         return read_row(row, ADAPTERS[adapter], rules)
-    prompt = given.get("prompt")
+    prompt = columns.get("prompt")
     answer: Text = "any" if isinstance(prompt, str) else [{"role": "assistant", "content": "any"}]
     return read_row({**row, "completion": answer}, ADAPTERS["prompt-completion"], rules)
 
@@ -163,7 +163,7 @@ def _key(group: TextGroup) -> str:
 
 
 def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
-    """The text up to the end of its token number `count`; all of a shorter one."""
+    """The text of the first `count` tokens; all of it if there are no more."""
     try:
         encoded = tokenizer(
             text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True

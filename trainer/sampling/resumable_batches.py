@@ -1,12 +1,13 @@
-"""Work on prompts in batches, shared out over the ranks; every finished batch is a file.
+"""Work on prompts in batches, spread over the ranks; every finished batch is a file.
 
-A batch's result depends on the batch alone: so the number of ranks changes nothing, and work that was cut
-off goes on where it stood.
+A batch's result depends on the batch alone. So the number of ranks changes nothing, and work that was
+interrupted continues with the missing batches.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,16 +25,16 @@ from madpo.trainer.reports.progress import SECONDS_BETWEEN_LINES, print_line
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts that are sampled for and judged at once."""
+    """Prompts whose completions are sampled, or judged, together."""
 
     split: str
     number: int
-    members: list[int]  # places among the split's prompts
+    members: list[int]  # positions among the split's prompts
 
 
 def batches_of(split: str, lengths: Sequence[int], size: int) -> list[Batch]:
-    """Prompts of like length together, for little padding; the longest first, so that memory runs out at
-    once or never."""
+    """Cut prompts into batches of similar length, for little padding. The longest come first, so that memory
+    runs out at once or never."""
     order = np.argsort(-np.array(lengths), kind="stable")
     return [
         Batch(split, number, order[start : start + size].tolist())
@@ -42,11 +43,11 @@ def batches_of(split: str, lengths: Sequence[int], size: int) -> list[Batch]:
 
 
 BatchJob = tuple[Callable[[Batch], Any], Callable[[], None]]
-"""What to do with a batch, and what to do after the last one."""
+"""(batch -> its result, what to call after the last batch)."""
 
 
 class ResumableBatches:
-    """Finished batches on disk, under a key of everything that they depend on."""
+    """Results of batches on disk, in a folder named by a hash of everything that they depend on."""
 
     def __init__(self, root: Path, identity: Any) -> None:
         self.key = xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True, default=str).encode())
@@ -65,34 +66,39 @@ class ResumableBatches:
         self,
         batches: Sequence[Batch],
         shard: Shard,
-        what: str,
-        open_work: Callable[[], BatchJob],
+        name: str,
+        open_job: Callable[[], BatchJob],
         in_step: bool = False,
     ) -> None:
-        """Do the missing batches, each on one rank. `open_work` is called only if something is missing.
-        Ranks that go `in_step` make equally many calls."""
-        todo: list[Batch] = dist.from_main([b for b in batches if not self.path(b).exists()])
+        """Compute the missing batches, each on one rank; progress lines call it `name`.
+
+        `open_job` is called only if a batch is missing. With `in_step` all ranks make the same number of
+        calls, as ZeRO-3's collectives need; a rank without a batch of its own repeats another.
+        """
+        missing: list[Batch] = dist.from_main([b for b in batches if not self.path(b).exists()])
         if shard.is_main:
-            kept = len(batches) - len(todo)
-            print_line(f"{what}: {len(todo)} batches" + (f", {kept} are there already" if kept else ""))
-        if todo:
+            finished = len(batches) - len(missing)
+            line = f"{name}: {len(missing)} batches"
+            print_line(f"{line}, {finished} are there already" if finished else line)
+        if missing:
             self.folder.mkdir(parents=True, exist_ok=True)
-            work, close = open_work()
-            mine = todo[shard.rank :: shard.world_size]
-            dummies = -(-len(todo) // shard.world_size) - len(mine) if in_step else 0
-            for batch in _with_news(mine, what, shard):
-                self.write(batch, work(batch))
-            for _ in range(dummies):
-                work(todo[-1])
+            compute, close = open_job()
+            own = missing[shard.rank :: shard.world_size]
+            for batch in _with_progress_lines(own, name, shard):
+                self.write(batch, compute(batch))
+            if in_step:
+                most = math.ceil(len(missing) / shard.world_size)
+                for _ in range(most - len(own)):
+                    compute(missing[-1])
             close()
         dist.barrier()
 
 
-def _with_news(batches: Sequence[Batch], what: str, shard: Shard) -> Iterator[Batch]:
-    """The batches; rank 0 says now and then how far it has come."""
+def _with_progress_lines(batches: Sequence[Batch], name: str, shard: Shard) -> Iterator[Batch]:
+    """Yield the batches. Rank 0 prints now and then how many are done."""
     last = time.monotonic()
     for done, batch in enumerate(batches):
         yield batch
         if shard.is_main and time.monotonic() - last > SECONDS_BETWEEN_LINES:
             last = time.monotonic()
-            print_line(f"{what}: {done + 1} of this rank's {len(batches)} batches")
+            print_line(f"{name}: {done + 1} of this rank's {len(batches)} batches")

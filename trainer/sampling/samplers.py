@@ -1,7 +1,7 @@
-"""Sampling: token ids of completions, from transformers or from vLLM.
+"""Samplers: completions as token ids, from transformers or from vLLM.
 
-With `top_p: 1` and `top_k: 0` a token is drawn from softmax(logits / temperature) and nothing else: of the
-generation settings that a model's folder brings only the tokens that end a completion are kept.
+With `top_p: 1` and `top_k: 0` a token is drawn from softmax(logits / temperature) and nothing else. Of the
+generation settings in a model's folder, only the tokens that end a completion are used.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Ids = list[int]
 
 
 class Sampler(Protocol):
-    """(prompts, seed) -> for each prompt its completions, up to and with the token that ends one."""
+    """(prompts, seed) -> the completions of each prompt, each up to and with the token that ends it."""
 
-    ends: frozenset[int]
+    ends: frozenset[int]  # tokens that end a completion
 
     def __call__(self, prompts: list[Ids], seed: int) -> list[list[Ids]]: ...
 
     def close(self) -> None:
-        """Give the device's memory back."""
+        """Free the device's memory."""
         ...
 
 
@@ -42,16 +42,16 @@ class Sampler(Protocol):
 class Completion:
     text: str
     finish: Literal["stop", "length"]
-    tokens: int  # as sampled, the one that ends it included
+    tokens: int  # as sampled, with the one that ends it
 
 
 def completion_of(
     prompt: Ids, ids: Ids, ends: frozenset[int], tokenizer: PreTrainedTokenizerBase
 ) -> Completion:
-    """The text that follows the prompt's, without special tokens.
+    """Decode a completion, without special tokens.
 
-    It is read off behind the prompt, because some tokenizers drop the space before a text's first word. Of
-    a character that was cut off nothing is kept.
+    Prompt and completion are decoded together, because some tokenizers drop the space before a text's first
+    word. A last character that was cut off is dropped.
     """
     stopped = ids[-1] in ends
     options: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
@@ -62,7 +62,7 @@ def completion_of(
 
 
 def backend_of(settings: GenerateConfig) -> Literal["hf", "vllm"]:
-    """The back-end that runs. Raises UserError for one that is not installed."""
+    """The back-end to use. Raises UserError for one that is not installed."""
     installed = find_spec("vllm") is not None
     if settings.backend == "auto":
         return "vllm" if installed and torch.cuda.is_available() and not settings.partitioned else "hf"
@@ -74,7 +74,7 @@ def backend_of(settings: GenerateConfig) -> Literal["hf", "vllm"]:
 def open_sampler(
     config: Config, name: str, revision: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> Sampler:
-    """The model `name`, ready to sample as the section `generate` says. Raises UserError."""
+    """Load the model `name` for sampling as the section `generate` says. Raises UserError."""
     settings = config.generate or GenerateConfig()
     if backend_of(settings) == "vllm":
         return _VLLM(config, settings, name, revision, tokenizer)
@@ -90,13 +90,13 @@ def open_sampler(
 
 
 def ends_of(eos_token_id: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end a completion: those that the model's folder names, and the tokenizer's EOS."""
+    """The tokens that end a completion: those of the model's generation settings, and the tokenizer's EOS."""
     named = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
     return frozenset(token for token in (*named, tokenizer.eos_token_id) if isinstance(token, int))
 
 
 class _Transformers:
-    """`generate` of transformers: prompts padded on the left, all completions of a batch at once."""
+    """Samples with transformers' `generate`: prompts padded on the left, all completions at once."""
 
     def __init__(
         self,
@@ -113,9 +113,9 @@ class _Transformers:
         self.model, self.partitioned, self.destroy = model, settings.partitioned, destroy
         self.ends = ends_of(model.generation_config.eos_token_id, tokenizer)
         self.pad = next((x for x in (tokenizer.pad_token_id, *sorted(self.ends)) if x is not None), 0)
-        self.most = getattr(model.config, "max_position_embeddings", None)
-        self.new = settings.max_new_tokens
-        # What a call leaves open is filled in from the model's own settings: there must be none.
+        self.max_positions = getattr(model.config, "max_position_embeddings", None)
+        self.max_new_tokens = settings.max_new_tokens
+        # `generate` fills unset options in from the model's own settings, so there must be none.
         model.generation_config = GenerationConfig()
         greedy = settings.temperature == 0
         sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
@@ -131,28 +131,29 @@ class _Transformers:
     @torch.no_grad()
     def __call__(self, prompts: list[Ids], seed: int) -> list[list[Ids]]:
         longest = max(map(len, prompts))
-        if self.most is not None and longest + self.new > self.most:
+        most, new = self.max_positions, self.max_new_tokens
+        if most is not None and longest + new > most:
             raise UserError(
-                f"a prompt of {longest} tokens and generate.max_new_tokens {self.new} are more than the "
-                f"{self.most} positions of {self.model.config.name_or_path}; set data.max_length to at most "
-                f"{self.most - self.new + 1} to leave out such prompts, or fewer new tokens"
+                f"a prompt of {longest} tokens and generate.max_new_tokens {new} are more than the "
+                f"{most} positions of {self.model.config.name_or_path}; set data.max_length to at most "
+                f"{most - new + 1} to leave out such prompts, or fewer new tokens"
             )
         ids = torch.tensor([[self.pad] * (longest - len(x)) + x for x in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in prompts], device=ids.device)
         torch.manual_seed(seed)
-        out: Any = self.model.generate(
+        sampled: Any = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=self.options,
-            synced_gpus=self.partitioned,  # ranks go on together until the last one is done
+            synced_gpus=self.partitioned,  # ranks run until the last one is done
         )
-        rows = [self._up_to_its_end(row) for row in out[:, longest:].tolist()]
-        each = self.options.num_return_sequences
-        return [rows[i : i + each] for i in range(0, len(rows), each)]
+        completions = [self._up_to_end(ids) for ids in sampled[:, longest:].tolist()]
+        per_prompt = self.options.num_return_sequences
+        return [completions[i : i + per_prompt] for i in range(0, len(completions), per_prompt)]
 
-    def _up_to_its_end(self, row: Ids) -> Ids:
-        end = next((i for i, token in enumerate(row) if token in self.ends), len(row) - 1)
-        return row[: end + 1]
+    def _up_to_end(self, ids: Ids) -> Ids:
+        end = next((i for i, token in enumerate(ids) if token in self.ends), len(ids) - 1)
+        return ids[: end + 1]
 
     def close(self) -> None:
         if self.destroy is not None:
@@ -162,7 +163,7 @@ class _Transformers:
 
 
 class _VLLM:
-    """vLLM's offline engine, one per rank and GPU."""
+    """Samples with vLLM's offline engine, one for each rank and GPU."""
 
     def __init__(
         self,
@@ -201,7 +202,7 @@ class _VLLM:
 
     def __call__(self, prompts: list[Ids], seed: int) -> list[list[Ids]]:
         requests = [{"prompt_token_ids": ids} for ids in prompts]
-        params = [self.params(seed=(seed + place) % 2**32) for place in range(len(prompts))]
+        params = [self.params(seed=(seed + number) % 2**32) for number in range(len(prompts))]
         replies = self.engine.generate(requests, params, use_tqdm=False)
         return [[list(output.token_ids) for output in reply.outputs] for reply in replies]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from harness import random_groups
 
-from madpo.trainer.batches.cost import Cost, StepCost, StepWork, spared, work_of
+from madpo.trainer.batches.cost import Cost, StepCost, StepWork, saved_by, work_of
 from madpo.trainer.batches.micro_batches import plan_micro_batches
 from madpo.trainer.batches.packing import PackedBatch, Segment, dummy_batch, pack
 from madpo.trainer.batches.steps import StepRules, check_rows_fit, plan_step
@@ -61,7 +61,7 @@ def test_pack_without_sharing_by_hand():
     assert batch.targets.tolist() == [20, 30, 31, 32, 50, 51]
     assert batch.ends.tolist() == [2, 7, 10]
     shared = pack(groups, scale=0.5)
-    for name in ("targets", "seq_lengths", "winners", "losers", "margins", "labels", "sequence_places"):
+    for name in ("targets", "seq_lengths", "chosen", "rejected", "margins", "labels", "sequence_positions"):
         assert torch.equal(getattr(batch, name), getattr(shared, name)), name
     assert (batch.lengths, batch.group_sequences) == (shared.lengths, shared.group_sequences)
 
@@ -230,15 +230,15 @@ def test_work_by_hand():
     assert work + work == StepWork(36, 48, 48, 36.0, 18.0, 36.0, 18.0)
 
 
-def test_what_a_second_pass_is_spared_by_hand():
+def test_what_a_second_pass_saves_by_skipping_by_hand():
     shapes = Shapes(np.array([1, 2, 3]), np.array([2, 2, 2]), np.array([1, 1, 2, 2, 3, 3]))
-    left_out = np.array([True, False, False, False, True, True])
-    left = shapes.without(left_out)
-    assert (left.tokens().tolist(), left.sequences.tolist()) == ([1 + 1, 2 + 2 + 2, 0], [1, 2, 0])
+    skipped = np.array([True, False, False, False, True, True])
+    remaining = shapes.without(skipped)
+    assert (remaining.tokens().tolist(), remaining.sequences.tolist()) == ([1 + 1, 2 + 2 + 2, 0], [1, 2, 0])
     cost = StepCost(Cost(per_token=9.0), Cost(per_token=2.0), Cost(per_token=1.0), Cost(per_row=1.0))
     less = StepWork(flops=-2.0 * 10, flops_again=-1.0 * 10 - 7)
-    assert spared(shapes, left_out, cost) == less
-    assert spared(shapes, ~left_out & left_out, cost) == StepWork()
+    assert saved_by(shapes, skipped, cost) == less
+    assert saved_by(shapes, ~skipped & skipped, cost) == StepWork()
 
 
 def visible(batch: PackedBatch) -> torch.Tensor:
@@ -251,10 +251,10 @@ def visible(batch: PackedBatch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("prefix_sharing", [True, False])
-@pytest.mark.parametrize("left_out", ["1000000", "0110000", "1111110", "0001101", "1111111", "0000000"])
-def test_a_batch_without_completions_is_that_of_groups_without_them(left_out, prefix_sharing):
+@pytest.mark.parametrize("skipped", ["1000000", "0110000", "1111110", "0001101", "1111111", "0000000"])
+def test_a_batch_without_completions_is_that_of_groups_without_them(skipped, prefix_sharing):
     groups = [group for n in (2, 1, 4) for group in random_groups(1, n, completions=n)]
-    gone = np.array([letter == "1" for letter in left_out])
+    gone = np.array([letter == "1" for letter in skipped])
     whole = pack(groups, 0.25, prefix_sharing=prefix_sharing)
     got, left = whole.without(gone)
     kept, first = [], 0

@@ -121,12 +121,12 @@ def test_log_probs_and_gradients_equal_the_padded_forward(family):
 def test_rows_and_places_by_the_tokens_themselves(prefix_sharing):
     groups = mixed_groups()
     batch = pack(groups, prefix_sharing=prefix_sharing)
-    index, places = row_index(batch.segments)
+    index, positions = row_index(batch.segments)
     rows = [group.prompt + completion for group in groups for completion in group.completions]
     assert len(index) == len(rows) and index.shape[1] == max(map(len, rows))
     for number, row in enumerate(rows):
         assert batch.input_ids[index[number, : len(row)]].tolist() == row
-    assert np.array_equal(index.reshape(-1)[places], np.arange(len(batch.input_ids)))
+    assert np.array_equal(index.reshape(-1)[positions], np.arange(len(batch.input_ids)))
 
 
 def test_what_is_inexact_in_rows_of_its_own_too_is_refused():

@@ -71,7 +71,7 @@ def test_outside_a_run_a_quantile_has_no_meaning():
 
 
 def test_easy_to_hard_is_an_order_like_any_other():
-    """Falling ease in every epoch; ties shuffled, differently each time; any stretch can be asked for."""
+    """Falling ease in every epoch; ties shuffled, differently each time; any range can be asked for."""
     ease = np.array([1.0, 5.0, 3.0, 3.0, 3.0, 3.0, 9.0, -2.0])
     order = DataOrder(8, seed=3, ease=ease)
     whole = order.take(0, 40)

@@ -1,4 +1,4 @@
-"""Rows that share a prompt as one group: the prompt, and a completion that several rows have, scored once."""
+"""Examples with one prompt joined into one group: the prompt, and completions they share, are scored once."""
 
 from __future__ import annotations
 
@@ -24,54 +24,61 @@ from madpo.trainer.objectives.build import BoundObjective
 def merge_prompts(
     groups: TabledGroups, objective: BoundObjective, most_tokens: int
 ) -> TabledGroups | MergedDataset:
-    """The groups with those of one prompt (equal token ids) joined; the same where there are none to join.
+    """Join the groups of one prompt (equal token ids). Returns `groups` itself if there are none to join.
 
-    No comparison and no label is lost: a comparison that two rows make is made twice. Under objectives of
-    pairs a completion that several rows have is scored once; under those of single completions each is an
-    item of its own, and only the prompt is shared. Supervised rows stay as they are. A joined group has at
-    most `most_tokens`, and a row that exceeds it opens another group of the prompt. A row that a mixture
-    repeats stays repeated: its second copy joins second copies only.
+    No edge and no label is lost: an edge that two examples have counts twice. Under objectives of pairs a
+    completion that several examples have is scored once. Under those of single completions each is an item
+    of its own, and only the prompt is shared. Supervised examples stay as they are. A joined group has at
+    most `most_tokens`; an example that would exceed it opens another group of the prompt. An example that a
+    mixture repeats stays repeated: its second copy joins second copies only.
     """
     if objective.supervised:
         return groups
-    once = objective.item is Item.EDGE
-    plan = _plan(groups, most_tokens, once)
-    alone = bool((plan.leaders == np.arange(len(groups))).all())
-    return groups if alone else MergedDataset(groups, plan, once)
+    share_completions = objective.item is Item.EDGE
+    plan = _plan(groups, most_tokens, share_completions)
+    if (plan.leaders == np.arange(len(groups))).all():
+        return groups
+    return MergedDataset(groups, plan, share_completions)
 
 
 def repeated_prompts(groups: TokenDataset) -> dict[str, int]:
-    """Rows whose prompt an earlier row has, and the tokens of these prompts; nothing where there is none."""
-    # What a mixture repeats of a row is merged with copies of others only: a row counts once.
+    """For the report: how many examples repeat an earlier one's prompt, and the tokens of these prompts;
+    empty if none does."""
+    # An example that a mixture repeats counts once: its copies are not merged with each other.
     keys = np.stack((groups.prompt_hashes, groups.rows), axis=1)
-    firsts = np.unique(keys, axis=0, return_index=True)[1]
-    again = np.zeros(len(groups), dtype=bool)
-    again[firsts] = True
-    again[firsts[np.unique(groups.prompt_hashes[firsts], return_index=True)[1]]] = False
+    examples = np.unique(keys, axis=0, return_index=True)[1]
+    repeats = np.zeros(len(groups), dtype=bool)
+    repeats[examples] = True
+    first_of_prompt = np.unique(groups.prompt_hashes[examples], return_index=True)[1]
+    repeats[examples[first_of_prompt]] = False
+    if not repeats.any():
+        return {}
     prompts = groups.counts.lengths - groups.counts.completion_tokens
-    found = {"rows_of_known_prompts": int(again.sum()), "tokens_of_known_prompts": int(prompts[again].sum())}
-    return found if again.any() else {}
+    return {
+        "rows_of_known_prompts": int(repeats.sum()),
+        "tokens_of_known_prompts": int(prompts[repeats].sum()),
+    }
 
 
 class MergePlan(NamedTuple):
-    """The groups that rows join, by the first row of each, and what each of G rows brings to its group."""
+    """Which group each of R examples joins, and what it adds to the group's counts."""
 
-    leaders: np.ndarray  # (G,)
-    tokens: np.ndarray  # (G,) packed
-    completion_tokens: np.ndarray  # (G,)
-    sequences: np.ndarray  # (G,)
-    labelled: np.ndarray  # (G,)
+    leaders: np.ndarray  # (R,) the first example of its group
+    tokens: np.ndarray  # (R,) packed
+    completion_tokens: np.ndarray  # (R,)
+    sequences: np.ndarray  # (R,)
+    labelled: np.ndarray  # (R,)
 
 
 class MergedDataset:
-    """Groups of one prompt as one, at the place of the first; R rows become G groups. `once`: a completion
-    that several rows have is kept once."""
+    """A view of R examples as G groups, each where its first example was. `share_completions`: a completion
+    that several examples have is there once."""
 
-    def __init__(self, groups: TabledGroups, plan: MergePlan, once: bool) -> None:
+    def __init__(self, groups: TabledGroups, plan: MergePlan, share_completions: bool) -> None:
         content = xxhash.xxh3_64_hexdigest(np.ascontiguousarray(plan.leaders, np.int64).tobytes())
         self.name, self.fingerprint = groups.name, f"{groups.fingerprint}, merged {content}"
         self.reference: ReferenceLogps | None = None
-        self._groups, self._once = groups, once
+        self._groups, self._share_completions = groups, share_completions
         self._members = np.argsort(plan.leaders, kind="stable")  # (R,) one group after another
         leads = plan.leaders[self._members] == self._members
         self._starts = np.append(np.flatnonzero(leads), len(leads))  # (G + 1,)
@@ -85,12 +92,13 @@ class MergedDataset:
             labelled=self._sums(plan.labelled),
         )
 
-    def _sums(self, of_rows: np.ndarray) -> np.ndarray:
-        return np.add.reduceat(of_rows[self._members], self._starts[:-1])
+    def _sums(self, counts: np.ndarray) -> np.ndarray:
+        """(R,) counts of the examples -> (G,) of the groups."""
+        return np.add.reduceat(counts[self._members], self._starts[:-1])
 
     @property
     def report(self) -> dict[str, int]:
-        """What changes in the report of the rows."""
+        """The numbers of the report that merging changes."""
         return {
             "groups": len(self),
             "tokens": int(self.counts.lengths.sum()),
@@ -100,7 +108,7 @@ class MergedDataset:
 
     @property
     def rows(self) -> np.ndarray:
-        """(G,) as in GroupDataset, of the first row of a group."""
+        """(G,) the line or number of each group's first example."""
         return self._groups.rows[self._members[self._starts[:-1]]]
 
     @property
@@ -112,12 +120,12 @@ class MergedDataset:
         return self._groups.margins[ranges(self._groups.counts.edges, self._members)]
 
     def shapes(self, indices: np.ndarray) -> Shapes:
-        """Which completions rows share shows in the tokens: groups of several rows are read."""
+        """The lengths of the groups at `indices`. Joined ones are read: only tokens show what is shared."""
         firsts, counts = self._starts[indices], np.diff(self._starts)[indices]
         return in_two_parts(
             counts == 1,
-            lambda places: self._groups.shapes(self._members[firsts[places]]),
-            lambda places: shapes_of([self[int(index)] for index in indices[places]]),
+            lambda at: self._groups.shapes(self._members[firsts[at]]),
+            lambda at: shapes_of([self[int(index)] for index in indices[at]]),
         )
 
     def ease(self, order: str) -> np.ndarray | None:
@@ -128,128 +136,143 @@ class MergedDataset:
 
     def __getitem__(self, index: int) -> TokenGroup:
         members = self._members[self._starts[index] : self._starts[index + 1]]
-        return joined([self._groups[int(member)] for member in members], self._once)
+        return joined([self._groups[int(member)] for member in members], self._share_completions)
 
 
-def joined(parts: Sequence[TokenGroup], once: bool) -> TokenGroup:
-    """Groups of one prompt as one. `once`: completions that an earlier part has are not repeated, and labels
-    say what all edges together say."""
+def joined(parts: Sequence[TokenGroup], share_completions: bool) -> TokenGroup:
+    """One group of several with the same prompt. `share_completions`: a completion that an earlier part has
+    is not repeated, and labels follow from all edges together."""
     if len(parts) == 1:
         return parts[0]
     completions: list[list[int]] = []
     edges: list[tuple[int, int, float | None]] = []
-    places = Places(once)
+    indices = CompletionIndices(share_completions)
     for part in parts:
-        of_part = places.take([tuple(completion) for completion in part.completions])
-        completions += [x for x, at in zip(part.completions, of_part, strict=True) if at >= len(completions)]
-        edges += [(of_part[winner], of_part[loser], margin) for winner, loser, margin in part.edges]
+        new_index = indices.add([tuple(completion) for completion in part.completions])
+        for completion, index in zip(part.completions, new_index, strict=True):
+            if index == len(completions):
+                completions.append(completion)
+        edges += [(new_index[chosen], new_index[rejected], margin) for chosen, rejected, margin in part.edges]
+    if share_completions:
+        labels = labels_of(edges, len(completions))
+    else:
+        labels = [label for part in parts for label in part.labels]
     return TokenGroup(
         parts[0].prompt,
         completions,
         edges,
-        labels_of(edges, len(completions)) if once else [label for part in parts for label in part.labels],
+        labels,
         boundary_cut=max(part.boundary_cut for part in parts),
         truncated=sum(part.truncated for part in parts),
         equal=sum(part.equal for part in parts),
     )
 
 
-class Places:
-    """Where the completions of parts stand in the group that they become."""
+class CompletionIndices:
+    """Gives the completions of parts their indices in the joined group."""
 
-    def __init__(self, once: bool) -> None:
-        self.known: dict[Hashable, int] = {}
-        self._once, self._count = once, 0
+    def __init__(self, share_completions: bool) -> None:
+        self.of_earlier_parts: dict[Hashable, int] = {}  # stays empty unless completions are shared
+        self._share_completions, self._count = share_completions, 0
 
-    def take(self, completions: Sequence[Hashable]) -> list[int]:
-        """The place of each: that of an equal one in an earlier part if it is kept once, else a new one."""
-        out = []
+    def add(self, completions: Sequence[Hashable]) -> list[int]:
+        """The index of each completion of the next part: that of an equal one in an earlier part if they are
+        shared, else a new one. Equal completions of one part stay apart."""
+        indices: list[int] = []
         for completion in completions:
-            place = self.known.get(completion, self._count)
-            self._count += place == self._count
-            out.append(place)
-        if self._once:
-            for completion, place in zip(completions, out, strict=True):
-                self.known.setdefault(completion, place)
-        return out
+            index = self.of_earlier_parts.get(completion)
+            if index is None:
+                index = self._count
+                self._count += 1
+            indices.append(index)
+        if self._share_completions:
+            for completion, index in zip(completions, indices, strict=True):
+                self.of_earlier_parts.setdefault(completion, index)
+        return indices
 
 
 @dataclass
-class _Group:
-    """A group that rows of its prompt still join."""
+class _OpenGroup:
+    """A group that further examples of its prompt may join."""
 
     leader: int
     tokens: int  # packed
-    places: Places
-    wins: Counter[int] = field(default_factory=Counter)  # by place, comparisons won less lost
+    indices: CompletionIndices
+    wins: Counter[int] = field(default_factory=Counter)  # completion -> edges won less edges lost
 
 
-def _plan(groups: TabledGroups, most_tokens: int, once: bool) -> MergePlan:
-    """Row after row joins the last group of its prompt, or opens another if that would grow too large."""
-    prompts = _numbered(hashed for column in _read(groups.table, "prompt") for hashed in _hashes(column))
-    shared = np.flatnonzero(np.bincount(prompts)[prompts] > 1)
+def _plan(groups: TabledGroups, most_tokens: int, share_completions: bool) -> MergePlan:
+    """One example after another joins the last group of its prompt, or opens another if that would grow too
+    large."""
+    prompts = _numbered(digest for column in _read(groups.table, "prompt") for digest in _digests(column))
+    repeated = np.flatnonzero(np.bincount(prompts)[prompts] > 1)  # examples that share their prompt
     leaders = np.arange(len(groups))
-    brought = [
-        groups.counts.lengths,
-        groups.counts.completion_tokens,
-        groups.counts.sequences,
-        groups.counts.labelled,
-    ]
-    tokens, completion_tokens, sequences, labelled = (x.astype(np.int64) for x in brought)
-    copies: Counter[tuple[Any, ...]] = Counter()
-    last: dict[tuple[int, int], _Group] = {}  # of a prompt, and of which copy
-    made: list[_Group] = []
-    facts = zip(shared.tolist(), groups.rows[shared].tolist(), _own(groups.table, shared), strict=True)
-    for index, row, own in facts:
-        identity = (int(prompts[index]), row, *own.hashes)
-        prompt = int(prompts[index]), copies[identity]
+    tokens = groups.counts.lengths.astype(np.int64)
+    completion_tokens = groups.counts.completion_tokens.astype(np.int64)
+    sequences = groups.counts.sequences.astype(np.int64)
+    labelled = groups.counts.labelled.astype(np.int64)
+    copies: Counter[tuple[Any, ...]] = Counter()  # how often an example was seen, which a mixture may repeat
+    last: dict[tuple[int, int], _OpenGroup] = {}  # (prompt, number of the copy) -> its last group
+    opened: list[_OpenGroup] = []
+    rows = groups.rows[repeated].tolist()
+    examples = _examples(groups.table, repeated)
+    for index, row, example in zip(repeated.tolist(), rows, examples, strict=True):
+        prompt = int(prompts[index])
+        identity = (prompt, row, *example.digests)
+        key = (prompt, copies[identity])
         copies[identity] += 1
-        group, repeated = last.get(prompt), list[int]()
+        group = last.get(key)
+        shared: list[int] = []  # lengths of the completions that the group has already
         if group is not None:
-            known = group.places.known
-            repeated = [n for hashed, n in zip(own.hashes, own.lengths, strict=True) if hashed in known]
-        brings = int(completion_tokens[index]) - sum(repeated)
-        if group is None or group.tokens + brings > most_tokens:
-            group = last[prompt] = _Group(index, int(tokens[index]), Places(once))
-            made.append(group)
+            for digest, length in zip(example.digests, example.lengths, strict=True):
+                if digest in group.indices.of_earlier_parts:
+                    shared.append(length)
+        added = int(completion_tokens[index]) - sum(shared)
+        if group is None or group.tokens + added > most_tokens:
+            group = _OpenGroup(index, int(tokens[index]), CompletionIndices(share_completions))
+            last[key] = group
+            opened.append(group)
         else:
             leaders[index] = group.leader
-            tokens[index] = completion_tokens[index] = brings
-            sequences[index] -= len(repeated)
-            group.tokens += brings
-        places = group.places.take(own.hashes)
-        group.wins.update(places[winner] for winner in own.chosen)
-        group.wins.subtract(places[loser] for loser in own.rejected)
-    if once:
-        labelled[shared] = 0
-        labelled[[x.leader for x in made]] = [sum(n != 0 for n in x.wins.values()) for x in made]
+            tokens[index] = completion_tokens[index] = added
+            sequences[index] -= len(shared)
+            group.tokens += added
+        new_index = group.indices.add(example.digests)
+        group.wins.update(new_index[chosen] for chosen in example.chosen)
+        group.wins.subtract(new_index[rejected] for rejected in example.rejected)
+    if share_completions:
+        labelled[repeated] = 0
+        for group in opened:
+            labelled[group.leader] = sum(wins != 0 for wins in group.wins.values())
     return MergePlan(leaders, tokens, completion_tokens, sequences, labelled)
 
 
 def _numbered(keys: Iterator[bytes]) -> np.ndarray:
-    """(G,) numbers that are equal where the keys are."""
-    seen: dict[bytes, int] = {}
-    return np.array([seen.setdefault(key, len(seen)) for key in keys], dtype=np.int64)
+    """(R,) numbers that are equal where the keys are."""
+    numbers: dict[bytes, int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
 
-class _Own(NamedTuple):
-    """Of a row."""
+class _Example(NamedTuple):
+    """Completions and edges of an example."""
 
-    hashes: list[bytes]  # of its completions
-    lengths: list[int]
+    digests: list[bytes]  # of the completions' tokens
+    lengths: list[int]  # of the completions
     chosen: list[int]
     rejected: list[int]
 
 
-def _own(table: datasets.Dataset, indices: np.ndarray) -> Iterator[_Own]:
+def _examples(table: datasets.Dataset, indices: np.ndarray) -> Iterator[_Example]:
     selected = table.select(indices)
     columns = (_read(selected, name) for name in ("completions", "winners", "losers"))
     for completions, chosen, rejected in zip(*columns, strict=True):
         flat = completions.flatten()
-        hashes, lengths = _hashes(flat), flat.value_lengths().to_pylist()
+        digests, lengths = _digests(flat), flat.value_lengths().to_pylist()
         ends = pairwise(accumulate(completions.value_lengths().to_pylist(), initial=0))
-        for (a, b), won, lost in zip(ends, chosen.to_pylist(), rejected.to_pylist(), strict=True):
-            yield _Own(hashes[a:b], lengths[a:b], won, lost)
+        for (start, end), its_chosen, its_rejected in zip(
+            ends, chosen.to_pylist(), rejected.to_pylist(), strict=True
+        ):
+            yield _Example(digests[start:end], lengths[start:end], its_chosen, its_rejected)
 
 
 def _read(table: datasets.Dataset, name: str) -> Iterator[Any]:
@@ -258,8 +281,8 @@ def _read(table: datasets.Dataset, name: str) -> Iterator[Any]:
         yield piece[name].combine_chunks()  # type: ignore[union-attr]
 
 
-def _hashes(lists: pa.ListArray) -> list[bytes]:
-    """Of the int32 numbers of every list."""
+def _digests(lists: pa.ListArray) -> list[bytes]:
+    """A hash of the int32 numbers of every list."""
     numbers = np.ascontiguousarray(lists.flatten().to_numpy(zero_copy_only=False), np.int32)
     ends = accumulate(lists.value_lengths().to_pylist(), initial=0)
-    return [xxhash.xxh3_128_digest(numbers[a:b].data) for a, b in pairwise(ends)]
+    return [xxhash.xxh3_128_digest(numbers[start:end].data) for start, end in pairwise(ends)]

@@ -1,4 +1,4 @@
-"""Groups that also hold completions written for another prompt, with label 0, as KTO's KL term needs them."""
+"""A view with mismatched completions: each group has another prompt's too, label 0, for KTO's KL term."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from madpo.trainer.errors import UserError
 
 
 class MismatchedDataset:
-    """Every group takes the completions of its partner too, after its own.
+    """A view in which every group borrows the completions of its partner, after its own.
 
-    Partners follow each other on one random cycle through the data set: each completion serves once, the
-    pairing is the same all run long, and neighbours in the file, which may share a prompt, are parted.
-    A borrowed completion is cut where it would exceed `max_length`.
+    A group's partner is the one before it on one random cycle through the data set. So each completion is
+    borrowed once, partners stay the same during a run, and neighbours in the file, which may share a prompt,
+    are seldom partners. A borrowed completion is cut where it would exceed `max_length`.
     """
 
     def __init__(self, groups: GroupDataset, seed: int, max_length: int) -> None:
@@ -40,14 +40,15 @@ class MismatchedDataset:
         self._partner = np.empty_like(cycle)
         self._partner[cycle] = np.roll(cycle, 1)
         room = max_length - (own.lengths - own.completion_tokens)
-        more = own.sequences[self._partner]
-        lent = groups.completion_lengths[ranges(own.sequences, self._partner)]
-        borrowed = sums(np.minimum(lent, np.repeat(room, more)), more)
+        borrowed_sequences = own.sequences[self._partner]
+        full_lengths = groups.completion_lengths[ranges(own.sequences, self._partner)]
+        cut_lengths = np.minimum(full_lengths, np.repeat(room, borrowed_sequences))
+        borrowed_tokens = sums(cut_lengths, borrowed_sequences)
         self.counts = replace(
             own,
-            lengths=own.lengths + borrowed,
-            completion_tokens=own.completion_tokens + borrowed,
-            sequences=own.sequences + more,
+            lengths=own.lengths + borrowed_tokens,
+            completion_tokens=own.completion_tokens + borrowed_tokens,
+            sequences=own.sequences + borrowed_sequences,
         )
 
     @property

@@ -1,4 +1,4 @@
-"""What groups have several of each (completions, edges), in one array, one group after another."""
+"""Ragged arrays: values of completions or edges, flat, one group after another."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import numpy as np
 
 
 def ranges(
-    counts: np.ndarray,  # (G,) of things that stand one group after another
+    counts: np.ndarray,  # (G,) values of each group
     selected: np.ndarray,  # (n,) groups
 ) -> np.ndarray:
-    """The places of all things of the selected groups, in their order."""
+    """The positions, in the flat array, of all values of the selected groups, in the order selected."""
     taken = counts[selected]
     firsts = (np.cumsum(counts) - counts)[selected]
     return np.arange(taken.sum()) + np.repeat(firsts - (np.cumsum(taken) - taken), taken)
 
 
 def sums(
-    values: np.ndarray,  # (E,) of things that stand one group after another
-    counts: np.ndarray,  # (G,) of them, none 0
+    values: np.ndarray,  # (E,)
+    counts: np.ndarray,  # (G,) values of each group, none 0
 ) -> np.ndarray:
-    """(G,) sums over each group's."""
+    """(G,) the sum over each group's values."""
     return np.add.reduceat(values, np.cumsum(counts) - counts)

@@ -1,8 +1,7 @@
-"""Groups seen through the weights of their edges: without those of weight 0, without light ones, or to be
-drawn by weight.
+"""Views by the weights of edges: skip edges of weight 0, drop light ones, or draw groups by weight.
 
-A weight here is one that an objective declares: a number of the margin alone that multiplies the edge's
-loss. So it is known before anything is computed.
+The weights are those that an objective declares: an edge's weight follows from its margin alone and
+multiplies its loss. So it is known before anything is computed.
 """
 
 from __future__ import annotations
@@ -26,44 +25,53 @@ from madpo.trainer.objectives.build import BoundObjective
 
 
 def edge_weights(groups: TokenDataset, objective: BoundObjective) -> np.ndarray:
-    """(E,) the weights that an objective gives the edges of all groups, in float64."""
+    """(E,) the weights that the objective gives the edges of all groups, in float64."""
     assert objective.weight is not None
     return objective.weight(torch.from_numpy(groups.margins.astype(np.float64))).numpy()
 
 
 class TrimmedDataset:
-    """Some groups with some of their edges, and with the completions that these compare.
+    """A view of some groups with some of their edges, and the completions that these compare.
 
-    A group without any edge left has no tokens and is not computed.
+    A group that has no edge left has no tokens either, and is not computed.
     """
 
     def __init__(
         self,
         groups: TokenDataset,
-        keep: np.ndarray,  # (E,) which of all edges
-        selected: np.ndarray,  # (G,) which of all groups
-        counted: np.ndarray,  # (G,) edges that each stands for in the mean of a step
-        factors: np.ndarray | None = None,  # (E,) of all edges, in place of the objective's weights
+        keep: np.ndarray,  # (E,) bool, of all edges
+        selected: np.ndarray,  # (G,) indices of groups
+        counted: np.ndarray,  # (G,) edges that each group counts as in the mean loss
+        factors: np.ndarray | None = None,  # (E,) of all edges, replace the objective's weights
     ) -> None:
         all_counts = groups.counts
         assert all_counts.edges.all()
-        seen = xxhash.xxh3_64_hexdigest(np.packbits(keep).tobytes() + selected.astype(np.int64).tobytes())
-        self.name, self.fingerprint = groups.name, f"{groups.fingerprint}, trimmed {seen}"
+        content = xxhash.xxh3_64_hexdigest(np.packbits(keep).tobytes() + selected.astype(np.int64).tobytes())
+        self.name, self.fingerprint = groups.name, f"{groups.fingerprint}, trimmed {content}"
         self.reference: ReferenceLogps | None = None
         self._groups, self._keep, self._selected, self._factors = groups, keep, selected, factors
         self._firsts = np.cumsum(all_counts.edges) - all_counts.edges
-        kept = sums(keep.astype(np.int64), all_counts.edges)
-        self._whole = kept == all_counts.edges
-        names = "lengths", "completion_tokens", "sequences", "labelled"
-        counts = {name: getattr(all_counts, name) * (kept > 0) for name in names}
-        for index in np.flatnonzero((kept > 0) & ~self._whole):
+        edges = sums(keep.astype(np.int64), all_counts.edges)
+        self._is_whole = edges == all_counts.edges
+        has_edges = edges > 0
+        lengths = all_counts.lengths * has_edges
+        completion_tokens = all_counts.completion_tokens * has_edges
+        sequences = all_counts.sequences * has_edges
+        labelled = all_counts.labelled * has_edges
+        for index in np.flatnonzero(has_edges & ~self._is_whole):
             group = self._trimmed(index)
-            counts["completion_tokens"][index] = tokens = sum(map(len, group.completions))
-            counts["lengths"][index] = len(group.prompt) + tokens
-            counts["sequences"][index] = len(group.completions)
-            counts["labelled"][index] = sum(label != 0 for label in group.labels)
-        of_selected = {name: values[selected] for name, values in counts.items()}
-        self.counts = GroupCounts(**of_selected, edges=kept[selected], counted_edges=counted)
+            completion_tokens[index] = sum(map(len, group.completions))
+            lengths[index] = len(group.prompt) + completion_tokens[index]
+            sequences[index] = len(group.completions)
+            labelled[index] = sum(label != 0 for label in group.labels)
+        self.counts = GroupCounts(
+            lengths=lengths[selected],
+            completion_tokens=completion_tokens[selected],
+            sequences=sequences[selected],
+            edges=edges[selected],
+            counted_edges=counted,
+            labelled=labelled[selected],
+        )
 
     @property
     def rows(self) -> np.ndarray:
@@ -75,9 +83,9 @@ class TrimmedDataset:
 
     @property
     def margins(self) -> np.ndarray:
-        """(E,) of the edges that are left."""
-        places = ranges(self._groups.counts.edges, self._selected)
-        return self._groups.margins[places[self._keep[places]]]
+        """(E,) margins of the edges that remain."""
+        positions = ranges(self._groups.counts.edges, self._selected)
+        return self._groups.margins[positions[self._keep[positions]]]
 
     def ease(self, order: str) -> np.ndarray | None:
         ease = self._groups.ease(order)
@@ -86,9 +94,9 @@ class TrimmedDataset:
     def shapes(self, indices: np.ndarray) -> Shapes:
         selected = self._selected[indices]
         return in_two_parts(
-            self._whole[selected],
-            lambda places: self._groups.shapes(selected[places]),
-            lambda places: shapes_of([self[int(index)] for index in indices[places]]),
+            self._is_whole[selected],
+            lambda at: self._groups.shapes(selected[at]),
+            lambda at: shapes_of([self[int(index)] for index in indices[at]]),
         )
 
     def __len__(self) -> int:
@@ -98,10 +106,10 @@ class TrimmedDataset:
         return self._trimmed(self._selected[index])
 
     def _trimmed(self, index: int) -> TokenGroup:
-        """Of all groups the one at this place."""
+        """The group at `index` of all groups, with the edges that remain."""
         group, first = self._groups[int(index)], self._firsts[index]
         edges = slice(first, first + self._groups.counts.edges[index])
-        if not self._whole[index]:
+        if not self._is_whole[index]:
             group = trimmed(group, self._keep[edges].tolist())
         if self._factors is None:
             return group
@@ -109,13 +117,13 @@ class TrimmedDataset:
 
 
 def trimmed(group: TokenGroup, keep: Sequence[bool]) -> TokenGroup:
-    """The group with some of its edges, and the completions that take part in them."""
+    """The group with the edges to keep, and the completions that they compare."""
     return with_edges(group, list(compress(group.edges, keep)))
 
 
 def skip_weightless(groups: TokenDataset, weights: np.ndarray) -> TokenDataset:
-    """The groups without the edges whose weight is exactly 0, which count in the mean as before: the same
-    losses and gradients. `weights` (E,)."""
+    """Skip the edges whose weight is exactly 0. They still count in the mean, so losses and gradients stay
+    those of all edges. `weights` (E,)."""
     keep = weights != 0
     if keep.all():
         return groups
@@ -125,9 +133,9 @@ def skip_weightless(groups: TokenDataset, weights: np.ndarray) -> TokenDataset:
 def drop_light(
     groups: TokenDataset, weights: np.ndarray, least: float
 ) -> tuple[TokenDataset, dict[str, Any]]:
-    """The groups without the edges lighter than `least`, which then count no more, and a report of that.
+    """Drop the edges lighter than `least`, also from the mean; with numbers for the report.
 
-    `weights` (E,). Raises UserError if none is left.
+    `weights` (E,). Raises UserError if no edge is left.
     """
     keep = weights >= least
     if not keep.any():
@@ -141,24 +149,29 @@ def drop_light(
     }
     if keep.all():
         return groups, report
-    kept = sums(keep.astype(np.int64), groups.counts.edges)
-    selected = np.flatnonzero(kept)
-    left = TrimmedDataset(groups, keep, selected, kept[selected])
-    return left, report | {"groups": len(left), "tokens": int(left.counts.lengths.sum())}
+    edges = sums(keep.astype(np.int64), groups.counts.edges)
+    selected = np.flatnonzero(edges)
+    remaining = TrimmedDataset(groups, keep, selected, counted=edges[selected])
+    return remaining, report | {"groups": len(remaining), "tokens": int(remaining.counts.lengths.sum())}
 
 
 def draw_by_weight(groups: TokenDataset, weights: np.ndarray) -> tuple[TokenDataset, np.ndarray]:
-    """The groups as they are to be drawn, and (G,) the weights W to draw them by: the sums over their edges.
+    """A view for drawing groups by weight, and (G,) the weights W to draw by, each the sum over its edges.
 
-    With E edges of weights w, the mean that training descends is L = sum_e w_e l_e / E. A group drawn with
-    probability W_g / sum W that counts as one item of loss sum_{e in g} (sum W / E) (w_e / W_g) l_e has the
-    expectation L, whatever the sizes of groups; pairs alone have the factor sum W / E, the mean weight.
+    With E edges of weights w, the mean that training descends is L = sum_e w_e l_e / E. Draw group g with
+    probability W_g / sum W, and count it as one item of loss sum_{e in g} (sum W / E) (w_e / W_g) l_e: its
+    expectation is L, whatever the sizes of groups. A single pair has the factor sum W / E, the mean weight.
     Raises UserError if all weights are 0.
     """
-    of_groups = sums(weights, groups.counts.edges)
-    if not of_groups.any():
+    group_weights = sums(weights, groups.counts.edges)
+    if not group_weights.any():
         raise UserError(f"data.sampling: all pairs of {groups.name} have weight 0; none can be drawn")
-    share = weights / np.repeat(np.where(of_groups > 0, of_groups, 1.0), groups.counts.edges)
-    everything, one_item = np.arange(len(groups)), np.ones_like(groups.counts.edges)
-    factors = weights.mean() * share
-    return TrimmedDataset(groups, weights != 0, everything, one_item, factors), of_groups
+    share = weights / np.repeat(np.where(group_weights > 0, group_weights, 1.0), groups.counts.edges)
+    view = TrimmedDataset(
+        groups,
+        keep=weights != 0,
+        selected=np.arange(len(groups)),
+        counted=np.ones_like(groups.counts.edges),
+        factors=weights.mean() * share,
+    )
+    return view, group_weights

@@ -253,7 +253,7 @@ def test_a_step_is_the_same_wherever_training_goes_on_and_for_any_number_of_rank
 
 def test_parts_of_one_row_alone_are_not_touched():
     twice = TokenGroup([1], [[2], [2], [3]], [(0, 2, None), (1, 2, None)], [1, 1, -1])
-    assert joined([twice], once=True) == twice
-    both = joined([twice, TokenGroup([1], [[3], [2]], [(0, 1, 0.5)])], once=True)
+    assert joined([twice], share_completions=True) == twice
+    both = joined([twice, TokenGroup([1], [[3], [2]], [(0, 1, 0.5)])], share_completions=True)
     assert both.completions == twice.completions
     assert both.edges == [(0, 2, None), (1, 2, None), (2, 0, 0.5)] and both.labels == [0, 1, -1]

@@ -141,7 +141,7 @@ def test_of_a_group_that_is_kept_in_part_only_what_its_edges_compare_is_left(tmp
         assert train.counts.labelled[index] == len(group.labels) == len(group.completions)
     assert train.margins.tolist() == [1.0, 0.5, 2.0]
     step = plan_step(train, np.arange(2), RULES, ALONE)
-    assert step.batches[0].scale == 1 / 6 and (step.num_edges, step.uncomputed) == (3, 3)
+    assert step.batches[0].scale == 1 / 6 and (step.num_edges, step.skipped_items) == (3, 3)
 
 
 def test_a_stream_skips_too(tmp_path, tokenizer_folder):
@@ -157,7 +157,7 @@ def test_a_stream_skips_too(tmp_path, tokenizer_folder):
     groups, indices = source.take(0, 12)
     assert groups.counts.counted_edges[indices].tolist() == [1] * 12
     assert groups.counts.edges[indices].tolist() == [int(margin > 0) for margin in MIXED[:12]]
-    assert plan_step(groups, indices, RULES, ALONE).uncomputed == 8
+    assert plan_step(groups, indices, RULES, ALONE).skipped_items == 8
 
 
 def test_light_pairs_are_left_out_and_told(tmp_path, tokenizer_folder):
