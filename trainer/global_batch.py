@@ -69,7 +69,7 @@ def _in_one_pass(
         memory.update(losses.memory)
         return own_gradients(losses.dloss_dlogps, batch)
 
-    with engine.passes_of("scoring and training"):
+    with engine.own_module_order("scoring and training"):
         for one in engine.accumulate([batch]):
             out = engine(one, Mode.EXCHANGE, exchange)
             add_stats(meter, one, engine.module.stats)
@@ -110,7 +110,7 @@ def _without_zeros(
 def _scored(engine: Engine, batches: Sequence[PackedBatch], meter: Meter) -> list[TokenScores]:
     """The scores of every batch under policy and reference, without gradients."""
     out = []
-    with engine.passes_of("scoring"):
+    with engine.own_module_order("scoring"):
         for batch in batches:
             out.append(engine(batch, Mode.SCORE).tokens)
             add_stats(meter, batch, engine.module.stats)

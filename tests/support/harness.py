@@ -246,10 +246,10 @@ def _rank(
 
 
 CHECKS = (
-    ("model.settle", "check_packing"),
-    ("stages.setup", "check_head"),
-    ("stages.setup", "check_noise"),
-    ("stages.reference", "check_head"),
+    ("model.startup.attention", "check_packing"),
+    ("stages.start_engine", "check_head"),
+    ("stages.start_engine", "check_noise"),
+    ("reference.cached", "check_head"),
 )
 """Where a start looks its checks up: module, name."""
 

@@ -1,4 +1,4 @@
-"""What is known of groups from their lengths alone: tokens, what attention looks at, whether they fit."""
+"""What is known of groups from their lengths alone: tokens, attention pairs, whether they fit."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Shapes:
         tokens = self.prompts + self.totals(self.completions) if shared else self.totals(self.rows)
         return tokens.astype(np.int64)
 
-    def looks(self, window: int | None = None, shared: bool = True) -> np.ndarray:
-        """(B,) pairs of a query and a key that it sees: causal, the last `window` keys at most."""
+    def attention_pairs(self, window: int | None = None, shared: bool = True) -> np.ndarray:
+        """(B,) pairs of a query and a key that it attends to: causal, the last `window` keys at most."""
         whole, prompt = _causal_pairs(self.rows, window), _causal_pairs(self.prompts, window)
         return self.totals(whole - prompt[self.owners]) + prompt if shared else self.totals(whole)
 

@@ -29,7 +29,7 @@ from madpo.trainer.engine import Engine, deepspeed_config
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.build import check_vocabulary, load_reference
 from madpo.trainer.model.freeze import count_parameters
-from madpo.trainer.model.startup.attention import settle_attention
+from madpo.trainer.model.startup.attention import choose_attention
 from madpo.trainer.model.startup.checks import check_head
 from madpo.trainer.objectives.base import Item, Need
 from madpo.trainer.reference import file as reference_file
@@ -138,7 +138,7 @@ def _start(config: Config, tokenizer: PreTrainedTokenizerBase) -> Engine[Referen
         budget_bytes = int(config.train.head_gib * 2**30)
         module = ReferenceAlone(reference, budget_bytes, config.train.head_impl)
     engine = Engine(config, module, training=False)
-    settle_attention(module.model, config.model.attention, engine.device)
+    choose_attention(module.model, config.model.attention, engine.device)
     check_head(module.model, engine.device)
     engine.eval()
     return engine

@@ -11,7 +11,7 @@ import madpo.trainer.zero3.internals  # noqa: F401
 
 
 @contextmanager
-def passes_of(engine: Any, kind: str) -> Iterator[None]:
+def own_module_order(engine: Any, kind: str) -> Iterator[None]:
     """Inside are passes, with backward or without, that go through the modules in another order than those
     outside and those of another kind.
 

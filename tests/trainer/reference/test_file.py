@@ -95,7 +95,7 @@ def test_a_file_that_is_written_in_part_is_not_there(path, monkeypatch):
         raise OSError("no space left on device")
 
     other = path_of(path.parent, {**PARTS, "dtype": "bf16"})
-    for failing, name in ((half, "reference_cache.save_file"), (no_rename, "files.os.replace")):
+    for failing, name in ((half, "reference.file.save_file"), (no_rename, "files.os.replace")):
         for target in (path, other):
             with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
                 patch.setattr(f"madpo.trainer.{name}", failing)
