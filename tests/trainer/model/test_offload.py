@@ -41,7 +41,7 @@ def test_gradients_are_the_same_to_the_bit(plain, way):
 
 
 class Seen:
-    """What was offloaded: the shape of each tensor saved, and the host copies, one for each piece of memory."""
+    """What was offloaded: the shape of each tensor saved, and a host copy for each piece of memory."""
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
