@@ -104,13 +104,14 @@ def traffic(shard, config: Config) -> dict[str, Any]:
     backend.all_gather_into_tensor = count
     parameters = dict(engine.module.named_parameters())
     whole: list[int] = []
-    release = engine.optimizer.parameter_offload.release_backward_leftovers
+    offload = engine.deepspeed.optimizer.parameter_offload
+    release = offload.release_backward_leftovers
 
     def look_and_release() -> None:
         whole.append(sum(p.ds_numel for p in parameters.values() if p.ds_status.name == "AVAILABLE"))
         release()
 
-    engine.optimizer.parameter_offload.release_backward_leftovers = look_and_release
+    offload.release_backward_leftovers = look_and_release
 
     batch = plan_step(groups, np.arange(4), step_rules(config), shard).batches[0].to(engine.device)
     out: dict[str, Any] = {"forward": [], "both": []}
@@ -120,7 +121,7 @@ def traffic(shard, config: Config) -> dict[str, Any]:
             loss, *_ = engine(batch)
         if training:
             engine.backward(loss)
-            engine.step()
+            engine.step(3e-3)
         out["both" if training else "forward"].append(gathered[0])
     engine.release()
     layers = {name: p.ds_numel for name, p in parameters.items() if ".layers." in name}
