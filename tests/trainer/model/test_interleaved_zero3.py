@@ -143,8 +143,8 @@ def both(config) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "activation-checkpointing"])
 def test_every_weight_is_gathered_once_in_forward(config, both, checkpointing):
-    """Before ZeRO-3 has recorded a module order and after. Two passes gather the base twice, but for the head,
-    where both meet."""
+    """Before ZeRO-3 has recorded a module order and after. Two passes gather the base twice, but not
+    the head, where both meet."""
     once, twice = both
     if checkpointing:
         config = changed(config, model={"gradient_checkpointing": True})
