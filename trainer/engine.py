@@ -20,7 +20,7 @@ from madpo.trainer.config.deepspeed import zero_stage
 from madpo.trainer.config.schema import Config
 from madpo.trainer.config.train import OptimConfig
 from madpo.trainer.scoring_module import Gradients, Mode, ScoredLoss, ScoringModule
-from madpo.trainer.zero3.module_order import passes_of
+from madpo.trainer.zero3.module_order import own_module_order
 from madpo.trainer.zero3.parameters import real_shape
 from madpo.trainer.zero3.release import forget_copies, release
 
@@ -136,9 +136,9 @@ class Engine(Generic[ModuleT]):
         norm = self.deepspeed.get_global_grad_norm()
         return float(norm.item() if isinstance(norm, Tensor) else norm)
 
-    def passes_of(self, kind: str) -> AbstractContextManager[None]:
+    def own_module_order(self, kind: str) -> AbstractContextManager[None]:
         """Context manager; inside it ZeRO-3 follows a module order of its own for this `kind` of pass."""
-        return passes_of(self.deepspeed, kind)
+        return own_module_order(self.deepspeed, kind)
 
     def save(self, root: Path, tag: str, with_frozen: bool) -> None:
         """Write weights and optimiser into `root / tag`, on all ranks; frozen weights only if asked."""

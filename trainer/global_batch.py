@@ -71,7 +71,7 @@ def _in_one_pass(
         memory.update(losses.memory)
         return own_gradients(losses.dloss_dlogps, batch)
 
-    with engine.passes_of("scoring and training"):
+    with engine.own_module_order("scoring and training"):
         for one in engine.accumulate([batch]):
             out = engine(one, Mode.EXCHANGE, exchange)
             add_stats(meter, one, engine.module.stats)
@@ -115,7 +115,7 @@ def _without_zeros(
 def _scored(engine: Engine, batches: Sequence[PackedBatch], meter: Meter) -> list[TokenScores]:
     """Score every batch without gradients: per-token log-probs of policy and reference."""
     out = []
-    with engine.passes_of("scoring"):
+    with engine.own_module_order("scoring"):
         for batch in batches:
             out.append(engine(batch, Mode.SCORE).tokens)
             add_stats(meter, batch, engine.module.stats)

@@ -84,6 +84,7 @@ class ScoringModule(Protocol):
     reference: PreTrainedModel | None  # a frozen model of its own; the name is in checkpoints
     sequence_group: SequenceGroup | None  # ranks that share a packed row
     notes: list[str]  # what a user should know of the models; printed before the first step
+    repeats_layers: bool  # activation checkpointing computes the policy's layers again in backward
 
     @property
     def head(self) -> Head: ...

@@ -63,7 +63,7 @@ def evaluation_step(engine: Engine, step: Step, meter: Meter, state: BatchState)
         if engine.module.head.objective.needs_batch:
             global_batch.evaluate(engine, step, batches, meter, state)
             return
-        with engine.passes_of("scoring"):
+        with engine.own_module_order("scoring"):
             for batch in batches:
                 _measure(engine.module, meter, batch, engine(batch, Mode.SCORE).tokens)
     _count_skipped(meter, step)

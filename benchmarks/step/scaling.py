@@ -28,7 +28,7 @@ from madpo.trainer.batches.packing import PackedBatch, pack
 from madpo.trainer.config.schema import from_tree
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.dist import device as this_device
-from madpo.trainer.model.attention.prefix_sharing import SegmentTable, Sight
+from madpo.trainer.model.attention.prefix_sharing import MaskRule, SegmentTable
 from madpo.trainer.model.build import build_module
 from madpo.trainer.model.tokenizer import load_tokenizer
 
@@ -120,11 +120,11 @@ def _attention(model: Any, batch: PackedBatch) -> Callable[[], None]:
 
     def run() -> None:
         table = SegmentTable(batch.segments)
-        sight = Sight(causal, config)
+        rule = MaskRule(causal, config)
         for _ in range(config.num_hidden_layers):
             with torch.no_grad():
-                attend(None, query, key, value, sight, segments=table)
-            out, _ = attend(None, query, key, value, sight, segments=table)
+                attend(None, query, key, value, rule, segments=table)
+            out, _ = attend(None, query, key, value, rule, segments=table)
             out.backward(torch.ones_like(out))
             for leaf in leaves:
                 leaf.grad = None

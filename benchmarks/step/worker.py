@@ -231,7 +231,7 @@ def run_madpo(job: Job, pipe: Connection) -> None:
     engine = start_engine(config, tokenizer, training=True)
     if not job.one_traversal:
         module: Any = engine.module
-        module.traversal = None
+        module.interleaved = None
     gate.open()
     train(
         config,

@@ -17,22 +17,24 @@ class Cost:
 
     per_token: float = 0.0
     per_row: float = 0.0  # per completion token, each of which the output head scores
-    per_look: Mapping[int | None, float] = field(default_factory=dict)  # window -> per query and key
+    per_attention_pair: Mapping[int | None, float] = field(default_factory=dict)  # window -> cost of a pair
 
     def __add__(self, other: Cost) -> Cost:
-        windows = self.per_look.keys() | other.per_look.keys()
-        looks = {w: self.per_look.get(w, 0.0) + other.per_look.get(w, 0.0) for w in windows}
-        return Cost(self.per_token + other.per_token, self.per_row + other.per_row, looks)
+        windows = self.per_attention_pair.keys() | other.per_attention_pair.keys()
+        pairs = {
+            w: self.per_attention_pair.get(w, 0.0) + other.per_attention_pair.get(w, 0.0) for w in windows
+        }
+        return Cost(self.per_token + other.per_token, self.per_row + other.per_row, pairs)
 
     def __mul__(self, factor: float) -> Cost:
-        looks = {window: factor * each for window, each in self.per_look.items()}
-        return Cost(factor * self.per_token, factor * self.per_row, looks)
+        pairs = {window: factor * each for window, each in self.per_attention_pair.items()}
+        return Cost(factor * self.per_token, factor * self.per_row, pairs)
 
     def of(self, shapes: Shapes, shared: bool = True) -> np.ndarray:
         """(B,) cost of each group; `shared`: its prompt is computed once, else with every completion."""
         total = self.per_token * shapes.tokens(shared) + self.per_row * shapes.totals(shapes.completions)
-        for window, each in self.per_look.items():
-            total = total + each * shapes.looks(window, shared)
+        for window, each in self.per_attention_pair.items():
+            total = total + each * shapes.attention_pairs(window, shared)
         return total
 
 

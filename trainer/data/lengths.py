@@ -42,8 +42,8 @@ class Shapes:
         tokens = self.prompts + self.totals(self.completions) if shared else self.totals(self.rows)
         return tokens.astype(np.int64)
 
-    def looks(self, window: int | None = None, shared: bool = True) -> np.ndarray:
-        """(B,) pairs of a query and a key that it sees: causal, the last `window` keys at most."""
+    def attention_pairs(self, window: int | None = None, shared: bool = True) -> np.ndarray:
+        """(B,) pairs of a query and a key that it attends to: causal, the last `window` keys at most."""
         whole, prompt = _causal_pairs(self.rows, window), _causal_pairs(self.prompts, window)
         return self.totals(whole - prompt[self.owners]) + prompt if shared else self.totals(whole)
 

@@ -1,4 +1,4 @@
-"""The two halves of a causal language model: the backbone on a packed row, and the output layer above it."""
+"""The two halves of a causal language model: the backbone, run on a packed row, and the output layer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from madpo.trainer.batches.packing import PackedBatch
 from madpo.trainer.errors import UserError
 from madpo.trainer.head import LogitTransform, OutputHead
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable, shares_rows
+from madpo.trainer.model.families import logit_scale
 from madpo.trainer.model.lora import in_use
 from madpo.trainer.model.padded_rows import run_rows
 
@@ -27,10 +28,10 @@ def last_hidden(model: PreTrainedModel, batch: PackedBatch, table: SegmentTable)
 
 
 def run_backbone(model: PreTrainedModel, batch: PackedBatch, table: SegmentTable, **options: Any) -> Any:
-    """The backbone's output for a packed row; of a model that cannot share one, in the packed order.
+    """The backbone's output in the order of the packed row, also for a model that runs in padded rows.
 
-    A mask that hides nothing keeps transformers from taking the row for sequences of their own by its
-    positions, which would break completions off their prompt.
+    `options` are more keywords of the backbone's forward. The mask of ones hides nothing: without a mask
+    transformers would split the row wherever positions restart, and cut completions off their prompt.
     """
     if not shares_rows(model):
         return run_rows(backbone(model), batch, **options)
@@ -45,7 +46,7 @@ def run_backbone(model: PreTrainedModel, batch: PackedBatch, table: SegmentTable
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """What is under the head: transformers' base_model, or the one model inside where that names none."""
+    """The model below the output layer: transformers' `base_model`, or the only model inside this one."""
     if model.base_model is not model:
         return model.base_model
     inside = [child for child in model.children() if isinstance(child, PreTrainedModel)]
@@ -55,19 +56,14 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:
-    """What the model does after its last hidden states, as far as its config tells.
+    """The output layer's weight and bias, and its logits' scale and soft-cap by the model's config.
 
-    Raises UserError for an output head that is no linear layer. `check_head` finds out
-    whether there is more to it.
+    Raises UserError for an output layer that is not linear. `check_head` compares with the model's logits.
     """
     head: Any = in_use(model.get_output_embeddings())
     if not isinstance(head, nn.Linear):
         raise UserError(f"{type(model).__name__}: the output head is {type(head).__name__}, not a Linear")
     assert isinstance(head.weight, nn.Parameter)
     config: Any = model.config
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scaling = getattr(config, "logits_scaling", None) or 1.0
-    # One family multiplies by what the others divide by.
-    scale *= scaling if config.model_type == "hyperclovax" else 1.0 / scaling
     softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
-    return OutputHead(head.weight, head.bias, LogitTransform(scale, softcap))
+    return OutputHead(head.weight, head.bias, LogitTransform(logit_scale(config), softcap))

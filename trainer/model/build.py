@@ -1,9 +1,9 @@
-"""The models that a run asks for, built straight into ZeRO-3 partitions where an engine config is active."""
+"""The models of a run. Inside `partitioned_loading` they are built straight into ZeRO-3 partitions."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -18,16 +18,16 @@ from madpo.trainer.config.schema import Config, validate_peft
 from madpo.trainer.errors import UserError
 from madpo.trainer.model import liger, lora
 from madpo.trainer.model.attention import prefix_sharing
-from madpo.trainer.model.attention.choice import require
+from madpo.trainer.model.attention.choice import check_available
 from madpo.trainer.model.expert_balance import expert_balance
 from madpo.trainer.model.freeze import freeze
 from madpo.trainer.model.offload import offload_layers
 from madpo.trainer.model.policy import PolicyWithReference
-from madpo.trainer.model.pretrained import build_from_scratch, folder_of, load_pretrained
+from madpo.trainer.model.pretrained import Pretrained, build_from_scratch, folder_of, load_pretrained
 from madpo.trainer.model.recompute import checkpoint_layers
 from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.model.tokenizer import padding_token
-from madpo.trainer.model.vocabulary import add_rows, fit_vocabulary
+from madpo.trainer.model.vocabulary import add_tokens, fit_vocabulary
 from madpo.trainer.scoring_module import ReferenceScorer
 from madpo.trainer.sequence_parallel import join
 from madpo.trainer.zero3.loading import gather_convolutions
@@ -35,11 +35,16 @@ from madpo.trainer.zero3.parameters import real_shape
 
 
 def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWithReference | RewardModel:
-    """Policy, reference where the objective needs one, and head; or a reward model. Raises UserError for
-    a model that cannot be loaded or does not fit its tokenizer."""
+    """The policy with its reference, if the objective needs one, and the loss head; or a reward model.
+
+    Seeds torch, so that new weights agree on all ranks. Raises UserError for a model that cannot be loaded or
+    does not fit its tokenizer.
+    """
     objective, model = config.bound_objective, config.model
-    options = _options(config)
-    policy, adapter = _policy(config, tokenizer, options)
+    _prepare_attention(config)
+    torch.manual_seed(config.seed)
+    options = _loading_options(config)
+    policy, adapter, has_new_layer = _policy(config, tokenizer, options)
     if model.freeze:
         freeze(policy, model.freeze)
     if config.train.export_merged and not lora.is_adapted(policy):
@@ -49,91 +54,109 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
     for part in (policy, reference.model if reference else None):
         if part is not None:
             gather_convolutions(part)
-    _spend_time_or_memory(policy, reference, config)
+    repeats_layers = _save_time_and_memory(policy, reference, config)
     if objective.is_reward_model:
         padding_token(tokenizer)
-        return RewardModel(policy, objective)
-    budget_bytes = int(config.train.head_gib * 2**30)
-    balance = expert_balance(policy, model.router_aux_loss_coef)
-    group = join(config.train.sequence_parallel_size, config.launch.timeout_minutes)
-    return PolicyWithReference(
-        policy, reference, objective, budget_bytes, config.train.head_impl, balance, group
-    )
-
-
-def _spend_time_or_memory(policy: PreTrainedModel, reference: ReferenceScorer | None, config: Config) -> None:
-    """What changes a run's speed and its memory, and no result. Raises UserError where it cannot be had."""
-    model = config.model
-    if model.use_liger_kernel:
-        for one in {policy, policy if reference is None else reference.model}:
-            liger.use_kernels(one, rotate=model.gradient_checkpointing != "selective")
-    if model.gradient_checkpointing:
-        checkpoint_layers(policy, selective=model.gradient_checkpointing == "selective")
-    if model.activation_offloading:
-        offload_layers(policy)
+        module = RewardModel(policy, objective, has_new_layer)
+    else:
+        budget_bytes = int(config.train.head_gib * 2**30)
+        balance = expert_balance(policy, model.router_aux_loss_coef)
+        group = join(config.train.sequence_parallel_size, config.launch.timeout_minutes)
+        module = PolicyWithReference(
+            policy, reference, objective, budget_bytes, config.train.head_impl, balance, group
+        )
+    module.repeats_layers = repeats_layers
+    return module
 
 
 def load_reference(config: Config, tokenizer: PreTrainedTokenizerBase) -> ReferenceScorer:
-    """The reference alone: of an adapter its base model with the adapter off, or as it was. Raises UserError
-    as above."""
-    name, options = config.model.ref_model_name_or_path, _options(config)
+    """The reference by itself: the model named, or the start of the run, with its adapter off unless it was
+    trained before. Seeds torch and raises UserError as `build_module` does."""
+    _prepare_attention(config)
+    torch.manual_seed(config.seed)
+    options = _loading_options(config)
+    name = config.model.ref_model_name_or_path
     if name is None:
-        policy, adapter = _policy(config, tokenizer, options)
+        policy, adapter, _ = _policy(config, tokenizer, options)
         reference = _without_adapter(policy, adapter) if lora.is_adapted(policy) else ReferenceScorer(policy)
     else:
-        model = _load(config, name, None, _stored_adapter(config, name, None), **options)
+        model = _load(config, name, None, _stored_adapter(config, name, None), **options).model
         fit_vocabulary(model, len(tokenizer), config.model.resize_embeddings)
         reference = ReferenceScorer(model)
     gather_convolutions(reference.model)
     return reference
 
 
-def _options(config: Config) -> dict[str, Any]:
-    """How the models of a run are loaded, whichever they are; the draws of what is new begin here."""
+def _save_time_and_memory(policy: PreTrainedModel, reference: ReferenceScorer | None, config: Config) -> bool:
+    """Apply Liger kernels, activation checkpointing and offloading; none changes what is computed. Returns
+    whether backward computes the layers again. Raises UserError for a model that has not got one of them."""
+    model = config.model
+    selective = model.gradient_checkpointing == "selective"
+    if model.use_liger_kernel:
+        for one in {policy, policy if reference is None else reference.model}:
+            liger.use_kernels(one, rotate=not selective)
+    if model.gradient_checkpointing:
+        checkpoint_layers(policy, selective)
+    if model.activation_offloading:
+        offload_layers(policy)
+    return bool(model.gradient_checkpointing) and not selective
+
+
+def _prepare_attention(config: Config) -> None:
+    """Make our attention known to transformers. Raises UserError for one that this machine lacks."""
     prefix_sharing.register()
-    require(config.model.attention)
-    torch.manual_seed(config.seed)
-    rewards = config.bound_objective.is_reward_model
+    check_available(config.model.attention)
+
+
+def _loading_options(config: Config) -> dict[str, Any]:
+    """Keyword arguments for every model of the run."""
+    is_reward_model = config.bound_objective.is_reward_model
     return {
         "dtype": torch.bfloat16 if config.train.bf16 else torch.float32,
-        "attention": prefix_sharing.NAMES["sdpa"],  # until `settle_attention`
-        "kind": AutoModelForSequenceClassification if rewards else AutoModelForCausalLM,
-        **({"num_labels": 1} if rewards else {}),
+        "attention": prefix_sharing.NAMES["sdpa"],  # until `choose_attention`
+        "kind": AutoModelForSequenceClassification if is_reward_model else AutoModelForCausalLM,
+        **({"num_labels": 1} if is_reward_model else {}),
     }
 
 
-def _policy(
-    config: Config, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
-) -> tuple[PreTrainedModel, lora.StoredAdapter | None]:
-    """The model that training starts from, and the adapter if its name is that of one."""
+class _Policy(NamedTuple):
+    """The model that training starts from."""
+
+    model: PreTrainedModel
+    adapter: lora.StoredAdapter | None  # the stored one that training goes on with
+    has_new_layer: bool  # a random score layer
+
+
+def _policy(config: Config, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> _Policy:
+    """Load or make the policy, with a stored or a fresh adapter if the config has one."""
     model = config.model
     adapter = _stored_adapter(config, model.model_name_or_path, model.model_revision)
     if model.init_config:
-        policy = build_from_scratch(model, tokenizer, **options)
+        policy, has_new_layer = build_from_scratch(model, tokenizer, **options), True
     else:
         if adapter is not None:
             lora.check_adapter_settings(adapter, config.peft or PeftConfig())
         start = str(model.model_name_or_path), model.model_revision
-        policy = _load(config, *start, adapter, **options)
+        policy, has_new_layer = _load(config, *start, adapter, **options)
         if config.peft is not None and adapter is None:
             rewards = config.bound_objective.is_reward_model
             lora.attach(policy, lora.new_config(config.peft, *start, rewards), lora.POLICY)
     fit_vocabulary(policy, len(tokenizer), model.resize_embeddings)
-    return policy, adapter
+    return _Policy(policy, adapter, has_new_layer)
 
 
 def load_sampler(config: Config, name: str, revision: str | None) -> PreTrainedModel:
-    """A language model to sample from, with the adapter on it if its name is that of one, and transformers'
-    own attention. Raises UserError as above."""
+    """A language model to sample from, with transformers' own attention. `name` may be an adapter's. Raises
+    UserError for a model that cannot be loaded."""
     dtype = torch.bfloat16 if config.train.bf16 else torch.float32
     options: Any = {"dtype": dtype, "attention": None, "kind": AutoModelForCausalLM}
-    return _load(config, name, revision, adapter_named(config, name, revision), **options).eval()
+    return _load(config, name, revision, adapter_named(config, name, revision), **options).model.eval()
 
 
 def _reference(
     config: Config, policy: PreTrainedModel, adapter: lora.StoredAdapter | None, options: dict[str, Any]
 ) -> ReferenceScorer:
-    """What is scored beside the policy: the model named, the policy without its adapter, or a frozen copy of
+    """The reference beside the policy: the model named, the policy without its adapter, or a second copy of
     the model that training starts from."""
     model = config.model
     named = model.ref_model_name_or_path
@@ -142,24 +165,24 @@ def _reference(
     if named is None and lora.is_adapted(policy) and model.reference != "joint":
         return _without_adapter(policy, adapter)
     source = str(named or model.model_name_or_path), None if named else model.model_revision
-    reference = _load(config, *source, _stored_adapter(config, *source), **options)
+    reference = _load(config, *source, _stored_adapter(config, *source), **options).model
     if model.resize_embeddings:
-        add_rows(reference, policy.config.vocab_size)
+        add_tokens(reference, policy.config.vocab_size)
     check_vocabulary(policy.config.vocab_size, reference.config.vocab_size)
     if model.sync_ref_model:
-        _same_shapes(policy, reference)
+        _check_same_shapes(policy, reference)
     return ReferenceScorer(reference)
 
 
 def _without_adapter(policy: PreTrainedModel, adapter: lora.StoredAdapter | None) -> ReferenceScorer:
-    """The policy's own weights without its adapter, or with a frozen copy of it if it was trained before."""
+    """The policy without its adapter; or, if training goes on with a stored one, with a frozen copy of it."""
     if adapter is not None:
         lora.attach(policy, adapter.config, lora.REFERENCE, adapter.weights)
     return ReferenceScorer(policy, partial(lora.switch, adapter=None if adapter is None else lora.REFERENCE))
 
 
 def _stored_adapter(config: Config, name: str | None, revision: str | None) -> lora.StoredAdapter | None:
-    """The adapter of that name, if it is one. Raises UserError for one that cannot be used in this run."""
+    """The adapter of that name; None for a whole model. Raises UserError if it does not suit this run."""
     adapter = adapter_named(config, name, revision)
     if adapter is not None:
         settings = config.peft or PeftConfig()
@@ -168,8 +191,11 @@ def _stored_adapter(config: Config, name: str | None, revision: str | None) -> l
 
 
 def adapter_named(config: Config, name: str | None, revision: str | None) -> lora.StoredAdapter | None:
-    """The adapter of that name, if it is one. peft.base_model_name_or_path is the base of the config's own
-    model alone. Raises UserError if that is no adapter."""
+    """The adapter of that name; None for a whole model.
+
+    `peft.base_model_name_or_path` says where the base of the policy's adapter is, not of any other. Raises
+    UserError if it is set for a whole model.
+    """
     own = config.model.model_name_or_path
     is_own = own is not None and name in (own, folder_of(own))
     base = config.peft.base_model_name_or_path if config.peft is not None and is_own else None
@@ -188,27 +214,25 @@ def _load(
     revision: str | None,
     adapter: lora.StoredAdapter | None,
     **options: Any,
-) -> PreTrainedModel:
-    """A model, with the adapter on it if its name is that of one."""
+) -> Pretrained:
+    """The model of that name; or an adapter's base with the adapter on it."""
     options["quantization_config"] = lora.quantisation(config.peft)
     if adapter is None:
         return load_pretrained(name, revision, **options)
     try:
-        model: Any = load_pretrained(adapter.base, adapter.config.revision, **options)
+        base = load_pretrained(adapter.base, adapter.config.revision, **options)
     except UserError as error:
         raise UserError(
             f"{name} is an adapter: {error}; if its base model is elsewhere now, set "
             "peft.base_model_name_or_path"
         ) from error
-    if model.has_new_layer:
-        if "score" not in (adapter.config.modules_to_save or []):
-            raise UserError(f"{name} is no reward model's adapter; merge it first (madpo export --merge)")
-        model.has_new_layer = False
-    lora.attach(model, adapter.config, lora.POLICY, adapter.weights)
-    return model
+    if base.has_new_layer and "score" not in (adapter.config.modules_to_save or []):
+        raise UserError(f"{name} is no reward model's adapter; merge it first (madpo export --merge)")
+    lora.attach(base.model, adapter.config, lora.POLICY, adapter.weights)
+    return Pretrained(base.model, has_new_layer=False)
 
 
-def _same_shapes(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
+def _check_same_shapes(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
     ours, theirs = (
         {name: tuple(real_shape(p)) for name, p in model.named_parameters()} for model in (policy, reference)
     )
@@ -221,7 +245,7 @@ def _same_shapes(policy: PreTrainedModel, reference: PreTrainedModel) -> None:
 
 
 def check_vocabulary(ours: int, theirs: int) -> None:
-    """Raise UserError unless policy and reference have as many tokens."""
+    """Raise UserError unless policy and reference have vocabularies of one size."""
     if ours != theirs:
         raise UserError(
             f"policy and reference have vocabularies of {ours} and {theirs} tokens; the reference must "

@@ -1,4 +1,4 @@
-"""The auxiliary loss of mixtures of experts, which keeps a router from favouring a few of them."""
+"""The load-balancing loss of mixtures of experts, which keeps a router from favouring a few of them."""
 
 from __future__ import annotations
 
@@ -11,24 +11,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from madpo.trainer.errors import UserError
+from madpo.trainer.model.families import num_experts
 from madpo.trainer.model.lora import is_adapted
 from madpo.trainer.zero3.parameters import real_shape
-
-NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-"""Names of a config for the number of experts of a layer."""
-
-
-def num_experts(model: PreTrainedModel) -> int:
-    """Experts of each mixture in the model; 0 where it has none."""
-    return next((n for name in NUM_EXPERTS if (n := getattr(model.config, name, None))), 0)
 
 
 @dataclass(frozen=True)
 class ExpertBalance:
-    """The load-balancing loss as the model's own family defines it, and its weight in the step's loss.
+    """The load-balancing loss of the model's own family in transformers, and its weight in the step's loss.
 
-    Per layer, the share of tokens that each expert gets times its mean probability, summed over experts and
-    multiplied by their number. Over the tokens of one packed row, in which a prompt counts once.
+    For each layer: the share of tokens that an expert gets times its mean probability, summed over the
+    experts, times their number. The tokens are those of one packed row, in which a prompt counts once.
     Source: Fedus et al. 2021 (arXiv 2101.03961), equations 4 to 6.
     """
 
@@ -47,7 +40,7 @@ class ExpertBalance:
 
 
 def expert_balance(model: PreTrainedModel, coef: float) -> ExpertBalance | None:
-    """None if `coef` is 0. Raises UserError for a model whose family has no load-balancing loss."""
+    """The model's load-balancing loss; None if `coef` is 0. Raises UserError if its family has none."""
     if not coef:
         return None
     family: Any = sys.modules[type(model).__module__]
@@ -65,7 +58,7 @@ def expert_balance(model: PreTrainedModel, coef: float) -> ExpertBalance | None:
 
 
 def expert_notes(model: PreTrainedModel, coef: float) -> list[str]:
-    """What a user should know of the experts before the first step."""
+    """Notes on the experts for the start of a run."""
     experts = num_experts(model)
     if not experts:
         return []

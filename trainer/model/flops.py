@@ -1,11 +1,11 @@
-"""What a packed step costs in floating-point operations, read off the model and its config.
+"""Floating-point operations of a packed step, read off the model and its config.
 
-A multiplication and an addition are two operations. Of a matrix of P weights a token takes 2P forward, 2P
-for the gradient of its input and 2P for that of the weights, where these are formed: none for the weights
-of a frozen matrix, none for the input of what no trained weight comes before. A pair of a query and a key
-that it sees takes 2 per head and dimension for the score and 2 for the value, and twice that backward. An
-expert counts as often as tokens are sent to it. Look-ups, norms, rotations, softmax and the optimiser are
-left out, as is usual; and so are attention's scores that a kernel forms only to mask them.
+A multiplication and an addition are two operations. A token takes 2P operations for a matrix of P weights in
+forward, 2P for the gradient of its input and 2P for that of the weights, where these are formed: not for
+frozen weights, and not for inputs with no trained weight before them. An attention pair, a query and a key
+that it attends to, takes 2 operations per head and dimension for the score and 2 for the value, and twice
+that backward. An expert counts as often as tokens are sent to it. Look-ups, norms, rotations, softmax and
+the optimiser are left out, as is usual, and so are attention scores that a kernel forms only to mask them.
 
 Source: Chowdhery et al. 2022 (arXiv 2204.02311), appendix B, for FLOPs of the model against those of the
 hardware.
@@ -23,27 +23,24 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from madpo.trainer.batches.cost import Cost, StepCost
 from madpo.trainer.model.backbone import backbone
-from madpo.trainer.model.expert_balance import num_experts
+from madpo.trainer.model.families import experts_per_token, layer_configs, num_experts
 from madpo.trainer.model.lora import in_use
 from madpo.trainer.scoring_module import ScoringModule
 from madpo.trainer.zero3.parameters import real_shape, real_size
 
-EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
-"""Names of a config for the number of experts that see a token."""
-
 
 @dataclass(frozen=True)
 class Passes:
-    """Costs of a model under its head."""
+    """The costs of a backbone."""
 
     forward: Cost = field(default_factory=Cost)
     backward: Cost = field(default_factory=Cost)
-    layers: Cost = field(default_factory=Cost)  # forward, of the layers that gradients go through
-    trains: bool = False  # whether gradients come to it at all
+    layers: Cost = field(default_factory=Cost)  # forward of the layers that gradients go through
+    trains: bool = False  # whether any gradient reaches it
 
 
 def step_cost(module: ScoringModule, training: bool = True) -> StepCost:
-    """Of an optimiser step's micro-batches, or of their evaluation."""
+    """The cost of a step's micro-batches in training, or of the same micro-batches in evaluation."""
     policy, head = passes(module.policy), _head_weight(module)
     forward = policy.forward + Cost(per_row=2 * head)
     forward, again, again_in_parts = forward + _reference_cost(module), Cost(), Cost()
@@ -53,24 +50,24 @@ def step_cost(module: ScoringModule, training: bool = True) -> StepCost:
     backward = policy.backward + Cost(per_row=2 * head * sides)
     if module.head.objective.needs_batch:  # a first pass, without gradients, scores all completions
         again, again_in_parts = Cost(per_row=2 * head), policy.forward
-    if getattr(module.policy, "repeats_layers", False):
+    if module.repeats_layers:
         again += policy.layers
     return StepCost(forward, backward, again, again_in_parts)
 
 
 def passes(model: PreTrainedModel) -> Passes:
-    """Of the model under its head, with the adapter that it has just now."""
+    """FLOPs of the backbone's forward and backward, with the adapter that is active now."""
     share = _share_of_experts(model)
-    looks, idle = iter(_looks(model.config)), _idle_adapters(model)
+    attention, idle = iter(_attention_costs(model.config)), _idle_adapters(model)
     out = Passes()
     trains = False
     for block, is_layer in _blocks(backbone(model)):
         weights = list(_weights(block, idle, share))
-        look = next(looks, {}) if is_layer else {}
+        per_pair = next(attention, {}) if is_layer else {}
         trains = trains or any(parameter.requires_grad for parameter in block.parameters())
-        forward = Cost(2 * sum(size for size, _ in weights), 0, look)
+        forward = Cost(2 * sum(size for size, _ in weights), 0, per_pair)
         trained = Cost(2 * sum(size for size, is_trained in weights if is_trained))
-        backward = forward + trained + Cost(per_look=look) if trains else Cost()
+        backward = forward + trained + Cost(per_attention_pair=per_pair) if trains else Cost()
         layers = forward if trains and is_layer else Cost()
         out = Passes(out.forward + forward, out.backward + backward, out.layers + layers, trains)
     return out
@@ -85,12 +82,12 @@ def _reference_cost(module: ScoringModule) -> Cost:
 
 
 def _head_weight(module: ScoringModule) -> int:
-    """Numbers in the matrix that every completion token meets: a reward model has none."""
+    """Numbers in the output layer, which scores every completion token; a reward model has none."""
     return 0 if module.head.objective.is_reward_model else _numel(module.head.weight)
 
 
 def _blocks(module: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
-    """The parts in the order in which they are run, and whether each is a layer: embeddings, layers, norm."""
+    """A backbone's parts in the order in which they run, and whether each is a layer."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from ((layer, True) for layer in child)
@@ -101,7 +98,7 @@ def _blocks(module: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
 
 
 def _weights(block: nn.Module, idle: set[nn.Module], share_of_experts: float) -> Iterator[tuple[float, bool]]:
-    """How many numbers of each matrix a token meets, and whether it is trained."""
+    """For each matrix, how many of its numbers a token is multiplied by, and whether they are trained."""
     for module in _running(block, idle):
         for parameter in module.parameters(recurse=False):
             shape = real_shape(parameter)
@@ -114,7 +111,7 @@ def _weights(block: nn.Module, idle: set[nn.Module], share_of_experts: float) ->
 
 
 def _running(module: nn.Module, idle: set[nn.Module]) -> Iterator[nn.Module]:
-    """The module and all in it, but for embeddings, which are looked up, and adapters that are off."""
+    """The module and all modules in it, without embeddings, which are looked up, and idle adapters."""
     if module in idle or isinstance(module, nn.Embedding):
         return
     yield module
@@ -123,7 +120,7 @@ def _running(module: nn.Module, idle: set[nn.Module]) -> Iterator[nn.Module]:
 
 
 def _idle_adapters(model: PreTrainedModel) -> set[nn.Module]:
-    """Adapters, and copies of whole modules, that a call would not run."""
+    """Adapters, and copies of whole modules, that a forward pass would not run."""
     idle = set[nn.Module]()
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
     for layer in layers:
@@ -137,32 +134,30 @@ def _idle_adapters(model: PreTrainedModel) -> set[nn.Module]:
 
 
 def _share_of_experts(model: PreTrainedModel) -> float:
-    """Of the experts of a layer, those that see a token."""
-    selected = [n for name in EXPERTS_PER_TOKEN if (n := getattr(model.config, name, None))]
-    return selected[0] / num_experts(model) if selected and num_experts(model) else 1.0
+    """The part of a layer's experts that a token is sent to; 1 where the config does not say."""
+    selected, experts = experts_per_token(model), num_experts(model)
+    return selected / experts if selected and experts else 1.0
 
 
-def _looks(config: PreTrainedConfig) -> list[dict[int | None, float]]:
-    """Of each layer: window -> operations for one query and one key that it sees."""
-    values: Any = config
-    varies = getattr(config, "is_heterogeneous", False)  # Gemma 4: from layer to layer
-    layers = list(values.per_layer_config) if varies else [values] * values.num_hidden_layers
+def _attention_costs(config: PreTrainedConfig) -> list[dict[int | None, float]]:
+    """For each layer: window -> operations of one attention pair."""
+    layers = layer_configs(config)
     window = getattr(config, "sliding_window", None)
     default = "sliding_attention" if window else "full_attention"
     kinds = getattr(config, "layer_types", None) or [default] * len(layers)
     return [
-        {window if kind == "sliding_attention" else None: _look(layer)}
+        {window if kind == "sliding_attention" else None: _pair_cost(layer)}
         if getattr(layer, "num_attention_heads", None)  # Mamba has none
         else {}
         for kind, layer in zip(kinds, layers, strict=False)
     ]
 
 
-def _look(layer: Any) -> float:
+def _pair_cost(layer: Any) -> float:
     heads = layer.num_attention_heads
     size = getattr(layer, "head_dim", None) or layer.hidden_size // heads
-    of_score, of_value = (getattr(layer, name, None) or size for name in ("qk_head_dim", "v_head_dim"))
-    return 2.0 * heads * (of_score + of_value)
+    score_dims, value_dims = (getattr(layer, name, None) or size for name in ("qk_head_dim", "v_head_dim"))
+    return 2.0 * heads * (score_dims + value_dims)
 
 
 def _numel(parameter: nn.Parameter | None) -> int:

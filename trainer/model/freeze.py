@@ -1,4 +1,4 @@
-"""Parts of a model that are not trained, by name."""
+"""Frozen parts of a model, by name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from madpo.trainer.zero3.parameters import real_size
 
 
 def freeze(model: PreTrainedModel, parts: Iterable[str]) -> None:
-    """Take the gradient from `embeddings`, from `head`, or from all weights whose name fits a pattern.
+    """Freeze the parts named: `embeddings`, `head`, or all weights whose name fits a pattern.
 
-    Tied embeddings are one weight: either word freezes both ends. Raises UserError for a pattern that fits
-    no weight, and if none is left to train.
+    Tied embeddings are one weight: either word freezes both. Raises UserError for a pattern that fits no
+    weight, and if no weight is left to train.
     """
     ends: dict[str, Any] = {
         "embeddings": model.get_input_embeddings(),
@@ -42,6 +42,6 @@ def freeze(model: PreTrainedModel, parts: Iterable[str]) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, all), where ZeRO-3 has partitioned them too."""
+    """(trained, all) parameters, by their whole sizes under ZeRO-3."""
     sizes = [(p.requires_grad, real_size(p)) for p in model.parameters()]
     return sum(size for trained, size in sizes if trained), sum(size for _, size in sizes)

@@ -1,10 +1,10 @@
-"""Policy and reference through the layers in one traversal, where the reference is the policy without its
-adapter, or with a frozen copy of it.
+"""The interleaved forward: policy and reference go through the layers in one forward pass.
 
-Every layer runs twice while it is there: the reference's hidden states first, without gradients, then the
-policy's. Under ZeRO-3 its weights are gathered once in forward instead of twice; masks and rotary embeddings
-are formed once. The reference's rows stay out of the policy's graph: as rows of one batch, their way back
-through the frozen base would cost as much as the policy's.
+It is for a reference that is the policy without its adapter, or with a frozen copy of the adapter. Each
+layer runs twice before the next one: on the reference's hidden states without gradients, then on the
+policy's. Under ZeRO-3 a layer's weights are gathered once in forward instead of twice; masks and rotary
+embeddings are formed once. The reference is not put into the policy's batch: its rows would then go back
+through the frozen base too, at the price of the policy's.
 """
 
 from __future__ import annotations
@@ -24,42 +24,44 @@ from madpo.trainer.scoring_module import Context, Switch
 from madpo.trainer.zero3.parameters import InUse, held, in_use_sets
 
 
-class Storey(NamedTuple):
-    """One layer of the backbone."""
+class LayerPair(NamedTuple):
+    """One layer of the backbone, the policy's and the reference's."""
 
     layer: nn.Module
     as_reference: Context
-    users: list[InUse]  # of each weight that the policy uses
+    in_use: list[InUse]  # of each weight that the policy uses
 
 
 @dataclass
-class Companion:
-    """The reference's hidden states, on the way through the policy's backbone."""
+class ReferenceStream:
+    """The reference's hidden states on their way through the policy's backbone."""
 
     start: Callable[[Tensor], Tensor]  # the policy's input to the first layer -> the reference's
-    last: nn.Module  # of the layers
-    hidden: Tensor | None = None  # (1, N, H) behind what has run
+    last_layer: nn.Module
+    hidden: Tensor | None = None  # (1, N, H) after the modules that have run
     past_layers: bool = False
 
     @property
     def last_hidden(self) -> Tensor:
-        """(N, H): after the forward, the reference's as `last_hidden` of the policy."""
+        """(N, H): the reference's last hidden states, after the forward."""
         assert self.hidden is not None
         return self.hidden[0]
 
-    def through_layer(self, storey: Storey, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        """The policy's output; the hidden states come first among the arguments."""
+    def through_layer(self, pair: LayerPair, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run a layer for the reference, then for the policy, whose output it returns. Hidden states are the
+        first argument."""
         if args:
             hidden = self.start(args[0]) if self.hidden is None else self.hidden
-            # First: in backward ZeRO-3 lets a module's weights go only if the policy was the last to use it.
-            with torch.no_grad(), storey.as_reference(), held(storey.users, Traversal):
+            # Reference first: in backward ZeRO-3 releases a layer's weights only if the policy used it last.
+            with torch.no_grad(), pair.as_reference(), held(pair.in_use, InterleavedForward):
                 output = forward(hidden, *args[1:], **kwargs)
             self.hidden = output if isinstance(output, Tensor) else output[0]
-            self.past_layers = storey.layer is self.last
+            self.past_layers = pair.layer is self.last_layer
         return forward(*args, **kwargs)
 
     def through_module(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        """The same beside the layers, where only those behind them meet the hidden states."""
+        """Run a module that is no layer. Those after the last layer (the final norm) process the reference's
+        hidden states too; embeddings and the like, before the layers, do not."""
         if self.past_layers and args:
             with torch.no_grad():
                 self.hidden = forward(self.hidden, *args[1:], **kwargs)
@@ -67,47 +69,49 @@ class Companion:
 
 
 @dataclass(frozen=True)
-class Traversal:
-    """The parts of a backbone that hidden states go through."""
+class InterleavedForward:
+    """A backbone whose forward can compute the reference beside the policy."""
 
-    storeys: list[Storey]
-    beside: list[nn.Module]  # such as the norm behind the layers
+    layers: list[LayerPair]
+    other_modules: list[nn.Module]  # beside the layers: embeddings, the final norm
 
     @contextmanager
-    def along(self, start: Callable[[Tensor], Tensor] = Tensor.detach) -> Iterator[Companion]:
-        """Inside, one forward of the policy's backbone takes the reference's hidden states along.
+    def reference_beside(
+        self, start: Callable[[Tensor], Tensor] = Tensor.detach
+    ) -> Iterator[ReferenceStream]:
+        """Inside, one forward of the policy's backbone also computes the reference's hidden states.
 
-        Afterwards the backbone is as before: what activation checkpointing computes again in backward is the
-        policy's part alone.
+        Afterwards the backbone is as before, so that activation checkpointing computes only the policy's part
+        again in backward.
         """
-        companion = Companion(start, self.storeys[-1].layer)
+        stream = ReferenceStream(start, self.layers[-1].layer)
         with ExitStack() as replaced:
-            for storey in self.storeys:
-                through = partial(companion.through_layer, storey, storey.layer.forward)
-                replaced.enter_context(_forward_of(storey.layer, through))
-            for module in self.beside:
-                through = partial(companion.through_module, module.forward)
-                replaced.enter_context(_forward_of(module, through))
-            yield companion
+            for pair in self.layers:
+                through = partial(stream.through_layer, pair, pair.layer.forward)
+                replaced.enter_context(_forward_replaced(pair.layer, through))
+            for module in self.other_modules:
+                through = partial(stream.through_module, module.forward)
+                replaced.enter_context(_forward_replaced(module, through))
+            yield stream
 
     @contextmanager
     def starting_from(self, start: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Inside, another input to the first layer; for the comparison with a pass of its own."""
+        """Inside, the first layer gets `start` of its input: what a separate pass is compared with."""
 
         def replace(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (start(args[0]), *args[1:]) if args else args
 
-        handle = self.storeys[0].layer.register_forward_pre_hook(replace)
+        handle = self.layers[0].layer.register_forward_pre_hook(replace)
         try:
             yield
         finally:
             handle.remove()
 
 
-def find_traversal(backbone: nn.Module, switch: Switch) -> Traversal | str:
-    """The way through a backbone whose adapter is in its layers, or what stands in it.
+def find_interleaving(backbone: nn.Module, switch: Switch) -> InterleavedForward | str:
+    """The layers to interleave; or, as text, why this backbone cannot be interleaved.
 
-    To be called when the engine is there: what ZeRO-3 keeps with a weight is looked up once.
+    Call it once the engine is there: it looks up what ZeRO-3 has put on the weights.
     """
     parents = [
         (parent, child)
@@ -122,13 +126,14 @@ def find_traversal(backbone: nn.Module, switch: Switch) -> Traversal | str:
     ((parent, layers),) = parents
     if len(lora.adapted_layers(layers)) != len(lora.adapted_layers(backbone)):
         return "the adapter has weights outside the layers"
-    beside = [child for child in parent.children() if child is not layers]
-    return Traversal([Storey(layer, switch(layer), _users(layer)) for layer in layers], beside)
+    other_modules = [child for child in parent.children() if child is not layers]
+    pairs = [LayerPair(layer, switch(layer), _policy_in_use_sets(layer)) for layer in layers]
+    return InterleavedForward(pairs, other_modules)
 
 
 @contextmanager
-def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, the module's hooks go around another forward."""
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the module runs another forward, between the same hooks."""
     before = vars(module).get("forward")
     module.forward = forward
     try:
@@ -139,6 +144,6 @@ def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
             module.forward = before
 
 
-def _users(layer: nn.Module) -> list[InUse]:
-    """ZeRO-3's records of use of the layer's weights that the policy uses: all but the frozen adapter's."""
+def _policy_in_use_sets(layer: nn.Module) -> list[InUse]:
+    """ZeRO-3's in-use sets of the layer's weights, without the frozen reference adapter's."""
     return in_use_sets(p for name, p in layer.named_parameters() if f".{lora.REFERENCE}." not in name)

@@ -18,10 +18,10 @@ from madpo.trainer.errors import UserError
 
 
 def use_kernels(model: PreTrainedModel, rotate: bool) -> None:
-    """Give this model's layers Liger's forward functions; its weights and their names stay.
+    """Give this model's layers Liger's forward functions; weights and their names stay.
 
-    With `rotate`, rotary embeddings too, for all models of the family in this process. That kernel writes
-    over the queries and keys that it is given, unseen by autograd: whoever keeps those must go without.
+    With `rotate`, rotary embeddings too, in all models of the family in this process. That kernel overwrites
+    its queries and keys unseen by autograd, so it is not for selective checkpointing, which keeps them.
 
     Raises UserError without the package, without a GPU, and for a family that Liger does not know.
     """
@@ -38,7 +38,7 @@ def use_kernels(model: PreTrainedModel, rotate: bool) -> None:
     monkey_patch._apply_liger_kernel_to_instance(
         model=model, rope=rotate, cross_entropy=False, fused_linear_cross_entropy=False
     )
-    # It has exchanged the family's classes too, for all models that are made later.
+    # Liger has replaced the family's classes too, for models that are made later: put them back.
     vars(sys.modules[type(model).__module__]).update(before)
 
 

@@ -1,7 +1,7 @@
-"""LoRA adapters inside a transformers model: attached, stored, switched on and off. peft has the layers.
+"""LoRA adapters inside a transformers model: attached, stored, switched on and off. The layers are peft's.
 
-The policy is the base model with the adapter POLICY. Its reference is the same model with that adapter off,
-or with a frozen copy of the adapter that training started from: there is no second model in memory.
+The policy is the base model with the adapter POLICY. Its reference is that model with the adapter off, or
+with a frozen copy, REFERENCE, of the adapter that training started from: no second model is in memory.
 Source: Hu et al. 2021 (arXiv 2106.09685).
 """
 
@@ -31,12 +31,12 @@ POLICY, REFERENCE = "default", "reference"
 WEIGHTS = "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
 PREFIX = "base_model.model."
-"""What peft's files put before the name of every weight."""
+"""The first part of every weight's name in peft's files."""
 
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """A folder, or a repository on the hub, with an adapter in it."""
+    """An adapter in a folder or on the hub."""
 
     name: str
     revision: str | None
@@ -44,7 +44,7 @@ class StoredAdapter:
 
     @property
     def base(self) -> str:
-        """The model it was trained on. Raises UserError if the folder does not say."""
+        """The name of the model it was trained on. Raises UserError if the folder does not say."""
         if not self.config.base_model_name_or_path:
             raise UserError(
                 f"{self.name}: its adapter_config.json names no base model; set peft.base_model_name_or_path"
@@ -53,21 +53,21 @@ class StoredAdapter:
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """Raises UserError if they are not in safetensors: a pickle is code."""
+        """Name in the model -> weight. Raises UserError if they are not in safetensors: a pickle is code."""
         path = Path(self.name) / WEIGHTS
         if not path.is_file():
             options: Any = {"revision": self.revision, "_raise_exceptions_for_missing_entries": False}
-            found = None if Path(self.name).is_dir() else cached_file(self.name, WEIGHTS, **options)
-            if found is None:
+            file = None if Path(self.name).is_dir() else cached_file(self.name, WEIGHTS, **options)
+            if file is None:
                 raise UserError(f"{self.name}: there is no {WEIGHTS}; save the adapter with peft again")
-            path = Path(found)
+            path = Path(file)
         return {key.removeprefix(PREFIX): value for key, value in load_file(path).items()}
 
 
 def stored_adapter(name: str | None, revision: str | None, base: str | None = None) -> StoredAdapter | None:
-    """The adapter of that name, or None if it is a whole model. `base` replaces the model that it names.
+    """The adapter of that name; None for a whole model. `base` replaces the base model that it names.
 
-    Raises UserError for an adapter that is no LoRA.
+    Raises UserError for an adapter that is no LoRA, or one with biases.
     """
     if name is None or find_adapter_config_file(name, revision=revision) is None:
         return None
@@ -76,12 +76,12 @@ def stored_adapter(name: str | None, revision: str | None, base: str | None = No
     if not isinstance(config, peft.LoraConfig) or config.bias != "none" or config.lora_bias:
         raise UserError(f"{name}: a LoRA adapter without trained biases is needed; this one is {config}")
     config.base_model_name_or_path = base or config.base_model_name_or_path
-    config.lora_dropout = 0.0  # as in all models here: noise in the policy is noise in the margin
+    config.lora_dropout = 0.0  # noise in the policy would be noise in the margin
     return StoredAdapter(name, revision, config)
 
 
 def check_adapter_settings(adapter: StoredAdapter, settings: PeftConfig) -> None:
-    """Raise UserError for a key that says something else than the adapter that is to be trained on."""
+    """Raise UserError for a key of `peft` that contradicts the stored adapter that training goes on with."""
     for key, name in PEFT_NAMES.items():
         ours, theirs = getattr(settings, key), getattr(adapter.config, name)
         if ours is None or ours == theirs or (isinstance(ours, list) and set(ours) == set(theirs or [])):
@@ -100,11 +100,11 @@ PEFT_NAMES = {
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",
 }
-"""Our key -> peft's: what an adapter that is there has settled."""
+"""Key of `peft` -> peft's name, for what a stored adapter has decided already."""
 
 
 def new_config(settings: PeftConfig, base: str, revision: str | None, scores: bool) -> Any:
-    """peft's description of a fresh adapter. That of a reward model trains the score layer too."""
+    """peft's LoraConfig of a fresh adapter; a reward model's (`scores`) trains the score layer too."""
     peft = require_peft()
     whole = list(settings.lora_modules_to_save or [])
     return peft.LoraConfig(
@@ -130,7 +130,8 @@ def require_peft() -> Any:
 
 
 def quantisation(settings: PeftConfig | None) -> Any:
-    """How transformers is to quantise the base model while it loads, or None. Raises UserError."""
+    """transformers' settings to quantise the base model while it loads; None to leave it as it is. Raises
+    UserError without bitsandbytes."""
     if settings is None or not settings.quantised:
         return None
     if find_spec("bitsandbytes") is None:
@@ -146,9 +147,10 @@ def quantisation(settings: PeftConfig | None) -> Any:
 
 
 def attach(model: PreTrainedModel, config: Any, name: str, weights: dict[str, Tensor] | None = None) -> None:
-    """Put a fresh adapter into the model, or one with the weights given. Only POLICY is ever trained.
+    """Put an adapter into the model, with the weights given or fresh ones. Only POLICY is trained.
 
-    Raises UserError for layers that the model has not, or that cannot be adapted.
+    Raises UserError for layers that the model lacks or that cannot be adapted, and for weights that do not
+    fit.
     """
     peft = require_peft()
     _check_modules(model, config)
@@ -156,8 +158,8 @@ def attach(model: PreTrainedModel, config: Any, name: str, weights: dict[str, Te
     dtype, config = model.dtype, copy.deepcopy(config)
     config.inference_mode = False
     if config.target_modules == ALL_LINEAR:
-        there: Any = model.peft_config[POLICY] if is_adapted(model) else None
-        config.target_modules = linear_layers(model) if there is None else there.target_modules
+        first: Any = model.peft_config[POLICY] if is_adapted(model) else None
+        config.target_modules = linear_layers(model) if first is None else first.target_modules
     try:
         peft.inject_adapter_in_model(config, model, name)
     except (ValueError, TypeError) as error:
@@ -167,8 +169,8 @@ def attach(model: PreTrainedModel, config: Any, name: str, weights: dict[str, Te
         try:
             result = peft.set_peft_model_state_dict(model, weights, name)
         except (KeyError, RuntimeError) as error:
-            first = str(error).splitlines()[:2][-1].strip()  # of a line for every weight
-            raise UserError(f"the adapter does not fit its base model: {first}") from error
+            line = str(error).splitlines()[:2][-1].strip()  # peft gives a line for every weight
+            raise UserError(f"the adapter does not fit its base model: {line}") from error
         missing = [key for key in result.missing_keys if f".{name}." in f"{key}."]
         if missing or result.unexpected_keys:
             raise UserError(
@@ -185,23 +187,25 @@ def attach(model: PreTrainedModel, config: Any, name: str, weights: dict[str, Te
 
 
 def save_adapter(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
-    """Write the policy's adapter, given its weights by their names in the model, as peft does."""
+    """Write the policy's adapter in peft's format; `weights` are by their names in the model."""
     peft = require_peft()
     options: Any = {"adapter_name": POLICY, "save_embedding_layers": False}  # else it asks the hub
-    found = peft.get_peft_model_state_dict(model, state_dict=weights, **options)
+    state = peft.get_peft_model_state_dict(model, state_dict=weights, **options)
     folder.mkdir(parents=True)
-    save_file({PREFIX + key: value for key, value in found.items()}, folder / WEIGHTS, {"format": "pt"})
+    save_file({PREFIX + key: value for key, value in state.items()}, folder / WEIGHTS, {"format": "pt"})
     config = copy.copy(model.peft_config[POLICY])
     config.inference_mode = True
     if not isinstance(config.target_modules, str):
-        config.target_modules = sorted(config.target_modules)  # a set: in the order of this process
+        config.target_modules = sorted(
+            config.target_modules
+        )  # a set, whose order changes from process to process
     config.save_pretrained(folder)
 
 
 def linear_layers(model: PreTrainedModel) -> set[str]:
-    """Names of the linear layers inside the model: all but heads, routers and experts that are one parameter.
+    """Names of the linear layers inside the model: no heads, routers, or experts that are one parameter.
 
-    peft's own all-linear takes routers, which have a weight but do not return its product, and experts.
+    peft's own all-linear would also take experts, and routers, whose weight is used in ways of its own.
     """
     heads = _heads(model)
     return {
@@ -219,7 +223,7 @@ def is_adapted(model: PreTrainedModel) -> bool:
 
 
 def in_use(module: Any) -> Any:
-    """The module that a call would run: where an adapter has a copy of a whole one, that or the original."""
+    """The module that runs: where an adapter trains a copy of a whole module, that copy or the original."""
     if getattr(module, "modules_to_save", None) is None:
         return module
     if module.disable_adapters:
@@ -228,9 +232,9 @@ def in_use(module: Any) -> Any:
 
 
 def switch(model: nn.Module, adapter: str | None) -> Callable[[], AbstractContextManager[None]]:
-    """A context in which the model, or a part of one, has another adapter, or with None no adapter at all.
+    """A context manager; inside it the model, or a part of one, has another adapter, or with None no adapter.
 
-    peft's own switches change requires_grad too, which has to stay as the optimiser found it.
+    peft's own switches change requires_grad too, which must stay as the optimiser found it.
     """
     layers = adapted_layers(model)
 
@@ -250,7 +254,7 @@ def switch(model: nn.Module, adapter: str | None) -> Callable[[], AbstractContex
 
 
 def adapted_layers(model: nn.Module) -> list[Any]:
-    """What an adapter has put into the model: around linear layers, and around whole modules."""
+    """peft's wrappers in the model, around linear layers and around whole modules."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
@@ -272,7 +276,7 @@ def _check_modules(model: PreTrainedModel, config: Any) -> None:
 
 
 def _check_tied_copies(model: PreTrainedModel, config: Any) -> None:
-    """A copy of one of two tied matrices would end up untied, which no config can tell."""
+    """Raise UserError for a trained copy of one of two tied matrices: no config can say that it is untied."""
     outer = (model.get_input_embeddings(), model.get_output_embeddings())
     ends = {name.rpartition(".")[2] for name, m in model.named_modules() if any(m is x for x in outer)}
     both = ends & set(config.modules_to_save or [])
@@ -288,7 +292,8 @@ def _heads(model: PreTrainedModel) -> tuple[nn.Module | None, ...]:
 
 
 def _check_all_linear(model: PreTrainedModel) -> None:
-    """Heads and embeddings are used through their weights, which under ZeRO-3 an adapter cannot reach."""
+    """Raise UserError for an adapter on a head or an embedding: those are used through their weights, which
+    under ZeRO-3 an adapter cannot reach."""
     from peft.tuners.lora import LoraLayer
 
     heads = _heads(model)

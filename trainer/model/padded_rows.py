@@ -1,8 +1,8 @@
-"""Every completion behind its prompt in a row of its own, for models that cannot share one.
+"""Padded rows: every completion with its prompt in a row of its own, for models that cannot share one.
 
-Layers that carry a state along the row (Mamba, linear attention) would carry it from one completion into
-the next. Rows are padded on the right, which changes nothing for the tokens before, and run with the
-model's own attention.
+Layers that carry a state along the row (Mamba, linear attention) would carry it from one completion into the
+next. Rows are padded on the right, which changes nothing for the tokens before, and run with the model's own
+attention. Results are put back into the order of the packed row.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from madpo.trainer.model.attention.segments import on_device
 
 
 class RowsOutput(NamedTuple):
-    """What `run_rows` takes from a backbone's output, in the order of the packed row."""
+    """The part of a backbone's output that is used, in the order of the packed row."""
 
     last_hidden_state: Tensor  # (1, N, H)
     router_logits: tuple[Tensor, ...] | None = None  # (N, experts) of each mixture
 
 
 def run_rows(model: Any, batch: PackedBatch, **options: Any) -> RowsOutput:
-    """The output of a backbone for a packed batch, computed in rows of their own.
+    """The output of a backbone for a packed batch, computed in padded rows.
 
-    A prompt's tokens are taken from the row of its first completion: they are the same in all of them.
+    A prompt's hidden states are taken from the row of its first completion; they are equal in all its rows.
     """
-    index, positions = (on_device(x, batch.input_ids.device) for x in row_index(batch.segments))
+    index, cells = (on_device(x, batch.input_ids.device) for x in row_index(batch.segments))
     output: Any = model(input_ids=batch.input_ids[index], use_cache=False, **options)
     logits = getattr(output, "router_logits", None)
     # Mamba's residuals are float32 in any precision; like transformers, take its output to the head's.
-    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions).to(model.dtype)
+    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, cells).to(model.dtype)
     return RowsOutput(
         hidden[None],
-        logits and tuple(layer.reshape(index.numel(), -1).index_select(0, positions) for layer in logits),
+        logits and tuple(layer.reshape(index.numel(), -1).index_select(0, cells) for layer in logits),
     )
 
 
 def row_index(segments: tuple[Segment, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(B, T) the packed position of each row's tokens, 0 behind a row's end, and (N,) the place of every
-    packed position among the B x T."""
+    """(B, T) the index in the packed row of each padded row's tokens, 0 in the padding; and (N,) the index
+    among the B x T of every token of the packed row."""
     prompts = {s.prompt_start for s in segments if s.prompt_end > s.prompt_start}
     rows = [
         np.concatenate((np.arange(s.prompt_start, s.prompt_end), np.arange(s.start, s.end)))
@@ -50,9 +50,9 @@ def row_index(segments: tuple[Segment, ...]) -> tuple[np.ndarray, np.ndarray]:
     ]
     width = max(map(len, rows))
     index = np.zeros((len(rows), width), dtype=np.int64)
-    positions = np.empty(segments[-1].end, dtype=np.int64)
-    for number in reversed(range(len(rows))):  # so that the first copy of a prompt stays
+    cells = np.empty(segments[-1].end, dtype=np.int64)
+    for number in reversed(range(len(rows))):  # backwards, so that a prompt's first copy stays
         row = rows[number]
         index[number, : len(row)] = row
-        positions[row] = number * width + np.arange(len(row))
-    return index, positions
+        cells[row] = number * width + np.arange(len(row))
+    return index, cells

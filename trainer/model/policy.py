@@ -1,4 +1,4 @@
-"""Policy and frozen reference as one module: one engine, one forward, one loss."""
+"""Policy and frozen reference as one module for DeepSpeed: one engine, one forward, one loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from madpo.trainer.head import Impl, OutputLayers, PreferenceHead
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable, shares_rows
 from madpo.trainer.model.backbone import output_head, run_backbone, scored_hidden
 from madpo.trainer.model.expert_balance import ExpertBalance
-from madpo.trainer.model.interleaved import Traversal
+from madpo.trainer.model.interleaved import InterleavedForward
 from madpo.trainer.objectives.build import BoundObjective
 from madpo.trainer.scoring_module import Gradients, Mode, ReferenceScorer
 from madpo.trainer.sequence_parallel import SequenceGroup
@@ -23,10 +23,10 @@ from madpo.trainer.sliced_head import SlicedHead
 
 
 class PolicyWithReference(nn.Module):
-    """Scores a packed batch under both models and hands the completion rows to the loss head.
+    """A policy, the reference it is compared with, and the loss head over the scored tokens of both.
 
-    The reference has no gradient and no optimiser state; a model of its own stays in evaluation mode.
-    Without one, batches carry the log-probs that it gave before.
+    The reference has no gradient and no optimiser state; a reference model of its own stays in evaluation
+    mode. Without a reference, batches carry its cached log-probs, or the objective needs none.
     """
 
     def __init__(
@@ -42,8 +42,9 @@ class PolicyWithReference(nn.Module):
         super().__init__()
         self.policy, self.reference_scorer = policy, reference
         self.balance, self.sequence_group = balance, sequence_group
-        self.traversal: Traversal | None = None  # of both together; set by `share_traversal`
-        self.stats: dict[str, Tensor] = {}  # (), of the last batch, means over its tokens
+        self.interleaved: InterleavedForward | None = None  # set by `interleave_reference`
+        self.repeats_layers = False
+        self.stats: dict[str, Tensor] = {}  # () each: means over the last batch's tokens
         self.notes: list[str] = []  # what a user should know of the models
         self.reference = None if reference is None or reference.model is policy else reference.model
         if self.reference is not None:
@@ -80,10 +81,9 @@ class PolicyWithReference(nn.Module):
     def forward(
         self, batch: PackedBatch, mode: Mode = Mode.LOSS, gradients: Gradients = None
     ) -> tuple[Tensor | None, ...]:
-        """The loss () and the fields of `TokenScores`, as `mode` asks.
+        """The loss () and the fields of `TokenScores`, as `mode` asks; FROM_GRADIENTS runs no reference.
 
-        FROM_GRADIENTS needs no reference. The loss of experts that are not in balance is in the loss, and
-        in `stats`.
+        The load-balancing loss of experts is part of the loss, and in `stats`.
         """
         assert (batch.own_tokens is None) == (self.sequence_group is None), (
             "rows in slices are for their group"
@@ -94,12 +94,12 @@ class PolicyWithReference(nn.Module):
         reference = None if mode is Mode.FROM_GRADIENTS else self.reference_scorer
         ref_hidden = None
         assert reference is None or batch.ref_token_logps is None, "a reference, and its log-probs, too"
-        if reference is not None and self.traversal is not None:
-            with self.traversal.along() as companion:
+        if reference is not None and self.interleaved is not None:
+            with self.interleaved.reference_beside() as stream:
                 output = run_policy()
-            ref_hidden = companion.last_hidden.index_select(0, batch.scored_positions)
+            ref_hidden = stream.last_hidden.index_select(0, batch.scored_positions)
         else:
-            if reference is not None:  # first: see `Companion.through_layer`
+            if reference is not None:  # first, as in `ReferenceStream.through_layer`
                 with torch.no_grad(), reference.state():
                     ref_hidden = scored_hidden(reference.model, batch, table)
             output = run_policy()

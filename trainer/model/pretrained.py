@@ -1,9 +1,9 @@
-"""A model from its files or from a config: none of its weights missing or random, and no dropout."""
+"""Models from their files, with no weight missing, or from a config with random weights; without dropout."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -16,13 +16,21 @@ from transformers.utils import logging
 
 from madpo.trainer.config.model import ModelConfig
 from madpo.trainer.errors import UserError, nearest
+from madpo.trainer.model.families import NOISE_THAT_STAYS
 
 NEW_LAYER = "score.weight"
-"""What a reward model has and the language model that it starts from has not."""
+"""The weight that a reward model has and the language model it starts from has not."""
+
+
+class Pretrained(NamedTuple):
+    """A model from its files."""
+
+    model: PreTrainedModel
+    has_new_layer: bool  # its score layer is not in the files, and random
 
 
 def folder_of(name: str) -> str:
-    """Where the model is: of a run's folder the exported one, of anything else itself."""
+    """Resolve a model's name: a run folder becomes its exported `model/`, anything else stays."""
     exported = Path(name) / "model"
     return str(exported) if _holds_model(exported) and not _holds_model(Path(name)) else name
 
@@ -32,7 +40,7 @@ def _holds_model(folder: Path) -> bool:
 
 
 def state_of_files(name: str) -> list[tuple[str, int, int]]:
-    """Name, size and time of every file in a model's folder; [] for a name on the hub."""
+    """(name, bytes, modification time in ns) of every file in a model's folder; [] for a name on the hub."""
     files = sorted(file for file in Path(name).glob("*") if file.is_file())
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
@@ -45,13 +53,17 @@ def load_pretrained(
     kind: Any,
     quantization_config: Any,
     **options: Any,
-) -> PreTrainedModel:
+) -> Pretrained:
+    """Load a model from a folder or the hub. `options` go into its config.
+
+    Raises UserError for a model that cannot be loaded, lacks weights, or reads more than text.
+    """
     assert name is not None
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of weights that are not there; we refuse instead
+    logging.set_verbosity_error()  # its report of missing weights: they are an error here
     try:
-        config = _without_dropout(AutoConfig.from_pretrained(name, revision=revision, **options))
-        model, found = kind.from_pretrained(
+        config = without_dropout(AutoConfig.from_pretrained(name, revision=revision, **options))
+        model, info = kind.from_pretrained(
             name,
             config=config,
             revision=revision,
@@ -65,19 +77,18 @@ def load_pretrained(
         raise UserError(f"model {name!r} could not be loaded{hint}: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
-    missing = sorted(set(found["missing_keys"]) - {NEW_LAYER})
+    missing = sorted(set(info["missing_keys"]) - {NEW_LAYER})
     if missing:
         raise UserError(
             f"model {name!r}: {len(missing)} weights are missing and would be random, {missing[0]} for one; "
             "the files do not belong to the config beside them"
         )
-    model.has_new_layer = NEW_LAYER in found["missing_keys"]
     if model.config.get_text_config() is not model.config:
         raise UserError(
             f"model {name!r}: {type(model).__name__} reads more than text; save its language model by itself "
             "and name that"
         )
-    return model
+    return Pretrained(model, has_new_layer=NEW_LAYER in info["missing_keys"])
 
 
 def build_from_scratch(
@@ -88,31 +99,32 @@ def build_from_scratch(
     kind: Any,
     **options: Any,
 ) -> PreTrainedModel:
+    """A model with random weights by `model.init_config`. `options` go into its config.
+
+    Raises UserError for a family or a value that transformers does not know.
+    """
     assert model.init_config is not None
     values = dict(model.init_config)
     family = values.pop("model_type")
     try:
-        known = AutoConfig.for_model(family).to_dict()
+        defaults = AutoConfig.for_model(family).to_dict()
     except ValueError as error:
         raise UserError(f"model.init_config.model_type: {family!r} is unknown to transformers") from error
-    for key in values.keys() - known.keys():
-        raise UserError(f"model.init_config.{key}: {family} has no such value{nearest(key, known)}")
+    for key in values.keys() - defaults.keys():
+        raise UserError(f"model.init_config.{key}: {family} has no such value{nearest(key, defaults)}")
     special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = AutoConfig.for_model(family, **{"vocab_size": len(tokenizer), **special, **options, **values})
     try:
-        return kind.from_config(_without_dropout(config), dtype=dtype, attn_implementation=attention)
+        return kind.from_config(without_dropout(config), dtype=dtype, attn_implementation=attention)
     except ValueError as error:
         raise UserError(f"model.init_config.model_type: {family}: {error}") from error
 
 
-def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Noise in either model would be noise in the margin between them.
-
-    PhiMoE alone routes by its router_jitter_noise without noise too: `check_noise` is for such models.
-    """
-    kept = {"router_jitter_noise"} if config.model_type == "phimoe" else set[str]()
+def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Set dropout and jitter to 0: noise in policy or reference would be noise in the margin between them."""
+    stays = NOISE_THAT_STAYS.get(config.model_type, set[str]())
     for key, value in config.to_dict().items():
         is_noise = "dropout" in key or key.endswith("pdrop") or "jitter" in key
-        if isinstance(value, float) and is_noise and key not in kept:
+        if isinstance(value, float) and is_noise and key not in stays:
             setattr(config, key, 0.0)
     return config

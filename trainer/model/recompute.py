@@ -1,4 +1,4 @@
-"""What of a layer's activations is kept for the backward pass, and what is computed again there."""
+"""Activation checkpointing: what a layer keeps for the backward pass, and what it computes again there."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from madpo.trainer.errors import UserError
 from madpo.trainer.zero3.parameters import is_partitioned
 
 KEPT = ("aten::mm", "aten::addmm", "aten::_grouped_mm", "aten::_scaled_dot_product_", "flash_attn::")
-"""Beginnings of the names of operations that `selective` does not repeat: products with weights and fused
-attention, nearly all of a layer's arithmetic. Products of activations (aten::bmm) are repeated: in attention
-that is written out, they are as large as the square of a sequence."""
+"""First parts of the names of operations whose results `selective` keeps: products with weights and fused
+attention, nearly all of a layer's arithmetic. Products of activations (aten::bmm) are computed again: in
+attention that is written out, they are as large as the square of a sequence."""
 
 
 def checkpoint_layers(model: PreTrainedModel, selective: bool) -> None:
-    """Every decoder layer keeps its input alone, or with `selective` also what the operations in KEPT give.
-    The rest is computed again in the backward pass, by the same operations and to the same bits.
+    """Have every decoder layer keep its input alone, or with `selective` also the results of the operations
+    in KEPT. The backward pass computes the rest again, by the same operations and to the same bits.
 
     Source: Chen et al. 2016 (arXiv 1604.06174); the choice, Korthikanti et al. 2022 (arXiv 2205.05198).
     Raises UserError for a model whose layers cannot be checkpointed.
@@ -35,11 +35,10 @@ def checkpoint_layers(model: PreTrainedModel, selective: bool) -> None:
             if isinstance(layer, nn.Linear) and layer.bias is not None and is_partitioned(layer.weight):
                 setattr(layer, "forward", partial(_linear_in_two, layer))  # noqa: B010
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    setattr(model, "repeats_layers", not selective)  # noqa: B010, for the count of operations
 
 
 def _linear_in_two(layer: nn.Linear, hidden: Tensor) -> Tensor:
-    """A product and then a sum, as DeepSpeed has it under ZeRO-3, but not in place: the product is kept."""
+    """A product and then a sum, as in DeepSpeed's ZeRO-3 linear, but not in place: the product is kept."""
     return nn.functional.linear(hidden, layer.weight) + layer.bias
 
 
@@ -50,8 +49,8 @@ def _keep_and_reuse() -> tuple[TorchDispatchMode, TorchDispatchMode]:
 
 
 class _OnlyKept(TorchDispatchMode):
-    """Shows torch's context the operations in KEPT alone. It demands that a repetition runs what the forward
-    pass ran, operation by operation, and ZeRO-3 gathers other weights in the one than in the other."""
+    """Passes the operations in KEPT, and no others, on to torch's context. The context demands the same
+    operations in forward and repetition, but ZeRO-3 gathers other weights in the one than in the other."""
 
     def __init__(self, inner: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A reward model: a language model's backbone, and one linear layer over each completion's last token."""
+"""A reward model: a language model's backbone, and one linear layer on each completion's last token."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from madpo.trainer.sequence_parallel import SequenceGroup
 
 
 class RewardModel(nn.Module):
-    """Scores every completion of a packed batch. Without a reference; in all else like a policy."""
+    """Scores every completion of a packed batch: a `ScoringModule` without a reference."""
 
     stats: Mapping[str, Tensor] = MappingProxyType({})
     reference: PreTrainedModel | None = None
     reference_scorer: ReferenceScorer | None = None
     sequence_group: SequenceGroup | None = None
     loss_of_tokens = False
+    repeats_layers = False
 
-    def __init__(self, policy: PreTrainedModel, objective: BoundObjective) -> None:
+    def __init__(self, policy: PreTrainedModel, objective: BoundObjective, has_new_layer: bool) -> None:
         super().__init__()
-        self.policy = policy
+        self.policy, self.has_new_layer = policy, has_new_layer
         self.notes: list[str] = []
         layer = in_use(getattr(policy, "score", None))
         if not isinstance(layer, nn.Linear) or layer.bias is not None or layer.out_features != 1:
@@ -51,14 +52,14 @@ class RewardModel(nn.Module):
     def forward(
         self, batch: PackedBatch, mode: Mode = Mode.LOSS, gradients: Gradients = None
     ) -> tuple[Tensor | None, ...]:
-        """The loss (), and (M,) the score of each completion at its last token, 0 at the others: so that
-        sums over a completion are its score, as those of log-probs are its log-prob."""
+        """The loss (), and (M,) token scores: each completion's score at its last token and 0 before, so that
+        they add up to its score as log-probs of tokens add up to its log-prob."""
         hidden = last_hidden(self.policy, batch, SegmentTable(batch.segments))
         return self.head(hidden.index_select(0, batch.ends), batch, mode)
 
 
 class RewardHead(nn.Module):
-    """Shares the layer's weight with the model that owns it; scores and loss are formed in float32."""
+    """Scores and loss in float32. The layer's weight is the model's own."""
 
     def __init__(self, weight: nn.Parameter, objective: BoundObjective) -> None:
         super().__init__()
@@ -73,8 +74,8 @@ class RewardHead(nn.Module):
     ) -> tuple[Tensor | None, ...]:
         assert mode in (Mode.LOSS, Mode.SCORE), "no objective of the global batch takes scores"
         scores = (hidden.float() @ self.weight.float().T)[:, 0]
-        last_rows = batch.seq_lengths.cumsum(0) - 1
-        token_scores = torch.zeros(len(batch.targets), device=scores.device).index_put((last_rows,), scores)
+        last_tokens = batch.seq_lengths.cumsum(0) - 1
+        token_scores = torch.zeros(len(batch.targets), device=scores.device).index_put((last_tokens,), scores)
         tokens = TokenScores(token_scores)
         if mode is Mode.SCORE:
             return scores.new_zeros(()), *tokens.detach()

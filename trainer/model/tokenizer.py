@@ -12,7 +12,7 @@ from madpo.trainer.errors import UserError
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model, or the one named. Raises UserError if there is none."""
+    """The tokenizer that the config names, or else the model's. Raises UserError if there is none."""
     name = model.tokenizer_name_or_path or model.model_name_or_path
     assert name is not None
     revision = None if model.tokenizer_name_or_path else model.model_revision
@@ -23,7 +23,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to pad with that ends no completion: transformers' classifiers score the last other token.
+    """A token to pad with other than EOS: transformers' classifiers score the last token that is no padding.
 
     Raises UserError if the tokenizer has none.
     """

@@ -1,4 +1,4 @@
-"""That models have a row for every token of the tokenizer, by refusal or by rows for those that lack one."""
+"""Models that know every token of the tokenizer: a check, and new vocabulary entries for those they lack."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from madpo.trainer.model.lora import is_adapted
 
 
 def fit_vocabulary(model: PreTrainedModel, size: int, widen: bool) -> None:
-    """Make sure that the model knows the tokenizer's `size` tokens.
+    """Raise UserError unless the model knows the tokenizer's `size` tokens; add the missing ones if `widen`.
 
-    It may know more: rows that fill a vocabulary up are common, and no text has their tokens.
-    Raises UserError.
+    The model may know more: vocabularies are often filled up, and no text has the extra tokens.
     """
     if widen:
-        add_rows(model, size)
+        add_tokens(model, size)
     if size > model.config.vocab_size:
         raise UserError(
             f"the tokenizer has {size} tokens and the model only {model.config.vocab_size}: set "
@@ -28,17 +27,17 @@ def fit_vocabulary(model: PreTrainedModel, size: int, widen: bool) -> None:
 
 
 @torch.no_grad()
-def add_rows(model: PreTrainedModel, size: int) -> None:
-    """Widen embedding and output head, tied or not, to `size` tokens if they have fewer. The new ones are the
-    mean of the old: no draw, so that policy, reference and all ranks agree.
+def add_tokens(model: PreTrainedModel, size: int) -> None:
+    """Widen embedding and output layer, tied or not, to `size` tokens if they have fewer. New entries are the
+    mean of the old ones: no draw, so that policy, reference and all ranks agree.
 
     Source of the mean: Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models".
     Raises UserError for a model with an adapter.
     """
     import deepspeed
 
-    known = model.config.vocab_size
-    if size <= known:
+    old_size = model.config.vocab_size
+    if size <= old_size:
         return
     if is_adapted(model):
         raise UserError(
@@ -53,4 +52,4 @@ def add_rows(model: PreTrainedModel, size: int) -> None:
     for weight in weights:
         if weight is not None:
             with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
-                weight[known:] = weight[:known].float().mean(0)
+                weight[old_size:] = weight[:old_size].float().mean(0)

@@ -1,7 +1,7 @@
-"""What of a policy goes into a file: its whole weights, with an adapter merged into them, or the adapter.
+"""A policy's weights for a file: all of them, with an adapter merged in, or the adapter alone.
 
-Every entry is made from few parameters, which are gathered for it alone: no rank but the first ever holds
-a whole model, and the weights that training goes on with are not touched.
+Each entry's few parameters are gathered for it alone, so that only rank 0 ever holds a whole model. The
+weights in training are not touched.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from madpo.trainer.model.lora import POLICY, in_use
 
 
 class Entry(NamedTuple):
+    """One tensor of a file, and the parameters that `value` needs whole."""
+
     name: str
-    parameters: list[nn.Parameter]  # that have to be whole
+    parameters: list[nn.Parameter]
     value: Callable[[], Tensor]
 
 
@@ -36,13 +38,13 @@ def gather(entries: Iterable[Entry], shard: Shard) -> dict[str, Tensor]:
 
 
 def whole_weights(policy: Any) -> Iterator[Entry]:
-    """Parameters and buffers under the names of a model without an adapter; one that is there is merged."""
+    """Parameters and buffers, named as in a model without an adapter; an adapter is merged into them."""
     tied = set(policy.all_tied_weights_keys) if policy.config.tie_word_embeddings else set()
     return (entry for entry in _entries(policy, "") if entry.name not in tied)
 
 
 def adapter_weights(policy: Any) -> Iterator[Entry]:
-    """The trained adapter's parameters, under the names that they have in the model."""
+    """The trained adapter's parameters, named as in the model."""
     for name, parameter in policy.named_parameters():
         if f".{POLICY}." in name:
             yield Entry(name, [parameter], partial(Tensor.detach, parameter))
@@ -52,8 +54,8 @@ def _entries(module: Any, prefix: str) -> Iterator[Entry]:
     module = in_use(module)
     if hasattr(module, "lora_A"):
         base = module.get_base_layer()
-        makers = [base.weight, *(p for name, p in module.named_parameters() if f".{POLICY}." in name)]
-        yield Entry(f"{prefix}weight", makers, partial(_merged_weight, module))
+        parts = [base.weight, *(p for name, p in module.named_parameters() if f".{POLICY}." in name)]
+        yield Entry(f"{prefix}weight", parts, partial(_merged_weight, module))
         if base.bias is not None:
             yield Entry(f"{prefix}bias", [base.bias], partial(Tensor.detach, base.bias))
         return
@@ -67,7 +69,7 @@ def _entries(module: Any, prefix: str) -> Iterator[Entry]:
 
 
 def _merged_weight(layer: Any) -> Tensor:
-    """A layer's weight as the forward pass of its adapter has it; the sum is rounded once."""
+    """A layer's weight with its adapter added, in float32; the sum is rounded once."""
     weight = layer.get_base_layer().weight
     if POLICY in layer.lora_variant:  # DoRA
         return layer.lora_variant[POLICY].merge_safe(layer, POLICY, weight.clone())

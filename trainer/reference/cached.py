@@ -1,6 +1,6 @@
-"""`model.reference: cached`: the reference's log-probs are scored once and read from a file in training.
+"""`model.reference: cached`: the reference's log-probs are scored once, and read from a file in training.
 
-While it is scored the reference is alone in memory, and while the policy is trained it is not there at all.
+Policy and reference are never in memory together.
 """
 
 from __future__ import annotations
@@ -29,43 +29,44 @@ from madpo.trainer.engine import Engine, deepspeed_config
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.build import check_vocabulary, load_reference
 from madpo.trainer.model.freeze import count_parameters
-from madpo.trainer.model.startup.attention import settle_attention
+from madpo.trainer.model.startup.attention import choose_attention
 from madpo.trainer.model.startup.checks import check_head
 from madpo.trainer.objectives.base import Item, Need
 from madpo.trainer.reference import file as reference_file
-from madpo.trainer.reference.file import FORMAT_VERSION
+from madpo.trainer.reference.file import FORMAT_VERSION, CacheKey
 from madpo.trainer.reference.model import ReferenceAlone, weights_of_reference
 from madpo.trainer.reports.progress import SECONDS_BETWEEN_LINES, print_line
 from madpo.trainer.schedule import run_length
 from madpo.trainer.scoring_module import Mode, ScoringModule
 from madpo.trainer.zero3.loading import partitioned_loading
 
-RECHECKED = 8
-"""Groups of a stored set that are scored again at every start."""
+GROUPS_CHECKED = 8
+"""Groups of a cached data set that are scored again at every start."""
 
-BATCHES_BETWEEN_MEETINGS = 8
+BATCHES_PER_CHUNK = 8
 """Micro-batches that a rank scores, on average, before the ranks put their log-probs together."""
 
 TOLERANCE = {False: (1e-4, 1e-2), True: (0.05, 2.0)}
-"""bf16 -> nats by which log-probs of the same tokens may differ, on average and at most. Only rounding may:
-a row packed with others goes through GEMMs of another shape, and a mixture's router may tip over."""
+"""bf16 -> nats by which log-probs of one token may differ, on average and at most. Rounding alone makes such
+differences: a row packed with others goes through GEMMs of another shape, and a router may choose another
+expert."""
 
 
 @dataclass(frozen=True)
 class CachedReference:
-    """What is known of the reference once it is gone."""
+    """What is still needed of the reference once its model is gone."""
 
     vocab_size: int
-    notes: list[str]  # what was scored or found, a line for each set
+    notes: list[str]  # where each data set's log-probs are, and whether they were scored now
 
 
 def with_reference(
     config: Config, data: Data, tokenizer: PreTrainedTokenizerBase, shard: Shard, training: bool
 ) -> tuple[Data, CachedReference | None]:
-    """The data with the reference's log-probs, if they are to be cached.
+    """The data with the reference's log-probs; unchanged, with None, where they are not to be cached.
 
-    What is not there is scored, on all ranks; of what is there a sample is scored again. Raises UserError on
-    all ranks for a file that is damaged, or whose numbers are not those of the reference.
+    All ranks call it. Raises UserError on all of them for a file that is damaged, or whose numbers are not
+    those of the reference.
     """
     if config.model.reference != "cached" or not config.bound_objective.needs_reference:
         return data, None
@@ -74,44 +75,44 @@ def with_reference(
         "train": data.train if training else None,
         "held_out": data.held_out,
     }
-    found: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     notes: list[str] = []
-    engine = _start(config, tokenizer)
-    attention = str(engine.module.model.config._attn_implementation)
+    scores = ReferenceScores(config, tokenizer, shard)
     for split, groups in splits.items():
         if groups is not None:
-            parts = parts_of(config, weights, groups, len(tokenizer), attention, engine.device)
-            found[split], note = _cached(engine, groups, parts, config, shard)
+            changes[split], note = scores.read_or_score(groups, weights)
             notes.append(note)
-    cached = CachedReference(engine.module.model.config.vocab_size, notes)
-    engine.release()
-    if "train" in found:
+    cached = CachedReference(scores.model.config.vocab_size, notes)
+    scores.release()
+    if "train" in changes:
         assert isinstance(data.source, DatasetSource)
-        found["source"] = data.source.seeing(found["train"])
-    return replace(data, **found), cached
+        changes["source"] = data.source.seeing(changes["train"])
+    return replace(data, **changes), cached
 
 
 def score_once(
     config: Config, groups: TokenGroups, tokenizer: PreTrainedTokenizerBase, shard: Shard
 ) -> np.ndarray:  # (M,)
-    """The reference's log-probs of all completion tokens on every rank, kept in no file."""
-    engine = _start(config, tokenizer)
-    found = np.concatenate(list(_scores(engine, groups, config, shard)))
-    engine.release()
-    return found
+    """The reference's log-probs of all completion tokens, on every rank, without a file."""
+    scores = ReferenceScores(config, tokenizer, shard)
+    logps = np.concatenate(list(scores.score(groups)))
+    scores.release()
+    return logps
 
 
-def parts_of(
+def cache_key(
     config: Config,
     weights: dict[str, Any],  # of `weights_of_reference`
     groups: TokenDataset,
     num_tokens: int,  # of the tokenizer
-    attention: str,  # as it was settled
+    attention: str,  # chosen at start-up
     device: torch.device,
-) -> dict[str, Any]:
-    """Everything that decides a reference's log-probs but for their rounding. What its head does to logits
-    is in its config.json, among the weights; rows, tokenizer, template and truncation are in the data's
-    fingerprint."""
+) -> CacheKey:
+    """Everything that decides a reference's log-probs but for rounding.
+
+    What its head does to logits is in its config.json, which is among the weights. Examples, tokenizer,
+    template and truncation are in the data's fingerprint.
+    """
     peft, zero = config.peft, config.deepspeed.get("zero_optimization", {})
     quantised = peft is not None and peft.quantised
     quantisation = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
@@ -131,61 +132,129 @@ def parts_of(
     }
 
 
-def _start(config: Config, tokenizer: PreTrainedTokenizerBase) -> Engine[ReferenceAlone]:
+class ReferenceScores:
+    """The reference by itself in an engine: it scores groups, and fills and checks their cache files.
+
+    All ranks call its methods. Whoever made it calls `release` before another model is loaded.
+    """
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, shard: Shard) -> None:
+        self.config, self.shard, self.num_tokens = config, shard, len(tokenizer)
+        self.engine = _start_engine(config, tokenizer)
+        self.model = self.engine.module.model
+
+    def release(self) -> None:
+        self.engine.release()
+        del self.model
+
+    def read_or_score(self, groups: TokenDataset, weights: dict[str, Any]) -> tuple[TokenDataset, str]:
+        """The groups with log-probs from their file, which is written first if there is none; and a note.
+
+        Raises UserError on all ranks for a file that cannot be used.
+        """
+        attention = str(self.model.config._attn_implementation)
+        key = cache_key(self.config, weights, groups, self.num_tokens, attention, self.engine.device)
+        folder = Path(self.config.data.cache_dir).expanduser()
+        path = reference_file.path_of(folder, key)
+        is_there, start = dist.from_main(path.is_file()), time.monotonic()
+        if not is_there:
+            if self.shard.is_main and (reason := reference_file.why_not_reused(folder, key)):
+                print_line(f"reference: {groups.name} is scored anew: {reason}")
+            chunks = list(self._with_progress(self.score(groups), groups))
+            _on_main(self.shard, lambda: reference_file.write(path, np.concatenate(chunks), key))
+        groups = self.read(groups, path, key)
+        self.check(groups, path)
+        done = "a sample scored again" if is_there else f"scored in {time.monotonic() - start:.1f} s"
+        count = int(groups.counts.completion_tokens.sum())
+        return groups, f"reference: cached, {count:,} log-probs of {groups.name} in {path}, {done}"
+
+    def read(self, groups: TokenDataset, path: Path, key: CacheKey) -> TokenDataset:
+        """The groups with the log-probs of a file. Raises UserError on all ranks if one cannot read it."""
+        count, problem = int(groups.counts.completion_tokens.sum()), None
+        try:
+            logps = reference_file.read(path, key, count, verify=self.shard.is_main)
+            groups = with_logps(groups, logps)
+        except UserError as error:
+            problem = str(error)
+            if not (self.shard.is_main or path.is_file()):
+                problem = f"{path}: rank 0 has log-probs here; data.cache_dir must be shared storage"
+        dist.raise_if_any(problem)
+        return groups
+
+    def check(self, groups: TokenDataset, path: Path) -> None:
+        """Raise UserError on all ranks if a sample, drawn by the seed, gets other log-probs than cached."""
+        selected = np.sort(permutation(len(groups), self.config.seed, epoch=0)[:GROUPS_CHECKED])
+        scored = np.concatenate(list(self.score(groups, selected)))
+        assert groups.reference is not None
+        cached = np.concatenate([groups.reference[i] for i in selected])
+        dist.raise_if_any(
+            _difference(
+                torch.from_numpy(scored - cached),
+                self.config.train.bf16,
+                f"{path}: of {len(selected)} groups that the reference scored again the log-probs are others",
+                "the file was changed, or what computes them; delete it, and they are scored anew",
+            )
+        )
+
+    def score(self, groups: TokenGroups, selected: np.ndarray | None = None) -> Iterator[np.ndarray]:
+        """The reference's log-probs (m,) of one chunk of the groups after another, on every rank."""
+        rules = step_rules(self.config, self.engine.module)
+        # Without gradients a long row fits one rank.
+        rules = replace(rules, item=Item.TOKEN, ranks_per_row=1)
+        check_rows_fit(groups, rules)
+        counts = groups.counts
+        selected = np.arange(len(counts.lengths)) if selected is None else selected
+        budget = BATCHES_PER_CHUNK * rules.budget * self.shard.world_size
+        size = max(1, round(budget * len(counts.lengths) / max(int(counts.lengths.sum()), 1)))
+        for number, step in enumerate(evaluation_steps(groups, rules, size, self.shard, selected)):
+            chunk = selected[number * size : (number + 1) * size]
+            yield self._score_chunk(step, counts.completion_tokens[chunk], counts.sequences[chunk])
+
+    @torch.no_grad()
+    def _score_chunk(
+        self,
+        step: Step,
+        tokens: np.ndarray,  # (G,) completion tokens of each group of the chunk
+        sequences: np.ndarray,  # (G,)
+    ) -> np.ndarray:  # (m,)
+        """Each rank fills in the groups it scored, in an array of zeros; the sum over ranks is the chunk."""
+        first_token, first_sequence = (np.cumsum(counts) - counts for counts in (tokens, sequences))
+        flat = torch.zeros(int(tokens.sum()), dtype=torch.float32, device=self.engine.device)
+        for batch in step.batches:
+            logps = self.engine(batch.to(self.engine.device), Mode.SCORE).tokens.token_logps
+            if batch.is_dummy:
+                continue
+            firsts = np.cumsum((0, *batch.group_sequences[:-1]), dtype=np.int64)
+            members = np.searchsorted(first_sequence, batch.sequence_positions.numpy()[firsts], "right") - 1
+            for group, part in zip(members, logps.split(tokens[members].tolist()), strict=True):
+                flat[first_token[group] :][: len(part)] = part
+        torch_dist.all_reduce(flat)
+        return flat.cpu().numpy()
+
+    def _with_progress(self, chunks: Iterator[np.ndarray], groups: TokenDataset) -> Iterator[np.ndarray]:
+        """The chunks on rank 0, which prints a progress line now and then; nothing on other ranks."""
+        count, done, last = int(groups.counts.completion_tokens.sum()), 0, time.monotonic()
+        for chunk in chunks:
+            if not self.shard.is_main:
+                continue
+            yield chunk
+            done += len(chunk)
+            if time.monotonic() - last > SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                print_line(f"reference: {done / count:.0%} of {groups.name} scored")
+
+
+def _start_engine(config: Config, tokenizer: PreTrainedTokenizerBase) -> Engine[ReferenceAlone]:
     """An engine around the reference alone, without an optimiser."""
     with partitioned_loading(deepspeed_config(config, training=False)):
         reference = load_reference(config, tokenizer)
         budget_bytes = int(config.train.head_gib * 2**30)
         module = ReferenceAlone(reference, budget_bytes, config.train.head_impl)
     engine = Engine(config, module, training=False)
-    settle_attention(module.model, config.model.attention, engine.device)
+    choose_attention(module.model, config.model.attention, engine.device)
     check_head(module.model, engine.device)
     engine.eval()
     return engine
-
-
-def _cached(
-    engine: Engine[ReferenceAlone], groups: TokenDataset, parts: dict[str, Any], config: Config, shard: Shard
-) -> tuple[TokenDataset, str]:
-    """The groups with log-probs from the file, which is written if it is not there; and what was done."""
-    folder = Path(config.data.cache_dir).expanduser()
-    path = reference_file.path_of(folder, parts)
-    count, is_there = int(groups.counts.completion_tokens.sum()), dist.from_main(path.is_file())
-    start = time.monotonic()
-    if not is_there:
-        if shard.is_main and (other := reference_file.nearest(folder, parts)):
-            print_line(f"reference: {groups.name} is scored anew: {other}")
-        found = list(_with_progress_lines(_scores(engine, groups, config, shard), groups, shard))
-        _on_main(shard, lambda: reference_file.write(path, np.concatenate(found), parts))
-    problem = None
-    try:
-        groups = with_logps(groups, reference_file.read(path, parts, count, whole=shard.is_main))
-    except UserError as error:
-        problem = str(error)
-        if not (shard.is_main or path.is_file()):
-            problem = f"{path}: rank 0 has log-probs here; data.cache_dir must be shared storage"
-    dist.raise_if_any(problem)
-    _recheck(engine, groups, config, shard, path)
-    done = "a sample scored again" if is_there else f"scored in {time.monotonic() - start:.1f} s"
-    return groups, f"reference: cached, {count:,} log-probs of {groups.name} in {path}, {done}"
-
-
-def _recheck(
-    engine: Engine[ReferenceAlone], groups: TokenDataset, config: Config, shard: Shard, path: Path
-) -> None:
-    """Raise UserError on all ranks if a sample of the groups, drawn by the seed, is scored otherwise now."""
-    selected = np.sort(permutation(len(groups), config.seed, epoch=0)[:RECHECKED])
-    now = np.concatenate(list(_scores(engine, groups, config, shard, selected)))
-    assert groups.reference is not None
-    kept = np.concatenate([groups.reference[i] for i in selected])
-    dist.raise_if_any(
-        _difference(
-            torch.from_numpy(now - kept),
-            config.train.bf16,
-            f"{path}: of {len(selected)} groups that the reference scored again the log-probs are others",
-            "the file was changed, or what computes them; delete it, and they are scored anew",
-        )
-    )
 
 
 def check_policy_fits(
@@ -196,9 +265,11 @@ def check_policy_fits(
     cached: CachedReference,
     is_fresh: bool,
 ) -> None:
-    """Raise UserError on all ranks for a policy with another vocabulary, and for a fresh run from its own
-    reference that does not begin at a margin of 0: the policy gives the completions of the first micro-batch
-    other log-probs than were cached."""
+    """Check the policy against the cache; raises UserError on all ranks.
+
+    Its vocabulary must be the reference's. A fresh run that starts from its own reference must reproduce the
+    cached log-probs of its first micro-batch.
+    """
     model = config.model
     check_vocabulary(engine.module.policy.config.vocab_size, cached.vocab_size)
     named = model.ref_model_name_or_path
@@ -212,28 +283,29 @@ def check_policy_fits(
     with torch.no_grad():
         tokens = engine(batch, Mode.SCORE).tokens
     assert tokens.ref_token_logps is not None
-    drift = (tokens.token_logps - tokens.ref_token_logps)[: 0 if batch.is_dummy else None]
-    dist.raise_if_any(
-        _difference(
-            drift,
+    differences = tokens.token_logps - tokens.ref_token_logps
+    problem = None
+    if not batch.is_dummy:
+        problem = _difference(
+            differences,
             config.train.bf16,
             "model.reference: training starts at the reference, but the policy's log-probs differ from those "
             "that were cached for it",
             f"delete the file, or set model.reference=auto ({'; '.join(cached.notes)})",
         )
-    )
+    dist.raise_if_any(problem)
 
 
 def _difference(
-    drift: torch.Tensor,  # (k,)
+    differences: torch.Tensor,  # (k,) of log-probs
     bf16: bool,
     what: str,
     advice: str,
 ) -> str | None:
-    """What is wrong with differences that are more than rounding, or None."""
-    if not len(drift):
+    """An error text (`what`, by how much, `advice`) if the differences are more than rounding; else None."""
+    if not len(differences):
         return None
-    mean, most = float(drift.abs().mean()), float(drift.abs().max())
+    mean, most = float(differences.abs().mean()), float(differences.abs().max())
     mean_allowed, most_allowed = TOLERANCE[bf16]
     if mean <= mean_allowed and most <= most_allowed:
         return None
@@ -243,64 +315,8 @@ def _difference(
     )
 
 
-def _scores(
-    engine: Engine[ReferenceAlone],
-    groups: TokenGroups,
-    config: Config,
-    shard: Shard,
-    selected: np.ndarray | None = None,
-) -> Iterator[np.ndarray]:
-    """The reference's log-probs (m,) of chunks of the groups, in their order, on every rank."""
-    of_run = step_rules(config, engine.module)
-    rules = replace(of_run, item=Item.TOKEN, ranks_per_row=1)  # without gradients a long row fits one rank
-    check_rows_fit(groups, rules)
-    selected = np.arange(len(groups.counts.lengths)) if selected is None else selected
-    budget = BATCHES_BETWEEN_MEETINGS * rules.budget * shard.world_size
-    size = max(1, round(budget * len(groups.counts.lengths) / max(int(groups.counts.lengths.sum()), 1)))
-    for number, step in enumerate(evaluation_steps(groups, rules, size, shard, selected)):
-        here = selected[number * size : (number + 1) * size]
-        yield _score_chunk(engine, step, groups.counts.completion_tokens[here], groups.counts.sequences[here])
-
-
-@torch.no_grad()
-def _score_chunk(
-    engine: Engine[ReferenceAlone],
-    step: Step,
-    tokens: np.ndarray,  # (G,) completion tokens of each group of the chunk
-    sequences: np.ndarray,  # (G,)
-) -> np.ndarray:  # (m,)
-    """Each rank fills in its own groups, and the sum over ranks is the whole."""
-    first_token, first_sequence = (np.cumsum(counts) - counts for counts in (tokens, sequences))
-    flat = torch.zeros(int(tokens.sum()), dtype=torch.float32, device=engine.device)
-    for batch in step.batches:
-        logps = engine(batch.to(engine.device), Mode.SCORE).tokens.token_logps
-        if batch.is_dummy:
-            continue
-        firsts = np.cumsum((0, *batch.group_sequences[:-1]), dtype=np.int64)
-        members = np.searchsorted(first_sequence, batch.sequence_positions.numpy()[firsts], "right") - 1
-        for group, part in zip(members, logps.split(tokens[members].tolist()), strict=True):
-            flat[first_token[group] :][: len(part)] = part
-    torch_dist.all_reduce(flat)
-    return flat.cpu().numpy()
-
-
-def _with_progress_lines(
-    chunks: Iterator[np.ndarray], groups: TokenDataset, shard: Shard
-) -> Iterator[np.ndarray]:
-    """The same, kept on rank 0 alone, which says now and then how far it has come."""
-    count, done, last = int(groups.counts.completion_tokens.sum()), 0, time.monotonic()
-    for chunk in chunks:
-        if not shard.is_main:
-            continue
-        yield chunk
-        done += len(chunk)
-        if time.monotonic() - last > SECONDS_BETWEEN_LINES:
-            last = time.monotonic()
-            print_line(f"reference: {done / count:.0%} of {groups.name} scored")
-
-
 def _on_main(shard: Shard, work: Callable[[], Any]) -> Any:
-    """What rank 0 finds, on all ranks; a UserError of its own too."""
+    """The result of rank 0's `work`, on all ranks. A UserError or OSError there is a UserError on all."""
     value, problem = None, None
     if shard.is_main:
         try:
@@ -314,19 +330,19 @@ def _on_main(shard: Shard, work: Callable[[], Any]) -> Any:
 def reference_notes(
     config: Config, module: ScoringModule, source: TrainingSource, cached: CachedReference | None
 ) -> list[str]:
-    """How the reference is scored, what that costs, and whether cached log-probs would cost less."""
+    """Notes on how the reference is scored, what that costs, and whether a cache would cost less."""
     if cached is not None:
         return cached.notes
     if module.reference_scorer is None:
         return []
-    plan, extra = run_length(config, source.num_groups), "one more forward pass a step"
+    length, extra = run_length(config, source.num_groups), "one more forward pass a step"
     if module.reference is None:
         note = f"reference: the policy without its adapter: no second model, {extra}"
     else:
         size = count_parameters(module.reference)[1]
         note = f"reference: joint, a frozen model of {size:,} parameters beside the policy, {extra}"
     can_be_cached = not config.model.sync_ref_model and Need.KL not in config.bound_objective.needs
-    if source.num_groups is not None and can_be_cached and plan.total_groups > source.num_groups:
-        times = plan.total_groups / source.num_groups
+    if source.num_groups is not None and can_be_cached and length.total_groups > source.num_groups:
+        times = length.total_groups / source.num_groups
         note += f"; model.reference=cached would score every completion once in place of {times:.3g} times"
     return [note]

@@ -1,4 +1,4 @@
-"""The reference by itself: a module that scores, and what tells one reference from another."""
+"""The reference by itself: a module that only scores, and hashes of its weights."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from madpo.trainer.objectives.build import bind
 from madpo.trainer.objectives.sft import NLLParams
 from madpo.trainer.scoring_module import Gradients, Mode, ReferenceScorer
 
-FILES_READ = {".safetensors", ".bin"}
-CONFIGS_READ = ("config.json", "adapter_config.json")
+WEIGHT_SUFFIXES = {".safetensors", ".bin"}
+CONFIG_NAMES = ("config.json", "adapter_config.json")
 
 
 class ReferenceAlone(nn.Module):
-    """Scores packed batches as the reference beside a policy does, row for row by the same operations."""
+    """Scores packed batches by the operations that score a reference beside a policy."""
 
     def __init__(self, reference: ReferenceScorer, budget_bytes: int, impl: Impl = "auto") -> None:
         super().__init__()
@@ -53,27 +53,30 @@ class ReferenceAlone(nn.Module):
 
 
 def weights_of_reference(config: Config) -> dict[str, Any]:
-    """Which weights the reference has, by content, as plain JSON. Raises UserError if it cannot be told."""
+    """Hashes of the reference's weight files, or their commit on the hub, as plain JSON.
+
+    Raises UserError if there is neither.
+    """
     model = config.model
     named = model.ref_model_name_or_path
     source = str(named or model.model_name_or_path), None if named else model.model_revision
     adapter = adapter_named(config, *source)
-    out = {"weights": _content(*source)}
+    out = {"weights": _hashes(*source)}
     if adapter is not None:
-        out["weights of the adapter's base"] = _content(adapter.base, adapter.config.revision)
+        out["weights of the adapter's base"] = _hashes(adapter.base, adapter.config.revision)
     return out
 
 
-def _content(name: str, revision: str | None) -> dict[str, str]:
-    """File -> hash of its content; of a name on the hub its commit."""
+def _hashes(name: str, revision: str | None) -> dict[str, str]:
+    """File -> hash of its content; or, for a model on the hub, name -> commit."""
     folder = Path(name)
     if folder.is_dir():
-        files = sorted(x for x in folder.iterdir() if x.suffix in FILES_READ or x.name in CONFIGS_READ)
+        files = sorted(x for x in folder.iterdir() if x.suffix in WEIGHT_SUFFIXES or x.name in CONFIG_NAMES)
         with ThreadPoolExecutor(4) as readers:
             return dict(zip([file.name for file in files], readers.map(hash_of_file, files), strict=True))
     options: Any = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    found = (cached_file(name, config, **options) for config in CONFIGS_READ)
-    commit = extract_commit_hash(next((str(file) for file in found if file), None), None)
+    files_there = (cached_file(name, config, **options) for config in CONFIG_NAMES)
+    commit = extract_commit_hash(next((str(file) for file in files_there if file), None), None)
     if commit is None:
         raise UserError(
             f"model.reference: cached cannot tell which commit of {name!r} is used; download it and name "

@@ -12,10 +12,10 @@ def move_reference(
 ) -> None:
     """Set every weight of the reference to alpha * policy + (1 - alpha) * reference.
 
-    That is TR-DPO's soft update, and with alpha 1 its hard one. One pair of weights is gathered at a time.
-    Policy and reference differ by about one unit in the last place of bfloat16, which plain rounding would
-    move all of the way or not at all: narrow weights are rounded up or down at random, in proportion, in
-    draws that depend on `seed` alone.
+    This is TR-DPO's soft update, with alpha 1 its hard one. One pair of weights is gathered at a time.
+    In bfloat16 policy and reference differ by about one unit in the last place, and rounding to nearest would
+    move a weight all the way or not at all. Such weights are rounded up or down at random, in proportion; the
+    draws depend on `seed` alone.
     Source: Gorbatovski et al. 2024 (arXiv 2404.09656).
     """
     import deepspeed
@@ -28,7 +28,7 @@ def move_reference(
 
 
 def rounded(x: Tensor, random: torch.Generator) -> Tensor:
-    """x float32 as one of its two neighbours in bfloat16, whose mean over draws is x."""
+    """x (float32) rounded at random to one of its two neighbours in bfloat16; the mean over draws is x."""
     bits = x.contiguous().view(torch.int32)
     noise = torch.randint(1 << 16, x.shape, generator=random, dtype=torch.int32, device=x.device)
     return ((bits + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)

@@ -28,7 +28,7 @@ from madpo.trainer.model.backbone import last_hidden
 from madpo.trainer.model.build import build_module
 from madpo.trainer.model.pretrained import folder_of, state_of_files
 from madpo.trainer.model.reward import RewardModel
-from madpo.trainer.model.startup.attention import settle_attention
+from madpo.trainer.model.startup.attention import choose_attention
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.reward import BradleyTerryParams
 from madpo.trainer.sampling.judge_server import Endpoint, api_key
@@ -105,13 +105,13 @@ class RewardJudge:
         self.budget = config.train.micro_batch_tokens
         module = build_module(config, self.tokenizer)
         assert isinstance(module, RewardModel)
-        if getattr(module.policy, "has_new_layer", True):
+        if module.has_new_layer:
             raise UserError(f"generate.judge.reward_model: {folder} is no reward model; train one first")
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         )
         self.module = module.to(self.device).eval()
-        settle_attention(module.policy, config.model.attention, torch.device(self.device))
+        choose_attention(module.policy, config.model.attention, torch.device(self.device))
 
     def __call__(self, prompts: Sequence[TextGroup], completions: Sequence[Sequence[Text]]) -> Scores:
         """Scores; None for what could not be trained on (no token, or a prompt that fills `max_length`)."""

@@ -24,6 +24,7 @@ from madpo.trainer.data.training_source import content_of
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
+from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.reward import BradleyTerryParams
 from madpo.trainer.objectives.scores import segment_sum
@@ -154,6 +155,7 @@ def _score(
     checkpoints = Path(config.output_dir) / "checkpoints"
     tag = None if judge.given else checkpoint.latest(checkpoints, _identity(judge, data, shard))
     engine = start_engine(config, load_tokenizer(config.model), training=tag is not None)
+    assert isinstance(engine.module, RewardModel)
     if tag:
         _check_finished(judge, data, checkpoint.load(engine, checkpoints, tag))
     elif judge.fold is not None:
@@ -162,7 +164,7 @@ def _score(
             f"--task reward first, with annotate={{}} output_dir={config.output_dir} "
             f"data.folds={config.data.folds} data.fold={judge.fold}"
         )
-    elif getattr(engine.module.policy, "has_new_layer", True):
+    elif engine.module.has_new_layer:
         raise UserError(
             f"{checkpoints}: no checkpoint, and {config.model.model_name_or_path} is no reward "
             "model; train first, or name one"

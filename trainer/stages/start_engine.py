@@ -10,9 +10,9 @@ from madpo.trainer.data.training_data import Data
 from madpo.trainer.engine import Engine, deepspeed_config
 from madpo.trainer.model.build import build_module
 from madpo.trainer.model.policy import PolicyWithReference
-from madpo.trainer.model.startup.attention import settle_attention
+from madpo.trainer.model.startup.attention import choose_attention
 from madpo.trainer.model.startup.checks import check_head, check_noise
-from madpo.trainer.model.startup.interleave import share_traversal
+from madpo.trainer.model.startup.interleave import interleave_reference
 from madpo.trainer.model.startup.slices import check_slicing
 from madpo.trainer.scoring_module import ScoringModule
 from madpo.trainer.zero3.loading import partitioned_loading
@@ -37,7 +37,7 @@ def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: b
     notes = []
     for model in (module.policy, module.reference):
         if model is not None:
-            notes.append(settle_attention(model, config.model.attention, engine.device))
+            notes.append(choose_attention(model, config.model.attention, engine.device))
             if not config.bound_objective.is_reward_model:
                 check_head(model, engine.device)
             if group is not None:
@@ -47,5 +47,5 @@ def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: b
         check_noise(module.policy, engine.device)
     module.notes = list(dict.fromkeys(notes))
     if isinstance(module, PolicyWithReference):
-        share_traversal(module, engine.device)
+        interleave_reference(module, engine.device)
     return engine

@@ -1,6 +1,6 @@
-"""DeepSpeed's private names that this folder uses, looked for when it is imported.
+"""DeepSpeed's private names that the trainer uses, checked when this folder is imported.
 
-A DeepSpeed that lacks one of them would train wrong, or fail in the middle of a step, and does not say so.
+A DeepSpeed without one of them would train wrong, or fail in the middle of a step, without saying why.
 README.md beside this file says what each is for and which test would fail.
 """
 
@@ -25,11 +25,11 @@ NAMES = {
     DeepSpeedEngine: ("set_gradient_accumulation_boundary", "get_global_grad_norm"),
     deepspeed.ops: ("__compatible_ops__",),
 }
-"""Where -> names that must be there."""
+"""Module or class -> names that it must have."""
 
 
 def check() -> None:
-    """Raise UserError if a name is missing."""
+    """Raise UserError if this DeepSpeed lacks one of NAMES."""
     missing = [
         f"{where.__name__}.{name}"
         for where, names in NAMES.items()

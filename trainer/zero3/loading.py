@@ -1,4 +1,4 @@
-"""Models that are partitioned while they load, so that no rank ever holds a whole one."""
+"""Loading straight into ZeRO-3 partitions, so that no rank ever holds a whole model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import madpo.trainer.zero3.internals  # noqa: F401
 
 
 class _Zero3Config:
-    """What transformers asks of an active DeepSpeed config; its own class would need accelerate."""
+    """The part of a DeepSpeed config that transformers reads; its own class for it would need accelerate."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
@@ -33,14 +33,14 @@ def partitioned_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
     create, wrap = groups._create_zero_param_parallel_group, init.zero_wrapper_for_fp_tensor_constructor
 
     def create_once(size: int) -> None:
-        """The group that ZeRO++ keeps a second copy in is one, and DeepSpeed makes it with every model."""
+        """Make the process group of ZeRO++'s second copy once; DeepSpeed would make one for every model."""
         if groups._get_zero_param_intra_parallel_group() is None:
             create(size)
 
     def wrap_constructor(
         function: Callable[..., Tensor], target_fp_dtype: torch.dtype | None, target_device: Any
     ) -> Callable[..., Tensor]:
-        """DeepSpeed gives all that is constructed the weights' dtype, also a constant that names another."""
+        """Leave a constant the dtype that it names; DeepSpeed would give it that of the weights."""
         cast = wrap(function, target_fp_dtype, target_device)  # type: ignore[arg-type]
         keep = wrap(function, None, target_device)  # type: ignore[arg-type]
         if function is not torch.tensor:
@@ -59,8 +59,11 @@ def partitioned_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
 
 
 def gather_convolutions(model: nn.Module) -> None:
-    """Layers that hold a convolution along the row, as those of Mamba do, hand its weight to a kernel
-    instead of calling it, so that ZeRO-3 would not see it used: have it gather such a layer as a whole."""
+    """Have ZeRO-3 gather a layer with a convolution along the row (Mamba) as a whole.
+
+    Such a layer hands the convolution's weight to a kernel without calling the module, and ZeRO-3 gathers for
+    modules that are called.
+    """
     from deepspeed.utils import set_z3_leaf_module
 
     for module in model.modules():
@@ -70,8 +73,11 @@ def gather_convolutions(model: nn.Module) -> None:
 
 
 def _show_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The first input by its position, and with a gradient. DeepSpeed lets go of such a layer's weights when
-    that gradient is there, or, if it sees no input that has one, before those of the weights are."""
+    """Pass the first input positionally and requiring grad.
+
+    DeepSpeed releases such a layer's weights when that input's gradient arrives; without such an input, it
+    does so before the gradients of the weights are formed.
+    """
     first = next(iter(inspect.signature(module.forward).parameters))
     if not args and first in kwargs:
         kwargs = dict(kwargs)

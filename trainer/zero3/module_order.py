@@ -1,4 +1,4 @@
-"""The order of modules in a pass, which ZeRO-3 learns in order to gather weights before they are needed."""
+"""The order of modules in a pass, which ZeRO-3 records to gather weights before they are needed."""
 
 from __future__ import annotations
 
@@ -11,31 +11,30 @@ import madpo.trainer.zero3.internals  # noqa: F401
 
 
 @contextmanager
-def passes_of(engine: Any, kind: str) -> Iterator[None]:
-    """Inside are passes, with backward or without, that go through the modules in another order than those
-    outside and those of another kind.
+def own_module_order(engine: Any, kind: str) -> Iterator[None]:
+    """Inside, ZeRO-3 records and follows a module order of its own for this `kind` of pass.
 
-    DeepSpeed keeps one order and throws it away at the first module that is not the one it expects. Then it
-    gathers nothing ahead for two passes, and ranks compare what they have recorded, number by number: a few
-    hundred waits for the device. So each kind has a record of its own.
+    DeepSpeed keeps one order and drops it at the first module that it does not expect. For two passes it then
+    gathers nothing ahead, and ranks compare what they recorded, number by number: a few hundred waits for the
+    device. A kind is any text; passes of one kind must go through the modules in one order.
     """
     offload = getattr(engine.optimizer, "parameter_offload", None)
-    if offload is None:  # not ZeRO-3, or no training, where all passes are of one kind
+    if offload is None:  # not ZeRO-3, or no training, where there is one kind of pass
         yield
         return
     usual = offload.param_coordinator
-    records = vars(offload).setdefault("records", {})
-    if kind not in records:
-        records[kind] = _unlearnt(usual)
-    offload.param_coordinator = records[kind]
+    by_kind = vars(offload).setdefault("coordinator_by_kind", {})  # there, so that `release` frees it
+    if kind not in by_kind:
+        by_kind[kind] = _without_record(usual)
+    offload.param_coordinator = by_kind[kind]
     try:
         yield
     finally:
         offload.param_coordinator = usual
 
 
-def _unlearnt(coordinator: Any) -> Any:
-    """Another one like it that has recorded nothing yet; both share what is being gathered just now."""
+def _without_record(coordinator: Any) -> Any:
+    """A copy of ZeRO-3's coordinator that has recorded nothing; both share the gathers that are under way."""
     other = copy.copy(coordinator)
     if other.is_invalid_trace():
         other._clear_trace_structures()

@@ -1,4 +1,4 @@
-"""What ZeRO-3 keeps with a parameter that it has partitioned."""
+"""What ZeRO-3 stores on a partitioned parameter: its whole shape and size, and who uses it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 InUse = set[Any]
-"""ZeRO-3's record of the modules that use a weight just now; it releases the weight when nobody does."""
+"""The modules that use a weight at the moment; ZeRO-3 releases the weight when the set is empty."""
 
 
 def is_partitioned(parameter: torch.Tensor) -> bool:
@@ -18,28 +18,29 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
 
 
 def real_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of the whole parameter, whose own is that of an empty tensor while it is partitioned."""
+    """The whole parameter's shape; while it is partitioned, `parameter.shape` is that of an empty tensor."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def real_size(parameter: nn.Parameter) -> int:
-    """The numbers in the whole parameter."""
+    """How many numbers the whole parameter has."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def in_use_sets(parameters: Iterable[nn.Parameter]) -> list[InUse]:
-    """The records of use of the parameters that are partitioned."""
+    """ZeRO-3's in-use sets of those parameters that are partitioned."""
     weights: list[Any] = list(parameters)
     return [weight.ds_active_sub_modules for weight in weights if hasattr(weight, "ds_active_sub_modules")]
 
 
 @contextmanager
-def held(records: list[InUse], user: object) -> Iterator[None]:
-    """Inside, ZeRO-3 gathers these weights as they are used and keeps them for `user`, which comes after."""
-    for record in records:
-        record.add(user)
+def held(sets: list[InUse], user: object) -> Iterator[None]:
+    """Inside, ZeRO-3 does not release the weights of these in-use sets once they are gathered, because `user`
+    will use them next."""
+    for in_use in sets:
+        in_use.add(user)
     try:
         yield
     finally:
-        for record in records:
-            record.discard(user)
+        for in_use in sets:
+            in_use.discard(user)

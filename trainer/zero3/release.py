@@ -1,4 +1,4 @@
-"""Memory that DeepSpeed keeps, and copies that it does not renew."""
+"""The end of a DeepSpeed engine, and copies of weights that it does not renew."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import nn
 
 
 def release(engine: Any) -> None:
-    """Free what a DeepSpeed engine holds.
+    """Free the memory of a DeepSpeed engine.
 
-    DeepSpeed's hooks keep it and its module alive after `destroy`, so weights and optimiser are taken out
-    of them.
+    DeepSpeed's hooks keep engine and module alive after `destroy`, so both are emptied of weights and
+    optimiser.
     """
-    sharded = engine.optimizer
+    zero_optimizer = engine.optimizer
     engine.destroy()
-    for optimizer in (getattr(sharded, "optimizer", None), sharded):
+    for optimizer in (getattr(zero_optimizer, "optimizer", None), zero_optimizer):
         if optimizer is not None:
             vars(optimizer).clear()
     for parameter in engine.module.parameters():
@@ -31,8 +31,10 @@ def release(engine: Any) -> None:
 
 
 def forget_copies(module: nn.Module) -> None:
-    """Drop the copies of weights that ZeRO++ gathers from (zero_hpz_partition_size), after a checkpoint is
-    loaded: loading does not renew them."""
+    """Drop ZeRO++'s second copies of weights (zero_hpz_partition_size) after a checkpoint is loaded.
+
+    ZeRO++ gathers from them, and loading does not renew them.
+    """
     for parameter in module.parameters():
         if getattr(parameter, "ds_secondary_tensor", None) is not None:
             parameter.ds_secondary_tensor = None  # type: ignore[assignment]

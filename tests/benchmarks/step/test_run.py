@@ -124,7 +124,7 @@ def test_pairs_that_claim_to_be_alike_are_spread_by_number(packing, micro_batche
     pairs = [([1] * 8, [2] * length, [3] * length) for length in (100, 1, 1, 1, 1, 1)]
     groups, indices = PairSource(pairs, packing, budget=4096).take(0, 6)
     shapes = groups.shapes(indices)
-    costs = Cost(per_token=1.0, per_row=1.0, per_look={None: 1.0}).of(shapes)
+    costs = Cost(per_token=1.0, per_row=1.0, per_attention_pair={None: 1.0}).of(shapes)
     plan = plan_micro_batches(shapes.tokens(), 4096, 2, costs)
     sizes = sorted(len(micro) for rank in plan for micro in rank)
     assert sizes == {"balanced": [1, 5], "counted": [3, 3], "alone": [1] * 6}[packing]

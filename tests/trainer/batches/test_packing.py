@@ -166,7 +166,7 @@ def lognormal_shapes(random: np.random.Generator, count: int, max_length: int) -
     return Shapes(prompts, np.full(count, 2), np.minimum(completions, np.repeat(max_length - prompts, 2)))
 
 
-SMALL_MODEL = StepCost(Cost(per_token=1.0, per_row=0.38, per_look={None: 1.2e-4}))
+SMALL_MODEL = StepCost(Cost(per_token=1.0, per_row=0.38, per_attention_pair={None: 1.2e-4}))
 """The proportions of matrices, output head and attention in Qwen2.5-0.5B."""
 
 
@@ -211,9 +211,9 @@ def test_shapes_by_hand():
     assert shapes.tokens().tolist() == [6, 6]
     assert shapes.tokens(shared=False).tolist() == [8, 6]
     # 1 + 2 for the prompt, 3 + 4 + 5 and 3 for its completions; 1 + .. + 6.
-    assert shapes.looks().tolist() == [18, 21]
-    assert shapes.looks(shared=False).tolist() == [21, 21]
-    assert shapes.looks(window=3).tolist() == [1 + 2 + 9 + 3, 1 + 2 + 3 + 9]
+    assert shapes.attention_pairs().tolist() == [18, 21]
+    assert shapes.attention_pairs(shared=False).tolist() == [21, 21]
+    assert shapes.attention_pairs(window=3).tolist() == [1 + 2 + 9 + 3, 1 + 2 + 3 + 9]
     assert shapes.padded_tokens(1) == 3 * 6
     assert shapes.padded_tokens(2) == shapes.padded_tokens(5) == 2 * 5 + 6
     assert shapes.at(np.array([1, 0, 1])).completions.tolist() == [2, 3, 1, 2]

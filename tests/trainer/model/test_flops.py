@@ -19,7 +19,7 @@ from madpo.trainer.data.lengths import Shapes
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.model import lora
 from madpo.trainer.model.attention import prefix_sharing
-from madpo.trainer.model.attention.prefix_sharing import Sight
+from madpo.trainer.model.attention.prefix_sharing import MaskRule
 from madpo.trainer.model.flops import passes, step_cost
 from madpo.trainer.model.freeze import freeze
 from madpo.trainer.model.policy import PolicyWithReference
@@ -124,6 +124,7 @@ def test_checkpointing_computes_the_layers_again():
     module = with_reference(policy, ReferenceScorer(make(1)))
     want = counted(module, batch)[0]
     checkpoint_layers(policy, selective=False)
+    module.repeats_layers = True
     cost = step_cost(module)
     last: Any = policy.get_submodule("model.layers.0.mlp.down_proj")
     spared = 2 * 2 * last.weight.numel() * len(batch.input_ids)
@@ -153,7 +154,7 @@ def test_a_reward_model_has_no_head_of_its_own_to_count():
     config = AutoConfig.for_model(**LLAMA, num_labels=1)
     model: Any = AutoModelForSequenceClassification.from_config(config, attn_implementation="prefix_sharing")
     module, batch = (
-        RewardModel(model, bind(BradleyTerryParams())),
+        RewardModel(model, bind(BradleyTerryParams()), has_new_layer=True),
         pack(random_groups(3)),
     )
     head = 3 * 2 * LLAMA["hidden_size"] * len(batch.lengths)
@@ -169,7 +170,7 @@ def test_attention_counts_what_is_seen():
     each = 4 * LLAMA["num_attention_heads"] * changes["head_dim"]
     assert counted(module, batch)[1] == 3 * 2 * each * scores  # forward and twice backward, two layers
     cost = step_cost(module).model
-    assert cost.per_look == {8: 3 * each, None: 3 * each}
+    assert cost.per_attention_pair == {8: 3 * each, None: 3 * each}
     seen = {window: seen_by_masks(batch, module.policy.config, window) for window in (8, None)}
     assert cost.of(shapes_of(groups)).sum() - of_matrices(cost, batch) == 3 * each * sum(seen.values())
     assert seen[8] < seen[None] < scores
@@ -187,8 +188,8 @@ def seen_by_masks(batch: PackedBatch, config: Any, window: int | None) -> int:
     def sees(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (key <= query) & (key > query - (window or 10**9))
 
-    sight, total = Sight(sees, config), 0
+    rule, total = MaskRule(sees, config), 0
     for start, end, prompt_start, prompt_end in batch.segments:
         keys = end - start + prompt_end - prompt_start
-        total += int(sight.mask(end - start, keys, torch.device("cpu")).sum())
+        total += int(rule.mask(end - start, keys, torch.device("cpu")).sum())
     return total

@@ -1,4 +1,4 @@
-"""Policy and reference in one traversal of the layers: to the bit what two passes give, or two passes."""
+"""Policy and reference in one interleaved forward: to the bit what two passes give, or two passes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from madpo.trainer.model import lora
 from madpo.trainer.model.attention import prefix_sharing
 from madpo.trainer.model.expert_balance import expert_balance
 from madpo.trainer.model.policy import PolicyWithReference
-from madpo.trainer.model.startup.interleave import share_traversal
+from madpo.trainer.model.startup.interleave import interleave_reference
 from madpo.trainer.objectives.build import bind
 from madpo.trainer.objectives.registry import OBJECTIVES
 from madpo.trainer.scoring_module import Mode, ReferenceScorer
@@ -60,7 +60,7 @@ def outcome(module: PolicyWithReference) -> dict[str, Tensor]:
 
 
 def calls(module: PolicyWithReference) -> list[bool]:
-    """Of every call of the first layer in a forward and backward pass, whether gradients were on."""
+    """Whether gradients were on, for every call of the first layer in a forward and backward pass."""
     seen: list[bool] = []
     layer: Any = module.policy.model.layers[0]
     handle = layer.input_layernorm.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
@@ -71,8 +71,8 @@ def calls(module: PolicyWithReference) -> list[bool]:
 
 def compare(module: PolicyWithReference) -> None:
     want = outcome(module)
-    share_traversal(module, CPU)
-    assert module.traversal is not None and not module.notes
+    interleave_reference(module, CPU)
+    assert module.interleaved is not None and not module.notes
     got = outcome(module)
     assert got.keys() == want.keys() and len(got) > 3
     assert not torch.equal(got["logps"], got["ref_logps"]), "the adapter must matter"
@@ -105,13 +105,13 @@ def test_bit_for_bit_with_every_kind_of_adapter(options, checkpointing):
 def test_what_is_computed_again_in_backward_is_the_policy_alone():
     module = adapted("Mistral")
     module.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    share_traversal(module, CPU)
+    interleave_reference(module, CPU)
     assert calls(module) == [False, True, True]  # the reference, the policy, the policy again
 
 
-def test_a_pass_that_needs_no_reference_takes_none_along():
+def test_a_pass_that_needs_no_reference_runs_none():
     module = adapted("Mistral")
-    share_traversal(module, CPU)
+    interleave_reference(module, CPU)
     batch = a_batch()
     loss, _, ref_logps, *_ = module(batch, Mode.FROM_GRADIENTS, torch.ones(len(batch.seq_lengths)))
     assert loss is not None and ref_logps is None
@@ -119,15 +119,15 @@ def test_a_pass_that_needs_no_reference_takes_none_along():
 
 
 def refused(module: PolicyWithReference) -> str:
-    share_traversal(module, CPU)
-    assert module.traversal is None
+    interleave_reference(module, CPU)
+    assert module.interleaved is None
     (note,) = module.notes
     return note
 
 
 def test_embeddings_of_its_own_keep_the_reference_apart():
-    remark = refused(adapted("Mistral", lora_modules_to_save=["embed_tokens"]))
-    assert remark == (
+    note = refused(adapted("Mistral", lora_modules_to_save=["embed_tokens"]))
+    assert note == (
         "policy and reference take a forward pass each: the adapter has weights outside the layers"
     )
 
@@ -170,7 +170,7 @@ def test_a_model_that_does_more_than_run_its_layers_takes_two_passes(habit):
 
 def test_a_failure_on_the_way_leaves_the_model_as_it_was():
     module = adapted("Mistral", frozen_copy=True)
-    share_traversal(module, CPU)
+    interleave_reference(module, CPU)
 
     def state() -> Any:
         switches = [(m._disable_adapters, m._active_adapter) for m in lora.adapted_layers(module)]
@@ -210,8 +210,8 @@ def test_a_forward_that_was_replaced_before_is_used_and_stays():
     layer.forward = replaced
     want = outcome(module)
     assert not torch.equal(want["logps"], plain["logps"])
-    share_traversal(module, CPU)
-    assert module.traversal is not None
+    interleave_reference(module, CPU)
+    assert module.interleaved is not None
     used.clear()
     got = outcome(module)
     assert used == [False, True] and vars(layer)["forward"] is replaced

@@ -1,4 +1,4 @@
-"""One traversal on two ranks: the numbers of two passes, and each weight gathered once in forward."""
+"""The interleaved forward on two ranks: the numbers of two passes, each weight gathered once in forward."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, tokenizer_folder) -> Config:
-    folder = tmp_path_factory.mktemp("traversal")
+    folder = tmp_path_factory.mktemp("interleaved")
     base = save_model(folder / "base", tokenizer_folder, seed=1, num_hidden_layers=LAYERS)
     stored_adapter(folder / "adapter", folder / "base", tokenizer_folder)
     return make_config(
@@ -50,10 +50,10 @@ def config(tmp_path_factory, tokenizer_folder) -> Config:
 
 
 def apart(function: Any) -> Any:
-    """The same with a pass each for policy and reference."""
+    """`function` with a pass each for policy and reference."""
 
     def run(*args: Any) -> Any:
-        startup.share_traversal = lambda module, device: None
+        startup.interleave_reference = lambda module, device: None
         return function(*args)
 
     return run
@@ -104,13 +104,14 @@ def traffic(shard, config: Config) -> dict[str, Any]:
     backend.all_gather_into_tensor = count
     parameters = dict(engine.module.named_parameters())
     whole: list[int] = []
-    release = engine.optimizer.parameter_offload.release_backward_leftovers
+    offload = engine.deepspeed.optimizer.parameter_offload
+    release = offload.release_backward_leftovers
 
     def look_and_release() -> None:
         whole.append(sum(p.ds_numel for p in parameters.values() if p.ds_status.name == "AVAILABLE"))
         release()
 
-    engine.optimizer.parameter_offload.release_backward_leftovers = look_and_release
+    offload.release_backward_leftovers = look_and_release
 
     batch = plan_step(groups, np.arange(4), step_rules(config), shard).batches[0].to(engine.device)
     out: dict[str, Any] = {"forward": [], "both": []}
@@ -120,7 +121,7 @@ def traffic(shard, config: Config) -> dict[str, Any]:
             loss, *_ = engine(batch)
         if training:
             engine.backward(loss)
-            engine.step()
+            engine.step(3e-3)
         out["both" if training else "forward"].append(gathered[0])
     engine.release()
     layers = {name: p.ds_numel for name, p in parameters.items() if ".layers." in name}
@@ -135,19 +136,19 @@ def traffic(shard, config: Config) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def both(config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The traffic of one traversal and of two passes."""
-    once, twice = (run_ranks(2, what, config)[0] for what in (traffic, apart(traffic)))
+    """The traffic of an interleaved forward and of two passes."""
+    once, twice = (run_ranks(2, run, config)[0] for run in (traffic, apart(traffic)))
     return once, twice
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "activation-checkpointing"])
 def test_every_weight_is_gathered_once_in_forward(config, both, checkpointing):
-    """Without a trace of earlier passes and with one. Two passes gather the whole base once more, but the
-    head, where both meet."""
+    """Before ZeRO-3 has recorded a module order and after. Two passes gather the base twice, but not
+    the head, where both meet."""
     once, twice = both
     if checkpointing:
-        run = changed(config, model={"gradient_checkpointing": True})
-        once, twice = (run_ranks(2, what, run)[0] for what in (traffic, apart(traffic)))
+        config = changed(config, model={"gradient_checkpointing": True})
+        once, twice = (run_ranks(2, run, config)[0] for run in (traffic, apart(traffic)))
     again = twice["base"] - twice["head"]
     assert once["forward"] == [once["all"]] * 3
     assert min(twice["forward"]) == once["all"] + again

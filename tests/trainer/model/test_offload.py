@@ -14,7 +14,7 @@ from torch import Tensor
 
 from madpo.trainer.config.schema import Config
 from madpo.trainer.model import offload
-from madpo.trainer.model.offload import Cargo, Parcel, Slip, offload_layers
+from madpo.trainer.model.offload import HostCopy, LayerActivations, SavedHandle, offload_layers
 from madpo.trainer.model.recompute import checkpoint_layers
 
 
@@ -41,27 +41,27 @@ def test_gradients_are_the_same_to_the_bit(plain, way):
 
 
 class Seen:
-    """What was offloaded: the shape of each tensor saved, and the parcels, one for each piece of memory."""
+    """What was offloaded: the shape of each tensor saved, and a host copy for each piece of memory."""
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
-        self.parcels: list[Parcel] = []
+        self.copies: list[HostCopy] = []
 
     def __enter__(self) -> Seen:
-        self.add = Cargo.add
+        self.add = LayerActivations.add
 
-        def add(cargo: Cargo, tensor: Tensor) -> Slip:
-            slip = self.add(cargo, tensor)
+        def add(activations: LayerActivations, tensor: Tensor) -> SavedHandle:
+            handle = self.add(activations, tensor)
             self.shapes.append(tuple(tensor.shape))
-            if slip.parcel.uses == 1:
-                self.parcels.append(slip.parcel)
-            return slip
+            if handle.copy.uses == 1:
+                self.copies.append(handle.copy)
+            return handle
 
-        setattr(Cargo, "add", add)  # noqa: B010
+        setattr(LayerActivations, "add", add)  # noqa: B010
         return self
 
     def __exit__(self, *error: Any) -> None:
-        Cargo.add = self.add
+        LayerActivations.add = self.add
 
 
 def test_what_is_offloaded():
@@ -71,11 +71,11 @@ def test_what_is_offloaded():
     weights = {tuple(p.shape) for p in model.parameters()}
     with Seen() as seen:
         forward(model)().backward()
-    assert len(seen.shapes) > len(seen.parcels) and len(seen.parcels) % 2 == 0 and seen.parcels
+    assert len(seen.shapes) > len(seen.copies) and len(seen.copies) % 2 == 0 and seen.copies
     assert not any(shape in weights or shape[::-1] in weights for shape in seen.shapes)
     head_dim = model.config.hidden_size // model.config.num_attention_heads
     assert not any(shape[0] == 1 and shape[2:] == (head_dim,) for shape in seen.shapes), "rotary embedding"
-    assert all(parcel.back is None for parcel in seen.parcels), "all have been handed out and let go"
+    assert all(copy.on_device is None for copy in seen.copies), "all have been handed out and let go"
 
 
 def test_with_checkpointing_only_inputs_are_offloaded():
@@ -100,14 +100,14 @@ def test_small_tensors_stay():
     offload_layers(model)
     with Seen() as seen:
         forward(model)().backward()
-    assert not seen.parcels
+    assert not seen.copies
 
 
 def test_without_gradients_nothing_is_copied():
     model = prepared("Llama 3", {"activation_offloading": True})
     with Seen() as seen, torch.no_grad():
         forward(model)()
-    assert not seen.parcels
+    assert not seen.copies
 
 
 def test_layers_that_are_not_known_are_refused(monkeypatch):

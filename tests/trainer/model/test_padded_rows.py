@@ -27,7 +27,7 @@ from madpo.trainer.model.expert_balance import expert_balance
 from madpo.trainer.model.flops import passes
 from madpo.trainer.model.padded_rows import row_index
 from madpo.trainer.model.policy import PolicyWithReference
-from madpo.trainer.model.startup.attention import settle_attention
+from madpo.trainer.model.startup.attention import choose_attention
 from madpo.trainer.model.startup.checks import check_head, check_packing
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.build import bind
@@ -89,8 +89,8 @@ def test_the_check_at_start_finds_the_state_and_gives_rows_of_their_own(family, 
     model = stateful(family, NAME, dtype)
     with pytest.raises(ValueError, match="packed scores differ from single ones"):
         check_packing(model, CPU)
-    remark = settle_attention(model, "auto", CPU)
-    assert "the model's own" in remark and "prompts are not shared, and rows are padded" in remark
+    note = choose_attention(model, "auto", CPU)
+    assert "the model's own" in note and "prompts are not shared, and rows are padded" in note
     assert not prefix_attention.shares_rows(model)
     assert passes(model).forward.per_token > 0
     check_packing(model, CPU)
@@ -108,7 +108,7 @@ def test_log_probs_and_gradients_equal_the_padded_forward(family):
     truth = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     for prefix_sharing in (True, False):
         ours = stateful(family, NAME)
-        settle_attention(ours, "auto", CPU)
+        choose_attention(ours, "auto", CPU)
         got = packed_logps(ours, groups, prefix_sharing)
         assert relative_error(got, want) < 1e-5
         (got * weights).sum().backward()
@@ -121,18 +121,18 @@ def test_log_probs_and_gradients_equal_the_padded_forward(family):
 def test_rows_and_places_by_the_tokens_themselves(prefix_sharing):
     groups = mixed_groups()
     batch = pack(groups, prefix_sharing=prefix_sharing)
-    index, positions = row_index(batch.segments)
+    index, cells = row_index(batch.segments)
     rows = [group.prompt + completion for group in groups for completion in group.completions]
     assert len(index) == len(rows) and index.shape[1] == max(map(len, rows))
     for number, row in enumerate(rows):
         assert batch.input_ids[index[number, : len(row)]].tolist() == row
-    assert np.array_equal(index.reshape(-1)[positions], np.arange(len(batch.input_ids)))
+    assert np.array_equal(index.reshape(-1)[cells], np.arange(len(batch.input_ids)))
 
 
 def test_what_is_inexact_in_rows_of_its_own_too_is_refused():
     model = tiny_model("Gemma 3", NAME, use_bidirectional_attention=True)
     with pytest.raises(UserError, match="packed scores differ from single ones"):
-        settle_attention(model, "auto", CPU)
+        choose_attention(model, "auto", CPU)
     assert prefix_attention.shares_rows(model)
 
 
@@ -142,7 +142,7 @@ def test_the_experts_loss_knows_no_padding():
     (alone,) = random_groups(1, seed=5, completions=1)
     theirs: Any = stateful("qwen3_next", "eager")
     ours = stateful("qwen3_next", NAME)
-    settle_attention(ours, "auto", CPU)
+    choose_attention(ours, "auto", CPU)
     entry = OBJECTIVES["nll"]
     module = PolicyWithReference(ours, None, bind(entry.params()), 2**20, balance=expert_balance(ours, 0.5))
     module(pack([group, alone], token_scale=1.0))

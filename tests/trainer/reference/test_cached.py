@@ -165,8 +165,8 @@ def test_narrow_weights_are_scored_again_within_their_rounding(config):
     """Also where every rank holds them whole."""
     narrow = changed(config, train={"bf16": True}, deepspeed=STAGE_2)
     for again in (False, True):
-        remarks = run_ranks(2, score, changed(narrow, train={"micro_batch_tokens": 512 if again else 128}))[0]
-        assert all(("scored again" in remark) is again for remark in remarks)
+        notes = run_ranks(2, score, changed(narrow, train={"micro_batch_tokens": 512 if again else 128}))[0]
+        assert all(("scored again" in note) is again for note in notes)
 
 
 def tamper(config: Config, count: int, place: int, by: float) -> Path:
@@ -222,7 +222,7 @@ def test_a_run_from_its_reference_starts_at_a_margin_of_zero(config, tmp_path):
 def keep_no_reference(shard: Shard, config: Config) -> tuple[int, int, int]:
     """Of the weights that the reference had, how many are in memory afterwards; and the trained module's."""
     weights: list[weakref.ref[Any]] = []
-    start = reference._start
+    start = reference._start_engine
 
     def watched(*args: Any) -> Any:
         engine: Any = start(*args)
@@ -230,7 +230,7 @@ def keep_no_reference(shard: Shard, config: Config) -> tuple[int, int, int]:
         weights.extend(weakref.ref(p.ds_tensor) for p in parameters)
         return engine
 
-    reference._start = watched
+    reference._start_engine = watched
     score(shard, config)
     left = sum(weight() is not None for weight in weights)
     engine: Any = start_engine(config, load_tokenizer(config.model), training=True)
@@ -264,5 +264,5 @@ def test_other_folders_with_the_same_model_share_the_file(config, tmp_path):
     before = files_of(config)
     shutil.copytree(tmp_path / "start", tmp_path / "moved")
     moved = changed(config, model={"model_name_or_path": str(tmp_path / "moved")})
-    assert all("scored again" in remark for remark in run_ranks(2, score, moved)[0])
+    assert all("scored again" in note for note in run_ranks(2, score, moved)[0])
     assert files_of(moved) == before

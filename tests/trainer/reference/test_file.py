@@ -18,8 +18,8 @@ from madpo.trainer.data.training_data import load_data
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.reference import file as reference_file
 from madpo.trainer.reference import model as of_model
-from madpo.trainer.reference.cached import parts_of
-from madpo.trainer.reference.file import nearest, path_of, read, write
+from madpo.trainer.reference.cached import cache_key
+from madpo.trainer.reference.file import path_of, read, why_not_reused, write
 from madpo.trainer.reference.model import weights_of_reference
 
 PARTS = {"data": "groups-1", "dtype": "fp32", "weights": {"config.json": "ab"}}
@@ -67,10 +67,10 @@ def test_a_file_of_something_else_says_by_what_it_differs(path):
         read(path, other, len(LOGPS))
     with pytest.raises(ValueError, match=r"shape \(199,\), 200 float32 are needed"):
         read(path, PARTS, 200)
-    assert nearest(path.parent, other) == f"{path.name} has other dtype"
-    assert nearest(path.parent / "empty", other) == ""
+    assert why_not_reused(path.parent, other) == f"{path.name} has other dtype"
+    assert why_not_reused(path.parent / "empty", other) == ""
     (path.parent / "reference-x.safetensors").write_bytes(b"?")
-    assert nearest(path.parent, {**other, "data": "groups-2"}) == f"{path.name} has other data, dtype"
+    assert why_not_reused(path.parent, {**other, "data": "groups-2"}) == f"{path.name} has other data, dtype"
 
 
 def test_log_probs_that_are_not_finite_are_not_kept(tmp_path):
@@ -106,7 +106,7 @@ def test_a_file_that_is_written_in_part_is_not_there(path, monkeypatch):
 def test_the_numbers_are_looked_at_only_if_all_are_to_be(path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-4] + b"\0\0\0\0")
-    assert read(path, PARTS, len(LOGPS), whole=False)[-1] == 0.0
+    assert read(path, PARTS, len(LOGPS), verify=False)[-1] == 0.0
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def name_for(config: Config, device: str = "cpu") -> str:
     groups = load_data(config, tokenizer, training=True).train
     assert groups is not None
     weights, attention = weights_of_reference(config), config.model.attention
-    parts = parts_of(config, weights, groups, len(tokenizer), attention, torch.device(device))
+    parts = cache_key(config, weights, groups, len(tokenizer), attention, torch.device(device))
     return path_of(Path("."), parts).name
 
 

@@ -1,4 +1,4 @@
-"""The back-ends by name."""
+"""The back-ends of attention, by name."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from functools import partial
 from torch import Tensor
 
 from madpo.trainer.model.attention import flex, sdpa, varlen
-from madpo.trainer.model.attention.inputs import Call
+from madpo.trainer.model.attention.inputs import AttentionInputs
 
 
 @dataclass(frozen=True)
 class Backend:
     label: str
-    attend: Callable[[Call], Tensor]  # -> (1, N, heads, head_dim)
-    problem: Callable[[Call], str | None]  # why it does not compute the call; None: it may be tried
+    attend: Callable[[AttentionInputs], Tensor]  # -> (1, N, heads, head_dim)
+    # Why it cannot compute these inputs, as far as is known without a trial.
+    problem: Callable[[AttentionInputs], str | None]  # None: it may be tried
 
 
 BACKENDS = {
@@ -30,6 +31,6 @@ BACKENDS = {
     },
     "torch": Backend("torch's varlen_attn", varlen.torch_attend, varlen.torch_problem),
     "flex": Backend("FlexAttention", flex.attend, flex.problem),
-    "sdpa": Backend("SDPA, segment by segment", sdpa.attend, lambda call: None),
+    "sdpa": Backend("SDPA, segment by segment", sdpa.attend, lambda inputs: None),
 }
-"""The fastest first."""
+"""Back-end by name, the fastest first."""

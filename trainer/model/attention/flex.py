@@ -1,6 +1,7 @@
-"""By torch's FlexAttention: the model's own mask, at any blocks of the row that can see each other.
+"""Attention by torch's FlexAttention: the model's own mask function, over the blocks of the row where any
+query attends to any key.
 
-Whatever a mask function can say is computed, soft-caps and sinks too. On CPUs there is no gradient.
+It computes whatever a mask function can say, soft-caps and sinks too. On CPUs it has no gradient.
 """
 
 from __future__ import annotations
@@ -17,38 +18,38 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from madpo.trainer.model.attention.inputs import Call
+from madpo.trainer.model.attention.inputs import AttentionInputs
 from madpo.trainer.model.attention.segments import SegmentTable, on_device
 
 BLOCK = 128
 COMPILATIONS = 64
-"""Kernels that one process may need: per kind of layer, with and without gradients, for one block or more.
-torch's limit of 8 would have the others run unfused, with a line in the log."""
+"""Most kernels that one process may need: for each kind of layer, with and without gradients, for one block
+or more. Beyond its own limit of 8 torch runs unfused, with no more than a line in the log."""
 
 
-def attend(call: Call) -> Tensor:  # (1, N, heads, head_dim)
-    tokens = call.query.shape[2]
-    mask = block_mask(call)
+def attend(inputs: AttentionInputs) -> Tensor:  # (1, N, heads, head_dim)
+    tokens = inputs.query.shape[2]
+    mask = block_mask(inputs)
     padding = (0, 0, 0, mask.seq_lengths[0] - tokens)
-    out: Any = _function(call.query.device)(
-        *(F.pad(x, padding) for x in (call.query, call.key, call.value)),
-        score_mod=None if call.softcap is None else _capped(call.softcap),
+    out: Any = _function(inputs.query.device)(
+        *(F.pad(x, padding) for x in (inputs.query, inputs.key, inputs.value)),
+        score_mod=None if inputs.softcap is None else _capped(inputs.softcap),
         block_mask=mask,
-        scale=call.scale,
-        enable_gqa=call.is_grouped,
-        return_aux=None if call.sinks is None else AuxRequest(lse=True),
+        scale=inputs.scale,
+        enable_gqa=inputs.is_grouped,
+        return_aux=None if inputs.sinks is None else AuxRequest(lse=True),
     )
-    if call.sinks is not None:
+    if inputs.sinks is not None:
         out, aux = out
         # The softmax without the sink, times the share of it that the sink leaves.
-        share = torch.sigmoid(aux.lse - call.sinks[None, :, None].float())
-        out = (out * share[..., None]).to(call.query.dtype)
+        share = torch.sigmoid(aux.lse - inputs.sinks[None, :, None].float())
+        out = (out * share[..., None]).to(inputs.query.dtype)
     return out[:, :, :tokens].transpose(1, 2).contiguous()
 
 
-def problem(call: Call) -> str | None:
-    """Why it does not compute the call, as far as is known before it is tried."""
-    if call.query.device.type == "cpu":
+def problem(inputs: AttentionInputs) -> str | None:
+    """Why FlexAttention cannot compute these inputs, as far as is known without a trial."""
+    if inputs.query.device.type == "cpu":
         return "torch has no gradient of it on CPUs"
     return None
 
@@ -73,72 +74,74 @@ def _function(device: torch.device) -> Callable[..., Any]:
     return _compiled()
 
 
-def block_mask(call: Call) -> BlockMask:
-    """What each token of the row sees, the row filled up to whole blocks; built once per row and sight.
+def block_mask(inputs: AttentionInputs) -> BlockMask:
+    """The mask of a row that is padded to whole blocks; built once per row and mask rule.
 
-    What fills it up is a sequence of its own, so that no query is without a key.
+    The padding is a sequence of its own, so that no query is without a key.
     """
-    table, sight, device = call.segments, call.sight, call.query.device
-    if table in sight.kept:
-        return sight.kept[table]
-    row = _Row(table)
-    number, first, last, place = (on_device(x, device) for x in row.tokens)
+    table, rule, device = inputs.segments, inputs.mask_rule, inputs.query.device
+    if table in rule.cache:
+        return rule.cache[table]
+    row = _PaddedRow(table)
+    segment, prompt_start, prompt_end, position = (on_device(x, device) for x in row.tokens)
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        own = number[query] == number[key]
-        of_prompt = (key >= first[query]) & (key < last[query])
-        return (own | of_prompt) & sight.mask_function(batch, head, place[query], place[key])
+    def attends(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        in_segment = segment[query] == segment[key]
+        in_prompt = (key >= prompt_start[query]) & (key < prompt_end[query])
+        return (in_segment | in_prompt) & rule.mask_function(batch, head, position[query], position[key])
 
-    some, whole = row.blocks()
-    if not sight.is_causal:  # what a block sees in whole is known of causal masks only
-        some, whole = some | whole, np.zeros_like(whole)
-    lists = [on_device(x, device) for x in (*_listed(some), *_listed(whole))]
+    partial, full = row.blocks()
+    if not rule.is_causal:  # another mask function has to be asked for each pair
+        partial, full = partial | full, np.zeros_like(full)
+    lists = [on_device(x, device) for x in (*_key_blocks(partial), *_key_blocks(full))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        sight.kept[table] = BlockMask.from_kv_blocks(
-            *lists, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(row.length, row.length)
+        rule.cache[table] = BlockMask.from_kv_blocks(
+            *lists, BLOCK_SIZE=BLOCK, mask_mod=attends, seq_lengths=(row.length, row.length)
         )
-    return sight.kept[table]
+    return rule.cache[table]
 
 
-class _Row:
-    """A table's tokens and blocks, with what fills the last block."""
+class _PaddedRow:
+    """A table's tokens and blocks; the padding of the last block is one more segment."""
 
     def __init__(self, table: SegmentTable) -> None:
         tokens = int(table.bounds[-1, 1])
         self.length = -(-tokens // BLOCK) * BLOCK
-        filling = np.array([[tokens, self.length, tokens, tokens]] if self.length > tokens else [], np.int64)
-        self.bounds = np.concatenate((table.bounds, filling.reshape(-1, 4)))
+        padding = np.array([[tokens, self.length, tokens, tokens]] if self.length > tokens else [], np.int64)
+        self.bounds = np.concatenate((table.bounds, padding.reshape(-1, 4)))
         own = range(len(self.bounds))
+        # The segment that is each segment's prompt, or itself.
         self.prompts = [
             number if prompt is None else prompt
             for number, prompt in zip(own, (*table.prompts, None), strict=False)
         ]
-        place = np.concatenate((table.places, np.arange(self.length - tokens)))
+        position = np.concatenate((table.positions, np.arange(self.length - tokens)))
         number = np.arange(len(self.bounds))
-        start, end, first, last = self.bounds.T
-        self.tokens = *(np.repeat(x, end - start) for x in (number, first, last)), place
+        start, end, prompt_start, prompt_end = self.bounds.T
+        # (tokens,) each: segment, its prompt's start and end, position in the sequence.
+        self.tokens = *(np.repeat(x, end - start) for x in (number, prompt_start, prompt_end)), position
 
     def blocks(self) -> tuple[np.ndarray, np.ndarray]:
-        """(B, B) bool each: which blocks of queries and keys see each other in part, and in whole, by a
-        causal mask."""
+        """(B, B) bool each: where a causal mask lets some, and where it lets all queries of a block attend to
+        the keys of a block."""
         count = self.length // BLOCK
-        some, whole = np.zeros((2, count, count), dtype=bool)
+        partial, full = np.zeros((2, count, count), dtype=bool)
         earlier = np.tri(count, k=-1, dtype=bool)
-        for start, end, first, last in self.bounds.tolist():
-            queries, inside = _touched(start, end), _within(start, end)
-            some[queries, queries] = True
-            some[queries, _touched(first, last)] = True
-            adjoining = last == start and last > first  # the first completion, behind its prompt
-            whole[inside, _within(first if adjoining else start, end)] = True
+        for start, end, prompt_start, prompt_end in self.bounds.tolist():
+            touched, inside = _touched(start, end), _inside(start, end)
+            partial[touched, touched] = True
+            partial[touched, _touched(prompt_start, prompt_end)] = True
+            adjoining = prompt_end == start and prompt_end > prompt_start  # the first completion
+            full[inside, _inside(prompt_start if adjoining else start, end)] = True
         owners = zip(self.prompts, self.bounds.tolist(), strict=True)
         for prompt, run in groupby(owners, key=lambda owner: owner[0]):
-            of_prompt = [bounds for _, bounds in run]  # it, and completions behind each other
-            queries = _within(of_prompt[0][0], of_prompt[-1][1])
-            whole[queries, _within(*self.bounds[prompt, :2].tolist())] = True
-        some &= earlier | np.eye(count, dtype=bool)
-        whole &= earlier
-        return some & ~whole, whole
+            members = [bounds for _, bounds in run]  # the prompt, and completions behind each other
+            queries = _inside(members[0][0], members[-1][1])
+            full[queries, _inside(*self.bounds[prompt, :2].tolist())] = True
+        partial &= earlier | np.eye(count, dtype=bool)
+        full &= earlier
+        return partial & ~full, full
 
 
 def _touched(start: int, end: int) -> slice:
@@ -146,13 +149,14 @@ def _touched(start: int, end: int) -> slice:
     return slice(start // BLOCK, -(-end // BLOCK) if end > start else start // BLOCK)
 
 
-def _within(start: int, end: int) -> slice:
-    """The blocks that hold nothing else."""
+def _inside(start: int, end: int) -> slice:
+    """The blocks that hold tokens start .. end - 1 and no others."""
     first = -(-start // BLOCK)
     return slice(first, max(first, end // BLOCK))
 
 
-def _listed(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(1, 1, B) how many key blocks each query block has, and (1, 1, B, B) which, those first; int32."""
+def _key_blocks(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(1, 1, B) the number of key blocks of each query block, and (1, 1, B, B) their indices, those that
+    count first; int32."""
     order = np.argsort(~blocks, axis=1, kind="stable")
     return blocks.sum(1, dtype=np.int32)[None, None], order.astype(np.int32)[None, None]

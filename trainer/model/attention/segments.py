@@ -1,10 +1,10 @@
-"""The segments of one packed row, and what the back-ends of attention derive from them, once each."""
+"""The segments of one packed row, and the indices that back-ends derive from them, each built once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,14 +13,11 @@ from torch import Tensor
 from madpo.trainer.batches.packing import Segment
 from madpo.trainer.sequence_parallel import SequenceGroup
 
-if TYPE_CHECKING:
-    from madpo.trainer.model.attention.inputs import Call
-
 
 class VarlenIndex(NamedTuple):
-    """The segments as calls for variable lengths want them."""
+    """The segments as kernels for variable lengths take them."""
 
-    keys: Tensor | None  # (K,) positions of the keys, segment after segment: its prompt's, then its own
+    keys: Tensor | None  # (K,) indices in the row, segment after segment: its prompt's, then its own
     query_offsets: Tensor  # (segments + 1,) int32
     key_offsets: Tensor  # (segments + 1,) int32
     max_queries: int
@@ -28,10 +25,9 @@ class VarlenIndex(NamedTuple):
 
 
 class SegmentTable:
-    """The segments of one batch, with the indices that their attention needs, built once each; and the ranks
-    that share its row, if it is in slices.
+    """The segments of one batch, and the ranks that share its row if it is in slices.
 
-    All of it is arithmetic on the host's table: nothing waits for the device.
+    Its indices are arithmetic on the host: nothing waits for the device.
     """
 
     def __init__(self, segments: Sequence[Segment], group: SequenceGroup | None = None) -> None:
@@ -42,7 +38,6 @@ class SegmentTable:
         self.prompts = [
             index[s.prompt_start] if s.prompt_end > s.prompt_start else None for s in self.segments
         ]
-        self.survey: list[Call] | None = None  # where layers are asked what they need: their calls
         self._varlen: VarlenIndex | None = None
         self._positions: Tensor | None = None
 
@@ -52,13 +47,19 @@ class SegmentTable:
         return np.array(self.segments, dtype=np.int64)
 
     @cached_property
-    def places(self) -> np.ndarray:
-        """(N,) the position of every token in its own sequence."""
+    def positions(self) -> np.ndarray:
+        """(N,) each token's position in its own sequence, on the host."""
         start, end, prompt_start, prompt_end = self.bounds.T
         return np.arange(end[-1]) - np.repeat(start - (prompt_end - prompt_start), end - start)
 
+    def positions_on(self, device: torch.device) -> Tensor:
+        """(N,) `positions` on the device."""
+        if self._positions is None:
+            self._positions = on_device(self.positions, device)
+        return self._positions
+
     def varlen(self, device: torch.device) -> VarlenIndex:
-        """Offsets and key positions. Without any prompt that is shared the keys are the row itself."""
+        """Offsets and key indices. `keys` is None where no prompt is shared: the keys are the row itself."""
         if self._varlen is None:
             start, end, prompt_start, prompt_end = self.bounds.T
             queries, counts = end - start, end - start + prompt_end - prompt_start
@@ -75,14 +76,8 @@ class SegmentTable:
             )
         return self._varlen
 
-    def positions(self, device: torch.device) -> Tensor:
-        """(N,) the position of every token in its own sequence."""
-        if self._positions is None:
-            self._positions = on_device(self.places, device)
-        return self._positions
-
 
 def on_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy for which the host does not wait."""
+    """A copy on the device, for which the host does not wait."""
     tensor = torch.from_numpy(array)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

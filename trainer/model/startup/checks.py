@@ -1,4 +1,4 @@
-"""Checks of a model before the first step: its output layer, exact packing, no noise."""
+"""Checks of a model before the first step: output layer, exact packing, no noise. They raise UserError."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable, Unshared, shares_rows
 from madpo.trainer.model.backbone import backbone, last_hidden, output_head, scored_hidden
+from madpo.trainer.model.families import LOCAL_SIZES
 
 
 @torch.no_grad()
@@ -42,20 +43,21 @@ def check_head(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def tolerance_of(model: PreTrainedModel) -> float:
+    """The relative error that rounding alone does not reach."""
     return 1e-3 if model.dtype == torch.float32 else 0.1
 
 
 @torch.no_grad()
 def check_packing(model: PreTrainedModel, device: torch.device) -> None:
-    """Raise UserError for a model in which packing changes what a completion's tokens see.
+    """Raise UserError for a model whose hidden states change when sequences are packed into one row.
 
     Two groups of random tokens are scored packed, and each completion alone with transformers' own attention.
-    Layers that carry a state along the row, take positions from the row, or look at tokens to come give
-    themselves away by far more than rounding. What rounding does to a model in bf16 is measured: where two
-    experts are nearly equal it may send tokens elsewhere.
+    Layers that carry a state along the row, take positions from the row, or attend to later tokens differ by
+    far more than rounding. In bf16 the effect of rounding is measured: where two experts are nearly equal it
+    may send tokens to the other.
 
-    The prompts are longer than the model's windows and chunks, which is how those show; but windows of more
-    than LONGEST_WINDOW tokens would make the check as long as a step, and are not reached.
+    Prompts are longer than the model's windows and chunks, so that those take effect; but not longer than
+    LONGEST_WINDOW tokens, which would make the check as long as a step.
     """
     random = np.random.default_rng(0)
     high = min(model.config.vocab_size, 1000)
@@ -65,23 +67,23 @@ def check_packing(model: PreTrainedModel, device: torch.device) -> None:
     batch = pack(groups).to(device)
     packed = scored_hidden(model, batch, SegmentTable(batch.segments)).float()
 
-    def singly() -> Tensor:  # (M, H)
-        rows = [(group.prompt, completion) for group in groups for completion in group.completions]
+    def scored_alone() -> Tensor:  # (M, H)
+        sequences = [(group.prompt, completion) for group in groups for completion in group.completions]
         out = [
             backbone(model)(input_ids=torch.tensor([prompt + completion], device=device), use_cache=False)
             .last_hidden_state[0, len(prompt) - 1 : -1]
             .float()
-            for prompt, completion in rows
+            for prompt, completion in sequences
         ]
         return torch.cat(out)
 
-    allowed = min(tolerance_of(model), 0.03)  # a state may show by as little as 0.06
+    allowed = min(tolerance_of(model), 0.03)  # a state along the row may change scores by as little as 0.06
     with _own_attention(model):
-        single = singly()
+        alone = scored_alone()
         if model.dtype != torch.float32:
             with _rounded_once_more(model.get_input_embeddings()):
-                allowed = max(allowed, 2 * float((singly() - single).norm() / single.norm()))
-    error = float((packed - single).norm() / single.norm())
+                allowed = max(allowed, 2 * float((scored_alone() - alone).norm() / alone.norm()))
+    error = float((packed - alone).norm() / alone.norm())
     if not error < allowed:
         raise Unshared(
             f"{type(model).__name__}: packed scores differ from single ones by {error:.2g} (relative); a "
@@ -90,18 +92,19 @@ def check_packing(model: PreTrainedModel, device: torch.device) -> None:
 
 
 LONGEST_WINDOW = 1024
+"""Tokens of the longest window or chunk that `check_packing` goes beyond."""
 
 
 def _window(model: PreTrainedModel) -> int:
-    """Tokens of the longest window or chunk that a short check can pass; 0 if there is none."""
-    sizes = [getattr(model.config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size")]
+    """Tokens of the longest window or chunk that a short check can go beyond; 0 if there is none."""
+    sizes = [getattr(model.config, name, None) or 0 for name in LOCAL_SIZES]
     last = (getattr(model.config, "max_position_embeddings", None) or 2 * LONGEST_WINDOW) - 16
     return max((size for size in sizes if size <= LONGEST_WINDOW and size + 7 <= last), default=0)
 
 
 @contextmanager
 def _rounded_once_more(embeddings: nn.Module) -> Iterator[None]:
-    """Inside, the embeddings are off by what rounding to bf16 may do to them."""
+    """Inside, the embeddings are off at random by as much as rounding to bf16 may change them."""
 
     def nudge(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         random = torch.rand(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
@@ -116,19 +119,21 @@ def _rounded_once_more(embeddings: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def check_noise(model: PreTrainedModel, device: torch.device) -> None:
-    """Raise UserError for a model that in training computes something else than in evaluation, such as
-    experts that are drawn: policy and reference would differ by it."""
+    """Raise UserError for a model with noise in training, such as experts that are drawn at random.
+
+    Policy and reference would differ by it.
+    """
     ids = np.random.default_rng(1).integers(0, min(model.config.vocab_size, 1000), 128)
     batch = pack([TokenGroup(ids[:64].tolist(), [ids[64:].tolist()], [])]).to(device)
     table, mode, hidden = SegmentTable(batch.segments), model.training, list[Tensor]()
     try:
-        for training in (False, True):
-            model.train(training)
+        for is_training in (False, True):
+            model.train(is_training)
             hidden.append(last_hidden(model, batch, table).float())
     finally:
         model.train(mode)
-    still, moved = hidden
-    error = float(((moved - still).norm(dim=1) / still.norm(dim=1)).max())
+    evaluation, training = hidden
+    error = float(((training - evaluation).norm(dim=1) / evaluation.norm(dim=1)).max())
     if not error < tolerance_of(model):
         raise UserError(
             f"{type(model).__name__}: in training its hidden states differ from those in evaluation by "
@@ -139,7 +144,7 @@ def check_noise(model: PreTrainedModel, device: torch.device) -> None:
 
 @contextmanager
 def _own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model attends as in transformers without us."""
+    """Inside, the model has transformers' own attention."""
     ours: Any = model.config._attn_implementation
     model.set_attn_implementation(own_attention(model))
     try:

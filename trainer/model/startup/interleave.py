@@ -1,4 +1,4 @@
-"""Whether policy and reference can go through the layers in one forward, tried on a few tokens."""
+"""The choice at start-up between one interleaved forward and two, by a trial on a few tokens."""
 
 from __future__ import annotations
 
@@ -13,54 +13,56 @@ from madpo.trainer.batches.packing import pack
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable
 from madpo.trainer.model.backbone import backbone, last_hidden
-from madpo.trainer.model.interleaved import Traversal, find_traversal
+from madpo.trainer.model.interleaved import InterleavedForward, find_interleaving
 from madpo.trainer.model.policy import PolicyWithReference
 from madpo.trainer.model.startup.checks import tolerance_of
 from madpo.trainer.scoring_module import ReferenceScorer
 
 
 @torch.no_grad()
-def share_traversal(module: PolicyWithReference, device: torch.device) -> None:
-    """Have policy and reference go through the layers together where they are one model and no bit depends
-    on it; elsewhere a note says why not. All ranks must call it.
+def interleave_reference(module: PolicyWithReference, device: torch.device) -> None:
+    """Run policy and reference layer by layer in one forward, if they are one model and a trial agrees with
+    two forwards; otherwise keep two and note why. All ranks must call it.
 
-    Tried with a reference that starts from the embeddings of other tokens: what one takes from the other, and
-    what a model does between its layers, shows although an adapter that is fresh changes nothing yet.
+    The reference of the trial starts from the embeddings of other tokens. A fresh adapter changes nothing
+    yet; without that difference, a reference that is mixed up with the policy would go unseen.
     """
     policy, reference = module.policy, module.reference_scorer
     if reference is None or reference.model is not policy:
         return
-    found = find_traversal(backbone(policy), reference.switch)
+    interleaving = find_interleaving(backbone(policy), reference.switch)
     if module.balance is not None:
-        found = "the balance of the experts is the policy's alone (model.router_aux_loss_coef)"
-    if isinstance(found, Traversal):
-        differs = torch.tensor(not _is_exact(found, reference, device), dtype=torch.int32, device=device)
+        interleaving = "the balance of the experts is the policy's alone (model.router_aux_loss_coef)"
+    if isinstance(interleaving, InterleavedForward):
+        is_exact = _is_exact(interleaving, reference, device)
+        differs = torch.tensor(not is_exact, dtype=torch.int32, device=device)
         if torch_dist.is_initialized():
             torch_dist.all_reduce(differs, torch_dist.ReduceOp.MAX)
         if differs:
-            found = f"{type(policy).__name__} does more than run its layers one after another"
-    if isinstance(found, Traversal):
-        module.traversal = found
+            interleaving = f"{type(policy).__name__} does more than run its layers one after another"
+    if isinstance(interleaving, InterleavedForward):
+        module.interleaved = interleaving
     else:
-        module.notes.append(f"policy and reference take a forward pass each: {found}")
+        module.notes.append(f"policy and reference take a forward pass each: {interleaving}")
 
 
-def _is_exact(traversal: Traversal, reference: ReferenceScorer, device: torch.device) -> bool:
+def _is_exact(interleaved: InterleavedForward, reference: ReferenceScorer, device: torch.device) -> bool:
+    """Whether the last hidden states of both are those of two forwards, but for rounding."""
     model = reference.model
     ids = np.random.default_rng(2).integers(0, min(model.config.vocab_size, 1000), 96)
     prompt, *completions = (part.tolist() for part in np.split(ids, 3))
     batch = pack([TokenGroup(prompt, completions, [])]).to(device)
     run = partial(last_hidden, model, batch, SegmentTable(batch.segments))
 
-    def others(hidden: Tensor) -> Tensor:
+    def other_tokens(hidden: Tensor) -> Tensor:
         return hidden.roll(1, dims=1)
 
-    with traversal.starting_from(others), reference.state():
-        apart = run()
-    apart = torch.stack((run(), apart)).float()  # (2, N, H)
-    with traversal.along(others) as companion:
-        together = run()
-    if companion.hidden is None or companion.hidden.shape[1:] != together.shape:
+    with interleaved.starting_from(other_tokens), reference.state():
+        ref_hidden = run()
+    separate = torch.stack((run(), ref_hidden)).float()  # (2, N, H)
+    with interleaved.reference_beside(other_tokens) as stream:
+        hidden = run()
+    if stream.hidden is None or stream.hidden.shape[1:] != hidden.shape:
         return False
-    together = torch.stack((together, companion.last_hidden)).float()
-    return float((together - apart).norm() / apart.norm()) < tolerance_of(model) / 100
+    together = torch.stack((hidden, stream.last_hidden)).float()
+    return float((together - separate).norm() / separate.norm()) < tolerance_of(model) / 100

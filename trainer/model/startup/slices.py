@@ -1,4 +1,4 @@
-"""Whether a model computes the same on a row in slices, asked of it before training."""
+"""The check at start-up that a model computes a row in slices as it computes the whole row."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from madpo.trainer.model.backbone import last_hidden
 from madpo.trainer.sequence_parallel import SequenceGroup
 
 TOLERANCE = {torch.float32: 1e-3}
-"""Of the relative error; 0.1 in narrower types."""
+"""dtype -> relative error allowed; 0.1 for narrower ones."""
 
 
 @torch.no_grad()
 def check_slicing(model: PreTrainedModel, group: SequenceGroup, device: torch.device) -> None:
-    """Raise UserError, on all ranks, for a model whose hidden states of a row in slices are others than
-    those of the whole row, or whose heads the ranks cannot share.
+    """Raise UserError, on all ranks, for a model whose hidden states differ between a row in slices and the
+    whole row, or whose heads the ranks cannot share.
 
-    What counts is the middle token's error: in bf16 a router may send single tokens elsewhere. A model that
-    mixes neighbours outside of attention is refused for packing before.
+    The tokens' median error counts: in bf16 a router may send single tokens to other experts. A model that
+    mixes neighbouring tokens outside of attention was refused by `check_packing` before.
     """
     if not shares_rows(model):
         raise UserError(

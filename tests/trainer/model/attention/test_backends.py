@@ -17,9 +17,9 @@ from madpo.trainer.errors import UserError
 from madpo.trainer.model.attention import choice, flex, varlen
 from madpo.trainer.model.attention import prefix_sharing as prefix_attention
 from madpo.trainer.model.attention.backends import BACKENDS
-from madpo.trainer.model.attention.inputs import Call
+from madpo.trainer.model.attention.inputs import AttentionInputs
 from madpo.trainer.model.attention.segments import SegmentTable
-from madpo.trainer.model.startup.attention import settle_attention, survey
+from madpo.trainer.model.startup.attention import choose_attention, recorded_inputs
 
 CPU = torch.device("cpu")
 NAMES = prefix_attention.NAMES
@@ -233,18 +233,19 @@ def long_table(seed: int) -> SegmentTable:
 @pytest.mark.parametrize("family", ["Llama 3", "Gemma 3", "Llama 4"])
 def test_the_blocks_of_flex_attention_hold_all_that_is_seen(family):
     """Against the blocks that torch finds by trying every pair of tokens."""
-    calls = {call.sight.local_size: call for call in survey(tiny_model(family, NAMES["sdpa"]), CPU)}
-    for seed, call in enumerate(calls.values()):
+    recorded = inputs_of(family)
+    by_size = {inputs.mask_rule.local_size: inputs for inputs in recorded}
+    for seed, inputs in enumerate(by_size.values()):
         table = long_table(seed)
         tokens = int(table.bounds[-1, 1])
         query = torch.zeros(1, 4, tokens, 12)
-        mask = flex.block_mask(dataclasses.replace(call, query=query, segments=table))
+        mask = flex.block_mask(dataclasses.replace(inputs, query=query, segments=table))
         length = mask.seq_lengths[0]
         want = create_block_mask(mask.mask_mod, 1, None, length, length, device="cpu")
         assert mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None
         assert want.full_kv_num_blocks is not None
         assert torch.equal(mask.to_dense() | want.to_dense(), mask.to_dense())
-        if call.sight.is_causal:
+        if inputs.mask_rule.is_causal:
             assert torch.equal(mask.to_dense(), want.to_dense())
             assert torch.equal(mask.full_kv_num_blocks, want.full_kv_num_blocks)
             for row, count in enumerate(mask.full_kv_num_blocks[0, 0].tolist()):
@@ -256,22 +257,25 @@ def test_the_blocks_of_flex_attention_hold_all_that_is_seen(family):
 
 def test_the_mask_of_a_layer_is_built_once_for_a_row():
     model = tiny_model("Llama 3", NAMES["flex"])
-    (first, *others) = survey(model, CPU)
-    assert others and all(flex.block_mask(call) is flex.block_mask(first) for call in others)
+    (first, *others) = recorded_inputs(model, CPU)
+    assert others and all(flex.block_mask(inputs) is flex.block_mask(first) for inputs in others)
 
 
-def calls_of(family: str) -> list[Call]:
-    return survey(tiny_model(family, NAMES["sdpa"]), CPU)
+def inputs_of(family: str) -> list[AttentionInputs]:
+    return recorded_inputs(tiny_model(family, NAMES["sdpa"]), CPU)
 
 
-def on_gpu(calls: list[Call]) -> list[Call]:
+def on_gpu(recorded: list[AttentionInputs]) -> list[AttentionInputs]:
     """As they would be in bfloat16 on a GPU, of which `meta` is the one that is always there."""
     meta = torch.device("cuda")
 
     class Elsewhere(torch.Tensor):
         device = meta
 
-    return [dataclasses.replace(call, query=call.query.bfloat16().as_subclass(Elsewhere)) for call in calls]
+    return [
+        dataclasses.replace(inputs, query=inputs.query.bfloat16().as_subclass(Elsewhere))
+        for inputs in recorded
+    ]
 
 
 REFUSED = [
@@ -288,7 +292,7 @@ REFUSED = [
 @pytest.mark.parametrize("family, backend, what", REFUSED)
 def test_what_a_kernel_does_not_compute_is_refused(family, backend, what, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    problems = [BACKENDS[backend].problem(call) for call in on_gpu(calls_of(family))]
+    problems = [BACKENDS[backend].problem(inputs) for inputs in on_gpu(inputs_of(family))]
     assert any(what in (problem or "") for problem in problems)
 
 
@@ -297,34 +301,38 @@ def test_what_a_kernel_does_not_compute_is_refused(family, backend, what, monkey
 def test_versions_are_for_devices(major, fits, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "this card")
-    (call, *_) = on_gpu(calls_of("Llama 3"))
-    assert {v for v in varlen.FLASH if varlen.flash_problem(call, v) is None} == fits
+    (inputs, *_) = on_gpu(inputs_of("Llama 3"))
+    assert {v for v in varlen.FLASH if varlen.flash_problem(inputs, v) is None} == fits
 
 
 def test_bfloat16_and_a_gpu_are_asked_for():
-    (call, *_) = calls_of("Llama 3")
-    assert "GPUs only" in str(varlen.torch_problem(dataclasses.replace(call, query=torch.zeros(1, 4, 3, 16))))
-    assert "not installed" in str(varlen.flash_problem(call, 2))
-    (wide,) = on_gpu([dataclasses.replace(call, query=torch.zeros(1, 4, 3, 16))])
+    (inputs, *_) = inputs_of("Llama 3")
+    assert "GPUs only" in str(
+        varlen.torch_problem(dataclasses.replace(inputs, query=torch.zeros(1, 4, 3, 16)))
+    )
+    assert "not installed" in str(varlen.flash_problem(inputs, 2))
+    (wide,) = on_gpu([dataclasses.replace(inputs, query=torch.zeros(1, 4, 3, 16))])
     assert varlen.torch_problem(wide) is None
     single = dataclasses.replace(wide, query=wide.query.float())
     assert "bfloat16, not in float32" in str(varlen.torch_problem(single))
 
 
-def windowless(call: Call) -> torch.Tensor:
+def windowless(inputs: AttentionInputs) -> torch.Tensor:
     """A kernel that knows of no windows."""
-    (plain, *_) = calls_of("Llama 3")
-    return BACKENDS["sdpa"].attend(dataclasses.replace(call, sight=plain.sight))
+    (plain, *_) = inputs_of("Llama 3")
+    return BACKENDS["sdpa"].attend(dataclasses.replace(inputs, mask_rule=plain.mask_rule))
 
 
-def deaf(call: Call) -> torch.Tensor:
+def deaf(inputs: AttentionInputs) -> torch.Tensor:
     """A kernel whose value is right, and whose gradient forgets the completions' own keys."""
-    right = BACKENDS["sdpa"].attend(call)
-    wrong = BACKENDS["sdpa"].attend(dataclasses.replace(call, key=call.key * 1.0, value=call.value.detach()))
+    right = BACKENDS["sdpa"].attend(inputs)
+    wrong = BACKENDS["sdpa"].attend(
+        dataclasses.replace(inputs, key=inputs.key * 1.0, value=inputs.value.detach())
+    )
     return wrong + (right - wrong).detach()
 
 
-def broken(call: Call) -> torch.Tensor:
+def broken(inputs: AttentionInputs) -> torch.Tensor:
     raise RuntimeError("head dimension 12 is too odd\nand more")
 
 
@@ -339,7 +347,7 @@ TRIALS = [
 def test_a_kernel_that_computes_something_else_is_found_out(family, kernel, why, monkeypatch):
     monkeypatch.setitem(BACKENDS, "flex", dataclasses.replace(BACKENDS["sdpa"], attend=kernel))
     with pytest.raises(UserError, match=why.removesuffix("$")):
-        choice.choose(calls_of(family), "flex")
+        choice.choose(inputs_of(family), "flex")
 
 
 @pytest.mark.parametrize("family", ["Llama 3", "Gemma 2", "Gemma 3", "gpt-oss", "Llama 4"])
@@ -347,18 +355,18 @@ def test_a_kernel_that_is_right_passes_in_any_precision(family):
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_model(family, NAMES["sdpa"]).to(dtype)
         backend = dataclasses.replace(BACKENDS["sdpa"], label="another")
-        assert all(choice.trial(backend, call) is None for call in survey(model, CPU))
+        assert all(choice.trial(backend, inputs) is None for inputs in recorded_inputs(model, CPU))
 
 
 def test_the_first_that_is_right_is_taken_and_the_others_are_named(monkeypatch):
-    refusing = dataclasses.replace(BACKENDS["sdpa"], problem=lambda call: "it has a cold")
+    refusing = dataclasses.replace(BACKENDS["sdpa"], problem=lambda inputs: "it has a cold")
     for name in ("flash4", "flash3", "flash2"):
         monkeypatch.setitem(BACKENDS, name, dataclasses.replace(refusing, label=BACKENDS[name].label))
     monkeypatch.setitem(
         BACKENDS, "torch", dataclasses.replace(BACKENDS["sdpa"], attend=windowless, label="T")
     )
     monkeypatch.setitem(BACKENDS, "flex", dataclasses.replace(BACKENDS["sdpa"], label="F"))
-    found = choice.choose(calls_of("Gemma 3"), "auto")
+    found = choice.choose(inputs_of("Gemma 3"), "auto")
     assert found.name == "flex"
     assert str(found).startswith(
         "F (flash-attn 4, flash-attn 3, flash-attn 2: it has a cold; T: its value is"
@@ -367,19 +375,19 @@ def test_the_first_that_is_right_is_taken_and_the_others_are_named(monkeypatch):
 
 def test_a_named_back_end_that_cannot_serve_says_what_to_set():
     with pytest.raises(UserError, match=r"flex cannot be used here; .* on CPUs\. Set model\.attention=auto"):
-        settle_attention(tiny_model("Llama 3", NAMES["sdpa"]), "flex", CPU)
+        choose_attention(tiny_model("Llama 3", NAMES["sdpa"]), "flex", CPU)
 
 
 def test_on_cpus_it_is_sdpa():
     model = tiny_model("Llama 3", NAMES["sdpa"])
     for wanted in ("auto", "sdpa"):
-        assert settle_attention(model, wanted, CPU) == "attention: SDPA, segment by segment"
+        assert choose_attention(model, wanted, CPU) == "attention: SDPA, segment by segment"
     assert prefix_attention.shares_rows(model)
 
 
 def test_flash_without_its_package_says_what_to_install():
     with pytest.raises(ValueError, match=r"pip install 'madpo\[flash-attn\]'"):
-        choice.require("flash")
+        choice.check_available("flash")
     with pytest.raises(ValueError, match=r"model\.attention: torch trains on GPUs only; set"):
-        choice.require("torch")
-    choice.require("auto")
+        choice.check_available("torch")
+    choice.check_available("auto")

@@ -12,7 +12,7 @@ from madpo.trainer.model.attention.backends import BACKENDS
 from madpo.trainer.model.attention.choice import trial
 from madpo.trainer.model.attention.prefix_sharing import NAMES, SegmentTable
 from madpo.trainer.model.backbone import scored_hidden
-from madpo.trainer.model.startup.attention import settle_attention, survey
+from madpo.trainer.model.startup.attention import choose_attention, recorded_inputs
 
 pytestmark = [
     pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: make test-gpu"),
@@ -34,11 +34,11 @@ def model_with(family: str, backend: str, dtype: torch.dtype):
 def test_a_back_end_computes_what_sdpa_does(family, backend):
     """In bfloat16, with at most four times the error that SDPA has there."""
     truth, usual = model_with(family, "sdpa", torch.float32), model_with(family, "sdpa", torch.bfloat16)
-    calls = survey(usual, torch.device(DEVICE))
-    problem = next((p for call in calls if (p := BACKENDS[backend].problem(call))), None)
+    recorded = recorded_inputs(usual, torch.device(DEVICE))
+    problem = next((p for inputs in recorded if (p := BACKENDS[backend].problem(inputs))), None)
     if problem is not None:
         pytest.skip(problem)
-    assert all(trial(BACKENDS[backend], call) is None for call in calls)
+    assert all(trial(BACKENDS[backend], inputs) is None for inputs in recorded)
     ours = model_with(family, backend, torch.bfloat16)
     for prefix_sharing in (True, False):
         found = []
@@ -56,7 +56,7 @@ def test_a_back_end_computes_what_sdpa_does(family, backend):
 def test_a_back_end_never_waits_for_the_device(backend):
     model = model_with("Llama 3", backend, torch.bfloat16)
     problem = BACKENDS[backend].problem(
-        survey(model_with("Llama 3", "sdpa", torch.bfloat16), model.device)[0]
+        recorded_inputs(model_with("Llama 3", "sdpa", torch.bfloat16), model.device)[0]
     )
     if problem is not None:
         pytest.skip(problem)
@@ -73,5 +73,5 @@ def test_a_back_end_never_waits_for_the_device(backend):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_auto_finds_one_that_passes_the_check_at_start(family):
     model = model_with(family, "sdpa", torch.bfloat16)
-    assert settle_attention(model, "auto", torch.device(DEVICE)).startswith("attention: ")
+    assert choose_attention(model, "auto", torch.device(DEVICE)).startswith("attention: ")
     assert prefix_attention.shares_rows(model)
