@@ -137,7 +137,7 @@ class Engine(Generic[ModuleT]):
         return float(norm.item() if isinstance(norm, Tensor) else norm)
 
     def own_module_order(self, kind: str) -> AbstractContextManager[None]:
-        """Context manager; inside it ZeRO-3 follows a module order of its own for this `kind` of pass."""
+        """Let ZeRO-3 follow a module order of its own for this `kind` of pass, while inside."""
         return own_module_order(self.deepspeed, kind)
 
     def save(self, root: Path, tag: str, with_frozen: bool) -> None:

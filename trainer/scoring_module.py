@@ -61,7 +61,7 @@ class ReferenceScorer:
     switch: Switch = lambda part: nullcontext
 
     def state(self) -> AbstractContextManager[None]:
-        """Context manager; inside it `model` computes the reference (adapter off, or swapped)."""
+        """Have `model` compute the reference, while inside: its adapter is off, or swapped."""
         return self._state()
 
     @cached_property

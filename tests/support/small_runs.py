@@ -42,7 +42,7 @@ def changed(config: Config, **sections: Any) -> Config:
 
 
 def with_sections(config: Config, objective: dict[str, Any], **sections: Any) -> Config:
-    """As `changed`, with another objective in place of the old one."""
+    """Return the config with another objective; `changed` would keep the old one's parameters."""
     tree = changed(config, **sections).model_dump(by_alias=True)
     return Config.model_validate({**tree, "objective": objective})
 

@@ -134,7 +134,7 @@ def test_every_step_is_taken_in_training_mode_also_after_an_evaluation(run):
 
 @pytest.mark.ranks
 def test_every_move_of_the_reference_is_rounded_by_draws_of_its_own(run):
-    """The same draws would push a weight the same way every time; and a continuation must find them."""
+    """Equal draws would push a weight the same way every time; and a continuation must find them."""
     assert run["moves"] == [(2, 0.3, 9), (4, 0.3, 11), (6, 0.3, 13)]
 
 

@@ -69,7 +69,7 @@ def test_what_a_model_measures_is_a_mean_over_the_tokens_of_groups_and_not_of_du
 
 
 def test_lines_of_steps_that_are_done_again_are_taken_out(tmp_path):
-    """Of the step resumed from they stay; half a line at the end goes."""
+    """Lines up to the step resumed from stay; half a line at the end goes."""
     path = tmp_path / "metrics.jsonl"
     lines = [f'{{"step": {step}, "loss": {step}.5}}\n' for step in (1, 3, 3, 4)]
     path.write_text("".join(lines) + '{"step": 2, "lo')

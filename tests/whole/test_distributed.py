@@ -72,7 +72,7 @@ HEADS = pytest.mark.parametrize("name", ["untied", "tied"])
 
 
 def plain_steps(config: Config, steps: int) -> list[tuple[float, dict[str, torch.Tensor]]]:
-    """The same in ordinary PyTorch: padded Hugging Face forward, log-softmax, autograd, AdamW."""
+    """Steps in ordinary PyTorch: padded Hugging Face forward, log-softmax, autograd, AdamW."""
     from transformers import AutoModelForCausalLM
 
     assert config.model.model_name_or_path and config.model.ref_model_name_or_path

@@ -91,7 +91,7 @@ def engine_and_steps(shard, config: Config, count: int) -> tuple[Any, Any]:
 
 
 def waits(shard, config: Config) -> tuple[Counter[str], Counter[str]]:
-    """Of the forward and backward of a step, and of DeepSpeed's optimiser step."""
+    """The waits of a step's forward and backward, and of DeepSpeed's optimiser step."""
     engine, steps = engine_and_steps(shard, config, WARM + 1)
     ours, theirs = Waits(), Waits()
     for step in steps:

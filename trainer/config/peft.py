@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -56,8 +56,11 @@ class PeftConfig(Section):
 
     def of_given_models(self) -> PeftConfig | None:
         """The part that also holds for models that only score: how their bases are quantised; else None."""
-        keys = {"load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"}
-        return PeftConfig(**self.model_dump(include=keys)) if self.quantised else None
+        return PeftConfig(**self.quantisation()) if self.quantised else None
+
+    def quantisation(self) -> dict[str, Any]:
+        """The keys that say how the base model is quantised, with their values."""
+        return self.only("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

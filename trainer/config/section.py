@@ -15,6 +15,12 @@ class Section(BaseModel):
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
     )
 
+    def only(self, *names: str) -> dict[str, Any]:
+        """The values of these keys, for the identity of what they decide; each must be a key."""
+        unknown = set(names) - type(self).model_fields.keys()
+        assert not unknown, f"{type(self).__name__} has no {', '.join(sorted(unknown))}"
+        return self.model_dump(include=set(names))
+
 
 class Effect(Enum):
     """What a new value of a key changes: whether a run may continue, whether a recipe runs a stage again."""

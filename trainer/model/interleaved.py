@@ -79,7 +79,7 @@ class InterleavedForward:
     def reference_beside(
         self, start: Callable[[Tensor], Tensor] = Tensor.detach
     ) -> Iterator[ReferenceStream]:
-        """Inside, one forward of the policy's backbone also computes the reference's hidden states.
+        """Have one forward of the policy's backbone compute the reference's hidden states too, while inside.
 
         Afterwards the backbone is as before, so that activation checkpointing computes only the policy's part
         again in backward.
@@ -96,7 +96,7 @@ class InterleavedForward:
 
     @contextmanager
     def starting_from(self, start: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Inside, the first layer gets `start` of its input: what a separate pass is compared with."""
+        """Give the first layer `start` of its input, while inside: what a separate pass is compared with."""
 
         def replace(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (start(args[0]), *args[1:]) if args else args
@@ -133,7 +133,7 @@ def find_interleaving(backbone: nn.Module, switch: Switch) -> InterleavedForward
 
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, the module runs another forward, between the same hooks."""
+    """Run another forward in the module's place, between its hooks, while inside."""
     before = vars(module).get("forward")
     module.forward = forward
     try:

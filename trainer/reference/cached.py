@@ -114,8 +114,6 @@ def cache_key(
     template and truncation are in the data's fingerprint.
     """
     peft, zero = config.peft, config.deepspeed.get("zero_optimization", {})
-    quantised = peft is not None and peft.quantised
-    quantisation = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
     return {
         "format": FORMAT_VERSION,
         **weights,
@@ -126,7 +124,7 @@ def cache_key(
         "dtype": "bf16" if config.train.bf16 else "fp32",
         "head_impl": config.train.head_impl,
         "device": device.type,
-        "quantisation": {key: getattr(peft, key) for key in quantisation} if quantised else None,
+        "quantisation": peft.quantisation() if peft is not None and peft.quantised else None,
         "quantised communication": {key: zero[key] for key in sorted(zero) if "quantized" in key},
         **{name: version(name).partition(".")[0] for name in ("torch", "transformers")},
     }

@@ -16,7 +16,7 @@ import torch
 
 from madpo.trainer import user_function
 from madpo.trainer.batches.packing import pack
-from madpo.trainer.config.generate import JudgeConfig
+from madpo.trainer.config.generate import EndpointConfig, JudgeConfig
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.tokenise import TokenGroup, tokenise
 from madpo.trainer.data.tokenised_cache import rules_of
@@ -64,6 +64,7 @@ def _judge_of_texts(judge: Callable[[Sequence[Text], Sequence[Sequence[Text]]], 
 def judge_identity(config: Config, judge: JudgeConfig) -> list[Any]:
     """Everything that the scores are known to depend on; the key of judged batches."""
     without_effect = {"timeout", "max_retries", "retry_wait", "concurrency"}
+    assert without_effect <= EndpointConfig.model_fields.keys()
     identity: list[Any] = [judge.model_dump(exclude={"endpoint": without_effect})]
     if judge.reward_model is not None:
         data, files = config.data, state_of_files(folder_of(judge.reward_model))

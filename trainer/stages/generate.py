@@ -118,9 +118,9 @@ def _sample_all(plan: SamplingPlan, writer: Writer) -> ResumableBatches:
     config, settings = plan.config, plan.settings
     update = {"model_name_or_path": writer.folder, "model_revision": writer.revision}
     tokenizer = load_tokenizer(config.model.model_copy(update=update))
-    names = {"num_completions", "max_new_tokens", "temperature", "top_p", "top_k"}
+    drawn_by = settings.only("num_completions", "max_new_tokens", "temperature", "top_p", "top_k")
     identity = [
-        *(plan.identity(), settings.model_dump(include=names), plan.backend, config.seed, config.train.bf16),
+        *(plan.identity(), drawn_by, plan.backend, config.seed, config.train.bf16),
         *(writer.index, writer.folder, writer.revision, state_of_files(writer.folder)),
         tokenizer_identity(tokenizer),
     ]

@@ -115,9 +115,8 @@ def _supervised(config: Config) -> Config:
 
 
 def _identity(config: Config, groups: TokenDataset) -> dict[str, Any]:
-    names = ("model_name_or_path", "model_revision", "init_config")
     return {
-        **{name: getattr(config.model, name) for name in names},
+        **config.model.only("model_name_or_path", "model_revision", "init_config"),
         "files": [list(file) for file in state_of_files(str(config.model.model_name_or_path))],
         "data": groups.fingerprint,
         "seed": config.seed,

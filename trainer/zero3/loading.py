@@ -28,7 +28,7 @@ class _Zero3Config:
 
 @contextmanager
 def partitioned_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
-    """Inside, `from_pretrained` and `from_config` build straight into ZeRO-3 partitions."""
+    """Have `from_pretrained` and `from_config` build straight into ZeRO-3 partitions, while inside."""
     config = _Zero3Config(deepspeed_config)  # transformers keeps a weak reference only
     create, wrap = groups._create_zero_param_parallel_group, init.zero_wrapper_for_fp_tensor_constructor
 

@@ -12,7 +12,7 @@ import madpo.trainer.zero3.internals  # noqa: F401
 
 @contextmanager
 def own_module_order(engine: Any, kind: str) -> Iterator[None]:
-    """Inside, ZeRO-3 records and follows a module order of its own for this `kind` of pass.
+    """Let ZeRO-3 follow a module order of its own for this `kind` of pass, while inside.
 
     DeepSpeed keeps one order and drops it at the first module that it does not expect. For two passes it then
     gathers nothing ahead, and ranks compare what they recorded, number by number: a few hundred waits for the

@@ -35,8 +35,7 @@ def in_use_sets(parameters: Iterable[nn.Parameter]) -> list[InUse]:
 
 @contextmanager
 def held(sets: list[InUse], user: object) -> Iterator[None]:
-    """Inside, ZeRO-3 does not release the weights of these in-use sets once they are gathered, because `user`
-    will use them next."""
+    """Keep ZeRO-3 from releasing these weights once they are gathered: `user` will use them next."""
     for in_use in sets:
         in_use.add(user)
     try:

@@ -215,7 +215,7 @@ def test_a_refusal_names_the_key(config):
 
 
 def tree(config: Config) -> dict[str, Any]:
-    """As a stage of a recipe says it."""
+    """The tree of a config, in the form in which a stage of a recipe gives it."""
     found = config.model_dump(mode="json", by_alias=True)
     del found["output_dir"]
     return found

@@ -11,6 +11,7 @@ import pytest
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.config.deepspeed import DEEPSPEED_KEYS
 from madpo.trainer.config.effects import sections_in
+from madpo.trainer.config.peft import PeftConfig
 from madpo.trainer.config.schema import Config, dump, load
 from madpo.trainer.config.section import Section
 from madpo.trainer.engine import deepspeed_config
@@ -244,3 +245,11 @@ def test_every_key_has_a_description_that_reads_alone():
     assert len(described) > 200
     leans = re.compile(r"(?i)(of|as|its|their|it|null|so many|in place)\b")
     assert [name for name, text in described.items() if not text or leans.match(text)] == []
+
+
+def test_keys_that_decide_an_identity_are_keys():
+    """A misspelt name would leave a value out of the identity of what it decides."""
+    config = PeftConfig(load_in_4bit=True)
+    assert config.only("load_in_4bit", "lora_r") == {"lora_r": None, "load_in_4bit": True}
+    with pytest.raises(AssertionError, match="PeftConfig has no lora_rank"):
+        config.only("lora_r", "lora_rank")

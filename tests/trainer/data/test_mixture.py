@@ -57,7 +57,7 @@ def listed(groups: GroupDataset) -> list[str]:
 
 
 def test_a_mixture_is_its_parts_one_after_another(tmp_path, tokenizer, parts):
-    """The same groups, and the same counts, as a file made by hand."""
+    """A mixture has the groups and counts of a file made by hand."""
     first, second = parts
     by_hand = tmp_path / "both.jsonl"
     by_hand.write_text(first.read_text() + (tmp_path / "rows.jsonl").read_text())

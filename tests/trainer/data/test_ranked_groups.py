@@ -340,7 +340,7 @@ def by_hand(config: Config, scores: list[list[float]]) -> tuple[float, dict[str,
 
 
 def test_a_margin_beside_ranked_completions_is_that_of_best_and_worst():
-    """As annotate writes it under edges best_worst; for several comparisons it would say nothing."""
+    """Annotate writes this form under edges best_worst; for several comparisons it would say nothing."""
     row = {"prompt": "p", "completions": ["a", "b", "c"], "scores": [3.0, 1.0, 2.0], "margin": 7.0}
     assert read_row(row, ADAPTERS["scored"], RowRules(edges="best_worst")).edges == [(0, 1, 7.0)]
     with pytest.raises(ValueError, match="margin: one number, and the row makes 3 comparisons"):

@@ -75,7 +75,7 @@ def as_shards(folder: Path) -> tuple[Path, Any]:
 
 
 def by_name(folder: Path) -> tuple[Path, Any]:
-    """As from the hub: `datasets` finds the files itself, here in a folder."""
+    """A data set by name: `datasets` finds the files itself, here in a folder."""
     path, _ = as_shards(folder)
     rows = load_by_name(config_for(folder, path).data, "train", streaming=True)
     return path, RowReader("some/set[train]", rows)
@@ -116,7 +116,7 @@ def test_a_place_is_found_again_from_the_number_of_groups_consumed(tmp_path, tok
 
 
 def test_tables_that_were_removed_are_made_again_from_the_notes(tmp_path, tokenizer):
-    """Of the blocks before the place only the notes are read."""
+    """Only the records of the blocks before the position are read."""
     config = config_for(tmp_path, as_lines(tmp_path)[0])
     want = taken(stream_of(config, tokenizer), 0, ROWS)
     folder = next(Path(config.data.cache_dir).glob("stream-*"))

@@ -65,8 +65,8 @@ class Seen:
 
 
 def test_what_is_offloaded():
-    """Of layers but the last, each piece of memory once, however many operations saved it; no weight, and
-    nothing that all layers share."""
+    """The bytes of all layers but the last: each piece of memory once, however many operations saved it; no
+    weight, and nothing that all layers share."""
     model = prepared("Llama 3", WAYS["offloaded"], num_hidden_layers=3)
     weights = {tuple(p.shape) for p in model.parameters()}
     with Seen() as seen:
@@ -139,7 +139,7 @@ def config(tmp_path, tokenizer_folder) -> Config:
 
 
 def all_offloaded(shard, config: Config, steps: int) -> Any:
-    """As zero3_steps with tensors of all sizes offloaded; and the shapes that were."""
+    """Run zero3_steps with tensors of all sizes offloaded; and the shapes that were."""
     offload_layers.__defaults__ = (0,)
     with Seen() as seen:
         out = zero3_steps(shard, config, steps)

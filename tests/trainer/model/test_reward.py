@@ -173,7 +173,7 @@ def annotate(shard, config: Config) -> None:
 
 @pytest.mark.ranks
 def test_the_export_scores_the_last_token_even_if_padding_was_to_be_eos(config, tmp_path):
-    """As many tokenizers have it. Transformers would take EOS for padding, and score the token before it."""
+    """Many tokenizers pad with EOS. Transformers would take EOS for padding and score the token before."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = Path(str(config.model.model_name_or_path))

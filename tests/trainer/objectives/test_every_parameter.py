@@ -144,7 +144,7 @@ WEIGHTED = [(name, index) for name, index in CASES if OBJECTIVES[name].weight]
 
 @pytest.mark.parametrize("name, index", WEIGHTED)
 def test_the_loss_is_its_weight_times_what_is_left(name, index):
-    """Of pairs that are drawn by weight, or whose weight is known before, the objective gets it handed."""
+    """Pairs that are drawn by weight, or whose weight is known before, hand it to the objective."""
     x, entry, settings = example(name), OBJECTIVES[name], ODD[name][index]
     of = scored(x)
     bound = build(name, **keys(name, settings))

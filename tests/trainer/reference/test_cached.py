@@ -199,7 +199,7 @@ def test_a_sample_is_scored_again_at_every_start(config):
 
 
 def start_at(shard: Shard, config: Config, wrong: float) -> None:
-    """As the beginning of a run whose cached log-probs are off by `wrong`."""
+    """Begin a run whose cached log-probs are off by `wrong`."""
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, training=True)
     data, cached = reference.with_reference(config, data, tokenizer, shard, training=True)
@@ -220,7 +220,7 @@ def test_a_run_from_its_reference_starts_at_a_margin_of_zero(config, tmp_path):
 
 
 def keep_no_reference(shard: Shard, config: Config) -> tuple[int, int, int]:
-    """Of the weights that the reference had, how many are in memory afterwards; and the trained module's."""
+    """The number of the reference's weights that are in memory afterwards; and the trained module's."""
     weights: list[weakref.ref[Any]] = []
     start = reference._start_engine
 

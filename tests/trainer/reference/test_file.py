@@ -61,7 +61,7 @@ def test_a_file_without_our_header_is_refused(path):
 
 
 def test_a_file_of_something_else_says_by_what_it_differs(path):
-    """As when one was copied or renamed."""
+    """A file that was copied or renamed."""
     other = {**PARTS, "dtype": "bf16"}
     with pytest.raises(ValueError, match="of another reference or data, by dtype: 'fp32' there, 'bf16' now"):
         read(path, other, len(LOGPS))

@@ -174,7 +174,7 @@ def test_a_quantile_of_probabilities_is_measured_once_and_kept(config):
 
 
 def plain_logps(config: Config) -> np.ndarray:
-    """Of all chosen completions' tokens, by the padded forward of transformers."""
+    """The log-probs of all chosen completions' tokens, by the padded forward of transformers."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(str(config.model.model_name_or_path))

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.ranks
 
 
 def live_bytes() -> int:
-    """Of all tensors that Python can reach, but for those without memory that other tests have left."""
+    """The bytes of all tensors that Python can reach, but for other tests' tensors without memory."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():

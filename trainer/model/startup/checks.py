@@ -104,7 +104,7 @@ def _window(model: PreTrainedModel) -> int:
 
 @contextmanager
 def _rounded_once_more(embeddings: nn.Module) -> Iterator[None]:
-    """Inside, the embeddings are off at random by as much as rounding to bf16 may change them."""
+    """Move the embeddings at random, by as much as rounding to bf16 may, while inside."""
 
     def nudge(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         random = torch.rand(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
@@ -144,7 +144,7 @@ def check_noise(model: PreTrainedModel, device: torch.device) -> None:
 
 @contextmanager
 def _own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model has transformers' own attention."""
+    """Give the model transformers' own attention, while inside."""
     ours: Any = model.config._attn_implementation
     model.set_attn_implementation(own_attention(model))
     try:

@@ -225,7 +225,7 @@ def test_the_draws_of_an_epoch_follow_from_seed_and_epoch_alone():
 
 
 def gradient(groups: Any, indices: Any, config: Config, seed: int = 5) -> torch.Tensor:
-    """Of a step's loss in a table of log-probs by token, which stands for a model."""
+    """The gradient of a step's loss in a table of log-probs by token, which stands for a model."""
     table = torch.from_numpy(np.random.default_rng(seed).normal(-3, 1, (2, 400))).requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
     for batch in plan_step(groups, np.asarray(indices), RULES, ALONE).batches:

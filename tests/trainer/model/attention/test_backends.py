@@ -266,7 +266,7 @@ def inputs_of(family: str) -> list[AttentionInputs]:
 
 
 def on_gpu(recorded: list[AttentionInputs]) -> list[AttentionInputs]:
-    """As they would be in bfloat16 on a GPU, of which `meta` is the one that is always there."""
+    """Attention inputs in bfloat16 on a GPU, of which `meta` is the one that is always there."""
     meta = torch.device("cuda")
 
     class Elsewhere(torch.Tensor):
