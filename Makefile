@@ -42,7 +42,7 @@ test-gpu-kernels:  ## on a GPU: real vocabularies, sanitizer, no waiting; $(PYTH
 
 test-gpu: $(READY)  ## on a GPU: the kernels, and attention and the training step; nothing to do without one
 	$(MAKE) test-gpu-kernels PYTHON=$(BIN)/python
-	MADPO_TEST_GPU=1 $(BIN)/python -m pytest tests/trainer/model/attention/test_on_a_gpu.py tests/whole/test_waits.py
+	MADPO_TEST_GPU=1 $(BIN)/python -m pytest tests/trainer/model/attention/test_backends_on_a_gpu.py tests/whole/test_waits.py
 
 bench: $(READY)  ## the loss head against every peer that is installed; see docs/kernels.md
 	$(BIN)/madpo bench

@@ -17,7 +17,7 @@ def test_its_help_needs_none_of_them(command):
 
 
 def test_the_command_line_imports_none_of_them():
-    """Nor does what it then calls: tests/kernels/test_alone.py."""
+    """Nor does what it then calls: tests/kernels/test_kernels_alone.py."""
     done = python_without((*MISSING, *OF_TYPER), "-c", "import madpo.launch.cli, madpo.launch.bench")
     assert done.returncode == 0, done.stderr
 

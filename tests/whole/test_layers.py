@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,3 +122,28 @@ def test_only_the_heads_call_kernels():
 def test_files_stay_readable(path):
     limit = 600 if "kernels" in path.parts else 400
     assert len(path.read_text().splitlines()) <= limit
+
+
+TESTS = [path for path in (ROOT / "tests").rglob("test_*.py") if path.parent.name != "whole"]
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_test_file_says_what_it_is_about(path):
+    """It stands where its subject does: `tests/trainer/test_loop.py` for `trainer/loop.py`, a longer name for
+    a part of it; or has the name of the folder; or is about several files and stands in tests/whole."""
+    folder = ROOT / path.parent.relative_to(ROOT / "tests")
+    name, subjects = path.stem.removeprefix("test_"), {file.stem for file in folder.glob("*.py")}
+    is_about_one = any(name == subject or name.startswith(f"{subject}_") for subject in subjects)
+    assert is_about_one or name.startswith(folder.name), f"no subject of that name in {folder}"
+
+
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
+ODD = re.compile(r"(Of |The same\b|As `|As [a-z]|Inside\b|In which\b)")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_name_the_thing_or_begin_with_a_verb(path):
+    """As far as a pattern can tell: see CONTRIBUTING.md for the rule."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, DOCUMENTED) and (text := ast.get_docstring(node)):
+            assert not ODD.match(text), f"{path.name}: {text.splitlines()[0]}"
