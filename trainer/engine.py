@@ -120,7 +120,7 @@ class Engine(Generic[ModuleT]):
         self.deepspeed.backward(loss)
 
     def accumulate(self, items: Sequence[Item]) -> Iterator[Item]:
-        """Iterate over a step's micro-batches; gradients are reduced over ranks at the last one."""
+        """Iterate over a step's micro-batches, and tell DeepSpeed which one is the last before the update."""
         for index, item in enumerate(items):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(items) - 1)
             yield item

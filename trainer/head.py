@@ -1,4 +1,4 @@
-"""The loss head: the only caller of kernels/. Hidden states in, loss and log-probs out."""
+"""The loss head: hidden states in, loss and log-probs out. It and `sliced_head.py` alone launch kernels."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def spread_over_tokens(
     dloss_dlogps: Tensor,  # (S,)
     batch: PackedBatch,
 ) -> Tensor:
-    """(M,) gradients in the tokens' log-probs: each token has its completion's, a sum over tokens."""
+    """(M,) gradients in the tokens' log-probs: each token gets that of its completion, whose log-prob is a sum."""
     return dloss_dlogps.repeat_interleave(batch.seq_lengths, output_size=len(batch.targets))
 
 

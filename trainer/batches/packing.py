@@ -158,8 +158,8 @@ def _kept_segments(
     segments: Sequence[Segment],
     is_kept: np.ndarray,  # (S,) completions
 ) -> tuple[np.ndarray, list[Segment]]:
-    """(n,) positions of the tokens that remain, those of kept completions and their prompts; and the segments
-    of the row that these tokens make."""
+    """(n,) the old positions of the tokens that stay: kept completions and their prompts. Then the segments of
+    the new row."""
     shared = {segment.prompt_start for segment in segments if segment.prompt_start < segment.prompt_end}
     completions = [segment for segment in segments if segment.start not in shared]
     kept = {segment for segment, keep in zip(completions, is_kept, strict=True) if keep}
@@ -311,7 +311,7 @@ def _labels(groups: Sequence[TokenGroup]) -> Tensor:
 def _positions_in_step(
     groups: Sequence[TokenGroup], first_positions: Sequence[tuple[int, int]] | None
 ) -> tuple[Tensor, Tensor]:
-    """(S,) and (E,) the positions of sequences and edges among all of the step."""
+    """(S,) and (E,): the place of each sequence and edge in the order of the whole step."""
     sequences: list[int] = []
     edges: list[int] = []
     for index, group in enumerate(groups):

@@ -55,7 +55,7 @@ class PeftConfig(Section):
         return self.load_in_4bit or self.load_in_8bit
 
     def of_given_models(self) -> PeftConfig | None:
-        """The part that also holds for models that only score: how their bases are quantised; else None."""
+        """The quantisation keys alone, which also hold for models that only score; None if not quantised."""
         return PeftConfig(**self.quantisation()) if self.quantised else None
 
     def quantisation(self) -> dict[str, Any]:

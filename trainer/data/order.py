@@ -61,8 +61,8 @@ def systematic_draws(
     seed: int,
     epoch: int,
 ) -> np.ndarray:
-    """(G,) group indices in rising order, each G w / sum(w) times, rounded up or down at random so that this
-    is the expectation.
+    """(G,) group indices in rising order. Group i appears G w_i / sum(w) times on average, always that number
+    rounded up or down.
 
     Systematic sampling: one random number shifts G evenly spaced points over the weights laid end to end.
     Independent draws have this expectation too, with a larger variance.

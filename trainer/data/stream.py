@@ -144,7 +144,7 @@ class Stream:
         return self._record(block).report["groups"]
 
     def _record(self, block: int) -> BlockRecord:
-        """The record of a block; blocks up to it that have none yet are read."""
+        """The record of a block. Reads it, and every block before it, where there is no record yet."""
         while block >= len(self._records):
             number = len(self._records)
             path = self._path(number, ".json")

@@ -214,7 +214,7 @@ def _running(
 def _uniforms(count: int, state: BatchState) -> Tensor:
     """Numbers (count,) in (0, 1) that depend on the state's seed only.
 
-    The counter makes them differ from the draws of the data's order, whose key is of the same kind.
+    The data's order draws with a key of this form too; the other counter keeps the draws apart.
     """
     words = np.random.Philox(key=list(state.seed), counter=[0, 0, 0, 1]).random_raw(count)
     return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53

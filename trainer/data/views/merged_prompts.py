@@ -27,8 +27,8 @@ def merge_prompts(
     """Join the groups of one prompt (equal token ids). Returns `groups` itself if there are none to join.
 
     No edge and no label is lost: an edge that two examples have counts twice. Under objectives of pairs a
-    completion that several examples have is scored once. Under those of single completions each is an item
-    of its own, and only the prompt is shared. Supervised examples stay as they are. A joined group has at
+    completion that several examples have is scored once. Under objectives of single completions every
+    copy is an item of its own, and only the prompt is shared. Supervised examples stay as they are. A joined group has at
     most `most_tokens`; an example that would exceed it opens another group of the prompt. An example that a
     mixture repeats stays repeated: its second copy joins second copies only.
     """
@@ -71,8 +71,8 @@ class MergePlan(NamedTuple):
 
 
 class MergedDataset:
-    """A view of R examples as G groups, each where its first example was. `share_completions`: a completion
-    that several examples have is there once."""
+    """R examples seen as G groups; a group stands where its first example stood. With `share_completions` a
+    completion that several examples have is kept once."""
 
     def __init__(self, groups: TabledGroups, plan: MergePlan, share_completions: bool) -> None:
         content = xxhash.xxh3_64_hexdigest(np.ascontiguousarray(plan.leaders, np.int64).tobytes())

@@ -106,7 +106,7 @@ class TrimmedDataset:
         return self._trimmed(self._selected[index])
 
     def _trimmed(self, index: int) -> TokenGroup:
-        """The group at `index` of all groups, with the edges that remain."""
+        """The group at `index` of the groups underneath, with the edges that remain."""
         group, first = self._groups[int(index)], self._firsts[index]
         edges = slice(first, first + self._groups.counts.edges[index])
         if not self._is_whole[index]:

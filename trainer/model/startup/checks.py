@@ -43,7 +43,7 @@ def check_head(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def tolerance_of(model: PreTrainedModel) -> float:
-    """The relative error that rounding alone does not reach."""
+    """A relative error larger than rounding alone makes."""
     return 1e-3 if model.dtype == torch.float32 else 0.1
 
 
