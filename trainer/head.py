@@ -199,7 +199,7 @@ def spread_over_tokens(
     dloss_dlogps: Tensor,  # (S,)
     batch: PackedBatch,
 ) -> Tensor:
-    """(M,) gradients in the tokens' log-probs: each token gets that of its completion, whose log-prob is a sum."""
+    """(M,) gradients in the tokens' log-probs: each token gets its completion's, whose log-prob is a sum."""
     return dloss_dlogps.repeat_interleave(batch.seq_lengths, output_size=len(batch.targets))
 
 

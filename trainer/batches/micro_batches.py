@@ -16,9 +16,9 @@ def plan_micro_batches(
     """Spread a step's groups over ranks and micro-batches: [rank][micro-batch] -> indices into `lengths`.
 
     It takes the fewest micro-batches (equally many on every rank) whose tokens stay within `budget`. Under
-    ZeRO-3 ranks wait for each other in every micro-batch, so at each of them all ranks should have equal cost: the
-    costliest groups are placed first, each into the cheapest bin that has room, and bins of similar cost run
-    at the same time. Deterministic. Raises UserError if one group exceeds the budget.
+    ZeRO-3 ranks wait for each other in every micro-batch, so at each of them all ranks should have equal
+    cost: the costliest groups are placed first, each into the cheapest bin that has room, and bins of similar
+    cost run at the same time. Deterministic. Raises UserError if one group exceeds the budget.
     """
     check_budget(lengths, budget)
     costs = lengths if costs is None else costs

@@ -158,8 +158,8 @@ def _kept_segments(
     segments: Sequence[Segment],
     is_kept: np.ndarray,  # (S,) completions
 ) -> tuple[np.ndarray, list[Segment]]:
-    """(n,) the old positions of the tokens that stay: kept completions and their prompts. Then the segments of
-    the new row."""
+    """(n,) the old positions of the tokens that stay: kept completions and their prompts. Then the
+    segments of the new row."""
     shared = {segment.prompt_start for segment in segments if segment.prompt_start < segment.prompt_end}
     completions = [segment for segment in segments if segment.start not in shared]
     kept = {segment for segment, keep in zip(completions, is_kept, strict=True) if keep}

@@ -98,8 +98,8 @@ def special_spellings(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | N
 
 
 def spells_special(group: TextGroup, spellings: re.Pattern[str] | None) -> bool:
-    """Whether a text of the group spells out a special token. In messages that text becomes the token; in plain
-    text it stays text."""
+    """Whether a text of the group spells out a special token. In messages that text becomes the token; in
+    plain text it stays text."""
     texts = [x for text in (group.prompt, *group.completions) for x in _texts(text)]
     return spellings is not None and any(spellings.search(text) for text in texts)
 

@@ -27,10 +27,10 @@ def merge_prompts(
     """Join the groups of one prompt (equal token ids). Returns `groups` itself if there are none to join.
 
     No edge and no label is lost: an edge that two examples have counts twice. Under objectives of pairs a
-    completion that several examples have is scored once. Under objectives of single completions every
-    copy is an item of its own, and only the prompt is shared. Supervised examples stay as they are. A joined group has at
-    most `most_tokens`; an example that would exceed it opens another group of the prompt. An example that a
-    mixture repeats stays repeated: its second copy joins second copies only.
+    completion that several examples have is scored once. Under objectives of single completions every copy is
+    an item of its own, and only the prompt is shared. Supervised examples stay as they are. A joined group
+    has at most `most_tokens`; an example that would exceed it opens another group of the prompt. An example
+    that a mixture repeats stays repeated: its second copy joins second copies only.
     """
     if objective.supervised:
         return groups

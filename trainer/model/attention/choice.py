@@ -116,7 +116,7 @@ def _segments(inputs: AttentionInputs) -> list[Segment]:
 
 @torch.enable_grad()
 def _value_and_gradients(backend: Backend, inputs: AttentionInputs, tensors: list[Tensor]) -> list[Tensor]:
-    """The back-end's output and gradients, named by RESULTS, computed on `tensors` in place of the inputs' own."""
+    """The back-end's output and gradients, named by RESULTS, computed on these `tensors`."""
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
     query, key, value, *sinks = leaves
     fields: Any = {"query": query, "key": key, "value": value, "sinks": sinks[0] if sinks else None}
