@@ -21,8 +21,11 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(BIN)/pip install -q torch==$(TORCH) -c constraints.txt numpy
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install -q triton==3.6.0
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
-	$(BIN)/python -c 'import sys; from pathlib import Path; from madpo.trainer.data.rated_sentences import fetch; fetch(Path(sys.argv[1]))' $(CACHE)
 	touch $@
+
+# The rated sentences that some tests read, fetched once: no test asks a package index.
+$(CACHE)/hutto_ICWSM_2014.tar.gz: | $(READY)
+	$(BIN)/python -c 'import sys; from pathlib import Path; from madpo.trainer.data.rated_sentences import fetch; fetch(Path(sys.argv[1]))' $(CACHE)
 
 demo: $(READY)  ## train MADPO on real preference data: two ZeRO-3 ranks, evaluation, export, report
 	$(BIN)/madpo demo
@@ -30,10 +33,10 @@ demo: $(READY)  ## train MADPO on real preference data: two ZeRO-3 ranks, evalua
 test: lint  ## ruff, then pyright beside the suite without its slow part; WORKERS=2
 	$(MAKE) --no-print-directory -k -j2 types suite
 
-suite: $(READY)  ## pytest alone, without the slow part
+suite: $(READY) $(CACHE)/hutto_ICWSM_2014.tar.gz  ## pytest alone, without the slow part
 	$(PYTEST) -m "not slow"
 
-test-slow: $(READY)  ## what make test leaves out: peers, benchmarks, the demo, a recipe, other GPUs' code
+test-slow: $(READY) $(CACHE)/hutto_ICWSM_2014.tar.gz  ## what make test leaves out: peers, benchmarks, the demo, a recipe, other GPUs' code
 	$(BIN)/pip install -q -c constraints.txt -e '.[slow]'
 	$(PYTEST) -m slow
 

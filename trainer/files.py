@@ -9,20 +9,26 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import xxhash
 
 BLOCK = 1 << 22
+SECONDS_UNTIL_LEFT = 3600.0
+"""A temporary file that nobody has written to for so long is a killed process's."""
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
     """Write a file, replacing an older one. If that fails, nothing has changed.
 
     `content` is text (written as UTF-8), bytes, or a function that writes to the path it is given. The
-    folder must exist.
+    folder must exist. What a killed process left under a temporary name is removed.
     """
+    for leftover in path.parent.glob(f"{path.name}.partial-*"):
+        if time.time() - leftover.stat().st_mtime > SECONDS_UNTIL_LEFT:
+            leftover.unlink(missing_ok=True)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         if isinstance(content, str):
@@ -42,21 +48,35 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], None]) 
 def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Make a folder, replacing an older one; `write` creates it at the temporary path it is given.
 
-    What a killed process left under the temporary name is removed first.
+    If writing fails, nothing has changed. If the folders cannot change places (an old file that is still
+    open on a network disk, say), the old one stays and the new one is left beside it, with `.partial` behind
+    its name. What a killed process left under that name is removed first.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial, aside = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         write(partial)
         for file in partial.rglob("*"):
-            _flush_folder(file) if file.is_dir() else _flush(file)
+            if file.is_dir():
+                _flush_folder(file)
+            elif not file.is_symlink():
+                _flush(file)
         _flush_folder(partial)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(partial, path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    shutil.rmtree(aside, ignore_errors=True)
+    replaces = path.exists()
+    if replaces:
+        os.replace(path, aside)
+    try:
+        os.replace(partial, path)
+    except BaseException:
+        if replaces:
+            os.replace(aside, path)
+        raise
     _flush_folder(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def hash_of_file(*paths: Path) -> str:
@@ -75,10 +95,10 @@ def _flush(path: Path) -> None:
 
 
 def _flush_folder(path: Path) -> None:
-    """Flush the names in a folder, where the file system can."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
+    """Flush the names in a folder; a file system that cannot do that keeps them in its own way."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
             os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)

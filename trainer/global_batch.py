@@ -88,17 +88,20 @@ def _in_two_passes(
     gradient is 0.
     """
     module = engine.module
-    tokens = _scored(engine, batches, meter)
-    losses = _losses(module.head.objective, step, batches, tokens, meter, state)
+    losses = _losses(module.head.objective, step, batches, _scored(engine, batches, meter), meter, state)
     on_host = [(batch, own_gradients(losses.dloss_dlogps, batch)) for batch in step.batches]
     work = step.work
     # A loss over all packed tokens needs every completion, and a slice of a row holds no whole one.
     if not module.loss_of_tokens and module.sequence_group is None:
         on_host = [_without_zeros(batch, gradients) for batch, gradients in on_host]
         work += step.saved_by((losses.dloss_dlogps == 0).numpy())
-    for batch, gradients in engine.accumulate(on_host):
-        out = engine(batch.to(engine.device), Mode.FROM_GRADIENTS, gradients.to(engine.device))
-        engine.backward(out.loss)
+    # All are on their way before the first backward: a copy inside the loop would wait for the device.
+    on_device = [
+        (batch.to(engine.device), gradients.to(engine.device, non_blocking=True))
+        for batch, gradients in on_host
+    ]
+    for batch, gradients in engine.accumulate(on_device):
+        engine.backward(engine(batch, Mode.FROM_GRADIENTS, gradients).loss)
     return losses.memory, work
 
 

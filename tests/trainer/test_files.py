@@ -74,9 +74,9 @@ def test_a_folder_replaces_an_older_one_when_all_of_it_is_on_the_disk(tmp_path, 
         (partial / "inner" / "weights").write_text("1")
 
     write_folder_atomically(path, write)
-    rename = events.index("rename model.partial model")
-    assert {"flush weights", "flush inner", "flush model.partial"} == set(events[:rename])
-    assert events[rename + 1 :] == [f"flush {tmp_path.name}"]
+    swap = events.index("rename model model.old")
+    assert {"flush weights", "flush inner", "flush model.partial"} == set(events[:swap])
+    assert events[swap + 1 :] == ["rename model.partial model", f"flush {tmp_path.name}"]
     assert [file.name for file in path.rglob("*")] == ["inner", "weights"]
     assert list(tmp_path.iterdir()) == [path]
 
@@ -92,6 +92,40 @@ def test_a_folder_that_fails_leaves_the_old_one(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_folder_atomically(path, write)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folders_that_cannot_change_places_are_both_left(tmp_path, monkeypatch):
+    """As where a file of the old one is open on a network disk: hours of work are in the new one."""
+    path, replace = tmp_path / "model", os.replace
+    path.mkdir()
+    (path / "old").write_text("")
+
+    def write(partial: Path) -> None:
+        partial.mkdir()
+        (partial / "new").write_text("")
+        (partial / "link").symlink_to(tmp_path / "nowhere")
+
+    def fail(source: Path, target: Path) -> None:
+        if Path(source).name == "model.partial":
+            raise OSError("directory not empty")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="not empty"):
+        write_folder_atomically(path, write)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "model.partial"]
+    assert [file.name for file in path.iterdir()] == ["old"]
+    assert sorted(file.name for file in (tmp_path / "model.partial").iterdir()) == ["link", "new"]
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
+    path = tmp_path / "state.json"
+    old, young = (tmp_path / f"state.json.partial-{pid}" for pid in (1, 2))
+    for file in (old, young):
+        file.write_text("ha")
+    os.utime(old, (0, 0))
+    write_atomically(path, "half")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["state.json", young.name]
 
 
 def test_the_hash_is_of_the_bytes_alone_however_many_blocks_or_files(tmp_path, monkeypatch):

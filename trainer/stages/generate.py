@@ -247,8 +247,12 @@ def _facts_of(rows: list[dict[str, Any]], model: str) -> dict[str, Any]:
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    def write(partial: Path) -> None:  # line by line: a split of long completions is large
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(path, write)
 
 
 def _provenance(
