@@ -102,7 +102,7 @@ def test_a_continuation_after_all_that_may_change_takes_the_step_that_the_run_to
         "launch": {"timeout_minutes": 3.0, "num_processes": 1},
         "generate": {"num_completions": 3},
         "annotate": {"folds": 2},
-        "deepspeed": {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}},
+        "deepspeed": {"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}},
     }
     run = cut(folder, "changed")
     other = {**tree, **{name: {**tree.get(name, {}), **values} for name, values in changes.items()}}

@@ -17,7 +17,6 @@ from plain import plain_optimizer, zero3_steps
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.training_data import load_data
-from madpo.trainer.engine import release
 from madpo.trainer.model.build import build_module
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives import EdgeScores, build
@@ -216,7 +215,7 @@ def new_layer(shard, config: Config) -> list[torch.Tensor]:
     engine = start_engine(config, load_tokenizer(config.model), training=True)
     with deepspeed.zero.GatheredParameters([engine.module.head.weight]):
         start = engine.module.head.weight.detach().clone()
-    release(engine)
+    engine.release()
     run_training(config, "madpo train test.yaml")
     exported = load_file(Path(config.output_dir) / "model" / "model.safetensors")
     return [start, exported["score.weight"]]
