@@ -144,7 +144,11 @@ def test_the_second_pass_skips_what_has_no_gradient(configs):
 
 @pytest.mark.parametrize(
     "ranks, change",
-    [(1, {"micro_batch_tokens": 128}), (4, {"global_batch_size": 3})],
+    [
+        (1, {"micro_batch_tokens": 128}),
+        # Without weights that move, tests/whole/test_every_loss.py has this for every such loss.
+        pytest.param(4, {"global_batch_size": 3}, marks=pytest.mark.slow),
+    ],
     ids=["several micro-batches", "a rank without groups"],
 )
 def test_any_split_equals_one_plain_batch(configs, ranks, change):

@@ -185,6 +185,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 
 @ranks
+@pytest.mark.slow
 def test_other_objectives_equal_a_single_rank(config):
     configs = []
     for block in OBJECTIVES.values():

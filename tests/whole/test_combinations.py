@@ -92,8 +92,21 @@ def all_steps(shard, configs: list[Config]) -> list[Any]:
     return [zero3_steps(shard, config, STEPS) for config in configs]
 
 
-def test_every_pair_of_choices_computes_what_plain_pytorch_does(config):
-    choices = covering()
+def first_with_every_choice(choices: list[Choice]) -> list[Choice]:
+    """The beginning of the list in which every choice is made at least once."""
+    missing = {choice for chosen in choices for choice in chosen}
+    for number, chosen in enumerate(choices, 1):
+        missing.difference_update(chosen)
+        if not missing:
+            return choices[:number]
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "pairs", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["every choice", "every pair"]
+)
+def test_choices_together_compute_what_plain_pytorch_does(config, pairs):
+    choices = covering() if pairs else first_with_every_choice(covering())
     configs = [chosen(config, choice) for choice in choices]
     want = {one.objective.loss_type: plain_steps(one, STEPS) for one in configs}
     got = run_ranks(4, all_steps, configs)[0]
