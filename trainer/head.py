@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -32,7 +33,7 @@ class OutputHead:
     transform: LogitTransform = IDENTITY
 
 
-class OutputLayers(nn.Module):
+class OutputLayers(nn.Module, ABC):
     """The output layers of policy and reference; their weights are shared with the models.
 
     A module of its own, so that ZeRO-3 gathers the two weights around its forward and backward only.
@@ -87,14 +88,15 @@ class OutputLayers(nn.Module):
         assert callable(gradients)
         return ScoredLoss(self.loss_from_gradients(hidden, batch, gradients(batch, tokens)).loss, tokens)
 
+    @abstractmethod
     def score(self, hidden: Tensor, ref_hidden: Tensor | None, batch: PackedBatch) -> TokenScores:
         """The scores (M,) of all scored tokens, without gradients; arguments as in `forward`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, hidden: Tensor, ref_hidden: Tensor | None, batch: PackedBatch) -> ScoredLoss:
         """`batch.scale` times the sum of the batch's losses, and the scores; arguments as in `forward`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss_from_gradients(
         self,
         hidden: Tensor,  # (M, H)
@@ -106,7 +108,6 @@ class OutputLayers(nn.Module):
         If they are those of an objective, then by the chain rule the gradients in weights and hidden states
         are the objective's too.
         """
-        raise NotImplementedError
 
     def run_kernels(
         self,
