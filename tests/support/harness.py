@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -141,6 +142,16 @@ def random_groups(count: int, seed: int = 0, completions: int = 2, vocab: int = 
     return groups
 
 
+IMPORTED_LATE = (
+    "torch._inductor.compile_fx",
+    "datasets.io.generator",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
+"""What an engine's start imports where it is used: imported before the fork, no rank pays for it."""
+
+
 def run_ranks(
     world_size: int, function: Callable[..., Any], *args: Any, checks: bool = False, timeout: float = 120
 ) -> list[Any]:
@@ -149,11 +160,9 @@ def run_ranks(
     Engines start there without the checks of their models, half of a start, unless `checks` asks for them.
     Raises AssertionError with the traceback of the first rank that fails, and leaves no process.
     """
-    # Imported before the fork, so that no rank pays for it.
-    import torch._inductor.compile_fx  # noqa: F401
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
+    for name in IMPORTED_LATE:
+        import_module(name)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     context = mp.get_context("fork")
     with own_port() as port:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
@@ -228,6 +237,8 @@ def _rank(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    # The collector has nothing to find among what was there before the fork, and would copy every page of it.
+    gc.freeze()
     from madpo.trainer import dist
 
     # torch replaces its thread pool at the first use after a fork; two of the threads that load a model
