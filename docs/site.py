@@ -1,7 +1,7 @@
 """Hooks of mkdocs: a file outside docs/ that a page links to becomes a page of the site.
 
-On GitHub `../trainer/loop.py` shows that file. The site holds a copy of every linked file under source/, so the
-same link works in both, and nothing needs to know where the repository is published.
+On GitHub `../trainer/loop.py` shows that file. The site holds a copy of every linked file under source/, so
+the same link works in both, and nothing needs to know where the repository is published.
 """
 
 from __future__ import annotations

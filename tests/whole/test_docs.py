@@ -8,8 +8,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from madpo.trainer.config.effects import keys
+from madpo.trainer.objectives.madpo import MADPOParams
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_OURS = {"runs", "build", "dist", "__pycache__"}
@@ -100,6 +102,21 @@ def test_make_targets_and_tests_that_a_page_names_exist(page):
     assert not sorted(
         name for name in named if f"def {name}(" not in tests and not is_there(f"{name}.py", page)
     )
+
+
+def test_the_weights_in_the_page_about_tau():
+    """The table of margins and thresholds, against MADPO's weight with its defaults."""
+    text = (ROOT / "docs/tau.md").read_text()
+    margins = torch.tensor([float(cell) for cell in row_of(text, "margin h")], dtype=torch.float64)
+    for tau in (7, 4, 2, 1):
+        weights = MADPOParams(tau=tau).weight(margins)
+        assert row_of(text, f"τ = {tau}") == [f"{weight:.3f}" for weight in weights]
+
+
+def row_of(text: str, title: str) -> list[str]:
+    """The cells of a table's row, without its title."""
+    row = next(line for line in text.splitlines() if line.startswith(f"| {title} |"))
+    return [cell.strip() for cell in row.split("|")[2:-1]]
 
 
 def test_names_in_the_life_of_a_step_are_in_the_file_that_is_named_beside_them():
