@@ -35,7 +35,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for link in LINK.findall(page.content_string):
             target = (folder / link).resolve()
             name = _name_on_site(target)
-            if name.startswith("source/") and name not in _origins:
+            if name.startswith("source/") and name not in _origins and target.exists():
                 _origins[name] = target / "README.md" if target.is_dir() else target
                 added = File.generated(config, name, content=_content(target))
                 files.append(added)
