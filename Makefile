@@ -29,6 +29,7 @@ $(CACHE)/hutto_ICWSM_2014.tar.gz: | $(READY)
 
 demo: $(READY)  ## train MADPO on real preference data: two ZeRO-3 ranks, evaluation, export, report
 	$(BIN)/madpo demo
+	@echo 'next: source $(BIN)/activate; then the command is madpo, and docs/README.md says what to read'
 
 test: lint  ## ruff, then pyright beside the suite without its slow part; WORKERS=2
 	$(MAKE) --no-print-directory -k -j2 types suite
