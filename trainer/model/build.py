@@ -23,7 +23,7 @@ from madpo.trainer.model.expert_balance import expert_balance
 from madpo.trainer.model.freeze import freeze
 from madpo.trainer.model.offload import offload_layers
 from madpo.trainer.model.policy import PolicyWithReference
-from madpo.trainer.model.pretrained import Pretrained, build_from_scratch, folder_of, load_pretrained
+from madpo.trainer.model.pretrained import Pretrained, build_from_scratch, load_pretrained
 from madpo.trainer.model.recompute import checkpoint_layers
 from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.model.tokenizer import padding_token
@@ -197,7 +197,7 @@ def adapter_named(config: Config, name: str | None, revision: str | None) -> lor
     UserError if it is set for a whole model.
     """
     own = config.model.model_name_or_path
-    is_own = own is not None and name in (own, folder_of(own))
+    is_own = own is not None and name == own
     base = config.peft.base_model_name_or_path if config.peft is not None and is_own else None
     adapter = lora.stored_adapter(name, revision, base)
     if base is not None and adapter is None:
