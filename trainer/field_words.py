@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import Enum
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -9,13 +11,31 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 
-NAMES = {str: "text", int: "a whole number", float: "a number", dict: "a mapping", Any: "anything"}
+NAMES: dict[Any, str] = {
+    str: "text",
+    Path: "text",
+    int: "a whole number",
+    float: "a number",
+    dict: "a mapping",
+    Any: "anything",
+}
 
 
 def values_of(field: FieldInfo) -> str:
     """The values that a field takes, as in `a number above 0 or null`."""
     examples = f", as in {' or '.join(map(str, field.examples))}" if field.examples else ""
     return _joined(_alternatives(field.annotation, field.metadata)) + examples
+
+
+def choices_of(field: FieldInfo) -> list[str]:
+    """The words that a field takes, or takes besides other values; [] if there are none."""
+
+    def words(annotation: Any) -> list[str]:
+        if get_origin(annotation) is Literal:
+            return [str(value) for value in get_args(annotation)]
+        return [word for part in get_args(annotation) for word in words(part)]
+
+    return words(field.annotation)
 
 
 def problem_of(item: Any, field: FieldInfo | None) -> str:
@@ -51,7 +71,11 @@ def _alternatives(annotation: Any, metadata: list[Any]) -> list[str]:
         return [f"a list of {some}{_plural(*get_args(annotation))}"]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return ["a section"]
-    return [_bounded(NAMES[origin or annotation], metadata if annotation in (int, float) else [])]
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return [str(member.value) for member in annotation]
+    kind = origin or annotation
+    words = NAMES.get(kind, kind.__name__)
+    return [_bounded(words, metadata if kind in (int, float) else [])]
 
 
 def _plural(kind: Any) -> str:
@@ -71,7 +95,7 @@ def _bounded(words: str, metadata: list[Any]) -> str:
         bounds.append(f"{'above' if is_above else 'of at least'} {value}")
     if upper:
         value, is_reached = min(upper)
-        bounds.append(f"{'of at most' if is_reached else 'below'} {value}")
+        bounds.append(f"{'at most' if is_reached else 'below'} {value}")
     return " ".join([words, *[" and ".join(bounds)][: len(bounds)]])
 
 

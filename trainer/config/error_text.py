@@ -27,10 +27,13 @@ ON_POLICY = {
 """Algorithms that sample from the model while they train it."""
 
 
-def explain(error: ValidationError, schema: type[BaseModel]) -> str:
-    """The message for a validation error: each problem on a line, with key, fault and what is allowed."""
+def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -> str:
+    """The message for a validation error: each problem on a line, with key, fault and what is allowed.
+
+    `prefix` stands before the keys.
+    """
     # A union reports each of its kinds; what all of them allow is said with the first.
-    lines = list(dict.fromkeys(_explain_one(item, schema) for item in error.errors()))
+    lines = list(dict.fromkeys(prefix + _explain_one(item, schema) for item in error.errors()))
     return lines[0] if len(lines) == 1 else f"{len(lines)} problems\n" + "\n".join(f"  {x}" for x in lines)
 
 
@@ -97,7 +100,7 @@ def _name_of(key: str, section: type[BaseModel]) -> str | None:
     """The name of the field that a key gives."""
     if issubclass(section, Params):
         return next((x for x in section.model_fields if key in (x, *section.aliases(x))), None)
-    return key if key in section.model_fields else None
+    return next((name for name, field in section.model_fields.items() if key in (name, field.alias)), None)
 
 
 def _known_keys(section: type[BaseModel]) -> list[str]:

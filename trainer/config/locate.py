@@ -113,7 +113,7 @@ def _holds(folder: Path) -> str:
 
 def _names_in(folder: Path) -> list[str]:
     try:
-        return sorted(os.listdir(folder))
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError:
         return []
 

@@ -64,7 +64,9 @@ class LaunchConfig(Section):
 
 
 class Config(Section):
-    output_dir: str = setting(description="folder of the run", effect=Effect.MEANS)
+    output_dir: str = setting(
+        description="folder of the run: checkpoints, metrics, report, model", effect=Effect.MEANS
+    )
     seed: int = Field(
         default=42,
         ge=0,
@@ -74,7 +76,7 @@ class Config(Section):
     model: ModelConfig = Field(description="weights, reference, attention, what is frozen")
     peft: PeftConfig | None = Field(default=None, description="LoRA adapter; null: train all weights")
     data: DataConfig = Field(description="data sets, how they are read, and what becomes of them")
-    objective: ObjectiveParams = Field(description="loss_type and its parameters")  # pyright: ignore[reportInvalidTypeForm]
+    objective: ObjectiveParams = Field(description="loss_type and its parameters; `madpo keys` lists them")  # pyright: ignore[reportInvalidTypeForm]
     optim: OptimConfig = Field(default=OptimConfig(), description="optimiser and learning rate")
     train: TrainConfig = Field(default=TrainConfig(), description="batch sizes, length, logs, checkpoints")
     annotate: AnnotateConfig = setting(
@@ -87,7 +89,9 @@ class Config(Section):
         effect=Effect.RESULT,
     )
     deepspeed: dict[str, Any] = setting(
-        default_factory=dict, description="block that is passed to DeepSpeed", effect=Effect.RESULT
+        default_factory=dict,
+        description="DeepSpeed's own keys, as in {zero_optimization: {stage: 2}}",
+        effect=Effect.RESULT,
     )
 
     @field_validator("objective", mode="before")

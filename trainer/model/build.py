@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
     does not fit its tokenizer.
     """
     objective, model = config.bound_objective, config.model
-    _prepare_attention(config)
+    _prepare_kernels(config)
     torch.manual_seed(config.seed)
     options = _loading_options(config)
     policy, adapter, has_new_layer = _policy(config, tokenizer, options)
@@ -72,7 +73,7 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
 def load_reference(config: Config, tokenizer: PreTrainedTokenizerBase) -> ReferenceScorer:
     """The reference by itself: the model named, or the start of the run, with its adapter off unless it was
     trained before. Seeds torch and raises UserError as `build_module` does."""
-    _prepare_attention(config)
+    _prepare_kernels(config)
     torch.manual_seed(config.seed)
     options = _loading_options(config)
     name = config.model.ref_model_name_or_path
@@ -102,10 +103,13 @@ def _save_time_and_memory(policy: PreTrainedModel, reference: ReferenceScorer | 
     return bool(model.gradient_checkpointing) and not selective
 
 
-def _prepare_attention(config: Config) -> None:
-    """Make our attention known to transformers. Raises UserError for one that this machine lacks."""
+def _prepare_kernels(config: Config) -> None:
+    """Make our attention known to transformers. Raises UserError for a kernel that cannot run here."""
     prefix_sharing.register()
     check_available(config.model.attention)
+    on_gpu = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+    if config.train.head_impl == "triton" and not on_gpu:
+        raise UserError("train.head_impl: triton runs on GPUs only, and there is none here; set auto")
 
 
 def _loading_options(config: Config) -> dict[str, Any]:
