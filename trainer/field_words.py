@@ -100,6 +100,7 @@ def _bounded(words: str, metadata: list[Any]) -> str:
 
 
 def _joined(words: list[str]) -> str:
+    words = list(dict.fromkeys(words))
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
