@@ -287,7 +287,8 @@ def parse_json_line(raw: bytes) -> dict[str, Any]:
     except RecursionError:
         raise UserError("not JSON that can be read: nested too deeply") from None
     if not isinstance(row, dict):
-        raise UserError(f"expected a JSON object, got {type(row).__name__}")
+        hint = "; write one object a line (jq -c '.[]' FILE does)" if isinstance(row, list) else ""
+        raise UserError(f"expected a JSON object, got {type(row).__name__}{hint}")
     return row
 
 
