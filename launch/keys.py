@@ -53,7 +53,7 @@ def explain_keys(name: str | None, width: int | None) -> str:
         example = "dpo" if "dpo" in owners else owners[0]
         text = f"{name} is a parameter of {', '.join(owners)}; `madpo keys {example}` explains it there."
         return _filled(text, width) + "\n"
-    if name in ON_POLICY:
+    if name.lower() in ON_POLICY:
         raise UserError(unknown_objective(name))
     every = {*known, *OBJECTIVES, *(entry.key for entry in entries)}
     every |= {entry.key.rpartition(".")[2] for entry in entries}
@@ -100,12 +100,10 @@ def _objective(loss_type: str, width: int | None) -> str:
 def _rows(entries: list[Entry], width: int | None, with_recipes: bool = False) -> str:
     def text(entry: Entry) -> str:
         more = f", and a recipe {ON_A_RECIPE[entry.effect]}" if with_recipes else ""
-        return f"{entry.description}{'; ' if width is None else NEW_LINE}{entry.facts}{more}"
+        between = "; " if width is None else "\n"
+        return between.join([entry.description, entry.facts + more])
 
     return _columns(((entry.key, text(entry)) for entry in entries), width)
-
-
-NEW_LINE = "\n"
 
 
 def _columns(rows: Iterable[tuple[str, str]], width: int | None) -> str:
@@ -120,7 +118,7 @@ def _columns(rows: Iterable[tuple[str, str]], width: int | None) -> str:
         if is_below:
             out.append(first)
             first = " " * column
-        for part in text.split(NEW_LINE):
+        for part in text.split("\n"):
             out.append(_filled(part, width, first, " " * column))
             first = " " * column
     return "\n".join(out) + "\n" if out else ""
@@ -134,7 +132,7 @@ def _filled(text: str, width: int | None, first: str = "", indent: str = "") -> 
 
 
 def page() -> str:
-    """docs/config.md."""
+    """The text of docs/config.md."""
     return "\n".join(_page())
 
 
@@ -176,7 +174,7 @@ def _page() -> Iterator[str]:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
 if __name__ == "__main__":

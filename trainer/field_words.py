@@ -96,7 +96,7 @@ def _bounded(words: str, metadata: list[Any]) -> str:
     if upper:
         value, is_reached = min(upper)
         bounds.append(f"{'at most' if is_reached else 'below'} {value}")
-    return " ".join([words, *[" and ".join(bounds)][: len(bounds)]])
+    return f"{words} {' and '.join(bounds)}".strip()
 
 
 def _joined(words: list[str]) -> str:

@@ -215,9 +215,10 @@ def _message(field: str, message: Any) -> dict[str, Any]:
         calls_only = isinstance(calls, list) and calls and "content" not in message
         if isinstance(message.get("content"), str) or calls_only:
             return message
+    is_shared = isinstance(message, dict) and message.keys() >= {"from", "value"}
     raise UserError(
         f"{field}: a message needs text under role and content (or tool_calls of the assistant), "
-        f"got {message!r:.80}"
+        f"got {message!r:.80}{'; data.adapter=sharegpt reads from and value in a column conversations' if is_shared else ''}"
     )
 
 
