@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -28,7 +28,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="as in optim.lr=2e-6", metavar="SECTION.KEY=VALUE")
 ]
 OfTask = Annotated[
-    str | None, typer.Option("--task", help="read it as madpo train, sft or reward does", metavar="TASK")
+    Literal["train", "sft", "reward"] | None,
+    typer.Option("--task", help="read the config as that command does"),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="set an earlier run in output_dir aside")]
 
@@ -263,9 +264,11 @@ def bench_step(
 
 def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) -> None:
     from madpo.launch import local
+    from madpo.trainer.config.locate import located
     from madpo.trainer.config.schema import load
 
     resolved = load(config, overrides or [], task)
+    located(resolved)  # before any rank is started
     folder = Path(resolved.output_dir)
     if fresh:
         from madpo.trainer.run_folder import set_aside
@@ -284,9 +287,12 @@ def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) ->
 
 def _run_task(task: Task, config: str, overrides: list[str] | None) -> None:
     from madpo.launch import local
+    from madpo.trainer.config.locate import located
     from madpo.trainer.config.schema import load
 
     resolved = load(config, overrides or [], task)
+    if task != "annotate":  # which may score with other models than the config's
+        located(resolved)
     raise typer.Exit(local.run(task, config, overrides or [], resolved.launch))
 
 

@@ -18,6 +18,11 @@ class UserError(ValueError):
     """
 
 
+def on_one_line(error: Exception) -> str:
+    """The message of another library's error, without its line breaks."""
+    return " ".join(str(error).split())
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """`, did you mean 'x'?` if `word` looks like a slip for an allowed word, else the list of those."""
     allowed = sorted(allowed)

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from madpo.trainer.config.data import DataConfig
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import UserError, on_one_line
 from madpo.trainer.files import hash_of_file
 
 LINES = datasets.Features({"line": datasets.Value("int64"), "raw": datasets.Value("binary")})
@@ -96,7 +96,7 @@ def load_by_name(
     except Exception as error:
         raise UserError(
             f"data.dataset_name: {data.dataset_name!r} is no local file or folder, and loading it by "
-            f"name failed: {type(error).__name__}: {error}"
+            f"name failed: {type(error).__name__}: {on_one_line(error)}"
         ) from error
     assert isinstance(rows, datasets.Dataset | datasets.IterableDataset)
     return rows

@@ -216,9 +216,10 @@ def _message(field: str, message: Any) -> dict[str, Any]:
         if isinstance(message.get("content"), str) or calls_only:
             return message
     is_shared = isinstance(message, dict) and message.keys() >= {"from", "value"}
+    hint = "; data.adapter=sharegpt reads from and value in a column conversations" if is_shared else ""
     raise UserError(
         f"{field}: a message needs text under role and content (or tool_calls of the assistant), "
-        f"got {message!r:.80}{'; data.adapter=sharegpt reads from and value in a column conversations' if is_shared else ''}"
+        f"got {message!r:.80}{hint}"
     )
 
 

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.utils import logging
 
 from madpo.trainer.config.model import ModelConfig
-from madpo.trainer.errors import UserError, nearest
+from madpo.trainer.errors import UserError, nearest, on_one_line
 from madpo.trainer.model.families import NOISE_THAT_STAYS
 
 NEW_LAYER = "score.weight"
@@ -72,7 +72,7 @@ def load_pretrained(
         raise
     except (OSError, ValueError, RuntimeError) as error:
         hint = "" if Path(name).exists() else " (no such folder, and no model of that name on the hub)"
-        raise UserError(f"model {name!r} could not be loaded{hint}: {error}") from error
+        raise UserError(f"model {name!r} could not be loaded{hint}: {on_one_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(set(info["missing_keys"]) - {NEW_LAYER})

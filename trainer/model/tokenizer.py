@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from madpo.trainer.config.model import ModelConfig
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import UserError, on_one_line
 
 FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 """Patterns of the files that a tokenizer is kept in."""
@@ -28,7 +28,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}: no tokenizer could be loaded from {name!r}: {error}") from error
+        raise UserError(f"{key}: no tokenizer could be loaded from {name!r}: {on_one_line(error)}") from error
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
