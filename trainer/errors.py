@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 EXIT_USAGE = 2
 
-LETTERS_PER_SLIP = 6
-"""A word may have one slip, and one more for each so many letters."""
+SHORT = 6
+"""A word with fewer letters may have one slip in it, a longer one another for each so many letters."""
 
 
 class UserError(ValueError):
@@ -33,20 +33,24 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
 def closest(word: str, allowed: Iterable[str]) -> str | None:
     """The allowed word that `word` is a slip for: one in capitals, or with a letter or two wrong.
 
-    A short word must begin with the right letter, because `ppo` is not a slip for `wpo`.
+    The first letter is right in a slip: `ppo` is none for `wpo`. Without a slip, it is the only allowed word
+    that begins with a long `word`, or that this begins with.
     """
+    allowed = list(allowed)
 
     def rank(other: str) -> tuple[int, bool, float]:
         """The number of slips; of two words with as many, the one of these letters comes first."""
         a, b = word.lower(), other.lower()
         return slips(a, b), sorted(a) != sorted(b), -difflib.SequenceMatcher(None, a, b).ratio()
 
-    most = 1 + len(word) // LETTERS_PER_SLIP
-    near = [other for other in allowed if abs(len(other) - len(word)) <= most]
-    if len(word) < LETTERS_PER_SLIP:
-        near = [other for other in near if other[:1].lower() == word[:1].lower()]
+    most = 1 + len(word) // SHORT
+    near = [other for other in allowed if other[:1].lower() == word[:1].lower()]
     best = min(near, key=rank, default=None)
-    return None if best is None or rank(best)[0] > most else best
+    if best is not None and rank(best)[0] <= most:
+        return best
+    begun = [other for other in allowed if word.startswith(other) or other.startswith(word)]
+    begun = [other for other in begun if min(len(word), len(other)) >= SHORT]
+    return begun[0] if len(begun) == 1 else None
 
 
 def slips(a: str, b: str) -> int:
