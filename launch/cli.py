@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,6 +26,10 @@ app = typer.Typer(
 ConfigPath = Annotated[str, typer.Argument(help="YAML file", metavar="CONFIG")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="as in optim.lr=2e-6", metavar="SECTION.KEY=VALUE")
+]
+OfTask = Annotated[
+    Literal["train", "sft", "reward"] | None,
+    typer.Option("--task", help="read the config as that command does"),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="set an earlier run in output_dir aside")]
 
@@ -131,6 +135,7 @@ def show_data(
     config: ConfigPath,
     overrides: Overrides = None,
     count: Annotated[int, typer.Option("-n", "--count", min=0, help="groups to show")] = 3,
+    task: OfTask = None,
 ) -> None:
     """Show training data as the model sees it: tokens, what is trained on, what was cut and dropped."""
     import datasets
@@ -141,15 +146,39 @@ def show_data(
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    show(load(config, overrides or []), count, Console(highlight=False))
+    show(load(config, overrides or [], task or "show-data"), count, Console(highlight=False))
 
 
 @app.command("config")
-def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Check a config and print it with every default filled in."""
+def show_config(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    task: OfTask = None,
+    plain: Annotated[bool, typer.Option("--plain", help="without comments")] = False,
+) -> None:
+    """Check a config and print it with every default filled in and every key explained."""
+    from madpo.trainer.config.commented import commented
+    from madpo.trainer.config.locate import located
     from madpo.trainer.config.schema import dump, load
 
-    print(dump(load(config, overrides or [])), end="")
+    resolved = load(config, overrides or [], task or "config")
+    print(dump(resolved) if plain else commented(resolved), end="")
+    try:
+        located(resolved)
+    except UserError as error:
+        print(f"note: {error}", file=sys.stderr)
+
+
+@app.command("keys")
+def show_keys(
+    name: Annotated[
+        str | None, typer.Argument(help="as in optim, lr or dpo; default: an overview", metavar="NAME")
+    ] = None,
+) -> None:
+    """Explain the keys of a config's section, the parameters of an objective, or one key."""
+    from madpo.launch.keys import explain_keys, terminal_width
+
+    print(explain_keys(name, terminal_width()), end="")
 
 
 @app.command()
@@ -235,9 +264,11 @@ def bench_step(
 
 def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) -> None:
     from madpo.launch import local
+    from madpo.trainer.config.locate import located
     from madpo.trainer.config.schema import load
 
     resolved = load(config, overrides or [], task)
+    located(resolved)  # before any rank is started
     folder = Path(resolved.output_dir)
     if fresh:
         from madpo.trainer.run_folder import set_aside
@@ -256,9 +287,12 @@ def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) ->
 
 def _run_task(task: Task, config: str, overrides: list[str] | None) -> None:
     from madpo.launch import local
+    from madpo.trainer.config.locate import located
     from madpo.trainer.config.schema import load
 
     resolved = load(config, overrides or [], task)
+    if task != "annotate":  # which may score with other models than the config's
+        located(resolved)
     raise typer.Exit(local.run(task, config, overrides or [], resolved.launch))
 
 

@@ -69,14 +69,16 @@ def set_aside(folder: Path) -> None:
 
 
 def claim(folder: Path, shard: Shard) -> FileLock:
-    """Lock the run folder. Raises UserError on all ranks if another run has locked it."""
+    """Lock the run folder. Raises UserError on all ranks if another run has locked it or we may not write."""
     lock = FileLock(folder / ".lock", timeout=0)
     problem = None
     if shard.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
             problem = f"output_dir: another run is training into {folder}; stop it, or use another folder"
+        except OSError as error:
+            problem = f"output_dir: {folder} cannot be written to ({error.strerror}); name another folder"
     raise_if_any(problem)
     return lock

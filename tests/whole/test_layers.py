@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = [
     "madpo.trainer.errors",
+    "madpo.trainer.field_words",
     "madpo.trainer.files",
     "madpo.kernels",
     "madpo.trainer.objectives",

@@ -78,7 +78,8 @@ class DataConfig(Section):
         default_factory=dict, description="names of columns: ours to the data set's, where they differ"
     )
     edges: Literal["all", "adjacent", "best_worst"] = Field(
-        default="all", description="pairs of a ranked group's completions that are compared"
+        default="all",
+        description="pairs that are made of a ranked group: all, of adjacent ranks, or best and worst",
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="variables for the chat template; an example's own override them"
@@ -104,14 +105,17 @@ class DataConfig(Section):
     )
     order: Literal["shuffled", "easy_to_hard", "as_is"] = Field(
         default="shuffled",
-        description="order of the data in every epoch; easy_to_hard: largest margins first",
+        description="order of the data in every epoch; easy_to_hard: largest margins first; as_is: unchanged",
     )
     min_weight: float | None = Field(
-        default=None, gt=0, description="smallest weight by the objective of a pair that is trained on"
+        default=None,
+        gt=0,
+        description="leave out pairs that the objective gives a smaller weight; null: none",
     )
     sampling: Literal["uniform", "weight"] = Field(
         default="uniform",
-        description="weight: draw groups in proportion to their pairs' weights; the loss is then unweighted",
+        description="uniform: every group once an epoch; weight: groups drawn in proportion to the weights "
+        "that the objective gives their pairs, with a loss that is then unweighted",
     )
     folds: int | None = Field(
         default=None, ge=2, description="number of parts that the training split is cut into, by prompt"
@@ -120,7 +124,9 @@ class DataConfig(Section):
         default=None, ge=0, description="index, from 0, of the part that is left out of training"
     )
     on_bad_row: Literal["error", "drop"] = setting(
-        default="error", description="what to do with an example that cannot be read", effect=Effect.RESULT
+        default="error",
+        description="example that cannot be read: error ends the run, drop leaves it out and counts it",
+        effect=Effect.RESULT,
     )
     dataset_num_proc: int | None = setting(
         default=None,

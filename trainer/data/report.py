@@ -61,3 +61,8 @@ def total_report(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]
             "margin_mean": sum(x["margin_mean"] * x["margins"] for x in with_margins) / number,
         }
     return total
+
+
+def reasons_in(report: dict[str, Any]) -> str:
+    """Why rows were dropped, and how many for each reason, for a message."""
+    return "; ".join(f"{count}: {reason}" for reason, count in report["dropped"].items())

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 
 from madpo.trainer.config.data import DataConfig
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import UserError, on_one_line
 from madpo.trainer.files import hash_of_file
 
 LINES = datasets.Features({"line": datasets.Value("int64"), "raw": datasets.Value("binary")})
@@ -136,7 +136,7 @@ def _loading_by_name(name: str) -> Iterator[None]:
     except Exception as error:
         raise UserError(
             f"data.dataset_name: {name!r} is no local file or folder, and loading it by "
-            f"name failed: {type(error).__name__}: {error}"
+            f"name failed: {type(error).__name__}: {on_one_line(error)}"
         ) from error
 
 

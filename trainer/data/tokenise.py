@@ -59,7 +59,7 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
     edges = [edge for edge in group.edges if completions[edge[0]] != completions[edge[1]]]
     problem = ""
     if start == 0:
-        problem = "prompt and completion share no leading token"
+        problem = "prompt and completion merge into one token"
     elif any(len(whole) == start for whole in wholes):
         problem = "a completion has no tokens"
     elif room < 1:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.dataset import GroupDataset, column_of
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.report import report_of
+from madpo.trainer.data.report import reasons_in, report_of
 from madpo.trainer.data.source import Source, open_source
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, special_spellings, spells_special, tokenise
 from madpo.trainer.errors import UserError
@@ -99,7 +99,7 @@ def load_groups(
     report = report_of(source.name, table, taken)
     if not len(usable):
         raise UserError(
-            f"{source.name}: none of {len(table)} rows can be trained on: {report['dropped']}; "
+            f"{source.name}: none of {len(table)} rows can be trained on ({reasons_in(report)}); "
             f"data.max_length is {data.max_length}"
         )
     if not len(taken):

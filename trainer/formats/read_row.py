@@ -67,8 +67,9 @@ def _nearest(names: set[str]) -> str:
     """The end of an error message: the adapters that fit these columns, or lack the fewest."""
     missing = {name: adapter.missing(names) for name, adapter in ADAPTERS.items()}
     near = [name for name, lacks in missing.items() if len(lacks) < len(ADAPTERS[name].needs)]
+    rename = "rename yours with data.columns, ours first, as in data.columns={chosen: good, rejected: bad}"
     if not near:
-        return "; or rename with data.columns"
+        return f"; {rename}"
     fitting = [name for name in near if not missing[name]]
     if fitting:
         return f"; data.adapter={' or '.join(fitting)} reads these"
@@ -78,7 +79,13 @@ def _nearest(names: set[str]) -> str:
         return len(missing[name]) / needs, -needs
 
     nearest = min(near, key=distance)
-    return f"; nearest is {nearest}, which lacks {', '.join(missing[nearest])}: rename with data.columns"
+    if distance(nearest)[0] >= MISLEADING:
+        return f"; {rename}"
+    return f"; nearest is {nearest}, which lacks {', '.join(missing[nearest])}: {rename}"
+
+
+MISLEADING = 0.5
+"""A layout that lacks this share of its columns is not worth a mention."""
 
 
 def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised: bool = False) -> TextGroup:

@@ -215,9 +215,11 @@ def _message(field: str, message: Any) -> dict[str, Any]:
         calls_only = isinstance(calls, list) and calls and "content" not in message
         if isinstance(message.get("content"), str) or calls_only:
             return message
+    is_shared = isinstance(message, dict) and message.keys() >= {"from", "value"}
+    hint = "; data.adapter=sharegpt reads from and value in a column conversations" if is_shared else ""
     raise UserError(
         f"{field}: a message needs text under role and content (or tool_calls of the assistant), "
-        f"got {message!r:.80}"
+        f"got {message!r:.80}{hint}"
     )
 
 
@@ -287,7 +289,8 @@ def parse_json_line(raw: bytes) -> dict[str, Any]:
     except RecursionError:
         raise UserError("not JSON that can be read: nested too deeply") from None
     if not isinstance(row, dict):
-        raise UserError(f"expected a JSON object, got {type(row).__name__}")
+        hint = "; write one object a line (jq -c '.[]' FILE does)" if isinstance(row, list) else ""
+        raise UserError(f"expected a JSON object, got {type(row).__name__}{hint}")
     return row
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.console import Console
 
 from madpo.trainer import checkpoint, dist
 from madpo.trainer.batches.steps import evaluation_steps, step_rules
+from madpo.trainer.config.locate import located, model_folder
 from madpo.trainer.config.schema import AnnotateConfig, Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.folds import folds_of, without_fold
@@ -70,7 +71,7 @@ def run_annotation(config: Config) -> None:
         )
     if config.data.streaming:
         raise UserError("data.streaming: annotate writes the whole data set; set data.streaming=false")
-    judges = judges_of(config)
+    judges = [replace(judge, config=located(judge.config)) for judge in judges_of(config)]
     data = [
         load_pairs(judge.config) for judge in judges
     ]  # before the ranks join, as tokenising may take long
@@ -113,8 +114,7 @@ def judges_of(config: Config) -> list[RewardCheckpoint]:
         return [RewardCheckpoint(config)]
     out, peft = [], config.peft and config.peft.of_given_models()
     for name in config.annotate.models:
-        exported = Path(name).expanduser() / "model"
-        update = {"model_name_or_path": str(exported) if exported.is_dir() else name, "init_config": None}
+        update = {"model_name_or_path": model_folder("annotate.models", name), "init_config": None}
         model = config.model.model_copy(update={**update, "tokenizer_name_or_path": None})
         out.append(RewardCheckpoint(config.model_copy(update={"model": model, "peft": peft}), given=True))
     return out

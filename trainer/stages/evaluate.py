@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from madpo.trainer import checkpoint, dist, loop
+from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.training_data import load_data, weighed
 from madpo.trainer.model.tokenizer import load_tokenizer
@@ -22,7 +23,7 @@ def run_evaluation(config: Config) -> None:
 
     Writes `evaluation.json` into the run folder and prints a table. Raises UserError.
     """
-    folder = Path(config.output_dir)
+    config, folder = located(config), Path(config.output_dir)
     stored = checkpoint.stored_objective(folder / "checkpoints") or {}
     if config.objective.quantiles and stored.get("loss_type") == config.objective.loss_type:
         # The thresholds that the run was trained with, whatever data is evaluated now.

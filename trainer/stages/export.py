@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer import checkpoint, dist
+from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.engine import Engine
@@ -29,6 +30,7 @@ from madpo.trainer.state import TrainState
 
 def run_export(config: Config) -> None:
     """Export the newest checkpoint of `output_dir`. Raises UserError if there is none."""
+    config = located(config)
     shard = dist.init(config.launch.timeout_minutes)
     folder = Path(config.output_dir)
     tag = checkpoint.latest(folder / "checkpoints", checkpoint.model_identity(config, shard))

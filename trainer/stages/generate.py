@@ -21,6 +21,7 @@ import xxhash
 
 from madpo.trainer import dist
 from madpo.trainer.config.generate import GenerateConfig, JudgeConfig
+from madpo.trainer.config.locate import located, model_folder
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.source import test_split
 from madpo.trainer.data.tokenised_cache import tokenizer_identity
@@ -28,7 +29,7 @@ from madpo.trainer.dist import Shard
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_atomically
 from madpo.trainer.formats.text_groups import Text
-from madpo.trainer.model.pretrained import folder_of, state_of_files
+from madpo.trainer.model.pretrained import state_of_files
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.reports.progress import print_line
 from madpo.trainer.run_folder import claim
@@ -75,6 +76,7 @@ def run_generation(config: Config) -> None:
     """
     settings, folder = config.generate or GenerateConfig(), Path(config.output_dir)
     backend, writers = backend_of(settings), writers_of(config, settings)
+    config = located(config)
     if settings.judge is not None:
         check_judge(settings.judge)
     tokenizer, data = load_tokenizer(config.model), config.data
@@ -108,8 +110,9 @@ def writers_of(config: Config, settings: GenerateConfig) -> list[Writer]:
     own = config.model.model_name_or_path
     if not settings.models and own is None:
         raise UserError("generate.models: name a model; model.init_config is one from scratch")
+    key = "generate.models" if settings.models else "model.model_name_or_path"
     return [
-        Writer(index, name, folder_of(name), config.model.model_revision if name == own else None)
+        Writer(index, name, model_folder(key, name), config.model.model_revision if name == own else None)
         for index, name in enumerate(settings.models or [str(own)])
     ]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from madpo.trainer import checkpoint, dist, loop
+from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config, dump
 from madpo.trainer.data.training_data import Data, load_data, weighed, weights_of
 from madpo.trainer.dist import Shard, barrier
@@ -40,6 +41,7 @@ def run_training(config: Config, command: str) -> None:
     """
     folder = Path(config.output_dir)
     checkpoints = folder / "checkpoints"
+    config = located(config)
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, training=True)
     shard = dist.init(config.launch.timeout_minutes)
