@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from madpo.trainer.config.foreign_keys import counterpart, other_trainer
 from madpo.trainer.errors import nearest
 from madpo.trainer.objectives.registry import OBJECTIVES
 
@@ -13,7 +14,8 @@ from madpo.trainer.objectives.registry import OBJECTIVES
 def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     """The message for a validation error: each problem on a line, with key, fault and what is allowed."""
     lines = [_explain_one(item, schema) for item in error.errors()]
-    return lines[0] if len(lines) == 1 else f"{len(lines)} problems\n" + "\n".join(f"  {x}" for x in lines)
+    advice = other_trainer(error.errors(), schema)
+    return lines[0] if len(lines) == 1 else f"{len(lines)} problems{advice}\n" + "\n".join(f"  {x}" for x in lines)
 
 
 def _explain_one(item: Any, schema: type[BaseModel]) -> str:
@@ -23,7 +25,9 @@ def _explain_one(item: Any, schema: type[BaseModel]) -> str:
     key, kind, value = ".".join(location), item["type"], item["input"]
     prefix = f"{key}: " if key else ""
     if kind == "extra_forbidden":
-        return f"{prefix}unknown key{nearest(location[-1], _known_keys(item['loc'], schema))}"
+        instead = counterpart(key, schema)
+        hint = f"; {instead}" if instead else nearest(location[-1], _known_keys(item["loc"], schema))
+        return f"{prefix}unknown key{hint}"
     if kind == "missing":
         return f"{prefix}is required"
     if kind == "union_tag_not_found":
