@@ -40,20 +40,22 @@ class Draft:
     defaults: Mapping[str, Any]  # the trainer's own values, of the keys that decide what is trained
     gpus: int | None
     folder: Path  # of the file, for files that it names
+    spelling: Mapping[str, str]  # a key -> how the file spells it, where that is another way
     config: dict[str, Any] = field(default_factory=dict)  # our dotted key -> value
     origins: dict[str, str] = field(default_factory=dict)  # our dotted key -> where its value comes from
     verdicts: dict[str, Verdict] = field(default_factory=dict)  # a key of the file -> what became of it
+    seen: set[str] = field(default_factory=set)  # keys that are done with, of the file or not
     by_hand: list[str] = field(default_factory=list)  # what is left to do
     remarks: list[str] = field(default_factory=list)  # differences that no single key stands for
 
-    def value(self, *names: str) -> Any:
-        """The value of the first of these keys that the file sets, else the trainer's default, else None."""
-        given = [self.given[name] for name in names if self.given.get(name) is not None]
-        return given[0] if given else next((self.defaults[x] for x in names if x in self.defaults), None)
+    def value(self, name: str) -> Any:
+        """The value that the file gives the key, else the trainer's default, else None."""
+        given = self.given.get(name)
+        return self.defaults.get(name) if given is None else given
 
     def take(self, key: str, value: Any, *names: str, why: str = "") -> None:
         """Set our key to what the file's keys `names` say. `why`: in what the meaning differs."""
-        given = [name for name in names if self.given.get(name) is not None]
+        given = [self.spelling.get(name, name) for name in names if self.given.get(name) is not None]
         origin = ", ".join(given) or f"default of {self.peer}"
         self.config[key] = value
         self.origins[key] = f"{origin}: {why}" if why else origin
@@ -61,6 +63,7 @@ class Draft:
 
     def settle(self, fate: Fate, *names: str, why: str = "") -> None:
         """Note what became of the file's keys `names`."""
+        self.seen.update(names)
         for name in names:
             if self.given.get(name) is not None:
                 self.verdicts[name] = Verdict(fate, why)
@@ -82,6 +85,11 @@ def to(key: str, convert: Callable[[Any], Any] = lambda value: value, why: str =
 def not_needed(draft: Draft, name: str) -> None:
     """A rule: what it asks for is so here, or there is nothing to set."""
     draft.settle(Fate.TAKEN, name)
+
+
+def with_others(draft: Draft, name: str) -> None:
+    """A rule for a key that says something only together with others, which did not ask for it."""
+    draft.settle(Fate.LOST, name, why="has no effect beside the other keys of this file")
 
 
 def only(*values: Any, why: str, fate: Fate = Fate.LOST) -> Rule:

@@ -15,7 +15,11 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     """The message for a validation error: each problem on a line, with key, fault and what is allowed."""
     lines = [_explain_one(item, schema) for item in error.errors()]
     advice = other_trainer(error.errors(), schema)
-    return lines[0] if len(lines) == 1 else f"{len(lines)} problems{advice}\n" + "\n".join(f"  {x}" for x in lines)
+    return (
+        lines[0]
+        if len(lines) == 1
+        else f"{len(lines)} problems{advice}\n" + "\n".join(f"  {x}" for x in lines)
+    )
 
 
 def _explain_one(item: Any, schema: type[BaseModel]) -> str:

@@ -166,4 +166,6 @@ def other_trainer(problems: Iterable[Any], schema: type[BaseModel]) -> str:
 def _sections(annotation: Any) -> list[type[BaseModel]]:
     """The section that a field holds or may hold; not those of lists, nor the objectives."""
     kinds = [kind for kind in get_args(annotation) or [annotation] if kind is not type(None)]
-    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)][: len(kinds) == 1]
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)][
+        : len(kinds) == 1
+    ]
