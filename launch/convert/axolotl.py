@@ -18,9 +18,9 @@ from madpo.launch.convert.losses import (
     simpo,
     weighted,
 )
-from madpo.launch.convert.peer import Peer, as_list, missing, plain
+from madpo.launch.convert.peer import Peer, as_list, each, missing, plain
 from madpo.launch.convert.zero import deepspeed_block
-from madpo.trainer.config.foreign_keys import REPLACED
+from madpo.trainer.config.foreign_keys import REPLACED, TRACKERS
 from madpo.trainer.errors import UserError
 
 LORA_KEYS = [*hf.LORA, "lora_dropout", "lora_target_modules", "lora_target_linear"]
@@ -33,8 +33,10 @@ CONVERSATIONS = "of a conversation, the last message is trained on; Axolotl trai
 
 def _together(draft: Draft) -> None:
     draft.take("data.max_length", int(draft.value("sequence_len")), "sequence_len")
-    ranks = int(draft.value("context_parallel_size") or 1)
-    draft.take("train.sequence_parallel_size", ranks, "context_parallel_size")
+    if (draft.value("context_parallel_size") or 1) > 1:
+        ranks = int(draft.value("context_parallel_size"))
+        draft.take("train.sequence_parallel_size", ranks, "context_parallel_size")
+    draft.settle(Fate.TAKEN, "context_parallel_size")
     hf.batch(draft, "micro_batch_size", "gradient_accumulation_steps", "sequence_len")
     hf.schedule(draft, "lr_scheduler", "warmup_steps", "warmup_ratio")
     hf.duration(draft, "num_epochs", "max_steps")
@@ -215,11 +217,15 @@ ALIASES = {
     "model_revision": "revision_of_model",
     "dpo_beta": "rl_beta",
 }
-TRACKERS = only(None, False, "", why="metrics are in metrics.jsonl; madpo report draws them")
-TOGETHER = ["sequence_len", "context_parallel_size", "micro_batch_size", "num_epochs", "lr_scheduler", "evals_per_epoch", "saves_per_epoch", "datasets", "test_datasets", "lora_model_dir", "lora_target_modules", "lora_target_linear", "rpo_alpha"]
+TOGETHER = """
+    sequence_len context_parallel_size micro_batch_size num_epochs lr_scheduler evals_per_epoch
+    saves_per_epoch datasets test_datasets lora_model_dir lora_target_modules lora_target_linear
+    rpo_alpha
+"""
 RULES: dict[str, Rule] = {
     **{key: rule for key, rule in hf.RULES.items() if key not in ("model_name_or_path", "optim")},
-    **dict.fromkeys([*TOGETHER, *LOSS_KEYS], with_others),
+    **each(TOGETHER, with_others),
+    **each(" ".join(LOSS_KEYS), with_others),
     **hf.LORA,
     **plain("base_model", "tokenizer_config", "revision_of_model", "peft_use_dora", "peft_use_rslora"),
     "deepspeed": deepspeed_block,
@@ -249,18 +255,22 @@ RULES: dict[str, Rule] = {
     "early_stopping_patience": lost("no run ends early; the last weights are exported"),
     "adapter": with_others,
     **missing("max_samples", "val_set_size"),
-    **dict.fromkeys(
-        ("model_type", "tokenizer_type", "num_labels", "sample_packing", "eval_sample_packing")
-        + ("pad_to_sequence_len", "gradient_checkpointing_kwargs", "eval_batch_size", "flash_attention")
-        + ("sdp_attention", "xformers_attention", "flex_attention", "fsdp_version", "dp_shard_size")
-        + ("dp_replicate_size", "tokenizer_use_fast", "save_first_step", "logging_first_step", "strict")
-        + ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "sample_packing_eff_est"),
+    **each(
+        """
+        model_type tokenizer_type num_labels sample_packing eval_sample_packing pad_to_sequence_len
+        gradient_checkpointing_kwargs eval_batch_size flash_attention sdp_attention
+        xformers_attention flex_attention fsdp_version dp_shard_size dp_replicate_size
+        tokenizer_use_fast save_first_step logging_first_step strict lora_mlp_kernel lora_qkv_kernel
+        lora_o_kernel sample_packing_eff_est
+        """,
         not_needed,
     ),
-    **dict.fromkeys(
-        ("wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model", "wandb_run_id")
-        + ("use_wandb", "mlflow_experiment_name", "comet_project_name", "use_tensorboard"),
-        TRACKERS,
+    **each(
+        """
+        wandb_project wandb_entity wandb_watch wandb_name wandb_log_model wandb_run_id use_wandb
+        mlflow_experiment_name comet_project_name use_tensorboard
+        """,
+        only(False, "", why=TRACKERS),
     ),
     "plugins": lost("madpo's own kernels are used; model.use_liger_kernel turns Liger's on"),
     "tensor_parallel_size": only(1, why="every rank has its own rows; ZeRO-3 partitions the weights"),

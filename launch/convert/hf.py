@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from madpo.launch.convert.draft import Draft, Fate, Rule, lost, not_needed, only, to, with_others
-from madpo.launch.convert.peer import completions, missing, otherwise, plain
+from madpo.launch.convert.peer import completions, each, missing, otherwise, plain
+from madpo.trainer.config.foreign_keys import HUB, TRACKERS
 from madpo.trainer.errors import UserError
 
 SCHEDULES = {
@@ -22,8 +23,8 @@ def batch(draft: Draft, per_device: str, accumulation: str, max_length: str) -> 
     rows, steps = int(draft.value(per_device) or 1), int(draft.value(accumulation) or 1)
     if draft.gpus is None:
         raise UserError(
-            f"--gpus: train.global_batch_size is {per_device} {rows} x {accumulation} {steps} x the number of "
-            "GPUs, which the file does not say; give it, as in --gpus 8"
+            f"--gpus: train.global_batch_size is {per_device} {rows} x {accumulation} {steps} x the number "
+            "of GPUs, which the file does not say; give it, as in --gpus 8"
         )
     share = int(draft.config.get("train.sequence_parallel_size", 1))
     draft.take(
@@ -201,8 +202,8 @@ RULES: dict[str, Rule] = {
     "train_sampling_strategy": order,
     "logging_strategy": only("steps", why="set train.logging_steps"),
     "logging_first_step": only(False, why="train.logging_steps: 1 logs every step"),
-    "report_to": only("none", [], ["none"], why="metrics are in metrics.jsonl; madpo report draws them"),
-    "push_to_hub": only(False, why="nothing is uploaded; the model is in output_dir/model"),
+    "report_to": only("none", [], ["none"], why=TRACKERS),
+    "push_to_hub": only(False, why=HUB),
     "group_by_length": not_needed,
     "torch_compile": only(False, why="layers run uncompiled"),
     "load_best_model_at_end": only(False, why="the last weights are exported"),
@@ -214,15 +215,30 @@ RULES: dict[str, Rule] = {
     "truncation_mode": only("keep_start", why="completions lose their end"),
     **otherwise("per_device_eval_batch_size", "max_prompt_length"),
     **missing("run_name", "logging_dir", "hub_model_id"),
-    **dict.fromkeys(
-        ("hub_strategy", "hub_private_repo", "hub_revision"), missing("hub_model_id")["hub_model_id"]
+    **each(
+        """
+        hub_strategy hub_private_repo hub_revision
+        """,
+        missing("hub_model_id")["hub_model_id"],
     ),
     **otherwise("fsdp", "fsdp_config"),
 }
-NOT_NEEDED = ["do_train", "do_predict", "overwrite_output_dir", "remove_unused_columns", "log_level", "log_level_replica", "disable_tqdm", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_backend", "local_rank", "tf32", "use_cache", "average_tokens_across_devices", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "resume_from_checkpoint", "eval_on_start", "eval_accumulation_steps", "logging_nan_inf_filter", "torch_empty_cache_steps", "accelerator_config", "save_safetensors", "use_reentrant", "pad_to_multiple_of", "skip_memory_metrics"]
-RULES |= dict.fromkeys(NOT_NEEDED, not_needed)
-TOGETHER = ["per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "num_train_epochs", "max_steps", "save_strategy", "save_steps", "eval_strategy", "eval_steps", "do_eval", "bf16", "fp16", "lora_dropout"]
-RULES |= dict.fromkeys(TOGETHER, with_others)
+NOT_NEEDED = """
+    do_train do_predict overwrite_output_dir remove_unused_columns log_level log_level_replica
+    disable_tqdm dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+    dataloader_prefetch_factor ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+    ddp_backend local_rank tf32 use_cache average_tokens_across_devices gradient_checkpointing_kwargs
+    activation_checkpointing_kwargs resume_from_checkpoint eval_on_start eval_accumulation_steps
+    logging_nan_inf_filter torch_empty_cache_steps accelerator_config save_safetensors use_reentrant
+    pad_to_multiple_of skip_memory_metrics
+"""
+RULES |= each(NOT_NEEDED, not_needed)
+TOGETHER = """
+    per_device_train_batch_size gradient_accumulation_steps lr_scheduler_type warmup_steps warmup_ratio
+    num_train_epochs max_steps save_strategy save_steps eval_strategy eval_steps do_eval bf16 fp16
+    lora_dropout
+"""
+RULES |= each(TOGETHER, with_others)
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 8,

@@ -9,8 +9,9 @@ from typing import Any
 from madpo.launch.convert import hf
 from madpo.launch.convert.draft import Draft, Fate, Rule, changed, lost, not_needed, only, to, with_others
 from madpo.launch.convert.losses import KL_OF_TRL, add_nll, loss_of_pairs, set_objective, simpo, weighted
-from madpo.launch.convert.peer import Peer, as_list, missing, otherwise, plain
+from madpo.launch.convert.peer import Peer, as_list, each, missing, otherwise, plain
 from madpo.launch.convert.zero import deepspeed_block
+from madpo.trainer.config.foreign_keys import TRACKERS
 from madpo.trainer.errors import UserError
 
 LORA_KEYS = ["lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "use_rslora"]
@@ -121,7 +122,7 @@ def _look_up(draft: Draft, name: str) -> dict[str, str]:
     path = entry.get("hf_hub_url") or (entry.get("file_name") and str(folder / entry["file_name"]))
     if path is None:
         draft.by_hand.append(
-            f"data.dataset_name: {name} is a name in LLaMA-Factory's dataset_info.json; write its hf_hub_url, "
+            f"data.dataset_name: {name} is a name in LLaMA-Factory's dataset_info.json; write its hf_hub_url "
             "or the path of its rows as .jsonl, and look at them with madpo show-data"
         )
         return {"path": name}
@@ -155,10 +156,13 @@ def _defaults(task: str) -> dict[str, Any]:
     }
 
 
-TOGETHER = ["stage", "cutoff_len", "dataset", "dataset_dir", "eval_dataset", "finetuning_type", "pure_bf16", "pref_ftx", "pref_bco_weight"]
+TOGETHER = """
+    stage cutoff_len dataset dataset_dir eval_dataset finetuning_type pure_bf16 pref_ftx pref_bco_weight
+"""
 RULES: dict[str, Rule] = {
     **hf.RULES,
-    **dict.fromkeys([*TOGETHER, *LOSS_KEYS, *LORA_KEYS], with_others),
+    **each(TOGETHER, with_others),
+    **each(" ".join([*LOSS_KEYS, *LORA_KEYS]), with_others),
     **plain("preprocessing_num_workers", "ref_model", "enable_liger_kernel", "moe_aux_loss_coef"),
     **plain("resize_vocab", "streaming", "use_rslora", "use_dora"),
     "deepspeed": deepspeed_block,
@@ -189,18 +193,24 @@ RULES: dict[str, Rule] = {
     "upcast_layernorm": only(False, why="the type of the weights is that of train.bf16"),
     **otherwise("template"),
     **missing("max_samples", "val_size"),
-    **dict.fromkeys(
-        ("preprocessing_batch_size", "use_fast_tokenizer", "low_cpu_mem_usage", "ignore_pad_token_for_loss")
-        + ("split_special_tokens", "use_reentrant_gc", "mix_strategy", "data_shared_file_system"),
+    **each(
+        """
+        preprocessing_batch_size use_fast_tokenizer low_cpu_mem_usage ignore_pad_token_for_loss
+        split_special_tokens use_reentrant_gc mix_strategy data_shared_file_system
+        """,
         not_needed,
     ),
-    **dict.fromkeys(
-        ("use_galore", "use_badam", "use_apollo", "use_adam_mini", "use_muon", "use_llama_pro", "shift_attn"),
+    **each(
+        """
+        use_galore use_badam use_apollo use_adam_mini use_muon use_llama_pro shift_attn
+        """,
         only(False, why="AdamW on the weights themselves is the only way"),
     ),
-    **dict.fromkeys(
-        ("use_swanlab", "swanlab_project", "swanlab_run_name"),
-        only(False, why="metrics are in metrics.jsonl; madpo report draws them"),
+    **each(
+        """
+        use_swanlab swanlab_project swanlab_run_name
+        """,
+        only(False, why=TRACKERS),
     ),
 }
 

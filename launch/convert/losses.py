@@ -96,5 +96,7 @@ def set_objective(draft: Draft, loss: dict[str, Any], *names: str) -> None:
     """Set the loss and its parameters to what the file's keys `names` say together."""
     for key, value in loss.items():
         draft.take(f"objective.{key}", value, *names)
-    if not any("loss" in name for name in names if name in draft.given):
-        draft.origins["objective.loss_type"] = f"task {draft.task}"
+        word = "loss" if key == "loss_type" else key
+        named = [draft.spelling.get(name, name) for name in names if word in name and name in draft.given]
+        otherwise = f"task {draft.task}" if key == "loss_type" else f"default of {draft.peer}"
+        draft.origins[f"objective.{key}"] = ", ".join(named) or otherwise

@@ -1,4 +1,4 @@
-"""OpenRLHF: command lines of its module `openrlhf.cli`, with the flags of its versions before and after 0.10."""
+"""OpenRLHF: command lines of `openrlhf.cli`, with the flags of versions before and after 0.10."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 from madpo.launch.convert import hf
 from madpo.launch.convert.draft import Draft, Fate, Rule, changed, lost, not_needed, only, to, with_others
 from madpo.launch.convert.losses import KL_OF_TRL, add_nll, loss_of_pairs, set_objective
-from madpo.launch.convert.peer import Peer, as_list, missing
+from madpo.launch.convert.peer import Peer, as_list, each
+from madpo.trainer.config.foreign_keys import REPLACED, TRACKERS
 
 NEW_NAMES = {
     "save_path": "ckpt.output_dir",
@@ -110,9 +111,7 @@ COLUMNS = {
 def _together(draft: Draft) -> None:
     draft.take("data.max_length", int(draft.value("data.max_len")), "data.max_len")
     draft.take("train.global_batch_size", int(draft.value("train.batch_size")), "train.batch_size")
-    hf.micro_batch(
-        draft, int(draft.value("train.micro_batch_size")), "train.micro_batch_size", "data.max_len"
-    )
+    hf.micro_batch(draft, "train.micro_batch_size", "data.max_len")
     draft.take("train.num_train_epochs", float(draft.value("train.max_epochs")), "train.max_epochs")
     hf.schedule(draft, "lr_scheduler", "lr_warmup_steps", "lr_warmup_ratio")
     betas = draft.value("adam.betas")
@@ -253,10 +252,16 @@ def _defaults(task: str) -> dict[str, Any]:
     }
 
 
-TRACKERS = lost("metrics are in metrics.jsonl; madpo report draws them")
-TOGETHER = ["train.batch_size", "train.micro_batch_size", "train.max_epochs", "data.max_len", "data.dataset", "data.dataset_split", "eval.dataset", "eval.split", "lr_scheduler", "lr_warmup_ratio", "adam.betas", "ds.zero_stage", "ds.zpg", "ds.adam_offload", "ds.overlap_comm", "ds.lora.rank", "ds.lora.alpha", "ds.lora.dropout", "ds.lora.target_modules", "ds.load_in_4bit", "model.beta", "model.ipo_enable", "model.label_smoothing", "model.nll_loss_coef", "model.margin_loss_enable", "model.loss_type"]
+TOGETHER = """
+    train.batch_size train.micro_batch_size train.max_epochs data.max_len data.dataset
+    data.dataset_split eval.dataset eval.split lr_scheduler lr_warmup_ratio adam.betas ds.zero_stage
+    ds.zpg ds.adam_offload ds.overlap_comm ds.lora.rank ds.lora.alpha ds.lora.dropout
+    ds.lora.target_modules ds.load_in_4bit model.beta model.ipo_enable model.label_smoothing
+    model.nll_loss_coef model.margin_loss_enable model.loss_type
+"""
 RULES: dict[str, Rule] = {
-    **dict.fromkeys([*TOGETHER, *COLUMNS], with_others),
+    **each(TOGETHER, with_others),
+    **each(" ".join(COLUMNS), with_others),
     "ckpt.output_dir": to("output_dir"),
     "ckpt.path": changed("checkpoints are in output_dir"),
     "ckpt.save_steps": steps("train.save_steps"),
@@ -291,16 +296,23 @@ RULES: dict[str, Rule] = {
     "data.input_template": lost("rows are tokenised as they are; write the template into the prompts"),
     "teacher_model": lost("madpo has no distillation"),
     "kd_coef": lost("madpo has no distillation"),
-    **{name: missing("max_samples")["max_samples"] for name in ("data.max_samples",)},
-    **dict.fromkeys(("logger.wandb.key", "logger.wandb.org", "logger.wandb.group"), TRACKERS),
-    **dict.fromkeys(("logger.wandb.project", "logger.wandb.run_name", "logger.tensorboard_dir"), TRACKERS),
-    **dict.fromkeys(
-        ("ckpt.load_enable", "ckpt.save_hf", "ckpt.disable_ds", "ckpt.max_mem", "ds.use_universal_ckpt")
-        + ("ds.packing_samples", "ds.flash_attn", "ds.ring_attn_head_stride", "ds.grad_accum_dtype")
-        + ("ds.value_head_prefix", "ds.experts_implementation", "model.compute_fp32_loss_enable")
-        + ("model.gradient_checkpointing_reentrant", "train.full_determinism_enable", "local_rank")
-        + ("data.apply_chat_template", "data.disable_fast_tokenizer", "data.dataloader_num_workers")
-        + ("teacher_offload",),
+    "data.max_samples": lost(REPLACED["max_samples"]),
+    **each(
+        """
+        logger.wandb.key logger.wandb.org logger.wandb.group logger.wandb.project logger.wandb.run_name
+        logger.tensorboard_dir
+        """,
+        lost(TRACKERS),
+    ),
+    **each(
+        """
+        ckpt.load_enable ckpt.save_hf ckpt.disable_ds ckpt.max_mem ds.use_universal_ckpt
+        ds.packing_samples ds.flash_attn ds.ring_attn_head_stride ds.grad_accum_dtype
+        ds.value_head_prefix ds.experts_implementation model.compute_fp32_loss_enable
+        model.gradient_checkpointing_reentrant train.full_determinism_enable local_rank
+        data.apply_chat_template data.disable_fast_tokenizer data.dataloader_num_workers
+        teacher_offload
+        """,
         not_needed,
     ),
 }

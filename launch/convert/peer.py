@@ -30,20 +30,25 @@ class Peer:
     """Other spelling of a key, or its name in other versions -> the name that the rules know."""
 
 
-def plain(*names: str) -> dict[str, Rule]:
+def each(keys: str, rule: Rule) -> dict[str, Rule]:
+    """One rule for all keys that a text lists."""
+    return dict.fromkeys(keys.split(), rule)
+
+
+def plain(*keys: str) -> dict[str, Rule]:
     """Rules for keys whose value is the same here."""
-    ours = {name: our_key(name, Config) for name in names}
+    ours = {name: our_key(name, Config) for name in keys}
     return {name: to(key) for name, key in ours.items() if key is not None}
 
 
-def otherwise(*names: str) -> dict[str, Rule]:
+def otherwise(*keys: str) -> dict[str, Rule]:
     """Rules for keys that are done in another way here, as the error for an unknown key says."""
-    return {name: changed(REPLACED[name]) for name in names}
+    return {name: changed(REPLACED[name]) for name in keys}
 
 
-def missing(*names: str) -> dict[str, Rule]:
+def missing(*keys: str) -> dict[str, Rule]:
     """Rules for keys that are not done here, as the error for an unknown key says."""
-    return {name: lost(REPLACED[name]) for name in names}
+    return {name: lost(REPLACED[name]) for name in keys}
 
 
 def as_list(value: Any) -> list[Any]:

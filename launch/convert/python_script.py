@@ -15,7 +15,7 @@ FIRST = {"load_dataset": "dataset_name", "from_pretrained": "model_name_or_path"
 
 
 def read(text: str, origin: str) -> tuple[dict[str, Any], str, list[str]]:
-    """Keys, the task's name, and what is computed while the script runs. Raises UserError without a config."""
+    """Keys, the task, and what the script computes when it runs. Raises UserError without a config."""
     try:
         tree = ast.parse(text)
     except SyntaxError as error:

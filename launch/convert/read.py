@@ -1,4 +1,4 @@
-"""Read the keys of another trainer's config: YAML, JSON, a Python script, or a shell script. Nothing is run."""
+"""Read the keys of another trainer's config: YAML, JSON, a Python or a shell script. Nothing is run."""
 
 from __future__ import annotations
 

@@ -19,8 +19,9 @@ from madpo.launch.convert.losses import (
     simpo,
     weighted,
 )
-from madpo.launch.convert.peer import Peer, as_list, otherwise, plain
+from madpo.launch.convert.peer import Peer, as_list, each, otherwise, plain
 from madpo.launch.convert.zero import deepspeed_block
+from madpo.trainer.config.foreign_keys import TRACKERS
 
 LORA_KEYS = [*hf.LORA, "lora_dropout", "lora_target_modules", "lora_task_type", "bnb_4bit_quant_storage"]
 CONVERSATIONS = (
@@ -239,10 +240,15 @@ ALIASES = {
 }
 """Keys of older TRLs and of open-instruct -> TRL's."""
 
-TOGETHER = ["max_length", "loss_type", "beta", "rpo_alpha", "use_peft", "datasets", "dataset_mixture", "dataset_mixer", "dataset_mixer_list", "dataset_splits", "dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "test_split_size", "dtype"]
+TOGETHER = """
+    max_length loss_type beta rpo_alpha use_peft datasets dataset_mixture dataset_mixer
+    dataset_mixer_list dataset_splits dataset_name dataset_config dataset_train_split dataset_test_split
+    test_split_size dtype
+"""
 RULES: dict[str, Rule] = {
     **hf.RULES,
-    **dict.fromkeys([*TOGETHER, *(key for keys in LOSS_KEYS.values() for key in keys)], with_others),
+    **each(TOGETHER, with_others),
+    **each(" ".join(key for keys in LOSS_KEYS.values() for key in keys), with_others),
     **hf.LORA,
     **plain("ref_model_name_or_path", "tokenizer_name_or_path", "streaming"),
     **plain("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
@@ -257,19 +263,31 @@ RULES: dict[str, Rule] = {
     "completion_only_loss": only(True, None, why="completions are trained on, prompts never"),
     "disable_dropout": only(True, why="dropout is refused"),
     "reference_free": only(False, why="objective simpo, cpo or orpo needs no reference"),
-    "with_tracking": only(False, why="metrics are in metrics.jsonl; madpo report draws them"),
+    "with_tracking": only(False, why=TRACKERS),
     "use_slow_tokenizer": only(False, why="the fast tokenizer is used"),
     "chat_template_path": changed("the tokenizer's own chat template is used"),
     "eos_token": lost("the tokenizer's own; or save one with another and name it in tokenizer_name_or_path"),
     "pad_token": not_needed,
     "seed": to("seed"),
     **otherwise("chat_template", "max_completion_length"),
-    **dict.fromkeys(
-        ("packing", "packing_strategy", "eval_packing", "padding_free", "precompute_ref_batch_size"),
+    **each(
+        """
+        packing packing_strategy eval_packing padding_free precompute_ref_batch_size
+        """,
         not_needed,
     ),
-    **dict.fromkeys(("generate_during_eval", "is_encoder_decoder"), only(False, None, why="not done here")),
-    **dict.fromkeys(("dataset_kwargs", "bnb_4bit_quant_storage", "lora_task_type"), not_needed),
+    **each(
+        """
+        generate_during_eval is_encoder_decoder
+        """,
+        only(False, None, why="not done here"),
+    ),
+    **each(
+        """
+        dataset_kwargs bnb_4bit_quant_storage lora_task_type
+        """,
+        not_needed,
+    ),
 }
 
 TRL = Peer("TRL", RULES, _together, _defaults, _task_of, ALIASES)

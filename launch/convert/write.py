@@ -8,6 +8,7 @@ from typing import Any
 
 from madpo.launch.convert.draft import Draft, Fate
 from madpo.trainer.config import strict_yaml
+from madpo.trainer.config.effects import sections_in
 from madpo.trainer.config.schema import Config
 
 HEADINGS = {
@@ -36,8 +37,8 @@ def tree_of(draft: Draft) -> dict[str, Any]:
 
 def _place(key: str) -> tuple[int, int]:
     section, _, name = key.partition(".")
-    inner: Any = Config.model_fields[section].annotation
-    names = [section, *getattr(inner, "model_fields", {})]
+    inner = next(sections_in(Config.model_fields[section]), None)
+    names = list(inner.model_fields) if inner else []
     return list(Config.model_fields).index(section), names.index(name) if name in names else 0
 
 
