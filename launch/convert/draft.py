@@ -60,6 +60,8 @@ class Draft:
         self.config[key] = value
         self.origins[key] = f"{origin}: {why}" if why else origin
         self.settle(Fate.CHANGED if why else Fate.TAKEN, *names, why=why)
+        if why and not given:
+            self.remarks.append(f"{names[0]}, by default: {why}")
 
     def settle(self, fate: Fate, *names: str, why: str = "") -> None:
         """Note what became of the file's keys `names`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from madpo.launch.convert.draft import Draft, Fate, Rule, lost, not_needed, only, to, with_others
-from madpo.launch.convert.peer import completions, each, missing, otherwise, plain
+from madpo.launch.convert.peer import completions, each, otherwise, plain
 from madpo.trainer.config.foreign_keys import HUB, TRACKERS
 from madpo.trainer.errors import UserError
 
@@ -143,6 +143,11 @@ def steps_of(key: str) -> Rule:
     return rule
 
 
+def hub(draft: Draft, name: str) -> None:
+    """A rule for a key of an upload, which says nothing where none is asked for."""
+    draft.settle(Fate.LOST if draft.value("push_to_hub") else Fate.TAKEN, name, why=HUB)
+
+
 def order(draft: Draft, name: str) -> None:
     """A rule for the order of the data."""
     orders = {"random": "shuffled", "sequential": "as_is"}
@@ -214,13 +219,9 @@ RULES: dict[str, Rule] = {
     "neftune_noise_alpha": lost("no noise is added to embeddings"),
     "truncation_mode": only("keep_start", why="completions lose their end"),
     **otherwise("per_device_eval_batch_size", "max_prompt_length"),
-    **missing("run_name", "logging_dir", "hub_model_id"),
-    **each(
-        """
-        hub_strategy hub_private_repo hub_revision
-        """,
-        missing("hub_model_id")["hub_model_id"],
-    ),
+    **each("hub_model_id hub_strategy hub_private_repo hub_revision", hub),
+    **otherwise("run_name", "logging_dir"),
+    "lr_scheduler_kwargs": lost("the learning rate falls to 0"),
     **otherwise("fsdp", "fsdp_config"),
 }
 NOT_NEEDED = """

@@ -10,6 +10,8 @@ from madpo.trainer.errors import UserError
 
 CONFIGS = ("DPOConfig", "SFTConfig", "RewardConfig", "KTOConfig", "CPOConfig", "ORPOConfig")
 LORA = {"r": "lora_r", "target_modules": "lora_target_modules", "modules_to_save": "lora_modules_to_save"}
+PEFT_DEFAULTS = {"use_peft": True, "lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
+"""What a LoraConfig says without arguments."""
 FIRST = {"load_dataset": "dataset_name", "from_pretrained": "model_name_or_path"}
 """Function -> the key that its first argument is."""
 
@@ -46,7 +48,7 @@ def _arguments(call: ast.Call, name: str) -> Iterator[tuple[str, ast.expr]]:
     if name in CONFIGS or name == "ModelConfig":
         yield from named
     elif name == "LoraConfig":
-        yield "use_peft", ast.Constant(True)
+        yield from ((key, ast.Constant(value)) for key, value in PEFT_DEFAULTS.items())
         yield from ((LORA.get(key, key), value) for key, value in named if key not in ("bias", "task_type"))
     elif name == "BitsAndBytesConfig":
         yield from ((key, value) for key, value in named if key in ("load_in_4bit", "load_in_8bit"))
