@@ -57,6 +57,8 @@ def schedule(draft: Draft, kind: str, warmup_steps: str, warmup_ratio: str) -> N
     else:
         draft.settle(Fate.LOST, kind, why="constant, linear and cosine (the default) are there")
     steps, share = draft.value(warmup_steps) or 0, draft.value(warmup_ratio) or 0
+    if (steps or share) and name != "constant":
+        draft.remarks.append("warm-up starts above 0 here, so that the first step trains; there at 0")
     if name == "constant":
         draft.settle(Fate.TAKEN, warmup_steps, warmup_ratio)  # transformers ignores it too
     elif steps >= 1:

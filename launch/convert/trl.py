@@ -21,7 +21,7 @@ from madpo.launch.convert.losses import (
 )
 from madpo.launch.convert.peer import Peer, as_list, each, otherwise, plain
 from madpo.launch.convert.zero import deepspeed_block
-from madpo.trainer.config.foreign_keys import TRACKERS
+from madpo.trainer.config.foreign_keys import REPLACED, TRACKERS
 
 LORA_KEYS = [*hf.LORA, "lora_dropout", "lora_target_modules", "lora_task_type", "bnb_4bit_quant_storage"]
 CONVERSATIONS = (
@@ -139,10 +139,7 @@ def _data(draft: Draft, held_out: bool) -> None:
         else:
             draft.settle(Fate.TAKEN, "dataset_test_split")
     if draft.value("test_split_size") is not None:
-        draft.settle(Fate.LOST, "test_split_size", why=otherwise_split)
-
-
-otherwise_split = "nothing is split off; write a held-out file and name it in data.dataset_test_split"
+        draft.settle(Fate.LOST, "test_split_size", why=REPLACED["val_size"])
 
 
 def _mixture(draft: Draft) -> list[dict[str, Any]]:
@@ -150,9 +147,8 @@ def _mixture(draft: Draft) -> list[dict[str, Any]]:
     mixture = draft.value("dataset_mixture")
     parts = mixture.get("datasets", []) if isinstance(mixture, dict) else draft.value("datasets") or []
     if isinstance(mixture, dict) and mixture.get("test_split_size"):
-        draft.by_hand.append(
-            f"dataset_mixture.test_split_size={mixture['test_split_size']}: {otherwise_split}"
-        )
+        size, why = mixture["test_split_size"], REPLACED["val_size"]
+        draft.by_hand.append(f"dataset_mixture.test_split_size={size}: {why}")
     mixer = draft.value("dataset_mixer")
     flat = as_list(draft.value("dataset_mixer_list"))
     pairs = list(mixer.items()) if isinstance(mixer, dict) else list(zip(flat[::2], flat[1::2], strict=False))

@@ -37,7 +37,6 @@ def test_a_recipe_becomes_a_config_that_the_schema_accepts(drafts, name):
     assert strict_yaml.parse(text, name) == tree_of(draft)
     config = from_tree(tree_of(draft), name)
     assert config.train.global_batch_size == draft.config["train.global_batch_size"]
-    assert max(map(len, text.splitlines())) < 400
 
 
 @pytest.mark.parametrize("name", [path.name for path in RECIPES])
@@ -144,15 +143,6 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "data.dataset_test_split": "test",
         "optim.warmup_ratio": 0.1,
     },
-    "trl_dpo_script.py": {
-        "model.model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct",
-        "data.dataset_name": "trl-lib/ultrafeedback_binarized",
-        "objective.loss_type": "weighted_sum",
-        "objective.terms": [{"loss_type": "dpo", "beta": 0.1}, {"loss_type": "chosen_nll"}],
-        "objective.loss_weights": [1.0, 0.2],
-        "peft.lora_r": 32,
-        "optim.lr_scheduler_type": "linear",
-    },
 }
 
 
@@ -160,12 +150,6 @@ EXPECTED: dict[str, dict[str, Any]] = {
 def test_values_of_recipes(drafts, name):
     config = drafts[name].config
     assert {key: config.get(key) for key in EXPECTED[name]} == EXPECTED[name]
-
-
-def test_what_a_script_computes_is_left_to_the_user(drafts):
-    assert any(
-        note.startswith("seed: the script computes it") for note in drafts["trl_dpo_script.py"].by_hand
-    )
 
 
 LOSSES: list[tuple[dict[str, Any], dict[str, Any]]] = [
