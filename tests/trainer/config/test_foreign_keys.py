@@ -51,7 +51,6 @@ WHOLE = {
         ("data", "max_prompt_length", "data.max_length bounds a prompt with its completion"),
         ("model", "attn_implementation", "it is model.attention here"),
         ("objective", "simpo_gamma", "it is objective.gamma here"),
-        ("objective", "label_smoothing", "; known here: beta, loss_type"),
     ],
 )
 def test_the_error_for_a_foreign_key_says_what_it_is_here(section, name, advice):
@@ -59,6 +58,13 @@ def test_the_error_for_a_foreign_key_says_what_it_is_here(section, name, advice)
     with pytest.raises(UserError) as error:
         from_tree(tree, "c.yaml")
     assert f"{section}.{name}: unknown key" in str(error.value) and advice in str(error.value)
+
+
+def test_a_key_that_stands_where_it_belongs_is_not_sent_there():
+    """DPO has no label_smoothing; other objectives do."""
+    with pytest.raises(UserError) as error:
+        from_tree({**WHOLE, "objective": {"loss_type": "dpo", "label_smoothing": 0.1}}, "c.yaml")
+    assert "objective.label_smoothing: unknown key" in str(error.value) and "it is" not in str(error.value)
 
 
 def test_a_file_of_another_trainer_is_told_how_to_become_one_of_ours():
