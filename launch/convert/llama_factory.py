@@ -92,6 +92,7 @@ def _tuning(draft: Draft) -> None:
         draft.take("peft.lora_modules_to_save", extra, "additional_target")
     if bits in (4, 8):
         draft.take(f"peft.load_in_{bits}bit", True, "quantization_bit")
+        hf.nested_quantisation(draft, "double_quantization")
     else:
         draft.settle(Fate.LOST, "quantization_bit", why="4 or 8 bits, by bitsandbytes")
 
@@ -167,7 +168,6 @@ RULES: dict[str, Rule] = {
     **plain("resize_vocab", "streaming", "use_rslora", "use_dora"),
     "deepspeed": deepspeed_block,
     "quantization_type": to("peft.bnb_4bit_quant_type"),
-    "double_quantization": to("peft.use_bnb_nested_quant", bool),
     "disable_gradient_checkpointing": to("model.gradient_checkpointing", lambda off: not off),
     "disable_shuffling": to("data.order", lambda off: "as_is" if off else "shuffled"),
     "flash_attn": to("model.attention", lambda name: "sdpa" if name in ("sdpa", "disabled") else "auto"),

@@ -116,6 +116,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "factory_full_sft.yaml": {"objective.loss_type": "nll", "deepspeed.zero_optimization": {"stage": 3}},
     "axolotl_qlora_kto.yaml": {
         "data.adapter": "kto",
+        "peft.use_bnb_nested_quant": True,
         "objective.loss_type": "kto",
         "objective.beta": 0.5,
         "objective.desirable_weight": 0.2,
