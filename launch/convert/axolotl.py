@@ -104,7 +104,7 @@ def _adapter(draft: Draft) -> None:
     everything = draft.value("lora_target_linear") or targets == "all-linear"
     names = ("lora_target_linear", "lora_target_modules")
     draft.take("peft.lora_target_modules", "all-linear" if everything else as_list(targets), *names)
-    hf.nested_quantisation(draft, "bnb_4bit_use_double_quant")
+    hf.nested_quantisation(draft)
 
 
 def _checkpointing(draft: Draft) -> None:

@@ -184,7 +184,7 @@ def dropout(draft: Draft, name: str) -> None:
         draft.remarks.append(f"{name}: {given} is the default of {draft.peer}; {DROPOUT}")
 
 
-def nested_quantisation(draft: Draft, name: str) -> None:
+def nested_quantisation(draft: Draft, name: str = "") -> None:
     """Quantise the constants of a base in 4 bits too, which all trainers but TRL do unless `name` says no."""
     if draft.value("load_in_4bit") or draft.config.get("peft.load_in_4bit"):
         draft.take("peft.use_bnb_nested_quant", draft.value(name) is not False, name)

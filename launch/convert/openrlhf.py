@@ -196,7 +196,7 @@ def _adapter(draft: Draft) -> None:
     every = targets == ["all-linear"]
     draft.take("peft.lora_target_modules", "all-linear" if every else targets, "ds.lora.target_modules")
     draft.take("peft.load_in_4bit", bool(draft.value("ds.load_in_4bit")), "ds.load_in_4bit")
-    hf.nested_quantisation(draft, "ds.lora.double_quant")
+    hf.nested_quantisation(draft)
     hf.dropout(draft, "ds.lora.dropout")
 
 
