@@ -182,6 +182,24 @@ def show_keys(
 
 
 @app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="YAML, JSON, Python or shell script", metavar="FILE")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="default: print it")] = None,
+    source: Annotated[
+        str | None, typer.Option("--from", help="trl, llamafactory, axolotl or openrlhf; default: recognised")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="sft, reward, dpo, kto, orpo, cpo or simpo; default: as the file says")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs that the file was written for")] = None,
+) -> None:
+    """Translate a config of TRL, LLaMA-Factory, Axolotl or OpenRLHF, and list what has no counterpart."""
+    from madpo.launch.convert.command import run
+
+    run(file, output, source, task, gpus)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run folders; several are overlaid")],
     output: Annotated[Path | None, typer.Option(help="default: report.html in the first run")] = None,
