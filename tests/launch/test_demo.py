@@ -47,12 +47,19 @@ def test_metrics_table_has_a_row_per_metric_and_a_gap_where_one_is_missing():
     assert lines[2].split() == ["y", "1.0000", "2.0000"]
 
 
-def test_the_demo_recipe_is_one_that_could_start():
+@pytest.mark.parametrize(
+    "file, overrides, stages",
+    [
+        ("demo_recipe.yaml", ["vars.epochs=2"], ["data", "sft", "reward", "margins", "madpo", "dpo"]),
+        ("quickstart.yaml", [], ["data", "sft"]),
+    ],
+)
+def test_the_recipes_on_the_demos_data_could_start(file, overrides, stages):
     from madpo.launch.recipes.read import read
     from madpo.launch.recipes.runner import checked
 
-    recipe = read(CONFIGS / "demo_recipe.yaml", ["vars.epochs=2"])
-    assert [stage.name for stage in recipe.stages] == ["data", "sft", "reward", "margins", "madpo", "dpo"]
+    recipe = read(CONFIGS / file, overrides)
+    assert [stage.name for stage in recipe.stages] == stages
     for stage in recipe.stages:
         checked(stage, recipe)
 

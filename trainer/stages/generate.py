@@ -32,6 +32,7 @@ from madpo.trainer.formats.text_groups import Text
 from madpo.trainer.model.pretrained import state_of_files
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.reports.progress import print_line
+from madpo.trainer.reports.samples import print_samples
 from madpo.trainer.run_folder import claim
 from madpo.trainer.sampling.judges import check_judge, judge_identity, open_judge
 from madpo.trainer.sampling.pairs import choose_pair, pair_row, random_of
@@ -100,7 +101,7 @@ def run_generation(config: Config) -> None:
             _write_facts(
                 folder, split, facts | _provenance(config, settings, backend, writers, prompts[split])
             )
-            _show(folder, split, facts, settings)
+            _show(folder, split, facts, rows, settings)
     dist.barrier()
     lock.release()
 
@@ -283,12 +284,17 @@ def _write_facts(folder: Path, split: str, facts: dict[str, Any]) -> None:
     path.write_text(json.dumps({**others, split: facts}, indent=2) + "\n")
 
 
-def _show(folder: Path, split: str, facts: dict[str, Any], settings: GenerateConfig) -> None:
+def _show(
+    folder: Path, split: str, facts: dict[str, Any], rows: list[dict[str, Any]], settings: GenerateConfig
+) -> None:
+    """Print the first completions of every model side by side, then what was counted."""
+    print_samples(rows)
     print_line(f"{split}: {facts['completions']} completions of {facts['prompts']} prompts")
     for name, own in facts["of_model"].items():
         scores = ""
         if "score_mean" in own:
-            scores = f", score {own['score_mean']:.3f} (standard deviation {own['score_sd']:.3f})"
+            scored = facts["completions"] // len(facts["of_model"]) - own["unscored"]
+            scores = f", score {own['score_mean']:.3f} ± {own['score_sd'] / scored**0.5:.3f}"
         print_line(
             f"  {name}: {own['mean_tokens']:.1f} tokens on average, {own['stopped']:.1%} ended by "
             f"themselves{scores}"
@@ -298,3 +304,4 @@ def _show(folder: Path, split: str, facts: dict[str, Any], settings: GenerateCon
         dropped = "".join(f", {count} dropped ({reason})" for reason, count in pairs["dropped"].items())
         print_line(f"  {pairs['rows']} pairs{dropped}")
         print_line(f"  next stage: data.dataset_name={folder / 'pairs'}")
+    print_line(f"  completions: {folder / 'generated' / f'{split}.jsonl'}")

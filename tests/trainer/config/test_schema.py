@@ -67,7 +67,8 @@ def test_dump_and_load_give_the_same_config(path, tmp_path):
     ids=lambda file: file.name,
 )
 def test_every_shipped_config_resolves(file):
-    assert isinstance(load(file), Config)
+    task = "generate" if file.name == "quickstart_samples.yaml" else "train"
+    assert isinstance(load(file, task=task), Config)
 
 
 ERRORS = [
