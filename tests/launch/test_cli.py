@@ -38,8 +38,8 @@ def path(tmp_path) -> Path:
 def test_help_fits_a_screen_and_names_the_commands():
     done = madpo("--help")
     assert done.returncode == 0
-    assert len(done.stdout.splitlines()) < 40
-    for name in ("train", "evaluate", "export", "config", "report", "demo", "bench", "generate"):
+    assert len(done.stdout.splitlines()) < 50
+    for name in ("init", "train", "evaluate", "export", "config", "report", "demo", "bench", "generate"):
         assert name in done.stdout
 
 
