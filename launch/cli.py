@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -30,6 +30,7 @@ from madpo.trainer.errors import EXIT_USAGE, UserError
 
 if TYPE_CHECKING:
     from madpo.launch.local import Task
+    from madpo.trainer.config.schema import Config
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -160,16 +161,16 @@ def annotate(
     ] = None,
 ) -> None:
     """Score pairs with a reward model: the margins that MADPO needs."""
-    from madpo.launch import fold_models
-    from madpo.trainer.config.schema import load
-
     overrides = list(overrides or [])
     overrides += [f"annotate.folds={folds}"] if folds is not None else []
     overrides += [f"annotate.models={json.dumps(model)}"] if model else []
-    status = fold_models.train_folds(load(config, overrides, "annotate"), config, overrides)
+    resolved = _loaded(config, overrides, "annotate")
+    from madpo.launch import fold_models, local
+
+    status = fold_models.train_folds(resolved, config, overrides)
+    status = status or local.run("annotate", config, overrides, resolved.launch)
     if status:
         raise typer.Exit(status)
-    _run_task("annotate", config, overrides)
 
 
 @command(DATA, "madpo generate my.yaml 'generate={num_completions: 4}'", "docs/generate.md")
@@ -191,21 +192,27 @@ def show_data(
     count: Annotated[int, typer.Option("-n", "--count", min=0, help="groups to show")] = 3,
 ) -> None:
     """Show training data as the model sees it, and what was dropped."""
-    import datasets
+    resolved = _loaded(config, overrides or [], "train")
     from rich.console import Console
 
-    from madpo.trainer.config.schema import load
+    from madpo.launch.quiet import quiet_libraries
+
+    quiet_libraries()
     from madpo.trainer.stages.show_data import show_data as show
 
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    show(load(config, overrides or []), count, Console(highlight=False))
+    show(resolved, count, Console(highlight=False))
 
 
 @command(MODELS, "madpo evaluate runs/mine", "docs/metrics.md")
-def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
+def evaluate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    base: Annotated[
+        bool, typer.Option("--base", help="evaluate the model that training starts from")
+    ] = False,
+) -> None:
     """Evaluate a run's newest checkpoint on the held-out split."""
-    _run_task("evaluate", config, overrides)
+    _run_task("evaluate", config, overrides, ["--base"] if base else [])
 
 
 @command(MODELS, "madpo export runs/mine --merge", "docs/models.md")
@@ -240,11 +247,10 @@ def report(
 
 
 def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) -> None:
-    from madpo.launch import local
-    from madpo.trainer.config.schema import load
-
-    resolved = load(config, overrides or [], task)
+    resolved = _loaded(config, overrides or [], task)
     folder = Path(resolved.output_dir)
+    from madpo.launch import local
+
     if fresh:
         from madpo.trainer.run_folder import set_aside
 
@@ -260,12 +266,23 @@ def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) ->
     raise typer.Exit(status)
 
 
-def _run_task(task: Task, config: str, overrides: list[str] | None) -> None:
+def _run_task(task: Task, config: str, overrides: list[str] | None, flags: Sequence[str] = ()) -> None:
+    resolved = _loaded(config, overrides or [], task)
     from madpo.launch import local
+
+    if task in ("evaluate", "export") and not flags:
+        from madpo.trainer.run_folder import check_trained
+
+        check_trained(Path(resolved.output_dir), task)
+    raise typer.Exit(local.run(task, config, overrides or [], resolved.launch, flags))
+
+
+def _loaded(config: str, overrides: list[str], task: Task) -> Config:
+    """Load a config; that takes seconds, most of them torch's import, so something is said first."""
+    print(f"reading {config}", flush=True)
     from madpo.trainer.config.schema import load
 
-    resolved = load(config, overrides or [], task)
-    raise typer.Exit(local.run(task, config, overrides or [], resolved.launch))
+    return load(config, overrides, task)
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ START, TRAIN, DATA, MODELS, LOOK = "Start", "Train", "Data", "Models", "Look and
 FIRST_STEPS = "First steps: madpo init my.yaml, then the commands that it prints. One command: madpo train -h"
 NAMES = {"help_option_names": ["-h", "--help"]}
 """Settings of the app's context, for it and all its commands."""
-LIBRARIES = ("madpo", "torch", "deepspeed", "transformers")
 
 
 def guide(example: str, page: str) -> str:
@@ -28,8 +27,12 @@ def complete_config(incomplete: str) -> list[str]:
     return [name for name in names if name.endswith(("/", ".yaml", ".yml"))]
 
 
+def versions() -> list[str]:
+    """Name and version of madpo and of what it stands on, without importing them."""
+    return [f"{name} {version(name)}" for name in ("madpo", "torch", "deepspeed", "transformers")]
+
+
 def show_versions(wanted: bool) -> None:
-    """Print the versions of madpo and of what it stands on, without importing them, and exit."""
     if wanted:
-        print("\n".join(f"{name} {version(name)}" for name in LIBRARIES))
+        print("\n".join(versions()))
         raise typer.Exit

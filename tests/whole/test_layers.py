@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = [
     "madpo.trainer.errors",
     "madpo.trainer.files",
+    "madpo.trainer.stopping",
     "madpo.kernels",
     "madpo.trainer.objectives",
     "madpo.trainer.formats",

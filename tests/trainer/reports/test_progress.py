@@ -62,6 +62,6 @@ def test_a_record_is_a_line_and_an_evaluation_says_so(capsys):
     progress.show({"step": 2, "loss": 0.5, "kl": 0.25})
     progress.show({"step": 4, "eval_loss": 0.5})
     assert capsys.readouterr().out.splitlines() == [
-        "step 2/10  loss 0.5000  kl 0.2500  ",
+        "step 2/10  loss 0.5000  kl 0.2500",
         "step 4/10  held out: loss 0.5000",
     ]
