@@ -91,12 +91,17 @@ def _load(args: argparse.Namespace) -> Config:
 
 
 def _run(config: Config, args: argparse.Namespace, command: str) -> None:
-    from madpo.trainer import dist
+    import torch
+
+    from madpo.trainer import dist, out_of_memory
 
     module, function = TASKS[args.task]
     run = getattr(import_module(f"madpo.trainer.stages.{module}"), function)
     options = {"train": {"command": command}, "evaluate": {"base": args.base}}
-    run(config, **options.get(module, {}))
+    try:
+        run(config, **options.get(module, {}))
+    except torch.OutOfMemoryError as error:
+        raise UserError(out_of_memory.explain(error, config, args.task)) from None
     dist.leave()
 
 

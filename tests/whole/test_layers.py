@@ -18,6 +18,7 @@ LAYERS = [
     "madpo.trainer.objectives",
     "madpo.trainer.formats",
     "madpo.trainer.config",
+    "madpo.trainer.out_of_memory",
     "madpo.trainer.dist",
     "madpo.trainer.user_function",
     "madpo.trainer.sequence_parallel",
