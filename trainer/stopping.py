@@ -34,7 +34,12 @@ def watch(say: Callable[[str], None]) -> None:
     signal.set_wakeup_fd(writer)  # written to even while the main thread is not in Python
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
-    os.register_at_fork(after_in_child=_as_usual)
+    # A child that is ended before it has forgotten the pipe would end its parent: signals wait meanwhile.
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS),
+        after_in_child=_as_usual,
+    )
     threading.Thread(target=_end, args=(reader, say), daemon=True).start()
 
 
@@ -58,3 +63,4 @@ def _as_usual() -> None:
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

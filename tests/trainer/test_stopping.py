@@ -18,10 +18,11 @@ child = os.fork()
 if child == 0:
     signal.pause()
 os.kill(child, signal.SIGTERM)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 with stopping.stands(lambda: "no longer so"):
     pass
 with stopping.stands(lambda: "at step 3"):
+    print(status, flush=True)
     while True:
         ctypes.CDLL(None).sleep(100)  # as in a collective: no handler of Python's could run
 """

@@ -49,7 +49,7 @@ def run_training(config: Config, command: str) -> None:
     identity = checkpoint.identity(config, shard, data.source.content)
     tag = checkpoint.latest(checkpoints, identity)
     total_steps = run_length(config, data.source.num_groups).total_steps
-    if tag is not None and step_of(tag) == total_steps and dist.from_main(_is_exported(config, folder)):
+    if tag is not None and step_of(tag) == total_steps and dist.from_main(is_exported(config, folder)):
         if shard.is_main:
             print_line(f"finished at step {total_steps} already; --fresh starts anew")
         lock.release()
@@ -98,7 +98,7 @@ def run_training(config: Config, command: str) -> None:
     lock.release()
 
 
-def _is_exported(config: Config, folder: Path) -> bool:
+def is_exported(config: Config, folder: Path) -> bool:
     """Whether what a run exports at its end is there, and newer than the checkpoint that it is made of."""
     wanted = [(config.train.export, "model"), (config.train.export_merged, "merged")]
     made = (folder / "checkpoints" / "latest").stat().st_mtime
