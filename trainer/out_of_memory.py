@@ -22,6 +22,8 @@ _left: dict[str, float] = {}  # phase -> GiB; of the process, as torch's allocat
 
 def note(phase: str) -> None:
     """Remember how much memory a phase leaves allocated. torch counts that anyway; nothing waits for it."""
+    if phase == "load":  # a new start
+        _left.clear()
     if torch.cuda.is_available():
         _left[phase] = torch.cuda.memory_allocated() / GIB
 
