@@ -7,13 +7,15 @@ torchrun --nproc-per-node 8 -m madpo.launch.worker CONFIG [section.key=value ...
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shlex
 import sys
 import threading
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,18 +78,40 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def _load(args: argparse.Namespace) -> Config:
-    from madpo.launch.quiet import quiet_libraries
-    from madpo.trainer import dist
-    from madpo.trainer.config.deepspeed import check_machine
-    from madpo.trainer.config.schema import load
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Hide what is created within from the garbage collector, for good.
 
-    quiet_libraries()
+    The libraries of a rank are a million objects that stay; every full collection would walk them all.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+def _load(args: argparse.Namespace) -> Config:
+    """Import what the task needs, and load its config."""
+    with _uncollected():
+        from madpo.launch.quiet import quiet_libraries
+
+        quiet_libraries()
+        from madpo.trainer import dist
+        from madpo.trainer.config.deepspeed import check_machine
+        from madpo.trainer.config.schema import load
+
+        import_module(_module(args.task))
     config = load(args.config, args.overrides, args.task)
     dist.check_launcher()
     check_machine(config.deepspeed)
     die_with_launcher()
     return config
+
+
+def _module(task: str) -> str:
+    return f"madpo.trainer.stages.{TASKS[task][0]}"
 
 
 def _run(config: Config, args: argparse.Namespace, command: str) -> None:
@@ -96,7 +120,7 @@ def _run(config: Config, args: argparse.Namespace, command: str) -> None:
     from madpo.trainer import dist, out_of_memory
 
     module, function = TASKS[args.task]
-    run = getattr(import_module(f"madpo.trainer.stages.{module}"), function)
+    run = getattr(import_module(_module(args.task)), function)
     options = {"train": {"command": command}, "evaluate": {"base": args.base}}
     try:
         run(config, **options.get(module, {}))

@@ -19,7 +19,7 @@ from madpo.trainer.metrics import Meter
 from madpo.trainer.model.flops import step_cost
 from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.reference.moving import move_reference
-from madpo.trainer.schedule import learning_rate, run_length
+from madpo.trainer.schedule import learning_rate, logging_steps, run_length
 from madpo.trainer.state import TrainState
 from madpo.trainer.step import evaluation_step, train_step
 from madpo.trainer.throughput import peak_flops, throughput
@@ -53,6 +53,12 @@ def train(
     work = StepWork()
     logged_at = time.perf_counter()
     logged_step = saved_step = state.step  # a run that continues does so from a checkpoint
+    log_every = logging_steps(settings, length.total_steps)
+
+    if held_out is not None and settings.eval_on_start and state.step == 0:
+        record = evaluate(config, engine, held_out, shard, state.memory)
+        on_record(_stamped(record, state, epoch=0.0))
+        logged_at = time.perf_counter()
     engine.train()
 
     for step in prefetched(steps, engine.device):
@@ -72,7 +78,7 @@ def train(
 
         saves = is_last or _due(state.step, settings.save_steps)
         # A checkpoint closes a log line too, so that a resumed run logs the same numbers.
-        if saves or _due(state.step, settings.logging_steps):
+        if saves or _due(state.step, log_every):
             record = meter.reduce()
             seconds = time.perf_counter() - logged_at
             record |= {

@@ -66,7 +66,9 @@ class DataConfig(Section):
     dataset_config: str | None = Field(default=None, description="configuration of a data set on the hub")
     dataset_train_split: str = Field(default="train", description="training split")
     dataset_test_split: str | None = setting(
-        default=None, description="held-out split; null: no evaluation", effect=Effect.RESULT
+        default="auto",
+        description="held-out split; auto: test or validation if the data set has one; null: no evaluation",
+        effect=Effect.RESULT,
     )
     adapter: str = Field(
         default="auto",
@@ -154,9 +156,11 @@ class DataConfig(Section):
         return [str(self.dataset_name)] if self.datasets is None else [part.path for part in self.datasets]
 
     @property
-    def has_test_split(self) -> bool:
-        parts = self.datasets or []
-        return self.dataset_test_split is not None or any(part.test_split is not None for part in parts)
+    def may_hold_out(self) -> bool:
+        """Whether something may be held out; what `auto` finds shows when the data is opened."""
+        if self.datasets is None:
+            return self.dataset_test_split is not None
+        return any(part.test_split is not None for part in self.datasets)
 
     def alone(self, part: DatasetPart) -> DataConfig:
         """A copy of the section with one part of the mixture as its only data set."""

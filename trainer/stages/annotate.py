@@ -17,7 +17,7 @@ from madpo.trainer.config.schema import AnnotateConfig, Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.folds import folds_of, without_fold
 from madpo.trainer.data.groups import TokenDataset, check_groups
-from madpo.trainer.data.source import open_source
+from madpo.trainer.data.source import open_source, test_split
 from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.data.training_data import merged
 from madpo.trainer.data.training_source import content_of
@@ -130,7 +130,7 @@ def fold_config(config: Config, fold: int) -> Config:
 def load_pairs(config: Config) -> dict[str, GroupDataset]:
     """Read the pairs of every split that the config names, all folds of them."""
     tokenizer = load_tokenizer(config.model)
-    splits = [config.data.dataset_train_split, config.data.dataset_test_split]
+    splits = [config.data.dataset_train_split, test_split(config.data)]
     data = {split: load_groups(config.data, split, tokenizer)[0] for split in splits if split is not None}
     plain = config.model_copy(update={"objective": BradleyTerryParams()})  # needs no margins in the data
     for groups in data.values():

@@ -22,6 +22,7 @@ import xxhash
 from madpo.trainer import dist
 from madpo.trainer.config.generate import GenerateConfig, JudgeConfig
 from madpo.trainer.config.schema import Config
+from madpo.trainer.data.source import test_split
 from madpo.trainer.data.tokenised_cache import tokenizer_identity
 from madpo.trainer.dist import Shard
 from madpo.trainer.errors import UserError
@@ -77,7 +78,7 @@ def run_generation(config: Config) -> None:
     if settings.judge is not None:
         check_judge(settings.judge)
     tokenizer, data = load_tokenizer(config.model), config.data
-    splits = [split for split in (data.dataset_train_split, data.dataset_test_split) if split is not None]
+    splits = [split for split in (data.dataset_train_split, test_split(data)) if split is not None]
     prompts = {
         split: read_prompts(data, split, tokenizer, settings.prompt_tokens, settings.limit)
         for split in splits

@@ -15,7 +15,7 @@ import torch
 
 from madpo.trainer import checkpoint, dist, loop, stopping
 from madpo.trainer.config.schema import Config, dump
-from madpo.trainer.data.training_data import Data, load_data, weighed
+from madpo.trainer.data.training_data import Data, load_data, weighed, weights_of
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.metrics import MetricsFile
 from madpo.trainer.model.expert_balance import expert_notes
@@ -23,6 +23,7 @@ from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.reference.cached import check_policy_fits, reference_notes, with_reference
 from madpo.trainer.reports.progress import Progress, print_line
+from madpo.trainer.reports.remarks import remarks
 from madpo.trainer.run_folder import claim, step_of
 from madpo.trainer.schedule import run_length
 from madpo.trainer.stages.export import export_model
@@ -44,6 +45,7 @@ def run_training(config: Config, command: str) -> None:
     shard = dist.init(config.launch.timeout_minutes)
     lock = claim(folder, shard)
     config = resolve_quantiles(config, data, tokenizer, shard)
+    weights = weights_of(data.train, config)
     data = weighed(data, config)
     assert data.source is not None
     identity = checkpoint.identity(config, shard, data.source.content)
@@ -76,6 +78,7 @@ def run_training(config: Config, command: str) -> None:
             parameters = count_parameters(engine.module.policy)
             notes = [*engine.module.notes, *reference_notes(config, engine.module, source, cached)]
             notes += expert_notes(engine.module.policy, config.model.router_aux_loss_coef)
+            notes += remarks(config, total_steps, parameters, weights)
             progress.announce(config, data.report, state, shard, engine.device, parameters, notes)
             sinks = [metrics.write, progress.show]
         barrier()

@@ -108,6 +108,7 @@ train.num_train_epochs                  fixed   again
 train.max_steps                         fixed   again
 train.bf16                              fixed   again
 train.logging_steps                     free    again
+train.eval_on_start                     free    again
 train.eval_steps                        free    again
 train.save_steps                        free    kept
 train.save_total_limit                  free    kept

@@ -124,7 +124,7 @@ ERRORS = [
     (["deepspeed.zero_optimization.stage=0"], r"stage 1, 2 or 3"),
     (["model.gradient_checkpointing=some"], r"model\.gradient_checkpointing\..*'selective'"),
     (["model.attention=flash", "train.bf16=false"], r"flash computes in bf16"),
-    (["train.eval_steps=5"], r"nothing to evaluate on"),
+    (["train.eval_steps=5", "data.dataset_test_split=null"], r"nothing to evaluate on"),
     (["objective={loss_type: nll}", "model.ref_model_name_or_path=x"], r"nll uses no reference"),
     (["objective={loss_type: nll}", "model.reference=cached"], r"cached, but nll uses no reference"),
     (["model.reference=none"], r"none, but madpo compares with a reference; set auto"),
