@@ -254,6 +254,10 @@ def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) ->
     if fresh:
         from madpo.trainer.run_folder import set_aside
 
+        if Path(config).resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"--fresh: {config} would be moved with {folder}; copy the config out of it first"
+            )
         set_aside(folder)
     status = local.run(task, config, overrides or [], resolved.launch)
     if status == 0:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from absent import python_without
 from commands import command
 from patience import patient
 
@@ -61,6 +62,13 @@ def test_help_answers_at_once_as_it_imports_next_to_nothing():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     _, count, heavy = done.stdout.splitlines()[-1].split(maxsplit=2)
     assert heavy == "[]" and int(count) < QUICK
+
+
+@pytest.mark.parametrize("name", ["train", "show-data", "evaluate", "annotate"])
+def test_something_is_said_before_torch_is_imported(path, name):
+    done = python_without(("torch",), "-m", "madpo.launch.cli", name, str(path))
+    assert done.stdout == f"reading {path}\n"
+    assert "No module named 'torch'" in done.stderr
 
 
 def test_config_prints_what_a_run_would_use(path):
@@ -139,6 +147,14 @@ def test_fresh_sets_the_earlier_run_aside(tmp_path):
     assert not (tmp_path / "run").exists()
     assert [(tmp_path / f"run.old-{n}" / "metrics.jsonl").read_text() for n in (1, 2)] == ["1", "2"]
     set_aside(tmp_path / "never")
+
+
+def test_fresh_does_not_move_the_config_that_it_trains_with(path, tmp_path):
+    (tmp_path / "run").mkdir()
+    inside = path.rename(tmp_path / "run" / "config.yaml")
+    status, _, error = command("train", str(inside), "--fresh")
+    assert status == 2 and error.startswith(f"error: --fresh: {inside} would be moved")
+    assert inside.is_file()
 
 
 @pytest.mark.parametrize(
