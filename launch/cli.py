@@ -255,9 +255,7 @@ def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) ->
         from madpo.trainer.run_folder import set_aside
 
         if Path(config).resolve().is_relative_to(folder.resolve()):
-            raise UserError(
-                f"--fresh: {config} would be moved with {folder}; copy the config out of it first"
-            )
+            raise UserError(f"--fresh: {config} would move with {folder}; copy it out first")
         set_aside(folder)
     status = local.run(task, config, overrides or [], resolved.launch)
     if status == 0:

@@ -153,7 +153,7 @@ def test_fresh_does_not_move_the_config_that_it_trains_with(path, tmp_path):
     (tmp_path / "run").mkdir()
     inside = path.rename(tmp_path / "run" / "config.yaml")
     status, _, error = command("train", str(inside), "--fresh")
-    assert status == 2 and error.startswith(f"error: --fresh: {inside} would be moved")
+    assert status == 2 and error.startswith(f"error: --fresh: {inside} would move with")
     assert inside.is_file()
 
 
