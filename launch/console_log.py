@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 import time
@@ -28,10 +29,12 @@ def keep(folder: Path, command: str) -> None:
         file = (folder / NAME).open("ab", buffering=0)
     except OSError as error:
         raise UserError(f"output_dir: {folder} cannot be written to: {error.strerror}") from None
-    if not _is_same(sys.stdout, file):  # `madpo run --jobs` lets a stage print into this file
-        sys.stdout = Kept(sys.stdout, file)  # type: ignore[assignment]
-    if not _is_same(sys.stderr, file):
-        sys.stderr = Kept(sys.stderr, file)  # type: ignore[assignment]
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not _is_same(stream, file):  # `madpo run --jobs` lets a stage print into this file
+            kept = Kept(stream, file)
+            setattr(sys, name, kept)
+            _let_loggers_print_to(kept, stream)
 
 
 def append(folder: Path, text: str) -> None:
@@ -57,6 +60,14 @@ class Kept:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _let_loggers_print_to(kept: Kept, stream: TextIO) -> None:
+    """Turn the handlers that libraries made for the stream to the one that is kept."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    for handler in (each for logger in loggers for each in getattr(logger, "handlers", [])):
+        if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
+            handler.setStream(kept)
 
 
 def _is_same(stream: TextIO, file: io.RawIOBase) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from io import StringIO
 
@@ -30,6 +31,18 @@ def test_both_streams_are_kept_below_a_header_of_each_start(tmp_path, streams, c
     assert first.startswith("== ") and "  madpo train a.yaml  (madpo " in first
     assert lines[:2] == ["a line", "an error"] and "--again" in lines[2]
     assert lines[3:] == ["a line", "an error", "rank 1: two", "lines"]
+
+
+def test_what_loggers_print_that_were_there_before_is_kept_too(tmp_path, streams):
+    sys.stderr = StringIO()
+    logger, handler = logging.getLogger("a library"), logging.StreamHandler()
+    logger.addHandler(handler)
+    try:
+        keep(tmp_path, "madpo train a.yaml")
+        logger.warning("this model is old")
+    finally:
+        logger.removeHandler(handler)
+    assert (tmp_path / NAME).read_text().splitlines()[1:] == ["this model is old"]
 
 
 def test_a_bar_is_kept_in_its_last_state_and_without_colours(tmp_path):
