@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FOLDER = Path("runs/demo")
 COMMANDS = (
     ("train", "demo_sft.yaml"),
-    ("evaluate", "demo.yaml", "output_dir=runs/demo/warm-up"),
+    ("evaluate", "demo.yaml", "output_dir=runs/demo/warm-up", "--base"),
     ("train", "demo.yaml"),
     ("train", "demo.yaml", "output_dir=runs/demo/dpo", "objective={loss_type: dpo, beta: 0.1}"),
 )

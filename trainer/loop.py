@@ -52,7 +52,7 @@ def train(
     meter = Meter()
     work = StepWork()
     logged_at = time.perf_counter()
-    logged_step = state.step
+    logged_step = saved_step = state.step  # a run that continues does so from a checkpoint
     log_every = logging_steps(settings, length.total_steps)
 
     if held_out is not None and settings.eval_on_start and state.step == 0:
@@ -89,7 +89,7 @@ def train(
             }
             if work.skipped_edges:
                 record["data/skipped_edges"] = work.skipped_edges
-            _check_finite(record, state.step)
+            _check_finite(record, state.step, saved_step)
             on_record(_stamped(record, state, step.epoch))
             work = StepWork()
             logged_at = time.perf_counter()
@@ -105,6 +105,7 @@ def train(
         if saves:
             paused = time.perf_counter()
             on_save()
+            saved_step = state.step
             logged_at += time.perf_counter() - paused
 
 
@@ -128,15 +129,16 @@ def evaluate(
     return {f"eval_{name}": value for name, value in meter.reduce().items()}
 
 
-def _check_finite(record: Record, step: int) -> None:
+def _check_finite(record: Record, step: int, saved_step: int) -> None:
     """Raise UserError before weights from a NaN or infinite loss reach a checkpoint.
 
     Every rank has the same record, so all stop.
     """
     if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+        kept = f"its checkpoint of step {saved_step} is sound" if saved_step else "there is no checkpoint yet"
         raise UserError(
-            f"step {step}: loss is {record['loss']}, gradient norm {record['grad_norm']}; the run stops, its "
-            "last checkpoint is sound. Lower optim.lr, or look at the data of the last steps"
+            f"step {step}: loss is {record['loss']}, gradient norm {record['grad_norm']}; the run stops, "
+            f"{kept}. Lower optim.lr, or look at the data of the last steps"
         )
 
 

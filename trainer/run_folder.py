@@ -10,6 +10,7 @@ pairs/            preference pairs made of those completions
 checkpoints/      weights, optimiser and state to resume from
 model/            the exported model, or the adapter
 merged/           with train.export_merged: the model with the adapter in it
+log.txt           what rank 0 printed, and the errors of all ranks; a header for every start
 report.html
 """
 
@@ -56,6 +57,26 @@ def last_evaluation(folder: Path) -> dict[str, Any]:
             return record
     path = folder / "evaluation.json"
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def newest_checkpoint(checkpoints: Path) -> str | None:
+    """The name of the newest committed checkpoint in that folder; None if there is none."""
+    pointer = checkpoints / "latest"
+    return pointer.read_text().strip() if pointer.is_file() else None
+
+
+def step_of(checkpoint: str) -> int:
+    """The step of the checkpoint of that name, as in step-00000100."""
+    return int(checkpoint.removeprefix("step-"))
+
+
+def check_trained(folder: Path, task: str) -> None:
+    """Raise UserError if the folder holds no checkpoint that this task could work on."""
+    if newest_checkpoint(folder / "checkpoints") is not None:
+        return
+    what = "holds no checkpoint" if folder.is_dir() else "is not there"
+    other = ", or evaluate the model that training starts from: --base" if task == "evaluate" else ""
+    raise UserError(f"output_dir: {folder} {what}; train first, name the folder of a run{other}")
 
 
 def set_aside(folder: Path) -> None:

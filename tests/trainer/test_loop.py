@@ -179,6 +179,8 @@ def test_lines_say_how_far_the_run_has_come(run):
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_a_number_that_is_not_finite_stops_a_run(name, wrong):
     sound = {"loss": 1.0, "grad_norm": 0.0}
-    loop._check_finite(sound, 3)
-    with pytest.raises(ValueError, match=r"step 3: loss is .*; the run stops"):
-        loop._check_finite({**sound, name: wrong}, 3)
+    loop._check_finite(sound, 3, 2)
+    with pytest.raises(ValueError, match=r"step 3: loss is .*; the run stops, its checkpoint of step 2 is"):
+        loop._check_finite({**sound, name: wrong}, 3, 2)
+    with pytest.raises(ValueError, match=r"there is no checkpoint yet"):
+        loop._check_finite({**sound, name: wrong}, 3, 0)

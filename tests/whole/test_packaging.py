@@ -60,6 +60,7 @@ def test_the_wheel_holds_everything_and_runs_outside_the_checkout(tmp_path):
         "kernels/preference_loss.py",
         "benchmarks/head/run.py",
         "configs/demo.yaml",
+        "configs/templates/dpo.yaml",
         "slurm/train.sbatch",
     ):
         assert f"madpo/{name}" in names

@@ -1,10 +1,11 @@
-"""What rank 0 prints: a live line on a terminal, plain lines elsewhere, tables of metrics."""
+"""What rank 0 prints: lines, below them a bar on a terminal; tables of metrics."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from madpo.trainer.config.schema import Config
 from madpo.trainer.dist import Shard
+from madpo.trainer.run_folder import newest_checkpoint, step_of
 from madpo.trainer.state import TrainState
 
 SHORT = {
@@ -91,14 +93,14 @@ class Progress:
                 TimeElapsedColumn(),
                 TextColumn("eta"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[metrics]}"),
                 console=self._console,
+                transient=True,
             )
             self._live.start()
-            self._live.add_task("", total=self._total, completed=state.step, metrics="")
+            self._live.add_task("", total=self._total, completed=state.step)
 
     def show(self, record: Mapping[str, float]) -> None:
-        """Print a logged record: training updates the live line, an evaluation gets a line of its own."""
+        """Print a logged record, a line each; on a terminal they pass above the bar."""
         step = int(record["step"])
         if "eval_loss" in record:
             text = "  ".join(_short(record, "eval_"))
@@ -106,9 +108,9 @@ class Progress:
             return
         text = "  ".join(_short(record))
         if self._live is not None:
-            self._live.update(self._live.task_ids[0], completed=step, metrics=text)
-        else:
-            self._console.print(f"step {step}/{self._total}  {text}  {self._remaining(step)}")
+            self._live.update(self._live.task_ids[0], completed=step)
+        remaining = self._remaining(step) if self._live is None else ""
+        self._console.print(f"step {step}/{self._total}  {text}  {remaining}".rstrip())
 
     def _remaining(self, step: int) -> str:
         """`eta m:ss`, extrapolated from the first record on; empty at the first."""
@@ -118,6 +120,17 @@ class Progress:
             return ""
         seconds = (now - self._clock[0]) / (step - self._clock[1]) * (self._total - step)
         return f"eta {int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+    def stopped(self, state: TrainState, checkpoints: Path) -> str:
+        """The answer to a signal: how far the run is, and from where it goes on."""
+        self.close()
+        tag = newest_checkpoint(checkpoints)
+        way_on = (
+            f"the last checkpoint is of step {step_of(tag)}; the same command continues from there"
+            if tag
+            else "no checkpoint yet (train.save_steps), so the same command starts from step 0"
+        )
+        return f"stopped at step {state.step} of {self._total}; {way_on}"
 
     def close(self) -> None:
         if self._live is not None:

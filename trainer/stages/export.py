@@ -18,12 +18,12 @@ from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.engine import Engine
-from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_folder_atomically
 from madpo.trainer.model import lora
 from madpo.trainer.model.tokenizer import load_tokenizer, padding_token
 from madpo.trainer.model.weights import adapter_weights, gather, whole_weights
 from madpo.trainer.reports.model_card import model_card
+from madpo.trainer.run_folder import check_trained
 from madpo.trainer.stages.start_engine import start_engine
 from madpo.trainer.state import TrainState
 
@@ -31,11 +31,11 @@ from madpo.trainer.state import TrainState
 def run_export(config: Config) -> None:
     """Export the newest checkpoint of `output_dir`. Raises UserError if there is none."""
     config = located(config)
-    shard = dist.init(config.launch.timeout_minutes)
     folder = Path(config.output_dir)
+    check_trained(folder, "export")
+    shard = dist.init(config.launch.timeout_minutes)
     tag = checkpoint.latest(folder / "checkpoints", checkpoint.model_identity(config, shard))
-    if tag is None:
-        raise UserError(f"{folder / 'checkpoints'}: no checkpoint to export; train first")
+    assert tag is not None
     tokenizer = load_tokenizer(config.model)
     engine = start_engine(config, tokenizer, training=True)
     state = checkpoint.load(engine, folder / "checkpoints", tag)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from madpo.trainer import checkpoint, dist, loop
+from madpo.trainer import checkpoint, dist, loop, stopping
 from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config, dump
 from madpo.trainer.data.training_data import Data, load_data, weighed, weights_of
@@ -23,9 +23,9 @@ from madpo.trainer.model.expert_balance import expert_notes
 from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.reference.cached import check_policy_fits, reference_notes, with_reference
-from madpo.trainer.reports.progress import Progress
+from madpo.trainer.reports.progress import Progress, print_line
 from madpo.trainer.reports.remarks import remarks
-from madpo.trainer.run_folder import claim
+from madpo.trainer.run_folder import claim, step_of
 from madpo.trainer.schedule import run_length
 from madpo.trainer.stages.export import export_model
 from madpo.trainer.stages.quantiles import resolve_quantiles
@@ -52,6 +52,12 @@ def run_training(config: Config, command: str) -> None:
     assert data.source is not None
     identity = checkpoint.identity(config, shard, data.source.content)
     tag = checkpoint.latest(checkpoints, identity)
+    total_steps = run_length(config, data.source.num_groups).total_steps
+    if tag is not None and step_of(tag) == total_steps and dist.from_main(is_exported(config, folder)):
+        if shard.is_main:
+            print_line(f"finished at step {total_steps} already; --fresh starts anew")
+        lock.release()
+        return
     data, cached = with_reference(config, data, tokenizer, shard, training=True)
     source = data.source
     assert source is not None
@@ -68,9 +74,9 @@ def run_training(config: Config, command: str) -> None:
             _write_report(folder, data)
             metrics = MetricsFile(folder, state.step)
             cleanup.callback(metrics.close)
-            total_steps = run_length(config, source.num_groups).total_steps
             progress = Progress(total_steps)
             cleanup.callback(progress.close)
+            cleanup.enter_context(stopping.stands(lambda: progress.stopped(state, checkpoints)))
             parameters = count_parameters(engine.module.policy)
             notes = [*engine.module.notes, *reference_notes(config, engine.module, source, cached)]
             notes += expert_notes(engine.module.policy, config.model.router_aux_loss_coef)
@@ -95,6 +101,14 @@ def run_training(config: Config, command: str) -> None:
         export_model(engine, tokenizer, config, folder, shard, state)
     engine.release()
     lock.release()
+
+
+def is_exported(config: Config, folder: Path) -> bool:
+    """Whether what a run exports at its end is there, and newer than the checkpoint that it is made of."""
+    wanted = [(config.train.export, "model"), (config.train.export_merged, "merged")]
+    made = (folder / "checkpoints" / "latest").stat().st_mtime
+    paths = [folder / name for is_wanted, name in wanted if is_wanted]
+    return all(path.is_dir() and path.stat().st_mtime >= made for path in paths)
 
 
 def _write_report(folder: Path, data: Data) -> None:
