@@ -37,7 +37,7 @@ def pairs() -> list[dict[str, str]]:
     ]
 
 
-def config(folder: Path, name: str, model: Path, **sections: Any) -> dict[str, Any]:
+def config(folder: Path, name: str, model: Path, steps: int = 15, **sections: Any) -> dict[str, Any]:
     """What the runs have in common: the sections of a YAML file, as a dict."""
     return {
         "output_dir": folder / name,
@@ -45,10 +45,10 @@ def config(folder: Path, name: str, model: Path, **sections: Any) -> dict[str, A
         "data": {"cache_dir": folder / "cache", "max_length": 16},
         "train": {
             "bf16": False,
-            "global_batch_size": 16,
+            "global_batch_size": 8,
             "micro_batch_tokens": 512,
-            "max_steps": 40,
-            "logging_steps": 10,
+            "max_steps": steps,
+            "logging_steps": 5,
         },
         **sections,
     }
@@ -57,7 +57,9 @@ def config(folder: Path, name: str, model: Path, **sections: Any) -> dict[str, A
 def main(folder: Path) -> tuple[float, float]:
     """Train both stages; returns the share of praise in the samples before and after DPO."""
     start = save_model(folder / "start", [f"{row['prompt']}{row['completion']}" for row in sentences()])
-    sft = madpo.train(config(folder, "sft", start, optim={"lr": 1e-2}), train=sentences(), task="sft")
+    sft = madpo.train(
+        config(folder, "sft", start, steps=25, optim={"lr": 1e-2}), train=sentences(), task="sft"
+    )
     assert sft.model is not None
 
     def show_accuracy(record: Mapping[str, float]) -> None:

@@ -114,7 +114,7 @@ def generate(
     `completions`, `models` (of each completion), `finish`, `tokens`, and `scores` if there is a judge.
     Raises UserError.
     """
-    if isinstance(prompts, Sequence):
+    if isinstance(prompts, Sequence) and not isinstance(prompts, str):
         prompts = [row if isinstance(row, Mapping) else {"prompt": row} for row in prompts]
     values = {"generate.models": [str(model) for model in models]} if models else {}
     with _data_of(config, "generate", {"prompts": prompts}, values) as resolved, _ranks(resolved):
@@ -124,7 +124,7 @@ def generate(
         data, folder = resolved.data, Path(resolved.output_dir) / "generated"
         splits = [split for split in (data.dataset_train_split, data.dataset_test_split) if split]
         files = [folder / f"{split}.jsonl" for split in splits]
-        return [json.loads(line) for file in files for line in file.open(encoding="utf-8")]
+        return [json.loads(line) for file in files for line in file.read_bytes().splitlines()]
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def _tree_of(config: Source) -> tuple[dict[str, Any], str]:
         return config.model_dump(mode="json", by_alias=True), "config"
     if isinstance(config, Mapping):
         return _with_text_for_paths(config), "config"
-    return strict_yaml.read(config), str(config)
+    return strict_yaml.read(Path(config)), str(config)
 
 
 def _with_text_for_paths(value: Any) -> Any:

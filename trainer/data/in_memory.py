@@ -68,7 +68,7 @@ def _advice(rows: Any) -> str:
     if isinstance(rows, datasets.DatasetDict | datasets.IterableDatasetDict):
         return f"give one of its splits: {', '.join(map(str, rows))}"
     if isinstance(rows, str | os.PathLike):
-        return "a path belongs into the config, as data.dataset_name"
+        return "the path of a data set belongs into the config, as data.dataset_name"
     if isinstance(rows, datasets.IterableDataset):
         return "write it into a file, and set data.streaming=true to read it while training"
     return "as in [{'prompt': ..., 'chosen': ..., 'rejected': ...}]"

@@ -33,7 +33,7 @@ def test_a_dataset_becomes_parquet_with_the_rows_that_are_selected(tmp_path):
     ("rows", "message"),
     [
         ([], "train: there are no rows"),
-        ("data.jsonl", r"got str; a path belongs into the config, as data\.dataset_name"),
+        ("data.jsonl", r"got str; the path of a data set belongs into the config, as data\.dataset_name"),
         ({"prompt": ["a"]}, "got dict; as in"),
         (datasets.DatasetDict({"a": datasets.Dataset.from_list(ROWS[1:])}), "give one of its splits: a"),
         ([ROWS[0], "text"], r"train\[1\]: expected a dict, got str: 'text'"),
