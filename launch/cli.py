@@ -336,7 +336,8 @@ def _loaded(config: str, overrides: list[str], task: str) -> Config:
     from madpo.trainer.config.schema import load
 
     resolved = load(config, overrides, task)
-    located(resolved)
+    if task != "annotate":  # which may score with other models than the config's
+        located(resolved)
     return resolved
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from madpo.trainer import checkpoint, dist, loop
 from madpo.trainer.config.locate import located
@@ -19,10 +20,11 @@ from madpo.trainer.stages.start_engine import check_data_fits, start_engine
 from madpo.trainer.state import TrainState
 
 
-def run_evaluation(config: Config, base: bool = False) -> None:
+def run_evaluation(config: Config, base: bool = False) -> dict[str, Any]:
     """Evaluate the newest checkpoint of `output_dir`, or with `base` the model that training starts from.
 
-    Writes `evaluation.json` into the run folder and prints a table. Raises UserError.
+    Writes `evaluation.json` into the run folder, prints a table, and returns on all ranks what it wrote:
+    `model` (the checkpoint, or the starting model's name) and the metrics. Raises UserError.
     """
     config, folder = located(config), Path(config.output_dir)
     if not base:
@@ -45,10 +47,11 @@ def run_evaluation(config: Config, base: bool = False) -> None:
     check_data_fits(replace(data, train=None), config, engine)
     state = checkpoint.load(engine, folder / "checkpoints", tag) if tag else TrainState()
     record = loop.evaluate(config, engine, data.held_out, shard, state.memory)
+    record = {name: value for name, value in record.items() if not name.startswith("eval_perf/")}
+    result = {"model": tag or config.model.model_name_or_path, **record}
     if shard.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        record = {name: value for name, value in record.items() if not name.startswith("eval_perf/")}
-        result = {"model": tag or config.model.model_name_or_path, **record}
         (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
         print(metrics_table({str(result["model"]): record}), flush=True)
     engine.release()
+    return result

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -88,22 +89,22 @@ def run_generation(config: Config) -> None:
     }
     batches = {split: batches_of(split, prompts[split].lengths, settings.batch_size) for split in splits}
     shard = dist.init(config.launch.timeout_minutes)
-    lock = claim(folder, shard)
-    all_batches = list(chain(*batches.values()))
-    finished = folder / "generated" / "parts"
-    plan = SamplingPlan(config, settings, backend, prompts, all_batches, finished, shard)
-    written = [_sample_all(plan, writer) for writer in writers]
-    judged = _judge_all(plan, settings.judge, written) if settings.judge else None
-    if shard.is_main:
-        for split in splits:
-            rows = _joined(prompts[split], batches[split], writers, written, judged)
-            facts = _write(folder, split, rows, settings, config.seed)
-            _write_facts(
-                folder, split, facts | _provenance(config, settings, backend, writers, prompts[split])
-            )
-            _show(folder, split, facts, rows, settings)
-    dist.barrier()
-    lock.release()
+    with ExitStack() as cleanup:
+        cleanup.callback(claim(folder, shard).release)
+        all_batches = list(chain(*batches.values()))
+        finished = folder / "generated" / "parts"
+        plan = SamplingPlan(config, settings, backend, prompts, all_batches, finished, shard)
+        written = [_sample_all(plan, writer) for writer in writers]
+        judged = _judge_all(plan, settings.judge, written) if settings.judge else None
+        if shard.is_main:
+            for split in splits:
+                rows = _joined(prompts[split], batches[split], writers, written, judged)
+                facts = _write(folder, split, rows, settings, config.seed)
+                _write_facts(
+                    folder, split, facts | _provenance(config, settings, backend, writers, prompts[split])
+                )
+                _show(folder, split, facts, rows, settings)
+        dist.barrier()
 
 
 def writers_of(config: Config, settings: GenerateConfig) -> list[Writer]:

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -32,12 +32,16 @@ from madpo.trainer.stages.quantiles import resolve_quantiles
 from madpo.trainer.stages.start_engine import check_data_fits, start_engine
 from madpo.trainer.state import TrainState
 
+Callback = Callable[[Mapping[str, float]], None]
+"""Called with every logged record, on rank 0."""
 
-def run_training(config: Config, command: str) -> None:
+
+def run_training(config: Config, command: str, callbacks: Sequence[Callback] = ()) -> None:
     """Train, evaluate, checkpoint and export into `output_dir`; continue a run that is already there.
 
     Data is read before the ranks join, because tokenising may take longer than a collective's timeout, and
-    may fork. Raises UserError for a config, model or data set that cannot be trained.
+    may fork. Raises UserError for a config, model or data set that cannot be trained, and what a callback
+    raises.
     """
     folder = Path(config.output_dir)
     checkpoints = folder / "checkpoints"
@@ -45,30 +49,30 @@ def run_training(config: Config, command: str) -> None:
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, training=True)
     shard = dist.init(config.launch.timeout_minutes)
-    lock = claim(folder, shard)
-    config = resolve_quantiles(config, data, tokenizer, shard)
-    weights = weights_of(data.train, config)
-    data = weighed(data, config)
-    assert data.source is not None
-    identity = checkpoint.identity(config, shard, data.source.content)
-    tag = checkpoint.latest(checkpoints, identity)
-    total_steps = run_length(config, data.source.num_groups).total_steps
-    if tag is not None and step_of(tag) == total_steps and dist.from_main(is_exported(config, folder)):
-        if shard.is_main:
-            print_line(f"finished at step {total_steps} already; --fresh starts anew")
-        lock.release()
-        return
-    data, cached = with_reference(config, data, tokenizer, shard, training=True)
-    source = data.source
-    assert source is not None
-    engine = start_engine(config, tokenizer, training=True)
-    check_data_fits(data, config, engine)
-    state = checkpoint.load(engine, checkpoints, tag) if tag else TrainState()
-    if cached is not None:
-        check_policy_fits(config, engine, source, shard, cached, is_fresh=tag is None)
-
     with ExitStack() as cleanup:
-        sinks: list[Callable[[loop.Record], None]] = []
+        cleanup.callback(claim(folder, shard).release)
+        config = resolve_quantiles(config, data, tokenizer, shard)
+        weights = weights_of(data.train, config)
+        data = weighed(data, config)
+        assert data.source is not None
+        identity = checkpoint.identity(config, shard, data.source.content)
+        tag = checkpoint.latest(checkpoints, identity)
+        total_steps = run_length(config, data.source.num_groups).total_steps
+        if tag is not None and step_of(tag) == total_steps and dist.from_main(is_exported(config, folder)):
+            if shard.is_main:
+                print_line(f"finished at step {total_steps} already; --fresh starts anew")
+            return
+        data, cached = with_reference(config, data, tokenizer, shard, training=True)
+        source = data.source
+        assert source is not None
+        engine = start_engine(config, tokenizer, training=True)
+        cleanup.callback(engine.release)
+        check_data_fits(data, config, engine)
+        state = checkpoint.load(engine, checkpoints, tag) if tag else TrainState()
+        if cached is not None:
+            check_policy_fits(config, engine, source, shard, cached, is_fresh=tag is None)
+
+        sinks: list[Callback] = []
         if shard.is_main:
             _describe_run(folder, config, command, shard)
             _write_report(folder, data)
@@ -82,7 +86,7 @@ def run_training(config: Config, command: str) -> None:
             notes += expert_notes(engine.module.policy, config.model.router_aux_loss_coef)
             notes += remarks(config, total_steps, parameters, weights)
             progress.announce(config, data.report, state, shard, engine.device, parameters, notes)
-            sinks = [metrics.write, progress.show]
+            sinks = [metrics.write, progress.show, *callbacks]
         barrier()
 
         def on_record(record: loop.Record) -> None:
@@ -96,11 +100,8 @@ def run_training(config: Config, command: str) -> None:
                 _write_report(folder, data)  # a stream's report grows
 
         loop.train(config, engine, source, data.held_out, shard, state, on_record, on_save)
-
-    if config.train.export:
-        export_model(engine, tokenizer, config, folder, shard, state)
-    engine.release()
-    lock.release()
+        if config.train.export:
+            export_model(engine, tokenizer, config, folder, shard, state)
 
 
 def is_exported(config: Config, folder: Path) -> bool:
