@@ -12,5 +12,9 @@ setup(
         for folder in FOLDERS
         for package in find_namespace_packages(include=[folder, f"{folder}.*"], exclude=EXCLUDED)
     ],
-    package_data={"madpo.configs": ["*.yaml"], "madpo.slurm": ["*.sbatch"]},
+    package_data={
+        "madpo.configs": ["*.yaml"],
+        "madpo.slurm": ["*.sbatch"],
+        "madpo.trainer.reports.templates": ["*"],
+    },
 )
