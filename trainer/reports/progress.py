@@ -144,14 +144,15 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
     names = dict.fromkeys(name for record in columns.values() for name in record)
     for name in names:
         if not name.endswith(STDERR):
-            table.add_row(name, *(_cell(record, name) for record in columns.values()))
+            table.add_row(name, *(metric_cell(record, name) for record in columns.values()))
     console = Console(width=200, force_terminal=False)
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()
 
 
-def _cell(record: Mapping[str, float], name: str) -> str:
+def metric_cell(record: Mapping[str, float], name: str) -> str:
+    """A metric and its standard error as text; empty if it is missing, `-` if all pairs are ties."""
     value, error = record.get(name), record.get(f"{name}{STDERR}")
     if value is None:
         return ""
