@@ -15,6 +15,7 @@ from madpo.trainer.reports.drawing import PAPER, SOFT, Drawing, colour, draw, li
 from madpo.trainer.reports.page import PALETTE, Figure, Key, Table, object_table, render, text
 from madpo.trainer.reports.runs import (
     EVAL,
+    Record,
     Run,
     data_warnings,
     difference,
@@ -85,7 +86,7 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
         overview=[_overview(loaded), *_differences(loaded)],
         figures=[figure for chart in CHARTS if (figure := _figure(chart, loaded))],
         numbers=[
-            object_table(title, {run.name: run.final(evaluation) for run in loaded})
+            object_table(title, {run.name: _with_errors(run.final(evaluation)) for run in loaded})
             for title, evaluation in (("Training", False), ("Held out", True))
         ],
         details=[_details(run) for run in loaded],
@@ -122,6 +123,15 @@ def _with_error(value: float | None, error: float | None) -> str:
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
+def _with_errors(record: Record) -> dict[str, Any]:
+    """The record with each standard error behind its metric instead of in a row of its own."""
+    shown: dict[str, Any] = {name: value for name, value in record.items() if not name.endswith(STDERR)}
+    for name in shown:
+        if (error := record.get(name + STDERR)) is not None:
+            shown[name] = f"{text(shown[name])} ± {text(error)}"
+    return shown
+
+
 def _differences(runs: Sequence[Run]) -> list[Table]:
     """A table of each other run's difference to the first one at their last evaluations; [] without any."""
     first, rows = runs[0], []
@@ -140,8 +150,8 @@ def _differences(runs: Sequence[Run]) -> list[Table]:
         "two independent samples, which is too large if the runs share their pairs. Margins compare only "
         "between runs whose β means the same."
     )
-    head = [f"less {first.name}", "held-out accuracy", "margin", "compared"]
-    return [Table(head, rows, "Differences", note)] if rows else []
+    head = ["run", "held-out accuracy", "margin", "compared"]
+    return [Table(head, rows, f"Difference to {first.name}", note)] if rows else []
 
 
 def _details(run: Run) -> dict[str, Any]:
@@ -216,11 +226,11 @@ def _draw_held_out(drawing: Drawing, metric: str, run: Run, hollow: bool, label:
     """Dots, with bars of one standard error where the run noted them."""
     own = colour(run.number)
     steps, values, errors = run.series(metric, metric + STDERR)
-    drawing.axes.errorbar(steps, values, errors, color=own, fmt="none", elinewidth=1, zorder=2.5)
+    drawing.axes.errorbar(steps, values, errors, color=own, fmt="none", elinewidth=1.3, zorder=2.5)
     steps, values = run.series(metric)
     fill, edge = (PAPER, own) if hollow else (own, PAPER)
     drawing.axes.plot(
-        steps, values, "o", color=fill, markeredgecolor=edge, markersize=6.5, zorder=3, clip_on=False
+        steps, values, "o", color=fill, markeredgecolor=edge, markersize=5.5, zorder=3, clip_on=False
     )
     drawing.answer(label, run.number, steps, values)
 
@@ -243,6 +253,6 @@ def _legend(chart: Chart, runs: Sequence[Run], alone: bool) -> list[Key]:
     elif alone and (evaluated or windows):
         keys.append(Key("solid", tint, "training"))
     if windows:
-        lines = f"{windows.pop()} log lines" if len(windows) == 1 else "a fifteenth of the log lines"
-        keys.append(Key("faint", tint, f"each log line; strong: running mean of {lines}"))
+        lines = f"{windows.pop()}" if len(windows) == 1 else "a fifteenth of them"
+        keys.append(Key("faint", tint, f"log lines (strong: running mean of {lines})"))
     return [*keys, Key("dot", tint, "held out")] if evaluated else keys

@@ -230,6 +230,7 @@ def test_the_first_line_says_what_happened_and_the_table_has_the_errors(tmp_path
     assert f'<p class="happened">{sentence}</p>' in page
     assert cells_of(page, "demo")[-3:] == ["0.6120 ± 0.0140", "0.2100", "0.6500"]
     assert "over 1,218 held-out pairs" in page
+    assert cells_of(page, "eval_rewards/accuracies") == ["0.612 ± 0.014"]
 
 
 def test_runs_are_compared_pair_by_pair_and_other_data_is_a_warning(tmp_path):
@@ -243,7 +244,7 @@ def test_runs_are_compared_pair_by_pair_and_other_data_is_a_warning(tmp_path):
         write_pairs(run, StoredPairs(3, "the same", pairs))
         runs.append(run)
     page = page_of(*runs)
-    table = page[page.index("<h3>Differences</h3>") :]
+    table = page[page.index("<h3>Difference to a</h3>") :]
     error = np.std([1, 0, 0, 0]) / 2
     assert cells_of(table, "b")[0] == f"+0.2500 ± {error:.4f}"
     assert cells_of(table, "b")[2] == "pair by pair, 4"
