@@ -66,7 +66,7 @@ def write_calibration_report(
         "calibration_report.html.jinja",
         output,
         title=output.resolve().parent.parent.name,
-        happened=" ".join(_verdict(view) for view in views),
+        happened=[(view.name, _verdict(view)) for view in views],
         numbers=_numbers(views),
         figures=[_reliability(views), _histogram(views, weights)],
         weights=_weights(views, weights),
@@ -78,10 +78,7 @@ def _verdict(view: View) -> str:
     found = view.calibration
     scale = "above 100" if found.best_scale is None else f"{found.best_scale:.2f}"
     accuracy = f"{found.accuracy:.1%} ± {100 * found.accuracy_standard_error:.1f}"
-    return (
-        f"{view.name}: chosen above rejected in {accuracy} of {found.pairs:,} pairs, best scale of the "
-        f"margins {scale}."
-    )
+    return f"chosen above rejected in {accuracy} of {found.pairs:,} pairs, best scale of the margins {scale}."
 
 
 def _numbers(views: Sequence[View]) -> Table:
@@ -115,7 +112,7 @@ def _weights(views: Sequence[View], weights: Sequence[Weight]) -> Table:
 
 def _reliability(views: Sequence[View]) -> Figure:
     title = "Reliability"
-    with draw(title) as drawing:
+    with draw(title, "predicted") as drawing:
         axes = drawing.axes
         low = min(0.45, *(one.observed for view in views for one in view.calibration.bins)) - 0.02
         axes.plot([0.5, 1], [0.5, 1], color=SOFT, linewidth=0.7, linestyle=(0, (2, 2)))
@@ -143,19 +140,19 @@ def _histogram(views: Sequence[View], weights: Sequence[Weight]) -> Figure:
     every = np.concatenate([view.margins for view in views])
     low, high = (float(np.quantile(every, q)) for q in (0.002, 0.998))
     edges = np.linspace(min(low, -1.0), max(high, 1.0), 61)
-    with draw(title) as drawing:
+    with draw(title, "margin") as drawing:
         axes = drawing.axes
         for view in views:
             inside = np.clip(view.margins, edges[0], edges[-1])
             share = np.histogram(inside, edges)[0] / len(inside)
             axes.stairs(share, edges, color=colour(view.number), fill=True, alpha=0.16)
             axes.stairs(share, edges, color=colour(view.number), linewidth=1.1)
-            middles = (edges[:-1] + edges[1:]) / 2
+            middles = np.round((edges[:-1] + edges[1:]) / 2, 2)
             drawing.answer(f"{view.name}, share", view.number, middles.tolist(), share.tolist())
         axes.set_xlabel("margin, chosen minus rejected", color=SOFT)
         axes.set_ylabel("share of pairs", color=SOFT)
         right = axes.twinx()
-        margins = np.linspace(edges[0], edges[-1], 600)
+        margins = np.linspace(edges[0], edges[-1], 600).round(2)
         for weight in weights:
             style = (0, (3, 1.5)) if weight.mark == "dashed" else "-"
             values = weight(margins)

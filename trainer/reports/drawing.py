@@ -45,6 +45,7 @@ class Drawing:
     """Axes to draw on; the SVG and the values under the pointer are there after `draw` has ended."""
 
     axes: Axes
+    x_name: str  # what the pointer calls the horizontal axis
     svg: Markup = field(default_factory=Markup)
     values: dict[str, Any] = field(default_factory=dict)
     _series: list[dict[str, Any]] = field(default_factory=list)
@@ -72,13 +73,13 @@ class Drawing:
             "bottom": round((1 - box.y0) * height, 2),
             "low": low,
             "high": high,
-            "name": self.axes.get_xlabel(),
+            "name": self.x_name,
             "series": self._series,
         }
 
 
 @contextmanager
-def draw(title: str) -> Iterator[Drawing]:
+def draw(title: str, x_name: str = "step") -> Iterator[Drawing]:
     """Context manager: a drawing to be filled.
 
     Text stays text, in the page's font; ids are unique to the title.
@@ -95,7 +96,7 @@ def draw(title: str) -> Iterator[Drawing]:
         axes.grid(color=GRID, alpha=0.4)
         axes.spines[:].set_color(GRID)
         axes.spines[["top", "right"]].set_visible(False)
-        drawing = Drawing(axes)
+        drawing = Drawing(axes, x_name)
         yield drawing
         figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
         svg = re.sub(r"(?s)^.*?(?=<svg)|<metadata>.*</metadata>", "", file.getvalue())

@@ -44,9 +44,8 @@ def test_a_language_model_answers(exported, capsys, name, chat):
     tokenizer, prompt = names["tokenizer"], tokenizer_text(names)
     assert prompt == ("user: How do I boil an egg?\n" if chat else "The best way to boil an egg is")
     answer = names["output"][0, names["prompt"].shape[1] :]
-    assert (
-        len(answer) and capsys.readouterr().out == tokenizer.decode(answer, skip_special_tokens=True) + "\n"
-    )
+    assert len(answer)
+    assert capsys.readouterr().out == tokenizer.decode(answer, skip_special_tokens=True) + "\n"
     assert (type(names["model"]).__name__ == "PeftModelForCausalLM") is (name == "adapter")
 
 
@@ -62,8 +61,7 @@ def test_a_reward_model_scores_a_pair(exported, capsys, chat, ends_with_eos):
     if chat:
         text = "user: How do I boil an egg?\nassistant: No.\n"
     with torch.no_grad():
-        expected = model(
-            torch.tensor([tokenizer(text, add_special_tokens=not chat)["input_ids"]])
-        ).logits.item()
+        ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+        expected = model(torch.tensor([ids])).logits.item()
     assert names["rejected"] == pytest.approx(expected, rel=1e-5)
     assert f"margin {names['chosen'] - names['rejected']:.3f};" in capsys.readouterr().out

@@ -25,7 +25,8 @@ for (const figure of document.querySelectorAll("figure[data-values]")) {
     line.style.display = "";
     const rows = found.map(([one, point]) => {
       const row = document.createElement("div"), name = document.createElement("span");
-      name.textContent = point[0] === at ? one.label : `${one.label} (${values.name} ${point[0]})`;
+      const isThere = Math.abs(point[0] - at) < .01 * (values.high - values.low);
+      name.textContent = isThere ? one.label : `${one.label} (${values.name} ${point[0]})`;
       name.style.color = `var(${one.colour})`;
       row.append(name, String(point[1]));
       return row;
