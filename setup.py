@@ -22,5 +22,6 @@ setup(
         "madpo.configs": ["*.yaml"],
         "madpo.configs.templates": ["*.yaml"],
         "madpo.slurm": ["*.sbatch"],
+        "madpo.trainer.reports.templates": ["*"],
     },
 )

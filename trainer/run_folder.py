@@ -1,21 +1,23 @@
 """The files of a run folder, and how to read them back.
 
-config.yaml       the resolved configuration
-run.json          the command, the versions, the hardware
-data_report.json  what was read, cut and dropped
-metrics.jsonl     one line per log step and evaluation
-evaluation.json   the result of `madpo evaluate`
-generated/        completions and their scores, from `madpo generate`
-pairs/            preference pairs made of those completions
-checkpoints/      weights, optimiser and state to resume from
-model/            the exported model, or the adapter
-merged/           with train.export_merged: the model with the adapter in it
-log.txt           what rank 0 printed, and the errors of all ranks; a header for every start
+config.yaml         the resolved configuration
+run.json            the command, the length of the run, the versions, the hardware
+data_report.json    what was read, cut and dropped
+metrics.jsonl       one line per log step and evaluation
+held_out_pairs.json the margin of every held-out pair, at the newest evaluation during training
+evaluation.json     the result of `madpo evaluate`
+generated/          completions and their scores, from `madpo generate`
+pairs/              preference pairs made of those completions
+checkpoints/        weights, optimiser and state to resume from
+model/              the exported model, or the adapter
+merged/             with train.export_merged: the model with the adapter in it
+log.txt             what rank 0 printed, and the errors of all ranks; a header for every start
 report.html
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from filelock import FileLock, Timeout
 from madpo.trainer.dist import Shard, raise_if_any
 from madpo.trainer.errors import UserError
 
-METRICS = "metrics.jsonl"
+METRICS, LOCK = "metrics.jsonl", ".lock"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -79,6 +81,19 @@ def check_trained(folder: Path, task: str) -> None:
     raise UserError(f"output_dir: {folder} {what}; train first, name the folder of a run{other}")
 
 
+def is_training(folder: Path) -> bool:
+    """Whether a process holds the folder's lock; False where the lock file cannot be opened."""
+    path = folder / LOCK
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def set_aside(folder: Path) -> None:
     """Rename an earlier run's folder, so that a fresh run can start and nothing is lost."""
     if folder.exists():
@@ -91,7 +106,7 @@ def set_aside(folder: Path) -> None:
 
 def claim(folder: Path, shard: Shard) -> FileLock:
     """Lock the run folder. Raises UserError on all ranks if another run has locked it or we may not write."""
-    lock = FileLock(folder / ".lock", timeout=0)
+    lock = FileLock(folder / LOCK, timeout=0)
     problem = None
     if shard.is_main:
         try:

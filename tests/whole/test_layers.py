@@ -34,6 +34,7 @@ LAYERS = [
     "madpo.trainer.zero3",
     "madpo.trainer.model",
     "madpo.trainer.throughput",
+    "madpo.trainer.pair_margins",
     "madpo.trainer.metrics",
     "madpo.trainer.engine",
     "madpo.trainer.global_batch",

@@ -63,6 +63,8 @@ def test_the_wheel_holds_everything_and_runs_outside_the_checkout(tmp_path):
         "configs/demo.yaml",
         "configs/templates/dpo.yaml",
         "slurm/train.sbatch",
+        "trainer/reports/templates/page.html.jinja",
+        "trainer/reports/templates/style.css",
     ):
         assert f"madpo/{name}" in names
     venv.create(tmp_path / "venv", with_pip=False, system_site_packages=False)

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from madpo.trainer.config.schema import Config
 from madpo.trainer.dist import Shard
+from madpo.trainer.pair_margins import ACCURACY, STDERR, all_are_ties
 from madpo.trainer.run_folder import newest_checkpoint, step_of
 from madpo.trainer.state import TrainState
 
@@ -138,24 +139,41 @@ class Progress:
 
 
 def _short(record: Mapping[str, float], prefix: str = "") -> list[str]:
-    return [
-        f"{label} {record[prefix + name]:{form}}"
-        for name, (label, form) in SHORT.items()
-        if prefix + name in record
-    ]
+    parts = []
+    for name, (label, form) in SHORT.items():
+        if (value := record.get(prefix + name)) is None:
+            continue
+        if name == ACCURACY and all_are_ties(record, prefix):
+            parts.append(f"{label} -")
+            continue
+        error = record.get(f"{prefix}{name}{STDERR}")
+        parts.append(f"{label} {value:{form}}" + ("" if error is None else f" ± {error:{form}}"))
+    return parts
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
-    """A text table with a row per metric and a column per model."""
+    """A text table with a row per metric and its standard error, and a column per model."""
     table = Table("metric", *columns, box=None, pad_edge=False)
     names = dict.fromkeys(name for record in columns.values() for name in record)
     for name in names:
-        values = [record.get(name) for record in columns.values()]
-        table.add_row(name, *("" if value is None else f"{value:.4f}" for value in values))
+        if not name.endswith(STDERR):
+            table.add_row(name, *(metric_cell(record, name) for record in columns.values()))
     console = Console(width=200, force_terminal=False)
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()
+
+
+def metric_cell(record: Mapping[str, float], name: str) -> str:
+    """A metric and its standard error as text; empty if it is missing, `-` if all pairs are ties."""
+    value, error = record.get(name), record.get(f"{name}{STDERR}")
+    if value is None:
+        return ""
+    if name.endswith(ACCURACY) and all_are_ties(record, name.removesuffix(ACCURACY)):
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 SECONDS_BETWEEN_LINES = 30

@@ -36,6 +36,9 @@ from madpo.trainer.stages.annotated_split import margins_of, together, write_spl
 from madpo.trainer.stages.start_engine import start_engine
 from madpo.trainer.state import TrainState
 
+SEEN = ", seen in training"
+"""Behind the name of a split whose pairs were scored by a model that was trained on them."""
+
 
 @dataclass(frozen=True)
 class RewardCheckpoint:
@@ -96,13 +99,12 @@ def _write_all(
         scored = together([own[split].rows for own in data], [own[split] for own in scores], folds)
         source = open_source(config.data, split, Path(config.data.cache_dir).expanduser())
         _show(split, write_split(target, split, source, scored, names, config.data.columns), target)
-        margins[split if folds is None else f"{split}, cross-fitted"] = margins_of(scored.combined)
+        trained_on = split == config.data.dataset_train_split and config.annotate.models is None
+        kind = "" if not trained_on else ", cross-fitted" if folds is not None else SEEN
+        margins[f"{split}{kind}"] = margins_of(scored.combined)
         if scored.seen is not None:
-            margins[f"{split}, in sample"] = scored.seen
-    try:
-        print(f"report {write_calibration_report(margins, target / 'report.html')}", flush=True)
-    except UserError as error:
-        print(f"no report: {error}", flush=True)
+            margins[f"{split}{SEEN}"] = scored.seen
+    print(f"report {write_calibration_report(margins, target / 'report.html')}", flush=True)
 
 
 def judges_of(config: Config) -> list[RewardCheckpoint]:

@@ -46,12 +46,14 @@ def run_evaluation(config: Config, base: bool = False) -> dict[str, Any]:
     engine = start_engine(config, tokenizer, training=tag is not None)
     check_data_fits(replace(data, train=None), config, engine)
     state = checkpoint.load(engine, folder / "checkpoints", tag) if tag else TrainState()
-    record = loop.evaluate(config, engine, data.held_out, shard, state.memory)
+    record = loop.evaluate(config, engine, data.held_out, shard, state.memory).record
     record = {name: value for name, value in record.items() if not name.startswith("eval_perf/")}
     result = {"model": tag or config.model.model_name_or_path, **record}
     if shard.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-        print(metrics_table({str(result["model"]): record}), flush=True)
+        target = folder / "evaluation.json"
+        target.write_text(json.dumps(result, indent=2) + "\n")
+        print(metrics_table({str(result["model"]): record}))
+        print(f"evaluation {target}", flush=True)
     engine.release()
     return result

@@ -22,6 +22,7 @@ from madpo.trainer.metrics import MetricsFile
 from madpo.trainer.model.expert_balance import expert_notes
 from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.model.tokenizer import load_tokenizer
+from madpo.trainer.pair_margins import PairMargins, StoredPairs, write_pairs
 from madpo.trainer.reference.cached import check_policy_fits, reference_notes, with_reference
 from madpo.trainer.reports.progress import Progress, print_line
 from madpo.trainer.reports.remarks import remarks
@@ -74,7 +75,7 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
 
         sinks: list[Callback] = []
         if shard.is_main:
-            _describe_run(folder, config, command, shard)
+            _describe_run(folder, config, command, shard, total_steps)
             _write_report(folder, data)
             metrics = MetricsFile(folder, state.step)
             cleanup.callback(metrics.close)
@@ -99,7 +100,11 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
             if shard.is_main:
                 _write_report(folder, data)  # a stream's report grows
 
-        loop.train(config, engine, source, data.held_out, shard, state, on_record, on_save)
+        def on_pairs(step: int, pairs: PairMargins) -> None:
+            if shard.is_main and data.held_out is not None:
+                write_pairs(folder, StoredPairs(step, data.held_out.fingerprint, pairs))
+
+        loop.train(config, engine, source, data.held_out, shard, state, on_record, on_save, on_pairs)
         if config.train.export:
             export_model(engine, tokenizer, config, folder, shard, state)
 
@@ -116,12 +121,13 @@ def _write_report(folder: Path, data: Data) -> None:
     (folder / "data_report.json").write_text(json.dumps(data.report, indent=2) + "\n")
 
 
-def _describe_run(folder: Path, config: Config, command: str, shard: Shard) -> None:
-    """Write config.yaml and run.json: the command, the versions and the hardware."""
+def _describe_run(folder: Path, config: Config, command: str, shard: Shard, total_steps: int) -> None:
+    """Write config.yaml and run.json: the command, the length of the run, the versions, the hardware."""
     (folder / "config.yaml").write_text(dump(config))
     on_gpu = torch.cuda.is_available()
     run = {
         "command": command,
+        "total_steps": total_steps,
         "world_size": shard.world_size,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "host_cpus": os.cpu_count(),
