@@ -83,6 +83,10 @@ class DataConfig(Section):
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="variables for the chat template; an example's own override them"
     )
+    template_may_drop: list[str] = Field(
+        default_factory=list,
+        description="roles and keys of prompt messages, or tools, that the chat template may leave out",
+    )
     streaming: bool = Field(
         default=False, description="read training examples in blocks while training, not all at the start"
     )

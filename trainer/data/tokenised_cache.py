@@ -33,7 +33,7 @@ from madpo.trainer.formats.adapters import ADAPTERS
 from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row
 from madpo.trainer.formats.text_groups import hash_of_prompt, parse_json_line
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """Part of the cache key; raise it when the same examples would give other tokens."""
 
 FEATURES = datasets.Features(
@@ -54,6 +54,7 @@ FEATURES = datasets.Features(
         "truncated": datasets.Value("int32"),
         "equal": datasets.Value("int32"),
         "spells_special": datasets.Value("bool"),
+        "notes": datasets.Sequence(datasets.Value("string")),
         "prompt_hash": datasets.Value("int64"),
         "problem": datasets.Value("string"),
         "unreadable": datasets.Value("bool"),
@@ -65,7 +66,8 @@ FEATURES = datasets.Features(
 def rules_of(data: DataConfig, supervised: bool = False) -> TokenRules:
     """The rules that the config sets for reading examples and tokenising them."""
     rows = RowRules(data.adapter, data.columns, data.edges)
-    return TokenRules(data.max_length, data.append_eos, supervised, data.chat_template_kwargs, rows)
+    may_drop = tuple(data.template_may_drop)
+    return TokenRules(data.max_length, data.append_eos, supervised, data.chat_template_kwargs, may_drop, rows)
 
 
 def load_groups(
@@ -191,6 +193,7 @@ def _columns(group: TokenGroup) -> dict[str, Any]:
         "boundary_cut": group.boundary_cut,
         "truncated": group.truncated,
         "equal": group.equal,
+        "notes": list(group.notes),
         "problem": group.problem,
     }
 

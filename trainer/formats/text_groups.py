@@ -23,6 +23,13 @@ import xxhash
 from madpo.trainer.errors import UserError
 
 Messages = list[dict[str, Any]]
+
+THINKING = ("thinking", "reasoning_content", "reasoning")
+"""Keys of an assistant's message that hold its thinking, beside its content."""
+
+SPOKEN = ("content", *THINKING, "tool_calls")
+"""The keys of a message that hold what it says."""
+
 Text = str | Messages
 
 
@@ -168,12 +175,17 @@ def preference(row: Mapping[str, Any]) -> TextGroup:
 def _split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
     """(prompt, chosen, rejected): the messages that both conversations begin with are the prompt."""
     shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+    while shared < min(len(chosen), len(rejected)) and _say_alike(chosen[shared], rejected[shared]):
         shared += 1
     shared = min(shared, len(chosen) - 1, len(rejected) - 1)
     if shared == 0:
         raise UserError("chosen and rejected do not start with the same message, and no prompt fits")
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _say_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two messages agree in role and words; ids and other keys may differ."""
+    return all(one.get(key) == other.get(key) for key in ("role", *SPOKEN))
 
 
 def same_kind(prompt: Text, *completions: Text) -> list[Text]:
@@ -208,17 +220,40 @@ def as_text(value: Any, field: str, may_be_empty: bool = False) -> Text:
 
 
 def _message(field: str, message: Any) -> dict[str, Any]:
-    """The message without null keys. It needs a role, and text unless it calls tools."""
+    """The message without null keys. It needs a role, and text or parts of text unless it calls tools."""
     if isinstance(message, dict) and isinstance(message.get("role"), str):
         message = without_nulls(message)
-        calls = message.get("tool_calls") if message["role"] == "assistant" else None
-        calls_only = isinstance(calls, list) and calls and "content" not in message
-        if isinstance(message.get("content"), str) or calls_only:
+        content, calls = message.get("content"), message.get("tool_calls")
+        is_call = message["role"] == "assistant" and bool(calls) and isinstance(calls, list)
+        if is_call and any(not isinstance(_function(call).get("name"), str) for call in calls or ()):
+            raise UserError(f"{field}: a tool call has a function with a name, got {calls!r:.80}")
+        if isinstance(content, list) and content:
+            return {**message, "content": [_text_part(field, part) for part in content]}
+        if isinstance(content, str) or (is_call and content is None):
             return message
     raise UserError(
         f"{field}: a message needs text under role and content (or tool_calls of the assistant), "
         f"got {message!r:.80}"
     )
+
+
+def _function(call: Any) -> dict[str, Any]:
+    """The name and the arguments of a tool call, which may stand under `function`."""
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    return function if isinstance(function, dict) else {}
+
+
+def _text_part(field: str, part: Any) -> dict[str, Any]:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    kind = part.get("type") if isinstance(part, dict) else part
+    raise UserError(f"{field}: content holds a part of type {kind!r:.40}; only parts of text are trained on")
+
+
+def text_in(message: Mapping[str, Any]) -> str:
+    """The text of a message, also where it stands in parts; empty if there is none."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def without_nulls(value: Any) -> Any:

@@ -78,6 +78,7 @@ data.adapter                            fixed   again
 data.columns                            fixed   again
 data.edges                              fixed   again
 data.chat_template_kwargs               fixed   again
+data.template_may_drop                  fixed   again
 data.streaming                          fixed   again
 data.stream_block                       fixed   again
 data.max_length                         fixed   again
