@@ -77,6 +77,10 @@ class DataConfig(Section):
     columns: dict[str, str] = Field(
         default_factory=dict, description="names of columns: ours to the data set's, where they differ"
     )
+    ignore_columns: list[str] = Field(
+        default_factory=list,
+        description="columns, by our names, that are left out on purpose, such as system or images",
+    )
     edges: Literal["all", "adjacent", "best_worst"] = Field(
         default="all", description="pairs of a ranked group's completions that are compared"
     )

@@ -12,6 +12,9 @@ import pyarrow.compute as pc
 
 from madpo.trainer.data.dataset import column_of, flat_column
 
+LISTS = {"chat_template": "notes", "unused_columns": "unused"}
+"""Key of the report -> the column of the table whose texts it counts."""
+
 
 def report_of(
     name: str,
@@ -35,8 +38,9 @@ def report_of(
         "comparisons_of_equal_tokens": int(column_of(table, "equal")[taken].sum()),
         "rows_that_spell_special_tokens": int(column_of(table, "spells_special").sum()),
     }
-    if notes := _counted(pc.call_function("list_flatten", [table.data.column("notes").take(taken)])):
-        report["chat_template"] = notes
+    for key, column in LISTS.items():
+        if counts := _counted(pc.call_function("list_flatten", [table.data.column(column).take(taken)])):
+            report[key] = counts
     if len(margins):
         report |= {
             "margins": len(margins),
@@ -59,11 +63,12 @@ def total_report(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]
     reasons = sorted({reason for report in reports for reason in report["dropped"]})
     total: dict[str, Any] = {"source": name, **{key: sum(x[key] for x in reports) for key in counts}}
     total["dropped"] = {reason: sum(x["dropped"].get(reason, 0) for x in reports) for reason in reasons}
-    notes = Counter[str]()
-    for report in reports:
-        notes.update(report.get("chat_template", {}))
-    if notes:
-        total["chat_template"] = dict(sorted(notes.items()))
+    for key in LISTS:
+        counted = Counter[str]()
+        for report in reports:
+            counted.update(report.get(key, {}))
+        if counted:
+            total[key] = dict(sorted(counted.items()))
     with_margins = [report for report in reports if "margins" in report]
     if with_margins:
         number = sum(x["margins"] for x in with_margins)

@@ -82,6 +82,8 @@ class Progress:
             out(f"  {split}: {', '.join(counts)}")
             for note, number in facts.get("chat_template", {}).items():
                 out(f"    {number} examples: {note}")
+            if unused := facts.get("unused_columns"):
+                out(f"    columns that are not used: {', '.join(unused)}")
         for note in notes:
             out(f"  {note}")
         if state.step:
