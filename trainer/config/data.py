@@ -77,12 +77,20 @@ class DataConfig(Section):
     columns: dict[str, str] = Field(
         default_factory=dict, description="names of columns: ours to the data set's, where they differ"
     )
+    ignore_columns: list[str] = Field(
+        default_factory=list,
+        description="columns, by our names, that are left out on purpose, such as system or images",
+    )
     edges: Literal["all", "adjacent", "best_worst"] = Field(
         default="all",
         description="pairs that are made of a ranked group: all, of adjacent ranks, or best and worst",
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="variables for the chat template; an example's own override them"
+    )
+    template_may_drop: list[str] = Field(
+        default_factory=list,
+        description="roles and keys of prompt messages, or tools, that the chat template may leave out",
     )
     streaming: bool = Field(
         default=False, description="read training examples in blocks while training, not all at the start"

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.errors import UserError, on_one_line
@@ -51,8 +53,46 @@ def open_source(data: DataConfig, split: str, cache: Path) -> Source:
         )
         assert isinstance(rows, datasets.Dataset)
         return Source(str(files[0]), rows, fingerprint, "line")
-    rows = datasets.Dataset.from_parquet([str(file) for file in files], cache_dir=str(cache / "rows"))
+    rows = _parquet_rows(files, cache / "rows" / fingerprint)
     return Source(str(files[0]), rows, fingerprint, "row")  # type: ignore[arg-type]
+
+
+def _parquet_rows(files: list[Path], cache: Path) -> datasets.Dataset:
+    """The rows of Parquet files. Raises UserError that names a file which cannot be read with the others.
+
+    `cache` belongs to the content of the files: datasets' own key is their path and time stamp.
+    """
+    schemas = []
+    for file in files:
+        try:
+            schemas.append(pq.ParquetFile(file).schema_arrow)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file}: cannot be read as Parquet: {error}") from None
+    if not sum(pq.read_metadata(file).num_rows for file in files):
+        raise UserError(f"{files[0]}: the file has no rows")
+    try:
+        common = pa.unify_schemas(schemas, promote_options="permissive")
+        rows = datasets.Dataset.from_parquet(
+            [str(file) for file in files],
+            cache_dir=str(cache),
+            features=datasets.Features.from_arrow_schema(common),
+        )
+    except (pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
+        kinds = {str(file): schema for file, schema in zip(files, schemas, strict=True)}
+        raise UserError(f"{_unlike(kinds)}: {error.__cause__ or error}") from None
+    assert isinstance(rows, datasets.Dataset)
+    return rows
+
+
+def _unlike(schemas: dict[str, pa.Schema]) -> str:
+    """The first file whose columns differ from those of the first, and in what."""
+    (first, wanted), *others = schemas.items()
+    for file, schema in others:
+        for name in wanted.names:
+            kinds = [str(x.field(name).type) if name in x.names else "missing" for x in (wanted, schema)]
+            if kinds[0] != kinds[1]:
+                return f"{file}: column {name} is {kinds[1]}, and {kinds[0]} in {first}"
+    return first
 
 
 HELD_OUT = ("test", "validation")

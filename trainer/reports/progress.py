@@ -83,6 +83,10 @@ class Progress:
                 counts.append(f"{repeated:.0%} of the tokens repeat a prompt (see data.merge_prompts)")
             counts += [f"{facts[key]} {label}" for key, label in COUNTS.items() if facts[key]]
             out(f"  {split}: {', '.join(counts)}")
+            for note, number in facts.get("chat_template", {}).items():
+                out(f"    {number} examples: {note}")
+            if unused := facts.get("unused_columns"):
+                out(f"    columns that are not used: {', '.join(unused)}")
         for note in notes:
             out(f"  {note}")
         if state.step:

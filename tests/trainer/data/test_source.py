@@ -1,12 +1,19 @@
-"""Which split is held out where the config leaves that open."""
+"""The split that is held out where the config leaves that open, and Parquet files."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Any
+
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data import source
+from madpo.trainer.data.source import open_source
 from madpo.trainer.data.source import test_split as held_out_split
 from madpo.trainer.errors import UserError
 
@@ -56,3 +63,68 @@ def test_a_data_set_on_the_hub_is_asked_once_for_its_splits(monkeypatch):
     assert asked == [("some/pairs", "part")]
     with pytest.raises(UserError, match=r"data\.dataset_name: 'none/there' is no local .* offline"):
         held_out_split(DataConfig(dataset_name="none/there"))
+
+
+PAIR = {"prompt": ["a"], "chosen": [" b"], "rejected": [" c"]}
+
+
+def shards(folder: Path, *tables: dict[str, Any]) -> DataConfig:
+    folder.mkdir(exist_ok=True)
+    for number, table in enumerate(tables):
+        pq.write_table(pa.table(table), folder / f"train-{number:05d}-of-{len(tables):05d}.parquet")
+    return DataConfig(dataset_name=str(folder))
+
+
+def rows(data: DataConfig, cache: Path) -> list[dict[str, Any]]:
+    return list(open_source(data, "train", cache).rows)  # pyright: ignore[reportArgumentType]
+
+
+def test_shards_of_whole_and_broken_numbers_are_one_set(tmp_path):
+    """Where no margin of a shard has a fraction, its writer may have made the column one of integers."""
+    data = shards(
+        tmp_path / "d", {**PAIR, "margin": pa.array([2], pa.int64())}, {**PAIR, "margin": pa.array([1.5])}
+    )
+    assert [row["margin"] for row in rows(data, tmp_path / "cache")] == [2.0, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        (
+            [{**PAIR, "margin": ["2"]}, {**PAIR, "margin": [1.5]}],
+            "00001-of-00002.parquet: column margin is double",
+        ),
+        (
+            [{name: pa.array([], pa.string()) for name in PAIR}],
+            "00000-of-00001.parquet: the file has no rows",
+        ),
+    ],
+)
+def test_shards_that_cannot_be_one_set_are_named(tmp_path, tables, said):
+    with pytest.raises(UserError, match=said):
+        rows(shards(tmp_path / "d", *tables), tmp_path / "cache")
+
+
+def test_a_column_that_a_shard_lacks_is_null_there(tmp_path):
+    data = shards(tmp_path / "d", {**PAIR, "margin": [2.0]}, PAIR)
+    assert [row["margin"] for row in rows(data, tmp_path / "cache")] == [2.0, None]
+
+
+@pytest.mark.parametrize("kept", [0, 10, -40])
+def test_a_damaged_parquet_file_is_named(tmp_path, kept):
+    data = shards(tmp_path / "d", PAIR, PAIR)
+    file = tmp_path / "d" / "train-00001-of-00002.parquet"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"train-00001-of-00002\.parquet: cannot be read as Parquet: "):
+        rows(data, tmp_path / "cache")
+
+
+def test_another_file_of_the_same_name_and_time_is_read_anew(tmp_path):
+    """Archives and image layers have fixed times, which datasets' own cache goes by."""
+    data = shards(tmp_path / "d", PAIR)
+    file = tmp_path / "d" / "train-00000-of-00001.parquet"
+    os.utime(file, (1, 1))
+    assert rows(data, tmp_path / "cache")[0]["chosen"] == " b"
+    shards(tmp_path / "d", {**PAIR, "chosen": [" d"]})
+    os.utime(file, (1, 1))
+    assert rows(data, tmp_path / "cache")[0]["chosen"] == " d"
