@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 def losses_of_trl(keys: dict[str, Any], sft: bool) -> list[float]:
     """TRL's own loss of every step, with the keys of the file as arguments of its config."""
-    import trl  # pyright: ignore[reportMissingImports]
     from datasets import load_dataset
+
+    trl: Any = import_module("trl")
 
     given = dict(keys)
     model, data = given.pop("model_name_or_path"), given.pop("dataset_name")
