@@ -54,7 +54,7 @@ def test_what_is_set_already_or_of_no_use_is_not_proposed(run):
         run,
         model={"gradient_checkpointing": True, "activation_offloading": True, "reference": "cached"},
         train={"micro_batch_tokens": 2048, "head_gib": 0.25},
-        deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+        deepspeed={"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
     )
     assert proposed(best, ranks=1) == ["peft={}", "data.max_length=512"]
     assert proposed(changed(run, peft={}))[4:5] == [PLAIN + "optimizer={device: cpu}"]  # no second model
