@@ -257,7 +257,7 @@ def show_config(
     task: OfTask = None,
     plain: Annotated[bool, typer.Option("--plain", help="without comments")] = False,
 ) -> None:
-    """Check a config and print it with every default filled in and every key explained."""
+    """Check a config; print it with all defaults, each key explained."""
     from madpo.trainer.config.commented import commented
     from madpo.trainer.config.locate import located
     from madpo.trainer.config.schema import dump, load
@@ -276,7 +276,7 @@ def show_keys(
         str | None, typer.Argument(help="as in optim, lr or dpo; default: an overview", metavar="NAME")
     ] = None,
 ) -> None:
-    """Explain the keys of a config's section, the parameters of an objective, or one key."""
+    """Explain the keys of a section or of an objective, or one key."""
     from madpo.launch.keys import explain_keys, terminal_width
 
     print(explain_keys(name, terminal_width()), end="")

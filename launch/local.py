@@ -93,8 +93,10 @@ def run(
     """
     import torch
 
-    ranks, place = count_processes(launch), "the GPU" if torch.cuda.is_available() else "the CPU"
-    print(f"starting {ranks} rank{'' if ranks == 1 else 's'} on {place}", flush=True)
+    ranks = count_processes(launch)
+    plural = "" if ranks == 1 else "s"
+    place = f"{ranks} GPU{plural}" if torch.cuda.is_available() else "the CPU"
+    print(f"starting {ranks} rank{plural} on {place}", flush=True)
     received = 0
     with TemporaryDirectory(prefix="madpo-") as folder:
         process = subprocess.Popen(

@@ -26,6 +26,10 @@ objective: {loss_type: dpo}
 """
 
 
+ON_THE_HUB = ("model.model_name_or_path=some/model", "data.dataset_name=some/pairs")
+"""Overrides for a config whose names are looked up only when ranks read them."""
+
+
 def madpo(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "madpo.launch.cli", *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=patient(120), check=False)
@@ -95,7 +99,7 @@ def test_a_mistake_is_one_line_of_the_process_too(path):
 @pytest.mark.parametrize("name", ["evaluate", "export"])
 def test_a_folder_without_a_run_is_refused_before_ranks_start(path, tmp_path, name):
     for what in ("is not there", "holds no checkpoint"):
-        status, out, error = command(name, str(path))
+        status, out, error = command(name, str(path), *ON_THE_HUB)
         assert (status, out) == (2, f"reading {path}\n")
         assert error.startswith(f"error: output_dir: {tmp_path / 'run'} {what}; train first")
         assert ("--base" in error) == (name == "evaluate")
@@ -152,7 +156,7 @@ def test_fresh_sets_the_earlier_run_aside(tmp_path):
 def test_fresh_does_not_move_the_config_that_it_trains_with(path, tmp_path):
     (tmp_path / "run").mkdir()
     inside = path.rename(tmp_path / "run" / "config.yaml")
-    status, _, error = command("train", str(inside), "--fresh")
+    status, _, error = command("train", str(inside), *ON_THE_HUB, "--fresh")
     assert status == 2 and error.startswith(f"error: --fresh: {inside} would move with")
     assert inside.is_file()
 

@@ -18,7 +18,10 @@ from madpo.trainer.reports.progress import metrics_table
 
 
 def resolved() -> list[tuple[str, Config]]:
-    return [(task, load(CONFIGS / config, overrides)) for task, config, *overrides in COMMANDS]
+    return [
+        (task, load(CONFIGS / config, [word for word in words if not word.startswith("--")]))
+        for task, config, *words in COMMANDS
+    ]
 
 
 def test_every_command_resolves_into_a_run_that_the_summary_reads():

@@ -12,6 +12,7 @@ from small_runs import changed
 
 from madpo.launch import worker
 from madpo.trainer.config import strict_yaml
+from madpo.trainer.config.peft import PeftConfig
 from madpo.trainer.config.schema import Config, dump, from_tree
 from madpo.trainer.out_of_memory import message, remedies
 from madpo.trainer.stages import train as training
@@ -54,10 +55,11 @@ def test_what_is_set_already_or_of_no_use_is_not_proposed(run):
         run,
         model={"gradient_checkpointing": True, "activation_offloading": True, "reference": "cached"},
         train={"micro_batch_tokens": 2048, "head_gib": 0.25},
-        deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+        deepspeed={"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
     )
     assert proposed(best, ranks=1) == ["peft={}", "data.max_length=512"]
-    assert proposed(changed(run, peft={}))[4:5] == [PLAIN + "optimizer={device: cpu}"]  # no second model
+    adapted = run.model_copy(update={"peft": PeftConfig()})
+    assert proposed(adapted)[4:5] == [PLAIN + "optimizer={device: cpu}"]  # no second model
     assert proposed(run, "evaluate")[2:] == [
         "model.reference=cached",
         PLAIN + "param={device: cpu}",
