@@ -15,7 +15,6 @@ from madpo.trainer.pair_margins import PairMargins, StoredPairs, write_pairs
 from madpo.trainer.reports.run_report import write_report
 from madpo.trainer.run_folder import read_metrics
 
-
 UNDRAWN = ("step", "time", "epoch", "loss", "num_tokens")
 """Metrics of a run with only one chart."""
 
