@@ -29,6 +29,8 @@ PALETTE = (
 )
 """Colours of curves, on a light and on a dark page; the style sheet calls them --c0, --c1, ..."""
 
+Mark = Literal["solid", "dashed", "dashdot", "dotted", "faint", "dot"]
+
 Colour = int | Literal["ink", "soft"]
 """A colour of the palette by its number, or a colour of the text."""
 
@@ -37,7 +39,7 @@ Colour = int | Literal["ink", "soft"]
 class Key:
     """An entry of a legend, or a name in a table: a mark and its label."""
 
-    mark: Literal["solid", "dashed", "dashdot", "dotted", "faint", "dot"]
+    mark: Mark
     colour: Colour
     label: str
 

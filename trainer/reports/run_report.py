@@ -12,7 +12,7 @@ import numpy as np
 
 from madpo.trainer.pair_margins import ACCURACY, MARGIN, STDERR
 from madpo.trainer.reports.drawing import PAPER, SOFT, Drawing, colour, draw, limits, running_mean
-from madpo.trainer.reports.page import PALETTE, Figure, Key, Table, object_table, render, text
+from madpo.trainer.reports.page import PALETTE, Figure, Key, Mark, Table, object_table, render, text
 from madpo.trainer.reports.runs import (
     EVAL,
     Record,
@@ -30,7 +30,7 @@ FEWEST_SMOOTHED = 30
 """Log lines from which on a running mean is drawn, over a fifteenth of them."""
 STYLES: tuple[tuple[Any, Any], ...] = (("-", (0, (3, 1.5))), ((0, (5, 1, 1, 1)), (0, (1, 1))))
 """Line styles of a chart's first and second metric; the second row for runs beyond the palette."""
-MARKS = (("solid", "dashed"), ("dashdot", "dotted"))
+MARKS: tuple[tuple[Mark, Mark], ...] = (("solid", "dashed"), ("dashdot", "dotted"))
 
 
 @dataclass(frozen=True)
