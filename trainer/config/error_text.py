@@ -30,6 +30,11 @@ def _explain_one(item: Any, schema: type[BaseModel]) -> str:
         return f"{prefix}loss_type is required; one of {', '.join(OBJECTIVES)}"
     if kind == "union_tag_invalid":
         tag = str(item["ctx"]["tag"])
+        if tag in OBJECTIVES:
+            return (
+                f"objective.loss_type: {tag!r} was registered after the first config had been read; register "
+                "objectives earlier (in a notebook: restart the kernel)"
+            )
         return f"objective.loss_type: unknown objective {tag!r}{nearest(tag, OBJECTIVES)}"
     if kind == "value_error" and (not key or isinstance(value, dict | BaseModel)):
         return prefix + item["msg"].removeprefix("Value error, ")
