@@ -55,7 +55,7 @@ def as_a_script(shard, folder: Path) -> dict[str, Any]:
     before = dict(os.environ)
     facts: dict[str, Any] = {}
     train, held_out = rows(folder, "train"), rows(folder, "evaluation")
-    seen: list[dict[str, float]] = []
+    seen: list[Any] = []
     first = madpo.train(tree(folder, "run"), train=train, evaluation=held_out, callbacks=[seen.append])
     facts["first"], facts["seen"] = first, seen
     facts["left"] = dict(os.environ) == before and not distributed.is_initialized()
@@ -82,7 +82,7 @@ def test_a_script_or_notebook_calls_them_one_after_another(folder):
     (facts,) = run_ranks(1, as_a_script, folder)
     first: madpo.TrainResult = facts["first"]
     assert first.output_dir == folder / "run" and first.model == folder / "run" / "model"
-    assert (first.model / "model.safetensors").is_file() and len(losses(first)) == 2
+    assert (folder / "run" / "model" / "model.safetensors").is_file() and len(losses(first)) == 2
     assert facts["seen"] == first.history and first.evaluation == first.history[-1]
     assert facts["left"] and facts["left at the end"]
 

@@ -103,9 +103,10 @@ def under_zero3(shard) -> list[tuple[float, float, str]]:
 
     plain, reference = (random_llama(VOCABULARY) for _ in range(2))
     policy = PolicyWithLoss(random_llama(VOCABULARY), random_llama(VOCABULARY))
+    trained: Any = [x for x in policy.parameters() if x.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=policy,
-        model_parameters=[x for x in policy.parameters() if x.requires_grad],
+        model_parameters=trained,
         config={
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
