@@ -56,7 +56,7 @@ def main(folder: Path) -> list[float]:
     start = save_model(folder / "start", texts)
     settings = {"loss_type": "softened", "power": 0.5}
     run = madpo.train(
-        config(folder, "softened", start, objective=settings, optim={"lr": 2e-3}), train=pairs()
+        config(folder, "softened", start, objective=settings, optim={"lr": 4e-3}), train=pairs()
     )
     losses = [record["loss"] for record in run.history]
     print("loss:", ", ".join(f"{loss:.4f}" for loss in losses))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from tiny_model import random_llama
 from torch import Tensor
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.layout import GroupLayout
@@ -30,7 +30,7 @@ BETA, IGNORED, VOCABULARY = 0.1, -100, 200
 class PreferenceTrainer(Trainer):
     """A Trainer whose batches are pairs, in rows chosen, rejected, chosen, rejected, ..."""
 
-    def __init__(self, reference: PreTrainedModel, **options: Any) -> None:
+    def __init__(self, reference: Any, **options: Any) -> None:
         super().__init__(**options)
         self.reference = reference.to(self.args.device).eval()
 

@@ -67,7 +67,7 @@ def main(folder: Path) -> tuple[float, float]:
             print(f"  from the callback: accuracy {record['rewards/accuracies']:.2f}")
 
     dpo = madpo.train(
-        config(folder, "dpo", sft.model, objective={"loss_type": "dpo"}, optim={"lr": 2e-3}),
+        config(folder, "dpo", sft.model, objective={"loss_type": "dpo"}, optim={"lr": 4e-3}),
         train=pairs(),
         evaluation=pairs()[::7],
         callbacks=[show_accuracy],

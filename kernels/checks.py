@@ -71,7 +71,8 @@ def require_targets(
     inside = (targets >= 0) & (targets < vocabulary)
     if targets.is_cuda:
         short = f"targets: not all are in [0, {vocabulary}). No label is ignored, not even -100"
-        torch._assert_async(inside.all(), f"{short}; see docs/kernels.md")  # it takes 254 characters
+        # It takes 254 characters.
+        torch.ops.aten._assert_async.msg(inside.all(), f"{short}; see docs/kernels.md")
     elif targets.device.type == "cpu" and not inside.all():
         row = int((~inside).nonzero()[0])
         raise ValueError(

@@ -114,10 +114,11 @@ def generate(
     `completions`, `models` (of each completion), `finish`, `tokens`, and `scores` if there is a judge.
     Raises UserError.
     """
+    rows: Any = prompts
     if isinstance(prompts, Sequence) and not isinstance(prompts, str):
-        prompts = [row if isinstance(row, Mapping) else {"prompt": row} for row in prompts]
+        rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in prompts]
     values = {"generate.models": [str(model) for model in models]} if models else {}
-    with _data_of(config, "generate", {"prompts": prompts}, values) as resolved, _ranks(resolved):
+    with _data_of(config, "generate", {"prompts": rows}, values) as resolved, _ranks(resolved):
         from madpo.trainer.data.source import test_split
         from madpo.trainer.stages.generate import run_generation
 

@@ -62,7 +62,12 @@ def _explain_one(item: Any, schema: type[BaseModel]) -> str:
 
 
 def unknown_objective(name: str) -> str:
-    """What to say of a name that is no objective's."""
+    """What to say of a name that is no objective's, or was none when the schema was made."""
+    if name in OBJECTIVES:
+        return (
+            f"{name!r} was registered after the first config had been read; register objectives earlier (in a "
+            "notebook: restart the kernel)"
+        )
     if name.lower() in ON_POLICY:
         return (
             f"madpo has no on-policy RL, so no {name!r}; it trains on completions that are there: sample and "
