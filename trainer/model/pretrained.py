@@ -57,7 +57,8 @@ def load_pretrained(
         classifier = classifier_of(config)
         if kind == AutoModelForCausalLM and classifier is not None:
             raise UserError(
-                f"model {name!r} is a reward model ({classifier}), which writes no text; name a language model"
+                f"model {name!r} is a reward model ({classifier}), which writes no text; name a "
+                "language model"
             )
         model, info = kind.from_pretrained(
             name,
