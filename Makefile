@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile
 # Deadlines end what hangs, and here other processes hold the cores: see tests/support/patience.py.
 export MADPO_TEST_PATIENCE ?= 4
 
-.PHONY: demo test suite test-slow test-gpu test-gpu-kernels bench lint types sizes clean
+.PHONY: demo test suite test-slow test-gpu test-gpu-kernels bench docs lint types sizes clean
 .DEFAULT_GOAL := test
 
 # torch first: installed alone it takes the CPU build where the index offers one, so that no later
@@ -29,6 +29,7 @@ $(CACHE)/hutto_ICWSM_2014.tar.gz: | $(READY)
 
 demo: $(READY)  ## train MADPO on real preference data: two ZeRO-3 ranks, evaluation, export, report
 	$(BIN)/madpo demo
+	@echo 'next: source $(BIN)/activate; then the command is madpo, and docs/README.md says what to read'
 
 test: lint  ## ruff, then pyright beside the suite without its slow part; WORKERS=2
 	$(MAKE) --no-print-directory -k -j2 types suite
@@ -49,6 +50,10 @@ test-gpu: $(READY)  ## on a GPU: the kernels, and attention and the training ste
 
 bench: $(READY)  ## the loss head against every peer that is installed; see docs/kernels.md
 	$(BIN)/madpo bench
+
+docs: $(READY)  ## the pages as a site, in build/site; a broken link fails
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -47,12 +48,30 @@ def test_metrics_table_has_a_row_per_metric_and_a_gap_where_one_is_missing():
     assert lines[2].split() == ["y", "1.0000", "2.0000"]
 
 
-def test_the_demo_recipe_is_one_that_could_start():
+def test_metrics_table_shows_counts_and_errors_and_no_accuracy_where_all_pairs_are_ties():
+    start = {"eval_rewards/accuracies": 0.0, "eval_rewards/margins": 0.0, "eval_num_pairs": 1218}
+    later = start | {"eval_rewards/accuracies": 0.5, "eval_rewards/accuracies_stderr": 0.0143}
+    _, *lines = metrics_table({"a": start, "b": later}).splitlines()
+    assert [line.split() for line in lines] == [
+        ["eval_rewards/accuracies", "-", "0.5000", "±", "0.0143"],
+        ["eval_rewards/margins", "0.0000", "0.0000"],
+        ["eval_num_pairs", "1,218", "1,218"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "file, overrides, stages",
+    [
+        ("demo_recipe.yaml", ["vars.epochs=2"], ["data", "sft", "reward", "margins", "madpo", "dpo"]),
+        ("quickstart.yaml", [], ["data", "sft"]),
+    ],
+)
+def test_the_recipes_on_the_demos_data_could_start(file, overrides, stages):
     from madpo.launch.recipes.read import read
     from madpo.launch.recipes.runner import checked
 
-    recipe = read(CONFIGS / "demo_recipe.yaml", ["vars.epochs=2"])
-    assert [stage.name for stage in recipe.stages] == ["data", "sft", "reward", "margins", "madpo", "dpo"]
+    recipe = read(CONFIGS / file, overrides)
+    assert [stage.name for stage in recipe.stages] == stages
     for stage in recipe.stages:
         checked(stage, recipe)
 
@@ -75,9 +94,12 @@ def test_the_demo_trains_compares_and_reports(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("\n$ madpo ") == len(COMMANDS)
     lines = done.stdout.split("Held-out pairs", 1)[1].splitlines()
-    header, *table = [line.split() for line in lines[2:] if line]
+    header, *table = [re.sub(r" ± \S+", "", line).split() for line in lines[2:] if line]
     assert header == ["metric", *RUNS]
-    rows = {name: [float(value) for value in values] for name, *values in table[: len(TABLE_ROWS)]}
+    rows = {name: values for name, *values in table[: len(TABLE_ROWS)]}
+    assert rows["eval_rewards/accuracies"][0] == "-"  # the warm-up is its own reference: all pairs are ties
+    rows["eval_rewards/accuracies"][0] = "nan"
+    rows = {name: list(map(float, values)) for name, values in rows.items()}
     assert tuple(rows) == TABLE_ROWS
     assert rows["eval_rewards/margins"][0] == rows["eval_kl"][0] == 0.0
     for run in (1, 2):

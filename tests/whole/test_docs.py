@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
 
+from madpo.launch.local import Task
 from madpo.trainer.config.effects import keys
+from madpo.trainer.config.schema import load
+from madpo.trainer.objectives.madpo import MADPOParams
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_OURS = {"runs", "build", "dist", "__pycache__"}
 HISTORY = {"docs/LOG.md"}
 """Pages that say what was, also of files that have moved since."""
-YOURS = {"my_data.py", "path/file.py", "file.py"}
+YOURS = {"my_data.py", "path/file.py", "file.py", "script.py"}
 """Files of a user, in examples."""
 ABSENT = {"kernels/__init__.py"}
 """Files that are named because there must be none."""
+COMMANDS = {task: task for task in get_args(Task)} | {"config": "train", "show-data": "train"}
+"""Commands that take a config -> the task that it is checked for."""
 
 
 @cache
@@ -100,6 +108,37 @@ def test_make_targets_and_tests_that_a_page_names_exist(page):
     assert not sorted(
         name for name in named if f"def {name}(" not in tests and not is_there(f"{name}.py", page)
     )
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/your_data.md"])
+def test_printed_commands_take_the_config_that_is_printed_above_them(page, tmp_path):
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"```(yaml|sh)\n(.*?)```", text, flags=re.DOTALL)
+    config = next(block for kind, block in blocks if kind == "yaml" and block.startswith("output_dir:"))
+    shell = "\n".join(block for kind, block in blocks if kind == "sh").replace("\\\n", " ")
+    checked = 0
+    for line in shell.splitlines():
+        match shlex.split(line, comments=True):
+            case ["madpo", command, file, *overrides] if command in COMMANDS and file.endswith(".yaml"):
+                (tmp_path / file).write_text(config)
+                load(tmp_path / file, [x for x in overrides if "=" in x], COMMANDS[command])
+                checked += 1
+    assert checked >= 2
+
+
+def test_the_weights_in_the_page_about_tau():
+    """The table of margins and thresholds, against MADPO's weight with its defaults."""
+    text = (ROOT / "docs/tau.md").read_text()
+    margins = torch.tensor([float(cell) for cell in row_of(text, "margin h")], dtype=torch.float64)
+    for tau in (7, 4, 2, 1):
+        weights = MADPOParams(tau=tau).weight(margins)
+        assert row_of(text, f"τ = {tau}") == [f"{weight:.3f}" for weight in weights]
+
+
+def row_of(text: str, title: str) -> list[str]:
+    """The cells of a table's row, without its title."""
+    row = next(line for line in text.splitlines() if line.startswith(f"| {title} |"))
+    return [cell.strip() for cell in row.split("|")[2:-1]]
 
 
 def test_names_in_the_life_of_a_step_are_in_the_file_that_is_named_beside_them():

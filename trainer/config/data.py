@@ -66,7 +66,9 @@ class DataConfig(Section):
     dataset_config: str | None = Field(default=None, description="configuration of a data set on the hub")
     dataset_train_split: str = Field(default="train", description="training split")
     dataset_test_split: str | None = setting(
-        default=None, description="held-out split; null: no evaluation", effect=Effect.RESULT
+        default="auto",
+        description="held-out split; auto: test or validation if the data set has one; null: no evaluation",
+        effect=Effect.RESULT,
     )
     adapter: str = Field(
         default="auto",
@@ -75,12 +77,20 @@ class DataConfig(Section):
     columns: dict[str, str] = Field(
         default_factory=dict, description="names of columns: ours to the data set's, where they differ"
     )
+    ignore_columns: list[str] = Field(
+        default_factory=list,
+        description="columns, by our names, that are left out on purpose, such as system or images",
+    )
     edges: Literal["all", "adjacent", "best_worst"] = Field(
         default="all",
         description="pairs that are made of a ranked group: all, of adjacent ranks, or best and worst",
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="variables for the chat template; an example's own override them"
+    )
+    template_may_drop: list[str] = Field(
+        default_factory=list,
+        description="roles and keys of prompt messages, or tools, that the chat template may leave out",
     )
     streaming: bool = Field(
         default=False, description="read training examples in blocks while training, not all at the start"
@@ -160,9 +170,11 @@ class DataConfig(Section):
         return [str(self.dataset_name)] if self.datasets is None else [part.path for part in self.datasets]
 
     @property
-    def has_test_split(self) -> bool:
-        parts = self.datasets or []
-        return self.dataset_test_split is not None or any(part.test_split is not None for part in parts)
+    def may_hold_out(self) -> bool:
+        """Whether something may be held out; what `auto` finds shows when the data is opened."""
+        if self.datasets is None:
+            return self.dataset_test_split is not None
+        return any(part.test_split is not None for part in self.datasets)
 
     def alone(self, part: DatasetPart) -> DataConfig:
         """A copy of the section with one part of the mixture as its only data set."""

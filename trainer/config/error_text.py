@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from madpo.trainer.config.foreign_keys import counterpart, other_trainer
 from madpo.trainer.errors import nearest
 from madpo.trainer.field_words import problem_of
 from madpo.trainer.objectives.base import Params
@@ -34,7 +35,10 @@ def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -
     """
     # A union reports each of its kinds; what all of them allow is said with the first.
     lines = list(dict.fromkeys(prefix + _explain_one(item, schema) for item in error.errors()))
-    return lines[0] if len(lines) == 1 else f"{len(lines)} problems\n" + "\n".join(f"  {x}" for x in lines)
+    if len(lines) == 1:
+        return lines[0]
+    advice = other_trainer(error.errors(), schema)
+    return f"{len(lines)} problems{advice}\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _explain_one(item: Any, schema: type[BaseModel]) -> str:
@@ -42,7 +46,9 @@ def _explain_one(item: Any, schema: type[BaseModel]) -> str:
     kind = item["type"]
     prefix = f"{place.key}: " if place.key else ""
     if kind == "extra_forbidden":
-        return f"{prefix}unknown key{nearest(str(item['loc'][-1]), place.known)}"
+        instead = counterpart(place.key, schema)
+        hint = f"; {instead}" if instead else nearest(str(item["loc"][-1]), place.known)
+        return f"{prefix}unknown key{hint}"
     if kind == "missing" and place.key == "objective":
         return (
             "objective: is required; set objective.loss_type, as in objective.loss_type=dpo (madpo sft and "

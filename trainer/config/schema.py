@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.config.deepspeed import check_block, zero_stage
+from madpo.trainer.config.defaults import with_defaults
 from madpo.trainer.config.error_text import explain
 from madpo.trainer.config.generate import GenerateConfig
 from madpo.trainer.config.model import ModelConfig
@@ -94,6 +95,11 @@ class Config(Section):
         effect=Effect.RESULT,
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_its_kind(cls, tree: Any) -> Any:
+        return with_defaults(tree) if isinstance(tree, dict) else tree
+
     @field_validator("objective", mode="before")
     @classmethod
     def _in_the_spelling_of_other_libraries(cls, value: Any) -> Any:
@@ -144,7 +150,7 @@ def validate(config: Config) -> None:
         _validate_streaming(config)
     if config.annotate.folds is not None and config.data.folds is not None:
         raise UserError("data.folds: annotate.folds sets it for every model; remove it")
-    if train.eval_steps is not None and not config.data.has_test_split:
+    if train.eval_steps is not None and not config.data.may_hold_out:
         raise UserError("train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split")
     if optim.warmup_steps and optim.warmup_ratio:
         raise UserError("optim: set warmup_steps or warmup_ratio, not both")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from madpo.trainer.config.section import Effect, Section, setting
+from madpo.trainer.errors import UserError
 
 
 class OptimConfig(Section):
@@ -54,8 +55,13 @@ class TrainConfig(Section):
         default=None, ge=1, description="optimiser steps, instead of num_train_epochs"
     )
     bf16: bool = Field(default=True, description="train in bfloat16, else in float32")
-    logging_steps: int = setting(
-        default=10, ge=1, description="steps between lines of metrics", effect=Effect.RESULT
+    logging_steps: int | Literal["auto"] = setting(
+        default="auto",
+        description="steps between lines of metrics; auto: 10, fewer in a run of less than 200 steps",
+        effect=Effect.RESULT,
+    )
+    eval_on_start: bool = setting(
+        default=True, description="evaluate before the first step too", effect=Effect.RESULT
     )
     eval_steps: int | None = setting(
         default=None,
@@ -104,6 +110,13 @@ class TrainConfig(Section):
         description="peak TFLOP/s of one device, for perf/mfu; null: looked up for common GPUs",
         effect=Effect.RESULT,
     )
+
+    @field_validator("logging_steps")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise UserError("must be at least 1, or auto")
+        return value
 
     @property
     def row_tokens(self) -> int:

@@ -18,7 +18,7 @@ from madpo.trainer.config.schema import AnnotateConfig, Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.folds import folds_of, without_fold
 from madpo.trainer.data.groups import TokenDataset, check_groups
-from madpo.trainer.data.source import open_source
+from madpo.trainer.data.source import open_source, test_split
 from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.data.training_data import merged
 from madpo.trainer.data.training_source import content_of
@@ -35,6 +35,9 @@ from madpo.trainer.scoring_module import Mode
 from madpo.trainer.stages.annotated_split import margins_of, together, write_split
 from madpo.trainer.stages.start_engine import start_engine
 from madpo.trainer.state import TrainState
+
+SEEN = ", seen in training"
+"""Behind the name of a split whose pairs were scored by a model that was trained on them."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,12 @@ def _write_all(
         scored = together([own[split].rows for own in data], [own[split] for own in scores], folds)
         source = open_source(config.data, split, Path(config.data.cache_dir).expanduser())
         _show(split, write_split(target, split, source, scored, names, config.data.columns), target)
-        margins[split if folds is None else f"{split}, cross-fitted"] = margins_of(scored.combined)
+        trained_on = split == config.data.dataset_train_split and config.annotate.models is None
+        kind = "" if not trained_on else ", cross-fitted" if folds is not None else SEEN
+        margins[f"{split}{kind}"] = margins_of(scored.combined)
         if scored.seen is not None:
-            margins[f"{split}, in sample"] = scored.seen
-    try:
-        print(f"report {write_calibration_report(margins, target / 'report.html')}", flush=True)
-    except UserError as error:
-        print(f"no report: {error}", flush=True)
+            margins[f"{split}{SEEN}"] = scored.seen
+    print(f"report {write_calibration_report(margins, target / 'report.html')}", flush=True)
 
 
 def judges_of(config: Config) -> list[RewardCheckpoint]:
@@ -130,7 +132,7 @@ def fold_config(config: Config, fold: int) -> Config:
 def load_pairs(config: Config) -> dict[str, GroupDataset]:
     """Read the pairs of every split that the config names, all folds of them."""
     tokenizer = load_tokenizer(config.model)
-    splits = [config.data.dataset_train_split, config.data.dataset_test_split]
+    splits = [config.data.dataset_train_split, test_split(config.data)]
     data = {split: load_groups(config.data, split, tokenizer)[0] for split in splits if split is not None}
     plain = config.model_copy(update={"objective": BradleyTerryParams()})  # needs no margins in the data
     for groups in data.values():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -23,6 +24,7 @@ from madpo.trainer import dist
 from madpo.trainer.config.generate import GenerateConfig, JudgeConfig
 from madpo.trainer.config.locate import located, model_folder
 from madpo.trainer.config.schema import Config
+from madpo.trainer.data.source import test_split
 from madpo.trainer.data.tokenised_cache import tokenizer_identity
 from madpo.trainer.dist import Shard
 from madpo.trainer.errors import UserError
@@ -31,6 +33,7 @@ from madpo.trainer.formats.text_groups import Text
 from madpo.trainer.model.pretrained import state_of_files
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.reports.progress import print_line
+from madpo.trainer.reports.samples import print_samples
 from madpo.trainer.run_folder import claim
 from madpo.trainer.sampling.judges import check_judge, judge_identity, open_judge
 from madpo.trainer.sampling.pairs import choose_pair, pair_row, random_of
@@ -79,29 +82,29 @@ def run_generation(config: Config) -> None:
     if settings.judge is not None:
         check_judge(settings.judge)
     tokenizer, data = load_tokenizer(config.model), config.data
-    splits = [split for split in (data.dataset_train_split, data.dataset_test_split) if split is not None]
+    splits = [split for split in (data.dataset_train_split, test_split(data)) if split is not None]
     prompts = {
         split: read_prompts(data, split, tokenizer, settings.prompt_tokens, settings.limit)
         for split in splits
     }
     batches = {split: batches_of(split, prompts[split].lengths, settings.batch_size) for split in splits}
     shard = dist.init(config.launch.timeout_minutes)
-    lock = claim(folder, shard)
-    all_batches = list(chain(*batches.values()))
-    finished = folder / "generated" / "parts"
-    plan = SamplingPlan(config, settings, backend, prompts, all_batches, finished, shard)
-    written = [_sample_all(plan, writer) for writer in writers]
-    judged = _judge_all(plan, settings.judge, written) if settings.judge else None
-    if shard.is_main:
-        for split in splits:
-            rows = _joined(prompts[split], batches[split], writers, written, judged)
-            facts = _write(folder, split, rows, settings, config.seed)
-            _write_facts(
-                folder, split, facts | _provenance(config, settings, backend, writers, prompts[split])
-            )
-            _show(folder, split, facts, settings)
-    dist.barrier()
-    lock.release()
+    with ExitStack() as cleanup:
+        cleanup.callback(claim(folder, shard).release)
+        all_batches = list(chain(*batches.values()))
+        finished = folder / "generated" / "parts"
+        plan = SamplingPlan(config, settings, backend, prompts, all_batches, finished, shard)
+        written = [_sample_all(plan, writer) for writer in writers]
+        judged = _judge_all(plan, settings.judge, written) if settings.judge else None
+        if shard.is_main:
+            for split in splits:
+                rows = _joined(prompts[split], batches[split], writers, written, judged)
+                facts = _write(folder, split, rows, settings, config.seed)
+                _write_facts(
+                    folder, split, facts | _provenance(config, settings, backend, writers, prompts[split])
+                )
+                _show(folder, split, facts, rows, settings)
+        dist.barrier()
 
 
 def writers_of(config: Config, settings: GenerateConfig) -> list[Writer]:
@@ -282,12 +285,17 @@ def _write_facts(folder: Path, split: str, facts: dict[str, Any]) -> None:
     path.write_text(json.dumps({**others, split: facts}, indent=2) + "\n")
 
 
-def _show(folder: Path, split: str, facts: dict[str, Any], settings: GenerateConfig) -> None:
+def _show(
+    folder: Path, split: str, facts: dict[str, Any], rows: list[dict[str, Any]], settings: GenerateConfig
+) -> None:
+    """Print the first completions of every model side by side, then what was counted."""
+    print_samples(rows)
     print_line(f"{split}: {facts['completions']} completions of {facts['prompts']} prompts")
     for name, own in facts["of_model"].items():
         scores = ""
         if "score_mean" in own:
-            scores = f", score {own['score_mean']:.3f} (standard deviation {own['score_sd']:.3f})"
+            scored = facts["completions"] // len(facts["of_model"]) - own["unscored"]
+            scores = f", score {own['score_mean']:.3f} ± {own['score_sd'] / scored**0.5:.3f}"
         print_line(
             f"  {name}: {own['mean_tokens']:.1f} tokens on average, {own['stopped']:.1%} ended by "
             f"themselves{scores}"
@@ -297,3 +305,4 @@ def _show(folder: Path, split: str, facts: dict[str, Any], settings: GenerateCon
         dropped = "".join(f", {count} dropped ({reason})" for reason, count in pairs["dropped"].items())
         print_line(f"  {pairs['rows']} pairs{dropped}")
         print_line(f"  next stage: data.dataset_name={folder / 'pairs'}")
+    print_line(f"  completions: {folder / 'generated' / f'{split}.jsonl'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
+from madpo.trainer import out_of_memory
 from madpo.trainer.batches.steps import check_rows_fit, step_rules
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.training_data import Data
@@ -40,7 +41,9 @@ def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: b
     """
     with partitioned_loading(deepspeed_config(config, training)):
         module = build_module(config, tokenizer)
+    out_of_memory.note("load")
     engine, group = Engine[ScoringModule](config, module, training), module.sequence_group
+    out_of_memory.note("start")
     notes = []
     for model in (module.policy, module.reference):
         if model is not None:
