@@ -127,8 +127,14 @@ def _columns(rows: Iterable[tuple[str, str]], width: int | None) -> str:
 def _filled(text: str, width: int | None, first: str = "", indent: str = "") -> str:
     if width is None:
         return first + text
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    return fill(text, width, initial_indent=first, subsequent_indent=indent, **options)
+    return fill(
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def page() -> str:

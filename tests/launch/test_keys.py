@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 from commands import command
+from pydantic.fields import FieldInfo
 
 from madpo.launch.keys import explain_keys, page
 from madpo.trainer.config.effects import keys, sections_in
 from madpo.trainer.config.schema import Config
+from madpo.trainer.config.section import Section
 from madpo.trainer.objectives.registry import OBJECTIVES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "config.md"
@@ -26,8 +28,8 @@ def test_every_key_is_listed_once():
     assert sorted(listed) == sorted(set(keys()) - holders)
 
 
-def _fields(section=Config, prefix=""):
-    found = {}
+def _fields(section: type[Section] = Config, prefix: str = "") -> dict[str, FieldInfo]:
+    found: dict[str, FieldInfo] = {}
     for name, field in section.model_fields.items():
         found[prefix + name] = field
         for inner in sections_in(field):

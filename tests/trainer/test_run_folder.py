@@ -52,7 +52,8 @@ def test_no_file_is_no_records(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    torch_dist.init_process_group("gloo", store=torch_dist.HashStore(), rank=0, world_size=1)
+    store = f"file://{tmp_path / 'store'}"
+    torch_dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     try:
         with pytest.raises(UserError) as caught:
             claim(tmp_path / "file" / "run", Shard(0, 1))

@@ -54,9 +54,10 @@ def load_pretrained(
     logging.set_verbosity_error()  # its report of missing weights: they are an error here
     try:
         config = without_dropout(AutoConfig.from_pretrained(name, revision=revision, **options))
-        if kind is AutoModelForCausalLM and is_classifier(config):
+        classifier = classifier_of(config)
+        if kind == AutoModelForCausalLM and classifier is not None:
             raise UserError(
-                f"model {name!r} is a reward model ({config.architectures[0]}), which writes no text; name a "
+                f"model {name!r} is a reward model ({classifier}), which writes no text; name a "
                 "language model"
             )
         model, info = kind.from_pretrained(
@@ -89,9 +90,10 @@ def load_pretrained(
     return Pretrained(model, has_new_layer=NEW_LAYER in info["missing_keys"])
 
 
-def is_classifier(config: PreTrainedConfig) -> bool:
-    """Whether the files beside a config are a classifier's, as those of reward models are."""
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+def classifier_of(config: PreTrainedConfig) -> str | None:
+    """The classifier that the files beside a config are of, as those of reward models are; else None."""
+    names = (name for name in config.architectures or [] if name.endswith("ForSequenceClassification"))
+    return next(names, None)
 
 
 def build_from_scratch(

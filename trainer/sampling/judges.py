@@ -29,7 +29,7 @@ from madpo.trainer.model import lora
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable
 from madpo.trainer.model.backbone import last_hidden
 from madpo.trainer.model.build import build_module
-from madpo.trainer.model.pretrained import is_classifier, state_of_files
+from madpo.trainer.model.pretrained import classifier_of, state_of_files
 from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.model.startup.attention import choose_attention
 from madpo.trainer.model.tokenizer import load_tokenizer
@@ -64,7 +64,7 @@ def _check_reward_model(folder: str) -> None:
         config = AutoConfig.from_pretrained(folder if adapter is None else adapter.base)
     except (OSError, ValueError) as error:
         raise UserError(f"generate.judge.reward_model: {folder} could not be loaded: {error}") from error
-    if config.architectures and not is_classifier(config):
+    if config.architectures and classifier_of(config) is None:
         raise UserError(
             f"generate.judge.reward_model: {folder} is no reward model but a {config.architectures[0]}; "
             "train one with madpo reward"

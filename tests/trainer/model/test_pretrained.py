@@ -32,7 +32,7 @@ def test_a_folder_without_a_tokenizer_says_so(tmp_path, tokenizer_folder, key):
     for name in ("config.json", "model.safetensors"):
         shutil.copy(folder / name, bare)
     with pytest.raises(ValueError) as caught:
-        load_tokenizer(ModelConfig(**{key: str(bare)}))
+        load_tokenizer(ModelConfig.model_validate({key: str(bare)}))
     assert str(caught.value) == (
         f"model.{key}: {bare} holds no tokenizer; set model.tokenizer_name_or_path to the model that it was "
         "made of"
