@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,7 @@ LONGEST = 240
 
 def print_samples(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the table of `side_by_side` in the width of the terminal, or 120 columns into a file."""
-    console = Console(highlight=False)
-    console.print(side_by_side(rows), width=None if console.is_terminal else 120)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(side_by_side(rows))
 
 
 def side_by_side(rows: Sequence[Mapping[str, Any]], count: int = 4) -> Table:
