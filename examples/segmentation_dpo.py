@@ -13,7 +13,6 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -252,8 +251,6 @@ def main(
     seed: Annotated[int, typer.Option(help="of data, weights and order")] = 0,
 ) -> None:
     """Train the four forms from one reference; print a table and save a picture."""
-    if find_spec("matplotlib") is None:
-        raise SystemExit("the picture needs matplotlib: pip install 'madpo[report]'")
     torch.set_num_threads(1)  # or the last digits depend on how many there are
     models, pairs, truth = experiment(Setup(seed=seed))
     print(tabulate({name: measure(model, pairs, truth) for name, model in models.items()}))

@@ -32,7 +32,8 @@ def require_columns(name: str, logits: Tensor) -> None:
 
 
 def require_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
-    """Raise ValueError unless (M, H), (V, H), (V,) and (M,) belong together."""
+    """Raise ValueError unless (M, H), (V, H), (V,) and (M,) belong together, and the weight is whole."""
+    _require_whole("weight", weight)
     if hidden.dim() != 2 or weight.dim() != 2:
         raise ValueError(
             f"hidden and weight: shapes {tuple(hidden.shape)} and {tuple(weight.shape)}, but (M, H) and "
@@ -40,13 +41,50 @@ def require_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: T
         )
     require("weight", weight, len(weight), hidden.shape[1], like=hidden)
     require("bias", bias, len(weight))
-    require_targets(targets, hidden)
+    require_targets(targets, hidden, len(weight))
 
 
-def require_targets(targets: Tensor, rows: Tensor) -> None:
+def _require_whole(name: str, weight: Tensor) -> None:
+    """Raise ValueError for a weight of which this rank has a part: FSDP2's and ZeRO-3's look so."""
+    advice = (
+        "call the loss inside the forward of the module that is wrapped, where the weight is whole; "
+        'docs/kernels.md, "Sharded weights", has the ways'
+    )
+    if hasattr(weight, "full_tensor"):
+        raise ValueError(f"{name}: a DTensor, sharded over ranks; {advice}")
+    if getattr(weight, "ds_shape", None) is not None and not weight.numel():
+        raise ValueError(f"{name}: empty, since ZeRO-3 has shared it out over the ranks; {advice}")
+
+
+def require_targets(
+    targets: Tensor,  # (M,)
+    rows: Tensor,  # (M, any) hidden states or logits
+    vocabulary: int,
+) -> None:
+    """Raise ValueError unless there is a target in [0, vocabulary) for every row.
+
+    On a GPU a target out of range fails an assertion on the device, so that the host need not wait for it.
+    """
     require("targets", targets, len(rows))
     if targets.dtype != torch.int64:
         raise ValueError(f"targets: {targets.dtype}, but torch.int64 is needed")
+    inside = (targets >= 0) & (targets < vocabulary)
+    if targets.is_cuda:
+        short = f"targets: not all are in [0, {vocabulary}). No label is ignored, not even -100"
+        # It takes 254 characters.
+        torch.ops.aten._assert_async.msg(inside.all(), f"{short}; see docs/kernels.md")
+    elif targets.device.type == "cpu" and not inside.all():
+        row = int((~inside).nonzero()[0])
+        raise ValueError(
+            f"targets: {int(targets[row])} in row {row} is not in [0, {vocabulary}). {WHAT_TO_PASS}"
+        )
+
+
+WHAT_TO_PASS = (
+    "No label is ignored, not even -100: leave such rows out. With labels (B, T) as transformers has them, "
+    "scored = labels[:, 1:] != -100; targets = labels[:, 1:][scored]; hidden = states[:, :-1][scored], the "
+    "last hidden states of the positions that predict the targets"
+)
 
 
 def require_edges(loss: EdgeLoss, groups: GroupLayout) -> None:

@@ -55,7 +55,8 @@ def distribution_loss(
     Chunks of whole groups take about `budget_bytes`; a larger group is a chunk of its own. The reference is
     given by its hidden states and weight, or by the log-probs of the targets, which give no KL.
 
-    Raises ValueError for shapes that contradict each other.
+    Rows and weight are as in `preference_loss`. Raises ValueError for shapes that contradict each other, for
+    a target outside [0, V) (on a GPU an assertion on the device fails) and for a sharded weight.
     """
     require_head(hidden, weight, bias, targets)
     groups.check(len(targets))

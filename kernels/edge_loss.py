@@ -27,7 +27,7 @@ from torch import Tensor
 class MarginWeight:
     """MADPO's weight of an edge as a function of its margin h.
 
-    c(m) = c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) * exp(steepness * (m - tau)))
+    c(m) = c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) * exp(lam * (m - tau)))
     w(h) = sigmoid(c(|h|) h) / sigmoid(h)   where h > -tau,   1 elsewhere
 
     Source: Rho 2025 (arXiv 2510.05342) and the author's `MADPOLoss`.
@@ -35,7 +35,7 @@ class MarginWeight:
 
     c_max: float
     c_min: float
-    steepness: float
+    lam: float
     tau: float
     margin_scale: float = 1.0  # multiplies the margins first
     lowest: float = 0.0  # c is clamped to [lowest, highest]
@@ -49,7 +49,7 @@ class MarginWeight:
     def __call__(self, margins: Tensor) -> Tensor:
         """margins (E,) -> weights (E,); in log space, where the ratio cannot become 0 / 0."""
         h = margins * self.margin_scale
-        gate = torch.sigmoid(-(self.steepness * (h.abs() - self.tau) + self.log_odds))
+        gate = torch.sigmoid(-(self.lam * (h.abs() - self.tau) + self.log_odds))
         c = (self.c_min + (self.c_max - self.c_min) * gate).clamp(self.lowest, self.highest)
         weights = torch.exp(F.logsigmoid(c * h) - F.logsigmoid(h))
         return torch.where(h <= -self.tau, torch.ones_like(weights), weights)  # NaN stays NaN

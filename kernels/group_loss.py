@@ -36,7 +36,7 @@ class EdgeTerms(NamedTuple):
     negative: float
     c_max: float
     c_min: float
-    steepness: float
+    lam: float
     tau: float
     log_odds: float
     margin_scale: float
@@ -47,7 +47,7 @@ class EdgeTerms(NamedTuple):
 
 def edge_terms(loss: EdgeLoss, scale: float) -> EdgeTerms:
     """The terms of `loss` times `scale`."""
-    weight = loss.margin_weight or MarginWeight(c_max=2.0, c_min=0.5, steepness=1.0, tau=1.0)
+    weight = loss.margin_weight or MarginWeight(c_max=2.0, c_min=0.5, lam=1.0, tau=1.0)
     offsets, weights, margins = (
         None if vector is None else vector.contiguous()
         for vector in (loss.offsets, loss.weights, loss.margins)
@@ -62,7 +62,7 @@ def edge_terms(loss: EdgeLoss, scale: float) -> EdgeTerms:
         loss.negative,
         weight.c_max,
         weight.c_min,
-        weight.steepness,
+        weight.lam,
         weight.tau,
         weight.log_odds,
         weight.margin_scale,
@@ -101,7 +101,7 @@ def softplus(x):
 def margin_weight(margin, terms):
     """MarginWeight of float32 margins."""
     h = margin * terms.margin_scale
-    gate = tl.sigmoid(-(terms.steepness * (tl.abs(h) - terms.tau) + terms.log_odds))
+    gate = tl.sigmoid(-(terms.lam * (tl.abs(h) - terms.tau) + terms.log_odds))
     c = terms.c_min + (terms.c_max - terms.c_min) * gate
     c = tl.minimum(tl.maximum(c, terms.lowest), terms.highest)
     return tl.where(h <= -terms.tau, 1.0, tl.exp(softplus(-h) - softplus(-c * h)))  # NaN stays NaN

@@ -70,13 +70,18 @@ def preference_loss(
 ) -> PreferenceLoss:
     """scale * sum of the losses, with gradients to `hidden`, `weight` and `bias`.
 
+    Row i of `hidden` is the last hidden state one position before target i: the state that predicts it.
+    Only scored rows are given; no label is ignored. `weight` is the output layer's, whole, not a rank's part
+    of it. docs/kernels.md shows how to get both from a model, and the ways with sharded weights.
+
     The kernels form an `EdgeLoss`. Any other loss is a function of log-probs, which is called for each
     chunk and differentiated by autograd on these small vectors. The logits in memory at once take at most
     `budget_bytes` (see `plan_chunks`), in float32 unless `logits_dtype` says otherwise. Gradients are
     formed in forward and kept until backward, which works once.
 
-    Raises ValueError for shapes, dtypes and counts that contradict each other, and where `impl` cannot
-    run. An edge must compare two sequences of its own group; that is not checked.
+    Raises ValueError for shapes, dtypes and counts that contradict each other, for a target outside
+    [0, V) (on a GPU an assertion on the device fails), for a sharded weight, and where `impl` cannot run.
+    An edge must compare two sequences of its own group; that is not checked.
     """
     reference = reference or Reference()
     _check(hidden, weight, bias, targets, groups, loss, reference, logits_dtype)

@@ -38,11 +38,13 @@ def preference_loss_from_logits(
     **Backward overwrites the logits with their gradient** and works once. For objectives that are no
     `EdgeLoss`, take `token_logps`.
 
-    Raises ValueError for counts that contradict each other, and where `impl` cannot run.
+    Row i of `logits` is from one position before target i. Raises ValueError for counts that contradict
+    each other, for a target outside [0, V) (on a GPU an assertion on the device fails), and where `impl`
+    cannot run.
     """
     groups.check(len(targets))
     require_columns("logits", logits)
-    require_targets(targets, logits)
+    require_targets(targets, logits, logits.shape[1])
     require_edges(loss, groups)
     if ref_logits is not None:
         require_columns("ref_logits", ref_logits)

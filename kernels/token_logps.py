@@ -43,7 +43,7 @@ class TokenArgs:
 
 
 def token_logps(
-    logits: Tensor,  # (M, V)
+    logits: Tensor,  # (M, V) the positions that predict the targets
     targets: Tensor,  # (M,) in [0, V)
     *,
     transform: LogitTransform = IDENTITY,
@@ -54,10 +54,11 @@ def token_logps(
     """Log-probs of the targets, in one read of the logits; backward reads and writes them once.
 
     With `inplace_backward` the gradient overwrites the logits.
-    Raises ValueError for shapes and dtypes that contradict each other, and where `impl` cannot run.
+    Raises ValueError for shapes and dtypes that contradict each other, for a target outside [0, V) (on a GPU
+    an assertion on the device fails), and where `impl` cannot run.
     """
     require_columns("logits", logits)
-    require_targets(targets, logits)
+    require_targets(targets, logits, logits.shape[1])
     primitives = choose_primitives(impl, logits)
     args = TokenArgs(targets.contiguous(), transform, entropy, inplace_backward, 0, primitives)
     return TokenLogps(*TokenLogpsFunction.apply(logits, args))  # type: ignore[misc]
@@ -115,8 +116,8 @@ def linear_token_logps(
 ) -> TokenLogps:
     """`token_logps` of hidden W^T + bias, with at most `budget_bytes` of float32 logits at once.
 
-    Differentiable in `hidden`, `weight` and `bias` with any upstream gradient.
-    Raises ValueError for shapes and dtypes that contradict each other, and where `impl` cannot run.
+    Differentiable in `hidden`, `weight` and `bias` with any upstream gradient. Rows and weight are as in
+    `preference_loss`. Raises ValueError as `token_logps` does, and for a sharded weight.
     """
     require_head(hidden, weight, bias, targets)
     primitives = choose_primitives(impl, hidden)

@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FOLDER = Path("runs/demo")
 COMMANDS = (
     ("train", "demo_sft.yaml"),
-    ("evaluate", "demo.yaml", "output_dir=runs/demo/warm-up"),
+    ("evaluate", "demo.yaml", "output_dir=runs/demo/warm-up", "--base"),
     ("train", "demo.yaml"),
     ("train", "demo.yaml", "output_dir=runs/demo/dpo", "objective={loss_type: dpo, beta: 0.1}"),
 )
@@ -61,13 +61,15 @@ def run_demo() -> int:
 
 
 def _summarise(seconds: float) -> None:
+    from madpo.trainer.pair_margins import STDERR
     from madpo.trainer.reports.progress import metrics_table
     from madpo.trainer.reports.run_report import write_report
 
     columns = {}
     for title, name in RUNS.items():
         record = last_evaluation(FOLDER / name)
-        columns[title] = {row: record[row] for row in TABLE_ROWS if row in record}
+        names = [name for row in TABLE_ROWS for name in (row, f"{row}{STDERR}")]
+        columns[title] = {name: record[name] for name in names if name in record}
     print("\nHeld-out pairs, of sentences that no run has trained on; MADPO and DPO after as many steps:\n")
     print(metrics_table(columns))
     report = write_report([FOLDER / RUNS[name] for name in ("MADPO", "DPO")], FOLDER / "report.html")

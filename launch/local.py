@@ -1,16 +1,21 @@
-"""Start the ranks of this machine, with the `deepspeed` launcher if several, and stop them when we stop."""
+"""Start the ranks of this machine, with DeepSpeed's launcher if several, and end them when we end."""
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from madpo.launch.lifeline import LAUNCHER_PID
+from madpo.launch.worker import FIRST_ERROR
 from madpo.trainer.config.schema import LaunchConfig
 from madpo.trainer.errors import UserError
 
@@ -31,43 +36,33 @@ def count_processes(launch: LaunchConfig) -> int:
     return launch.num_processes
 
 
-def visible_gpus() -> list[str]:
-    """The numbers in CUDA_VISIBLE_DEVICES on a machine with GPUs, else [].
-
-    Raises UserError for GPUs given by name, which the deepspeed launcher does not take.
-    """
+def devices(ranks: int) -> list[str]:
+    """The devices of the ranks, as CUDA_VISIBLE_DEVICES names them where it does."""
     import torch
 
-    setting = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if not setting or not torch.cuda.device_count():
-        return []
-    gpus = [gpu.strip() for gpu in setting.split(",")]
-    if not all(gpu.isdigit() for gpu in gpus):
-        raise UserError(
-            f"CUDA_VISIBLE_DEVICES is {setting}; the deepspeed launcher takes numbers only, use those, or "
-            "start the ranks with torchrun"
-        )
-    return gpus
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not visible or not torch.cuda.device_count():
+        return [str(number) for number in range(ranks)]
+    return [name.strip() for name in visible.split(",")][:ranks]
 
 
-def command_line(task: Task, config: str, overrides: Sequence[str], ranks: int) -> list[str]:
+def command_line(
+    task: Task, config: str, overrides: Sequence[str], ranks: int, flags: Sequence[str] = ()
+) -> list[str]:
     """The command that runs a task on `ranks` ranks of this machine; a single rank needs no launcher."""
     from madpo.trainer.dist import free_port
 
-    worker = ["madpo.launch.worker", "--task", task, config, *overrides]
+    worker = ["madpo.launch.worker", "--task", task, *flags, config, *overrides]
     if ranks == 1:
         return [sys.executable, "-m", *worker]
-    devices = ["--num_accelerators", str(ranks)]
-    if visible := visible_gpus():
-        # Given a number, the launcher takes the first GPUs whatever CUDA_VISIBLE_DEVICES says.
-        devices = ["--include", f"localhost:{','.join(visible[:ranks])}"]
+    # What `deepspeed` starts on every node; it would only look for other nodes first, in a process more.
+    nodes = json.dumps({"localhost": devices(ranks)})
     return [
-        *(sys.executable, "-m", "deepspeed.launcher.runner"),
-        *("--hostfile", os.devnull),  # this machine only, even if the cluster has a default hostfile
-        *devices,
+        *(sys.executable, "-m", "deepspeed.launcher.launch"),
+        *("--world_info", base64.urlsafe_b64encode(nodes.encode()).decode()),
         *("--master_port", str(free_port())),
         "--no_local_rank",
-        *("--log_level", "error"),
+        *("--log_level", "critical"),  # that a rank has failed is said by the rank
         "--module",
         *worker,
     ]
@@ -75,42 +70,54 @@ def command_line(task: Task, config: str, overrides: Sequence[str], ranks: int) 
 
 def environment(ranks: int) -> dict[str, str]:
     """The environment of the ranks: this machine's cores are divided among them."""
-    import torch
-
+    from madpo.launch.quiet import quiet_environment
     from madpo.trainer.dist import free_port
 
+    quiet_environment()
     env = os.environ | {LAUNCHER_PID: str(os.getpid())}
     if ranks == 1:
         env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    elif visible_gpus():
-        del env["CUDA_VISIBLE_DEVICES"]  # the command line names them
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    env.setdefault("TOKENIZERS_PARALLELISM", "false")
     # A build folder per Python environment: environments that share DeepSpeed's default rebuild it in turn.
     env.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-    if not torch.cuda.is_available():
-        env.setdefault("DS_ACCELERATOR", "cpu")
     return env
 
 
-def run(task: Task, config: str, overrides: Sequence[str], launch: LaunchConfig) -> int:
-    """Start the ranks, pass signals on to them, wait, and return their exit status.
+def run(
+    task: Task, config: str, overrides: Sequence[str], launch: LaunchConfig, flags: Sequence[str] = ()
+) -> int:
+    """Start the ranks, end them when a signal comes, wait, and return their exit status.
 
-    The status is 128 + n after signal n.
+    `flags` are options of the worker. The status is 128 + n after signal n.
     """
+    import torch
+
     ranks = count_processes(launch)
-    process = subprocess.Popen(
-        command_line(task, config, overrides, ranks), env=environment(ranks), start_new_session=True
-    )
+    plural = "" if ranks == 1 else "s"
+    place = f"{ranks} GPU{plural}" if torch.cuda.is_available() else "the CPU"
+    print(f"starting {ranks} rank{plural} on {place}", flush=True)
+    received = 0
+    with TemporaryDirectory(prefix="madpo-") as folder:
+        process = subprocess.Popen(
+            command_line(task, config, overrides, ranks, flags),
+            env=environment(ranks) | {FIRST_ERROR: str(Path(folder) / "first")},
+            start_new_session=True,
+        )
 
-    def forward(number: int, _frame: object) -> None:
-        os.killpg(process.pid, number)
+        def end(number: int, _frame: object) -> None:
+            nonlocal received
+            received = number
+            with suppress(ProcessLookupError):
+                # SIGINT would have a traceback from each Python that has no handler of ours yet.
+                os.killpg(process.pid, signal.SIGTERM)
 
-    old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        status = process.wait()
-        return status if status >= 0 else 128 - status
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        old = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            status = process.wait()
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+    if received and status:
+        return 128 + received
+    return status if status >= 0 else 128 - status

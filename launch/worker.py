@@ -7,15 +7,26 @@ torchrun --nproc-per-node 8 -m madpo.launch.worker CONFIG [section.key=value ...
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shlex
 import sys
+import threading
 import time
-import warnings
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from madpo.launch import console_log
 from madpo.launch.lifeline import die_with_launcher
+from madpo.trainer import stopping
 from madpo.trainer.errors import EXIT_USAGE, UserError
+
+if TYPE_CHECKING:
+    from madpo.trainer.config.schema import Config
 
 TASKS = {
     "train": ("train", "run_training"),
@@ -29,54 +40,117 @@ TASKS = {
 }
 """Task -> a module of trainer/stages, and its function."""
 
+FIRST_ERROR = "MADPO_FIRST_ERROR"
+"""Environment variable with a path: the first rank that fails makes this file, and shows its error."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one task on this rank; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m madpo.launch.worker")
     parser.add_argument("--task", choices=TASKS, default="train")
+    parser.add_argument("--base", action="store_true", help="evaluate the model that training starts from")
     parser.add_argument("--local_rank", type=int, help="passed by the deepspeed launcher, not used")
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    stopping.watch(_say_where_it_stands)
+    rank, folder = int(os.environ.get("RANK", "0")), None
     try:
-        _run(args)
+        config = _load(args)
+        folder = Path(config.output_dir)
+        command = shlex.join(["madpo", args.task, args.config, *args.overrides])
+        if rank == 0:
+            console_log.keep(folder, command)
+        _run(config, args, command)
+        return 0
     except UserError as error:
-        _show(error)
-        return EXIT_USAGE
-    return 0
+        status, text = EXIT_USAGE, f"error: {error}"
+    except Exception:
+        if stopping.is_stopping(seconds=1):  # the signal ended another rank first, and so broke a collective
+            threading.Event().wait()
+        status, text = 1, traceback.format_exc()
+    is_shown = _shows_its_error()
+    if is_shown:
+        print(text, file=sys.stderr, flush=True)
+    if folder is not None and not (is_shown and rank == 0):  # what rank 0 prints is kept already
+        with suppress(OSError):
+            console_log.append(folder, f"rank {rank}: {text}")
+    return status
 
 
-def _show(error: UserError) -> None:
-    """Print an error: once per node if all ranks have it, and also if only one rank does."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(5)  # if the node's first rank failed too, the launcher ends this process meanwhile
-    rank = os.environ.get("RANK", "0")
-    print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Hide what is created within from the garbage collector, for good.
+
+    The libraries of a rank are a million objects that stay; every full collection would walk them all.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
-def _run(args: argparse.Namespace) -> None:
-    import datasets
-    from transformers.utils.logging import disable_progress_bar
+def _load(args: argparse.Namespace) -> Config:
+    """Import what the task needs, and load its config."""
+    with _uncollected():
+        from madpo.launch.quiet import quiet_libraries
 
-    from madpo.trainer import dist
-    from madpo.trainer.config.deepspeed import check_machine
-    from madpo.trainer.config.schema import load
+        quiet_libraries()
+        from madpo.trainer import dist
+        from madpo.trainer.config.deepspeed import check_machine
+        from madpo.trainer.config.schema import load
 
-    # torch 2.13 warns at every collective about a renamed argument that DeepSpeed still uses.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    disable_progress_bar()
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+        import_module(_module(args.task))
     config = load(args.config, args.overrides, args.task)
     dist.check_launcher()
     check_machine(config.deepspeed)
     die_with_launcher()
+    return config
+
+
+def _module(task: str) -> str:
+    return f"madpo.trainer.stages.{TASKS[task][0]}"
+
+
+def _run(config: Config, args: argparse.Namespace, command: str) -> None:
+    import torch
+
+    from madpo.trainer import dist, out_of_memory
+
     module, function = TASKS[args.task]
-    run = getattr(import_module(f"madpo.trainer.stages.{module}"), function)
-    command = shlex.join(["madpo", args.task, args.config, *args.overrides])
-    run(config, *([command] if module == "train" else []))
+    run = getattr(import_module(_module(args.task)), function)
+    options = {"train": {"command": command}, "evaluate": {"base": args.base}}
+    try:
+        run(config, **options.get(module, {}))
+    except torch.OutOfMemoryError as error:
+        raise UserError(out_of_memory.explain(error, config, args.task)) from None
     dist.leave()
+
+
+def _say_where_it_stands(text: str) -> None:
+    """Print on rank 0 that a signal stops it, unless it does so because another rank has failed."""
+    if os.environ.get("RANK", "0") == "0" and not os.path.exists(os.environ.get(FIRST_ERROR, "")):
+        print(text, flush=True)
+
+
+def _shows_its_error() -> bool:
+    """Whether this rank's error is for the console: only that of the first rank that fails is.
+
+    Under launchers that do not say who is first: a node's first rank shows its own, and another one after
+    some time, in which the launcher ends it if it is not the only one.
+    """
+    path = os.environ.get(FIRST_ERROR)
+    if path is None:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(5)
+        return True
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from madpo.trainer.config.schema import Config
 from madpo.trainer.dist import Shard, barrier, from_main, raise_if_any
 from madpo.trainer.engine import Engine
 from madpo.trainer.files import write_atomically
+from madpo.trainer.run_folder import newest_checkpoint
 from madpo.trainer.state import TrainState
 
 STATE_FILE = "train_state.json"
@@ -87,8 +88,7 @@ def latest(root: Path, identity: dict[str, Any]) -> str | None:
 
     Raises UserError if a rank cannot see it, or if one of the keys in `identity` has another value there.
     """
-    pointer = root / "latest"
-    tag = from_main(pointer.read_text().strip() if pointer.is_file() else None)
+    tag = from_main(newest_checkpoint(root))
     if tag is None:
         return None
     raise_if_any(_problem(root / tag, identity))
@@ -100,9 +100,9 @@ def stored_objective(root: Path) -> dict[str, Any] | None:
 
     None if there is no checkpoint.
     """
-    pointer = root / "latest"
-    path = root / pointer.read_text().strip() / STATE_FILE if pointer.is_file() else None
-    if path is None or not path.is_file():
+    tag = newest_checkpoint(root)
+    path = root / (tag or "") / STATE_FILE
+    if tag is None or not path.is_file():
         return None
     stored = json.loads(path.read_text())["run"]
     prefix = "objective."

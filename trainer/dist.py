@@ -89,8 +89,11 @@ def barrier() -> None:
 
 
 def leave() -> None:
+    """Leave the process group, if there is one; `init` may then join another."""
     if torch_dist.is_initialized():
-        torch_dist.destroy_process_group()
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()  # torch's would leave DeepSpeed with groups that are gone
 
 
 def free_port() -> int:

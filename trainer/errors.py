@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 EXIT_USAGE = 2
 
+SHORT = 6
+"""A word with fewer letters may have one slip in it, a longer one another for each so many letters."""
+
 
 class UserError(ValueError):
     """Something in the config, the data or the machine that the user can mend.
@@ -15,8 +18,48 @@ class UserError(ValueError):
     """
 
 
+def on_one_line(error: Exception) -> str:
+    """The message of another library's error, without its line breaks."""
+    return " ".join(str(error).split())
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """`, did you mean 'x'?` if an allowed word is close to `word`, else the list of allowed words."""
+    """`, did you mean 'x'?` if `word` looks like a slip for an allowed word, else the list of those."""
     allowed = sorted(allowed)
-    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.6)
-    return f", did you mean {close[0]!r}?" if close else f"; known here: {', '.join(allowed)}"
+    close = closest(word, allowed)
+    return f"; known here: {', '.join(allowed)}" if close is None else f", did you mean {close!r}?"
+
+
+def closest(word: str, allowed: Iterable[str]) -> str | None:
+    """The allowed word that `word` is a slip for: one in capitals, or with a letter or two wrong.
+
+    The first letter is right in a slip: `ppo` is none for `wpo`. Without a slip, it is the only allowed word
+    that begins with a long `word`, or that this begins with.
+    """
+    allowed = list(allowed)
+
+    def rank(other: str) -> tuple[int, bool, float]:
+        """The number of slips; of two words with as many, the one of these letters comes first."""
+        a, b = word.lower(), other.lower()
+        return slips(a, b), sorted(a) != sorted(b), -difflib.SequenceMatcher(None, a, b).ratio()
+
+    most = 1 + len(word) // SHORT
+    near = [other for other in allowed if other[:1].lower() == word[:1].lower()]
+    best = min(near, key=rank, default=None)
+    if best is not None and rank(best)[0] <= most:
+        return best
+    begun = [other for other in allowed if word.startswith(other) or other.startswith(word)]
+    begun = [other for other in begun if min(len(word), len(other)) >= SHORT]
+    return begun[0] if len(begun) == 1 else None
+
+
+def slips(a: str, b: str) -> int:
+    """The number of letters to add, leave out, replace, or swap with the next one, to turn `a` into `b`."""
+    table = [[i + j for j in range(len(b) + 1)] for i in range(len(a) + 1)]
+    for i in range(1, len(a) + 1):
+        for j in range(1, len(b) + 1):
+            replaced = table[i - 1][j - 1] + (a[i - 1] != b[j - 1])
+            table[i][j] = min(table[i - 1][j] + 1, table[i][j - 1] + 1, replaced)
+            if a[i - 2 : i] == b[j - 2 : j][::-1] and min(i, j) > 1:
+                table[i][j] = min(table[i][j], table[i - 2][j - 2] + 1)
+    return table[-1][-1]

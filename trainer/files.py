@@ -7,6 +7,7 @@ rename is flushed too. So what has its name is complete, even after a crash of t
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import time
@@ -87,6 +88,37 @@ def hash_of_file(*paths: Path) -> str:
             while block := file.read(BLOCK):
                 content.update(block)
     return content.hexdigest()
+
+
+CHECKSUMS = "checksums.json"
+
+
+def seal(folder: Path) -> None:
+    """Write the hash of every file of a folder into it."""
+    sums = {str(file.relative_to(folder)): hash_of_file(file) for file in _files_in(folder)}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
+
+
+def fault_in(folder: Path) -> str | None:
+    """What differs in a folder from the time it was sealed, as text for the user; None if nothing does."""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text())
+    except (OSError, ValueError) as error:
+        return f"{CHECKSUMS} cannot be read ({type(error).__name__})"
+    if not isinstance(sums, dict):
+        return f"{CHECKSUMS} holds no table"
+    for name in sorted(sums.keys() | {str(file.relative_to(folder)) for file in _files_in(folder)}):
+        if name not in sums:
+            return f"{name} was added"
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if hash_of_file(folder / name) != sums[name]:
+            return f"{name} has changed"
+    return None
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != CHECKSUMS)
 
 
 def _flush(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from madpo.trainer.batches.cost import StepWork
 from madpo.trainer.batches.prefetch import prefetched
@@ -17,14 +18,22 @@ from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
 from madpo.trainer.metrics import Meter
 from madpo.trainer.model.flops import step_cost
-from madpo.trainer.objectives.base import BatchState
+from madpo.trainer.objectives.base import BatchState, Item
+from madpo.trainer.pair_margins import PairCollector, PairMargins
 from madpo.trainer.reference.moving import move_reference
-from madpo.trainer.schedule import learning_rate, run_length
+from madpo.trainer.schedule import learning_rate, logging_steps, run_length
 from madpo.trainer.state import TrainState
 from madpo.trainer.step import evaluation_step, train_step
 from madpo.trainer.throughput import peak_flops, throughput
 
 Record = dict[str, float]
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation returns, on all ranks."""
+
+    record: Record
+    pairs: PairMargins | None  # of an objective of pairs
 
 
 def train(
@@ -36,10 +45,12 @@ def train(
     state: TrainState,
     on_record: Callable[[Record], None],
     on_save: Callable[[], None],
+    on_pairs: Callable[[int, PairMargins], None] = lambda step, pairs: None,
 ) -> None:
     """Train from `state` to the end of the run.
 
-    `on_record` gets every logged record, on all ranks; `on_save` writes a checkpoint.
+    `on_record` gets every logged record, on all ranks; `on_save` writes a checkpoint; `on_pairs` gets the
+    step of an evaluation and its margins.
     """
     settings = config.train
     length = run_length(config, source.num_groups)
@@ -52,7 +63,18 @@ def train(
     meter = Meter()
     work = StepWork()
     logged_at = time.perf_counter()
-    logged_step = state.step
+    logged_step = saved_step = state.step  # a run that continues does so from a checkpoint
+    log_every = logging_steps(settings, length.total_steps)
+
+    def evaluate_held_out(groups: TokenDataset, epoch: float) -> None:
+        record, pairs = evaluate(config, engine, groups, shard, state.memory)
+        on_record(_stamped(record, state, epoch))
+        if pairs is not None:
+            on_pairs(state.step, pairs)
+
+    if held_out is not None and settings.eval_on_start and state.step == 0:
+        evaluate_held_out(held_out, epoch=0.0)
+        logged_at = time.perf_counter()
     engine.train()
 
     for step in prefetched(steps, engine.device):
@@ -72,7 +94,7 @@ def train(
 
         saves = is_last or _due(state.step, settings.save_steps)
         # A checkpoint closes a log line too, so that a resumed run logs the same numbers.
-        if saves or _due(state.step, settings.logging_steps):
+        if saves or _due(state.step, log_every):
             record = meter.reduce()
             seconds = time.perf_counter() - logged_at
             record |= {
@@ -83,7 +105,7 @@ def train(
             }
             if work.skipped_edges:
                 record["data/skipped_edges"] = work.skipped_edges
-            _check_finite(record, state.step)
+            _check_finite(record, state.step, saved_step)
             on_record(_stamped(record, state, step.epoch))
             work = StepWork()
             logged_at = time.perf_counter()
@@ -91,14 +113,14 @@ def train(
 
         if held_out is not None and (is_last or _due(state.step, settings.eval_steps)):
             paused = time.perf_counter()
-            record = evaluate(config, engine, held_out, shard, state.memory)
-            on_record(_stamped(record, state, step.epoch))
+            evaluate_held_out(held_out, step.epoch)
             engine.train()
             logged_at += time.perf_counter() - paused
 
         if saves:
             paused = time.perf_counter()
             on_save()
+            saved_step = state.step
             logged_at += time.perf_counter() - paused
 
 
@@ -108,29 +130,36 @@ def evaluate(
     groups: TokenDataset,
     shard: Shard,
     memory: Mapping[str, list[float]],
-) -> Record:
+) -> Evaluation:
     """Metrics over all groups, names prefixed with `eval_`. Leaves the engine in evaluation mode.
 
     A global-batch objective sees chunks of `global_batch_size` groups; `memory` stays as it is.
     """
     engine.eval()
-    meter = Meter()
+    has_pairs = config.bound_objective.item is Item.EDGE
+    collector = PairCollector(groups.counts.edges, engine.device) if has_pairs else None
+    meter = Meter(collector)
     rules = step_rules(config, engine.module, step_cost(engine.module, training=False))
     steps = evaluation_steps(groups, rules, config.train.global_batch_size, shard)
     for number, step in enumerate(prefetched(steps, engine.device)):
         evaluation_step(engine, step, meter, BatchState(memory, (config.seed, number)))
-    return {f"eval_{name}": value for name, value in meter.reduce().items()}
+        if collector is not None:
+            collector.close_step(step)
+    record, pairs = meter.reduce(), collector and collector.gather()
+    record |= pairs.metrics() if pairs else {}
+    return Evaluation({f"eval_{name}": value for name, value in record.items()}, pairs)
 
 
-def _check_finite(record: Record, step: int) -> None:
+def _check_finite(record: Record, step: int, saved_step: int) -> None:
     """Raise UserError before weights from a NaN or infinite loss reach a checkpoint.
 
     Every rank has the same record, so all stop.
     """
     if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+        kept = f"its checkpoint of step {saved_step} is sound" if saved_step else "there is no checkpoint yet"
         raise UserError(
-            f"step {step}: loss is {record['loss']}, gradient norm {record['grad_norm']}; the run stops, its "
-            "last checkpoint is sound. Lower optim.lr, or look at the data of the last steps"
+            f"step {step}: loss is {record['loss']}, gradient norm {record['grad_norm']}; the run stops, "
+            f"{kept}. Lower optim.lr, or look at the data of the last steps"
         )
 
 

@@ -20,6 +20,7 @@ from madpo.trainer.files import write_atomically
 from madpo.trainer.objectives.base import Item, Outcome
 from madpo.trainer.objectives.build import BoundObjective
 from madpo.trainer.objectives.scores import Scored
+from madpo.trainer.pair_margins import PairCollector
 from madpo.trainer.run_folder import METRICS, read_metrics
 from madpo.trainer.throughput import MEMORY, PeakMemory
 
@@ -31,7 +32,8 @@ WITH_EXTREMA = frozenset({"madpo/weight"})
 class Meter:
     """Sums, counts and extrema of named values, in float64 on the device, without a host sync."""
 
-    def __init__(self) -> None:
+    def __init__(self, pairs: PairCollector | None = None) -> None:
+        self.pairs = pairs  # of an evaluation: keeps every pair's margin
         self._totals: dict[str, Tensor] = {}  # name -> (4,) sum, count, -min, max
         self.memory = PeakMemory()
 
@@ -164,7 +166,10 @@ def _add_completions(meter: Meter, batch: PackedBatch, scored: Scored, objective
     if not pairs:
         return
     won, lost = scored.chosen, scored.rejected
-    meter.add("rewards/margins", rewards[won] - rewards[lost])
+    margins = rewards[won] - rewards[lost]
+    meter.add("rewards/margins", margins)
+    if meter.pairs is not None:
+        meter.pairs.add(batch.edge_positions, margins)
     meter.add("rewards/accuracies", (rewards[won] > rewards[lost]).double())
     if not are_rewards:
         meter.add("logps/accuracies", (scored.logps[won] > scored.logps[lost]).double())

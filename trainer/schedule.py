@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from madpo.trainer.config.schema import Config
-from madpo.trainer.config.train import OptimConfig
+from madpo.trainer.config.train import OptimConfig, TrainConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
@@ -46,3 +46,14 @@ def run_length(config: Config, num_groups: int | None) -> RunLength:
     # Rounded first: 0.07 epochs of 100 groups are 7, not the 8 that 7.000000000000001 would make.
     groups = math.ceil(round(train.num_train_epochs * num_groups, 6))
     return RunLength(groups, math.ceil(groups / train.global_batch_size))
+
+
+LOG_LINES = 20
+"""The fewest lines of metrics of a run with `train.logging_steps: auto`, if it has as many steps."""
+
+
+def logging_steps(train: TrainConfig, total_steps: int) -> int:
+    """The steps between two lines of metrics."""
+    if train.logging_steps == "auto":
+        return max(1, min(10, total_steps // LOG_LINES))
+    return train.logging_steps

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from madpo.trainer import out_of_memory
 from madpo.trainer.batches.cost import StepWork
 
 PEAK_TFLOPS = {
@@ -81,6 +82,7 @@ class PeakMemory:
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
         yield
+        out_of_memory.note(name)
         peak = torch.cuda.max_memory_allocated() if self._on_gpu else _peak_of_process()
         self._peaks[name] = max(self._peaks.get(name, 0.0), peak / 2**30)
 

@@ -22,7 +22,7 @@ ROWS_PER_SEQUENCE = 384
 LOG_ODDS = (-3.0, 5.0)  # range of the target's log-odds against all other tokens
 DRIFT = 0.2  # standard deviation of the reference's logits around the policy's
 SATURATION = 8.0  # logits by which policy and reference differ on targets, in a saturated problem
-WEIGHT = MarginWeight(c_max=4.0, c_min=0.25, steepness=1.0, tau=7.0)
+WEIGHT = MarginWeight(c_max=4.0, c_min=0.25, lam=1.0, tau=7.0)
 
 
 @dataclass(frozen=True)

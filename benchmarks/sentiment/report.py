@@ -48,7 +48,7 @@ def write(
     title: str,
     beta: float = 0.1,
 ) -> None:
-    """Write `sentiment.md` and, where matplotlib is installed, `frontier.svg`.
+    """Write `sentiment.md` and `frontier.svg`.
 
     `results` is the folder that `evaluate` filled, `pairs` the folder of the tiers, and `recipe` that of the
     whole recipe, with the reward models' margins.
@@ -218,11 +218,8 @@ def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def plot(sft: Sample, settings: Settings, path: Path) -> None:
     """Plot reward against sqrt(KL), in a panel for each tier that has an arm with several betas."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no frontier.svg: pip install 'madpo[report]'")
-        return
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

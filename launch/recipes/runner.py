@@ -112,6 +112,8 @@ class Runner:
         write_json(folder / ".started.json", {"key": key})
         request = _request(stage, self.recipe)
         command = ["madpo.launch.recipes.call"] if stage.task == CALL else ["madpo.launch.cli", stage.task]
+        # A stage evaluates the model that its config names: its own folder holds no run.
+        command += ["--base"] if stage.task == "evaluate" else []
         again = ", continued" if self.states[stage.name] == "interrupted" else ""
         log = folder / "log.txt"
         self._say(stage, f"madpo {stage.task} {request}{again}" + (f" > {log}" if self.jobs > 1 else ""))

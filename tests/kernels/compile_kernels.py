@@ -85,7 +85,7 @@ def _output(tool: str, *args: str) -> str:
 
 def ops() -> Iterator[tuple[str, Any]]:
     """(name, call) that together reach every kernel in every form that training uses."""
-    weight = MarginWeight(c_max=4.0, c_min=0.25, steepness=1.0, tau=7.0)
+    weight = MarginWeight(c_max=4.0, c_min=0.25, lam=1.0, tau=7.0)
     edge = torch.empty(2, device="meta")
     losses = {
         "dpo": EdgeLoss(beta=0.1),

@@ -197,3 +197,17 @@ def small_ops() -> None:
 
 if __name__ == "__main__":
     small_ops()
+
+
+def test_a_target_outside_the_vocabulary_fails_an_assertion_on_the_device():
+    code = (
+        "import torch\n"
+        "from madpo.kernels.token_logps import token_logps\n"
+        "token_logps(torch.zeros(2, 16, device='cuda'), torch.tensor([3, -100], device='cuda'))\n"
+        "torch.cuda.synchronize()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode != 0 and "No label is ignored" in done.stderr

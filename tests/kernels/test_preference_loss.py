@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,11 +30,15 @@ from kernel_cases import (
 )
 
 from madpo.kernels.chunks import plan_chunks
+from madpo.kernels.distribution_loss import distribution_loss
 from madpo.kernels.edge_loss import EdgeLoss, edge_loss_ref
 from madpo.kernels.gemm import mm_into
-from madpo.kernels.layout import GroupLayout
+from madpo.kernels.layout import GroupLayout, GroupRange
 from madpo.kernels.naive import preference_loss_ref
 from madpo.kernels.preference_loss import Reference, preference_loss
+from madpo.kernels.preference_loss_from_logits import preference_loss_from_logits
+from madpo.kernels.token_logps import linear_token_logps, token_logps
+from madpo.kernels.token_scores import TokenScores
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 FLOOR = 1e-6
@@ -357,13 +362,29 @@ def test_same_policy_and_reference_have_a_margin_of_exactly_zero():
         assert float(out.loss) == pytest.approx(4 * torch.tensor(2.0).log().item(), rel=1e-6)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="there it is an assertion on the device")
 @pytest.mark.parametrize("bad", [-1, V, -100])
-def test_a_target_outside_the_vocabulary_shows(bad):
+def test_a_target_outside_the_vocabulary_is_refused_with_what_to_pass(bad):
     inputs = make_inputs(lengths=(2, 2))
     inputs.targets[1] = bad
-    for budget in (2**31, ROW_BYTES):
-        got = run(inputs, Case(EdgeLoss(beta=0.3), budget_bytes=budget), "triton")
-        assert got["loss"].isnan()
+    hidden, weight, targets, groups, loss = (
+        *(inputs.hidden, inputs.weight, inputs.targets, inputs.groups),
+        EdgeLoss(beta=0.3),
+    )
+
+    def total(tokens: TokenScores, _: GroupRange) -> torch.Tensor:
+        return tokens.token_logps.sum()
+
+    ops: list[Callable[[], Any]] = [
+        lambda: preference_loss(hidden, weight, targets, groups, loss),
+        lambda: preference_loss_from_logits(hidden @ weight.T, targets, groups, loss),
+        lambda: distribution_loss(hidden, weight, targets, groups, total),
+        lambda: linear_token_logps(hidden, weight, targets),
+        lambda: token_logps(hidden @ weight.T, targets),
+    ]
+    for op in ops:
+        with pytest.raises(ValueError, match=rf"^targets: {bad} in row 1 is not in \[0, 1003\)\. No label"):
+            op()
 
 
 def test_contradicting_arguments_are_refused():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from absent import python_without
 from commands import command
 from patience import patient
 
@@ -21,6 +24,10 @@ model: {model_name_or_path: nowhere}
 data: {dataset_name: nowhere.jsonl}
 objective: {loss_type: dpo}
 """
+
+
+ON_THE_HUB = ("model.model_name_or_path=some/model", "data.dataset_name=some/pairs")
+"""Overrides for a config whose names are looked up only when ranks read them."""
 
 
 def madpo(*args: str) -> subprocess.CompletedProcess[str]:
@@ -38,8 +45,8 @@ def path(tmp_path) -> Path:
 def test_help_fits_a_screen_and_names_the_commands():
     done = madpo("--help")
     assert done.returncode == 0
-    assert len(done.stdout.splitlines()) < 40
-    for name in ("train", "evaluate", "export", "config", "report", "demo", "bench", "generate"):
+    assert len(done.stdout.splitlines()) < 50
+    for name in ("init", "train", "evaluate", "export", "config", "report", "demo", "bench", "generate"):
         assert name in done.stdout
 
 
@@ -61,6 +68,13 @@ def test_help_answers_at_once_as_it_imports_next_to_nothing():
     assert heavy == "[]" and int(count) < QUICK
 
 
+@pytest.mark.parametrize("name", ["train", "show-data", "evaluate", "annotate"])
+def test_something_is_said_before_torch_is_imported(path, name):
+    done = python_without(("torch",), "-m", "madpo.launch.cli", name, str(path))
+    assert done.stdout == f"reading {path}\n"
+    assert "No module named 'torch'" in done.stderr
+
+
 def test_config_prints_what_a_run_would_use(path):
     status, out, _ = command("config", str(path), "objective.beta=0.05")
     assert status == 0
@@ -72,13 +86,24 @@ MISTAKE = "optim.lrr: unknown key, did you mean 'lr'?"
 
 @pytest.mark.parametrize("name", ["config", "train", "evaluate", "export"])
 def test_a_mistake_ends_in_one_line_and_status_2(path, name):
-    assert command(name, str(path), "optim.lrr=1") == (2, "", f"error: {path}: {MISTAKE}\n")
+    said = "" if name == "config" else f"reading {path}\n"
+    assert command(name, str(path), "optim.lrr=1") == (2, said, f"error: {path}: {MISTAKE}\n")
 
 
 def test_a_mistake_is_one_line_of_the_process_too(path):
     done = madpo("train", str(path), "optim.lrr=1")
-    assert done.returncode == 2 and not done.stdout
+    assert (done.returncode, done.stdout) == (2, f"reading {path}\n")
     assert done.stderr.strip() == f"error: {path}: {MISTAKE}"
+
+
+@pytest.mark.parametrize("name", ["evaluate", "export"])
+def test_a_folder_without_a_run_is_refused_before_ranks_start(path, tmp_path, name):
+    for what in ("is not there", "holds no checkpoint"):
+        status, out, error = command(name, str(path), *ON_THE_HUB)
+        assert (status, out) == (2, f"reading {path}\n")
+        assert error.startswith(f"error: output_dir: {tmp_path / 'run'} {what}; train first")
+        assert ("--base" in error) == (name == "evaluate")
+        (tmp_path / "run").mkdir(exist_ok=True)
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
@@ -92,20 +117,22 @@ def test_the_visible_gpus_are_the_ones_that_are_used(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
     line = command_line("train", "c.yaml", [], 2)
-    assert line[line.index("--include") + 1] == "localhost:2,5"
-    assert "--num_accelerators" not in line
-    assert "CUDA_VISIBLE_DEVICES" not in environment(2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8a1f")
-    with pytest.raises(ValueError, match="takes numbers only"):
-        command_line("train", "c.yaml", [], 2)
-    assert environment(1)["CUDA_VISIBLE_DEVICES"] == "GPU-8a1f"  # one rank alone takes the first, by any name
+    assert nodes_in(line) == {"localhost": ["2", "5"]}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8a1f, GPU-07cc")
+    assert nodes_in(command_line("train", "c.yaml", [], 2)) == {"localhost": ["GPU-8a1f", "GPU-07cc"]}
+    assert environment(1)["CUDA_VISIBLE_DEVICES"] == "GPU-8a1f, GPU-07cc"  # a rank alone takes the first
+
+
+def nodes_in(line: list[str]) -> dict[str, list[str]]:
+    """The devices of each node that the launcher is told of."""
+    return json.loads(base64.urlsafe_b64decode(line[line.index("--world_info") + 1]))
 
 
 def test_the_launcher_gets_the_overrides_as_they_are():
-    line = command_line("train", "c.yaml", ["objective={loss_type: dpo}"], 3)
-    assert "deepspeed.launcher.runner" in line
-    assert line[-2:] == ["c.yaml", "objective={loss_type: dpo}"]
-    assert line[line.index("--num_accelerators") + 1] == "3"
+    line = command_line("evaluate", "c.yaml", ["objective={loss_type: dpo}"], 3, ["--base"])
+    assert "deepspeed.launcher.launch" in line
+    assert line[-3:] == ["--base", "c.yaml", "objective={loss_type: dpo}"]
+    assert nodes_in(line) == {"localhost": ["0", "1", "2"]}
 
 
 def test_one_rank_is_started_without_a_launcher(monkeypatch):
@@ -124,6 +151,14 @@ def test_fresh_sets_the_earlier_run_aside(tmp_path):
     assert not (tmp_path / "run").exists()
     assert [(tmp_path / f"run.old-{n}" / "metrics.jsonl").read_text() for n in (1, 2)] == ["1", "2"]
     set_aside(tmp_path / "never")
+
+
+def test_fresh_does_not_move_the_config_that_it_trains_with(path, tmp_path):
+    (tmp_path / "run").mkdir()
+    inside = path.rename(tmp_path / "run" / "config.yaml")
+    status, _, error = command("train", str(inside), *ON_THE_HUB, "--fresh")
+    assert status == 2 and error.startswith(f"error: --fresh: {inside} would move with")
+    assert inside.is_file()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -17,7 +18,10 @@ from madpo.trainer.reports.progress import metrics_table
 
 
 def resolved() -> list[tuple[str, Config]]:
-    return [(task, load(CONFIGS / config, overrides)) for task, config, *overrides in COMMANDS]
+    return [
+        (task, load(CONFIGS / config, [word for word in words if not word.startswith("--")]))
+        for task, config, *words in COMMANDS
+    ]
 
 
 def test_every_command_resolves_into_a_run_that_the_summary_reads():
@@ -45,6 +49,17 @@ def test_metrics_table_has_a_row_per_metric_and_a_gap_where_one_is_missing():
     assert lines[0].split() == ["metric", "a", "b"]
     assert lines[1].split() == ["x", "0.5000"]
     assert lines[2].split() == ["y", "1.0000", "2.0000"]
+
+
+def test_metrics_table_shows_counts_and_errors_and_no_accuracy_where_all_pairs_are_ties():
+    start = {"eval_rewards/accuracies": 0.0, "eval_rewards/margins": 0.0, "eval_num_pairs": 1218}
+    later = start | {"eval_rewards/accuracies": 0.5, "eval_rewards/accuracies_stderr": 0.0143}
+    _, *lines = metrics_table({"a": start, "b": later}).splitlines()
+    assert [line.split() for line in lines] == [
+        ["eval_rewards/accuracies", "-", "0.5000", "±", "0.0143"],
+        ["eval_rewards/margins", "0.0000", "0.0000"],
+        ["eval_num_pairs", "1,218", "1,218"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -82,9 +97,12 @@ def test_the_demo_trains_compares_and_reports(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("\n$ madpo ") == len(COMMANDS)
     lines = done.stdout.split("Held-out pairs", 1)[1].splitlines()
-    header, *table = [line.split() for line in lines[2:] if line]
+    header, *table = [re.sub(r" ± \S+", "", line).split() for line in lines[2:] if line]
     assert header == ["metric", *RUNS]
-    rows = {name: [float(value) for value in values] for name, *values in table[: len(TABLE_ROWS)]}
+    rows = {name: values for name, *values in table[: len(TABLE_ROWS)]}
+    assert rows["eval_rewards/accuracies"][0] == "-"  # the warm-up is its own reference: all pairs are ties
+    rows["eval_rewards/accuracies"][0] = "nan"
+    rows = {name: list(map(float, values)) for name, values in rows.items()}
     assert tuple(rows) == TABLE_ROWS
     assert rows["eval_rewards/margins"][0] == rows["eval_kl"][0] == 0.0
     for run in (1, 2):

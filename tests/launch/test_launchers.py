@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,6 +74,10 @@ def survivors(run: dict[str, Any]) -> list[psutil.Process]:
     return found
 
 
+NOISE = ("Warning", "WARNING", "[INFO]", "[ERROR]", "it/s]", "Traceback")
+"""Words of what libraries print."""
+
+
 def losses(folder: Path) -> list[float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
@@ -81,7 +86,11 @@ def losses(folder: Path) -> list[float]:
 def test_madpo_train_starts_two_ranks_and_reports(run):
     ((status, text),) = finish([start([str(BIN / "madpo"), "train", run["path"]], run)], run)
     assert status == 0, text
-    assert "Warning" not in text, text
+    assert text.startswith(f"reading {run['path']}\nstarting 2 ranks on the CPU\ndpo on 2 ranks")
+    assert not [word for word in NOISE if word in text], text
+    header, *lines = (run["folder"] / "log.txt").read_text().splitlines()
+    assert f"  madpo train {run['path']}  (madpo " in header
+    assert len(lines) > 4 and "\n".join(lines) in text
     assert json.loads((run["folder"] / "run.json").read_text())["world_size"] == 2
     assert len(losses(run["folder"])) == 2
     assert (run["folder"] / "report.html").stat().st_size
@@ -120,12 +129,16 @@ def test_torchrun_and_deepspeed_nodes_train_the_same(run, tmp_path):
 
 
 def test_a_mistake_that_only_a_rank_can_see_is_one_line(run):
-    command = [str(BIN / "madpo"), "train", run["path"], "data.dataset_name=/nowhere.jsonl"]
+    command = [str(BIN / "madpo"), "train", run["path"], "data.columns={prompt: nowhere}"]
     ((status, text),) = finish([start(command, run)], run)
-    assert status != 0
-    assert text.count("error: data.dataset_name: /nowhere.jsonl: no such file") == 1
-    assert "Traceback" not in text
+    reading, starting, *lines = text.splitlines()
+    assert status == 2 and reading.startswith("reading ") and starting.startswith("starting ")
+    assert [line.split(";")[0] for line in lines] == ["error: data.columns: prompt: nowhere: no such column"]
+    assert lines[0] in (run["folder"] / "log.txt").read_text()
     assert not survivors(run)
+
+
+STOPPED = r"stopped at step \d+ of 100000; the last checkpoint is of step \d+; the same command .*"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -137,12 +150,13 @@ def test_no_rank_outlives_its_launcher(run, number):
             run["path"],
             "train.max_steps=100000",
             "train.num_train_epochs=1e6",
+            "train.save_steps=1",
         ],
         run,
     )
     try:
         deadline = time.monotonic() + patient(90)
-        while not (run["folder"] / "metrics.jsonl").is_file() or not losses(run["folder"]):
+        while not (run["folder"] / "metrics.jsonl").is_file() or len(losses(run["folder"])) < 2:
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.2)
         assert len(survivors(run)) >= 3
@@ -152,4 +166,10 @@ def test_no_rank_outlives_its_launcher(run, number):
             time.sleep(0.2)
         assert not survivors(run)
     finally:
-        finish([process], run)
+        ((status, text),) = finish([process], run)
+    if number == signal.SIGTERM:
+        assert status == 128 + number
+        last = text.splitlines()[-1]
+        assert re.fullmatch(STOPPED, last)
+        assert (run["folder"] / "log.txt").read_text().splitlines()[-1] == last
+        assert not [word for word in NOISE if word in text], text

@@ -113,6 +113,7 @@ def make_config(folder: Path, tree: dict[str, Any]) -> Config:
             "global_batch_size": 8,
             "micro_batch_tokens": 256,
             "logging_steps": 1,
+            "eval_on_start": False,
         },
         "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
     }

@@ -81,7 +81,7 @@ def vector(*values: float) -> Tensor:
 
 
 def madpo(**kwargs: Any) -> EdgeLoss:
-    weight = MarginWeight(c_max=4.0, c_min=0.25, steepness=1.0, tau=7.0)
+    weight = MarginWeight(c_max=4.0, c_min=0.25, lam=1.0, tau=7.0)
     return EdgeLoss(beta=0.3, margins=vector(*MARGINS), margin_weight=weight, **kwargs)
 
 
@@ -113,7 +113,7 @@ CASES = {
         EdgeLoss(
             0.2,
             margins=vector(1.1, -0.8, 2.9, 4.0),
-            margin_weight=MarginWeight(c_max=3.0, c_min=0.6, steepness=2.0, tau=1.5, margin_scale=0.7),
+            margin_weight=MarginWeight(c_max=3.0, c_min=0.6, lam=2.0, tau=1.5, margin_scale=0.7),
         )
     ),
     "madpo_smoothed_length": Case(madpo(positive=0.9, negative=0.1, length_normalised=True)),

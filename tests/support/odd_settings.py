@@ -72,7 +72,7 @@ ODD: dict[str, list[Settings]] = {
             "beta": 0.3,
             "c_max": 3.0,
             "c_min": 0.6,
-            "steepness": 1.7,
+            "lam": 1.7,
             "tau": 1.5,
             "margin_scale": 0.7,
             "ablation": x,

@@ -202,6 +202,15 @@ PRIME = [user("Name a prime.")]
 BOTH: list[Text] = [answer("Quite warm."), answer("No idea.")]
 RANKS = (2, 1, 3, 4, 6, 5, 6)
 
+INSTRUCTION_PAIR = {
+    "instruction": "Add one.",
+    "input": "Three",
+    "system": "Be terse.",
+    "history": [["One?", "Two."]],
+    "chosen": "Four.",
+    "rejected": "I think it is four.",
+}
+
 GOOD: list[tuple[str, dict[str, Any], TextGroup]] = [
     ("hh_rlhf", HH_RLHF, TextGroup(TURNS, BOTH, [(0, 1, None)])),
     ("hh_rlhf_text", HH_RLHF, TextGroup(TALK, [" Quite warm.", " No idea."], [(0, 1, None)])),
@@ -307,6 +316,20 @@ GOOD: list[tuple[str, dict[str, Any], TextGroup]] = [
     ("instruction_output", ORCA_SFT, TextGroup([system("Think."), user("Why?")], [answer("So.")], [])),
     ("instruction_output", DOLLY, TextGroup([user("Who?\nAnn came.")], [answer("Ann.")], [])),
     ("instruction_output", META_MATH, TextGroup([user("1 + 1?")], [answer("2")], [])),
+    (
+        "instruction_output",
+        {"instruction": "And his?", "input": "", "output": "Ben.", "history": [["Her name?", "Ann."]]},
+        TextGroup([user("Her name?"), answer("Ann.")[0], user("And his?")], [answer("Ben.")], []),
+    ),
+    (
+        "instruction_pairs",
+        INSTRUCTION_PAIR,
+        TextGroup(
+            [system("Be terse."), user("One?"), answer("Two.")[0], user("Add one.\nThree")],
+            [answer("Four."), answer("I think it is four.")],
+            [(0, 1, None)],
+        ),
+    ),
 ]
 """(adapter, row, the group it becomes)."""
 
@@ -377,5 +400,6 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("sharegpt", {"tools": "look"}, "tools: expected JSON, got 'look'"),
     ("alpaca", {"input": 5}, "input: expected text, got 5"),
     ("instruction_output", {"response": None}, "output: expected text, got None"),
+    ("instruction_pairs", {"history": [["One?"]]}, "history: expected pairs of a question and its answer"),
 ]
 """(adapter, what is changed in its first good row, the message)."""

@@ -49,13 +49,13 @@ def madpo(
     beta: float = 0.1,
     c_max: float = 4.0,
     c_min: float | None = None,
-    steepness: float = 1.0,
+    lam: float = 1.0,
     tau: float = 7.0,
     margin_scale: float = 1.0,
     ablation: str | None = None,
 ) -> Array:
     low, h = 1 / c_max if c_min is None else c_min, x.margins * margin_scale
-    c = low + (c_max - low) / (1 + (c_max - 1) / (1 - low) * np.exp(steepness * (np.abs(h) - tau)))
+    c = low + (c_max - low) / (1 + (c_max - 1) / (1 - low) * np.exp(lam * (np.abs(h) - tau)))
     if ablation is not None:
         c = np.maximum(c, 1) if ablation == "amplify" else np.minimum(c, 1)
     weight = np.where(h > -tau, sigmoid(c * h) / sigmoid(h), 1.0)

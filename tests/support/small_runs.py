@@ -66,5 +66,5 @@ def evaluate_and_export(shard, config: Config) -> None:
     run_export(config)
 
 
-def evaluate_only(shard, config: Config) -> None:
-    run_evaluation(config)
+def evaluate_only(shard, config: Config, base: bool = False) -> None:
+    run_evaluation(config, base)

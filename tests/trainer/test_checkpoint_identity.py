@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from harness import run_ranks, without_clock, write_pairs
 from small_runs import ALONE, SHORT, changed, evaluate_only, model_bytes, records, train, with_sections
 
 from madpo.trainer.config.schema import Config
+from madpo.trainer.stages.train import is_exported
 
 RESUMED = {
     "alone": ALONE,
@@ -106,6 +108,27 @@ def test_a_changed_config_is_refused_and_the_run_left_alone(finished, change, me
     with pytest.raises(AssertionError, match=message):
         run_ranks(2, train, other)
     assert (Path(finished.output_dir) / "config.yaml").read_text() == before
+
+
+def test_a_finished_run_is_left_as_it_is(finished, capfd):
+    folder = Path(finished.output_dir)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+    run_ranks(2, train, finished)
+    assert capfd.readouterr().out == "finished at step 1 already; --fresh starts anew\n"
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_run_is_not_finished_before_its_last_checkpoint_is_exported(config, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    pointer, model = tmp_path / "checkpoints" / "latest", tmp_path / "model"
+    pointer.touch()
+    assert not is_exported(config, tmp_path)
+    model.mkdir()
+    assert is_exported(config, tmp_path)
+    assert not is_exported(changed(config, train={"export_merged": True}), tmp_path)
+    os.utime(model, (0, pointer.stat().st_mtime - 1))  # `madpo export` of an earlier checkpoint
+    assert not is_exported(config, tmp_path)
+    assert is_exported(changed(config, train={"export": False}), tmp_path)
 
 
 def test_changed_data_is_refused(finished, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from madpo.trainer.files import hash_of_file, write_atomically, write_folder_atomically
+from madpo.trainer.files import fault_in, hash_of_file, seal, write_atomically, write_folder_atomically
 
 
 @pytest.fixture
@@ -137,3 +137,22 @@ def test_the_hash_is_of_the_bytes_alone_however_many_blocks_or_files(tmp_path, m
     want = xxhash.xxh3_128_hexdigest(content)
     assert hash_of_file(tmp_path / "whole") == want
     assert hash_of_file(tmp_path / "a", tmp_path / "b") == want
+
+
+def test_a_sealed_folder_tells_what_has_changed(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "in").mkdir(parents=True)
+    (folder / "a").write_text("one")
+    (folder / "in" / "b").write_text("two")
+    assert fault_in(folder) == "checksums.json cannot be read (FileNotFoundError)"
+    seal(folder)
+    assert fault_in(folder) is None
+    (folder / "in" / "b").write_text("twO")
+    assert fault_in(folder) == "in/b has changed"
+    (folder / "in" / "b").unlink()
+    assert fault_in(folder) == "in/b is missing"
+    (folder / "in" / "b").write_text("two")
+    (folder / "c").touch()
+    assert fault_in(folder) == "c was added"
+    (folder / "checksums.json").write_text("[]")
+    assert fault_in(folder) == "checksums.json holds no table"

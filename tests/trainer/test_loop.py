@@ -45,6 +45,7 @@ def config(tmp_path_factory, tokenizer_folder) -> Config:
                 "max_steps": STEPS,
                 "global_batch_size": SIZE,
                 "logging_steps": 2,
+                "eval_on_start": True,
                 "eval_steps": 2,
                 "save_steps": 3,
             },
@@ -110,8 +111,9 @@ def kind(record: dict[str, Any]) -> tuple[str, int]:
 
 @pytest.mark.ranks
 def test_lines_evaluations_and_checkpoints_come_when_they_are_due(run):
-    """A checkpoint closes a line, and the last step is logged, evaluated and saved."""
+    """A checkpoint closes a line; the starting model is evaluated, and the last step logged too and saved."""
     assert list(map(kind, run["records"])) == [
+        ("evaluation", 0),
         *(("steps", 2), ("evaluation", 2), ("steps", 3), ("save", 3)),
         *(("steps", 4), ("evaluation", 4), ("steps", 6), ("evaluation", 6), ("save", 6)),
     ]
@@ -149,10 +151,10 @@ def test_objectives_of_the_batch_get_the_runs_seed_the_step_and_what_they_left_b
 def test_an_evaluation_sees_the_memory_of_its_step_and_other_draws_for_every_stretch(run):
     """5 held-out groups are two chunks of a step's size."""
     assert [(step, seed) for step, seed, *_ in run["evaluated"]] == [
-        (step, (7, chunk)) for step in (2, 4, 6) for chunk in (0, 1)
+        (step, (7, chunk)) for step in (0, 2, 4, 6) for chunk in (0, 1)
     ]
-    for _, _, memory, of_training in run["evaluated"]:
-        assert memory == of_training != {}
+    for step, _, memory, of_training in run["evaluated"]:
+        assert memory == of_training and (memory != {}) == (step > 0)
     assert run["state"]["memory"] == run["evaluated"][-1][2], "an evaluation leaves no memory behind"
 
 
@@ -177,6 +179,8 @@ def test_lines_say_how_far_the_run_has_come(run):
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_a_number_that_is_not_finite_stops_a_run(name, wrong):
     sound = {"loss": 1.0, "grad_norm": 0.0}
-    loop._check_finite(sound, 3)
-    with pytest.raises(ValueError, match=r"step 3: loss is .*; the run stops"):
-        loop._check_finite({**sound, name: wrong}, 3)
+    loop._check_finite(sound, 3, 2)
+    with pytest.raises(ValueError, match=r"step 3: loss is .*; the run stops, its checkpoint of step 2 is"):
+        loop._check_finite({**sound, name: wrong}, 3, 2)
+    with pytest.raises(ValueError, match=r"there is no checkpoint yet"):
+        loop._check_finite({**sound, name: wrong}, 3, 0)

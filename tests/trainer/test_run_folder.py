@@ -4,10 +4,12 @@ import json
 import re
 
 import pytest
+import torch.distributed as torch_dist
 
+from madpo.trainer.dist import Shard
 from madpo.trainer.errors import UserError
 from madpo.trainer.metrics import MetricsFile
-from madpo.trainer.run_folder import last_evaluation, read_metrics
+from madpo.trainer.run_folder import claim, last_evaluation, read_metrics
 
 RECORDS = [{"step": 1, "loss": 0.1 + 0.2, "grad_norm": float("inf")}, {"step": 2, "eval_loss": 1e-300}]
 LINES = [json.dumps(record) for record in RECORDS]
@@ -46,3 +48,17 @@ def test_a_broken_line_within_is_named_and_the_file_stays_as_it_is(tmp_path):
 
 def test_no_file_is_no_records(tmp_path):
     assert read_metrics(tmp_path) == [] and last_evaluation(tmp_path) == {}
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    store = f"file://{tmp_path / 'store'}"
+    torch_dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(UserError) as caught:
+            claim(tmp_path / "file" / "run", Shard(0, 1))
+    finally:
+        torch_dist.destroy_process_group()
+    assert str(caught.value) == (
+        f"output_dir: {tmp_path / 'file' / 'run'} cannot be written to (Not a directory); name another folder"
+    )

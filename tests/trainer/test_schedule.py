@@ -9,8 +9,8 @@ import pytest
 from harness import make_config
 
 from madpo.trainer.config.schema import Config
-from madpo.trainer.config.train import OptimConfig
-from madpo.trainer.schedule import learning_rate, run_length
+from madpo.trainer.config.train import OptimConfig, TrainConfig
+from madpo.trainer.schedule import learning_rate, logging_steps, run_length
 
 
 def rates(total: int, **optim) -> list[float]:
@@ -93,3 +93,11 @@ def test_how_long_a_run_is_by_its_steps():
     for num_groups in (None, 5, 100):  # of a stream it is not known
         plan = run_length(config, num_groups)
         assert (plan.total_groups, plan.total_steps) == (21, 3)
+
+
+@pytest.mark.parametrize(
+    ("steps", "every"), [(1, 1), (19, 1), (39, 1), (40, 2), (199, 9), (200, 10), (10**6, 10)]
+)
+def test_a_run_has_twenty_lines_where_it_has_the_steps_and_a_line_in_ten_steps(steps, every):
+    assert logging_steps(TrainConfig(), steps) == every
+    assert logging_steps(TrainConfig(logging_steps=50), steps) == 50

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_OURS = {"runs", "build", "dist", "__pycache__"}
 HISTORY = {"docs/LOG.md"}
 """Pages that say what was, also of files that have moved since."""
-YOURS = {"my_data.py", "path/file.py", "file.py"}
+YOURS = {"my_data.py", "path/file.py", "file.py", "script.py"}
 """Files of a user, in examples."""
 ABSENT = {"kernels/__init__.py"}
 """Files that are named because there must be none."""

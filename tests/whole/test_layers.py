@@ -12,11 +12,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = [
     "madpo.trainer.errors",
+    "madpo.trainer.field_words",
     "madpo.trainer.files",
+    "madpo.trainer.stopping",
     "madpo.kernels",
     "madpo.trainer.objectives",
     "madpo.trainer.formats",
     "madpo.trainer.config",
+    "madpo.trainer.out_of_memory",
     "madpo.trainer.dist",
     "madpo.trainer.user_function",
     "madpo.trainer.sequence_parallel",
@@ -31,6 +34,7 @@ LAYERS = [
     "madpo.trainer.zero3",
     "madpo.trainer.model",
     "madpo.trainer.throughput",
+    "madpo.trainer.pair_margins",
     "madpo.trainer.metrics",
     "madpo.trainer.engine",
     "madpo.trainer.global_batch",

@@ -55,7 +55,6 @@ def test_a_seed_repeats_itself_and_another_differs(example):
 
 
 def test_the_table_and_the_picture(example, monkeypatch, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     experiment, setup = example.experiment, tiny(example)
     monkeypatch.setattr(example, "experiment", lambda _: experiment(setup))
     example.main(tmp_path / "new")
@@ -64,12 +63,6 @@ def test_the_table_and_the_picture(example, monkeypatch, tmp_path, capsys):
     header, *rows, path = capsys.readouterr().out.splitlines()
     assert "boundary IoU" in header and path.endswith("segmentation_dpo.png")
     assert [row[:14].strip() for row in rows] == ["reference", *example.FORMS]
-
-
-def test_without_matplotlib_it_says_so_before_it_trains(example, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit, match=r"madpo\[report\]"):
-        example.main(tmp_path)
 
 
 def test_measures_by_hand(example):

@@ -66,7 +66,9 @@ class DataConfig(Section):
     dataset_config: str | None = Field(default=None, description="configuration of a data set on the hub")
     dataset_train_split: str = Field(default="train", description="training split")
     dataset_test_split: str | None = setting(
-        default=None, description="held-out split; null: no evaluation", effect=Effect.RESULT
+        default="auto",
+        description="held-out split; auto: test or validation if the data set has one; null: no evaluation",
+        effect=Effect.RESULT,
     )
     adapter: str = Field(
         default="auto",
@@ -75,11 +77,20 @@ class DataConfig(Section):
     columns: dict[str, str] = Field(
         default_factory=dict, description="names of columns: ours to the data set's, where they differ"
     )
+    ignore_columns: list[str] = Field(
+        default_factory=list,
+        description="columns, by our names, that are left out on purpose, such as system or images",
+    )
     edges: Literal["all", "adjacent", "best_worst"] = Field(
-        default="all", description="pairs of a ranked group's completions that are compared"
+        default="all",
+        description="pairs that are made of a ranked group: all, of adjacent ranks, or best and worst",
     )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="variables for the chat template; an example's own override them"
+    )
+    template_may_drop: list[str] = Field(
+        default_factory=list,
+        description="roles and keys of prompt messages, or tools, that the chat template may leave out",
     )
     streaming: bool = Field(
         default=False, description="read training examples in blocks while training, not all at the start"
@@ -102,14 +113,17 @@ class DataConfig(Section):
     )
     order: Literal["shuffled", "easy_to_hard", "as_is"] = Field(
         default="shuffled",
-        description="order of the data in every epoch; easy_to_hard: largest margins first",
+        description="order of the data in every epoch; easy_to_hard: largest margins first; as_is: unchanged",
     )
     min_weight: float | None = Field(
-        default=None, gt=0, description="smallest weight by the objective of a pair that is trained on"
+        default=None,
+        gt=0,
+        description="leave out pairs that the objective gives a smaller weight; null: none",
     )
     sampling: Literal["uniform", "weight"] = Field(
         default="uniform",
-        description="weight: draw groups in proportion to their pairs' weights; the loss is then unweighted",
+        description="uniform: every group once an epoch; weight: groups drawn in proportion to the weights "
+        "that the objective gives their pairs, with a loss that is then unweighted",
     )
     folds: int | None = Field(
         default=None, ge=2, description="number of parts that the training split is cut into, by prompt"
@@ -118,7 +132,9 @@ class DataConfig(Section):
         default=None, ge=0, description="index, from 0, of the part that is left out of training"
     )
     on_bad_row: Literal["error", "drop"] = setting(
-        default="error", description="what to do with an example that cannot be read", effect=Effect.RESULT
+        default="error",
+        description="example that cannot be read: error ends the run, drop leaves it out and counts it",
+        effect=Effect.RESULT,
     )
     dataset_num_proc: int | None = setting(
         default=None,
@@ -154,9 +170,11 @@ class DataConfig(Section):
         return [str(self.dataset_name)] if self.datasets is None else [part.path for part in self.datasets]
 
     @property
-    def has_test_split(self) -> bool:
-        parts = self.datasets or []
-        return self.dataset_test_split is not None or any(part.test_split is not None for part in parts)
+    def may_hold_out(self) -> bool:
+        """Whether something may be held out; what `auto` finds shows when the data is opened."""
+        if self.datasets is None:
+            return self.dataset_test_split is not None
+        return any(part.test_split is not None for part in self.datasets)
 
     def alone(self, part: DatasetPart) -> DataConfig:
         """A copy of the section with one part of the mixture as its only data set."""

@@ -1,7 +1,7 @@
 """Check the `deepspeed` block for keys that conflict with ours, are ignored by DeepSpeed, or cannot run here.
 
 DeepSpeed itself ignores unknown top-level keys, and complains about others only when the model is loaded, or
-by an assertion.
+by an assertion. Keys inside `zero_optimization` are checked by its own schema.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from pydantic import ValidationError
+
+from madpo.trainer.config.error_text import explain
 from madpo.trainer.errors import UserError, nearest
 
 REFUSED_ZERO_KEYS = {
@@ -20,6 +23,8 @@ REFUSED_OFFLOAD_KEYS = {
     "super_offload": "it steps with an optimiser of its own, which does not see the schedule of optim",
     "ratio": "only an optimiser that is compiled can be split; the whole of it is offloaded",
 }
+
+MONITORS = ("csv_monitor", "tensorboard", "wandb")
 
 HARMLESS = {"super_offload": False, "ratio": 1.0}
 """Values of refused keys that change nothing."""
@@ -41,6 +46,24 @@ def check_block(block: dict[str, Any]) -> None:
         raise UserError(f"{where}.{key}: {REFUSED_ZERO_KEYS[key]}")
     for key in ("offload_param", "offload_optimizer"):
         _check_offload(f"{where}.{key}", zero.get(key), zero.get("stage", 3))
+    if zero.keys() - {"stage"}:
+        _check_zero(where, zero)
+    for key in MONITORS:
+        if isinstance(block.get(key), dict) and block[key].get("enabled"):
+            raise UserError(
+                f"deepspeed.{key}: DeepSpeed would log each micro-batch's share of the loss, by names of its "
+                "own; madpo writes metrics.jsonl and report.html; leave it out"
+            )
+
+
+def _check_zero(where: str, zero: dict[str, Any]) -> None:
+    """Raise UserError for what DeepSpeed's own schema of the section refuses."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        raise UserError(explain(error, DeepSpeedZeroConfig, f"{where}.")) from None
 
 
 def _check_offload(where: str, offload: Any, stage: int) -> None:

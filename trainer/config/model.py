@@ -11,7 +11,7 @@ from madpo.trainer.config.section import Effect, Section, setting
 
 class ModelConfig(Section):
     model_name_or_path: str | None = setting(
-        default=None, description="weights to start from: a folder or a hub name", names="path"
+        default=None, description="model to start from: a folder, a run, or a hub name", names="path"
     )
     model_revision: str | None = Field(
         default=None, description="branch, tag or commit of the model on the hub"
@@ -22,7 +22,7 @@ class ModelConfig(Section):
     )
     ref_model_name_or_path: str | None = setting(
         default=None,
-        description="frozen reference model; null: the model that training starts from",
+        description="frozen reference model: a folder, a run, or a hub name; null: the model to start from",
         names="path",
     )
     reference: Literal["auto", "joint", "cached", "adapter", "none"] = Field(
@@ -39,7 +39,7 @@ class ModelConfig(Section):
         default=512, ge=1, description="optimiser steps between moves of the reference"
     )
     tokenizer_name_or_path: str | None = setting(
-        default=None, description="tokenizer: a folder or a hub name; null: the model's", names="path"
+        default=None, description="tokenizer: a folder, a run, or a hub name; null: the model's", names="path"
     )
     attention: Literal["auto", "flash", "torch", "flex", "sdpa"] = setting(
         default="auto",
@@ -68,7 +68,7 @@ class ModelConfig(Section):
         effect=Effect.MEANS,
     )
     router_aux_loss_coef: float = Field(
-        default=0.0, ge=0, description="weight of the load-balancing loss of mixtures of experts; 0: off"
+        default=0.0, ge=0, description="weight of a mixture of experts' load-balancing loss; 0: off"
     )
     resize_embeddings: bool = Field(
         default=False, description="add embeddings for tokens that the tokenizer has and the model lacks"

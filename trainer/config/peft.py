@@ -20,7 +20,7 @@ class PeftConfig(Section):
     lora_alpha: int | None = Field(
         default=None, ge=1, description="numerator of the adapter's scale, alpha / r; null: 32"
     )
-    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout of the adapter; only 0")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout of the adapter; must be 0")
     lora_target_modules: Literal["all-linear"] | list[str] | None = Field(
         default=None,
         description="names of the linear layers that are adapted; null or all-linear: all except the head",

@@ -9,17 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.config.deepspeed import check_block, zero_stage
+from madpo.trainer.config.defaults import with_defaults
 from madpo.trainer.config.error_text import explain
 from madpo.trainer.config.generate import GenerateConfig
 from madpo.trainer.config.model import ModelConfig
 from madpo.trainer.config.peft import PeftConfig
+from madpo.trainer.config.run_config import as_block, read_tree, with_objective_of_run
 from madpo.trainer.config.section import Effect, Section, setting
 from madpo.trainer.config.train import OptimConfig, TrainConfig
 from madpo.trainer.errors import UserError
@@ -52,7 +54,7 @@ class AnnotateConfig(Section):
 
 
 class LaunchConfig(Section):
-    num_processes: int | Literal["auto"] = setting(
+    num_processes: Annotated[int, Field(ge=1)] | Literal["auto"] = setting(
         default="auto",
         description="ranks on this machine; auto: one per GPU, or two without a GPU",
         effect=Effect.RESULT,
@@ -61,16 +63,11 @@ class LaunchConfig(Section):
         default=30.0, gt=0, description="minutes after which a hanging collective fails", effect=Effect.MEANS
     )
 
-    @field_validator("num_processes")
-    @classmethod
-    def _positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise UserError("must be at least 1, or auto")
-        return value
-
 
 class Config(Section):
-    output_dir: str = setting(description="folder of the run", effect=Effect.MEANS)
+    output_dir: str = setting(
+        description="folder of the run: checkpoints, metrics, report, model", effect=Effect.MEANS
+    )
     seed: int = Field(
         default=42,
         ge=0,
@@ -80,7 +77,7 @@ class Config(Section):
     model: ModelConfig = Field(description="weights, reference, attention, what is frozen")
     peft: PeftConfig | None = Field(default=None, description="LoRA adapter; null: train all weights")
     data: DataConfig = Field(description="data sets, how they are read, and what becomes of them")
-    objective: ObjectiveParams = Field(description="loss_type and its parameters")  # pyright: ignore[reportInvalidTypeForm]
+    objective: ObjectiveParams = Field(description="loss_type and its parameters; `madpo keys` lists them")  # pyright: ignore[reportInvalidTypeForm]
     optim: OptimConfig = Field(default=OptimConfig(), description="optimiser and learning rate")
     train: TrainConfig = Field(default=TrainConfig(), description="batch sizes, length, logs, checkpoints")
     annotate: AnnotateConfig = setting(
@@ -93,13 +90,21 @@ class Config(Section):
         effect=Effect.RESULT,
     )
     deepspeed: dict[str, Any] = setting(
-        default_factory=dict, description="block that is passed to DeepSpeed", effect=Effect.RESULT
+        default_factory=dict,
+        description="DeepSpeed's own keys, as in {zero_optimization: {stage: 2}}",
+        effect=Effect.RESULT,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_its_kind(cls, tree: Any) -> Any:
+        return with_defaults(tree) if isinstance(tree, dict) else tree
 
     @field_validator("objective", mode="before")
     @classmethod
     def _in_the_spelling_of_other_libraries(cls, value: Any) -> Any:
-        return as_one_objective(value) if isinstance(value, dict) else value
+        block = as_block(value)
+        return as_one_objective(block) if isinstance(block, dict) else block
 
     @property
     def bound_objective(self) -> BoundObjective:
@@ -145,7 +150,7 @@ def validate(config: Config) -> None:
         _validate_streaming(config)
     if config.annotate.folds is not None and config.data.folds is not None:
         raise UserError("data.folds: annotate.folds sets it for every model; remove it")
-    if train.eval_steps is not None and not config.data.has_test_split:
+    if train.eval_steps is not None and not config.data.may_hold_out:
         raise UserError("train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split")
     if optim.warmup_steps and optim.warmup_ratio:
         raise UserError("optim: set warmup_steps or warmup_ratio, not both")
@@ -309,18 +314,34 @@ def _validate_streaming(config: Config) -> None:
         raise UserError("data.dataset_num_proc: a stream tokenises in one process, in the background; null")
 
 
-DEFAULT_OBJECTIVES = {"sft": "nll", "reward": "bradley_terry", "annotate": "bradley_terry", "generate": "nll"}
-"""Task -> the loss_type of a config that names none; `generate` uses no loss."""
+DEFAULT_OBJECTIVES = {
+    "sft": "nll",
+    "reward": "bradley_terry",
+    "annotate": "bradley_terry",
+    "generate": "nll",
+    "probe": "nll",
+}
+"""Task -> the loss_type of a config that names none. `generate` uses no loss, and `probe` one of its own."""
+
+OF_ANY_TASK = {"config", "show-data", "evaluate", "export"}
+"""Commands that take the config of any run. Where it names no loss_type, it is the run's."""
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), task: str = "train") -> Config:
-    """Read a config from a YAML file, apply `section.key=value` overrides, check it. Raises UserError."""
-    return from_tree(strict_yaml.override(strict_yaml.read(path), overrides), str(path), task)
+    """Read a config, apply `section.key=value` overrides, check it. Raises UserError.
+
+    `path` is a YAML file, or the folder of a run, which stands for its config.yaml. `task` is a command; it
+    decides the objective of a config that names none.
+    """
+    tree = strict_yaml.override(read_tree(path), overrides)
+    if task in OF_ANY_TASK:
+        tree = with_objective_of_run(tree)
+    return from_tree(tree, str(path), task)
 
 
 def from_tree(tree: dict[str, Any], origin: str, task: str = "train") -> Config:
     """Build and check a task's config from a mapping. UserError names `origin` and every problem."""
-    objective = tree.get("objective") or {}
+    objective = as_block(tree.get("objective"))
     if task in DEFAULT_OBJECTIVES and isinstance(objective, dict):
         tree = {**tree, "objective": {"loss_type": DEFAULT_OBJECTIVES[task], **objective}}
     try:

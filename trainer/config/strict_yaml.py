@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import UserError, closest
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -70,11 +70,21 @@ def parse(text: str, origin: str) -> Any:
 def read(path: str | Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping. UserError names the file and line."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a YAML file")
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    value = parse(path.read_text(encoding="utf-8"), str(path))
+        near = closest(path.name, [file.name for file in path.parent.glob("*")])
+        raise UserError(f"{path}: no such file" + (f", did you mean {path.with_name(near)}?" if near else ""))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: a config is a YAML file, and this is no text: {error}") from None
+    value = parse(text, str(path))
+    if value is None:
+        raise UserError(f"{path}: the file is empty")
     if not isinstance(value, dict):
-        raise UserError(f"{path}: a config is a mapping of sections, got {type(value).__name__}")
+        kind = "a list" if isinstance(value, list) else "a single value"
+        raise UserError(f"{path}: a config is a mapping of sections, and this is {kind}")
     return value
 
 

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from madpo.trainer.config.section import Effect, Section, setting
+from madpo.trainer.errors import UserError
 
 
 class OptimConfig(Section):
-    lr: float = Field(default=1e-6, gt=0, description="learning rate after warm-up")
+    lr: float = Field(default=1e-6, gt=0, description="highest learning rate, which warm-up ends at")
     weight_decay: float = Field(
         default=0.0, ge=0, description="weight decay of matrices; norms and biases have none"
     )
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient")
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the squared gradient")
-    adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW's term against division by zero")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the mean of gradients")
+    adam_beta2: float = Field(
+        default=0.999, ge=0, lt=1, description="AdamW: decay of the mean of squared gradients"
+    )
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW: term against division by zero")
     max_grad_norm: float = Field(
         default=1.0, ge=0, description="norm above which gradients are clipped; 0: no clipping"
     )
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
-        default="cosine", description="course of the learning rate after warm-up; linear and cosine end at 0"
+        default="cosine",
+        description="schedule of the learning rate after warm-up; linear and cosine end at 0",
     )
-    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    warmup_steps: int = Field(
+        default=0, ge=0, description="steps of warm-up, in which the learning rate rises linearly"
+    )
     warmup_ratio: float = Field(
         default=0.0, ge=0, lt=1, description="share of all steps that is warm-up, instead of warmup_steps"
     )
@@ -31,12 +37,12 @@ class OptimConfig(Section):
 
 class TrainConfig(Section):
     global_batch_size: int = Field(
-        default=64, ge=1, description="groups (prompts) per step, of all ranks together"
+        default=64, ge=1, description="groups (prompts) per optimiser step, over all ranks and micro-batches"
     )
     micro_batch_tokens: int = setting(
         default=16384,
         ge=2,
-        description="most packed tokens of a micro-batch on one rank",
+        description="most tokens of a micro-batch on one rank, packed without padding; bounds memory",
         effect=Effect.PACKED_ROWS,
     )
     sequence_parallel_size: int = Field(
@@ -49,13 +55,18 @@ class TrainConfig(Section):
         default=None, ge=1, description="optimiser steps, instead of num_train_epochs"
     )
     bf16: bool = Field(default=True, description="train in bfloat16, else in float32")
-    logging_steps: int = setting(
-        default=10, ge=1, description="steps between lines of metrics", effect=Effect.RESULT
+    logging_steps: int | Literal["auto"] = setting(
+        default="auto",
+        description="steps between lines of metrics; auto: 10, fewer in a run of less than 200 steps",
+        effect=Effect.RESULT,
+    )
+    eval_on_start: bool = setting(
+        default=True, description="evaluate before the first step too", effect=Effect.RESULT
     )
     eval_steps: int | None = setting(
         default=None,
         ge=1,
-        description="steps between evaluations; null: one at the end",
+        description="steps between evaluations on the held-out split; null: one at the end",
         effect=Effect.RESULT,
     )
     save_steps: int | None = setting(
@@ -77,12 +88,16 @@ class TrainConfig(Section):
     )
     max_shard_size: str = setting(
         default="5GB",
+        examples=["5GB", "500MB"],
         pattern=r"^[1-9][0-9]*(KB|MB|GB)$",
         description="largest size of one exported weights file",
         effect=Effect.RESULT,
     )
     head_gib: float = setting(
-        default=2.0, gt=0, description="GiB of logits that the loss head holds at a time", effect=Effect.MEANS
+        default=2.0,
+        gt=0,
+        description="GiB for the logits that the loss head holds at a time",
+        effect=Effect.MEANS,
     )
     head_impl: Literal["auto", "triton", "torch"] = setting(
         default="auto",
@@ -95,6 +110,13 @@ class TrainConfig(Section):
         description="peak TFLOP/s of one device, for perf/mfu; null: looked up for common GPUs",
         effect=Effect.RESULT,
     )
+
+    @field_validator("logging_steps")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise UserError("must be at least 1, or auto")
+        return value
 
     @property
     def row_tokens(self) -> int:

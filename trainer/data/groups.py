@@ -208,6 +208,6 @@ def check_groups(
     if missing:
         raise UserError(
             f"{groups.name}: {missing} of {len(groups)} rows have no margin, which objective "
-            f"{loss_type} needs; give a `margin` column (score of chosen minus score of rejected) or "
-            "use loss_type dpo"
+            f"{loss_type} needs; score the pairs with a reward model (madpo reward, then madpo annotate), or "
+            "give a `margin` column (score of chosen minus score of rejected), or use loss_type dpo"
         )

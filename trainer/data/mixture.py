@@ -11,8 +11,14 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.report import total_report
+from madpo.trainer.data.source import test_split
 from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.errors import UserError
+
+
+def has_held_out(data: DataConfig) -> bool:
+    """Whether the data set, or a part of the mixture, has a held-out split."""
+    return data.may_hold_out and (data.datasets is not None or test_split(data) is not None)
 
 
 def load_split(
@@ -25,9 +31,12 @@ def load_split(
     and if no split is named.
     """
     if data.datasets is None:
-        split = data.dataset_test_split if held_out else data.dataset_train_split
+        split = test_split(data) if held_out else data.dataset_train_split
         if split is None:
-            raise UserError("data.dataset_test_split: name the split to evaluate on")
+            named = data.dataset_test_split or "null"
+            raise UserError(
+                f"data.dataset_test_split: {named} leaves nothing to evaluate on; name the held-out split"
+            )
         groups, report = load_groups(data, split, tokenizer, supervised)
         return groups, {split: report}
     role = "test" if held_out else "train"

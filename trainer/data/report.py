@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ import numpy as np
 import pyarrow.compute as pc
 
 from madpo.trainer.data.dataset import column_of, flat_column
+
+LISTS = {"chat_template": "notes", "unused_columns": "unused"}
+"""Key of the report -> the column of the table whose texts it counts."""
 
 
 def report_of(
@@ -20,8 +24,7 @@ def report_of(
     """What was read and dropped, over all rows of the table; and what is trained on, over those taken."""
     problems = table.data.column("problem")
     reasons = pc.call_function("if_else", [table.data.column("unreadable"), "unreadable", problems])
-    values, counts = (column.to_pylist() for column in pc.call_function("value_counts", [reasons]).flatten())
-    dropped = {reason: n for reason, n in sorted(zip(values, counts, strict=True)) if reason}
+    dropped = {reason: number for reason, number in _counted(reasons).items() if reason}
     margins = flat_column(table.select(taken), "margins")
     margins = margins[~np.isnan(margins)]
     report: dict[str, Any] = {
@@ -35,6 +38,9 @@ def report_of(
         "comparisons_of_equal_tokens": int(column_of(table, "equal")[taken].sum()),
         "rows_that_spell_special_tokens": int(column_of(table, "spells_special").sum()),
     }
+    for key, column in LISTS.items():
+        if counts := _counted(pc.call_function("list_flatten", [table.data.column(column).take(taken)])):
+            report[key] = counts
     if len(margins):
         report |= {
             "margins": len(margins),
@@ -45,12 +51,24 @@ def report_of(
     return report
 
 
+def _counted(column: Any) -> dict[str, int]:
+    """Text -> how often it stands in a column, in alphabetical order."""
+    values, counts = pc.call_function("value_counts", [column]).flatten()
+    return dict(sorted(zip(values.to_pylist(), counts.to_pylist(), strict=True)))
+
+
 def total_report(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One report of several parts together."""
     counts = [key for key, value in reports[0].items() if isinstance(value, int) and key != "margins"]
     reasons = sorted({reason for report in reports for reason in report["dropped"]})
     total: dict[str, Any] = {"source": name, **{key: sum(x[key] for x in reports) for key in counts}}
     total["dropped"] = {reason: sum(x["dropped"].get(reason, 0) for x in reports) for reason in reasons}
+    for key in LISTS:
+        counted = Counter[str]()
+        for report in reports:
+            counted.update(report.get(key, {}))
+        if counted:
+            total[key] = dict(sorted(counted.items()))
     with_margins = [report for report in reports if "margins" in report]
     if with_margins:
         number = sum(x["margins"] for x in with_margins)
@@ -61,3 +79,8 @@ def total_report(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]
             "margin_mean": sum(x["margin_mean"] * x["margins"] for x in with_margins) / number,
         }
     return total
+
+
+def reasons_in(report: dict[str, Any]) -> str:
+    """Why rows were dropped, and how many for each reason, for a message."""
+    return "; ".join(f"{count}: {reason}" for reason, count in report["dropped"].items())

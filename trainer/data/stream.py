@@ -27,7 +27,7 @@ from madpo.trainer.data.block_reader import FIRST_ROWS, Reader
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.groups import ConcatenatedGroups, TokenDataset, TokenGroups
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.report import report_of, total_report
+from madpo.trainer.data.report import reasons_in, report_of, total_report
 from madpo.trainer.data.tokenised_cache import (
     adapter_in,
     check_readable,
@@ -133,8 +133,8 @@ class Stream:
                 if not any(map(self._size, range(block))):
                     report = self.report()[self._split]
                     raise UserError(
-                        f"{self._reader.name}: none of {report['rows']} rows can be trained on: "
-                        f"{report['dropped']}; data.max_length is {self._data.max_length}"
+                        f"{self._reader.name}: none of {report['rows']} rows can be trained on "
+                        f"({reasons_in(report)}); data.max_length is {self._data.max_length}"
                     )
                 epoch, block = epoch + 1, 0
         self._reached = BlockOfEpoch(epoch, block, first)

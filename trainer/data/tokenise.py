@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from madpo.trainer.data.chat_template import notes_on, render
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.read_row import RowRules
-from madpo.trainer.formats.text_groups import Messages, Text, TextGroup
+from madpo.trainer.formats.text_groups import Messages, Text, TextGroup, text_in
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class TokenRules:
     append_eos: Literal["auto", "always", "never"] = "auto"
     supervised: bool = False  # one completion per example, and no edges
     template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)  # an example's own win
+    template_may_drop: tuple[str, ...] = ()  # roles and keys of a prompt's messages
     rows: RowRules = field(default_factory=RowRules)
 
 
@@ -37,6 +39,7 @@ class TokenGroup:
     boundary_cut: int = 0  # prompt tokens that moved into the completion, as its text merged with them
     truncated: int = 0  # completions that were cut at their end
     equal: int = 0  # edges dropped, as chosen and rejected are the same tokens
+    notes: tuple[str, ...] = ()  # what the chat template made of the conversation, where it is no plain copy
     problem: str = ""  # why the group cannot be trained on, or empty
 
 
@@ -49,7 +52,8 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
     be trained on says why in `problem`: its prompt fills `max_length`, or it has no edge left.
     """
     prompt_only = encode_prompt(group, tokenizer, rules)
-    wholes = [_encode_whole(group, x, tokenizer, rules) for x in group.completions]
+    notes: dict[str, None] = {}
+    wholes = [_encode_whole(group, x, tokenizer, rules, notes) for x in group.completions]
     start = min(_common_prefix(prompt_only, whole) for whole in wholes)
     if start == 0 and not group.prompt and len(wholes) == 1:
         start = 1  # plain text without BOS: the first token predicts the rest, as in any language model
@@ -59,7 +63,7 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
     edges = [edge for edge in group.edges if completions[edge[0]] != completions[edge[1]]]
     problem = ""
     if start == 0:
-        problem = "prompt and completion share no leading token"
+        problem = "prompt and completion merge into one token"
     elif any(len(whole) == start for whole in wholes):
         problem = "a completion has no tokens"
     elif room < 1:
@@ -76,6 +80,7 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
         boundary_cut=max(len(prompt_only) - start, 0),
         truncated=sum(len(whole) > rules.max_length for whole in wholes),
         equal=len(group.edges) - len(edges),
+        notes=tuple(notes),
         problem=problem,
     )
 
@@ -105,22 +110,23 @@ def spells_special(group: TextGroup, spellings: re.Pattern[str] | None) -> bool:
 
 
 def _texts(text: Text) -> list[str]:
-    return [text] if isinstance(text, str) else [message.get("content", "") for message in text]
+    return [text] if isinstance(text, str) else [text_in(message) for message in text]
 
 
 def encode_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> list[int]:
-    """The tokens of a group's prompt alone, with the header of the answer in a conversation."""
+    """The tokens of a group's prompt alone, with the header of the answer in a conversation.
+
+    Raises UserError if the chat template leaves out what the prompt says; see `chat_template.notes_on`.
+    """
     if isinstance(group.prompt, str):
         return _encode_text(group.prompt, tokenizer)
-    continued = _is_continued(group.prompt)
-    return _encode_messages(
-        group,
-        group.prompt,
-        tokenizer,
-        rules,
-        add_generation_prompt=group.prompt[-1]["role"] != "assistant",
-        continue_final_message=continued,
-    )
+    options = _template_options(group, rules) | {
+        "add_generation_prompt": group.prompt[-1]["role"] != "assistant",
+        "continue_final_message": _is_continued(group.prompt),
+    }
+    ids, rendering = render(group.prompt, tokenizer, options)
+    notes_on(rendering, len(group.prompt), rules.template_may_drop)
+    return ids
 
 
 def _is_continued(prompt: Messages) -> bool:
@@ -129,8 +135,13 @@ def _is_continued(prompt: Messages) -> bool:
 
 
 def _encode_whole(
-    group: TextGroup, completion: Text, tokenizer: PreTrainedTokenizerBase, rules: TokenRules
+    group: TextGroup,
+    completion: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TokenRules,
+    notes: dict[str, None],
 ) -> list[int]:
+    """The tokens of prompt and completion; what is to be said of the two is entered in `notes`."""
     if isinstance(group.prompt, str):
         assert isinstance(completion, str)
         ids = _encode_text(group.prompt + completion, tokenizer)
@@ -142,10 +153,11 @@ def _encode_whole(
                 raise UserError(
                     "the prompt ends with words of the assistant, so the completion goes on with them"
                 )
-            joined = prompt[-1]["content"] + completion[0].get("content", "")
+            joined = text_in(prompt[-1]) + text_in(completion[0])
             completion = [{**completion[0], "content": joined}, *completion[1:]]
             prompt = prompt[:-1]
-        ids = _encode_messages(group, prompt + completion, tokenizer, rules)
+        ids, rendering = render(prompt + completion, tokenizer, _template_options(group, rules))
+        notes |= dict.fromkeys(notes_on(rendering, len(prompt), rules.template_may_drop))
     append = rules.append_eos == "always" or (rules.append_eos == "auto" and not group.conversational)
     if append and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
@@ -159,28 +171,8 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def _encode_messages(
-    group: TextGroup,
-    messages: Messages,
-    tokenizer: PreTrainedTokenizerBase,
-    rules: TokenRules,
-    **options: Any,
-) -> list[int]:
-    if tokenizer.chat_template is None:
-        raise UserError(
-            "the data set holds conversations and the tokenizer has no chat template; "
-            "use an instruction-tuned tokenizer (model.tokenizer_name_or_path) or plain text columns"
-        )
-    options |= {"tools": group.tools or None, **rules.template_kwargs, **group.template_kwargs}
-    encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-    ids = encoded["input_ids"]
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
-        raise UserError(
-            f"the conversation begins with {tokenizer.bos_token} twice; the chat template writes it, so take "
-            "it out of the data, or out of the template if the tokenizer adds it too"
-        )
-    return ids
+def _template_options(group: TextGroup, rules: TokenRules) -> dict[str, Any]:
+    return {"tools": group.tools or None, **rules.template_kwargs, **group.template_kwargs}
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

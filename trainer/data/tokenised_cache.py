@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,16 +25,16 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.dataset import GroupDataset, column_of
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.report import report_of
+from madpo.trainer.data.report import reasons_in, report_of
 from madpo.trainer.data.source import Source, open_source
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, special_spellings, spells_special, tokenise
 from madpo.trainer.errors import UserError
-from madpo.trainer.files import write_folder_atomically
+from madpo.trainer.files import fault_in, seal, write_folder_atomically
 from madpo.trainer.formats.adapters import ADAPTERS
 from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row
 from madpo.trainer.formats.text_groups import hash_of_prompt, parse_json_line
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 """Part of the cache key; raise it when the same examples would give other tokens."""
 
 FEATURES = datasets.Features(
@@ -54,6 +55,8 @@ FEATURES = datasets.Features(
         "truncated": datasets.Value("int32"),
         "equal": datasets.Value("int32"),
         "spells_special": datasets.Value("bool"),
+        "notes": datasets.Sequence(datasets.Value("string")),
+        "unused": datasets.Sequence(datasets.Value("string")),
         "prompt_hash": datasets.Value("int64"),
         "problem": datasets.Value("string"),
         "unreadable": datasets.Value("bool"),
@@ -64,8 +67,9 @@ FEATURES = datasets.Features(
 
 def rules_of(data: DataConfig, supervised: bool = False) -> TokenRules:
     """The rules that the config sets for reading examples and tokenising them."""
-    rows = RowRules(data.adapter, data.columns, data.edges)
-    return TokenRules(data.max_length, data.append_eos, supervised, data.chat_template_kwargs, rows)
+    rows = RowRules(data.adapter, data.columns, data.edges, tuple(data.ignore_columns))
+    may_drop = tuple(data.template_may_drop)
+    return TokenRules(data.max_length, data.append_eos, supervised, data.chat_template_kwargs, may_drop, rows)
 
 
 def load_groups(
@@ -89,6 +93,9 @@ def load_groups(
         key = groups_key(source.fingerprint, tokenizer, rules)
         path = cache / f"groups-{key}"
         with FileLock(cache / f"lock-{key}"):  # the same content may have another name elsewhere
+            if path.is_dir() and (fault := fault_in(path)):
+                print(f"damaged cache {path}: {fault}; tokenising anew", file=sys.stderr, flush=True)
+                shutil.rmtree(path)
             if not path.is_dir():
                 tokenise_all(source, tokenizer, rules, adapter_in(source, rules), data.dataset_num_proc, path)
         table = datasets.load_from_disk(str(path))
@@ -99,7 +106,7 @@ def load_groups(
     report = report_of(source.name, table, taken)
     if not len(usable):
         raise UserError(
-            f"{source.name}: none of {len(table)} rows can be trained on: {report['dropped']}; "
+            f"{source.name}: none of {len(table)} rows can be trained on ({reasons_in(report)}); "
             f"data.max_length is {data.max_length}"
         )
     if not len(taken):
@@ -168,9 +175,14 @@ class _RowTokeniser:
         except Exception as error:  # a chat template may raise anything
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             group = TokenGroup([], [], [], problem=f"{kind}{error}")
-            of_text = {"spells_special": False, "prompt_hash": 0, "unreadable": True}
+            of_text = {"spells_special": False, "unused": [], "prompt_hash": 0, "unreadable": True}
         else:
-            of_text = {"spells_special": spells, "prompt_hash": hash_of_prompt(text), "unreadable": False}
+            of_text = {
+                "spells_special": spells,
+                "unused": list(text.unused),
+                "prompt_hash": hash_of_prompt(text),
+                "unreadable": False,
+            }
         return {**_columns(group), **of_text, "row": number}
 
 
@@ -191,6 +203,7 @@ def _columns(group: TokenGroup) -> dict[str, Any]:
         "boundary_cut": group.boundary_cut,
         "truncated": group.truncated,
         "equal": group.equal,
+        "notes": list(group.notes),
         "problem": group.problem,
     }
 
@@ -218,7 +231,12 @@ def tokenise_all(
         cache_file_name=str(scratch / "rows.arrow"),
         desc=f"tokenising {source.name}",
     )
-    write_folder_atomically(path, lambda partial: table.save_to_disk(str(partial)))
+
+    def write(partial: Path) -> None:
+        table.save_to_disk(str(partial))
+        seal(partial)
+
+    write_folder_atomically(path, write)
     shutil.rmtree(scratch)
 
 

@@ -31,7 +31,7 @@ from madpo.trainer.data.block_reader import open_reader
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.folds import without_fold
 from madpo.trainer.data.groups import TabledGroups, TokenDataset, check_groups
-from madpo.trainer.data.mixture import load_split
+from madpo.trainer.data.mixture import has_held_out, load_split
 from madpo.trainer.data.stream import Stream
 from madpo.trainer.data.training_source import DatasetSource, TrainingSource
 from madpo.trainer.data.views.merged_prompts import MergedDataset, merge_prompts, repeated_prompts
@@ -71,10 +71,12 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool
         groups, report = training_groups(config, tokenizer)
         train = merged(_fitted(groups, config), config)
         source = DatasetSource(train, config.seed, data.order, report_of_merged(train, report))
-    if data.has_test_split or not training:
+    if not training or has_held_out(data):
         groups, report = load_split(data, True, tokenizer, supervised)
         held_out = merged(_fitted(groups, config), config)
         held_out_report = report_of_merged(held_out, report)
+    if held_out is None and config.train.eval_steps is not None:
+        raise UserError("train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split")
     return Data(train, held_out, source, held_out_report)
 
 
@@ -159,6 +161,14 @@ def _without_skipped(groups: TokenDataset, config: Config) -> TokenDataset:
     if config.bound_objective.weight is None:
         return groups
     return skip_weightless(groups, _weights(groups, config))
+
+
+def weights_of(groups: TokenDataset | None, config: Config) -> np.ndarray | None:
+    """(E,) the weights that the objective gives all pairs of the groups; None if it has none, or for a
+    stream, whose groups are not there yet."""
+    if groups is None or config.bound_objective.weight is None:
+        return None
+    return edge_weights(groups, config.bound_objective)
 
 
 def _weights(groups: TokenDataset, config: Config) -> np.ndarray:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from madpo.trainer.errors import UserError
@@ -18,6 +19,7 @@ from madpo.trainer.formats.messages import (
     Row,
     answer,
     each,
+    earlier_turns,
     pair,
     question,
     say,
@@ -25,7 +27,7 @@ from madpo.trainer.formats.messages import (
     text_of,
     transcript,
 )
-from madpo.trainer.formats.text_groups import TextGroup, finite, objects, ranked, same_kind
+from madpo.trainer.formats.text_groups import Messages, TextGroup, finite, objects, ranked, same_kind
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Adapter:
     needs: tuple[tuple[str, ...], ...]  # required columns: one of each tuple
     source: str  # where the format is published
     makes: str  # what an example becomes
+    uses: frozenset[str]  # all columns that it looks at
     read: Callable[[dict[str, Any]], TextGroup]  # raises UserError that names the field
 
     def missing(self, columns: set[str]) -> list[str]:
@@ -49,6 +52,7 @@ ADAPTERS: dict[str, Adapter] = {
         tuple((column,) for column in sorted(needed)),
         source="",
         makes="what `auto` finds by its columns",
+        uses=frozenset(needed | text_groups.BESIDE.get(name, frozenset())),
         read=partial(text_groups.to_group, layout=name),
     )
     for name, needed in text_groups.LAYOUTS
@@ -56,12 +60,14 @@ ADAPTERS: dict[str, Adapter] = {
 """Name -> adapter. First those of the plain layouts, which `auto` finds by their columns."""
 
 
-def adapter(name: str, needs: str, source: str, makes: str) -> Callable[[Any], Any]:
-    """Register a function example -> group. `needs` names columns; `a|b` is either of two."""
+def adapter(name: str, needs: str, source: str, makes: str, may_use: str = "") -> Callable[[Any], Any]:
+    """Register a function example -> group. `needs` names columns; `a|b` is either of two. `may_use` names
+    those that it also looks at."""
 
     def register(read: Callable[[dict[str, Any]], TextGroup]) -> Any:
         columns = tuple(tuple(names.split("|")) for names in needs.split())
-        ADAPTERS[name] = Adapter(name, columns, source, makes, read)
+        uses = frozenset(chain(*columns, may_use.split()))
+        ADAPTERS[name] = Adapter(name, columns, source, makes, uses, read)
         return read
 
     return register
@@ -105,6 +111,7 @@ def _hh_rlhf_text(row: dict[str, Any]) -> TextGroup:
     "HuggingFaceH4/ultrafeedback_binarized, argilla/ultrafeedback-binarized-preferences-cleaned",
     "pair of conversations; the margin from `score_chosen` and `score_rejected`, or from `chosen-rating` "
     "and `rejected-rating`",
+    may_use="score_chosen score_rejected chosen-rating rejected-rating",
 )
 def _ultrafeedback_binarized(row: dict[str, Any]) -> TextGroup:
     for ours, theirs in (("score_chosen", "chosen-rating"), ("score_rejected", "rejected-rating")):
@@ -193,6 +200,7 @@ def _helpsteer2(row: dict[str, Any]) -> TextGroup:
     "chosen rejected",
     "allenai/llama-3.1-tulu-3-8b-preference-mixture and its parts",
     "pair of conversations; `prompt` repeats their last question and is not used",
+    may_use="prompt",
 )
 def _tulu(row: dict[str, Any]) -> TextGroup:
     for name in ("chosen", "rejected"):
@@ -207,6 +215,7 @@ def _tulu(row: dict[str, Any]) -> TextGroup:
     "Intel/orca_dpo_pairs, argilla/distilabel-intel-orca-dpo-pairs",
     "pair of conversations, with the text of `system` if there is one; the margin is the difference of "
     "the two numbers in `rating`, and equal ones prefer nothing",
+    may_use="system rating",
 )
 def _orca_pairs(row: dict[str, Any]) -> TextGroup:
     prompt = question(text_of(row, "question", "input"), row.get("system"))
@@ -251,6 +260,7 @@ def _kto(row: dict[str, Any]) -> TextGroup:
     "ShareGPT; with `chosen` and `rejected` as in LLaMA-Factory",
     "supervised, the last message is the completion; or pair, if `chosen` and `rejected` hold one message "
     "each; `system` and `tools` if they are there",
+    may_use="system chosen rejected",
 )
 def _sharegpt(row: dict[str, Any]) -> TextGroup:
     turns = objects(row, "conversations")
@@ -272,6 +282,7 @@ _ALPACA_END = "Write a response that appropriately completes the request.\n\n###
     "instruction output",
     "tatsu-lab/alpaca",
     "supervised text, in one of the two prompts of Alpaca: with `input` and without",
+    may_use="input",
 )
 def _alpaca(row: dict[str, Any]) -> TextGroup:
     instruction, given = text_of(row, "instruction"), row.get("input") or ""
@@ -291,12 +302,31 @@ _ANSWERS = ("output", "response", "answer", "completion")
     "instruction_output",
     f"{'|'.join(_QUESTIONS)} {'|'.join(_ANSWERS)}",
     "Open-Orca/OpenOrca, meta-math/MetaMathQA, databricks/databricks-dolly-15k and their like",
-    "supervised conversation, with the text of `system` or `system_prompt` if there is one, and that of "
-    "`input` or `context` on a new line after the question",
+    "supervised conversation, with the text of `system` or `system_prompt` if there is one, the turns of "
+    "`history`, and the text of `input` or `context` on a new line after the question",
+    may_use="system system_prompt input context history",
 )
 def _instruction_output(row: dict[str, Any]) -> TextGroup:
-    system = row.get("system") or row.get("system_prompt")
-    asked = text_of(row, *_QUESTIONS)
+    return TextGroup(_instruction(row, *_QUESTIONS), [answer(text_of(row, *_ANSWERS))], [])
+
+
+@adapter(
+    "instruction_pairs",
+    "instruction chosen rejected",
+    "LLaMA-Factory's preference data in the Alpaca format",
+    "pair of conversations, with `system`, the turns of `history`, and the text of `input` on a new line "
+    "after the instruction",
+    may_use="input system history",
+)
+def _instruction_pairs(row: dict[str, Any]) -> TextGroup:
+    chosen, rejected = (answer(text_of(row, name)) for name in ("chosen", "rejected"))
+    return pair(_instruction(row, "instruction"), chosen, rejected)
+
+
+def _instruction(row: dict[str, Any], *names: str) -> Messages:
+    """An instruction with what stands around it: system, earlier turns, an input."""
+    asked = text_of(row, *names)
     if row.get("input") or row.get("context"):
         asked += "\n" + text_of(row, "input" if row.get("input") else "context")
-    return TextGroup(question(asked, system), [answer(text_of(row, *_ANSWERS))], [])
+    *system, asking = question(asked, row.get("system") or row.get("system_prompt"))
+    return [*system, *earlier_turns(row), asking]

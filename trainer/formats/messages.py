@@ -37,6 +37,15 @@ def answer(content: str) -> Text:
     return [say("assistant", content)]
 
 
+def earlier_turns(row: Row) -> Messages:
+    """The column `history`, pairs of a question and its answer, as messages. Raises UserError."""
+    turns: list[Any] = row.get("history") or []
+    for turn in turns if isinstance(turns, list) else [turns]:
+        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(x, str) and x for x in turn):
+            raise UserError(f"history: expected pairs of a question and its answer, got {turn!r:.80}")
+    return [say(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+
+
 def each(row: Row, name: str, read: Callable[[Row], Any]) -> list[Any]:
     """`read` applied to every object of the list in a column. Errors name the object's index."""
     results = []

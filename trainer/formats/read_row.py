@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS, Adapter
 from madpo.trainer.formats.text_groups import (
+    MARGIN_COLUMNS,
     TextGroup,
     best_only,
     layout_of,
     margin_of,
     with_edges,
+    with_system,
     without_nulls,
 )
 
@@ -36,6 +39,7 @@ class RowRules:
     adapter: str = "auto"
     columns: dict[str, str] = field(default_factory=dict, hash=False)  # our column name -> the source's
     edges: Which = "all"
+    ignore: tuple[str, ...] = ()  # columns that are not to be used
 
 
 def choose_adapter(columns: Iterable[str], rules: RowRules, supervised: bool = False) -> str:
@@ -67,8 +71,9 @@ def _nearest(names: set[str]) -> str:
     """The end of an error message: the adapters that fit these columns, or lack the fewest."""
     missing = {name: adapter.missing(names) for name, adapter in ADAPTERS.items()}
     near = [name for name, lacks in missing.items() if len(lacks) < len(ADAPTERS[name].needs)]
+    rename = "rename yours with data.columns, ours first, as in data.columns={chosen: good, rejected: bad}"
     if not near:
-        return "; or rename with data.columns"
+        return f"; {rename}"
     fitting = [name for name in near if not missing[name]]
     if fitting:
         return f"; data.adapter={' or '.join(fitting)} reads these"
@@ -78,17 +83,67 @@ def _nearest(names: set[str]) -> str:
         return len(missing[name]) / needs, -needs
 
     nearest = min(near, key=distance)
-    return f"; nearest is {nearest}, which lacks {', '.join(missing[nearest])}: rename with data.columns"
+    if distance(nearest)[0] >= MISLEADING:
+        return f"; {rename}"
+    return f"; nearest is {nearest}, which lacks {', '.join(missing[nearest])}: {rename}"
+
+
+MISLEADING = 0.5
+"""A layout that lacks this share of its columns is not worth a mention."""
 
 
 def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised: bool = False) -> TextGroup:
     """The group of an example. Raises UserError that names the field, its value and what it should hold."""
-    row = renamed(row, rules.columns)
+    row = {name: value for name, value in renamed(row, rules.columns).items() if name not in rules.ignore}
     group = adapter.read(row)
     group = best_only(group) if supervised else _with_margin(choose_edges(group, rules.edges), margin_of(row))
-    if not group.conversational:
-        return group
-    return replace(group, tools=_tools(row), template_kwargs=_template_kwargs(row))
+    used = adapter.uses | MARGIN_COLUMNS
+    if group.conversational:
+        used |= {"tools", "chat_template_kwargs"}
+        group = replace(group, tools=_tools(row), template_kwargs=_template_kwargs(row))
+        if not adapter.source:
+            used |= {*SYSTEM}
+            group = with_system(group, next((row[name] for name in SYSTEM if row.get(name)), None))
+    return replace(group, unused=_unused(row, used, adapter, group))
+
+
+SYSTEM = ("system", "system_prompt")
+
+MEANT = {
+    *SYSTEM,
+    *("instruction", "question", "input", "context", "history", "tools", "weight"),
+    *("image", "images", "video", "videos", "audio", "audios"),
+}
+"""Names of columns that belong to what the model should read, or to how an example counts."""
+
+
+def _unused(
+    row: dict[str, Any], used: AbstractSet[str], adapter: Adapter, group: TextGroup
+) -> tuple[str, ...]:
+    """The columns that hold text or more and that nothing looks at. Raises UserError for one of MEANT."""
+    unused = tuple(name for name, value in row.items() if name not in used and _says_something(value))
+    for name in unused:
+        if name in MEANT:
+            beside = "beside conversations" if group.conversational else "beside plain text"
+            raise UserError(
+                f"{name}: {beside}, {adapter.name} does not use this column; {_instead(name, row)}set "
+                f"data.ignore_columns=[{name}] to leave it out"
+            )
+    return unused
+
+
+def _instead(name: str, row: dict[str, Any]) -> str:
+    """The adapters that use this column beside the others, as the beginning of an advice."""
+    given = {column for column, value in row.items() if _says_something(value)}
+    fitting = [x.name for x in ADAPTERS.values() if name in x.uses and x.source and not x.missing(given)]
+    return f"data.adapter={' or '.join(fitting)} does; else " if fitting else ""
+
+
+def _says_something(value: Any) -> bool:
+    """Whether a value holds text, or anything but nothing in a list or an object."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return isinstance(value, list | dict) and bool(value)
 
 
 def _with_margin(group: TextGroup, margin: float | None) -> TextGroup:

@@ -23,6 +23,13 @@ import xxhash
 from madpo.trainer.errors import UserError
 
 Messages = list[dict[str, Any]]
+
+THINKING = ("thinking", "reasoning_content", "reasoning")
+"""Keys of an assistant's message that hold its thinking, beside its content."""
+
+SPOKEN = ("content", *THINKING, "tool_calls")
+"""The keys of a message that hold what it says."""
+
 Text = str | Messages
 
 
@@ -36,6 +43,7 @@ class TextGroup:
     labels: list[int] = field(default_factory=list)  # 1 desirable, -1 undesirable; all completions or none
     tools: list[dict[str, Any]] = field(default_factory=list)  # JSON schemas, for the chat template
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # more variables of the chat template
+    unused: tuple[str, ...] = field(default=(), compare=False)  # columns with text that nothing looks at
     compared: bool = field(default=False, compare=False)  # from `ranked`, maybe with fewer than two scores
 
     @property
@@ -51,6 +59,13 @@ LAYOUTS = (
     ("text", {"text"}),
     ("scored", {"prompt", "completions", "scores"}),
 )
+
+
+BESIDE = {
+    "preference": frozenset({"prompt"}),
+    "prompt-completion": frozenset({"label"}),
+}
+"""Layout -> columns that it looks at besides those it needs."""
 
 
 SUPERVISED_ORDER = ("prompt-completion", "messages", "text", "scored", "preference")
@@ -83,7 +98,7 @@ def to_group(row: Mapping[str, Any], layout: str, supervised: bool = False) -> T
         labels = []
         if layout == "unpaired":
             labels = [label_of(row)]
-        elif row.get("label") is False:
+        elif isinstance(row.get("label"), bool | int) and row["label"] == 0:
             labels = [-1]
         return TextGroup(prompt, same_kind(prompt, completion), [], labels)
     if layout == "messages":
@@ -122,7 +137,7 @@ def ranked(
         for loser, worse in enumerate(scores)
         if better > worse
     ]
-    return TextGroup(prompt, same_kind(prompt, *completions), edges, compared=True)
+    return TextGroup(prompt, same_kind(prompt, *completions, may_be_empty=True), edges, compared=True)
 
 
 def _scored(row: Mapping[str, Any]) -> TextGroup:
@@ -156,7 +171,13 @@ def preference(row: Mapping[str, Any]) -> TextGroup:
         and not (isinstance(prompt, list) and chosen[0]["role"] == "assistant")
     ):
         # Two whole conversations: a prompt column only repeats how they begin.
+        given = prompt
         prompt, chosen, rejected = _split_conversations(chosen, rejected)
+        if given and not _holds(prompt, given):
+            raise UserError(
+                f"prompt: says more than the two conversations begin with, got {given!r:.80}; write it into "
+                "chosen and rejected too, or leave these without their beginning"
+            )
     if prompt is None:
         raise UserError(
             "prompt is missing; only conversations (lists of messages) may leave it out; transcripts in one "
@@ -165,10 +186,18 @@ def preference(row: Mapping[str, Any]) -> TextGroup:
     return TextGroup(prompt, same_kind(prompt, chosen, rejected), [(0, 1, margin_of(row))])
 
 
+def _holds(conversation: Messages, prompt: Text) -> bool:
+    """Whether a conversation says all that a prompt says: its text in a message, or its messages in order."""
+    if isinstance(prompt, str):
+        return any(prompt.strip() in text_in(message) for message in conversation)
+    rest = iter(conversation)
+    return all(any(_say_alike(message, x) for x in rest) for message in prompt)
+
+
 def _split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
     """(prompt, chosen, rejected): the messages that both conversations begin with are the prompt."""
     shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+    while shared < min(len(chosen), len(rejected)) and _say_alike(chosen[shared], rejected[shared]):
         shared += 1
     shared = min(shared, len(chosen) - 1, len(rejected) - 1)
     if shared == 0:
@@ -176,9 +205,14 @@ def _split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def same_kind(prompt: Text, *completions: Text) -> list[Text]:
+def _say_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two messages agree in role and words; ids and other keys may differ."""
+    return all(one.get(key) == other.get(key) for key in ("role", *SPOKEN))
+
+
+def same_kind(prompt: Text, *completions: Text, may_be_empty: bool = False) -> list[Text]:
     """The completions. Raises UserError unless prompt and completions are all text, or all messages and the
-    completions the assistant's."""
+    completions the assistant's; and for an empty answer, unless it was sampled and so may be empty."""
     if len({isinstance(x, str) for x in (prompt, *completions)}) > 1:
         raise UserError("prompt and completions must all be text or all be lists of messages")
     for completion in completions:
@@ -188,7 +222,13 @@ def same_kind(prompt: Text, *completions: Text) -> list[Text]:
                 f"a completion has the roles {', '.join(roles)}; everything in it is trained on, so it "
                 "must be the assistant's and end with the assistant; move the rest into the prompt"
             )
+        if not (isinstance(completion, str) or may_be_empty or _answers(completion[-1])):
+            raise UserError("a completion ends with an empty message of the assistant")
     return list(completions)
+
+
+def _answers(message: dict[str, Any]) -> bool:
+    return bool(text_in(message) or message.get("tool_calls"))
 
 
 def text_or_messages(row: Mapping[str, Any], field: str, may_be_empty: bool = False) -> Text:
@@ -208,17 +248,42 @@ def as_text(value: Any, field: str, may_be_empty: bool = False) -> Text:
 
 
 def _message(field: str, message: Any) -> dict[str, Any]:
-    """The message without null keys. It needs a role, and text unless it calls tools."""
+    """The message without null keys. It needs a role, and text or parts of text unless it calls tools."""
     if isinstance(message, dict) and isinstance(message.get("role"), str):
         message = without_nulls(message)
-        calls = message.get("tool_calls") if message["role"] == "assistant" else None
-        calls_only = isinstance(calls, list) and calls and "content" not in message
-        if isinstance(message.get("content"), str) or calls_only:
+        content, calls = message.get("content"), message.get("tool_calls")
+        is_call = message["role"] == "assistant" and bool(calls) and isinstance(calls, list)
+        if is_call and any(not isinstance(_function(call).get("name"), str) for call in calls or ()):
+            raise UserError(f"{field}: a tool call has a function with a name, got {calls!r:.80}")
+        if isinstance(content, list) and content:
+            return {**message, "content": [_text_part(field, part) for part in content]}
+        if isinstance(content, str) or (is_call and content is None):
             return message
+    is_shared = isinstance(message, dict) and message.keys() >= {"from", "value"}
+    hint = "; data.adapter=sharegpt reads from and value in a column conversations" if is_shared else ""
     raise UserError(
         f"{field}: a message needs text under role and content (or tool_calls of the assistant), "
-        f"got {message!r:.80}"
+        f"got {message!r:.80}{hint}"
     )
+
+
+def _function(call: Any) -> dict[str, Any]:
+    """The name and the arguments of a tool call, which may stand under `function`."""
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    return function if isinstance(function, dict) else {}
+
+
+def _text_part(field: str, part: Any) -> dict[str, Any]:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    kind = part.get("type") if isinstance(part, dict) else part
+    raise UserError(f"{field}: content holds a part of type {kind!r:.40}; only parts of text are trained on")
+
+
+def text_in(message: Mapping[str, Any]) -> str:
+    """The text of a message, also where it stands in parts; empty if there is none."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def without_nulls(value: Any) -> Any:
@@ -240,6 +305,21 @@ def margin_of(row: Mapping[str, Any]) -> float | None:
         if row.get(chosen) is not None and row.get(rejected) is not None:
             return finite(finite(row[chosen], chosen) - finite(row[rejected], rejected), "margin")
     return None
+
+
+def with_system(group: TextGroup, system: Any) -> TextGroup:
+    """The conversation after a system message of this text, if there is text. Raises UserError."""
+    if system is None:
+        return group
+    if not isinstance(system, str):
+        raise UserError(f"system: expected text, got {system!r:.80}")
+    assert not isinstance(group.prompt, str)
+    first = group.prompt[0]
+    if first["role"] != "system":
+        return replace(group, prompt=[{"role": "system", "content": system}, *group.prompt])
+    if text_in(first) != system:
+        raise UserError(f"system: the conversation begins with another system message, got {system!r:.80}")
+    return group
 
 
 def with_edges(group: Any, edges: Sequence[tuple[int, int, float | None]]) -> Any:
@@ -287,7 +367,8 @@ def parse_json_line(raw: bytes) -> dict[str, Any]:
     except RecursionError:
         raise UserError("not JSON that can be read: nested too deeply") from None
     if not isinstance(row, dict):
-        raise UserError(f"expected a JSON object, got {type(row).__name__}")
+        hint = "; write one object a line (jq -c '.[]' FILE does)" if isinstance(row, list) else ""
+        raise UserError(f"expected a JSON object, got {type(row).__name__}{hint}")
     return row
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from madpo.trainer.model.expert_balance import expert_balance
 from madpo.trainer.model.freeze import freeze
 from madpo.trainer.model.offload import offload_layers
 from madpo.trainer.model.policy import PolicyWithReference
-from madpo.trainer.model.pretrained import Pretrained, build_from_scratch, folder_of, load_pretrained
+from madpo.trainer.model.pretrained import Pretrained, build_from_scratch, load_pretrained
 from madpo.trainer.model.recompute import checkpoint_layers
 from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.model.tokenizer import padding_token
@@ -41,7 +42,7 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
     does not fit its tokenizer.
     """
     objective, model = config.bound_objective, config.model
-    _prepare_attention(config)
+    _prepare_kernels(config)
     torch.manual_seed(config.seed)
     options = _loading_options(config)
     policy, adapter, has_new_layer = _policy(config, tokenizer, options)
@@ -72,7 +73,7 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
 def load_reference(config: Config, tokenizer: PreTrainedTokenizerBase) -> ReferenceScorer:
     """The reference by itself: the model named, or the start of the run, with its adapter off unless it was
     trained before. Seeds torch and raises UserError as `build_module` does."""
-    _prepare_attention(config)
+    _prepare_kernels(config)
     torch.manual_seed(config.seed)
     options = _loading_options(config)
     name = config.model.ref_model_name_or_path
@@ -102,10 +103,13 @@ def _save_time_and_memory(policy: PreTrainedModel, reference: ReferenceScorer | 
     return bool(model.gradient_checkpointing) and not selective
 
 
-def _prepare_attention(config: Config) -> None:
-    """Make our attention known to transformers. Raises UserError for one that this machine lacks."""
+def _prepare_kernels(config: Config) -> None:
+    """Make our attention known to transformers. Raises UserError for a kernel that cannot run here."""
     prefix_sharing.register()
     check_available(config.model.attention)
+    on_gpu = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+    if config.train.head_impl == "triton" and not on_gpu:
+        raise UserError("train.head_impl: triton runs on GPUs only, and there is none here; set auto")
 
 
 def _loading_options(config: Config) -> dict[str, Any]:
@@ -197,7 +201,7 @@ def adapter_named(config: Config, name: str | None, revision: str | None) -> lor
     UserError if it is set for a whole model.
     """
     own = config.model.model_name_or_path
-    is_own = own is not None and name in (own, folder_of(own))
+    is_own = own is not None and name == own
     base = config.peft.base_model_name_or_path if config.peft is not None and is_own else None
     adapter = lora.stored_adapter(name, revision, base)
     if base is not None and adapter is None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -15,7 +16,7 @@ from transformers import (
 from transformers.utils import logging
 
 from madpo.trainer.config.model import ModelConfig
-from madpo.trainer.errors import UserError, nearest
+from madpo.trainer.errors import UserError, nearest, on_one_line
 from madpo.trainer.model.families import NOISE_THAT_STAYS
 
 NEW_LAYER = "score.weight"
@@ -27,16 +28,6 @@ class Pretrained(NamedTuple):
 
     model: PreTrainedModel
     has_new_layer: bool  # its score layer is not in the files, and random
-
-
-def folder_of(name: str) -> str:
-    """Resolve a model's name: a run folder becomes its exported `model/`, anything else stays."""
-    exported = Path(name) / "model"
-    return str(exported) if _holds_model(exported) and not _holds_model(Path(name)) else name
-
-
-def _holds_model(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
 
 
 def state_of_files(name: str) -> list[tuple[str, int, int]]:
@@ -63,6 +54,12 @@ def load_pretrained(
     logging.set_verbosity_error()  # its report of missing weights: they are an error here
     try:
         config = without_dropout(AutoConfig.from_pretrained(name, revision=revision, **options))
+        classifier = classifier_of(config)
+        if kind == AutoModelForCausalLM and classifier is not None:
+            raise UserError(
+                f"model {name!r} is a reward model ({classifier}), which writes no text; name a "
+                "language model"
+            )
         model, info = kind.from_pretrained(
             name,
             config=config,
@@ -72,9 +69,11 @@ def load_pretrained(
             output_loading_info=True,
             quantization_config=quantization_config,
         )
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         hint = "" if Path(name).exists() else " (no such folder, and no model of that name on the hub)"
-        raise UserError(f"model {name!r} could not be loaded{hint}: {error}") from error
+        raise UserError(f"model {name!r} could not be loaded{hint}: {on_one_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(set(info["missing_keys"]) - {NEW_LAYER})
@@ -89,6 +88,12 @@ def load_pretrained(
             "and name that"
         )
     return Pretrained(model, has_new_layer=NEW_LAYER in info["missing_keys"])
+
+
+def classifier_of(config: PreTrainedConfig) -> str | None:
+    """The classifier that the files beside a config are of, as those of reward models are; else None."""
+    names = (name for name in config.architectures or [] if name.endswith("ForSequenceClassification"))
+    return next(names, None)
 
 
 def build_from_scratch(

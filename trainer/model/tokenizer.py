@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from madpo.trainer.config.model import ModelConfig
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import UserError, on_one_line
+
+FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+"""Patterns of the files that a tokenizer is kept in."""
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that the config names, or else the model's. Raises UserError if there is none."""
+    key = "model.tokenizer_name_or_path" if model.tokenizer_name_or_path else "model.model_name_or_path"
     name = model.tokenizer_name_or_path or model.model_name_or_path
     assert name is not None
     revision = None if model.tokenizer_name_or_path else model.model_revision
+    folder = Path(name)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in FILES):
+        raise UserError(
+            f"{key}: {name} holds no tokenizer; set model.tokenizer_name_or_path to the model that it was "
+            "made of"
+        )
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer could be loaded from {name!r}: {error}") from error
+        raise UserError(f"{key}: no tokenizer could be loaded from {name!r}: {on_one_line(error)}") from error
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:

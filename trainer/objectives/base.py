@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import wraps
 from typing import Any, Self
 
 import numpy as np
@@ -63,9 +64,13 @@ class Params(BaseModel):
     @classmethod
     def keys(cls) -> set[str]:
         """All names under which parameters can be given, aliases among them."""
-        aliases = (parameter.validation_alias for parameter in cls.model_fields.values())
-        choices = (choice for alias in aliases if isinstance(alias, AliasChoices) for choice in alias.choices)
-        return {*cls.model_fields, *map(str, choices)}
+        return {key for name in cls.model_fields for key in (name, *cls.aliases(name))}
+
+    @classmethod
+    def aliases(cls, name: str) -> list[str]:
+        """The names under which a parameter is given in place of its own."""
+        alias = cls.model_fields[name].validation_alias
+        return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else []
 
     @property
     def quantiles(self) -> dict[str, float]:
@@ -180,6 +185,11 @@ class Objective:
     def name(self) -> str:
         return self.params.model_fields["loss_type"].default
 
+    @property
+    def equation(self) -> str:
+        """The first line of the function's docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
     def of(self, params: Params) -> Objective:
         """The objective with its needs under these parameters."""
         return self if self.needs_of is None else replace(self, needs=_needs(self.needs_of(params)))
@@ -228,6 +238,7 @@ def objective(
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         wants_state = len(inspect.signature(function).parameters) == 3
 
+        @wraps(function)
         def outcome(scores: Scores, settings: Params, state: BatchState) -> Outcome:
             result = function(scores, settings, *((state,) if wants_state else ()))
             return result if isinstance(result, Outcome) else Outcome(result)

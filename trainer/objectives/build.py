@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from madpo.trainer.errors import nearest
+from madpo.trainer.field_words import problem_of
 from madpo.trainer.objectives.base import BatchState, EdgeLoss, Item, Need, Objective, Outcome, Params
 from madpo.trainer.objectives.scores import Scored, Scores
 
@@ -156,9 +157,17 @@ def build(name: str, /, **parameters: Any) -> BoundObjective:
     try:
         params = entry.params.model_validate(parameters)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']} (got {problem['input']!r})"
-            for problem in error.errors()
-        ]
-        raise ValueError(f"{name}: {'; '.join(problems)}") from None
+        raise ValueError(f"{name}: {'; '.join(_problems(error, entry.params))}") from None
     return bind(params)
+
+
+def _problems(error: ValidationError, params: type[Params]) -> Iterator[str]:
+    """What is wrong with each parameter."""
+    fields = params.model_fields
+    names = {str(alias): name for name in fields for alias in params.aliases(name)}
+    for item in error.errors():
+        name = str(item["loc"][0]) if item["loc"] else ""
+        if item["type"] == "extra_forbidden":
+            yield f"{name}: unknown parameter{nearest(name, fields.keys() - {'loss_type'})}"
+        else:
+            yield f"{name}: {problem_of(item, fields.get(names.get(name, name)))}".removeprefix(": ")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from functools import partial
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import AfterValidator, AliasChoices, Field
+from pydantic_core import PydanticCustomError
 
 Beta = Annotated[
     float, Field(gt=0, description="strength with which the policy is held to the reference model")
@@ -51,15 +52,27 @@ def number(value: float | str) -> float:
     return value
 
 
-def _number_or_quantile(value: float | str, above: float = -math.inf, below: float = math.inf) -> float | str:
-    if quantile_of(value) is None and (isinstance(value, str) or not above < value < below):
-        limits = (("above", above), ("below", below))
+@dataclass(frozen=True)
+class _NumberOrQuantile:
+    """A validator: a number between two limits, or `quantile:q`."""
+
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __call__(self, value: float | str) -> float | str:
+        if quantile_of(value) is None and (isinstance(value, str) or not self.above < value < self.below):
+            raise PydanticCustomError("number_or_quantile", self.words)  # type: ignore[arg-type]
+        return value
+
+    @property
+    def words(self) -> str:
+        """The values that are allowed."""
+        limits = (("above", self.above), ("below", self.below))
         parts = [f" {word} {limit:g}" for word, limit in limits if math.isfinite(limit)]
-        raise ValueError(f"a number{' and'.join(parts)}; or quantile:q, q in (0, 1), as in quantile:0.1")
-    return value
+        return f"a number{' and'.join(parts)}, or quantile:q with q between 0 and 1, as in quantile:0.1"
 
 
-Threshold = Annotated[float | str, AfterValidator(_number_or_quantile)]
+Threshold = Annotated[float | str, AfterValidator(_NumberOrQuantile())]
 """A number, or `quantile:q` of the training set's values."""
-PositiveThreshold = Annotated[float | str, AfterValidator(partial(_number_or_quantile, above=0))]
-ProbabilityThreshold = Annotated[float | str, AfterValidator(partial(_number_or_quantile, above=0, below=1))]
+PositiveThreshold = Annotated[float | str, AfterValidator(_NumberOrQuantile(above=0))]
+ProbabilityThreshold = Annotated[float | str, AfterValidator(_NumberOrQuantile(above=0, below=1))]

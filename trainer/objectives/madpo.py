@@ -25,7 +25,7 @@ class MADPOParams(Params):
         lt=1,
         description="smallest factor on a margin, for large margins; null: 1 / c_max",
     )
-    steepness: float = Field(
+    lam: float = Field(
         default=1.0,
         gt=0,
         validation_alias=AliasChoices("lambda", "lam"),
@@ -56,7 +56,7 @@ class MADPOParams(Params):
         return MarginWeight(
             self.c_max,
             self.c_min,
-            self.steepness,
+            self.lam,
             number(self.tau),
             self.margin_scale,
             lowest=1.0 if self.ablation == "amplify" else 0.0,

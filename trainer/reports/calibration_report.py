@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
-from itertools import cycle
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 from madpo.trainer.objectives.madpo import MADPOParams
 from madpo.trainer.reports.calibration import Calibration, calibration
-from madpo.trainer.reports.html import COLOURS, CSS, GREY, PALE, key, require_matplotlib, svg, table
+from madpo.trainer.reports.drawing import GRID, INK, PAPER, SOFT, colour, draw
+from madpo.trainer.reports.page import Cell, Figure, Key, Table, render
 
 C_MAX, PAPERS_TAU, QUANTILE = 4.0, 7.0, 0.8
 
@@ -23,9 +23,13 @@ class View:
     """A set of margins, as one colour in the report."""
 
     name: str
-    colour: str
+    number: int  # gives its colour
     margins: np.ndarray  # (N,)
     calibration: Calibration
+
+    @property
+    def key(self) -> Key:
+        return Key("solid", self.number, self.name)
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Weight:
     """MADPO's weight as a function of the margin, at one threshold."""
 
     name: str
-    mark: str  # style of its curve, solid or dashed
+    mark: Literal["solid", "dashed"]
     tau: float
 
     def __call__(self, margins: np.ndarray) -> np.ndarray:
@@ -47,35 +51,39 @@ def write_calibration_report(
 ) -> Path:
     """Write the report, with all sets of margins on the same charts, and return its path.
 
-    The quantile for MADPO's tau is taken of the first set. Raises UserError if matplotlib is missing.
+    The quantile for MADPO's tau is taken of the first set.
     """
-    require_matplotlib()
-    pairs = zip(margins.items(), cycle(COLOURS), strict=False)
-    views = [View(name, colour, values, calibration(values)) for (name, values), colour in pairs]
+    views = [
+        View(name, number, values, calibration(values))
+        for number, (name, values) in enumerate(margins.items())
+    ]
     quantile = float(np.quantile(np.abs(views[0].margins), QUANTILE))
     weights = [
         Weight(f"τ = {PAPERS_TAU:g}, the paper's", "dashed", PAPERS_TAU),
         Weight(f"τ = {quantile:.3g}, quantile:{QUANTILE:g} of {views[0].name}", "solid", quantile),
     ]
-    legend = "".join(key("dot", view.colour, view.name) for view in views)
-    bars = "".join(key("solid", view.colour, view.name) for view in views)
-    curves = "".join(key(weight.mark, "#1f2430", f"weight at {weight.name}") for weight in weights)
-    page = PAGE.format(
-        title=escape(output.resolve().parent.parent.name),
-        css=CSS,
+    return render(
+        "calibration_report.html.jinja",
+        output,
+        title=output.resolve().parent.parent.name,
+        happened=[(view.name, _verdict(view)) for view in views],
         numbers=_numbers(views),
-        reliability=_figure("Reliability", RELIABILITY, legend, _reliability(views)),
-        histogram=_figure("Margins and weights", HISTOGRAM, bars + curves, _histogram(views, weights)),
+        figures=[_reliability(views), _histogram(views, weights)],
         weights=_weights(views, weights),
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8")
-    return output
 
 
-def _numbers(views: Sequence[View]) -> str:
+def _verdict(view: View) -> str:
+    """One sentence on a set of margins."""
+    found = view.calibration
+    scale = "above 100" if found.best_scale is None else f"{found.best_scale:.2f}"
+    accuracy = f"{found.accuracy:.1%} ± {100 * found.accuracy_standard_error:.1f}"
+    return f"chosen above rejected in {accuracy} of {found.pairs:,} pairs, best scale of the margins {scale}."
+
+
+def _numbers(views: Sequence[View]) -> Table:
     all_of = [view.calibration for view in views]
-    rows = [["pairs", *(f"{x.pairs:,}" for x in all_of)]]
+    rows: list[list[Cell]] = [["pairs", *(f"{x.pairs:,}" for x in all_of)]]
     rows.append(["accuracy", *(f"{x.accuracy:.3f} ± {x.accuracy_standard_error:.3f}" for x in all_of)])
     rows.append(["log loss, nats", *(f"{x.log_loss:.4f} ± {x.log_loss_standard_error:.4f}" for x in all_of)])
     rows.append(["calibration error", *(f"{x.calibration_error:.4f}" for x in all_of)])
@@ -85,67 +93,78 @@ def _numbers(views: Sequence[View]) -> str:
     for quantile in (0.05, 0.25, 0.5, 0.75, 0.95):
         values = [f"{np.quantile(view.margins, quantile):.3f}" for view in views]
         rows.append([f"margin, {quantile:.0%} quantile", *values])
-    return table(["", *(key("solid", view.colour, view.name) for view in views)], rows)
+    return Table(["", *(view.key for view in views)], rows)
 
 
-def _weights(views: Sequence[View], weights: Sequence[Weight]) -> str:
-    rows = []
+def _weights(views: Sequence[View], weights: Sequence[Weight]) -> Table:
+    rows = list[list[Cell]]()
     for weight in weights:
         for view in views:
             values, large = weight(view.margins), np.abs(view.margins) > weight.tau
             shares = [float((values > 1).mean()), float((values < 1).mean()), float(large.mean())]
             numbers = [f"{share:.1%}" for share in shares]
             numbers += [f"{x:.3f}" for x in (values.mean(), values.min(), values.max())]
-            name = escape(weight.name) if view is views[0] else ""
-            rows.append([name, key("solid", view.colour, view.name), *numbers])
+            name = weight.name if view is views[0] else ""
+            rows.append([name, view.key, *numbers])
     head = ["", "", "weight above 1", "below 1", "|margin| above τ", "mean", "least", "largest"]
-    return table(head, rows)
+    return Table(head, rows)
 
 
-def _figure(title: str, note: str, legend: str, drawing: str) -> str:
-    return f"<figure><h3>{title}</h3><p>{note}</p><p>{legend}</p>{drawing}</figure>\n"
-
-
-def _reliability(views: Sequence[View]) -> str:
-    with svg("reliability") as (axes, drawing):
+def _reliability(views: Sequence[View]) -> Figure:
+    title = "Reliability"
+    with draw(title, "predicted") as drawing:
+        axes = drawing.axes
         low = min(0.45, *(one.observed for view in views for one in view.calibration.bins)) - 0.02
-        axes.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=0.7, linestyle=(0, (2, 2)))
+        axes.plot([0.5, 1], [0.5, 1], color=SOFT, linewidth=0.7, linestyle=(0, (2, 2)))
         for view in views:
             predicted, observed, errors = (
                 [getattr(one, name) for one in view.calibration.bins]
                 for name in ("predicted", "observed", "standard_error")
             )
-            axes.errorbar(predicted, observed, errors, color=view.colour, linewidth=1.1, capsize=0)
-            axes.plot(predicted, observed, "o", color=view.colour, markeredgecolor="white", markersize=6)
+            own = colour(view.number)
+            axes.errorbar(predicted, observed, errors, color=own, linewidth=1.1, capsize=0)
+            axes.plot(predicted, observed, "o", color=own, markeredgecolor=PAPER, markersize=6, clip_on=False)
+            drawing.answer(view.name, view.number, predicted, observed)
         axes.set(xlim=(0.49, 1.01), ylim=(low, 1.02))
-        axes.set_xlabel("predicted, sigmoid |margin|", color=GREY)
-        axes.set_ylabel("observed", color=GREY)
-    return drawing.getvalue()
+        axes.set_xlabel("predicted, sigmoid |margin|", color=SOFT)
+        axes.set_ylabel("observed", color=SOFT)
+    return Figure(title, RELIABILITY, [_dot(view) for view in views], drawing.svg, drawing.values)
 
 
-def _histogram(views: Sequence[View], weights: Sequence[Weight]) -> str:
+def _dot(view: View) -> Key:
+    return Key("dot", view.number, view.name)
+
+
+def _histogram(views: Sequence[View], weights: Sequence[Weight]) -> Figure:
+    title = "Margins and weights"
     every = np.concatenate([view.margins for view in views])
     low, high = (float(np.quantile(every, q)) for q in (0.002, 0.998))
     edges = np.linspace(min(low, -1.0), max(high, 1.0), 61)
-    with svg("margins") as (axes, drawing):
+    with draw(title, "margin") as drawing:
+        axes = drawing.axes
         for view in views:
             inside = np.clip(view.margins, edges[0], edges[-1])
             share = np.histogram(inside, edges)[0] / len(inside)
-            axes.stairs(share, edges, color=view.colour, fill=True, alpha=0.16)
-            axes.stairs(share, edges, color=view.colour, linewidth=1.1)
-        axes.set_xlabel("margin, chosen minus rejected", color=GREY)
-        axes.set_ylabel("share of pairs", color=GREY)
+            axes.stairs(share, edges, color=colour(view.number), fill=True, alpha=0.16)
+            axes.stairs(share, edges, color=colour(view.number), linewidth=1.1)
+            middles = np.round((edges[:-1] + edges[1:]) / 2, 2)
+            drawing.answer(f"{view.name}, share", view.number, middles.tolist(), share.tolist())
+        axes.set_xlabel("margin, chosen minus rejected", color=SOFT)
+        axes.set_ylabel("share of pairs", color=SOFT)
         right = axes.twinx()
-        margins = np.linspace(edges[0], edges[-1], 600)
+        margins = np.linspace(edges[0], edges[-1], 600).round(2)
         for weight in weights:
             style = (0, (3, 1.5)) if weight.mark == "dashed" else "-"
-            right.plot(margins, weight(margins), color="#1f2430", linewidth=1.1, linestyle=style)
-        right.axhline(1, color=GREY, linewidth=0.7, linestyle=(0, (2, 2)))
+            values = weight(margins)
+            right.plot(margins, values, color=INK, linewidth=1.1, linestyle=style)
+            drawing.answer(f"weight, τ = {weight.tau:.3g}", "ink", margins.tolist(), values.tolist())
+        right.axhline(1, color=SOFT, linewidth=0.7, linestyle=(0, (2, 2)))
         right.set(ylim=(0, 2), yticks=(0, 0.5, 1, 1.5, 2))
-        right.set_ylabel("weight", color=GREY)
-        right.tick_params(color=PALE, labelcolor=GREY)
+        right.set_ylabel("weight", color=SOFT)
+        right.tick_params(color=GRID, labelcolor=SOFT)
         right.spines[:].set_visible(False)
-    return drawing.getvalue()
+    keys = [*(view.key for view in views), *(Key(x.mark, "ink", f"weight at {x.name}") for x in weights)]
+    return Figure(title, HISTOGRAM, keys, drawing.svg, drawing.values)
 
 
 RELIABILITY = (
@@ -156,14 +175,3 @@ HISTOGRAM = (
     f"share of pairs (left axis; the outermost bars hold all beyond), and MADPO's weight at c_max = "
     f"{C_MAX:g} (right axis; 1 is DPO)"
 )
-
-PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Margins of {title}</title><style>{css}</style>
-<p>Margins of a reward model, P(chosen is better) = sigmoid(margin)</p><h1>{title}</h1>{numbers}
-<div class="grid">{reliability}{histogram}</div>
-<h2>Weights that MADPO would give</h2>{weights}
-<p style="margin-top:1rem">Times the best scale, the margins predict the labels best. Below 1 the margins are
-too large; set <code>objective.margin_scale</code> to it. A calibration error close to the one by chance means
-that no error is visible.</p></html>
-"""

@@ -7,69 +7,92 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Template
+from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.schema import Config, dump
 from madpo.trainer.model import lora
 from madpo.trainer.model.freeze import count_parameters
+from madpo.trainer.pair_margins import STDERR
+from madpo.trainer.reports.page import TEMPLATES
+from madpo.trainer.reports.progress import metric_cell
 from madpo.trainer.run_folder import last_evaluation
 from madpo.trainer.state import TrainState
 
 
-def model_card(config: Config, run: Path, state: TrainState, policy: Any, adapter: bool) -> str:
-    """The README.md of an exported adapter or of exported weights: YAML front matter, then text.
+def model_card(
+    config: Config,
+    folder: Path,
+    state: TrainState,
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: bool,
+) -> ModelCard:
+    """The README.md of an exported adapter or of exported weights in a folder of the run.
 
     It says only what the run knows: no license, and no paths except those in the config.
     """
-    base, names = _base(config, policy), config.data.names
-    facts = {
-        "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-classification" if _scores(config) else "text-generation",
-        **({"base_model": base} if base and not Path(base).exists() else {}),
-        **({"datasets": on_hub} if (on_hub := [name for name in names if not Path(name).exists()]) else {}),
-        "tags": ["madpo", config.objective.loss_type, *(["lora"] if lora.is_adapted(policy) else [])],
-    }
-    sections = {
-        "Use": _use(config, base, adapter, policy),
-        "Training": _training(config, run, state, policy),
-        "Data": _data(run),
-        "Held-out metrics": _held_out(run),
-        "Configuration": f"```yaml\n{dump(config)}```",
-    }
-    text = "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items() if body)
-    kind = "reward model" if _scores(config) else "language model"
-    title = f"LoRA adapter that makes a {kind} of" if adapter else f"{kind} trained from"
+    run, base, names = folder.parent, _base(config, policy), config.data.names
+    is_reward_model = config.bound_objective.is_reward_model
+    data = ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-classification" if is_reward_model else "text-generation",
+        base_model=base if base and not Path(base).exists() else None,
+        datasets=[name for name in names if not Path(name).exists()] or None,
+        tags=["madpo", config.objective.loss_type, *(["lora"] if lora.is_adapted(policy) else [])],
+    )
+    code = usage(
+        folder,
+        is_reward_model,
+        adapter,
+        chat=tokenizer.chat_template is not None,
+        ends_with_eos=config.data.append_eos != "never" and tokenizer.eos_token is not None,
+    )
+    needs = f"\n\nIts base model is `{base}`, and must be available under that name." if adapter else ""
+    kind = "reward model" if is_reward_model else "language model"
+    what = f"LoRA adapter that makes a {kind} of" if adapter else f"{kind} trained from"
     start = f"`{base}`" if base else "random weights"
-    return (
-        f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n# {run.name}\n\n"
-        f"A {title} {start}, by madpo with the objective `{config.objective.loss_type}` on "
-        f"{', '.join(f'`{name}`' for name in names)}.\n{text}"
+    return ModelCard.from_template(
+        data,
+        template_str=(TEMPLATES / "model_card.md.jinja").read_text(encoding="utf-8"),
+        title=run.name,
+        summary=f"A {what} {start}, by madpo with the objective `{config.objective.loss_type}` on "
+        f"{', '.join(f'`{name}`' for name in names)}.",
+        sections={
+            "Use": f"```python\n{code}```{needs}",
+            "Training": _training(config, run, state, policy),
+            "Data": _data(run),
+            "Held-out metrics": _held_out(run),
+            "Configuration": f"```yaml\n{dump(config)}```",
+        },
     )
 
 
-def _scores(config: Config) -> bool:
-    return config.bound_objective.is_reward_model
+def usage(folder: Path, is_reward_model: bool, adapter: bool, chat: bool, ends_with_eos: bool) -> str:
+    """Code that loads an exported folder, and lets it answer or scores a pair of answers.
+
+    `chat`: the tokenizer has a chat template. `ends_with_eos`: a reward model scores plain text behind EOS.
+    """
+    template = Template(
+        (TEMPLATES / "usage.py.jinja").read_text(encoding="utf-8"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return template.render(
+        folder=json.dumps(str(folder)),
+        is_reward_model=is_reward_model,
+        adapter=adapter,
+        chat=chat,
+        ends_with_eos=ends_with_eos,
+    )
 
 
 def _base(config: Config, policy: Any) -> str | None:
     if lora.is_adapted(policy):
         return policy.peft_config[lora.POLICY].base_model_name_or_path
     return config.model.model_name_or_path
-
-
-def _use(config: Config, base: str | None, adapter: bool, policy: Any) -> str:
-    kind = "SequenceClassification" if _scores(config) else "CausalLM"
-    library, name, options = "transformers", f"AutoModelFor{kind}", ""
-    if adapter:
-        library, name = "peft", f"AutoPeftModelFor{kind}"
-    if adapter and _scores(config):  # the base model's own config does not have these
-        options = f", num_labels=1, pad_token_id={policy.config.pad_token_id}"
-    needs = f"\n\nIts base model is `{base}`, and must be available under that name." if adapter else ""
-    return (
-        f"```python\nfrom {library} import {name}\nfrom transformers import AutoTokenizer\n\n"
-        f'folder = "..."  # this one\nmodel = {name}.from_pretrained(folder{options})\n'
-        f"tokenizer = AutoTokenizer.from_pretrained(folder)\n```{needs}"
-    )
 
 
 def _training(config: Config, run: Path, state: TrainState, policy: Any) -> str:
@@ -107,8 +130,9 @@ def _data(run: Path) -> str:
 
 
 def _held_out(run: Path) -> str:
-    record = last_evaluation(run).items()
-    rows = [(k.removeprefix("eval_"), f"{value:.4f}") for k, value in record if k.startswith("eval_")]
+    record = last_evaluation(run)
+    names = [name for name in record if name.startswith("eval_") and not name.endswith(STDERR)]
+    rows = [(name.removeprefix("eval_"), metric_cell(record, name)) for name in names]
     return _table(("metric", "value"), rows) if rows else ""
 
 

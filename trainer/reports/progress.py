@@ -1,10 +1,11 @@
-"""What rank 0 prints: a live line on a terminal, plain lines elsewhere, tables of metrics."""
+"""What rank 0 prints: lines, below them a bar on a terminal; tables of metrics."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from rich.table import Table
 
 from madpo.trainer.config.schema import Config
 from madpo.trainer.dist import Shard
+from madpo.trainer.pair_margins import ACCURACY, STDERR, all_are_ties
+from madpo.trainer.run_folder import newest_checkpoint, step_of
 from madpo.trainer.state import TrainState
 
 SHORT = {
@@ -80,6 +83,10 @@ class Progress:
                 counts.append(f"{repeated:.0%} of the tokens repeat a prompt (see data.merge_prompts)")
             counts += [f"{facts[key]} {label}" for key, label in COUNTS.items() if facts[key]]
             out(f"  {split}: {', '.join(counts)}")
+            for note, number in facts.get("chat_template", {}).items():
+                out(f"    {number} examples: {note}")
+            if unused := facts.get("unused_columns"):
+                out(f"    columns that are not used: {', '.join(unused)}")
         for note in notes:
             out(f"  {note}")
         if state.step:
@@ -91,14 +98,14 @@ class Progress:
                 TimeElapsedColumn(),
                 TextColumn("eta"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[metrics]}"),
                 console=self._console,
+                transient=True,
             )
             self._live.start()
-            self._live.add_task("", total=self._total, completed=state.step, metrics="")
+            self._live.add_task("", total=self._total, completed=state.step)
 
     def show(self, record: Mapping[str, float]) -> None:
-        """Print a logged record: training updates the live line, an evaluation gets a line of its own."""
+        """Print a logged record, a line each; on a terminal they pass above the bar."""
         step = int(record["step"])
         if "eval_loss" in record:
             text = "  ".join(_short(record, "eval_"))
@@ -106,9 +113,9 @@ class Progress:
             return
         text = "  ".join(_short(record))
         if self._live is not None:
-            self._live.update(self._live.task_ids[0], completed=step, metrics=text)
-        else:
-            self._console.print(f"step {step}/{self._total}  {text}  {self._remaining(step)}")
+            self._live.update(self._live.task_ids[0], completed=step)
+        remaining = self._remaining(step) if self._live is None else ""
+        self._console.print(f"step {step}/{self._total}  {text}  {remaining}".rstrip())
 
     def _remaining(self, step: int) -> str:
         """`eta m:ss`, extrapolated from the first record on; empty at the first."""
@@ -119,30 +126,58 @@ class Progress:
         seconds = (now - self._clock[0]) / (step - self._clock[1]) * (self._total - step)
         return f"eta {int(seconds) // 60}:{int(seconds) % 60:02d}"
 
+    def stopped(self, state: TrainState, checkpoints: Path) -> str:
+        """The answer to a signal: how far the run is, and from where it goes on."""
+        self.close()
+        tag = newest_checkpoint(checkpoints)
+        way_on = (
+            f"the last checkpoint is of step {step_of(tag)}; the same command continues from there"
+            if tag
+            else "no checkpoint yet (train.save_steps), so the same command starts from step 0"
+        )
+        return f"stopped at step {state.step} of {self._total}; {way_on}"
+
     def close(self) -> None:
         if self._live is not None:
             self._live.stop()
 
 
 def _short(record: Mapping[str, float], prefix: str = "") -> list[str]:
-    return [
-        f"{label} {record[prefix + name]:{form}}"
-        for name, (label, form) in SHORT.items()
-        if prefix + name in record
-    ]
+    parts = []
+    for name, (label, form) in SHORT.items():
+        if (value := record.get(prefix + name)) is None:
+            continue
+        if name == ACCURACY and all_are_ties(record, prefix):
+            parts.append(f"{label} -")
+            continue
+        error = record.get(f"{prefix}{name}{STDERR}")
+        parts.append(f"{label} {value:{form}}" + ("" if error is None else f" ± {error:{form}}"))
+    return parts
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> str:
-    """A text table with a row per metric and a column per model."""
+    """A text table with a row per metric and its standard error, and a column per model."""
     table = Table("metric", *columns, box=None, pad_edge=False)
     names = dict.fromkeys(name for record in columns.values() for name in record)
     for name in names:
-        values = [record.get(name) for record in columns.values()]
-        table.add_row(name, *("" if value is None else f"{value:.4f}" for value in values))
+        if not name.endswith(STDERR):
+            table.add_row(name, *(metric_cell(record, name) for record in columns.values()))
     console = Console(width=200, force_terminal=False)
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()
+
+
+def metric_cell(record: Mapping[str, float], name: str) -> str:
+    """A metric and its standard error as text; empty if it is missing, `-` if all pairs are ties."""
+    value, error = record.get(name), record.get(f"{name}{STDERR}")
+    if value is None:
+        return ""
+    if name.endswith(ACCURACY) and all_are_ties(record, name.removesuffix(ACCURACY)):
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 SECONDS_BETWEEN_LINES = 30

@@ -13,20 +13,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers import AutoConfig
 
 from madpo.trainer import user_function
 from madpo.trainer.batches.packing import pack
 from madpo.trainer.config.generate import EndpointConfig, JudgeConfig
+from madpo.trainer.config.locate import model_folder
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.tokenise import TokenGroup, tokenise
 from madpo.trainer.data.tokenised_cache import rules_of
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import hash_of_file
 from madpo.trainer.formats.text_groups import Text, TextGroup
+from madpo.trainer.model import lora
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable
 from madpo.trainer.model.backbone import last_hidden
 from madpo.trainer.model.build import build_module
-from madpo.trainer.model.pretrained import folder_of, state_of_files
+from madpo.trainer.model.pretrained import classifier_of, state_of_files
 from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.model.startup.attention import choose_attention
 from madpo.trainer.model.tokenizer import load_tokenizer
@@ -40,16 +43,38 @@ Judge = Callable[[Sequence[TextGroup], Sequence[Sequence[Text]]], Scores]
 
 def check_judge(judge: JudgeConfig) -> None:
     """Raise UserError for a judge that cannot work; called before anything is sampled."""
+    if judge.reward_model is not None:
+        _check_reward_model(_folder(judge.reward_model))
     if judge.function is not None:
         _load_function(judge.function)
     if judge.endpoint is not None:
         api_key(judge.endpoint)
 
 
+def _folder(reward_model: str) -> str:
+    return model_folder("generate.judge.reward_model", reward_model)
+
+
+def _check_reward_model(folder: str) -> None:
+    """Raise UserError unless the model's own files say that it is a reward model."""
+    adapter = lora.stored_adapter(folder, None)
+    if adapter is not None and "score" in (adapter.config.modules_to_save or []):
+        return
+    try:
+        config = AutoConfig.from_pretrained(folder if adapter is None else adapter.base)
+    except (OSError, ValueError) as error:
+        raise UserError(f"generate.judge.reward_model: {folder} could not be loaded: {error}") from error
+    if config.architectures and classifier_of(config) is None:
+        raise UserError(
+            f"generate.judge.reward_model: {folder} is no reward model but a {config.architectures[0]}; "
+            "train one with madpo reward"
+        )
+
+
 def open_judge(config: Config, judge: JudgeConfig) -> Judge:
     """Load the judge that the section names. Raises UserError if that fails."""
     if judge.reward_model is not None:
-        return RewardJudge(config, folder_of(judge.reward_model))
+        return RewardJudge(config, _folder(judge.reward_model))
     if judge.function is not None:
         return _judge_of_texts(FunctionJudge(judge.function))
     assert judge.endpoint is not None
@@ -67,7 +92,7 @@ def judge_identity(config: Config, judge: JudgeConfig) -> list[Any]:
     assert without_effect <= EndpointConfig.model_fields.keys()
     identity: list[Any] = [judge.model_dump(exclude={"endpoint": without_effect})]
     if judge.reward_model is not None:
-        data, files = config.data, state_of_files(folder_of(judge.reward_model))
+        data, files = config.data, state_of_files(_folder(judge.reward_model))
         identity += [files, data.max_length, data.append_eos, data.chat_template_kwargs, config.train.bf16]
     if judge.function is not None:
         file = user_function.file_of(judge.function, Path())

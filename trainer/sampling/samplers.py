@@ -133,10 +133,15 @@ class _Transformers:
         longest = max(map(len, prompts))
         most, new = self.max_positions, self.max_new_tokens
         if most is not None and longest + new > most:
+            room = most - new
             raise UserError(
                 f"a prompt of {longest} tokens and generate.max_new_tokens {new} are more than the "
-                f"{most} positions of {self.model.config.name_or_path}; set data.max_length to at most "
-                f"{most - new + 1} to leave out such prompts, or fewer new tokens"
+                f"{most} positions of {self.model.config.name_or_path}; lower generate.max_new_tokens"
+                + (
+                    f", or set data.max_length to at most {room + 1} to leave out such prompts"
+                    if room > 0
+                    else ""
+                )
             )
         ids = torch.tensor([[self.pad] * (longest - len(x)) + x for x in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in prompts], device=ids.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from rich.console import Console
 
 from madpo.trainer import checkpoint, dist
 from madpo.trainer.batches.steps import evaluation_steps, step_rules
+from madpo.trainer.config.locate import located, model_folder
 from madpo.trainer.config.schema import AnnotateConfig, Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.folds import folds_of, without_fold
 from madpo.trainer.data.groups import TokenDataset, check_groups
-from madpo.trainer.data.source import open_source
+from madpo.trainer.data.source import open_source, test_split
 from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.data.training_data import merged
 from madpo.trainer.data.training_source import content_of
@@ -34,6 +35,9 @@ from madpo.trainer.scoring_module import Mode
 from madpo.trainer.stages.annotated_split import margins_of, together, write_split
 from madpo.trainer.stages.start_engine import start_engine
 from madpo.trainer.state import TrainState
+
+SEEN = ", seen in training"
+"""Behind the name of a split whose pairs were scored by a model that was trained on them."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def run_annotation(config: Config) -> None:
         )
     if config.data.streaming:
         raise UserError("data.streaming: annotate writes the whole data set; set data.streaming=false")
-    judges = judges_of(config)
+    judges = [replace(judge, config=located(judge.config)) for judge in judges_of(config)]
     data = [
         load_pairs(judge.config) for judge in judges
     ]  # before the ranks join, as tokenising may take long
@@ -95,13 +99,12 @@ def _write_all(
         scored = together([own[split].rows for own in data], [own[split] for own in scores], folds)
         source = open_source(config.data, split, Path(config.data.cache_dir).expanduser())
         _show(split, write_split(target, split, source, scored, names, config.data.columns), target)
-        margins[split if folds is None else f"{split}, cross-fitted"] = margins_of(scored.combined)
+        trained_on = split == config.data.dataset_train_split and config.annotate.models is None
+        kind = "" if not trained_on else ", cross-fitted" if folds is not None else SEEN
+        margins[f"{split}{kind}"] = margins_of(scored.combined)
         if scored.seen is not None:
-            margins[f"{split}, in sample"] = scored.seen
-    try:
-        print(f"report {write_calibration_report(margins, target / 'report.html')}", flush=True)
-    except UserError as error:
-        print(f"no report: {error}", flush=True)
+            margins[f"{split}{SEEN}"] = scored.seen
+    print(f"report {write_calibration_report(margins, target / 'report.html')}", flush=True)
 
 
 def judges_of(config: Config) -> list[RewardCheckpoint]:
@@ -113,8 +116,7 @@ def judges_of(config: Config) -> list[RewardCheckpoint]:
         return [RewardCheckpoint(config)]
     out, peft = [], config.peft and config.peft.of_given_models()
     for name in config.annotate.models:
-        exported = Path(name).expanduser() / "model"
-        update = {"model_name_or_path": str(exported) if exported.is_dir() else name, "init_config": None}
+        update = {"model_name_or_path": model_folder("annotate.models", name), "init_config": None}
         model = config.model.model_copy(update={**update, "tokenizer_name_or_path": None})
         out.append(RewardCheckpoint(config.model_copy(update={"model": model, "peft": peft}), given=True))
     return out
@@ -130,7 +132,7 @@ def fold_config(config: Config, fold: int) -> Config:
 def load_pairs(config: Config) -> dict[str, GroupDataset]:
     """Read the pairs of every split that the config names, all folds of them."""
     tokenizer = load_tokenizer(config.model)
-    splits = [config.data.dataset_train_split, config.data.dataset_test_split]
+    splits = [config.data.dataset_train_split, test_split(config.data)]
     data = {split: load_groups(config.data, split, tokenizer)[0] for split in splits if split is not None}
     plain = config.model_copy(update={"objective": BradleyTerryParams()})  # needs no margins in the data
     for groups in data.values():

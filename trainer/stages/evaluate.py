@@ -5,24 +5,30 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from madpo.trainer import checkpoint, dist, loop
+from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.training_data import load_data, weighed
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.reference.cached import with_reference
 from madpo.trainer.reports.progress import metrics_table
+from madpo.trainer.run_folder import check_trained
 from madpo.trainer.stages.quantiles import resolve_quantiles
 from madpo.trainer.stages.start_engine import check_data_fits, start_engine
 from madpo.trainer.state import TrainState
 
 
-def run_evaluation(config: Config) -> None:
-    """Evaluate the newest checkpoint of `output_dir`, or the starting model if there is none.
+def run_evaluation(config: Config, base: bool = False) -> dict[str, Any]:
+    """Evaluate the newest checkpoint of `output_dir`, or with `base` the model that training starts from.
 
-    Writes `evaluation.json` into the run folder and prints a table. Raises UserError.
+    Writes `evaluation.json` into the run folder, prints a table, and returns on all ranks what it wrote:
+    `model` (the checkpoint, or the starting model's name) and the metrics. Raises UserError.
     """
-    folder = Path(config.output_dir)
+    config, folder = located(config), Path(config.output_dir)
+    if not base:
+        check_trained(folder, "evaluate")
     stored = checkpoint.stored_objective(folder / "checkpoints") or {}
     if config.objective.quantiles and stored.get("loss_type") == config.objective.loss_type:
         # The thresholds that the run was trained with, whatever data is evaluated now.
@@ -35,15 +41,19 @@ def run_evaluation(config: Config) -> None:
     data = weighed(data, config)
     data, _ = with_reference(config, data, tokenizer, shard, training=False)
     assert data.held_out is not None
-    tag = checkpoint.latest(folder / "checkpoints", checkpoint.model_identity(config, shard))
+    identity = checkpoint.model_identity(config, shard)
+    tag = None if base else checkpoint.latest(folder / "checkpoints", identity)
     engine = start_engine(config, tokenizer, training=tag is not None)
     check_data_fits(replace(data, train=None), config, engine)
     state = checkpoint.load(engine, folder / "checkpoints", tag) if tag else TrainState()
-    record = loop.evaluate(config, engine, data.held_out, shard, state.memory)
+    record = loop.evaluate(config, engine, data.held_out, shard, state.memory).record
+    record = {name: value for name, value in record.items() if not name.startswith("eval_perf/")}
+    result = {"model": tag or config.model.model_name_or_path, **record}
     if shard.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        record = {name: value for name, value in record.items() if not name.startswith("eval_perf/")}
-        result = {"model": tag or config.model.model_name_or_path, **record}
-        (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-        print(metrics_table({str(result["model"]): record}), flush=True)
+        target = folder / "evaluation.json"
+        target.write_text(json.dumps(result, indent=2) + "\n")
+        print(metrics_table({str(result["model"]): record}))
+        print(f"evaluation {target}", flush=True)
     engine.release()
+    return result

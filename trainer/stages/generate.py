@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -21,13 +22,15 @@ import xxhash
 
 from madpo.trainer import dist
 from madpo.trainer.config.generate import GenerateConfig, JudgeConfig
+from madpo.trainer.config.locate import located, model_folder
 from madpo.trainer.config.schema import Config
+from madpo.trainer.data.source import test_split
 from madpo.trainer.data.tokenised_cache import tokenizer_identity
 from madpo.trainer.dist import Shard
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_atomically
 from madpo.trainer.formats.text_groups import Text
-from madpo.trainer.model.pretrained import folder_of, state_of_files
+from madpo.trainer.model.pretrained import state_of_files
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.reports.progress import print_line
 from madpo.trainer.reports.samples import print_samples
@@ -75,32 +78,33 @@ def run_generation(config: Config) -> None:
     """
     settings, folder = config.generate or GenerateConfig(), Path(config.output_dir)
     backend, writers = backend_of(settings), writers_of(config, settings)
+    config = located(config)
     if settings.judge is not None:
         check_judge(settings.judge)
     tokenizer, data = load_tokenizer(config.model), config.data
-    splits = [split for split in (data.dataset_train_split, data.dataset_test_split) if split is not None]
+    splits = [split for split in (data.dataset_train_split, test_split(data)) if split is not None]
     prompts = {
         split: read_prompts(data, split, tokenizer, settings.prompt_tokens, settings.limit)
         for split in splits
     }
     batches = {split: batches_of(split, prompts[split].lengths, settings.batch_size) for split in splits}
     shard = dist.init(config.launch.timeout_minutes)
-    lock = claim(folder, shard)
-    all_batches = list(chain(*batches.values()))
-    finished = folder / "generated" / "parts"
-    plan = SamplingPlan(config, settings, backend, prompts, all_batches, finished, shard)
-    written = [_sample_all(plan, writer) for writer in writers]
-    judged = _judge_all(plan, settings.judge, written) if settings.judge else None
-    if shard.is_main:
-        for split in splits:
-            rows = _joined(prompts[split], batches[split], writers, written, judged)
-            facts = _write(folder, split, rows, settings, config.seed)
-            _write_facts(
-                folder, split, facts | _provenance(config, settings, backend, writers, prompts[split])
-            )
-            _show(folder, split, facts, rows, settings)
-    dist.barrier()
-    lock.release()
+    with ExitStack() as cleanup:
+        cleanup.callback(claim(folder, shard).release)
+        all_batches = list(chain(*batches.values()))
+        finished = folder / "generated" / "parts"
+        plan = SamplingPlan(config, settings, backend, prompts, all_batches, finished, shard)
+        written = [_sample_all(plan, writer) for writer in writers]
+        judged = _judge_all(plan, settings.judge, written) if settings.judge else None
+        if shard.is_main:
+            for split in splits:
+                rows = _joined(prompts[split], batches[split], writers, written, judged)
+                facts = _write(folder, split, rows, settings, config.seed)
+                _write_facts(
+                    folder, split, facts | _provenance(config, settings, backend, writers, prompts[split])
+                )
+                _show(folder, split, facts, rows, settings)
+        dist.barrier()
 
 
 def writers_of(config: Config, settings: GenerateConfig) -> list[Writer]:
@@ -108,8 +112,9 @@ def writers_of(config: Config, settings: GenerateConfig) -> list[Writer]:
     own = config.model.model_name_or_path
     if not settings.models and own is None:
         raise UserError("generate.models: name a model; model.init_config is one from scratch")
+    key = "generate.models" if settings.models else "model.model_name_or_path"
     return [
-        Writer(index, name, folder_of(name), config.model.model_revision if name == own else None)
+        Writer(index, name, model_folder(key, name), config.model.model_revision if name == own else None)
         for index, name in enumerate(settings.models or [str(own)])
     ]
 

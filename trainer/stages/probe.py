@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer import dist
 from madpo.trainer.batches.steps import evaluation_steps, step_rules
+from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.groups import TokenDataset
 from madpo.trainer.data.order import permutation
@@ -75,7 +76,7 @@ def run_probe(config: Config) -> None:
     """Measure, print the result, and store it in the run folder. Raises UserError."""
     if config.data.streaming:
         raise UserError("data.streaming: probe draws from the whole training set; set data.streaming=false")
-    config = _supervised(config)
+    config = _supervised(located(config))
     tokenizer = load_tokenizer(config.model)
     groups = load_data(config, tokenizer, training=True).train
     assert groups is not None

@@ -33,5 +33,5 @@ def resolve_quantiles(config: Config, data: Data, tokenizer: PreTrainedTokenizer
         return config.model_copy(update={"objective": params.resolve(values)})
     except ValidationError as error:
         given = ", ".join(f"{name} quantile:{q:g}" for name, q in params.quantiles.items())
-        problem = error.errors()[0]
-        raise UserError(f"objective: {given} is {problem['input']}; {problem['msg']}") from None
+        item = error.errors()[0]
+        raise UserError(f"objective: {given} is {item['input']} here; expected {item['msg']}") from None

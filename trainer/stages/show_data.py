@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.groups import check_groups
 from madpo.trainer.data.order import DataOrder
@@ -31,6 +32,7 @@ def show_data(config: Config, count: int, console: Console) -> None:
     Raises UserError for data that cannot be read, and, after showing it, for data that the objective cannot
     use.
     """
+    config = located(config)
     tokenizer = load_tokenizer(config.model)
     objective = config.bound_objective
     if config.data.streaming:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
+from madpo.trainer import out_of_memory
 from madpo.trainer.batches.steps import check_rows_fit, step_rules
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.training_data import Data
@@ -13,17 +14,24 @@ from madpo.trainer.model.policy import PolicyWithReference
 from madpo.trainer.model.startup.attention import choose_attention
 from madpo.trainer.model.startup.checks import check_head, check_noise
 from madpo.trainer.model.startup.interleave import interleave_reference
+from madpo.trainer.model.startup.positions import check_positions
 from madpo.trainer.model.startup.slices import check_slicing
 from madpo.trainer.scoring_module import ScoringModule
 from madpo.trainer.zero3.loading import partitioned_loading
 
 
 def check_data_fits(data: Data, config: Config, engine: Engine) -> None:
-    """Raise UserError if a group does not fit into the token budget, as the engine's model packs it."""
+    """Raise UserError if a group does not fit into the token budget, or into the model's positions.
+
+    A model that only was not made for such long sequences gets a note.
+    """
     rules = step_rules(config, engine.module)
     for groups in (data.train, data.held_out):
         if groups is not None:
             check_rows_fit(groups, rules)
+            note = check_positions(engine.module.policy, groups)
+            if note is not None and note not in engine.module.notes:
+                engine.module.notes.append(note)
 
 
 def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool) -> Engine:
@@ -33,7 +41,9 @@ def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: b
     """
     with partitioned_loading(deepspeed_config(config, training)):
         module = build_module(config, tokenizer)
+    out_of_memory.note("load")
     engine, group = Engine[ScoringModule](config, module, training), module.sequence_group
+    out_of_memory.note("start")
     notes = []
     for model in (module.policy, module.reference):
         if model is not None:

@@ -6,71 +6,88 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from madpo.trainer import checkpoint, dist, loop
+from madpo.trainer import checkpoint, dist, loop, stopping
+from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config, dump
-from madpo.trainer.data.training_data import Data, load_data, weighed
+from madpo.trainer.data.training_data import Data, load_data, weighed, weights_of
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.metrics import MetricsFile
 from madpo.trainer.model.expert_balance import expert_notes
 from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.model.tokenizer import load_tokenizer
+from madpo.trainer.pair_margins import PairMargins, StoredPairs, write_pairs
 from madpo.trainer.reference.cached import check_policy_fits, reference_notes, with_reference
-from madpo.trainer.reports.progress import Progress
-from madpo.trainer.run_folder import claim
+from madpo.trainer.reports.progress import Progress, print_line
+from madpo.trainer.reports.remarks import remarks
+from madpo.trainer.run_folder import claim, step_of
 from madpo.trainer.schedule import run_length
 from madpo.trainer.stages.export import export_model
 from madpo.trainer.stages.quantiles import resolve_quantiles
 from madpo.trainer.stages.start_engine import check_data_fits, start_engine
 from madpo.trainer.state import TrainState
 
+Callback = Callable[[Mapping[str, float]], None]
+"""Called with every logged record, on rank 0."""
 
-def run_training(config: Config, command: str) -> None:
+
+def run_training(config: Config, command: str, callbacks: Sequence[Callback] = ()) -> None:
     """Train, evaluate, checkpoint and export into `output_dir`; continue a run that is already there.
 
     Data is read before the ranks join, because tokenising may take longer than a collective's timeout, and
-    may fork. Raises UserError for a config, model or data set that cannot be trained.
+    may fork. Raises UserError for a config, model or data set that cannot be trained, and what a callback
+    raises.
     """
     folder = Path(config.output_dir)
     checkpoints = folder / "checkpoints"
+    config = located(config)
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, training=True)
     shard = dist.init(config.launch.timeout_minutes)
-    lock = claim(folder, shard)
-    config = resolve_quantiles(config, data, tokenizer, shard)
-    data = weighed(data, config)
-    assert data.source is not None
-    identity = checkpoint.identity(config, shard, data.source.content)
-    tag = checkpoint.latest(checkpoints, identity)
-    data, cached = with_reference(config, data, tokenizer, shard, training=True)
-    source = data.source
-    assert source is not None
-    engine = start_engine(config, tokenizer, training=True)
-    check_data_fits(data, config, engine)
-    state = checkpoint.load(engine, checkpoints, tag) if tag else TrainState()
-    if cached is not None:
-        check_policy_fits(config, engine, source, shard, cached, is_fresh=tag is None)
-
     with ExitStack() as cleanup:
-        sinks: list[Callable[[loop.Record], None]] = []
+        cleanup.callback(claim(folder, shard).release)
+        config = resolve_quantiles(config, data, tokenizer, shard)
+        weights = weights_of(data.train, config)
+        data = weighed(data, config)
+        assert data.source is not None
+        identity = checkpoint.identity(config, shard, data.source.content)
+        tag = checkpoint.latest(checkpoints, identity)
+        total_steps = run_length(config, data.source.num_groups).total_steps
+        if tag is not None and step_of(tag) == total_steps and dist.from_main(is_exported(config, folder)):
+            if shard.is_main:
+                print_line(f"finished at step {total_steps} already; --fresh starts anew")
+            return
+        data, cached = with_reference(config, data, tokenizer, shard, training=True)
+        source = data.source
+        assert source is not None
+        engine = start_engine(config, tokenizer, training=True)
+        cleanup.callback(engine.release)
+        check_data_fits(data, config, engine)
+        state = checkpoint.load(engine, checkpoints, tag) if tag else TrainState()
+        if cached is not None:
+            check_policy_fits(config, engine, source, shard, cached, is_fresh=tag is None)
+
+        sinks: list[Callback] = []
         if shard.is_main:
-            _describe_run(folder, config, command, shard)
+            _describe_run(folder, config, command, shard, total_steps)
             _write_report(folder, data)
             metrics = MetricsFile(folder, state.step)
             cleanup.callback(metrics.close)
-            progress = Progress(run_length(config, source.num_groups).total_steps)
+            progress = Progress(total_steps)
             cleanup.callback(progress.close)
+            cleanup.enter_context(stopping.stands(lambda: progress.stopped(state, checkpoints)))
             parameters = count_parameters(engine.module.policy)
             notes = [*engine.module.notes, *reference_notes(config, engine.module, source, cached)]
             notes += expert_notes(engine.module.policy, config.model.router_aux_loss_coef)
+            notes += remarks(config, total_steps, parameters, weights)
             progress.announce(config, data.report, state, shard, engine.device, parameters, notes)
-            sinks = [metrics.write, progress.show]
+            sinks = [metrics.write, progress.show, *callbacks]
         barrier()
 
         def on_record(record: loop.Record) -> None:
@@ -83,24 +100,34 @@ def run_training(config: Config, command: str) -> None:
             if shard.is_main:
                 _write_report(folder, data)  # a stream's report grows
 
-        loop.train(config, engine, source, data.held_out, shard, state, on_record, on_save)
+        def on_pairs(step: int, pairs: PairMargins) -> None:
+            if shard.is_main and data.held_out is not None:
+                write_pairs(folder, StoredPairs(step, data.held_out.fingerprint, pairs))
 
-    if config.train.export:
-        export_model(engine, tokenizer, config, folder, shard, state)
-    engine.release()
-    lock.release()
+        loop.train(config, engine, source, data.held_out, shard, state, on_record, on_save, on_pairs)
+        if config.train.export:
+            export_model(engine, tokenizer, config, folder, shard, state)
+
+
+def is_exported(config: Config, folder: Path) -> bool:
+    """Whether what a run exports at its end is there, and newer than the checkpoint that it is made of."""
+    wanted = [(config.train.export, "model"), (config.train.export_merged, "merged")]
+    made = (folder / "checkpoints" / "latest").stat().st_mtime
+    paths = [folder / name for is_wanted, name in wanted if is_wanted]
+    return all(path.is_dir() and path.stat().st_mtime >= made for path in paths)
 
 
 def _write_report(folder: Path, data: Data) -> None:
     (folder / "data_report.json").write_text(json.dumps(data.report, indent=2) + "\n")
 
 
-def _describe_run(folder: Path, config: Config, command: str, shard: Shard) -> None:
-    """Write config.yaml and run.json: the command, the versions and the hardware."""
+def _describe_run(folder: Path, config: Config, command: str, shard: Shard, total_steps: int) -> None:
+    """Write config.yaml and run.json: the command, the length of the run, the versions, the hardware."""
     (folder / "config.yaml").write_text(dump(config))
     on_gpu = torch.cuda.is_available()
     run = {
         "command": command,
+        "total_steps": total_steps,
         "world_size": shard.world_size,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "host_cpus": os.cpu_count(),

@@ -157,6 +157,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"zero_optimization": {"offload_optimizer": {**CPU, "super_offload": True}}},
         r"super_offload: it ",
     ),
+    ({"zero_optimization": {"stag": 2}}, r"^deepspeed\.zero_optimization\.stag: unknown key, .*'stage'\?$"),
+    (
+        {"zero_optimization": {"offload_param": {**CPU, "pin_memori": True}}},
+        r"zero_optimization\.offload_param\.pin_memori: unknown key, did you mean 'pin_memory'\?$",
+    ),
+    (
+        {"zero_optimization": {"stage3_prefetch_bucket_size": -1}},
+        r"stage3_prefetch_bucket_size: expected a whole number of at least 0, got -1$",
+    ),
+    ({"tensorboard": {"enabled": True}}, r"^deepspeed\.tensorboard: DeepSpeed would log each micro-batch's"),
 ]
 
 
@@ -168,6 +178,8 @@ def test_what_would_contradict_or_go_unheard_is_refused(block, message):
 
 def test_nothing_is_refused_that_changes_nothing():
     check_block({"zero_optimization": {"offload_param": {"device": "none"}, "offload_optimizer": CPU}})
+    check_block({"zero_optimization": {"allgather_bucket_size": 5e8, "reduce_bucket_size": "auto"}})
+    check_block({"wandb": {"enabled": False}})
     check_machine({})
 
 

@@ -76,8 +76,10 @@ data.dataset_train_split                fixed   again
 data.dataset_test_split                 free    again
 data.adapter                            fixed   again
 data.columns                            fixed   again
+data.ignore_columns                     fixed   again
 data.edges                              fixed   again
 data.chat_template_kwargs               fixed   again
+data.template_may_drop                  fixed   again
 data.streaming                          fixed   again
 data.stream_block                       fixed   again
 data.max_length                         fixed   again
@@ -108,6 +110,7 @@ train.num_train_epochs                  fixed   again
 train.max_steps                         fixed   again
 train.bf16                              fixed   again
 train.logging_steps                     free    again
+train.eval_on_start                     free    again
 train.eval_steps                        free    again
 train.save_steps                        free    kept
 train.save_total_limit                  free    kept

@@ -75,7 +75,7 @@ ERRORS = [
     (["generate.batch_siz=1"], r"generate\.batch_siz: unknown key, did you mean 'batch_size'\?"),
     (
         ["generate.judge.endpoint.modle=x"],
-        r"generate\.judge\.endpoint\.modle: unknown key, did you mean 'mode'\?",
+        r"generate\.judge\.endpoint\.modle: unknown key, did you mean 'model'\?",
     ),
     (["generate.temperature=0"], r"generate: temperature: 0 gives the same completion each time"),
     (["generate.judge={}"], r"generate\.judge: set exactly one of reward_model, function and endpoint"),
@@ -98,38 +98,47 @@ ERRORS = [
     (["optim.lrr=1"], r"optim\.lrr: unknown key, did you mean 'lr'\?"),
     (["objective.bta=1"], r"objective\.bta: unknown key, did you mean 'beta'\?"),
     (["modle.x=1"], r"modle: unknown key, did you mean 'model'\?"),
-    (["optim.lr=-1"], r"optim\.lr: Input should be greater than 0 \(got -1\)"),
-    (["optim.lr=.nan"], r"optim\.lr: Input should be a finite number"),
+    (["optim.lr=-1"], r"optim\.lr: expected a number above 0, got -1$"),
+    (["optim.lr=.nan"], r"optim\.lr: expected a number above 0, got nan$"),
     (["objective.loss_type=madop"], r"unknown objective 'madop', did you mean 'madpo'"),
     (["objective={}"], r"objective: loss_type is required; one of alpha_dpo, alphapo, .*, madpo, "),
     (["objective={loss_type: [dpo, [ipo]]}"], r"objective"),
     (["objective={loss_type: [dpo, ip0]}"], r"unknown objective 'ip0'"),
     (["objective={loss_type: [dpo, ipo], loss_weights: [1.0]}"], r"1 for 2 terms"),
     (["objective={loss_type: [dpo, ipo], tau: 1.0}"], r"tau: none of dpo, ipo has this parameter"),
-    (["objective.tau=quantile:2"], r"objective\.tau: .*a number above 0; or quantile:q"),
-    (["objective.c_min=1"], r"objective\.c_min: Input should be less than 1 \(got 1\)"),
+    (
+        ["objective.tau=quantile:2"],
+        r"objective\.tau: expected a number above 0, or quantile:q .*got 'quantile:2'$",
+    ),
+    (["objective.c_min=1"], r"objective\.c_min: expected a number above 0 and below 1 or null, got 1$"),
     (["data={}"], r"data\.dataset_name: is required"),
     (["optim.warmup_steps=3", "optim.warmup_ratio=0.1"], r"warmup_steps or warmup_ratio, not both"),
     (["train.micro_batch_tokens=100"], r"set it to at least 2048$"),
     (["model.model_name_or_path=null"], r"set one of model_name_or_path"),
     (["model={init_config: {model_type: llama}, tokenizer_name_or_path: t}"], r"needs a reference"),
     (["model={init_config: {}, tokenizer_name_or_path: t}"], r"model_type is missing"),
-    (["launch.num_processes=0"], r"must be at least 1, or auto"),
+    (
+        ["launch.num_processes=0"],
+        r"num_processes: expected a whole number of at least 1 or auto, got 0$",
+    ),
     (["deepspeed.zero_optimisation.stage=3"], r"unknown key, did you mean 'zero_optimization'\?"),
     (["deepspeed.gradient_clipping=1"], r"madpo sets this itself; use optim\.max_grad_norm"),
     (["optim.lr"], r"write section\.key=value"),
-    (["optim.lr=true"], r"optim\.lr: Input should be a valid number \(got True\)"),
-    (["train.max_steps='64'"], r"train\.max_steps: Input should be a valid integer"),
-    (["train.bf16=no"], r"train\.bf16: Input should be a valid boolean \(got 'no'\)"),
+    (["optim.lr=true"], r"optim\.lr: expected a number above 0, got true$"),
+    (["train.max_steps='64'"], r"train\.max_steps: expected a whole number of at least 1 or null, got '64'$"),
+    (["train.bf16=no"], r"train\.bf16: expected true or false, got 'no'$"),
     (["deepspeed.tensor_parallel.autotp_size=2"], r"madpo sets this itself"),
     (["deepspeed.zero_optimization.stage=0"], r"stage 1, 2 or 3"),
-    (["model.gradient_checkpointing=some"], r"model\.gradient_checkpointing\..*'selective'"),
+    (
+        ["model.gradient_checkpointing=some"],
+        r"checkpointing: expected true, false or selective, got 'some'$",
+    ),
     (["model.attention=flash", "train.bf16=false"], r"flash computes in bf16"),
-    (["train.eval_steps=5"], r"nothing to evaluate on"),
+    (["train.eval_steps=5", "data.dataset_test_split=null"], r"nothing to evaluate on"),
     (["objective={loss_type: nll}", "model.ref_model_name_or_path=x"], r"nll uses no reference"),
     (["objective={loss_type: nll}", "model.reference=cached"], r"cached, but nll uses no reference"),
     (["model.reference=none"], r"none, but madpo compares with a reference; set auto"),
-    (["model.reference=of"], r"model\.reference: Input should be 'auto', 'joint', 'cached'"),
+    (["model.reference=of"], r"model\.reference: expected auto, joint, cached, adapter or none, got 'of'$"),
     (["model={model_name_or_path: m, ref_model_name_or_path: x, reference: adapter}"], r"leave the name out"),
     (["model.reference=cached", "model.sync_ref_model=true"], r"are of a reference that stays"),
     (
@@ -146,7 +155,7 @@ ERRORS = [
 def test_errors_name_the_key_and_the_remedy(path, overrides, message):
     with pytest.raises(ValueError, match=message) as caught:
         load(path, overrides)
-    assert "validation error" not in str(caught.value), "pydantic's own wording"
+    assert not re.search("validation error|Input should|Extra inputs", str(caught.value)), "pydantic's words"
 
 
 def test_all_problems_are_reported_at_once(path):

@@ -145,7 +145,7 @@ def test_plain_text_without_a_beginning_is_predicted_from_its_first_token(tokeni
     ids = tokenizer("good plot")["input_ids"]
     assert text.prompt == ids[:1] and text.completions == [[*ids[1:], tokenizer.eos_token_id]]
     assert not text.problem
-    no_prompt = "prompt and completion share no leading token"
+    no_prompt = "prompt and completion merge into one token"
     assert tokenise(pair("", "good", "plot"), tokenizer, TokenRules(64)).problem == no_prompt
 
 

@@ -61,7 +61,7 @@ def test_supervised_rows_are_refused_by_pairwise_objectives(tmp_path, tokenizer)
 def test_nothing_left_to_train_on_is_an_error_with_numbers(tmp_path, tokenizer):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "a:", "chosen": " b", "rejected": " b"}\n')
-    with pytest.raises(ValueError, match="none of 1 rows can be trained on"):
+    with pytest.raises(ValueError, match=r"none of 1 rows can be trained on \(1: chosen and rejected are"):
         load_groups(config_for(tmp_path, path).data, "train", tokenizer)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="no rows"):
@@ -172,3 +172,26 @@ def test_several_processes_tokenise_the_same(tmp_path, tokenizer):
     other = config_for(tmp_path / "2", path, cache_dir=str(tmp_path / "cache2"), dataset_num_proc=2)
     together, _ = load_groups(other.data, "train", tokenizer)
     assert [alone[i] for i in range(20)] == [together[i] for i in range(20)]
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "truncated", "a file less", "no checksums"])
+def test_damaged_cached_tokens_are_made_anew_and_that_is_said(tmp_path, tokenizer, capfd, damage):
+    data = config_for(tmp_path, write_pairs(tmp_path / "pairs.jsonl", 5)).data
+    whole = load_groups(data, "train", tokenizer)[0]
+    want = [whole[index] for index in range(5)]
+    (cache,) = Path(data.cache_dir).glob("groups-*[0-9a-f]")
+    table = cache / "data-00000-of-00001.arrow"
+    content = bytearray(table.read_bytes())
+    if damage == "a flipped bit":
+        content[len(content) // 2] ^= 4
+        table.write_bytes(content)
+    elif damage == "truncated":
+        table.write_bytes(content[: len(content) // 2])
+    else:
+        (table if damage == "a file less" else cache / "checksums.json").unlink()
+    again = load_groups(data, "train", tokenizer)[0]
+    assert [again[index] for index in range(5)] == want
+    said = capfd.readouterr().err
+    assert said.count("damaged cache") == 1 and f"{cache}: " in said and "tokenising anew" in said
+    load_groups(data, "train", tokenizer)
+    assert "damaged" not in capfd.readouterr().err

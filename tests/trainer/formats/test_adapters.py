@@ -85,8 +85,8 @@ NEAREST = [
     ({"prompt", "answers", "turns"}, "data.adapter=nectar reads these"),
     ({"instruction", "output"}, "data.adapter=alpaca or instruction_output reads these"),
     ({"prompt", "response_0", "response_1"}, "nearest is pku_safe_rlhf, which lacks better_response_id"),
-    ({"question", "chosen", "bad"}, "nearest is orca_pairs, which lacks rejected: rename with data.columns"),
-    ({"a", "b"}, "or rename with data.columns"),
+    ({"question", "chosen", "bad"}, "nearest is orca_pairs, which lacks rejected: rename yours"),
+    ({"a", "b"}, "rename yours with data.columns, ours first, as in data.columns={chosen: good,"),
 ]
 
 

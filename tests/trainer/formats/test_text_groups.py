@@ -82,7 +82,7 @@ def test_the_layout_by_the_columns(columns, supervised, plain):
 
 def test_a_label_of_a_supervised_row_says_only_what_is_not_to_be_imitated():
     row = {"prompt": "a", "completion": "b"}
-    for label, want in ((False, [-1]), (True, []), (None, []), (0, [])):
+    for label, want in ((False, [-1]), (True, []), (None, []), (0, [-1]), (1, []), ("good", [])):
         assert to_group({**row, "label": label}, "prompt-completion").labels == want
     assert to_group({**row, "label": True}, "unpaired").labels == [1]
     assert to_group({**row, "label": 0}, "unpaired").labels == [-1]

@@ -101,12 +101,16 @@ def test_extreme_scores_stay_finite(name):
     "name, parameters, message",
     [
         ("madop", {}, "unknown objective 'madop', did you mean 'madpo'"),
-        ("madpo", {"c_min": 1.0}, r"madpo: c_min: .*less than 1"),
-        ("madpo", {"temperature": 1.0}, "madpo: temperature: Extra inputs"),
-        ("cdpo", {"label_smoothing": 0.5}, "label_smoothing: .*less than 0.5"),
-        ("bdpo", {"lam": 1.0}, "less than 1"),
+        ("madpo", {"c_min": 1.0}, r"madpo: c_min: expected a number above 0 and below 1 or null, got 1.0$"),
+        ("madpo", {"temperature": 1.0}, "madpo: temperature: unknown parameter; known here: ablation, beta"),
+        (
+            "cdpo",
+            {"label_smoothing": 0.5},
+            "label_smoothing: expected .* of at least 0 and below 0.5, got 0.5",
+        ),
+        ("bdpo", {"lam": 1.0}, "lam: expected a number above 0 and below 1, got 1.0"),
         ("f_dpo", {"divergence": "alpha", "alpha": 1.0}, "set divergence: reverse_kl"),
-        ("dpo", {"beta": 0.0}, "greater than 0"),
+        ("dpo", {"beta": 0.0}, "beta: expected a number above 0, got 0.0"),
     ],
 )
 def test_unknown_names_and_values_out_of_range_are_refused(name, parameters, message):

@@ -15,7 +15,7 @@ from madpo.trainer.objectives.registry import OBJECTIVES
 
 GOLDEN_WEIGHTS = [
     (
-        {"c_max": 2, "c_min": 0.5, "steepness": 1, "tau": 2},
+        {"c_max": 2, "c_min": 0.5, "lam": 1, "tau": 2},
         {
             -5: 1,
             -2: 1,
@@ -30,7 +30,7 @@ GOLDEN_WEIGHTS = [
         },
     ),
     (
-        {"c_max": 4, "c_min": 0.25, "steepness": 1, "tau": 7},
+        {"c_max": 4, "c_min": 0.25, "lam": 1, "tau": 7},
         {
             -10: 1,
             -5: 0.0002230718,
@@ -92,7 +92,7 @@ def test_madpo_margin_scale_multiplies_the_margin(example):
 
 def test_madpo_parameters():
     assert MADPOParams().c_min == 0.25
-    assert MADPOParams.model_validate({"lambda": 2.0}).steepness == 2.0
+    assert MADPOParams.model_validate({"lambda": 2.0}).lam == 2.0
     for bad in ({"c_max": 1.0}, {"c_min": 1.0}, {"tau": 0.0}, {"lambda": 0.0}, {"beta": math.inf}):
         with pytest.raises(ValueError):
             MADPOParams.model_validate(bad)

@@ -76,7 +76,10 @@ def test_margins_without_a_best_scale():
 
 
 def test_the_report_stands_alone_and_holds_the_numbers(tmp_path):
-    views = {"train, cross-fitted": bradley_terry(pairs=900), "train, in sample": bradley_terry(3, 900) + 1}
+    views = {
+        "train, cross-fitted": bradley_terry(pairs=900),
+        "train, seen in training": bradley_terry(3, 900) + 1,
+    }
     path = write_calibration_report(views, tmp_path / "rm" / "annotated" / "report.html")
     page = path.read_text()
     assert page.count("<svg") == 2 and "<title>Margins of rm</title>" in page
@@ -86,9 +89,3 @@ def test_the_report_stands_alone_and_holds_the_numbers(tmp_path):
         assert name in page and f"{found.accuracy:.3f} ± " in page and f"{found.best_scale:.3f}" in page
     tau = np.quantile(np.abs(views["train, cross-fitted"]), 0.8)
     assert f"τ = {tau:.3g}, quantile:0.8 of train, cross-fitted" in page
-
-
-def test_without_matplotlib_the_report_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr("madpo.trainer.reports.html.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r"pip install 'madpo\[report\]'"):
-        write_calibration_report({"train": np.ones(3)}, tmp_path / "report.html")

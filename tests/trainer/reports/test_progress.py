@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from rich.ansi import AnsiDecoder
 
 from madpo.trainer.dist import Shard
+from madpo.trainer.files import write_atomically
 from madpo.trainer.reports.progress import Progress
 from madpo.trainer.state import TrainState
 
@@ -62,6 +65,30 @@ def test_a_record_is_a_line_and_an_evaluation_says_so(capsys):
     progress.show({"step": 2, "loss": 0.5, "kl": 0.25})
     progress.show({"step": 4, "eval_loss": 0.5})
     assert capsys.readouterr().out.splitlines() == [
-        "step 2/10  loss 0.5000  kl 0.2500  ",
+        "step 2/10  loss 0.5000  kl 0.2500",
         "step 4/10  held out: loss 0.5000",
+    ]
+
+
+def test_a_run_that_is_stopped_says_from_where_it_goes_on(tmp_path):
+    progress, state = Progress(10), TrainState(step=7)
+    assert progress.stopped(state, tmp_path).startswith("stopped at step 7 of 10; no checkpoint yet (")
+    write_atomically(tmp_path / "latest", "step-00000005")
+    assert progress.stopped(state, tmp_path) == (
+        "stopped at step 7 of 10; the last checkpoint is of step 5; the same command continues from there"
+    )
+
+
+def test_on_a_terminal_records_stay_above_the_bar(monkeypatch):
+    screen = StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdout", screen)
+    progress = Progress(10)
+    progress.announce(config(), {}, TrainState(), Shard(0, 1), torch.device("cpu"), (1, 1))
+    for step in (2, 4):
+        progress.show({"step": step, "loss": 0.5})
+    progress.close()
+    lines = [AnsiDecoder().decode_line(line).plain for line in screen.getvalue().splitlines()]
+    assert [line for line in lines if line.startswith("step")] == [
+        f"step {n}/10  loss 0.5000" for n in (2, 4)
     ]

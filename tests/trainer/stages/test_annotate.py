@@ -189,7 +189,8 @@ def test_a_row_is_scored_by_the_model_that_has_not_seen_it(config):
     in_sample = (seen * saw).sum(0) / (FOLDS - 1)
     assert facts["train"]["in_sample"]["accuracy"] == pytest.approx((in_sample > 0).mean())
     assert facts["train"]["accuracy"] == pytest.approx((want[:, 0] > want[:, 1]).mean())
-    assert (folder / "annotated" / "report.html").is_file()
+    report = (folder / "annotated" / "report.html").read_text(encoding="utf-8")
+    assert "train, cross-fitted" in report and "train, seen in training" in report
 
 
 @pytest.mark.ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,17 @@ def test_the_card(trained):
         assert "| train | 21 | 21 |" in text and "| rewards/accuracies | " in text
         assert "`madpo train test.yaml`" in text and "4,096 of " in text and "2 x cpu" in text
         assert f"torch {torch.__version__}" in text
+        (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+        names: dict[str, Any] = {}
+        exec(compile(code, "README.md", "exec"), names)
+        assert names["folder"] == str(folder / name) and len(names["output"][0]) > len(names["prompt"][0])
+
+
+def test_everyone_may_read_what_the_umask_lets_them(trained):
+    for name in ("model", "merged"):
+        files = [path for path in (Path(trained.output_dir) / name).rglob("*") if path.is_file()]
+        assert {"README.md"} < {path.name for path in files}
+        assert len({path.stat().st_mode for path in files}) == 1
 
 
 def test_a_reward_model_as_an_adapter(config, tmp_path, tokenizer_folder):

@@ -243,9 +243,17 @@ def test_a_reward_model_and_the_pairs_see_the_tools_of_the_prompt(tmp_path, tree
 
 
 def test_a_language_model_is_no_judge(tmp_path, tree):
-    config = config_of(tmp_path, tree, judge={"reward_model": tree["model"]["model_name_or_path"]})
-    with pytest.raises(AssertionError, match=r"generate.judge.reward_model: .* is no reward model"):
-        run_ranks(1, generate, config)
+    """And that is said before anything is sampled."""
+    for name, message in (
+        (tree["model"]["model_name_or_path"], "is no reward model but a LlamaForCausalLM"),
+        (str(tmp_path / "modle"), "no such file or folder; did you mean"),
+        (str(tmp_path / "run"), "exported no model"),
+    ):
+        config = config_of(tmp_path, tree, judge={"reward_model": name})
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(ValueError, match=rf"generate.judge.reward_model: .*{message}"):
+            run_generation(config)
+    assert not (Path(config.output_dir) / "generated").exists()
 
 
 def test_conversations_and_a_server_that_judges(tmp_path, tree, monkeypatch):

@@ -128,10 +128,13 @@ def _value_and_gradients(backend: Backend, inputs: AttentionInputs, tensors: lis
 
 def check_available(attention: str) -> None:
     """Raise UserError, before a model is loaded, if `model.attention` asks for what this machine lacks."""
+    if attention in CANDIDATES and attention != "auto" and not torch.cuda.is_available():
+        raise UserError(
+            f"model.attention: {attention} trains on GPUs only, and there is none here; set "
+            "model.attention=auto"
+        )
     if attention == "flash" and not flash_versions():
         raise UserError(
-            "model.attention: flash needs the flash-attn package: pip install 'madpo[flash-attn]', "
-            "or set model.attention=auto"
+            "model.attention: flash needs the flash-attn package; set model.attention=auto, which takes the "
+            "fastest that is there, or pip install 'madpo[flash-attn]'"
         )
-    if attention in CANDIDATES and attention != "auto" and not torch.cuda.is_available():
-        raise UserError(f"model.attention: {attention} trains on GPUs only; set model.attention=auto")

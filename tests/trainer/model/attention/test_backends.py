@@ -385,9 +385,17 @@ def test_on_cpus_it_is_sdpa():
     assert prefix_attention.shares_rows(model)
 
 
-def test_flash_without_its_package_says_what_to_install():
-    with pytest.raises(ValueError, match=r"pip install 'madpo\[flash-attn\]'"):
-        choice.check_available("flash")
-    with pytest.raises(ValueError, match=r"model\.attention: torch trains on GPUs only; set"):
-        choice.check_available("torch")
+def test_what_the_machine_lacks_is_said_before_what_to_install(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for attention in ("flash", "torch"):
+        with pytest.raises(ValueError) as caught:
+            choice.check_available(attention)
+        assert str(caught.value) == (
+            f"model.attention: {attention} trains on GPUs only, and there is none here; set "
+            "model.attention=auto"
+        )
     choice.check_available("auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(choice, "flash_versions", list)
+    with pytest.raises(ValueError, match=r"attention=auto, .* or pip install 'madpo\[flash-attn\]'$"):
+        choice.check_available("flash")

@@ -1,0 +1,77 @@
+"""`log.txt` in the run folder: what rank 0 prints, and the errors of all ranks."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.ansi import AnsiDecoder
+
+from madpo.launch.help import versions
+from madpo.trainer.errors import UserError
+
+NAME = "log.txt"
+
+
+def keep(folder: Path, command: str) -> None:
+    """From now on, keep in the folder's log what this process prints; a header says who prints it.
+
+    Raises UserError if nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        append(folder, f"== {time.strftime('%Y-%m-%d %H:%M:%S')}  {command}  ({', '.join(versions())})")
+        file = (folder / NAME).open("ab", buffering=0)
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be written to: {error.strerror}") from None
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not _is_same(stream, file):  # `madpo run --jobs` lets a stage print into this file
+            kept = Kept(stream, file)
+            setattr(sys, name, kept)
+            _let_loggers_print_to(kept, stream)
+
+
+def append(folder: Path, text: str) -> None:
+    """Add lines to the log of a folder that is there, in one write, as several ranks may do so at a time."""
+    with (folder / NAME).open("ab", buffering=0) as file:
+        file.write(f"{text}\n".encode())
+
+
+class Kept:
+    """A text stream whose finished lines are also written to a file, as a terminal shows them in the end."""
+
+    def __init__(self, stream: TextIO, file: io.RawIOBase) -> None:
+        self._stream, self._file = stream, file
+        self._decoder = AnsiDecoder()
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            # Of a line that was overwritten, as progress bars do, the last state stays.
+            self._file.write(f"{self._decoder.decode_line(line.rstrip(chr(13))).plain}\n".encode())
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _let_loggers_print_to(kept: Kept, stream: TextIO) -> None:
+    """Turn the handlers that libraries made for the stream to the one that is kept."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    for handler in (each for logger in loggers for each in getattr(logger, "handlers", [])):
+        if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
+            handler.setStream(kept)
+
+
+def _is_same(stream: TextIO, file: io.RawIOBase) -> bool:
+    try:
+        return os.path.sameopenfile(stream.fileno(), file.fileno())
+    except OSError:  # a stream that is no file
+        return False

@@ -1,0 +1,36 @@
+"""What libraries print that is of no use to whoever runs madpo, switched off in one place."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+
+def quiet_environment() -> None:
+    """Set what libraries read from the environment, for this process and those that it starts.
+
+    DeepSpeed says that it found no GPU unless it is told to use the CPU; tokenizers says that its threads
+    do not outlive a fork.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def quiet_libraries() -> None:
+    """Do that, and switch off warnings and progress bars in this process.
+
+    torch 2.13 warns at every collective about a renamed argument that DeepSpeed still uses. Bars of
+    transformers, and in a file those of datasets, would tear the lines of a run apart.
+    """
+    quiet_environment()
+    import datasets
+    from transformers.utils.logging import disable_progress_bar
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()

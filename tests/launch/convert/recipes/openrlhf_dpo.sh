@@ -1,0 +1,11 @@
+deepspeed --num_gpus 8 --module openrlhf.cli.train_dpo \
+  --model.model_name_or_path OpenRLHF/Llama-3-8b-sft-mixture \
+  --model.beta 0.1 --model.gradient_checkpointing_enable \
+  --data.dataset OpenRLHF/preference_dataset_mixture2_and_safe_pku \
+  --data.chosen_key chosen --data.rejected_key rejected \
+  --data.apply_chat_template --data.max_len 8192 \
+  --train.batch_size 256 --train.micro_batch_size 1 --train.max_epochs 1 \
+  --adam.lr 5e-7 \
+  --ds.zero_stage 3 --ds.param_dtype bf16 --ds.packing_samples --ds.attn_implementation flash_attention_2 \
+  --ckpt.output_dir ./checkpoint/llama3-8b-dpo --ckpt.save_steps -1 --ckpt.load_enable \
+  --logger.logging_steps 1 --eval.steps -1

@@ -1,0 +1,225 @@
+"""What a conversation says comes out of its chat template, or the user hears of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from harness import make_tokenizer
+from transformers import AutoTokenizer
+
+from madpo.trainer.data.tokenise import TokenRules, encode_prompt, tokenise
+from madpo.trainer.errors import UserError
+from madpo.trainer.formats.adapters import ADAPTERS
+from madpo.trainer.formats.read_row import RowRules, read_row
+
+TURN = "{{ '<' ~ m.role ~ '>' ~ %s ~ '</>' }}"
+OPEN = "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def template(turn: str) -> str:
+    return "{% for m in messages %}" + turn + "{% endfor %}" + OPEN
+
+
+TEMPLATES = {
+    "plain": template(TURN % "m.content"),
+    "cuts thinking": template(TURN % "m.content.split('</think>')[-1]"),
+    "cuts earlier thinking": template(
+        "{% if loop.last %}"
+        + TURN % "m.content"
+        + "{% else %}"
+        + TURN % "m.content.split('</think>')[-1]"
+        + "{% endif %}"
+    ),
+    "three roles": template(
+        "{% if m.role in ['system', 'user', 'assistant'] %}" + TURN % "m.content" + "{% endif %}"
+    ),
+    "strict": template(
+        "{% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('who?') }}{% endif %}"
+        + TURN % "m.content"
+    ),
+    "developer too": template(TURN % "m.content"),
+    "parts": template("<{{ m.role }}>{% for p in m.content %}{{ p.text }}{% endfor %}</>"),
+    "either": template(
+        "<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}</>"
+    ),
+    "tools": "{% if tools %}{{ tools | tojson }}{% endif %}"
+    + template(
+        "<{{ m.role }}>{% if m.content is not none %}{{ m.content }}{% endif %}{% for c in m.tool_calls %}"
+        "{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}</>"
+    ),
+    "calls if null": template(
+        "<{{ m.role }}>{% if m['content'] is none %}{% for c in m.tool_calls %}{{ c.function.name }}"
+        "{{ c.function.arguments }}{% endfor %}{% else %}{{ m.content }}{% endif %}</>"
+    ),
+    "reasoning": template(
+        "<{{ m.role }}>{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m.content }}</>"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("templates")
+    make_tokenizer(folder)
+    out = {}
+    for name, text in TEMPLATES.items():
+        out[name] = AutoTokenizer.from_pretrained(folder)
+        out[name].chat_template = text
+    return out
+
+
+def say(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def call(name: str, arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+ASK = say("user", "two and two")
+YES, NO = say("assistant", "is four"), say("assistant", "is five")
+FIND = {
+    "type": "function",
+    "function": {"name": "find", "description": "finds", "parameters": {"type": "object"}},
+}
+
+
+def row(prompt: list[Any], chosen: Any = YES, rejected: Any = NO, **more: Any) -> dict[str, Any]:
+    as_list = lambda x: x if isinstance(x, list) else [x]  # noqa: E731
+    return {"prompt": prompt, "chosen": as_list(chosen), "rejected": as_list(rejected), **more}
+
+
+def texts(tokenizer: Any, example: dict[str, Any], **rules: Any) -> tuple[str, list[str], tuple[str, ...]]:
+    """The prompt and the completions as the model reads them, and the notes."""
+    group = tokenise(
+        read_row(example, ADAPTERS["preference"], RowRules()), tokenizer, TokenRules(500, **rules)
+    )
+    assert not group.problem
+    return tokenizer.decode(group.prompt), [tokenizer.decode(x) for x in group.completions], group.notes
+
+
+THOUGHT = say("assistant", "<think>\nby counting\n</think>\n\nis four")
+LOST = {
+    "thinking of a completion": (
+        "cuts thinking",
+        row([ASK], THOUGHT),
+        "thinking of the completion's message 1",
+    ),
+    "a tool call": (
+        "plain",
+        row([ASK], {"role": "assistant", "content": "", "tool_calls": [call("find", {"x": "y"})]}),
+        "tool_calls",
+    ),
+    "reasoning_content": (
+        "plain",
+        row([ASK], {**YES, "reasoning_content": "by counting"}),
+        "reasoning_content",
+    ),
+    "a tool's result in a completion": (
+        "three roles",
+        row([ASK], [{**YES, "content": "I ask"}, say("tool", "result"), YES]),
+        r"content of the completion's message 2 \(role tool\)",
+    ),
+    "a role of the prompt": (
+        "three roles",
+        row([say("narrator", "it rains"), ASK]),
+        r"content of message 1 \(role narrator\)",
+    ),
+    "tools": ("plain", row([ASK], tools=[FIND]), r"leaves out tools; .* data.template_may_drop=\[tools\]"),
+}
+
+
+@pytest.mark.parametrize("name, example, said", LOST.values(), ids=LOST)
+def test_lost_text_makes_a_bad_row(tokenizers, name, example, said):
+    with pytest.raises(UserError, match=said):
+        texts(tokenizers[name], example)
+
+
+@pytest.mark.parametrize("name", ["plain", "reasoning", "tools", "calls if null", "either"])
+def test_what_a_template_renders_is_no_fault(tokenizers, name):
+    prompt, (chosen, _), notes = texts(
+        tokenizers[name], row([say("system", "be short"), ASK], THOUGHT if name != "reasoning" else YES)
+    )
+    assert "be short" in prompt and "two and two" in prompt and notes == ()
+    assert ("by counting" in chosen) == (name != "reasoning") and "is four" in chosen
+
+
+def test_reasoning_that_is_rendered_is_in_the_completion(tokenizers):
+    _, (chosen, _), notes = texts(
+        tokenizers["reasoning"], row([ASK], {**YES, "reasoning_content": "by counting"})
+    )
+    assert chosen == "(by counting)is four</>" and notes == ()
+
+
+@pytest.mark.parametrize("name", ["three roles", "strict"])
+def test_developer_is_the_system_where_the_template_knows_that_word_alone(tokenizers, name):
+    prompt, _, notes = texts(tokenizers[name], row([say("developer", "be short"), ASK]))
+    assert prompt.startswith("<system>be short</>") and notes == (
+        "role developer rendered as system, function as tool",
+    )
+    prompt, _, notes = texts(tokenizers["developer too"], row([say("developer", "be short"), ASK]))
+    assert prompt.startswith("<developer>be short</>") and notes == ()
+
+
+@pytest.mark.parametrize("arguments", [{"x": "y", "n": 3}, '{"x": "y", "n": 3}', "no json"])
+@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize("name", ["tools", "calls if null"])
+def test_tool_calls_come_out_in_every_form_they_are_given_in(tokenizers, name, content, arguments):
+    """A template may look for null beside the calls, and Parquet gives every message every key."""
+    calls = {"role": "assistant", "content": content, "tool_calls": [call("find", arguments)], "name": None}
+    more = {"tools": [FIND]} if name == "tools" else {}
+    prompt, (chosen, _), _ = texts(tokenizers[name], row([ASK], calls, **more))
+    assert chosen.startswith("find") and ("y" in chosen or "no json" in chosen)
+    assert ("finds" in prompt) == (name == "tools")
+
+
+@pytest.mark.parametrize(
+    ("name", "note"), [("plain", "parts of text rendered as one text"), ("parts", None), ("either", None)]
+)
+def test_parts_of_text_are_read_under_every_template(tokenizers, name, note):
+    part = lambda x: [{"type": "text", "text": x}]  # noqa: E731
+    example = row(
+        [say("user", part("two and two"))],
+        say("assistant", part("is four")),
+        say("assistant", part("is five")),
+    )
+    prompt, completions, notes = texts(tokenizers[name], example)
+    assert prompt == "<user>two and two</><assistant>" and completions == ["is four</>", "is five</>"]
+    assert notes == ((note,) if note else ())
+
+
+def test_text_is_a_part_under_a_template_of_parts(tokenizers):
+    prompt, completions, notes = texts(tokenizers["parts"], row([ASK]))
+    assert prompt == "<user>two and two</><assistant>" and completions[0] == "is four</>"
+    assert notes == ("text rendered as a part",)
+
+
+def test_thinking_of_earlier_answers_may_be_left_out_and_is_counted(tokenizers):
+    prompt, (chosen, _), notes = texts(tokenizers["cuts earlier thinking"], row([ASK, THOUGHT, ASK], THOUGHT))
+    assert "by counting" not in prompt and "by counting" in chosen
+    assert notes == ("thinking of earlier answers left out by the template",)
+
+
+def test_what_the_user_says_may_be_left_out_is_left_out_and_counted(tokenizers):
+    example = row([say("narrator", "it rains"), ASK], tools=[FIND])
+    prompt, _, notes = texts(tokenizers["three roles"], example, template_may_drop=("narrator", "tools"))
+    assert prompt == "<user>two and two</><assistant>"
+    assert notes == (
+        "left out of the prompt by the template: content of role narrator",
+        "left out of the prompt by the template: tools",
+    )
+
+
+def test_a_prompt_alone_is_held_to_the_same_rule(tokenizers):
+    group = read_row(row([say("narrator", "it rains"), ASK]), ADAPTERS["preference"], RowRules())
+    with pytest.raises(UserError, match="narrator"):
+        encode_prompt(group, tokenizers["three roles"], TokenRules(500))
+
+
+def test_a_text_that_is_the_marker_itself_is_data(tokenizers):
+    _, (chosen, _), notes = texts(
+        tokenizers["plain"], row([say("user", "madpo_text")], say("assistant", "madpo_text {x}"))
+    )
+    assert chosen == "madpo_text {x}</>" and notes == ()

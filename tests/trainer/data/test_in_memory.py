@@ -1,0 +1,56 @@
+"""Data sets in memory: written by content, and refused with the row's place in memory."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pytest
+
+from madpo.trainer.data.in_memory import rows_by_index, write_splits
+from madpo.trainer.errors import UserError
+
+ROWS = [{"prompt": "ü", "chosen": "a", "rejected": "b", "margin": np.float32(0.5)}, {"text": ["x", None]}]
+
+
+def test_equal_content_has_one_file_and_other_content_another(tmp_path):
+    first, again = (write_splits({"train": ROWS}, tmp_path)["train"] for _ in range(2))
+    assert first == again and first.read_text("utf-8").splitlines()[1] == '{"text": ["x", null]}'
+    assert '"margin": 0.5' in first.read_text("utf-8") and "ü" in first.read_text("utf-8")
+    assert write_splits({"train": ROWS[:1]}, tmp_path)["train"] != first
+    assert [path.name for path in first.parent.iterdir()] == ["train.jsonl"]
+    assert len(list(first.parents[1].iterdir())) == 2  # no drafts
+
+
+def test_a_dataset_becomes_parquet_with_the_rows_that_are_selected(tmp_path):
+    dataset = datasets.Dataset.from_list([{"text": str(i)} for i in range(5)]).select([3, 1])
+    files = write_splits({"train": dataset, "evaluation": [{"text": "9"}]}, tmp_path)
+    assert {file.parent for file in files.values()} == {files["train"].parent}
+    back = datasets.Dataset.from_parquet(str(files["train"]), cache_dir=str(tmp_path / "cache"))
+    assert isinstance(back, datasets.Dataset) and back.to_dict() == {"text": ["3", "1"]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "train: there are no rows"),
+        ("data.jsonl", r"got str; the path of a data set belongs into the config, as data\.dataset_name"),
+        ({"prompt": ["a"]}, "got dict; as in"),
+        (datasets.DatasetDict({"a": datasets.Dataset.from_list(ROWS[1:])}), "give one of its splits: a"),
+        ([ROWS[0], "text"], r"train\[1\]: expected a dict, got str: 'text'"),
+        ([{"prompt": {1, 2}}], r"train\[0\]: set is not JSON serializable"),
+    ],
+    ids=str,
+)
+def test_what_is_no_data_set_is_refused(rows, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        write_splits({"train": rows}, tmp_path)
+    assert not list((tmp_path / "in_memory").iterdir())
+
+
+def test_errors_name_the_row_in_memory(tmp_path):
+    lists = write_splits({"train": ROWS}, tmp_path)
+    tables = write_splits({"prompts": datasets.Dataset.from_list(ROWS[1:])}, tmp_path)
+    files = {**lists, **tables}
+    with pytest.raises(UserError) as caught, rows_by_index(files):
+        raise UserError(f"{files['train']}:2: bad; {files['prompts']} row 0: bad; {files['train']}: none")
+    assert str(caught.value) == "train[1]: bad; prompts[0]: bad; train: none"

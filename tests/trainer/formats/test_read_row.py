@@ -1,0 +1,115 @@
+"""No column that holds text is left out without a word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from madpo.trainer.errors import UserError
+from madpo.trainer.formats.adapters import ADAPTERS
+from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row
+from madpo.trainer.formats.text_groups import TextGroup
+
+
+def say(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+TEXT = {"prompt": "two and two", "chosen": " is four", "rejected": " is five"}
+TALK = {
+    "prompt": [say("user", "two and two")],
+    "chosen": [say("assistant", "four")],
+    "rejected": [say("assistant", "five")],
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "pairs of texts": TEXT,
+    "pairs of conversations": TALK,
+    "labelled": {"prompt": TALK["prompt"], "completion": TALK["chosen"], "label": True},
+    "supervised": {"prompt": TALK["prompt"], "completion": TALK["chosen"]},
+    "messages": {"messages": [*TALK["prompt"], *TALK["chosen"]]},
+    "plain text": {"text": "two and two is four"},
+    "scored": {"prompt": TALK["prompt"], "completions": [TALK["chosen"], TALK["rejected"]], "scores": [1, 0]},
+}
+
+
+def read(row: dict[str, Any], supervised: bool = False, **rules: Any) -> TextGroup:
+    row_rules = RowRules(**rules)
+    adapter = ADAPTERS[choose_adapter(row, row_rules, supervised)]
+    return read_row(row, adapter, row_rules, supervised)
+
+
+@pytest.mark.parametrize("row", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("name", ["context", "history", "images"])
+def test_a_column_that_belongs_to_the_prompt_is_used_or_refused(row, name):
+    value = ["x.png"] if name == "images" else "It rains."
+    with pytest.raises(UserError, match=rf"^{name}: .* data.ignore_columns=\[{name}\]"):
+        read({**row, name: value})
+    assert read({**row, name: value}, ignore=(name,)) == read(row)
+    for nothing in ("", " ", None, [], {}):
+        assert read({**row, name: nothing}).unused == ()
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "text" not in name])
+def test_a_system_column_becomes_the_system_message(layout, name):
+    row = LAYOUTS[layout]
+    plain, with_it = read(row), read({**row, name: "Be kind."})
+    assert with_it.prompt == [say("system", "Be kind."), *plain.prompt]
+    assert with_it.completions == plain.completions
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "text" in name])
+def test_a_system_column_beside_plain_text_is_refused_with_a_way_out(layout):
+    with pytest.raises(UserError, match=r"^system: beside plain text, .* does not use this column"):
+        read({**LAYOUTS[layout], "system": "Be kind."})
+
+
+def test_a_system_message_that_is_there_already_is_not_said_twice_nor_contradicted():
+    row = {**TALK, "prompt": [say("system", "Be kind."), *TALK["prompt"]]}
+    assert read({**row, "system": "Be kind."}) == read(row)
+    with pytest.raises(UserError, match="begins with another system message"):
+        read({**row, "system": "Be short."})
+    with pytest.raises(UserError, match="system: expected text, got 3"):
+        read({**TALK, "system": 3})
+
+
+def test_tools_beside_plain_text_are_refused():
+    with pytest.raises(UserError, match=r"^tools: beside plain text"):
+        read({**TEXT, "tools": [{"name": "find"}]})
+
+
+def test_other_columns_with_text_are_named_and_numbers_are_not():
+    more = {"source": "here", "id": 7, "tags": ["a"], "empty": "", "score": 0.5, "nothing": None}
+    assert read({**TEXT, **more}).unused == ("source", "tags")
+    assert read({**TEXT, **more}, ignore=("tags",)).unused == ("source",)
+
+
+def test_the_message_names_the_adapter_that_uses_the_column():
+    row = {"instruction": "Say it.", "output": "It.", "system": "Be kind."}
+    with pytest.raises(UserError, match=r"system: .* data.adapter=instruction_output does; else set"):
+        read(row, supervised=True, adapter="alpaca")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [say("system", "In one word."), say("user", "A fruit?")],
+        [say("user", "A fruit?"), say("user", "A red one.")],
+        "Name a fruit.",
+    ],
+)
+def test_a_prompt_that_says_more_than_the_conversations_is_refused(prompt):
+    talk = {side: [say("user", "A fruit?"), say("assistant", side)] for side in ("chosen", "rejected")}
+    with pytest.raises(UserError, match=r"^prompt: says more than the two conversations begin with"):
+        read({"prompt": prompt, **talk})
+    for same in ([say("user", "A fruit?")], "A fruit? ", "fruit"):
+        assert read({"prompt": same, **talk}) == read(talk)
+
+
+def test_messages_that_differ_in_an_id_begin_alike():
+    talk = {
+        side: [{**say("user", "A fruit?"), "id": side}, say("assistant", side)]
+        for side in ("chosen", "rejected")
+    }
+    assert len(read(talk).prompt) == 1

@@ -1,0 +1,57 @@
+"""Sequences that are longer than the positions a model was made for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from harness import LLAMA, make_config
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from madpo.trainer.data.tokenised_cache import load_groups
+from madpo.trainer.model.startup.positions import check_positions
+
+SIZES = {"vocab_size": 311, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+LEARNED = {
+    "gpt2": {"model_type": "gpt2", "n_positions": 16},
+    "opt": {"model_type": "opt", "max_position_embeddings": 16, "word_embed_proj_dim": 16, "ffn_dim": 16},
+}
+
+
+@pytest.fixture
+def groups(tmp_path, tokenizer):
+    """One pair whose completions fit into 16 positions, each alone; and one with a longer completion."""
+    rows = [{"prompt": "a b c", "chosen": " d e f", "rejected": " g h i"}]
+    rows.append({"prompt": "a b c", "chosen": " d" * 20, "rejected": " e"})
+    sets = []
+    for number in (1, 2):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows[:number]))
+        tree = {"model": {"model_name_or_path": "m"}, "data": {"dataset_name": str(file)}}
+        sets.append(load_groups(make_config(tmp_path, tree).data, "train", tokenizer)[0])
+    return sets
+
+
+def model_of(settings):
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**SIZES, **settings}))
+
+
+def test_a_model_that_can_go_on_gets_a_note(groups):
+    short, long = groups
+    model = model_of({**LLAMA, "max_position_embeddings": 16})
+    assert short.counts.lengths.max() > 8 and check_positions(model, short) is None
+    length = int(long.shapes(range(2)).rows.max())
+    assert check_positions(model, long) == (
+        f"the longest sequence has {length} tokens, and the model was made for 16 positions; it may predict "
+        "badly beyond them (data.max_length=16 cuts there)"
+    )
+
+
+@pytest.mark.parametrize("family", LEARNED)
+def test_a_model_with_learned_positions_is_refused(groups, family):
+    short, long = groups
+    assert check_positions(model_of(LEARNED[family]), short) is None
+    with pytest.raises(
+        ValueError, match=r"data\.max_length: the longest .* 16 positions; set data\.max_length=16"
+    ):
+        check_positions(model_of(LEARNED[family]), long)

@@ -1,0 +1,61 @@
+"""What is unusual about a run is said before its first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from harness import make_config
+
+from madpo.trainer.config.schema import Config
+from madpo.trainer.reports.remarks import remarks
+
+BIG = (8_000_000_000, 8_000_000_000)
+ADAPTER = (40_000_000, 8_000_000_000)
+
+
+def config_with(rate: float, loss_type: str = "dpo") -> Config:
+    tree: dict[str, Any] = {
+        "model": {"model_name_or_path": "m"},
+        "data": {"dataset_name": "d", "max_length": 64},
+        "objective": {"loss_type": loss_type},
+        "optim": {"lr": rate},
+    }
+    return make_config(Path("there"), tree)
+
+
+@pytest.mark.parametrize(
+    ("rate", "loss_type", "parameters", "said"),
+    [
+        (1e-6, "dpo", BIG, None),
+        (2e-5, "dpo", BIG, "optim.lr 2e-05 is high: about 1e-06 is usual for preferences with all weights"),
+        (1.9e-5, "dpo", BIG, None),
+        (2e-5, "dpo", ADAPTER, None),
+        (1e-3, "dpo", (4_000_000, 4_000_000), None),  # a small model takes it
+        (1e-6, "nll", BIG, "optim.lr 1e-06 is low: about 2e-05 is usual for supervised training with all"),
+        (1e-6, "bradley_terry", ADAPTER, "about 0.0001 is usual for reward models with an adapter"),
+    ],
+)
+def test_a_rate_far_from_the_usual_one_is_remarked_on(rate, loss_type, parameters, said):
+    found = remarks(config_with(rate, loss_type), 100, parameters, None)
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+
+
+def test_a_run_of_few_steps_is_remarked_on():
+    assert remarks(config_with(1e-6), 20, BIG, None) == []
+    (remark,) = remarks(config_with(1e-6), 4, BIG, None)
+    assert remark.startswith("a short run: 4 steps of 8 groups")
+
+
+def test_the_weights_of_the_pairs_are_said_and_also_that_they_are_all_alike():
+    """A tau at the margins' upper end makes MADPO plain DPO, and the log alone does not show it."""
+    config = config_with(1e-6, "madpo")
+    spread = np.linspace(0.5, 2.5, 101)
+    assert remarks(config, 100, BIG, spread) == ["weights of madpo: 5 % below 0.6, median 1.5, 5 % above 2.4"]
+    (remark,) = remarks(config, 100, BIG, np.full(50, 2.0))
+    assert remark.startswith(
+        "weights of madpo: 5 % below 2, median 2, 5 % above 2; all are alike, so they change"
+    )

@@ -1,0 +1,129 @@
+"""Find the models and data sets that a config names, and refuse what looks like a path and is not there.
+
+The hub is asked for nothing that is a slip of the pen, because offline every question takes a minute. The
+folder of a run stands for the model that the run exported.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from madpo.trainer.config.schema import Config
+from madpo.trainer.errors import UserError, closest
+
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+MODEL_FILES = ("config.json", "adapter_config.json")
+RUN_FILES = ("config.yaml", "checkpoints")
+MOST_SHOWN = 10
+"""Names of a folder that a message lists."""
+
+
+def located(config: Config) -> Config:
+    """The config with its models where they are: a run folder is replaced by the model in it.
+
+    Raises UserError for a model, a tokenizer or a data set that is not there, or is no such thing.
+    """
+    names = ("model_name_or_path", "ref_model_name_or_path", "tokenizer_name_or_path")
+    given = {name: getattr(config.model, name) for name in names}
+    found = {name: model_folder(f"model.{name}", value) for name, value in given.items() if value is not None}
+    update: dict[str, object] = {"model": config.model.model_copy(update=found)}
+    base = None if config.peft is None else config.peft.base_model_name_or_path
+    if config.peft is not None and base is not None:
+        own = {"base_model_name_or_path": model_folder("peft.base_model_name_or_path", base)}
+        update["peft"] = config.peft.model_copy(update=own)
+    check_data(config)
+    return config.model_copy(update=update)
+
+
+def check_data(config: Config) -> None:
+    """Raise UserError for a data set that looks like a path and is not there."""
+    parts = config.data.datasets
+    keys = ["data.dataset_name"] if parts is None else [f"data.datasets.{n}.path" for n in range(len(parts))]
+    for key, name in zip(keys, config.data.names, strict=True):
+        check_there(key, name, "dataset")
+
+
+def model_folder(key: str, name: str) -> str:
+    """The folder of the model, adapter or tokenizer that `key` names, or its name on the hub.
+
+    Raises UserError for a path that is not there, a file, and a run that has exported no model.
+    """
+    path = Path(name).expanduser()
+    if not path.exists():
+        check_there(key, name, "model")
+        return name
+    if not path.is_dir():
+        raise UserError(f"{key}: {name} is a file; name the folder that it is in")
+    if not _holds_model(path):
+        if _holds_model(path / "model"):
+            return str(path / "model")
+        if any((path / file).exists() for file in RUN_FILES):
+            raise UserError(
+                f"{key}: {name} is the folder of a run that has exported no model; write one with "
+                f"`madpo export {name}`"
+            )
+    return str(path) if name.startswith("~") else name
+
+
+def check_there(key: str, name: str, kind: Literal["model", "dataset"]) -> None:
+    """Raise UserError for a name that looks like a path, or like a slip for one, and is not there."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return
+    near = _nearest_path(path)
+    hint = f"; did you mean {near}?" if near else _holds(path.parent)
+    if _looks_local(name):
+        raise UserError(f"{key}: {name}: no such file or folder{hint}")
+    if near is not None and not _is_cached(name, kind):
+        download = f"hf download {'--repo-type dataset ' if kind == 'dataset' else ''}{name}"
+        raise UserError(f"{key}: {name}: no such file or folder{hint} (If it is on the hub: {download})")
+
+
+def _looks_local(name: str) -> bool:
+    parent = Path(name).parent
+    return (
+        name.startswith((".", "/", "~"))
+        or name.endswith(DATA_SUFFIXES)
+        or name.count("/") > 1
+        or (parent != Path() and parent.is_dir())
+    )
+
+
+def _nearest_path(path: Path) -> Path | None:
+    """The path that is there and that `path` is a slip for; None if there is none."""
+    here = Path(path.anchor)
+    for part in path.parts[1 if path.anchor else 0 :]:
+        close = part if (here / part).exists() else closest(part, _names_in(here))
+        if close is None:
+            return None
+        here /= close
+    return here
+
+
+def _holds(folder: Path) -> str:
+    """The end of a message: what is in the folder where something was looked for."""
+    if not folder.is_dir():
+        return f"; there is no folder {folder} either"
+    names = _names_in(folder)
+    more = ", ..." if len(names) > MOST_SHOWN else ""
+    return f"; {folder.resolve()} holds {', '.join(names[:MOST_SHOWN]) or 'nothing'}{more}"
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError:
+        return []
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in MODEL_FILES)
+
+
+def _is_cached(name: str, kind: str) -> bool:
+    """Whether an earlier download of the hub's `name` is on this machine."""
+    from huggingface_hub import constants
+
+    return (Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}").is_dir()

@@ -1,0 +1,105 @@
+"""Data sets that are in memory: written into files of the cache, they go the way of any other data set."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from madpo.trainer.errors import UserError
+from madpo.trainer.files import hash_of_file
+
+Rows = datasets.Dataset | Sequence[Mapping[str, Any]]
+"""The examples of a split: a Hugging Face data set, or a list of dicts with its columns as keys."""
+
+
+def write_splits(splits: Mapping[str, Rows], cache: Path) -> dict[str, Path]:
+    """Write splits (name -> rows) into one folder of the cache that is named by its content; name -> file.
+
+    A list becomes lines of JSON, since its rows need not have the same keys; a `Dataset` becomes Parquet.
+    Raises UserError that names the row for what cannot be written, and for no rows.
+    """
+    home = cache.expanduser() / "in_memory"
+    home.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=home))
+    try:
+        files = [_write(draft, name, rows) for name, rows in splits.items()]
+        folder = home / hash_of_file(*files)
+        if not folder.is_dir():
+            with contextlib.suppress(OSError):  # another rank may have just written the same
+                draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return {name: folder / file.name for name, file in zip(splits, files, strict=True)}
+
+
+def _write(folder: Path, name: str, rows: Rows) -> Path:
+    _check(name, rows)
+    if isinstance(rows, datasets.Dataset):
+        file = folder / f"{name}.parquet"
+        rows.to_parquet(str(file))
+    else:
+        file = folder / f"{name}.jsonl"
+        with file.open("w", encoding="utf-8") as lines:
+            lines.writelines(_line(f"{name}[{index}]", row) for index, row in enumerate(rows))
+    return file
+
+
+def _check(name: str, rows: Any) -> None:
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, datasets.Dataset | Sequence):
+        raise UserError(
+            f"{name}: expected a datasets.Dataset or a list of dicts, got {type(rows).__name__}; "
+            f"{_advice(rows)}"
+        )
+    if not len(rows):
+        raise UserError(f"{name}: there are no rows in it")
+
+
+def _advice(rows: Any) -> str:
+    if isinstance(rows, datasets.DatasetDict | datasets.IterableDatasetDict):
+        return f"give one of its splits: {', '.join(map(str, rows))}"
+    if isinstance(rows, str | os.PathLike):
+        return "the path of a data set belongs into the config, as data.dataset_name"
+    if isinstance(rows, datasets.IterableDataset):
+        return "write it into a file, and set data.streaming=true to read it while training"
+    return "as in [{'prompt': ..., 'chosen': ..., 'rejected': ...}]"
+
+
+def _line(where: str, row: Any) -> str:
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where}: expected a dict, got {type(row).__name__}: {row!r:.80}")
+    try:
+        return json.dumps(dict(row), ensure_ascii=False, default=_plain) + "\n"
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}; rows hold what JSON can: text, numbers, lists, dicts") from None
+
+
+def _plain(value: Any) -> Any:
+    """A numpy value as JSON knows it. Raises TypeError for anything else."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not JSON serializable")
+
+
+@contextlib.contextmanager
+def rows_by_index(files: Mapping[str, Path]) -> Iterator[None]:
+    """Let a UserError that names a row of these files (argument -> file) name the row in memory instead."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for name, file in files.items():
+            path = re.escape(str(file))
+            text = re.sub(rf"{path}:(\d+)", lambda match, name=name: f"{name}[{int(match[1]) - 1}]", text)
+            text = re.sub(rf"{path} row (\d+)", rf"{name}[\1]", text)
+            text = text.replace(str(file), name)
+        raise UserError(text) from error.__cause__

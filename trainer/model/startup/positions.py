@@ -1,0 +1,35 @@
+"""Compare the length of the data with the positions that a model was made for."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedModel
+
+from madpo.trainer.data.groups import TokenGroups
+from madpo.trainer.errors import UserError
+
+
+def check_positions(model: PreTrainedModel, groups: TokenGroups) -> str | None:
+    """A note for the user if a sequence is longer than the model's positions; None if all fit.
+
+    Raises UserError for a model whose positions are learned, because it has no others.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return None
+    long = np.flatnonzero(groups.counts.lengths > positions)  # with all completions of a prompt together
+    longest = int(groups.shapes(long).rows.max()) if len(long) else 0
+    if longest <= positions:
+        return None
+    text = f"the longest sequence has {longest} tokens, and the model was made for {positions} positions"
+    if _are_learned(model, positions):
+        raise UserError(f"data.max_length: {text}; set data.max_length={positions}, or use another model")
+    return f"{text}; it may predict badly beyond them (data.max_length={positions} cuts there)"
+
+
+def _are_learned(model: PreTrainedModel, positions: int) -> bool:
+    """Whether the model has a table of positions. OPT's has two more rows than it has positions."""
+    words = model.get_input_embeddings()
+    tables = (part for part in model.modules() if isinstance(part, nn.Embedding) and part is not words)
+    return any(table.num_embeddings in (positions, positions + 2) for table in tables)
