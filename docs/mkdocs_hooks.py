@@ -19,8 +19,9 @@ ROOT = DOCS.parent
 LINK = re.compile(r"(?<=\]\()[^)\s#:]+")
 """The path of a Markdown link: no anchor, and no address with a scheme."""
 
-API = re.compile(r"<!-- (::: [\w.]+) -->")
-"""A place for the docstring of an object, which mkdocstrings fills in; GitHub shows nothing there."""
+API = re.compile(r"<!-- ::: madpo\.([\w.]+) -->")
+"""A place for the docstring of an object, which mkdocstrings fills in; GitHub shows nothing there. `madpo.x`
+is the folder `x`, and is looked for as such: typings/madpo has links, which mkdocstrings does not follow."""
 
 _origins: dict[str, Path] = {}
 """Page of the site -> the file that it shows."""
@@ -51,7 +52,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def moved(link: re.Match[str]) -> str:
         return posixpath.relpath(_name_on_site((folder / link[0]).resolve()), here or ".")
 
-    return API.sub(r"\1", LINK.sub(moved, markdown))
+    return API.sub(r"::: \1", LINK.sub(moved, markdown))
 
 
 def _name_on_site(path: Path) -> str:
