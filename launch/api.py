@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from madpo.launch import local
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.config.data import DataConfig
+from madpo.trainer.config.run_config import read_tree
 from madpo.trainer.config.schema import Config, from_tree
 from madpo.trainer.errors import UserError
 
@@ -172,7 +173,7 @@ def _tree_of(config: Source) -> tuple[dict[str, Any], str]:
         return config.model_dump(mode="json", by_alias=True), "config"
     if isinstance(config, Mapping):
         return _with_text_for_paths(config), "config"
-    return strict_yaml.read(Path(config)), str(config)
+    return read_tree(config), str(config)
 
 
 def _with_text_for_paths(value: Any) -> Any:

@@ -65,8 +65,8 @@ def unknown_objective(name: str) -> str:
     """What to say of a name that is no objective's, or was none when the schema was made."""
     if name in OBJECTIVES:
         return (
-            f"{name!r} was registered after the first config had been read; register objectives earlier (in a "
-            "notebook: restart the kernel)"
+            f"{name!r} was registered after the first config had been read; register objectives earlier (in "
+            "a notebook: restart the kernel)"
         )
     if name.lower() in ON_POLICY:
         return (
