@@ -10,7 +10,9 @@ PYTEST := $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile
 # Deadlines end what hangs, and here other processes hold the cores: see tests/support/patience.py.
 export MADPO_TEST_PATIENCE ?= 4
 
-.PHONY: demo test suite test-slow test-gpu test-gpu-kernels bench docs lint types sizes clean
+NEWEST := .venv-newest
+
+.PHONY: demo test suite test-slow test-newest test-gpu test-gpu-kernels bench docs lint types sizes clean
 .DEFAULT_GOAL := test
 
 # torch first: installed alone it takes the CPU build where the index offers one, so that no later
@@ -41,6 +43,15 @@ test-slow: $(READY) $(CACHE)/hutto_ICWSM_2014.tar.gz  ## what make test leaves o
 	$(BIN)/pip install -q -c constraints.txt -e '.[slow]'
 	$(PYTEST) -m slow
 
+test-newest: $(CACHE)/hutto_ICWSM_2014.tar.gz  ## the suite with the newest versions that pyproject.toml allows, in an environment of its own
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/pip install -q torch numpy
+	$(NEWEST)/bin/python -c 'import triton' 2>/dev/null || $(NEWEST)/bin/pip install -q triton
+	$(NEWEST)/bin/pip install -q -e '.[dev]'
+	mkdir -p $(NEWEST)/share && cp -r $(CACHE) $(NEWEST)/share/
+	$(NEWEST)/bin/pip list | grep -iE '^(torch|triton|deepspeed|transformers|datasets|peft) '
+	$(NEWEST)/bin/python -m pytest -n $(or $(WORKERS),2) --dist loadfile -m "not slow"
+
 test-gpu-kernels:  ## on a GPU: real vocabularies, sanitizer, no waiting; $(PYTHON) needs torch, triton, numpy, pytest
 	MADPO_TEST_GPU=1 PYTHONPATH=typings $(PYTHON) -m pytest tests/kernels
 
@@ -66,4 +77,4 @@ sizes:  ## lines per file, longest first
 	@git ls-files '*.py' | xargs wc -l | sort -rn | head -20
 
 clean:  ## the environment and what was built
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info

@@ -63,7 +63,7 @@ def trains_adapter(tree: dict[str, Any]) -> bool:
 
 
 def _kind_in(objective: Any) -> Kind | None:
-    loss_type = objective.get("loss_type") if isinstance(objective, dict) else None
+    loss_type = objective.get("loss_type") if isinstance(objective, dict) else objective
     if isinstance(loss_type, list):  # several losses, in TRL's spelling
         return Kind.PREFERENCE
     name = ALIASES.get(loss_type, loss_type) if isinstance(loss_type, str) else None

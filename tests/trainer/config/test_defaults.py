@@ -25,6 +25,7 @@ ADAPTER: dict[str, Any] = {"peft": {}}
         ("train", {"objective": {"loss_type": ["sigmoid", "bco_pair"]}}, 1e-6, 1.0),
         ("train", {"objective": {"loss_type": "kto"}}, 1e-6, 1.0),
         ("train", {"objective": {"loss_type": "dft"}}, 2e-5, 2.0),
+        ("train", {"objective": "nll"}, 2e-5, 2.0),
         ("sft", {}, 2e-5, 2.0),
         ("sft", {"peft": {"lora_r": 8}}, 2e-4, 2.0),
         ("reward", {}, 1e-5, 1.0),
@@ -45,7 +46,9 @@ def test_a_stored_adapter_has_the_rate_of_an_adapter(tmp_path):
     assert config.optim.lr == 1e-4
 
 
-@pytest.mark.parametrize("objective", [None, "dpo", {"loss_type": "none of them"}, {"loss_type": 3}, {}])
+@pytest.mark.parametrize(
+    "objective", [None, "no such", {"loss_type": "no such"}, {"loss_type": 3}, {}]
+)
 def test_an_objective_that_the_schema_refuses_gets_there(objective):
     with pytest.raises(ValueError, match="objective"):
         from_tree({**NEEDED, "objective": objective}, "here")

@@ -196,7 +196,7 @@ REFUSED = [
     ({"datasets": None}, r"data\.dataset_name: is required, or data\.datasets"),
     ({"dataset_name": "x"}, r"data: set one of dataset_name .* and datasets"),
     ({"datasets": []}, r"data\.datasets: "),
-    ({"datasets": [{"path": "a", "fraction": 0.0}]}, r"data\.datasets\.0\.fraction: .*greater than 0"),
+    ({"datasets": [{"path": "a", "fraction": 0.0}]}, r"data\.datasets\.0\.fraction: .*above 0"),
     ({"datasets": [{"fraction": 1}]}, r"data\.datasets\.0\.path: is required"),
     (
         {"datasets": [{"path": "a", "weight": 1}]},

@@ -57,7 +57,7 @@ def test_the_format():
     row = {"prompt": "a", "completion": "b", "label": False}
     assert layout_of(row) == "unpaired" and layout_of(row, supervised=True) == "prompt-completion"
     assert layout_of({**row, "chosen": "c", "rejected": "r"}) == "preference"
-    for other in ("sports", 0, None):
+    for other in ("sports", 1, None):
         assert to_group({**row, "label": other}, "prompt-completion", supervised=True).labels == []
     assert to_group(row, "unpaired") == TextGroup("a", ["b"], [], [-1])
     chat = {
