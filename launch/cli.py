@@ -297,12 +297,14 @@ def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) ->
     resolved = _loaded(config, overrides or [], task)
     folder = Path(resolved.output_dir)
     from madpo.launch import local
+    from madpo.trainer.config.locate import located
 
+    if fresh and Path(config).resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--fresh: {config} would move with {folder}; copy it out first")
+    located(resolved)
     if fresh:
         from madpo.trainer.run_folder import set_aside
 
-        if Path(config).resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"--fresh: {config} would move with {folder}; copy it out first")
         set_aside(folder)
     status = local.run(task, config, overrides or [], resolved.launch)
     if status == 0:
@@ -318,27 +320,23 @@ def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) ->
 def _run_task(task: Task, config: str, overrides: list[str] | None, flags: Sequence[str] = ()) -> None:
     resolved = _loaded(config, overrides or [], task)
     from madpo.launch import local
+    from madpo.trainer.config.locate import located
 
     if task in ("evaluate", "export") and not flags:
         from madpo.trainer.run_folder import check_trained
 
         check_trained(Path(resolved.output_dir), task)
+    if task != "annotate":  # which may score with other models than the config's
+        located(resolved)
     raise typer.Exit(local.run(task, config, overrides or [], resolved.launch, flags))
 
 
 def _loaded(config: str, overrides: list[str], task: str) -> Config:
-    """Load a config and look for what it names, before any rank is started.
-
-    That takes seconds, most of them torch's import, so something is said first.
-    """
+    """Load a config. That takes seconds, most of them torch's import, so something is said first."""
     print(f"reading {config}", flush=True)
-    from madpo.trainer.config.locate import located
     from madpo.trainer.config.schema import load
 
-    resolved = load(config, overrides, task)
-    if task != "annotate":  # which may score with other models than the config's
-        located(resolved)
-    return resolved
+    return load(config, overrides, task)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from textwrap import fill
 
 from madpo.trainer.config.describe import (
+    BY_KIND,
     ON_A_RECIPE,
     ON_A_RUN,
     REQUIRED,
@@ -162,7 +163,8 @@ def _page() -> Iterator[str]:
         yield "| key | values | default | meaning | with another value a run |"
         yield "|---|---|---|---|---|"
         for entry in section.entries:
-            default = "required" if entry.default == REQUIRED else f"`{entry.default}`"
+            in_words = entry.default == REQUIRED or entry.key in BY_KIND
+            default = entry.default if in_words else f"`{entry.default}`"
             run = ON_A_RUN[entry.effect]
             cells = f"`{entry.key}`", entry.values, default, _cell(entry.description), run
             yield f"| {' | '.join(cells)} |"

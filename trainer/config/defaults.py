@@ -6,6 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from madpo.trainer.config.run_config import as_block
 from madpo.trainer.objectives.build import ALIASES, BoundObjective, bind
 from madpo.trainer.objectives.registry import OBJECTIVES
 
@@ -46,7 +47,7 @@ def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
 
     A mapping whose objective is unknown stays as it is: the schema refuses it.
     """
-    kind = _kind_in(tree.get("objective"))
+    kind = _kind_in(as_block(tree.get("objective")))
     optim, train = tree.get("optim", {}), tree.get("train", {})
     if kind is None or not isinstance(optim, dict) or not isinstance(train, dict):
         return tree
@@ -58,8 +59,9 @@ def trains_adapter(tree: dict[str, Any]) -> bool:
     """Whether a config's mapping asks for a new adapter, or names a folder that holds one."""
     model = tree.get("model")
     name = model.get("model_name_or_path") if isinstance(model, dict) else None
-    stored = isinstance(name, str) and (Path(name).expanduser() / "adapter_config.json").is_file()
-    return stored or tree.get("peft") is not None
+    folder = Path(name).expanduser() if isinstance(name, str) else None
+    places = () if folder is None else (folder, folder / "model")  # of a run, the exported model
+    return tree.get("peft") is not None or any((place / "adapter_config.json").is_file() for place in places)
 
 
 def _kind_in(objective: Any) -> Kind | None:

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from madpo.trainer.config.defaults import EPOCHS, LEARNING_RATE
 from madpo.trainer.config.effects import key_of, sections_in
 from madpo.trainer.config.schema import Config
 from madpo.trainer.config.section import Effect, Section
@@ -32,7 +33,16 @@ ON_A_RECIPE = {
 }
 """Effect -> what a recipe does with another value."""
 
-REQUIRED = "(required)"
+REQUIRED = "required"
+
+BY_KIND = {
+    "optim.lr": ", ".join(
+        f"{rate} for {kind.value} ({of_adapter} for an adapter)"
+        for kind, (rate, of_adapter) in LEARNING_RATE.items()
+    ),
+    "train.num_train_epochs": ", ".join(f"{epochs} for {kind.value}" for kind, epochs in EPOCHS.items()),
+}
+"""Key -> its defaults, where they depend on what is trained."""
 
 
 class Entry(NamedTuple):
@@ -47,7 +57,7 @@ class Entry(NamedTuple):
     @property
     def facts(self) -> str:
         """What it takes, its default, and what a change means for a run."""
-        default = "required" if self.default == REQUIRED else f"default {self.default}"
+        default = REQUIRED if self.default == REQUIRED else f"default {self.default}"
         return f"{self.values}; {default}; another value: {ON_A_RUN[self.effect]}"
 
 
@@ -120,7 +130,7 @@ def _sections(section: type[Section], prefix: str, description: str) -> Iterator
 
 def _entry(key: str, field: FieldInfo, effect: Effect) -> Entry:
     values = "a section" if key == "objective" else values_of(field)
-    return Entry(key, values, _default(field), field.description or "", effect)
+    return Entry(key, values, BY_KIND.get(key) or _default(field), field.description or "", effect)
 
 
 def _default(field: FieldInfo) -> str:

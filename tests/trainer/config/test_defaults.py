@@ -47,7 +47,7 @@ def test_a_stored_adapter_has_the_rate_of_an_adapter(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "objective", [None, "no such", {"loss_type": "no such"}, {"loss_type": 3}, {}]
+    "objective", [None, "none of them", 3, {"loss_type": "none of them"}, {"loss_type": 3}, {}]
 )
 def test_an_objective_that_the_schema_refuses_gets_there(objective):
     with pytest.raises(ValueError, match="objective"):
