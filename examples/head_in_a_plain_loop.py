@@ -59,7 +59,8 @@ def sharded(module: PolicyWithLoss) -> nn.Module:
     for model in (module.policy, module.reference):
         for layer in model.model.layers:
             fully_shard(layer)
-    return fully_shard(module)
+    fully_shard(module)
+    return module
 
 
 def whole(parameter: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def every_loss(shard: Any, configs: list[Config], evaluated: Config | None = Non
         for index, config in mine.items():
             out[index] = _steps(engine, gradients, config, shard)
         if with_reference and evaluated is not None:
-            record = evaluate(evaluated, engine, _have(engine, evaluated), shard, MEMORY)
+            record = evaluate(evaluated, engine, _have(engine, evaluated), shard, MEMORY).record
         engine.release()
     return ([out[index] for index in range(len(configs))], record) if shard.is_main else None
 

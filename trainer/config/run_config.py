@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ FILE = "config.yaml"
 """A run's resolved config, in its folder."""
 
 
-def read_tree(path: str | Path) -> dict[str, Any]:
+def read_tree(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The sections in a YAML file. A run folder stands for its config.yaml, with itself as `output_dir`.
 
     Raises UserError for a folder without one, and for a file that holds no sections.
     """
     folder = Path(path)
     if not folder.is_dir():
-        return strict_yaml.read(path)
+        return strict_yaml.read(folder)
     if not (folder / FILE).is_file():
         raise UserError(f"{folder} is a folder without {FILE}, so no run's; name a YAML file or a run folder")
     return {**strict_yaml.read(folder / FILE), "output_dir": str(folder)}

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.exceptions import DatasetGenerationError
 
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.errors import UserError, on_one_line
@@ -77,7 +78,7 @@ def _parquet_rows(files: list[Path], cache: Path) -> datasets.Dataset:
             cache_dir=str(cache),
             features=datasets.Features.from_arrow_schema(common),
         )
-    except (pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
+    except (pa.ArrowException, DatasetGenerationError) as error:
         kinds = {str(file): schema for file, schema in zip(files, schemas, strict=True)}
         raise UserError(f"{_unlike(kinds)}: {error.__cause__ or error}") from None
     assert isinstance(rows, datasets.Dataset)

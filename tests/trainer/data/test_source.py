@@ -76,7 +76,7 @@ def shards(folder: Path, *tables: dict[str, Any]) -> DataConfig:
 
 
 def rows(data: DataConfig, cache: Path) -> list[dict[str, Any]]:
-    return list(open_source(data, "train", cache).rows)  # pyright: ignore[reportArgumentType]
+    return open_source(data, "train", cache).rows.to_list()
 
 
 def test_shards_of_whole_and_broken_numbers_are_one_set(tmp_path):
