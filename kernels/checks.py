@@ -68,16 +68,17 @@ def require_targets(
     require("targets", targets, len(rows))
     if targets.dtype != torch.int64:
         raise ValueError(f"targets: {targets.dtype}, but torch.int64 is needed")
-    inside = (targets >= 0) & (targets < vocabulary)
     if targets.is_cuda:
+        inside = (targets >= 0) & (targets < vocabulary)
         short = f"targets: not all are in [0, {vocabulary}). No label is ignored, not even -100"
         # It takes 254 characters.
         torch.ops.aten._assert_async.msg(inside.all(), f"{short}; see docs/kernels.md")
-    elif targets.device.type == "cpu" and not inside.all():
-        row = int((~inside).nonzero()[0])
-        raise ValueError(
-            f"targets: {int(targets[row])} in row {row} is not in [0, {vocabulary}). {WHAT_TO_PASS}"
-        )
+    elif targets.device.type == "cpu":
+        values = targets.numpy()
+        for row in ((values < 0) | (values >= vocabulary)).nonzero()[0][:1]:
+            raise ValueError(
+                f"targets: {values[row]} in row {row} is not in [0, {vocabulary}). {WHAT_TO_PASS}"
+            )
 
 
 WHAT_TO_PASS = (

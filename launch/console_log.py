@@ -24,7 +24,6 @@ def keep(folder: Path, command: str) -> None:
     Raises UserError if nothing can be written there.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         append(folder, f"== {time.strftime('%Y-%m-%d %H:%M:%S')}  {command}  ({', '.join(versions())})")
         file = (folder / NAME).open("ab", buffering=0)
     except OSError as error:
@@ -38,7 +37,8 @@ def keep(folder: Path, command: str) -> None:
 
 
 def append(folder: Path, text: str) -> None:
-    """Add lines to the log of a folder that is there, in one write, as several ranks may do so at a time."""
+    """Add lines to a folder's log, in one write, as several ranks may do so at a time, also before rank 0."""
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / NAME).open("ab", buffering=0) as file:
         file.write(f"{text}\n".encode())
 

@@ -116,7 +116,7 @@ def test_rows_in_memory_train_as_rows_in_files_do_and_every_rank_gets_the_result
     results = run_ranks(2, as_a_rank, folder)
     assert results[0] == results[1]
     in_files, in_memory = ([without_clock(record) for record in run.history] for run in results[0])
-    assert in_files == in_memory and len(in_memory) == 3
+    assert in_files == in_memory and len(in_memory) == 4
 
 
 def test_configs_are_read_from_paths_mappings_and_configs(folder, tmp_path):

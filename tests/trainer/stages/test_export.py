@@ -132,7 +132,7 @@ def test_the_next_stage_starts_from_either_folder(config, trained, tmp_path, nam
         peft=None if name == "model" else {},
         train={"max_steps": 1},
     )
-    run_ranks(2, evaluate, following)
+    run_ranks(2, evaluate_base, following)
     record = json.loads((tmp_path / "next" / "evaluation.json").read_text())
     assert record["eval_logps/chosen"] == pytest.approx(logged(trained, "eval_logps/chosen"), rel=1e-5)
     assert record["eval_rewards/margins"] == 0.0
@@ -140,8 +140,8 @@ def test_the_next_stage_starts_from_either_folder(config, trained, tmp_path, nam
     assert (tmp_path / "next" / "model" / "adapter_config.json").is_file()
 
 
-def evaluate(shard, config: Config) -> None:
-    run_evaluation(config)
+def evaluate_base(shard, config: Config) -> None:
+    run_evaluation(config, base=True)
 
 
 def test_a_merge_leaves_the_weights_that_training_goes_on_with(config, tmp_path, tokenizer_folder):
