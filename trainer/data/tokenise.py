@@ -158,6 +158,8 @@ def _encode_whole(
             prompt = prompt[:-1]
         ids, rendering = render(prompt + completion, tokenizer, _template_options(group, rules))
         notes |= dict.fromkeys(notes_on(rendering, len(prompt), rules.template_may_drop))
+    if rules.append_eos == "always" and tokenizer.eos_token_id is None:
+        raise UserError("data.append_eos: always, but the tokenizer has no EOS token; set auto or never")
     append = rules.append_eos == "always" or (rules.append_eos == "auto" and not group.conversational)
     if append and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]

@@ -6,6 +6,7 @@ that is not merged becomes a folder that peft loads.
 
 from __future__ import annotations
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from madpo.trainer.model.tokenizer import load_tokenizer, padding_token
 from madpo.trainer.model.weights import adapter_weights, gather, whole_weights
 from madpo.trainer.reports.model_card import model_card
 from madpo.trainer.run_folder import check_trained
+from madpo.trainer.stages.end_of_turn import stop_at
 from madpo.trainer.stages.start_engine import start_engine
 from madpo.trainer.state import TrainState
 
@@ -41,6 +43,8 @@ def run_export(config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     engine = start_engine(config, tokenizer, training=True)
     state = checkpoint.load(engine, folder / "checkpoints", tag)
+    facts = json.loads((folder / "run.json").read_text())
+    stop_at(engine.module.policy, facts.get("end_of_turn"), tokenizer)
     for target in export_model(engine, tokenizer, config, folder, shard, state):
         size = sum(file.stat().st_size for file in target.iterdir())
         print(f"{target.name:<6} {target} (step {state.step}, {size / 1e6:,.1f} MB)", flush=True)

@@ -28,6 +28,7 @@ from madpo.trainer.reports.progress import Progress, print_line
 from madpo.trainer.reports.remarks import remarks
 from madpo.trainer.run_folder import claim, step_of
 from madpo.trainer.schedule import run_length
+from madpo.trainer.stages.end_of_turn import stop_at, taught_end
 from madpo.trainer.stages.export import export_model
 from madpo.trainer.stages.quantiles import resolve_quantiles
 from madpo.trainer.stages.start_engine import check_data_fits, start_engine
@@ -68,6 +69,8 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
         assert source is not None
         engine = start_engine(config, tokenizer, training=True)
         cleanup.callback(engine.release)
+        end = taught_end(data.train, tokenizer)
+        end_note = stop_at(engine.module.policy, end, tokenizer)
         check_data_fits(data, config, engine)
         state = checkpoint.load(engine, checkpoints, tag) if tag else TrainState()
         if cached is not None:
@@ -75,7 +78,7 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
 
         sinks: list[Callback] = []
         if shard.is_main:
-            _describe_run(folder, config, command, shard, total_steps)
+            _describe_run(folder, config, command, shard, total_steps, end)
             _write_report(folder, data)
             metrics = MetricsFile(folder, state.step)
             cleanup.callback(metrics.close)
@@ -85,6 +88,7 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
             parameters = count_parameters(engine.module.policy)
             notes = [*engine.module.notes, *reference_notes(config, engine.module, source, cached)]
             notes += expert_notes(engine.module.policy, config.model.router_aux_loss_coef)
+            notes += [end_note] if end_note else []
             notes += remarks(config, total_steps, parameters, weights)
             progress.announce(config, data.report, state, shard, engine.device, parameters, notes)
             sinks = [metrics.write, progress.show, *callbacks]
@@ -121,13 +125,16 @@ def _write_report(folder: Path, data: Data) -> None:
     (folder / "data_report.json").write_text(json.dumps(data.report, indent=2) + "\n")
 
 
-def _describe_run(folder: Path, config: Config, command: str, shard: Shard, total_steps: int) -> None:
+def _describe_run(
+    folder: Path, config: Config, command: str, shard: Shard, total_steps: int, end_of_turn: int | None
+) -> None:
     """Write config.yaml and run.json: the command, the length of the run, the versions, the hardware."""
     (folder / "config.yaml").write_text(dump(config))
     on_gpu = torch.cuda.is_available()
     run = {
         "command": command,
         "total_steps": total_steps,
+        "end_of_turn": end_of_turn,
         "world_size": shard.world_size,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "host_cpus": os.cpu_count(),

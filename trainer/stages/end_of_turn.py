@@ -1,0 +1,63 @@
+"""The token that ends an answer: what training has taught, the exported model must stop at."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from madpo.trainer.data.chat_template import render
+from madpo.trainer.data.groups import TokenDataset
+from madpo.trainer.model.lora import is_adapted
+from madpo.trainer.sampling.samplers import ends_of
+
+LOOKED_AT = 100
+"""The number of groups whose completions are looked at."""
+
+TAIL = 4
+"""The last tokens of a completion that are looked at: templates write a line break behind the end."""
+
+
+def taught_end(groups: TokenDataset | None, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes behind an answer, if completions of the data end so.
+
+    None without a template, for plain text, and for a stream, whose groups are not there yet.
+    """
+    end = end_of_turn(tokenizer)
+    if groups is None or end is None:
+        return None
+    first = (groups[index] for index in range(len(groups)))
+    tails = [completion[-TAIL:] for group in islice(first, LOOKED_AT) for completion in group.completions]
+    return end if any(end in tail for tail in tails) else None
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes behind an answer; None if it writes none."""
+    if tokenizer.chat_template is None:
+        return None
+    ask, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    try:
+        asked, _ = render([ask], tokenizer, {"add_generation_prompt": True})
+        answered, _ = render([ask, answer], tokenizer, {})
+    except Exception:  # a template may raise anything, and this one may want other messages
+        return None
+    special = tokenizer.added_tokens_decoder
+    return next((token for token in reversed(answered[len(asked) :]) if token in special), None)
+
+
+def stop_at(model: Any, end: int | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Let the model's generation stop at this token too; what to tell the user if it did not before."""
+    settings = getattr(model, "generation_config", None)
+    if end is None or settings is None:
+        return None
+    ends = ends_of(settings.eos_token_id, tokenizer)
+    if end in ends:
+        return None
+    settings.eos_token_id = sorted({*ends, end})
+    what = (
+        f"answers end with {tokenizer.convert_ids_to_tokens(end)!r}, where the starting model does not stop"
+    )
+    if is_adapted(model):
+        return f"{what}; generate with the adapter and eos_token_id={settings.eos_token_id}"
+    return f"{what}; the exported generation_config stops there too"
