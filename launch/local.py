@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from madpo.launch.lifeline import LAUNCHER_PID
+from madpo.launch.outer_launcher import check_alone, without_launcher
 from madpo.launch.worker import FIRST_ERROR
 from madpo.trainer.config.schema import LaunchConfig
 from madpo.trainer.errors import UserError
@@ -74,7 +75,7 @@ def environment(ranks: int) -> dict[str, str]:
     from madpo.trainer.dist import free_port
 
     quiet_environment()
-    env = os.environ | {LAUNCHER_PID: str(os.getpid())}
+    env = without_launcher(os.environ) | {LAUNCHER_PID: str(os.getpid())}
     if ranks == 1:
         env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -89,8 +90,10 @@ def run(
 ) -> int:
     """Start the ranks, end them when a signal comes, wait, and return their exit status.
 
-    `flags` are options of the worker. The status is 128 + n after signal n.
+    `flags` are options of the worker. The status is 128 + n after signal n. Raises UserError if a launcher
+    has started this command several times.
     """
+    check_alone()
     import torch
 
     ranks = count_processes(launch)

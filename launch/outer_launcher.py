@@ -1,0 +1,37 @@
+"""Launchers around the command: `madpo train` starts its ranks itself, so nobody else may start it twice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from madpo.trainer.errors import UserError
+
+COUNTS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables in which launchers say how many processes they start."""
+
+PREFIXES = ("TORCHELASTIC_", "PET_", "GROUP_", "ROLE_")
+NAMES = {"RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+"""Variables of an outer launcher that would lead ranks of ours to its rendezvous."""
+
+
+def check_alone() -> None:
+    """Raise UserError if a launcher has started this command several times."""
+    for name in COUNTS:
+        value = os.environ.get(name, "")
+        if value.isdigit() and int(value) > 1:
+            alone = f"; if this is the only process (salloc), unset {name}" if name == "SLURM_NTASKS" else ""
+            raise UserError(
+                f"{name} is {value}: a launcher starts this command {value} times, and each would train alone, "
+                "as madpo starts its ranks itself. Start `-m madpo.launch.worker CONFIG` with torchrun on every "
+                f"node instead, as slurm/train.sbatch does (docs/clusters.md){alone}"
+            )
+
+
+def without_launcher(variables: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables without those of an outer launcher."""
+    return {
+        name: value
+        for name, value in variables.items()
+        if name not in NAMES and not name.startswith(PREFIXES)
+    }

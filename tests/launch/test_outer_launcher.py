@@ -1,0 +1,58 @@
+"""The command notices when a launcher has started it, and hands nothing of that launcher on to its ranks."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from madpo.launch import local
+from madpo.launch.outer_launcher import COUNTS, check_alone, without_launcher
+from madpo.trainer.config.schema import LaunchConfig
+from madpo.trainer.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch) -> None:
+    for name in COUNTS:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_command_that_is_started_several_times_is_refused_before_any_rank(monkeypatch, name):
+    monkeypatch.setenv(name, "2")
+    for variables in ({}, {"RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}):
+        for key, value in variables.items():
+            monkeypatch.setenv(key, value)
+        with pytest.raises(UserError, match=rf"^{name} is 2: .* -m madpo\.launch\.worker CONFIG"):
+            local.run("train", "no such config", [], LaunchConfig())
+
+
+@pytest.mark.parametrize("value", ["1", "", "0"])
+def test_a_single_process_is_not(monkeypatch, value):
+    for name in COUNTS:
+        monkeypatch.setenv(name, value)
+    check_alone()
+
+
+def test_ranks_see_nothing_of_an_outer_launcher(monkeypatch):
+    """Torch's store would otherwise wait for a server that nobody is."""
+    outer = {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": "a",
+        "PET_NNODES": "2",
+        "GROUP_RANK": "1",
+        "ROLE_WORLD_SIZE": "2",
+        "MASTER_ADDR": "10.0.0.1",
+        "RANK": "0",
+        "NODE_RANK": "1",
+    }
+    for name, value in outer.items():
+        monkeypatch.setenv(name, value)
+    assert without_launcher(outer | {"HOME": "h"}) == {"HOME": "h"}
+    for ranks in (1, 2):
+        env = local.environment(ranks)
+        left = {name for name in outer if env.get(name) == outer[name]}
+        assert left == ({"RANK"} if ranks == 1 else set()), "a rank alone is rank 0, by our own word"
+        assert env["PATH"] == os.environ["PATH"]
+    assert local.environment(1)["MASTER_ADDR"] == "127.0.0.1"
