@@ -22,9 +22,9 @@ def check_alone() -> None:
         if value.isdigit() and int(value) > 1:
             alone = f"; if this is the only process (salloc), unset {name}" if name == "SLURM_NTASKS" else ""
             raise UserError(
-                f"{name} is {value}: a launcher starts this command {value} times, and each would train alone, "
-                "as madpo starts its ranks itself. Start `-m madpo.launch.worker CONFIG` with torchrun on every "
-                f"node instead, as slurm/train.sbatch does (docs/clusters.md){alone}"
+                f"{name} is {value}: a launcher starts this command {value} times, and each would train "
+                "alone, as madpo starts its ranks itself. Let torchrun start `-m madpo.launch.worker CONFIG` on "
+                f"every node instead, as slurm/train.sbatch does (docs/clusters.md){alone}"
             )
 
 

@@ -24,7 +24,7 @@ def test_a_command_that_is_started_several_times_is_refused_before_any_rank(monk
     for variables in ({}, {"RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}):
         for key, value in variables.items():
             monkeypatch.setenv(key, value)
-        with pytest.raises(UserError, match=rf"^{name} is 2: .* -m madpo\.launch\.worker CONFIG"):
+        with pytest.raises(UserError, match=rf"^{name} is 2: .*-m madpo\.launch\.worker CONFIG"):
             local.run("train", "no such config", [], LaunchConfig())
 
 
