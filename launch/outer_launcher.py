@@ -23,8 +23,8 @@ def check_alone() -> None:
             alone = f"; if this is the only process (salloc), unset {name}" if name == "SLURM_NTASKS" else ""
             raise UserError(
                 f"{name} is {value}: a launcher starts this command {value} times, and each would train "
-                "alone, as madpo starts its ranks itself. Let torchrun start `-m madpo.launch.worker CONFIG` on "
-                f"every node instead, as slurm/train.sbatch does (docs/clusters.md){alone}"
+                "alone, as madpo starts its ranks itself. Let torchrun start `-m madpo.launch.worker CONFIG` "
+                f"on every node instead, as slurm/train.sbatch does (docs/clusters.md){alone}"
             )
 
 
