@@ -78,6 +78,8 @@ def train(
     Returns the same on all ranks. Raises UserError for a config, model or data set that cannot be trained,
     and what a callback raises, which stops the run.
     """
+    if task not in ("train", "sft", "reward"):
+        raise UserError(f"task: train, sft or reward, got {task!r}; objective.loss_type names the loss")
     if train is None and evaluation is not None:
         raise UserError("evaluation: the config names the training data; give train=... too, or neither")
     given = {"train": train, "evaluation": evaluation}

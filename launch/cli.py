@@ -285,12 +285,16 @@ def show_keys(
 @command(LOOK, "madpo report runs/madpo runs/dpo", "docs/metrics.md")
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run folders; several are overlaid")],
-    output: Annotated[Path | None, typer.Option(help="default: report.html in the first run")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="default: report.html in the run, or comparison.html in the first"),
+    ] = None,
 ) -> None:
     """Write an HTML report of one or more runs, also of running ones."""
     from madpo.trainer.reports.run_report import write_report
 
-    print(f"report {write_report(runs, output or runs[0] / 'report.html')}")
+    page = "report.html" if len(runs) == 1 else "comparison.html"
+    print(f"report {write_report(runs, output or runs[0] / page)}")
 
 
 def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) -> None:

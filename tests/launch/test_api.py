@@ -144,3 +144,8 @@ def test_what_is_given_in_memory_and_what_the_config_names_do_not_mix(folder):
     bad = [*rows(folder, "train"), {"prompt": "x", "chosen": 3, "rejected": "y"}]
     with pytest.raises(madpo.UserError, match=r"^train\[16\]: chosen: expected text"):
         madpo.train(tree(folder, "bad"), train=bad)
+
+
+def test_a_task_that_is_none_is_refused():
+    with pytest.raises(madpo.UserError, match="task: train, sft or reward, got 'kto'"):
+        madpo.train({}, task="kto")  # pyright: ignore[reportArgumentType]

@@ -53,7 +53,8 @@ def test_without_a_terminal_each_key_is_one_line():
     assert explain_keys("lr", None) == (
         "  optim.lr  highest learning rate, which warm-up ends at; a number above 0; default 2e-05 for "
         "supervised training (0.0002 for an adapter), 1e-05 for reward models (0.0001 for an adapter), 1e-06 "
-        "for preferences (1e-05 for an adapter); another value: starts anew, and a recipe runs a finished "
+        "for preferences (1e-05 for an adapter); another value: is refused, unless "
+        "--fresh begins it anew, and a recipe runs a finished "
         "stage again\n"
     )
 

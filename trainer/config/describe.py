@@ -18,10 +18,10 @@ from madpo.trainer.objectives.base import Item, Objective
 from madpo.trainer.objectives.registry import OBJECTIVES
 
 ON_A_RUN = {
-    Effect.NUMBERS: "starts anew",
+    Effect.NUMBERS: "is refused, unless --fresh begins it anew",
     Effect.RESULT: "continues",
     Effect.MEANS: "continues",
-    Effect.PACKED_ROWS: "continues, or starts anew where model.router_aux_loss_coef is set",
+    Effect.PACKED_ROWS: "continues (is refused if model.router_aux_loss_coef is set)",
 }
 """Effect -> what a run does with another value."""
 
@@ -29,7 +29,7 @@ ON_A_RECIPE = {
     Effect.NUMBERS: "runs a finished stage again",
     Effect.RESULT: "runs a finished stage again",
     Effect.MEANS: "keeps a finished stage",
-    Effect.PACKED_ROWS: "keeps a finished stage, or runs it again where model.router_aux_loss_coef is set",
+    Effect.PACKED_ROWS: "keeps a finished stage (runs it again if model.router_aux_loss_coef is set)",
 }
 """Effect -> what a recipe does with another value."""
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 RENAMED = {
     # transformers' TrainingArguments, and TRL's configs
     "learning_rate": "optim.lr",
+    "zero_optimization": "deepspeed.zero_optimization",
     "model_name": "model.model_name_or_path",
     "ref_model": "model.ref_model_name_or_path",
     "tokenizer_name": "model.tokenizer_name_or_path",

@@ -151,7 +151,9 @@ def validate(config: Config) -> None:
     if config.annotate.folds is not None and config.data.folds is not None:
         raise UserError("data.folds: annotate.folds sets it for every model; remove it")
     if train.eval_steps is not None and not config.data.may_hold_out:
-        raise UserError("train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split")
+        raise UserError(
+            "train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split, or null"
+        )
     if optim.warmup_steps and optim.warmup_ratio:
         raise UserError("optim: set warmup_steps or warmup_ratio, not both")
     completions = 1 if config.bound_objective.supervised else 2

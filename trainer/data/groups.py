@@ -192,9 +192,10 @@ def check_groups(
     counts, loss_type = groups.counts, objective.loss_type
     check_budget(counts.computed_tokens(prefix_sharing), budget)
     if objective.item is Item.EDGE and not counts.edges.all():
+        other = "kto, which takes labels" if counts.labelled.any() else "nll"
         raise UserError(
             f"{groups.name}: objective {loss_type} compares completions; give columns prompt, chosen "
-            "and rejected, or use loss_type nll"
+            f"and rejected, or use loss_type {other}"
         )
     if Need.LABELS in objective.needs and not counts.labelled.all():
         raise UserError(

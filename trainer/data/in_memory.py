@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import xxhash
 
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import hash_of_file
@@ -33,7 +34,9 @@ def write_splits(splits: Mapping[str, Rows], cache: Path) -> dict[str, Path]:
     draft = Path(tempfile.mkdtemp(dir=home))
     try:
         files = [_write(draft, name, rows) for name, rows in splits.items()]
-        folder = home / hash_of_file(*files)
+        # By name and content of each: rows that are parted elsewhere are other splits.
+        content = json.dumps({file.name: hash_of_file(file) for file in files})
+        folder = home / xxhash.xxh3_128_hexdigest(content.encode())
         if not folder.is_dir():
             with contextlib.suppress(OSError):  # another rank may have just written the same
                 draft.rename(folder)

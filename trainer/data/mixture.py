@@ -35,7 +35,8 @@ def load_split(
         if split is None:
             named = data.dataset_test_split or "null"
             raise UserError(
-                f"data.dataset_test_split: {named} leaves nothing to evaluate on; name the held-out split"
+                f"data.dataset_test_split: {named} leaves nothing to evaluate on; make a folder of "
+                "train.jsonl and test.jsonl the data set, or name a split that it has"
             )
         groups, report = load_groups(data, split, tokenizer, supervised)
         return groups, {split: report}

@@ -262,7 +262,5 @@ def check_readable(where: Callable[[int], str], table: datasets.Dataset, on_bad_
     if len(bad) and on_bad_row == "error":
         first = table[int(bad[0])]
         more = f" ({len(bad)} such rows of {len(table)})" if len(bad) > 1 else ""
-        raise UserError(
-            f"{where(first['row'])}: {first['problem']}{more}; "
-            "mend the row, or set data.on_bad_row=drop to train without it"
-        )
+        drop = ", or set data.on_bad_row=drop to train without it" if len(bad) < len(table) else ""
+        raise UserError(f"{where(first['row'])}: {first['problem']}{more}; mend the row{drop}")

@@ -76,7 +76,9 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool
         held_out = merged(_fitted(groups, config), config)
         held_out_report = report_of_merged(held_out, report)
     if held_out is None and config.train.eval_steps is not None:
-        raise UserError("train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split")
+        raise UserError(
+            "train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split, or null"
+        )
     return Data(train, held_out, source, held_out_report)
 
 

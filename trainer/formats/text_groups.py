@@ -357,13 +357,15 @@ def parse_json_line(raw: bytes) -> dict[str, Any]:
     """
     try:
         row = json.loads(
-            raw.decode("utf-8-sig"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+            raw.decode("utf-8-sig").rstrip(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
         )
     except UnicodeDecodeError as error:
         hint = "; it looks like UTF-16, convert it with iconv" if raw[:2] in _UTF16 else ""
         raise UserError(f"not UTF-8 ({error.reason}){hint}") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"not JSON: {error.msg} at column {error.colno} of {raw[:60]!r}") from None
+        place = max(error.pos - 30, 0)
+        near = error.doc[place : error.pos + 30]
+        raise UserError(f"not JSON: {error.msg} at column {error.colno}, in {near!r}") from None
     except RecursionError:
         raise UserError("not JSON that can be read: nested too deeply") from None
     if not isinstance(row, dict):

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import UserError, nearest
 from madpo.trainer.pair_margins import (
     ACCURACY,
     STDERR,
@@ -82,10 +82,17 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     ]
 
 
+def _folders_beside(folder: Path) -> list[str]:
+    parent = folder.parent
+    return [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+
+
 def _load_run(name: str, number: int, folder: Path) -> Run:
     records = read_metrics(folder)
     if not records:
         where = folder / METRICS
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder{nearest(folder.name, _folders_beside(folder))}")
         raise UserError(f"{where}: no metrics; name the folder of a run that has logged a step")
     path = folder / "config.yaml"
     config = path.read_text(encoding="utf-8") if path.is_file() else ""

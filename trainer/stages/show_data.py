@@ -148,6 +148,10 @@ def render_totals(report: dict[str, Any], tokens: int, trained: int, coloured: b
     for name, says in COUNTS.items():
         if report[name]:
             yield Text(f"{report[name]:,} {says}")
+    for note, number in report.get("chat_template", {}).items():
+        yield Text(f"{number:,} examples: {note}")
+    if unused := report.get("unused_columns"):
+        yield Text(f"columns that are not used: {', '.join(unused)}")
     if "margin_mean" in report:
         low, mean, high = (report[f"margin_{name}"] for name in ("min", "mean", "max"))
         yield Text(f"margins from {low:g} to {high:g}, mean {mean:.4g}")

@@ -54,3 +54,14 @@ def test_errors_name_the_row_in_memory(tmp_path):
     with pytest.raises(UserError) as caught, rows_by_index(files):
         raise UserError(f"{files['train']}:2: bad; {files['prompts']} row 0: bad; {files['train']}: none")
     assert str(caught.value) == "train[1]: bad; prompts[0]: bad; train: none"
+
+
+def test_rows_that_are_parted_elsewhere_are_other_splits(tmp_path):
+    """The bytes of both files together are the same."""
+    rows = [{"prompt": "a", "chosen": "b", "rejected": f"c{i}"} for i in range(4)]
+    one = write_splits({"train": rows[:3], "evaluation": rows[3:]}, tmp_path)
+    other = write_splits({"train": rows[:1], "evaluation": rows[1:]}, tmp_path)
+    alone = write_splits({"evaluation": rows[:3]}, tmp_path)
+    lines = [[len(file.read_text().splitlines()) for file in files.values()] for files in (one, other, alone)]
+    assert lines == [[3, 1], [1, 3], [3]]
+    assert write_splits({"train": rows[:3], "evaluation": rows[3:]}, tmp_path) == one
