@@ -105,7 +105,8 @@ def render(
         )
     variables = {name: value for name, value in options.items() if name != "tools"}
     shape = json.dumps([_marked(messages), _forms(options.get("tools") or [])])
-    rendering = _rendering(tokenizer, shape, json.dumps(variables, sort_keys=True))
+    written = repr(tokenizer.chat_template)
+    rendering = _rendering(tokenizer, written, shape, json.dumps(variables, sort_keys=True))
     for name in rendering.translations:
         messages = TRANSLATIONS[name](messages)
     ids: Any = tokenizer(_text(messages, tokenizer, options), add_special_tokens=False)["input_ids"]
@@ -164,8 +165,11 @@ def _in_completion(lost: Lost, prompt_messages: int) -> str:
 
 
 @lru_cache(maxsize=10_000)
-def _rendering(tokenizer: PreTrainedTokenizerBase, shape: str, variables: str) -> Rendering:
-    """Render a shape with markers, in every combination of the translations that change it."""
+def _rendering(tokenizer: PreTrainedTokenizerBase, written: str, shape: str, variables: str) -> Rendering:
+    """Render a shape with markers, in every combination of the translations that change it.
+
+    `written` is the tokenizer's template, which may be exchanged.
+    """
     marked, forms = json.loads(shape)
     numbers = count()
     places: dict[str, Lost] = {}

@@ -121,7 +121,11 @@ def _unused(
     row: dict[str, Any], used: AbstractSet[str], adapter: Adapter, group: TextGroup
 ) -> tuple[str, ...]:
     """The columns that hold text or more and that nothing looks at. Raises UserError for one of MEANT."""
-    unused = tuple(name for name, value in row.items() if name not in used and _says_something(value))
+    unused = tuple(
+        name
+        for name, value in row.items()
+        if name not in used and (_says_something(value) or (name in MEANT and _is_number(value)))
+    )
     for name in unused:
         if name in MEANT:
             beside = "beside conversations" if group.conversational else "beside plain text"
@@ -137,6 +141,10 @@ def _instead(name: str, row: dict[str, Any]) -> str:
     given = {column for column, value in row.items() if _says_something(value)}
     fitting = [x.name for x in ADAPTERS.values() if name in x.uses and x.source and not x.missing(given)]
     return f"data.adapter={' or '.join(fitting)} does; else " if fitting else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _says_something(value: Any) -> bool:

@@ -164,13 +164,12 @@ def _key(group: TextGroup) -> str:
 
 def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
     """The text of the first `count` tokens; all of it if there are no more."""
-    try:
-        encoded = tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-        )
-    except NotImplementedError:
+    if not tokenizer.is_fast:  # it gives no places of tokens in the text
         raise UserError(
             f"generate.prompt_tokens needs a fast tokenizer, which {type(tokenizer).__name__} is not"
-        ) from None
+        )
+    encoded = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+    )
     offsets: Any = encoded["offset_mapping"]
     return text[: offsets[count - 1][1]] if len(offsets) > count else text

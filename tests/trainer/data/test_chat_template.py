@@ -218,6 +218,17 @@ def test_a_prompt_alone_is_held_to_the_same_rule(tokenizers):
         encode_prompt(group, tokenizers["three roles"], TokenRules(500))
 
 
+def test_another_template_of_one_tokenizer_is_looked_at_anew(tokenizers):
+    tokenizer, example = tokenizers["plain"], row([ASK], THOUGHT)
+    assert "by counting" in texts(tokenizer, example)[1][0]
+    tokenizer.chat_template = TEMPLATES["cuts thinking"]
+    try:
+        with pytest.raises(UserError, match="thinking of the completion"):
+            texts(tokenizer, example)
+    finally:
+        tokenizer.chat_template = TEMPLATES["plain"]
+
+
 def test_a_text_that_is_the_marker_itself_is_data(tokenizers):
     _, (chosen, _), notes = texts(
         tokenizers["plain"], row([say("user", "madpo_text")], say("assistant", "madpo_text {x}"))

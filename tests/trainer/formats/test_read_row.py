@@ -79,6 +79,13 @@ def test_tools_beside_plain_text_are_refused():
         read({**TEXT, "tools": [{"name": "find"}]})
 
 
+@pytest.mark.parametrize("weight", [0, 0.5])
+def test_a_weight_that_nothing_looks_at_is_refused(weight):
+    with pytest.raises(UserError, match=r"^weight: .* data.ignore_columns=\[weight\]"):
+        read({**TEXT, "weight": weight})
+    assert read({**TEXT, "weight": weight}, ignore=("weight",)) == read({**TEXT, "weight": None})
+
+
 def test_other_columns_with_text_are_named_and_numbers_are_not():
     more = {"source": "here", "id": 7, "tags": ["a"], "empty": "", "score": 0.5, "nothing": None}
     assert read({**TEXT, **more}).unused == ("source", "tags")
