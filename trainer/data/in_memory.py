@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 from madpo.trainer.errors import UserError
-from madpo.trainer.files import hash_of_file
+from madpo.trainer.files import hash_of_file, make_folder
 
 Rows = datasets.Dataset | Sequence[Mapping[str, Any]]
 """The examples of a split: a Hugging Face data set, or a list of dicts with its columns as keys."""
@@ -29,8 +29,7 @@ def write_splits(splits: Mapping[str, Rows], cache: Path) -> dict[str, Path]:
     A list becomes lines of JSON, since its rows need not have the same keys; a `Dataset` becomes Parquet.
     Raises UserError that names the row for what cannot be written, and for no rows.
     """
-    home = cache.expanduser() / "in_memory"
-    home.mkdir(parents=True, exist_ok=True)
+    home = make_folder("data.cache_dir", cache / "in_memory")
     draft = Path(tempfile.mkdtemp(dir=home))
     try:
         files = [_write(draft, name, rows) for name, rows in splits.items()]
@@ -81,7 +80,9 @@ def _line(where: str, row: Any) -> str:
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: expected a dict, got {type(row).__name__}: {row!r:.80}")
     try:
-        return json.dumps(dict(row), ensure_ascii=False, default=_plain) + "\n"
+        line = json.dumps(dict(row), ensure_ascii=False, default=_plain) + "\n"
+        line.encode()  # which fails for half a character
+        return line
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}; rows hold what JSON can: text, numbers, lists, dicts") from None
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import datasets
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.dataset import GroupDataset
-from madpo.trainer.data.report import total_report
+from madpo.trainer.data.report import Report, total_report
 from madpo.trainer.data.source import test_split
 from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.errors import UserError
@@ -23,7 +21,7 @@ def has_held_out(data: DataConfig) -> bool:
 
 def load_split(
     data: DataConfig, held_out: bool, tokenizer: PreTrainedTokenizerBase, supervised: bool = False
-) -> tuple[GroupDataset, dict[str, dict[str, Any]]]:
+) -> tuple[GroupDataset, dict[str, Report]]:
     """The training or the held-out groups, and for each part a report of what was read, cut and dropped.
 
     The first report is of all parts together. The parts of a mixture stand one after another, each tokenised
@@ -42,7 +40,7 @@ def load_split(
         return groups, {split: report}
     role = "test" if held_out else "train"
     parts: list[GroupDataset] = []
-    reports: dict[str, dict[str, Any]] = {}
+    reports: dict[str, Report] = {}
     identity: list[tuple[str, float]] = []
     for number, part in enumerate(data.datasets, 1):
         split = part.test_split if held_out else part.split

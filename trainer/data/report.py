@@ -1,46 +1,100 @@
-"""Reports of what was read, cut and dropped, for `data_report.json`."""
+"""Reports of what was read, cut and dropped, and of what is odd, for `data_report.json` and the console.
+
+A report counts. Its `where` names the examples behind each count by file and row, the first MOST_PLACES.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from madpo.trainer.data.dataset import column_of, flat_column
+from madpo.trainer.data.repeats import NONE, find_repeats
 
-LISTS = {"chat_template": "notes", "unused_columns": "unused"}
-"""Key of the report -> the column of the table whose texts it counts."""
+Report = dict[str, Any]
+"""What was read, cut and dropped of a split or of one part of it."""
+
+MOST_PLACES = 20
+"""The number of examples that are named for each reason."""
+
+FAR = 1000
+"""A margin of so many times the median size, taken over margins other than 0, is far from the rest."""
+
+UNREADABLE = "unreadable"
+"""The reason for which examples that could not be read are dropped; each of them has its own besides."""
+
+COUNTS = {
+    "truncated_completions": "completions cut at max_length",
+    "groups_with_moved_boundary": "prompts whose last tokens merge with the completion",
+    "comparisons_of_equal_tokens": "pairs left out: both completions are the same tokens",
+    "rows_that_spell_special_tokens": "examples spell out a special token: in conversations it becomes one",
+    "repeated_examples": "examples repeat an earlier one",
+    "contradicting_examples": "examples contradict another: same texts, the opposite preference or label",
+    "examples_of_the_rarer_kind": "examples differ in kind: conversations and plain text are mixed",
+    "margins_far_from_the_rest": f"margins are more than {FAR} times as large as the median",
+}
+"""Counts of a report -> what is printed after the number."""
+
+LISTS = {"odd_texts": "odd", "chat_template": "notes", "unused_columns": "unused"}
+"""Key of a report -> the column of the table whose texts it counts."""
+
+
+class _Found(NamedTuple):
+    """What a key of COUNTS stands for in a table."""
+
+    count: int
+    rows: np.ndarray  # (n,) of the table
+    others: np.ndarray | None = None  # (n,) the row that each of them repeats or contradicts
 
 
 def report_of(
     name: str,
     table: datasets.Dataset,
-    taken: np.ndarray,  # (G,) rows of the table that become groups
-) -> dict[str, Any]:
-    """What was read and dropped, over all rows of the table; and what is trained on, over those taken."""
-    problems = table.data.column("problem")
-    reasons = pc.call_function("if_else", [table.data.column("unreadable"), "unreadable", problems])
-    dropped = {reason: number for reason, number in _counted(reasons).items() if reason}
-    margins = flat_column(table.select(taken), "margins")
-    margins = margins[~np.isnan(margins)]
-    report: dict[str, Any] = {
+    taken: np.ndarray,  # (G,) rows of the table that become groups; a row may become several
+    where: Callable[[int], str],
+) -> Report:
+    """What was read and dropped, over all rows of the table; and what is trained on, over those taken.
+
+    `where` names the file and the row of an example by its number in the column `row`.
+    """
+    examples = np.unique(taken)
+    numbers = column_of(table, "row")
+
+    def places(rows: Sequence[int] | np.ndarray, says: Sequence[str] | None = None) -> list[str]:
+        first = [where(int(numbers[row])) for row in rows[:MOST_PLACES]]
+        return first if says is None else [f"{x}{y}" for x, y in zip(first, says, strict=True)]
+
+    reasons = pc.call_function(
+        "if_else", [table.data.column("unreadable"), UNREADABLE, table.data.column("problem")]
+    )
+    dropped = {reason: rows for reason, rows in _by_text(reasons, np.arange(len(table))).items() if reason}
+    found = _cut(table, taken) | _odd(table, examples)
+    report: Report = {
         "source": name,
         "rows": len(table),
         "groups": len(taken),
-        "dropped": dropped,
+        "dropped": {reason: len(rows) for reason, rows in dropped.items()},
         "tokens": int(column_of(table, "num_tokens")[taken].sum()),
-        "truncated_completions": int(column_of(table, "truncated")[taken].sum()),
-        "groups_with_moved_boundary": int((column_of(table, "boundary_cut")[taken] > 0).sum()),
-        "comparisons_of_equal_tokens": int(column_of(table, "equal")[taken].sum()),
-        "rows_that_spell_special_tokens": int(column_of(table, "spells_special").sum()),
+        **{key: of.count for key, of in found.items()},
     }
+    named = {reason: places(rows) for reason, rows in dropped.items()}
+    if UNREADABLE in dropped:
+        rows = dropped[UNREADABLE]
+        named[UNREADABLE] = places(rows, [f": {table[int(row)]['problem']}" for row in rows[:MOST_PLACES]])
+    for key, (_, rows, others) in found.items():
+        named[key] = places(rows, others if others is None else [f" (as {x})" for x in places(others)])
     for key, column in LISTS.items():
-        if counts := _counted(pc.call_function("list_flatten", [table.data.column(column).take(taken)])):
-            report[key] = counts
+        if by_text := _by_text(*_flattened(table, column, examples)):
+            report[key] = {text: len(rows) for text, rows in by_text.items()}
+            named |= {text: places(rows) for text, rows in by_text.items()}
+    margins = flat_column(table.select(taken), "margins")
+    margins = margins[~np.isnan(margins)]
     if len(margins):
         report |= {
             "margins": len(margins),
@@ -48,26 +102,81 @@ def report_of(
             "margin_max": float(margins.max()),
             "margin_mean": float(margins.mean()),
         }
-    return report
+    return {**report, "where": {key: rows for key, rows in named.items() if rows}}
 
 
-def _counted(column: Any) -> dict[str, int]:
-    """Text -> how often it stands in a column, in alphabetical order."""
-    values, counts = pc.call_function("value_counts", [column]).flatten()
-    return dict(sorted(zip(values.to_pylist(), counts.to_pylist(), strict=True)))
+def _cut(
+    table: datasets.Dataset,
+    taken: np.ndarray,  # (G,)
+) -> dict[str, _Found]:
+    """What tokenising has changed in the groups, and examples that spell special tokens."""
+    columns = {
+        "truncated_completions": column_of(table, "truncated"),
+        "groups_with_moved_boundary": column_of(table, "boundary_cut") > 0,
+        "comparisons_of_equal_tokens": column_of(table, "equal"),
+    }
+    spells = np.flatnonzero(column_of(table, "spells_special"))
+    return {
+        **{key: _Found(int(x[taken].sum()), np.unique(taken[x[taken] > 0])) for key, x in columns.items()},
+        "rows_that_spell_special_tokens": _Found(len(spells), spells),
+    }
 
 
-def total_report(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _odd(
+    table: datasets.Dataset,
+    examples: np.ndarray,  # (n,) rows, each once
+) -> dict[str, _Found]:
+    """What is odd about an example beside the others."""
+    claims, makers = _flattened(table, "claims", examples)
+    repeats = find_repeats(claims.to_numpy(), np.searchsorted(examples, makers), len(examples))
+    margins, owners = _flattened(table, "margins", examples)
+    sizes = np.abs(margins.to_numpy())
+    median = np.median(sizes[sizes > 0]) if (sizes > 0).any() else np.inf
+    far = sizes > FAR * median
+    is_messages = column_of(table, "conversational")[examples]
+    is_rarer = is_messages == (2 * is_messages.sum() <= len(examples))
+    others = {
+        "repeated_examples": repeats.repeated,
+        "contradicting_examples": repeats.contradicted,
+    }
+    found = {}
+    for key, other in others.items():
+        rows = np.flatnonzero(other != NONE)
+        found[key] = _Found(len(rows), examples[rows], examples[other[rows]])
+    found["examples_of_the_rarer_kind"] = _Found(int(is_rarer.sum()), examples[is_rarer])
+    found["margins_far_from_the_rest"] = _Found(int(far.sum()), np.unique(owners[far]))
+    return found
+
+
+def _flattened(
+    table: datasets.Dataset,
+    name: str,
+    examples: np.ndarray,  # (n,) rows
+) -> tuple[pa.ChunkedArray, np.ndarray]:
+    """(elements of these rows' lists in a column, the row that each of them belongs to)."""
+    lists = table.data.column(name).take(pa.array(examples))
+    sizes = pc.call_function("list_value_length", [lists]).to_numpy()
+    return pc.call_function("list_flatten", [lists]), np.repeat(examples, sizes)
+
+
+def _by_text(
+    texts: pa.ChunkedArray,  # (n,)
+    rows: np.ndarray,  # (n,)
+) -> dict[str, np.ndarray]:
+    """Text -> the rows that it belongs to, in alphabetical order."""
+    distinct = sorted(pc.call_function("unique", [texts]).to_pylist())
+    return {text: rows[pc.call_function("equal", [texts, text]).to_numpy()] for text in distinct}
+
+
+def total_report(name: str, reports: Sequence[Report]) -> Report:
     """One report of several parts together."""
     counts = [key for key, value in reports[0].items() if isinstance(value, int) and key != "margins"]
-    reasons = sorted({reason for report in reports for reason in report["dropped"]})
-    total: dict[str, Any] = {"source": name, **{key: sum(x[key] for x in reports) for key in counts}}
-    total["dropped"] = {reason: sum(x["dropped"].get(reason, 0) for x in reports) for reason in reasons}
-    for key in LISTS:
+    total: Report = {"source": name, **{key: sum(x[key] for x in reports) for key in counts}}
+    for key in ("dropped", *LISTS):
         counted = Counter[str]()
         for report in reports:
             counted.update(report.get(key, {}))
-        if counted:
+        if counted or key == "dropped":
             total[key] = dict(sorted(counted.items()))
     with_margins = [report for report in reports if "margins" in report]
     if with_margins:
@@ -78,9 +187,34 @@ def total_report(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]
             "margin_max": max(x["margin_max"] for x in with_margins),
             "margin_mean": sum(x["margin_mean"] * x["margins"] for x in with_margins) / number,
         }
-    return total
+    where: dict[str, list[str]] = {}
+    for report in reports:
+        for key, places in report["where"].items():
+            where[key] = [*where.get(key, []), *places][:MOST_PLACES]
+    return {**total, "where": where}
 
 
-def reasons_in(report: dict[str, Any]) -> str:
+def reasons_in(report: Report) -> str:
     """Why rows were dropped, and how many for each reason, for a message."""
-    return "; ".join(f"{count}: {reason}" for reason, count in report["dropped"].items())
+    return "; ".join(
+        f"{count}: {reason}{_first(report, reason)}" for reason, count in report["dropped"].items()
+    )
+
+
+def findings(report: Report) -> Iterator[str]:
+    """A line for everything that was dropped, cut or is odd: how much of it, and the first example."""
+    for reason, number in report["dropped"].items():
+        yield f"{number:,} dropped: {reason}{_first(report, reason)}"
+    for key, says in COUNTS.items():
+        if report.get(key):
+            yield f"{report[key]:,} {says}{_first(report, key)}"
+    for key in ("odd_texts", "chat_template"):
+        for text, number in report.get(key, {}).items():
+            yield f"{number:,} examples: {text}{_first(report, text)}"
+    if unused := report.get("unused_columns"):
+        yield f"columns that are not used: {', '.join(unused)}"
+
+
+def _first(report: Report, key: str) -> str:
+    places = report.get("where", {}).get(key)
+    return f" (first: {places[0]})" if places else ""

@@ -37,7 +37,7 @@ from madpo.trainer.data.tokenised_cache import (
     usable_rows,
 )
 from madpo.trainer.errors import UserError
-from madpo.trainer.files import write_atomically
+from madpo.trainer.files import make_folder, write_atomically
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ class Stream:
         self._rules = rules_of(data, supervised)
         self.content = f"stream {groups_key(reader.content, tokenizer, self._rules)}"
         key = groups_key(reader.content + reader.version, tokenizer, self._rules)
-        self._folder = Path(data.cache_dir).expanduser() / f"stream-{key}-{data.stream_block}"
+        cache = Path(data.cache_dir) / f"stream-{key}-{data.stream_block}"
+        self._folder = make_folder("data.cache_dir", cache)
         self.num_groups: int | None = None
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._records: list[BlockRecord] = []
         self._reached = BlockOfEpoch(0, 0, 0)
         self._cached_groups = functools.lru_cache(maxsize=2)(self._load)
@@ -194,7 +194,8 @@ class Stream:
             assert isinstance(table, datasets.Dataset)
             full = len(source.rows) == self._data.stream_block
             more = full and len(self._reader.read(following, 1)[0].rows) > 0
-            report = report_of(source.name, table, usable_rows(table))
+            where = functools.partial(self._reader.where, cursor)
+            report = report_of(source.name, table, usable_rows(table), where)
             record = BlockRecord(cursor, following if more else None, report)
             write_atomically(record_path, json.dumps(asdict(record)))
 

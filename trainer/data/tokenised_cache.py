@@ -25,16 +25,18 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.dataset import GroupDataset, column_of
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.report import reasons_in, report_of
-from madpo.trainer.data.source import Source, open_source
+from madpo.trainer.data.report import Report, reasons_in, report_of
+from madpo.trainer.data.source import Source, cache_folder, open_source
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, special_spellings, spells_special, tokenise
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import UserError, on_one_line
 from madpo.trainer.files import fault_in, seal, write_folder_atomically
 from madpo.trainer.formats.adapters import ADAPTERS
+from madpo.trainer.formats.json_lines import parse_json_line
+from madpo.trainer.formats.oddities import claims_of, oddities_of
 from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row
-from madpo.trainer.formats.text_groups import hash_of_prompt, parse_json_line
+from madpo.trainer.formats.text_groups import hash_of_prompt
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 """Part of the cache key; raise it when the same examples would give other tokens."""
 
 FEATURES = datasets.Features(
@@ -57,6 +59,9 @@ FEATURES = datasets.Features(
         "spells_special": datasets.Value("bool"),
         "notes": datasets.Sequence(datasets.Value("string")),
         "unused": datasets.Sequence(datasets.Value("string")),
+        "odd": datasets.Sequence(datasets.Value("string")),
+        "claims": datasets.Sequence(datasets.Value("int64")),
+        "conversational": datasets.Value("bool"),
         "prompt_hash": datasets.Value("int64"),
         "problem": datasets.Value("string"),
         "unreadable": datasets.Value("bool"),
@@ -78,14 +83,13 @@ def load_groups(
     tokenizer: PreTrainedTokenizerBase,
     supervised: bool = False,
     fraction: float = 1.0,
-) -> tuple[GroupDataset, dict[str, Any]]:
+) -> tuple[GroupDataset, Report]:
     """The groups of one split, or a fraction of them, and a report of what was read, cut and dropped.
 
     Raises UserError for a missing file or split, unknown columns, an unreadable example (unless
     `on_bad_row: drop`), and a split in which nothing can be trained on.
     """
-    cache = Path(data.cache_dir).expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = cache_folder(data)
     rules = rules_of(data, supervised)
     lock = f"lock-{xxhash.xxh3_64_hexdigest(str(data.dataset_name).encode())}"
     with FileLock(cache / lock):
@@ -103,7 +107,7 @@ def load_groups(
     check_readable(source.where, table, data.on_bad_row)
     usable = usable_rows(table)
     taken = usable[share(len(usable), fraction)]
-    report = report_of(source.name, table, taken)
+    report = report_of(source.name, table, taken, source.where)
     if not len(usable):
         raise UserError(
             f"{source.name}: none of {len(table)} rows can be trained on ({reasons_in(report)}); "
@@ -150,6 +154,18 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
 
+UNREAD = {
+    "spells_special": False,
+    "unused": [],
+    "odd": [],
+    "claims": [],
+    "conversational": False,
+    "prompt_hash": 0,
+    "unreadable": True,
+}
+"""What is known of the texts of an example that cannot be read."""
+
+
 @dataclass(frozen=True)
 class _RowTokeniser:
     """Example -> row of the table. A class, since several processes need it pickled."""
@@ -171,18 +187,19 @@ class _RowTokeniser:
                 group = tokenise(text, self.tokenizer, self.rules)
             if len(group.completions) > 1 and not group.edges and not group.problem:
                 group = replace(group, problem="no completion is better than another")
-            spells = spells_special(text, self.spellings)
-        except Exception as error:  # a chat template may raise anything
-            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            group = TokenGroup([], [], [], problem=f"{kind}{error}")
-            of_text = {"spells_special": False, "unused": [], "prompt_hash": 0, "unreadable": True}
-        else:
             of_text = {
-                "spells_special": spells,
+                "spells_special": spells_special(text, self.spellings),
                 "unused": list(text.unused),
+                "odd": oddities_of(text, has_prompt=self.adapter != "text"),
+                "claims": claims_of(text),
+                "conversational": text.conversational,
                 "prompt_hash": hash_of_prompt(text),
                 "unreadable": False,
             }
+        except Exception as error:  # a chat template may raise anything
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            group = TokenGroup([], [], [], problem=f"{kind}{on_one_line(error)}")
+            of_text = UNREAD
         return {**_columns(group), **of_text, "row": number}
 
 

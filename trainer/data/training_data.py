@@ -21,7 +21,6 @@ A stream is fitted and weighed block by block, and never merged.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -32,6 +31,7 @@ from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.folds import without_fold
 from madpo.trainer.data.groups import TabledGroups, TokenDataset, check_groups
 from madpo.trainer.data.mixture import has_held_out, load_split
+from madpo.trainer.data.report import Report
 from madpo.trainer.data.stream import Stream
 from madpo.trainer.data.training_source import DatasetSource, TrainingSource
 from madpo.trainer.data.views.merged_prompts import MergedDataset, merge_prompts, repeated_prompts
@@ -39,9 +39,6 @@ from madpo.trainer.data.views.mismatched import MismatchedDataset
 from madpo.trainer.data.views.trimmed import draw_by_weight, drop_light, edge_weights, skip_weightless
 from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Need
-
-Report = dict[str, Any]
-"""What was read, cut and dropped of a split or of one part of it."""
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ Conversations may have columns `tools` and `chat_template_kwargs` too, for the c
 from __future__ import annotations
 
 import json
-import sys
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import Any
 
 import xxhash
@@ -341,52 +342,28 @@ def label_of(row: Mapping[str, Any]) -> int:
     return 1 if value else -1
 
 
+LARGEST = 3.4028234663852886e38
+"""The largest number of float32, in which losses are computed."""
+
+
 def finite(value: Any, field: str) -> float:
-    """The value as a float. Raises UserError for what is no finite number."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not abs(value) <= sys.float_info.max:
-        raise UserError(f"{field}: expected a finite number, got {value!r}")
-    return float(value)
-
-
-def parse_json_line(raw: bytes) -> dict[str, Any]:
-    """One line of a JSON Lines file. Raises UserError.
-
-    It is stricter than the usual readers, which turn numbers in a text column into text, accept NaN, and
-    keep the last of two equal keys.
-    """
-    try:
-        row = json.loads(
-            raw.decode("utf-8-sig").rstrip(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+    """The value as a float. Raises UserError for what is no finite number, or too large for float32."""
+    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    number = _float(value) if is_number else math.nan
+    if not abs(number) <= LARGEST:
+        is_large = is_number and value == value and abs(value) != math.inf
+        raise UserError(
+            f"{field}: expected a finite number, got {value!r:.80}"
+            f"{', which is too large for float32' if is_large else ''}"
         )
-    except UnicodeDecodeError as error:
-        hint = "; it looks like UTF-16, convert it with iconv" if raw[:2] in _UTF16 else ""
-        raise UserError(f"not UTF-8 ({error.reason}){hint}") from None
-    except json.JSONDecodeError as error:
-        place = max(error.pos - 30, 0)
-        near = error.doc[place : error.pos + 30]
-        raise UserError(f"not JSON: {error.msg} at column {error.colno}, in {near!r}") from None
-    except RecursionError:
-        raise UserError("not JSON that can be read: nested too deeply") from None
-    if not isinstance(row, dict):
-        hint = "; write one object a line (jq -c '.[]' FILE does)" if isinstance(row, list) else ""
-        raise UserError(f"expected a JSON object, got {type(row).__name__}{hint}")
-    return row
+    return number
 
 
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise UserError(f"key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
-    return row
-
-
-def _no_constant(name: str) -> float:
-    raise UserError(f"{name} is not a number that can be trained on")
+def _float(number: int | float | Decimal) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def hash_of_prompt(group: TextGroup) -> int:

@@ -6,20 +6,20 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.data import DataConfig
-from madpo.trainer.data.source import Source, open_source
+from madpo.trainer.data.source import Source, cache_folder, open_source
 from madpo.trainer.data.tokenise import TokenRules, encode_prompt
 from madpo.trainer.data.tokenised_cache import adapter_in, rules_of
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS
+from madpo.trainer.formats.json_lines import parse_json_line
 from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row, renamed
-from madpo.trainer.formats.text_groups import Text, TextGroup, parse_json_line
+from madpo.trainer.formats.text_groups import Text, TextGroup
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ def read_prompts(
         )
     if data.folds is not None:
         raise UserError("data.folds: generate takes the prompts of all folds; remove folds and fold")
-    cache = Path(data.cache_dir).expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = cache_folder(data)
     with FileLock(cache / "lock-prompts"):
         source = open_source(data, split, cache)
     rules = rules_of(data)

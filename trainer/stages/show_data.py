@@ -13,6 +13,7 @@ from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.groups import check_groups
 from madpo.trainer.data.order import DataOrder
+from madpo.trainer.data.report import COUNTS, findings
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.data.training_data import merged, report_of_merged, training_groups
 from madpo.trainer.data.views.mismatched import MismatchedDataset
@@ -138,29 +139,12 @@ def render_totals(report: dict[str, Any], tokens: int, trained: int, coloured: b
     yield Text(f"── {report['source']}: {totals}", style="bold")
     if "without_fold" in report:
         yield Text(f"fold {report['without_fold']} is left out", style="bold")
-    for reason, number in report["dropped"].items():
-        yield Text(f"{number:,} dropped: {reason}", style="bold")
     if report.get("rows_merged"):
         saved = report["tokens_saved_by_merging"]
         yield Text(f"{report['rows_merged']:,} examples merged by prompt, {saved:,} tokens saved")
     shown = "coloured" if coloured else "in [[ ]]"
     yield Text(f"{tokens:,} tokens, {trained / tokens:.1%} of them trained on, {shown}")
-    for name, says in COUNTS.items():
-        if report[name]:
-            yield Text(f"{report[name]:,} {says}")
-    for note, number in report.get("chat_template", {}).items():
-        yield Text(f"{number:,} examples: {note}")
-    if unused := report.get("unused_columns"):
-        yield Text(f"columns that are not used: {', '.join(unused)}")
+    yield from map(Text, findings(report))
     if "margin_mean" in report:
         low, mean, high = (report[f"margin_{name}"] for name in ("min", "mean", "max"))
         yield Text(f"margins from {low:g} to {high:g}, mean {mean:.4g}")
-
-
-COUNTS = {
-    "truncated_completions": "completions cut at max_length",
-    "groups_with_moved_boundary": "prompts whose last tokens merge with the completion",
-    "comparisons_of_equal_tokens": "pairs left out: both completions are the same tokens",
-    "rows_that_spell_special_tokens": "examples spell out a special token: in conversations it becomes one",
-}
-"""Counts of the data report -> what is printed after the number."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
 
+from madpo.trainer.formats.json_lines import parse_json_line
 from madpo.trainer.formats.text_groups import (
     TextGroup,
     best_only,
@@ -14,7 +16,6 @@ from madpo.trainer.formats.text_groups import (
     layout_of,
     margin_of,
     objects,
-    parse_json_line,
     ranked,
     same_kind,
     to_group,
@@ -107,10 +108,13 @@ def test_margins_come_from_the_first_columns_that_hold_some():
 
 
 def test_numbers_are_finite_and_no_truth_values():
-    assert finite(3, "x") == 3.0 and finite(-1.7e308, "x") == -1.7e308
-    for wrong in (True, "1", None, float("nan"), float("inf"), -float("inf"), 10**400):
-        with pytest.raises(ValueError, match="x: expected a finite number"):
+    assert finite(3, "x") == 3.0 and finite(-3.4e38, "x") == -3.4e38 and finite(Decimal("1.5"), "x") == 1.5
+    for wrong in (True, "1", None, float("nan"), float("inf"), -float("inf"), Decimal("NaN")):
+        with pytest.raises(ValueError, match=r"x: expected a finite number, got [^,]*$"):
             finite(wrong, "x")
+    for large in (1e300, -3.41e38, 10**400, Decimal("1e39")):
+        with pytest.raises(ValueError, match=r"x: expected a finite number, got .*, which is too large"):
+            finite(large, "x")
 
 
 def test_ranked_completions_are_compared_where_their_scores_differ():

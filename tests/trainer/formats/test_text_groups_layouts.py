@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from text_cases import assistant, preference, user
 
-from madpo.trainer.formats.text_groups import TextGroup, layout_of, parse_json_line, to_group
+from madpo.trainer.formats.json_lines import parse_json_line
+from madpo.trainer.formats.text_groups import TextGroup, layout_of, to_group
 
 
 def test_the_prompt_may_be_implicit_in_conversations():

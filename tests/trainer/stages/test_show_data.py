@@ -124,9 +124,9 @@ REPORT = {
 def test_the_totals_leave_out_zeros():
     assert [text.plain for text in render_totals(REPORT, 4000, 1000, False)] == [
         "── f: 12 examples, 9 groups",
+        "4,000 tokens, 25.0% of them trained on, in [[ ]]",
         "2 dropped: prompt fills max_length",
         "1 dropped: unreadable",
-        "4,000 tokens, 25.0% of them trained on, in [[ ]]",
         "3 prompts whose last tokens merge with the completion",
         "1 examples spell out a special token: in conversations it becomes one",
         "margins from -1 to 2, mean 0.5",
