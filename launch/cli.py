@@ -226,6 +226,20 @@ def show_data(
     show(resolved, count, Console(highlight=False))
 
 
+@command(DATA, "madpo check-data my.yaml", "docs/data.md")
+def check_data(config: ConfigPath, overrides: Overrides = None, task: OfTask = None) -> None:
+    """Read all data as training would: what is dropped, cut or odd, and where; exit status 3 for bad rows."""
+    resolved = _loaded(config, overrides or [], task or "check-data")
+    from rich.console import Console
+
+    from madpo.launch.quiet import quiet_libraries
+
+    quiet_libraries()
+    from madpo.trainer.stages.check_data import check_data as check
+
+    raise typer.Exit(check(resolved, Console(highlight=False)))
+
+
 @command(MODELS, "madpo evaluate runs/mine", "docs/metrics.md")
 def evaluate(
     config: ConfigPath,

@@ -52,7 +52,8 @@ def _explain_one(item: Any, schema: type[BaseModel]) -> str:
     if kind == "missing" and place.key == "objective":
         return (
             "objective: is required; set objective.loss_type, as in objective.loss_type=dpo (madpo sft and "
-            "madpo reward set it themselves; madpo config and show-data take --task sft or reward)"
+            "madpo reward set it themselves; madpo config, show-data and check-data take --task sft or "
+            "reward)"
         )
     if kind == "union_tag_not_found":
         return f"{prefix}loss_type is required; one of {', '.join(OBJECTIVES)}"

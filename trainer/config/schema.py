@@ -325,7 +325,7 @@ DEFAULT_OBJECTIVES = {
 }
 """Task -> the loss_type of a config that names none. `generate` uses no loss, and `probe` one of its own."""
 
-OF_ANY_TASK = {"config", "show-data", "evaluate", "export"}
+OF_ANY_TASK = {"config", "show-data", "check-data", "evaluate", "export"}
 """Commands that take the config of any run. Where it names no loss_type, it is the run's."""
 
 

@@ -34,3 +34,24 @@ def find_repeats(
     np.minimum.at(repeated, makers, earlier)
     np.maximum.at(contradicted, makers, deniers[which])
     return Repeats(np.where(repeated == count, NONE, repeated), contradicted)
+
+
+MOST_CLAIMS = 1 << 24
+"""The number of claims that are kept: 128 MiB."""
+
+
+class KnownClaims:
+    """The claims of tables that are gone, the first MOST_CLAIMS of them."""
+
+    def __init__(self, most: int = MOST_CLAIMS) -> None:
+        self._most, self._known = most, np.empty(0, np.int64)
+
+    def add(self, claims: np.ndarray) -> None:  # (C,)
+        room = self._most - len(self._known)
+        self._known = np.union1d(self._known, np.unique(claims)[: max(room, 0)])
+
+    def holds(self, claims: np.ndarray) -> np.ndarray:  # (C,)
+        """(C,) which of these claims are known."""
+        if not len(self._known):
+            return np.zeros(len(claims), bool)
+        return self._known[np.minimum(np.searchsorted(self._known, claims), len(self._known) - 1)] == claims

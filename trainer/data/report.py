@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from madpo.trainer.data.dataset import column_of, flat_column
-from madpo.trainer.data.repeats import NONE, find_repeats
+from madpo.trainer.data.repeats import NONE, KnownClaims, Repeats, find_repeats
 
 Report = dict[str, Any]
 """What was read, cut and dropped of a split or of one part of it."""
@@ -36,6 +36,7 @@ COUNTS = {
     "rows_that_spell_special_tokens": "examples spell out a special token: in conversations it becomes one",
     "repeated_examples": "examples repeat an earlier one",
     "contradicting_examples": "examples contradict another: same texts, the opposite preference or label",
+    "held_out_examples_in_training": "held-out examples, or their texts the other way round, are trained on",
     "examples_of_the_rarer_kind": "examples differ in kind: conversations and plain text are mixed",
     "margins_far_from_the_rest": f"margins are more than {FAR} times as large as the median",
 }
@@ -105,6 +106,40 @@ def report_of(
     return {**report, "where": {key: rows for key, rows in named.items() if rows}}
 
 
+def with_known(
+    report: Report,
+    table: datasets.Dataset,
+    taken: np.ndarray,  # (G,) as for `report_of`
+    where: Callable[[int], str],
+    known: KnownClaims,
+    held_out: bool,
+) -> Report:
+    """The report with examples that repeat or contradict those of other tables, whose claims are known.
+
+    Of a held-out table either makes it an example that is trained on. The claims of others become known.
+    """
+    examples = np.unique(taken)
+    claims, makers = _flattened(table, "claims", examples)
+    claims = claims.to_numpy()
+    same, opposite = known.holds(claims), known.holds(claims ^ 1)
+    if held_out:
+        rows = {"held_out_examples_in_training": np.unique(makers[same | opposite])}
+    else:
+        known.add(claims)
+        among = _repeats(claims, makers, examples)  # which are in the report already
+        repeated, contradicting = examples[among.repeated != NONE], examples[among.contradicted != NONE]
+        rows = {
+            "repeated_examples": np.setdiff1d(makers, np.append(makers[~same], repeated)),
+            "contradicting_examples": np.setdiff1d(makers[opposite], contradicting),
+        }
+    numbers, named = column_of(table, "row"), dict(report["where"])
+    for key, found in rows.items():
+        places = [where(int(numbers[row])) for row in found[:MOST_PLACES]]
+        named |= {key: [*named.get(key, []), *places][:MOST_PLACES]} if places else {}
+    counts = {key: report.get(key, 0) + len(found) for key, found in rows.items()}
+    return {**report, **counts, "where": named}
+
+
 def _cut(
     table: datasets.Dataset,
     taken: np.ndarray,  # (G,)
@@ -128,7 +163,7 @@ def _odd(
 ) -> dict[str, _Found]:
     """What is odd about an example beside the others."""
     claims, makers = _flattened(table, "claims", examples)
-    repeats = find_repeats(claims.to_numpy(), np.searchsorted(examples, makers), len(examples))
+    repeats = _repeats(claims.to_numpy(), makers, examples)
     margins, owners = _flattened(table, "margins", examples)
     sizes = np.abs(margins.to_numpy())
     median = np.median(sizes[sizes > 0]) if (sizes > 0).any() else np.inf
@@ -146,6 +181,14 @@ def _odd(
     found["examples_of_the_rarer_kind"] = _Found(int(is_rarer.sum()), examples[is_rarer])
     found["margins_far_from_the_rest"] = _Found(int(far.sum()), np.unique(owners[far]))
     return found
+
+
+def _repeats(
+    claims: np.ndarray,  # (C,)
+    makers: np.ndarray,  # (C,) rows
+    examples: np.ndarray,  # (n,) rows
+) -> Repeats:
+    return find_repeats(claims, np.searchsorted(examples, makers), len(examples))
 
 
 def _flattened(

@@ -163,9 +163,10 @@ def _check_single(path: Path, split: str, data: DataConfig) -> None:
     """Raise UserError if a single set of rows is asked for another split than the training's."""
     train = data.dataset_train_split
     if split != train:
+        kind = "split" if path.is_dir() else "file"
         raise UserError(
-            f"data.dataset_test_split: {path} is a single {'split' if path.is_dir() else 'file'}, so {split!r} "
-            f"would be its training rows; put {train}.jsonl and {split}.jsonl (or .parquet) into a folder"
+            f"data.dataset_test_split: {path} is a single {kind}, so {split!r} would be its training rows; "
+            f"put {train}.jsonl and {split}.jsonl (or .parquet) into a folder"
         )
 
 

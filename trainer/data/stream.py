@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,11 +27,12 @@ from madpo.trainer.data.block_reader import FIRST_ROWS, Reader
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.groups import ConcatenatedGroups, TokenDataset, TokenGroups
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.report import reasons_in, report_of, total_report
+from madpo.trainer.data.report import Report, report_of, total_report
 from madpo.trainer.data.tokenised_cache import (
     adapter_in,
     check_readable,
     groups_key,
+    nothing_left,
     rules_of,
     tokenise_all,
     usable_rows,
@@ -47,6 +48,14 @@ class BlockRecord:
     cursor: Any  # where it begins
     following: Any  # where the next one begins; None: the source ends
     report: dict[str, Any]  # what was read, cut and dropped
+
+
+class ReadTable(NamedTuple):
+    """The tokenised examples of a block, a report of them, and how messages name one by its number."""
+
+    examples: datasets.Dataset
+    report: Report
+    where: Callable[[int], str]
 
 
 class BlockOfEpoch(NamedTuple):
@@ -89,7 +98,23 @@ class Stream:
         self._reached = BlockOfEpoch(0, 0, 0)
         self._cached_groups = functools.lru_cache(maxsize=2)(self._load)
         self._background = ThreadPoolExecutor(1)
-        self._cached_groups(self._locate(0).block)  # so that bad rows in it are found before the run starts
+
+    def opened(self) -> Stream:
+        """The stream itself, once its first block is read: bad rows in it stop a run before its start.
+
+        Raises UserError.
+        """
+        self._cached_groups(self._locate(0).block)
+        return self
+
+    def tables(self) -> Iterator[ReadTable]:
+        """What was read of each block, once through the source."""
+        block, more = 0, True
+        while more:
+            record = self._record(block)
+            where = functools.partial(self._reader.where, record.cursor)
+            yield ReadTable(self._table(block), record.report, where)
+            block, more = block + 1, record.following is not None
 
     def take(self, consumed: int, count: int) -> tuple[TokenGroups, np.ndarray]:
         pieces: list[TokenGroups] = []
@@ -132,10 +157,7 @@ class Stream:
             if self._record(block - 1).following is None:
                 if not any(map(self._size, range(block))):
                     report = self.report()[self._split]
-                    raise UserError(
-                        f"{self._reader.name}: none of {report['rows']} rows can be trained on "
-                        f"({reasons_in(report)}); data.max_length is {self._data.max_length}"
-                    )
+                    raise UserError(f"{self._reader.name}: {nothing_left(report, self._data)}")
                 epoch, block = epoch + 1, 0
         self._reached = BlockOfEpoch(epoch, block, first)
         return self._reached

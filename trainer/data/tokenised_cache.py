@@ -86,8 +86,35 @@ def load_groups(
 ) -> tuple[GroupDataset, Report]:
     """The groups of one split, or a fraction of them, and a report of what was read, cut and dropped.
 
-    Raises UserError for a missing file or split, unknown columns, an unreadable example (unless
-    `on_bad_row: drop`), and a split in which nothing can be trained on.
+    Raises UserError as `read_table` does, for an unreadable example (unless `on_bad_row: drop`), and for a
+    split in which nothing can be trained on.
+    """
+    source, table, key = read_table(data, split, tokenizer, supervised)
+    check_readable(source.where, table, data.on_bad_row)
+    usable = usable_rows(table)
+    taken = usable[share(len(usable), fraction)]
+    report = report_of(source.name, table, taken, source.where)
+    if not len(usable):
+        raise UserError(f"{source.name}: {nothing_left(report, data)}")
+    if not len(taken):
+        raise UserError(f"{source.name}: fraction {fraction:g} of {len(usable)} groups is none; raise it")
+    return GroupDataset(table.select(taken), source.name, key), report
+
+
+def nothing_left(report: Report, data: DataConfig) -> str:
+    """What to say of examples none of which can be trained on."""
+    return (
+        f"none of {report['rows']} rows can be trained on ({reasons_in(report)}); data.max_length is "
+        f"{data.max_length}"
+    )
+
+
+def read_table(
+    data: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase, supervised: bool = False
+) -> tuple[Source, datasets.Dataset, str]:
+    """One split, the table of FEATURES with a row for each of its examples, and the key of that.
+
+    Raises UserError for a missing file or split, and for unknown columns.
     """
     cache = cache_folder(data)
     rules = rules_of(data, supervised)
@@ -104,18 +131,7 @@ def load_groups(
                 tokenise_all(source, tokenizer, rules, adapter_in(source, rules), data.dataset_num_proc, path)
         table = datasets.load_from_disk(str(path))
     assert isinstance(table, datasets.Dataset)
-    check_readable(source.where, table, data.on_bad_row)
-    usable = usable_rows(table)
-    taken = usable[share(len(usable), fraction)]
-    report = report_of(source.name, table, taken, source.where)
-    if not len(usable):
-        raise UserError(
-            f"{source.name}: none of {len(table)} rows can be trained on ({reasons_in(report)}); "
-            f"data.max_length is {data.max_length}"
-        )
-    if not len(taken):
-        raise UserError(f"{source.name}: fraction {fraction:g} of {len(usable)} groups is none; raise it")
-    return GroupDataset(table.select(taken), source.name, path.name), report
+    return source, table, path.name
 
 
 def groups_key(fingerprint: str, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> str:

@@ -66,11 +66,11 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool
         source = _stream(config, tokenizer)
     elif training or config.objective.quantiles:
         groups, report = training_groups(config, tokenizer)
-        train = merged(_fitted(groups, config), config)
+        train = merged(fitted(groups, config), config)
         source = DatasetSource(train, config.seed, data.order, report_of_merged(train, report))
     if not training or has_held_out(data):
         groups, report = load_split(data, True, tokenizer, supervised)
-        held_out = merged(_fitted(groups, config), config)
+        held_out = merged(fitted(groups, config), config)
         held_out_report = report_of_merged(held_out, report)
     if held_out is None and config.train.eval_steps is not None:
         raise UserError(
@@ -118,17 +118,17 @@ def training_groups(
     return groups, _with_totals(report, {"groups": len(groups), "tokens": tokens, "without_fold": data.fold})
 
 
-def _fitted(groups: GroupDataset, config: Config) -> TabledGroups:
+def fitted(groups: GroupDataset, config: Config) -> TabledGroups:
     """The groups as the objective takes them. Raises UserError if they cannot serve it."""
     objective = config.bound_objective
-    fitted: TabledGroups = groups
+    view: TabledGroups = groups
     if Need.MISMATCHED in objective.needs:
-        fitted = MismatchedDataset(groups, config.seed, config.data.max_length)
-    check_groups(fitted, objective, config.train.row_tokens, config.model.prefix_sharing)
-    problem = config.objective.problem_with(fitted.margins)
+        view = MismatchedDataset(groups, config.seed, config.data.max_length)
+    check_groups(view, objective, config.train.row_tokens, config.model.prefix_sharing)
+    problem = config.objective.problem_with(view.margins)
     if problem:
-        raise UserError(f"{fitted.name}: {problem}")
-    return fitted
+        raise UserError(f"{view.name}: {problem}")
+    return view
 
 
 def merged(groups: TabledGroups, config: Config) -> TokenDataset:
@@ -186,5 +186,5 @@ def _stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> Stream:
         end=train.max_steps * train.global_batch_size,
         supervised=objective.supervised,
         fewest=2 if Need.MISMATCHED in objective.needs else 1,
-        check=lambda groups: _without_skipped(_fitted(groups, config), config),
-    )
+        check=lambda groups: _without_skipped(fitted(groups, config), config),
+    ).opened()

@@ -39,7 +39,7 @@ def show_data(config: Config, count: int, console: Console) -> None:
     if config.data.streaming:
         raise UserError(
             "data.streaming: show-data looks at the whole set; copy some rows into a file, and set "
-            "data.streaming=false and data.dataset_name to it"
+            "data.streaming=false and data.dataset_name to it; madpo check-data reads streams"
         )
     groups, reports = training_groups(config, tokenizer)
     borrows = Need.MISMATCHED in objective.needs

@@ -44,7 +44,7 @@ def config_for(folder: Path, path: Path, **sections: Any) -> Config:
 
 def stream_of(config: Config, tokenizer, reader=None, end: int = 0, **options: Any) -> Stream:
     reader = reader or open_reader(config.data, "train")
-    return Stream(reader, config.data, "train", tokenizer, config.seed, end, **options)
+    return Stream(reader, config.data, "train", tokenizer, config.seed, end, **options).opened()
 
 
 def taken(source: TrainingSource, consumed: int, count: int) -> list[str]:
