@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,8 +17,9 @@ from transformers import (
 from transformers.utils import logging
 
 from madpo.trainer.config.model import ModelConfig
-from madpo.trainer.errors import UserError, nearest, on_one_line
+from madpo.trainer.errors import UserError, nearest
 from madpo.trainer.model.families import NOISE_THAT_STAYS
+from madpo.trainer.model.foreign_code import NO_CODE, reason_of
 
 NEW_LAYER = "score.weight"
 """The weight that a reward model has and the language model it starts from has not."""
@@ -53,7 +55,7 @@ def load_pretrained(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of missing weights: they are an error here
     try:
-        config = without_dropout(AutoConfig.from_pretrained(name, revision=revision, **options))
+        config = without_dropout(AutoConfig.from_pretrained(name, revision=revision, **NO_CODE, **options))
         classifier = classifier_of(config)
         if kind == AutoModelForCausalLM and classifier is not None:
             raise UserError(
@@ -68,12 +70,13 @@ def load_pretrained(
             attn_implementation=attention,
             output_loading_info=True,
             quantization_config=quantization_config,
+            **NO_CODE,
         )
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         hint = "" if Path(name).exists() else " (no such folder, and no model of that name on the hub)"
-        raise UserError(f"model {name!r} could not be loaded{hint}: {on_one_line(error)}") from error
+        raise UserError(f"model {name!r} could not be loaded{hint}: {reason_of(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(set(info["missing_keys"]) - {NEW_LAYER})

@@ -231,9 +231,10 @@ def _show(split: str, facts: dict[str, Any], target: Path) -> None:
     seen = ""
     if "in_sample" in facts:
         seen = f" ({facts['in_sample']['accuracy']:.1%} by the models that were trained on them)"
+    left_out = f" ({facts['not_finite']} have no finite score)" if facts["not_finite"] else ""
     Console(highlight=False, soft_wrap=True).print(
         f"{split}: {facts['scored']} of {facts['rows']} examples scored by "
-        f"{models[0] if len(models) == 1 else f'{len(models)} models'}; chosen above "
+        f"{models[0] if len(models) == 1 else f'{len(models)} models'}{left_out}; chosen above "
         f"rejected in {facts['accuracy']:.1%} of the pairs{seen}; "
         f"margins {low:.2f} .. {middle:.2f} .. {high:.2f} (5 %, median, 95 %)\n"
         f"  next stage: data.dataset_name={target}",
