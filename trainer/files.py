@@ -27,8 +27,8 @@ SECONDS_UNTIL_LEFT = 3600.0
 def make_folder(key: str, folder: Path) -> Path:
     """The folder, which is made if it is not there. Raises UserError that names `key`, a key of the config,
     if it cannot be made or written to."""
-    folder = folder.expanduser()
     try:
+        folder = folder.expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder

@@ -50,8 +50,8 @@ def model_folder(key: str, name: str) -> str:
 
     Raises UserError for a path that is not there, a file, and a run that has exported no model.
     """
-    path = Path(name).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(name))
+    if not os.path.exists(path):
         check_there(key, name, "model")
         return name
     if not path.is_dir():
@@ -69,8 +69,8 @@ def model_folder(key: str, name: str) -> str:
 
 def check_there(key: str, name: str, kind: Literal["model", "dataset"]) -> None:
     """Raise UserError for a name that looks like a path, or like a slip for one, and is not there."""
-    path = Path(name).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):
         return
     near = _nearest_path(path)
     hint = f"; did you mean {near}?" if near else _holds(path.parent)

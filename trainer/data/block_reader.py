@@ -99,7 +99,8 @@ class RowReader:
         rows = self._rows.with_format("arrow")
         rows.load_state_dict(json.loads(json.dumps(cursor["state"])))
         # One by one: `datasets` cannot resume with batches of another size than the state was left with.
-        tables: list[Any] = list(itertools.islice(rows.iter(batch_size=1), count))
+        with reading(self.name):
+            tables: list[Any] = list(itertools.islice(rows.iter(batch_size=1), count))
         table = (
             pa.concat_tables(tables, promote_options="default").combine_chunks() if tables else pa.table({})
         )

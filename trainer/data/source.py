@@ -102,7 +102,8 @@ def _held_out_in(name: str, config: str | None) -> list[str]:
     path = Path(name).expanduser()
     if path.is_dir():
         return [] if _saved_in(path) else [split for split in HELD_OUT if _files_in(path, split)]
-    return [] if path.suffix in (".jsonl", ".parquet") else _splits_on_hub(name, config)
+    is_file = path.is_file() or path.suffix in (".jsonl", ".parquet")
+    return [] if is_file else _splits_on_hub(name, config)
 
 
 @cache
