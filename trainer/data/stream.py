@@ -104,8 +104,12 @@ class Stream:
 
         Raises UserError.
         """
-        self._cached_groups(self._locate(0).block)
+        self.first()
         return self
+
+    def first(self) -> TokenDataset:
+        """The groups of the first block that has some."""
+        return self._cached_groups(self._locate(0).block)
 
     def tables(self) -> Iterator[ReadTable]:
         """What was read of each block, once through the source."""

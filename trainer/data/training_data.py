@@ -162,9 +162,10 @@ def _without_skipped(groups: TokenDataset, config: Config) -> TokenDataset:
     return skip_weightless(groups, _weights(groups, config))
 
 
-def weights_of(groups: TokenDataset | None, config: Config) -> np.ndarray | None:
-    """(E,) the weights that the objective gives all pairs of the groups; None if it has none, or for a
-    stream, whose groups are not there yet."""
+def weights_of(data: Data, config: Config) -> np.ndarray | None:
+    """(E,) the weights that the objective gives the training pairs, of a stream those of its first block;
+    None if it gives none."""
+    groups = data.source.first() if isinstance(data.source, Stream) else data.train
     if groups is None or config.bound_objective.weight is None:
         return None
     return edge_weights(groups, config.bound_objective)

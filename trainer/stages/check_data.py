@@ -16,15 +16,18 @@ from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.block_reader import open_reader
 from madpo.trainer.data.dataset import GroupDataset
+from madpo.trainer.data.groups import TabledGroups
 from madpo.trainer.data.mixture import Part, has_held_out, parts_of, with_total
 from madpo.trainer.data.repeats import KnownClaims
 from madpo.trainer.data.report import UNREADABLE, Report, findings, report_of, total_report, with_known
 from madpo.trainer.data.stream import ReadTable, Stream
 from madpo.trainer.data.tokenised_cache import nothing_left, read_table, share, usable_rows
 from madpo.trainer.data.training_data import fitted
+from madpo.trainer.data.views.trimmed import edge_weights
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import make_folder, write_atomically
 from madpo.trainer.model.tokenizer import load_tokenizer
+from madpo.trainer.reports.remarks import on_weights
 
 BAD_ROWS = 3
 """Exit status where an example cannot be read."""
@@ -44,6 +47,7 @@ def check_data(config: Config, console: Console) -> int:
     lenient = config.model_copy(update={"data": config.data.model_copy(update={"on_bad_row": "drop"})})
     reports: dict[str, Report] = {}
     problems: list[str] = []
+    remarks: list[str] = []
     known = KnownClaims()
     for held_out in (False, True) if has_held_out(config.data) else (False,):
         parts = parts_of(lenient.data, held_out)
@@ -52,10 +56,12 @@ def check_data(config: Config, console: Console) -> int:
             check = _PartCheck(lenient, part, held_out, known)
             own[part.label] = check.report(_tables(lenient, part, held_out, tokenizer))
             problems += [check.problem] if check.problem else []
+            remarks += [f"{part.label}: {check.remark}"] if check.remark else []
         reports |= own if config.data.datasets is None else with_total("all parts", parts, own)
     _show(reports, console)
     path = _write(Path(config.output_dir), reports)
-    console.print(f"report {path}", soft_wrap=True, markup=False)
+    for line in (*remarks, f"report {path}"):
+        console.print(line, soft_wrap=True, markup=False)
     bad = sum(report["dropped"].get(UNREADABLE, 0) for report in reports.values())
     if problems and not bad:
         raise UserError(problems[0])
@@ -94,6 +100,7 @@ class _PartCheck:
         names, longest = ("a prompt", "a completion", "both together"), config.data.max_length
         self._lengths = {name: np.zeros(longest + 1, np.int64) for name in names}
         self.problem: str | None = None  # why the objective cannot be trained on the part
+        self.remark: str | None = None  # on the weights that the objective gives the pairs
 
     def report(self, tables: Iterator[ReadTable]) -> Report:
         """The report of all tables together, with the quantiles of lengths."""
@@ -117,9 +124,15 @@ class _PartCheck:
             counts += np.bincount(lengths, minlength=len(counts))
         if self.problem is None:
             try:
-                fitted(groups, self._config)
+                self._weigh(fitted(groups, self._config))
             except UserError as error:
                 self.problem = str(error)
+
+    def _weigh(self, groups: TabledGroups) -> None:
+        """Keep what is to be said of the weights in the first table, as training does of a stream."""
+        objective = self._config.bound_objective
+        if self.remark is None and objective.weight is not None and not self._config.objective.quantiles:
+            self.remark = on_weights(self._config, edge_weights(groups, objective))
 
 
 def _quantiles(counts: np.ndarray) -> dict[str, int]:

@@ -54,7 +54,7 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
     with ExitStack() as cleanup:
         cleanup.callback(claim(folder, shard).release)
         config = resolve_quantiles(config, data, tokenizer, shard)
-        weights = weights_of(data.train, config)
+        weights = weights_of(data, config)
         data = weighed(data, config)
         assert data.source is not None
         identity = checkpoint.identity(config, shard, data.source.content)
