@@ -95,7 +95,8 @@ def to_group(row: Mapping[str, Any], layout: str, supervised: bool = False) -> T
         group = preference(row) if layout == "preference" else _scored(row)
         return best_only(group) if supervised else group
     if layout in ("prompt-completion", "unpaired"):
-        prompt, completion = text_or_messages(row, "prompt"), text_or_messages(row, "completion")
+        prompt = text_or_messages(row, "prompt", may_be_empty=True)
+        completion = text_or_messages(row, "completion")
         labels = []
         if layout == "unpaired":
             labels = [label_of(row)]

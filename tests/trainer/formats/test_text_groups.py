@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from madpo.trainer.formats.json_lines import parse_json_line
 from madpo.trainer.formats.text_groups import (
     TextGroup,
     best_only,
@@ -192,10 +191,3 @@ def test_a_tool_call_needs_no_text_and_a_message_of_another_does():
     for wrong in ({**calls, "role": "user"}, {**calls, "tool_calls": []}, {"role": 1, "content": "x"}):
         with pytest.raises(ValueError, match="chosen: a message needs text under role"):
             to_group({**row, "chosen": [wrong]}, "preference")
-
-
-def test_lines_that_are_no_rows_are_named():
-    with pytest.raises(ValueError, match="key 'b' stands twice"):
-        parse_json_line(b'{"a": {"b": 1, "b": 2}}')
-    with pytest.raises(ValueError, match="at column 6"):
-        parse_json_line(b'{"a":}')

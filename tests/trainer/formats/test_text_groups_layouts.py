@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from text_cases import assistant, preference, user
 
-from madpo.trainer.formats.json_lines import parse_json_line
 from madpo.trainer.formats.text_groups import TextGroup, layout_of, to_group
 
 
@@ -105,24 +104,3 @@ BAD_FIELDS = [
 def test_bad_rows_name_the_field(row, message):
     with pytest.raises(ValueError, match=message):
         to_group(row, "preference")
-
-
-BAD_LINES = [
-    (b'{"a": NaN}', "NaN is not a number"),
-    (b'{"a": -Infinity}', "-Infinity is not a number"),
-    (b'{"a": 1, "a": 2}', "key 'a' stands twice"),
-    (b'{"a": 1', "not JSON"),
-    (b"[1]", "expected a JSON object, got list"),
-    (b'{"a": "\xff"}', "not UTF-8"),
-    ('{"a": 1}'.encode("utf-16"), "iconv"),
-]
-
-
-@pytest.mark.parametrize("raw, message", BAD_LINES, ids=[message for _, message in BAD_LINES])
-def test_bad_lines_are_refused(raw, message):
-    with pytest.raises(ValueError, match=message):
-        parse_json_line(raw)
-
-
-def test_a_byte_order_mark_and_crlf_are_fine():
-    assert parse_json_line(b'\xef\xbb\xbf{"a": 1}\r\n') == {"a": 1}
