@@ -8,10 +8,9 @@ import json
 import re
 from collections.abc import Iterator
 
-import numpy as np
 import xxhash
 
-from madpo.trainer.formats.text_groups import SPOKEN, Text, TextGroup, text_in
+from madpo.trainer.formats.text_groups import SPOKEN, Messages, Text, TextGroup, text_in
 
 EMPTY_PROMPT = "the prompt is empty"
 EMPTY_COMPLETION = "a completion is empty"
@@ -33,9 +32,11 @@ def oddities_of(group: TextGroup, has_prompt: bool) -> list[str]:
         found.append(EMPTY_PROMPT)
     if any(_is_blank(completion, "assistant") for completion in group.completions):
         found.append(EMPTY_COMPLETION)
-    texts = [text for part in (group.prompt, *group.completions) for text in _texts(part)]
-    if any(_ANY.search(text) for text in texts):
-        found += [name for name, pattern in CHARACTERS.items() if any(re.search(pattern, x) for x in texts)]
+    parts = (group.prompt, *group.completions)
+    texts = [text for part in parts for text in ([part] if isinstance(part, str) else _texts(part))]
+    suspect = [text for text in texts if not text.isascii() or not text.isprintable()]
+    if any(_ANY.search(text) for text in suspect):
+        found += [name for name, pattern in CHARACTERS.items() if any(re.search(pattern, x) for x in suspect)]
     return found
 
 
@@ -47,11 +48,8 @@ def _is_blank(text: Text, role: str) -> bool:
     return not text_in(said[-1]).strip() and not said[-1].get("tool_calls")
 
 
-def _texts(text: Text) -> Iterator[str]:
-    if isinstance(text, str):
-        yield text
-        return
-    for message in text:
+def _texts(messages: Messages) -> Iterator[str]:
+    for message in messages:
         yield text_in(message)
         beside = (message.get(key) for key in SPOKEN if key != "content")
         yield from (value for value in beside if isinstance(value, str))
@@ -60,18 +58,20 @@ def _texts(text: Text) -> Iterator[str]:
 def claims_of(group: TextGroup) -> list[int]:
     """A number in [0, 2^63) for each thing that an example says: that a completion beats another one, or is
     desirable, or just follows the prompt. The opposite claim differs in the last bit alone."""
-    prompt = _hash(json.dumps([group.prompt, group.tools], sort_keys=True).encode())
-    own = [_hash(json.dumps(completion, sort_keys=True).encode()) for completion in group.completions]
+    prompt = _hash(group.prompt, xxhash.xxh3_64_intdigest(json.dumps(group.tools)) if group.tools else 0)
+    own = [_hash(completion, prompt) for completion in group.completions]
     if not group.edges:
         labels = group.labels or [1] * len(own)
-        return [_claim(prompt, x, x, label > 0) for x, label in zip(own, labels, strict=True)]
+        return [_claim(x, x, label > 0) for x, label in zip(own, labels, strict=True)]
     pairs = ((own[winner], own[loser]) for winner, loser, _ in group.edges)
-    return [_claim(prompt, min(pair), max(pair), pair[0] < pair[1]) for pair in pairs]
+    return [_claim(*sorted(pair), pair[0] < pair[1]) for pair in pairs]
 
 
-def _claim(prompt: int, first: int, second: int, is_first: bool) -> int:
-    return _hash(np.array([prompt, first, second], np.uint64).tobytes()) >> 2 << 1 | is_first
+def _claim(smaller: int, larger: int, beats: bool) -> int:
+    """The claim that one of two texts, by their hashes, beats the other: the smaller one if `beats`."""
+    return xxhash.xxh3_64_intdigest(larger.to_bytes(8), seed=smaller) >> 2 << 1 | beats
 
 
-def _hash(content: bytes) -> int:
-    return xxhash.xxh3_64_intdigest(content)
+def _hash(text: Text, seed: int) -> int:
+    content = text if isinstance(text, str) else json.dumps(text, sort_keys=True)
+    return xxhash.xxh3_64_intdigest(content.encode(errors="surrogatepass"), seed=seed)
