@@ -124,7 +124,7 @@ def convert(
 
 @command(START, "madpo demo", "docs/sentiment.md")
 def demo() -> None:
-    """Fetch real preference data; train, evaluate, export and report in runs/demo."""
+    """Fetch preference data; train, evaluate and report in runs/demo."""
     from madpo.launch.demo import run_demo
 
     raise typer.Exit(run_demo())
@@ -228,7 +228,10 @@ def show_data(
 
 @command(DATA, "madpo check-data my.yaml", "docs/data.md")
 def check_data(config: ConfigPath, overrides: Overrides = None, task: OfTask = None) -> None:
-    """Read all data as training would: what is dropped, cut or odd, and where; exit status 3 for bad rows."""
+    """Check all data without a model: what is dropped, cut or odd.
+
+    The exit status is 3 if there are rows that cannot be read.
+    """
     resolved = _loaded(config, overrides or [], task or "check-data")
     from rich.console import Console
 
