@@ -16,7 +16,8 @@ import torch
 from madpo.trainer import checkpoint, dist, loop, stopping
 from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config, dump
-from madpo.trainer.data.training_data import Data, load_data, weighed, weights_of
+from madpo.trainer.data.training_data import Data, load_data, weighed
+from madpo.trainer.data.views.weighed import weights_of
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.metrics import MetricsFile
 from madpo.trainer.model.expert_balance import expert_notes
@@ -54,7 +55,7 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
     with ExitStack() as cleanup:
         cleanup.callback(claim(folder, shard).release)
         config = resolve_quantiles(config, data, tokenizer, shard)
-        weights = weights_of(data.train, config)
+        weights = None if data.train is None else weights_of(data.train, config.bound_objective)
         data = weighed(data, config)
         assert data.source is not None
         identity = checkpoint.identity(config, shard, data.source.content)

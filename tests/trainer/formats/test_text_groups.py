@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 
+from madpo.trainer.formats.numbers import finite, label_of, margin_of
 from madpo.trainer.formats.text_groups import (
     TextGroup,
     best_only,
-    finite,
-    label_of,
     layout_of,
-    margin_of,
     objects,
     parse_json_line,
     ranked,
