@@ -19,6 +19,7 @@ from madpo.trainer.config.schema import Config, dump
 from madpo.trainer.data.training_data import Data, load_data, weighed
 from madpo.trainer.data.views.weighed import weights_of
 from madpo.trainer.dist import Shard, barrier
+from madpo.trainer.errors import FRESH
 from madpo.trainer.metrics import MetricsFile
 from madpo.trainer.model.expert_balance import expert_notes
 from madpo.trainer.model.freeze import count_parameters
@@ -63,7 +64,7 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
         total_steps = run_length(config, data.source.num_groups).total_steps
         if tag is not None and step_of(tag) == total_steps and dist.from_main(is_exported(config, folder)):
             if shard.is_main:
-                print_line(f"finished at step {total_steps} already; --fresh starts anew")
+                print_line(f"finished at step {total_steps} already; {FRESH} starts anew")
             return
         data, cached = with_reference(config, data, tokenizer, shard, training=True)
         source = data.source
