@@ -38,6 +38,7 @@ COUNTS = {
     "contradicting_examples": "examples contradict another: same texts, the opposite preference or label",
     "held_out_examples_in_training": "held-out examples, or their texts the other way round, are trained on",
     "examples_of_the_rarer_kind": "examples differ in kind: conversations and plain text are mixed",
+    "rows_without_weight": "examples without a weight count with 1",
     "margins_far_from_the_rest": f"margins are more than {FAR} times as large as the median",
 }
 """Counts of a report -> what is printed after the number."""
@@ -49,9 +50,13 @@ LISTS = {"odd_texts": "odd", "chat_template": "notes", "unused_columns": "unused
 class _Found(NamedTuple):
     """What a key of COUNTS stands for in a table."""
 
-    count: int
+    number: int
     rows: np.ndarray  # (n,) of the table
     others: np.ndarray | None = None  # (n,) the row that each of them repeats or contradicts
+
+
+SPREADS = {"margins", "weights", "weights_of_0", "rows_without_weight"}
+"""Counts that a part may lack, because its rows have no margins or no weights."""
 
 
 def report_of(
@@ -82,7 +87,7 @@ def report_of(
         "groups": len(taken),
         "dropped": {reason: len(rows) for reason, rows in dropped.items()},
         "tokens": int(column_of(table, "num_tokens")[taken].sum()),
-        **{key: of.count for key, of in found.items()},
+        **{key: of.number for key, of in found.items()},
     }
     named = {reason: places(rows) for reason, rows in dropped.items()}
     if UNREADABLE in dropped:
@@ -90,6 +95,15 @@ def report_of(
         named[UNREADABLE] = places(rows, [f": {table[int(row)]['problem']}" for row in rows[:MOST_PLACES]])
     for key, (_, rows, others) in found.items():
         named[key] = places(rows, others if others is None else [f" (as {x})" for x in places(others)])
+    weights = flat_column(table.select(taken), "completion_weights")
+    if len(weights):
+        without = int((column_of(table, "num_weights")[taken] == 0).sum())
+        report |= {
+            "weights": len(weights),
+            "weights_of_0": int((weights == 0).sum()),
+            "rows_without_weight": without,
+            **_spread("weight", weights),
+        }
     for key, column in LISTS.items():
         if by_text := _by_text(*_flattened(table, column, examples)):
             report[key] = {text: len(rows) for text, rows in by_text.items()}
@@ -97,12 +111,7 @@ def report_of(
     margins = flat_column(table.select(taken), "margins")
     margins = margins[~np.isnan(margins)]
     if len(margins):
-        report |= {
-            "margins": len(margins),
-            "margin_min": float(margins.min()),
-            "margin_max": float(margins.max()),
-            "margin_mean": float(margins.mean()),
-        }
+        report |= {"margins": len(margins), **_spread("margin", margins)}
     return {**report, "where": {key: rows for key, rows in named.items() if rows}}
 
 
@@ -138,6 +147,15 @@ def with_known(
         named |= {key: [*named.get(key, []), *places][:MOST_PLACES]} if places else {}
     counts = {key: report.get(key, 0) + len(found) for key, found in rows.items()}
     return {**report, **counts, "where": named}
+
+
+def _spread(name: str, values: np.ndarray) -> dict[str, float]:
+    """Extrema and mean of the values (N,)."""
+    return {
+        f"{name}_min": float(values.min()),
+        f"{name}_max": float(values.max()),
+        f"{name}_mean": float(values.mean()),
+    }
 
 
 def _cut(
@@ -213,7 +231,7 @@ def _by_text(
 
 def total_report(name: str, reports: Sequence[Report]) -> Report:
     """One report of several parts together."""
-    counts = [key for key, value in reports[0].items() if isinstance(value, int) and key != "margins"]
+    counts = [key for key, value in reports[0].items() if isinstance(value, int) and key not in SPREADS]
     total: Report = {"source": name, **{key: sum(x[key] for x in reports) for key in counts}}
     for key in ("dropped", *LISTS):
         counted = Counter[str]()
@@ -221,20 +239,34 @@ def total_report(name: str, reports: Sequence[Report]) -> Report:
             counted.update(report.get(key, {}))
         if counted or key == "dropped":
             total[key] = dict(sorted(counted.items()))
-    with_margins = [report for report in reports if "margins" in report]
-    if with_margins:
-        number = sum(x["margins"] for x in with_margins)
-        total |= {
-            "margins": number,
-            "margin_min": min(x["margin_min"] for x in with_margins),
-            "margin_max": max(x["margin_max"] for x in with_margins),
-            "margin_mean": sum(x["margin_mean"] * x["margins"] for x in with_margins) / number,
-        }
     where: dict[str, list[str]] = {}
     for report in reports:
         for key, places in report["where"].items():
             where[key] = [*where.get(key, []), *places][:MOST_PLACES]
-    return {**total, "where": where}
+    return {**total, **_total_spread("margin", reports), **_total_weights(reports), "where": where}
+
+
+def _total_weights(reports: Sequence[Report]) -> Report:
+    """The numbers on weights of all parts together; groups of a part without weights have none."""
+    spread = _total_spread("weight", reports)
+    if spread:
+        spread["weights_of_0"] = sum(x.get("weights_of_0", 0) for x in reports)
+        spread["rows_without_weight"] = sum(x.get("rows_without_weight", x["groups"]) for x in reports)
+    return spread
+
+
+def _total_spread(name: str, reports: Sequence[Report]) -> Report:
+    """Number, extrema and mean of margins or weights over all parts that have any."""
+    having = [report for report in reports if f"{name}s" in report]
+    if not having:
+        return {}
+    number = sum(x[f"{name}s"] for x in having)
+    return {
+        f"{name}s": number,
+        f"{name}_min": min(x[f"{name}_min"] for x in having),
+        f"{name}_max": max(x[f"{name}_max"] for x in having),
+        f"{name}_mean": sum(x[f"{name}_mean"] * x[f"{name}s"] for x in having) / number,
+    }
 
 
 def reasons_in(report: Report) -> str:

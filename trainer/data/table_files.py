@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -20,7 +21,7 @@ def open_table(files: Sequence[Path], cache: Path) -> datasets.Dataset:
     `cache` belongs to the content of the files: datasets' own key is their path and time stamp.
     """
     features = features_of(files)
-    names = [str(file) for file in files]
+    names: list[Any] = [str(file) for file in files]
     try:
         if files[0].suffix == ".arrow":
             rows = datasets.concatenate_datasets([datasets.Dataset.from_file(name) for name in names])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,7 +36,8 @@ class TokenGroup:
     completions: list[list[int]]
     edges: list[tuple[int, int, float | None]]
     labels: list[int] = field(default_factory=list)  # 1 desirable, -1 undesirable, 0 neither; all or none
-    weights: list[float] = field(default_factory=list)  # one for each edge, in place of the objective's
+    edge_weights: list[float] = field(default_factory=list)  # factors on the edges' losses; all or none
+    completion_weights: list[float] = field(default_factory=list)  # on those of completions; all or none
     boundary_cut: int = 0  # prompt tokens that moved into the completion, as its text merged with them
     truncated: int = 0  # completions that were cut at their end
     equal: int = 0  # edges dropped, as chosen and rejected are the same tokens
@@ -61,6 +63,7 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
     room = rules.max_length - start
     completions = [whole[start : start + max(room, 0)] for whole in wholes]
     edges = [edge for edge in group.edges if completions[edge[0]] != completions[edge[1]]]
+    edge_weights, completion_weights = _weights(group, edges)
     problem = ""
     if start == 0:
         problem = "prompt and completion merge into one token"
@@ -77,12 +80,35 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
         completions,
         edges,
         group.labels or labels_of(edges, len(completions)),
+        edge_weights,
+        completion_weights,
         boundary_cut=max(len(prompt_only) - start, 0),
         truncated=sum(len(whole) > rules.max_length for whole in wholes),
         equal=len(group.edges) - len(edges),
         notes=tuple(notes),
         problem=problem,
     )
+
+
+def _weights(
+    group: TextGroup, edges: Sequence[tuple[int, int, float | None]]
+) -> tuple[list[float], list[float]]:
+    """The weights of the edges that remain, and of the completions; both empty if the example has none.
+
+    An edge has the example's weight, times the weights of its two completions where they have their own.
+    """
+    if group.weight is None and not group.completion_weights:
+        return [], []
+    whole = 1.0 if group.weight is None else group.weight
+    own = group.completion_weights or [1.0] * len(group.completions)
+    return [whole * own[won] * own[lost] for won, lost, _ in edges], [whole * x for x in own]
+
+
+def joined_weights(parts: Sequence[tuple[list[float], int]]) -> list[float]:
+    """The weights of all parts, each given with the number it should have; 1 in place of a part without."""
+    if not any(weights for weights, _ in parts):
+        return []
+    return [weight for weights, count in parts for weight in weights or [1.0] * count]
 
 
 def labels_of(edges: list[tuple[int, int, float | None]], count: int) -> list[int]:

@@ -27,7 +27,8 @@ from madpo.trainer.formats.messages import (
     text_of,
     transcript,
 )
-from madpo.trainer.formats.text_groups import Messages, TextGroup, finite, objects, ranked, same_kind
+from madpo.trainer.formats.numbers import finite
+from madpo.trainer.formats.text_groups import Messages, TextGroup, objects, ranked, same_kind
 
 
 @dataclass(frozen=True)

@@ -58,13 +58,15 @@ def _texts(messages: Messages) -> Iterator[str]:
 def claims_of(group: TextGroup) -> list[int]:
     """A number in [0, 2^63) for each thing that an example says: that a completion beats another one, or is
     desirable, or just follows the prompt. The opposite claim differs in the last bit alone."""
-    prompt = _hash(group.prompt, xxhash.xxh3_64_intdigest(json.dumps(group.tools)) if group.tools else 0)
+    prompt = _hash(
+        group.prompt, xxhash.xxh3_64_intdigest(json.dumps(group.tools).encode()) if group.tools else 0
+    )
     own = [_hash(completion, prompt) for completion in group.completions]
     if not group.edges:
         labels = group.labels or [1] * len(own)
         return [_claim(x, x, label > 0) for x, label in zip(own, labels, strict=True)]
     pairs = ((own[winner], own[loser]) for winner, loser, _ in group.edges)
-    return [_claim(*sorted(pair), pair[0] < pair[1]) for pair in pairs]
+    return [_claim(min(pair), max(pair), pair[0] < pair[1]) for pair in pairs]
 
 
 def _claim(smaller: int, larger: int, beats: bool) -> int:

@@ -4,6 +4,7 @@ Accepted columns, under TRL's names:
     preference   prompt, chosen, rejected     text, or lists of messages; conversations may leave out
                  `prompt` or repeat it as text: their common leading messages are the prompt
                  margin, or score_chosen and score_rejected (also chosen_score and rejected_score)
+                 weight, in every layout: a factor on the losses of the example
     unpaired     prompt, completion, label     true (or 1) is desirable
     supervised   prompt, completion   or   messages   or   text
     scored       prompt, completions, scores   a list of texts or of lists of messages, and its numbers
@@ -13,15 +14,14 @@ Conversations may have columns `tools` and `chat_template_kwargs` too, for the c
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
 from typing import Any
 
 import xxhash
 
 from madpo.trainer.errors import UserError
+from madpo.trainer.formats.numbers import as_weight, finite, label_of, margin_of
 
 Messages = list[dict[str, Any]]
 
@@ -44,6 +44,8 @@ class TextGroup:
     labels: list[int] = field(default_factory=list)  # 1 desirable, -1 undesirable; all completions or none
     tools: list[dict[str, Any]] = field(default_factory=list)  # JSON schemas, for the chat template
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # more variables of the chat template
+    weight: float | None = None  # factor on the losses of all edges or completions; None: the row has none
+    completion_weights: list[float] = field(default_factory=list)  # further factors; all completions or none
     unused: tuple[str, ...] = field(default=(), compare=False)  # columns with text that nothing looks at
     compared: bool = field(default=False, compare=False)  # from `ranked`, maybe with fewer than two scores
 
@@ -121,8 +123,11 @@ def best_only(group: TextGroup) -> TextGroup:
     if not group.completions:
         raise UserError("no completion has a score, and so none is the best")
     rejected = {loser for _, loser, _ in group.edges}
-    best = next(x for i, x in enumerate(group.completions) if i not in rejected)
-    return replace(group, completions=[best], edges=[], labels=[])
+    best = next(index for index in range(len(group.completions)) if index not in rejected)
+    weights = group.completion_weights[best : best + 1]
+    return replace(
+        group, completions=[group.completions[best]], edges=[], labels=[], completion_weights=weights
+    )
 
 
 def ranked(
@@ -152,7 +157,13 @@ def _scored(row: Mapping[str, Any]) -> TextGroup:
     scored = [i for i, score in enumerate(scores) if score is not None]
     numbers = [finite(scores[i], f"scores[{i}]") for i in scored]
     prompt = text_or_messages(row, "prompt", may_be_empty=True)
-    return ranked(prompt, [texts[i] for i in scored], numbers)
+    group = ranked(prompt, [texts[i] for i in scored], numbers)
+    weights = row.get("weight")
+    if not isinstance(weights, list):
+        return group
+    if len(weights) != len(completions):
+        raise UserError(f"weight: {len(weights)} numbers for {len(completions)} completions")
+    return replace(group, completion_weights=[as_weight(weights[i], f"weight[{i}]") for i in scored])
 
 
 def objects(row: Mapping[str, Any], name: str, at_least: int = 1) -> list[Any]:
@@ -295,20 +306,6 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(x) for x in value] if isinstance(value, list) else value
 
 
-SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
-MARGIN_COLUMNS = frozenset({"margin", *SCORES[0], *SCORES[1]})
-
-
-def margin_of(row: Mapping[str, Any]) -> float | None:
-    """The column `margin`, else the difference of two score columns, else None."""
-    if row.get("margin") is not None:
-        return finite(row["margin"], "margin")
-    for chosen, rejected in SCORES:
-        if row.get(chosen) is not None and row.get(rejected) is not None:
-            return finite(finite(row[chosen], chosen) - finite(row[rejected], rejected), "margin")
-    return None
-
-
 def with_system(group: TextGroup, system: Any) -> TextGroup:
     """The conversation after a system message of this text, if there is text. Raises UserError."""
     if system is None:
@@ -333,38 +330,10 @@ def with_edges(group: Any, edges: Sequence[tuple[int, int, float | None]]) -> An
         completions=[group.completions[old] for old in selected],
         edges=[(new_index[chosen], new_index[rejected], margin) for chosen, rejected, margin in edges],
         labels=[group.labels[old] for old in selected] if group.labels else [],
+        completion_weights=[group.completion_weights[old] for old in selected]
+        if group.completion_weights
+        else [],
     )
-
-
-def label_of(row: Mapping[str, Any]) -> int:
-    value = row.get("label")
-    if value is None or value not in (True, False):  # 1 and 0 are equal to these
-        raise UserError(f"label: true (or 1, desirable) or false (or 0), got {value!r}")
-    return 1 if value else -1
-
-
-LARGEST = 3.4028234663852886e38
-"""The largest number of float32, in which losses are computed."""
-
-
-def finite(value: Any, field: str) -> float:
-    """The value as a float. Raises UserError for what is no finite number, or too large for float32."""
-    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    number = _float(value) if is_number else math.nan
-    if not abs(number) <= LARGEST:
-        is_large = is_number and value == value and abs(value) != math.inf
-        raise UserError(
-            f"{field}: expected a finite number, got {value!r:.80}"
-            f"{', which is too large for float32' if is_large else ''}"
-        )
-    return number
-
-
-def _float(number: int | float | Decimal) -> float:
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf
 
 
 def hash_of_prompt(group: TextGroup) -> int:

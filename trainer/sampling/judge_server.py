@@ -17,7 +17,8 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from madpo.trainer.config.generate import EndpointConfig
 from madpo.trainer.errors import UserError
-from madpo.trainer.formats.text_groups import LARGEST, Text
+from madpo.trainer.formats.numbers import LARGEST
+from madpo.trainer.formats.text_groups import Text
 
 SCORE_QUESTION = """\
 Rate the response to the prompt below for helpfulness, correctness and style, from 1 (useless) to 10 \

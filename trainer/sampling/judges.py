@@ -23,7 +23,8 @@ from madpo.trainer.data.tokenise import TokenGroup, tokenise
 from madpo.trainer.data.tokenised_cache import rules_of
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import hash_of_file
-from madpo.trainer.formats.text_groups import LARGEST, Text, TextGroup
+from madpo.trainer.formats.numbers import LARGEST
+from madpo.trainer.formats.text_groups import Text, TextGroup
 from madpo.trainer.model import lora
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable
 from madpo.trainer.model.backbone import last_hidden

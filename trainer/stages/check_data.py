@@ -23,7 +23,7 @@ from madpo.trainer.data.report import UNREADABLE, Report, findings, report_of, t
 from madpo.trainer.data.stream import ReadTable, Stream
 from madpo.trainer.data.tokenised_cache import nothing_left, read_table, share, usable_rows
 from madpo.trainer.data.training_data import fitted
-from madpo.trainer.data.views.trimmed import edge_weights
+from madpo.trainer.data.views.weighed import weights_of
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import make_folder, write_atomically
 from madpo.trainer.model.tokenizer import load_tokenizer
@@ -131,8 +131,8 @@ class _PartCheck:
     def _weigh(self, groups: TabledGroups) -> None:
         """Keep what is to be said of the weights in the first table, as training does of a stream."""
         objective = self._config.bound_objective
-        if self.remark is None and objective.weight is not None and not self._config.objective.quantiles:
-            self.remark = on_weights(self._config, edge_weights(groups, objective))
+        if self.remark is None and not self._config.objective.quantiles:
+            self.remark = on_weights(self._config, weights_of(groups, objective))
 
 
 def _quantiles(counts: np.ndarray) -> dict[str, int]:

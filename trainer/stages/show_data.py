@@ -145,6 +145,7 @@ def render_totals(report: dict[str, Any], tokens: int, trained: int, coloured: b
     shown = "coloured" if coloured else "in [[ ]]"
     yield Text(f"{tokens:,} tokens, {trained / tokens:.1%} of them trained on, {shown}")
     yield from map(Text, findings(report))
-    if "margin_mean" in report:
-        low, mean, high = (report[f"margin_{name}"] for name in ("min", "mean", "max"))
-        yield Text(f"margins from {low:g} to {high:g}, mean {mean:.4g}")
+    for kind in ("margin", "weight"):
+        if f"{kind}_mean" in report:
+            low, mean, high = (report[f"{kind}_{name}"] for name in ("min", "mean", "max"))
+            yield Text(f"{kind}s from {low:g} to {high:g}, mean {mean:.4g}")

@@ -50,7 +50,7 @@ def saved(folder: Path) -> Path:
 
 def saved_splits(folder: Path) -> Path:
     pairs = datasets.Dataset.from_dict(PAIRS)
-    datasets.DatasetDict(train=pairs, test=pairs.select([1])).save_to_disk(folder / "saved")
+    datasets.DatasetDict({"train": pairs, "test": pairs.select([1])}).save_to_disk(folder / "saved")
     return folder / "saved"
 
 
