@@ -15,7 +15,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.report import findings
+from madpo.trainer.data.report import Report, findings
 from madpo.trainer.dist import Shard
 from madpo.trainer.pair_margins import ACCURACY, STDERR, all_are_ties
 from madpo.trainer.run_folder import newest_checkpoint, step_of
@@ -170,6 +170,13 @@ def metric_cell(record: Mapping[str, float], name: str) -> str:
 
 SECONDS_BETWEEN_LINES = 30
 """How often a long stage prints a line."""
+
+
+def print_findings(reports: Mapping[str, Report]) -> None:
+    """Print what was dropped, cut or is odd in each split, for stages that announce no training."""
+    for split, report in reports.items():
+        for finding in findings(report):
+            print_line(f"{split}: {finding}")
 
 
 def print_line(text: str) -> None:

@@ -18,6 +18,7 @@ from madpo.trainer.config.schema import AnnotateConfig, Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.folds import folds_of, without_fold
 from madpo.trainer.data.groups import TokenDataset, check_groups
+from madpo.trainer.data.report import Report
 from madpo.trainer.data.source import open_source, test_split
 from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.data.training_data import merged
@@ -30,6 +31,7 @@ from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.reward import BradleyTerryParams
 from madpo.trainer.objectives.scores import segment_sum
 from madpo.trainer.reports.calibration_report import write_calibration_report
+from madpo.trainer.reports.progress import print_findings
 from madpo.trainer.schedule import run_length
 from madpo.trainer.scoring_module import Mode
 from madpo.trainer.stages.annotated_split import margins_of, together, write_split
@@ -75,10 +77,11 @@ def run_annotation(config: Config) -> None:
     if config.data.streaming:
         raise UserError("data.streaming: annotate writes the whole data set; set data.streaming=false")
     judges = [replace(judge, config=located(judge.config)) for judge in judges_of(config)]
-    data = [
-        load_pairs(judge.config) for judge in judges
-    ]  # before the ranks join, as tokenising may take long
+    loaded = [load_pairs(x.config) for x in judges]  # before the ranks join, as tokenising may take long
+    data = [groups for groups, _ in loaded]
     shard = dist.init(config.launch.timeout_minutes)
+    if shard.is_main:
+        print_findings(loaded[0][1])
     judged = [_score(judge, groups, shard) for judge, groups in zip(judges, data, strict=True)]
     if shard.is_main:
         _write_all(config, data, [scores for _, scores in judged], [name for name, _ in judged])
@@ -129,11 +132,12 @@ def fold_config(config: Config, fold: int) -> Config:
     return config.model_copy(update={"data": data, "annotate": AnnotateConfig(), "output_dir": folder})
 
 
-def load_pairs(config: Config) -> dict[str, GroupDataset]:
-    """Read the pairs of every split that the config names, all folds of them."""
+def load_pairs(config: Config) -> tuple[dict[str, GroupDataset], dict[str, Report]]:
+    """The pairs of every split that the config names, all folds of them, and what was read and dropped."""
     tokenizer = load_tokenizer(config.model)
     splits = [config.data.dataset_train_split, test_split(config.data)]
-    data = {split: load_groups(config.data, split, tokenizer)[0] for split in splits if split is not None}
+    loaded = {split: load_groups(config.data, split, tokenizer) for split in splits if split is not None}
+    data = {split: groups for split, (groups, _) in loaded.items()}
     plain = config.model_copy(update={"objective": BradleyTerryParams()})  # needs no margins in the data
     for groups in data.values():
         budget, shares = config.train.row_tokens, config.model.prefix_sharing
@@ -143,7 +147,7 @@ def load_pairs(config: Config) -> dict[str, GroupDataset]:
                 f"{groups.name}: annotate writes one margin a row, and {several} rows make several "
                 "comparisons; set data.edges=best_worst, or write the rows as pairs"
             )
-    return data
+    return data, {split: report for split, (_, report) in loaded.items()}
 
 
 def _score(

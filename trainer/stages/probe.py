@@ -34,6 +34,7 @@ from madpo.trainer.model.pretrained import state_of_files
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import Item
 from madpo.trainer.objectives.sft import NLLParams
+from madpo.trainer.reports.progress import print_findings
 from madpo.trainer.scoring_module import Mode
 from madpo.trainer.stages.start_engine import start_engine
 
@@ -78,10 +79,12 @@ def run_probe(config: Config) -> None:
         raise UserError("data.streaming: probe draws from the whole training set; set data.streaming=false")
     config = _supervised(located(config))
     tokenizer = load_tokenizer(config.model)
-    groups = load_data(config, tokenizer, training=True).train
-    assert groups is not None
+    data = load_data(config, tokenizer, training=True)
+    assert data.train is not None
     shard = dist.init(config.launch.timeout_minutes)
-    probe = stored_probe(config, groups, tokenizer, shard)
+    if shard.is_main:
+        print_findings(data.report)
+    probe = stored_probe(config, data.train, tokenizer, shard)
     if shard.is_main:
         show(probe, _path(config))
 

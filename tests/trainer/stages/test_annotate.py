@@ -232,7 +232,8 @@ def test_rows_of_several_comparisons_have_no_one_margin(config, tmp_path):
     ranked = changed(config, "data", dataset_name=str(path), dataset_test_split=None)
     with pytest.raises(ValueError, match=r"1 rows make several comparisons; set data.edges=best_worst"):
         run_annotation(ranked)
-    (groups,) = load_pairs(changed(ranked, "data", edges="best_worst")).values()
+    data, _ = load_pairs(changed(ranked, "data", edges="best_worst"))
+    (groups,) = data.values()
     assert groups[0].edges == [(1, 0, 2.0)]
 
 
