@@ -123,12 +123,16 @@ def flat_column(
     table: datasets.Dataset, name: str, convert: Callable[[Any], Any] | None = None
 ) -> np.ndarray:
     """The elements of a column of lists, one list after another, converted if that is given; NaN for null."""
-    column: Any = table.with_format("arrow")[name][:]
-    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    flat = column.flatten()
+    flat = lists_of(table, name).flatten()
     if convert is not None:
         flat = convert(flat)
     return flat.to_numpy(zero_copy_only=False)
+
+
+def lists_of(table: datasets.Dataset, name: str) -> Any:
+    """A column of lists as one Arrow array."""
+    column: Any = table.with_format("arrow")[name][:]
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
 def column_of(table: datasets.Dataset, name: str) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from madpo.trainer.data.dataset import column_of, flat_column
+from madpo.trainer.data.dataset import column_of, flat_column, lists_of
 from madpo.trainer.data.repeats import NONE, KnownClaims, Repeats, find_repeats
 
 Report = dict[str, Any]
@@ -29,6 +29,8 @@ FAR = 1000
 UNREADABLE = "unreadable"
 """The reason for which examples that could not be read are dropped; each of them has its own besides."""
 
+HELD_OUT = "held_out_examples_in_training"
+
 COUNTS = {
     "truncated_completions": "completions cut at max_length",
     "groups_with_moved_boundary": "prompts whose last tokens merge with the completion",
@@ -36,7 +38,7 @@ COUNTS = {
     "rows_that_spell_special_tokens": "examples spell out a special token: in conversations it becomes one",
     "repeated_examples": "examples repeat an earlier one",
     "contradicting_examples": "examples contradict another: same texts, the opposite preference or label",
-    "held_out_examples_in_training": "held-out examples, or their texts the other way round, are trained on",
+    HELD_OUT: "held-out examples, or their texts the other way round, are trained on",
     "examples_of_the_rarer_kind": "examples differ in kind: conversations and plain text are mixed",
     "rows_without_weight": "examples without a weight count with 1",
     "margins_far_from_the_rest": f"margins are more than {FAR} times as large as the median",
@@ -132,7 +134,7 @@ def with_known(
     claims = claims.to_numpy()
     same, opposite = known.holds(claims), known.holds(claims ^ 1)
     if held_out:
-        rows = {"held_out_examples_in_training": np.unique(makers[same | opposite])}
+        rows = {HELD_OUT: np.unique(makers[same | opposite])}
     else:
         known.add(claims)
         among = _repeats(claims, makers, examples)  # which are in the report already
@@ -156,6 +158,20 @@ def _spread(name: str, values: np.ndarray) -> dict[str, float]:
         f"{name}_max": float(values.max()),
         f"{name}_mean": float(values.mean()),
     }
+
+
+def held_out_in_training(
+    train: datasets.Dataset,  # tables of FEATURES, or selections of their rows
+    held_out: datasets.Dataset,
+) -> Report:
+    """How many held-out examples are trained on, themselves or their texts the other way round."""
+    known = KnownClaims()
+    known.add(flat_column(train, "claims"))
+    lists = lists_of(held_out, "claims")
+    claims = lists.flatten().to_numpy()
+    makers = np.repeat(np.arange(len(held_out)), pc.call_function("list_value_length", [lists]).to_numpy())
+    shared = np.unique(makers[known.holds(claims) | known.holds(claims ^ 1)])
+    return {HELD_OUT: len(shared)} if len(shared) else {}
 
 
 def _cut(

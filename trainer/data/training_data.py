@@ -31,7 +31,7 @@ from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.folds import without_fold
 from madpo.trainer.data.groups import TabledGroups, TokenDataset, check_groups
 from madpo.trainer.data.mixture import has_held_out, load_split
-from madpo.trainer.data.report import Report
+from madpo.trainer.data.report import Report, held_out_in_training
 from madpo.trainer.data.stream import Stream
 from madpo.trainer.data.training_source import DatasetSource, TrainingSource
 from madpo.trainer.data.views.merged_prompts import MergedDataset, merge_prompts, repeated_prompts
@@ -62,16 +62,20 @@ def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool
     """
     data, supervised = config.data, config.bound_objective.supervised
     train, held_out, source, held_out_report = None, None, None, {}
+    trained: GroupDataset | None = None
     if training and data.streaming:
         source = _stream(config, tokenizer)
     elif training or config.objective.quantiles:
-        groups, report = training_groups(config, tokenizer)
-        train = merged(fitted(groups, config), config)
+        trained, report = training_groups(config, tokenizer)
+        train = merged(fitted(trained, config), config)
         source = DatasetSource(train, config.seed, data.order, report_of_merged(train, report))
     if not training or has_held_out(data):
         groups, report = load_split(data, True, tokenizer, supervised)
         held_out = merged(fitted(groups, config), config)
         held_out_report = report_of_merged(held_out, report)
+        if trained is not None:
+            known = held_out_in_training(trained.table, groups.table)
+            held_out_report = _with_totals(held_out_report, known)
     if held_out is None and config.train.eval_steps is not None:
         raise UserError(
             "train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split, or null"
