@@ -53,7 +53,7 @@ def load_pretrained(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of missing weights: they are an error here
     try:
-        config = without_dropout(AutoConfig.from_pretrained(name, revision=revision, **options))
+        config = without_dropout(read_config(name, revision, **options))
         classifier = classifier_of(config)
         if kind == AutoModelForCausalLM and classifier is not None:
             raise UserError(
@@ -72,8 +72,7 @@ def load_pretrained(
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        hint = "" if Path(name).exists() else " (no such folder, and no model of that name on the hub)"
-        raise UserError(f"model {name!r} could not be loaded{hint}: {on_one_line(error)}") from error
+        raise _not_loaded(name, error) from error
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(set(info["missing_keys"]) - {NEW_LAYER})
@@ -88,6 +87,19 @@ def load_pretrained(
             "and name that"
         )
     return Pretrained(model, has_new_layer=NEW_LAYER in info["missing_keys"])
+
+
+def read_config(name: str, revision: str | None, **options: Any) -> PreTrainedConfig:
+    """The config of a model in a folder or on the hub; `options` replace its values. Raises UserError."""
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, **options)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, error) from error
+
+
+def _not_loaded(name: str, error: Exception) -> UserError:
+    hint = "" if Path(name).exists() else " (no such folder, and no model of that name on the hub)"
+    return UserError(f"model {name!r} could not be loaded{hint}: {on_one_line(error)}")
 
 
 def classifier_of(config: PreTrainedConfig) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from madpo.trainer.batches.packing import pack
 from madpo.trainer.config.generate import EndpointConfig, JudgeConfig
 from madpo.trainer.config.locate import model_folder
 from madpo.trainer.config.schema import Config
+from madpo.trainer.data.known_tokens import unknown_token
 from madpo.trainer.data.tokenise import TokenGroup, tokenise
 from madpo.trainer.data.tokenised_cache import rules_of
 from madpo.trainer.errors import UserError
@@ -126,7 +128,7 @@ class RewardJudge:
         )
         peft = config.peft and config.peft.of_given_models()
         config = config.model_copy(update={"model": model, "peft": peft, "objective": BradleyTerryParams()})
-        self.tokenizer = load_tokenizer(model)
+        self.name, self.tokenizer = folder, load_tokenizer(model)
         self.rules = rules_of(config.data)
         self.budget = config.train.micro_batch_tokens
         module = build_module(config, self.tokenizer)
@@ -166,7 +168,12 @@ class RewardJudge:
                     yield _Judged(number, [completion], group)
 
     def _tokenised(self, prompt: TextGroup, completions: Sequence[Text]) -> TokenGroup:
-        return tokenise(replace(prompt, completions=list(completions)), self.tokenizer, self.rules)
+        group = tokenise(replace(prompt, completions=list(completions)), self.tokenizer, self.rules)
+        largest = max(chain(group.prompt, *group.completions), default=0)
+        if largest >= (known := self.module.policy.config.vocab_size):
+            problem = unknown_token(largest, self.tokenizer, known)
+            raise UserError(f"generate.judge.reward_model: {self.name}: {problem}; use another judge")
+        return group
 
     def _within_budget(self, groups: Iterable[_Judged]) -> Iterator[list[_Judged]]:
         """The groups in chunks of at most `micro_batch_tokens` tokens, or of one group."""
