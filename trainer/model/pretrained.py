@@ -18,6 +18,7 @@ from transformers.utils import logging
 from madpo.trainer.config.model import ModelConfig
 from madpo.trainer.errors import UserError, nearest, on_one_line
 from madpo.trainer.model.families import NOISE_THAT_STAYS
+from madpo.trainer.model.positions import encode_by_sequence
 
 NEW_LAYER = "score.weight"
 """The weight that a reward model has and the language model it starts from has not."""
@@ -86,6 +87,7 @@ def load_pretrained(
             f"model {name!r}: {type(model).__name__} reads more than text; save its language model by itself "
             "and name that"
         )
+    encode_by_sequence(model)
     return Pretrained(model, has_new_layer=NEW_LAYER in info["missing_keys"])
 
 
@@ -132,9 +134,11 @@ def build_from_scratch(
     special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = AutoConfig.for_model(family, **{"vocab_size": len(tokenizer), **special, **options, **values})
     try:
-        return kind.from_config(without_dropout(config), dtype=dtype, attn_implementation=attention)
+        made = kind.from_config(without_dropout(config), dtype=dtype, attn_implementation=attention)
     except ValueError as error:
         raise UserError(f"model.init_config.model_type: {family}: {error}") from error
+    encode_by_sequence(made)
+    return made
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -22,6 +22,7 @@ from madpo.trainer.config.generate import EndpointConfig, JudgeConfig
 from madpo.trainer.config.locate import model_folder
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.known_tokens import unknown_token
+from madpo.trainer.data.lengths import shapes_of
 from madpo.trainer.data.tokenise import TokenGroup, tokenise
 from madpo.trainer.data.tokenised_cache import rules_of
 from madpo.trainer.errors import UserError
@@ -139,13 +140,16 @@ class RewardJudge:
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         )
         self.module = module.to(self.device).eval()
-        choose_attention(module.policy, config.model.attention, torch.device(self.device))
+        device = torch.device(self.device)
+        choose_attention(module.policy, config.model.attention, device, config.data.max_length)
 
     def __call__(self, prompts: Sequence[TextGroup], completions: Sequence[Sequence[Text]]) -> Scores:
         """Scores; None for what could not be trained on (no token, or a prompt that fills `max_length`)."""
         scores: Scores = [[None] * len(of_prompt) for of_prompt in completions]
         for chunk in self._within_budget(self._groups(prompts, completions)):
-            batch = pack([part.group for part in chunk]).to(self.device)
+            groups = [part.group for part in chunk]
+            shared = shapes_of(groups).shares_prompts(self.module.borders)
+            batch = pack(groups, prefix_sharing=shared.tolist()).to(self.device)
             batch_scores = iter(self._score(batch))
             for part in chunk:
                 for completion in part.completions:

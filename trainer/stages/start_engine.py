@@ -45,14 +45,14 @@ def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: b
     out_of_memory.note("load")
     engine, group = Engine[ScoringModule](config, module, training), module.sequence_group
     out_of_memory.note("start")
-    notes = []
+    notes, longest = list[str](), config.data.max_length
     for model in (module.policy, module.reference):
         if model is not None:
-            notes.append(choose_attention(model, config.model.attention, engine.device))
+            notes.append(choose_attention(model, config.model.attention, engine.device, longest))
             if not config.bound_objective.is_reward_model:
                 check_head(model, engine.device)
             if group is not None:
-                check_slicing(model, group, engine.device)
+                check_slicing(model, group, engine.device, longest)
     quantised = config.peft is not None and config.peft.quantised
     if training and not quantised:  # quantised kernels round differently in training, which is no noise
         check_noise(module.policy, engine.device)

@@ -16,22 +16,22 @@ from madpo.trainer.model.backbone import run_backbone
 from madpo.trainer.model.startup.checks import check_packing, own_attention
 
 
-def choose_attention(model: PreTrainedModel, wanted: str, device: torch.device) -> str:
+def choose_attention(model: PreTrainedModel, wanted: str, device: torch.device, longest: int = 0) -> str:
     """Give the model the back-end for `model.attention`, or its own attention in padded rows if it cannot
-    share rows; return a note that says which and why.
+    share rows; return a note that says which and why. `longest` is the most tokens that a sequence may have.
 
     Raises UserError if the scores are exact in neither way, or if the wanted back-end does not compute this
     model's attention.
     """
     try:
         note = f"attention: {_choose_backend(model, wanted, device)}"
-        check_packing(model, device)
+        check_packing(model, device, longest)
         return note
     except Unshared as reason:
         before, name = model.config._attn_implementation, own_attention(model)
         model.set_attn_implementation(name)
         try:
-            check_packing(model, device)
+            check_packing(model, device, longest)
         except UserError:
             model.set_attn_implementation(before)  # pyright: ignore[reportArgumentType]
             raise reason from None

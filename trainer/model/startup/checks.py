@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from madpo.trainer.batches.packing import Segment, pack
+from madpo.trainer.data.lengths import shapes_of
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable, Unshared, shares_rows
 from madpo.trainer.model.backbone import backbone, last_hidden, output_head, scored_hidden
 from madpo.trainer.model.families import LOCAL_SIZES
+from madpo.trainer.model.positions import position_borders
 
 
 @torch.no_grad()
@@ -48,7 +50,7 @@ def tolerance_of(model: PreTrainedModel) -> float:
 
 
 @torch.no_grad()
-def check_packing(model: PreTrainedModel, device: torch.device) -> None:
+def check_packing(model: PreTrainedModel, device: torch.device, longest: int = 0) -> None:
     """Raise UserError for a model whose hidden states change when sequences are packed into one row.
 
     Two groups of random tokens are scored packed, and each completion alone with transformers' own attention.
@@ -57,14 +59,20 @@ def check_packing(model: PreTrainedModel, device: torch.device) -> None:
     may send tokens to the other.
 
     Prompts are longer than the model's windows and chunks, so that those take effect; but not longer than
-    LONGEST_WINDOW tokens, which would make the check as long as a step.
+    LONGEST_WINDOW tokens, which would make the check as long as a step. Where sequences of `longest` tokens
+    are encoded otherwise than short ones, a group of both stands in the row too.
     """
     random = np.random.default_rng(0)
     high = min(model.config.vocab_size, 1000)
     draw = lambda count: random.integers(0, high, count).tolist()  # noqa: E731
     prompt = 7 + _window(model)
     groups = [TokenGroup(draw(prompt), [draw(6), draw(9)], []) for _ in range(2)]
-    batch = pack(groups).to(device)
+    borders = position_borders(model)
+    for border in borders:
+        if longest > border.length:
+            groups.append(TokenGroup(draw(border.length - 7), [draw(4), draw(9), draw(12)], []))
+    shared = shapes_of(groups).shares_prompts(borders)
+    batch = pack(groups, prefix_sharing=shared.tolist()).to(device)
     packed = scored_hidden(model, batch, SegmentTable(batch.segments)).float()
 
     def scored_alone() -> Tensor:  # (M, H)

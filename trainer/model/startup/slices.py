@@ -12,6 +12,7 @@ from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable, shares_rows
 from madpo.trainer.model.backbone import last_hidden
+from madpo.trainer.model.positions import position_borders
 from madpo.trainer.sequence_parallel import SequenceGroup
 
 TOLERANCE = {torch.float32: 1e-3}
@@ -19,7 +20,9 @@ TOLERANCE = {torch.float32: 1e-3}
 
 
 @torch.no_grad()
-def check_slicing(model: PreTrainedModel, group: SequenceGroup, device: torch.device) -> None:
+def check_slicing(
+    model: PreTrainedModel, group: SequenceGroup, device: torch.device, longest: int = 0
+) -> None:
     """Raise UserError, on all ranks, for a model whose hidden states differ between a row in slices and the
     whole row, or whose heads the ranks cannot share.
 
@@ -31,6 +34,13 @@ def check_slicing(model: PreTrainedModel, group: SequenceGroup, device: torch.de
             f"train.sequence_parallel_size: {type(model).__name__} computes every completion in a row of its "
             "own, which cannot be in slices; set it to 1"
         )
+    for border in position_borders(model):
+        if longest > border.length:
+            raise UserError(
+                f"train.sequence_parallel_size: {type(model).__name__} encodes positions by the length of a "
+                f"sequence where it has more than {border.length} tokens, and a slice of a row does not show "
+                f"that; set it to 1, or data.max_length={border.length}"
+            )
     random = np.random.default_rng(2)
     high = min(model.config.vocab_size, 1000)
     draw = lambda count: random.integers(0, high, count).tolist()  # noqa: E731
