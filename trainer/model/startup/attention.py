@@ -14,6 +14,7 @@ from madpo.trainer.model.attention.inputs import AttentionInputs
 from madpo.trainer.model.attention.prefix_sharing import NAMES, SegmentTable, Unshared
 from madpo.trainer.model.backbone import run_backbone
 from madpo.trainer.model.startup.checks import check_packing, own_attention
+from madpo.trainer.model.startup.positions import within_positions
 
 
 def choose_attention(model: PreTrainedModel, wanted: str, device: torch.device, longest: int = 0) -> str:
@@ -52,7 +53,7 @@ def _choose_backend(model: PreTrainedModel, wanted: str, device: torch.device) -
 @torch.no_grad()
 def recorded_inputs(model: PreTrainedModel, device: torch.device) -> list[AttentionInputs]:
     """The attention inputs of each of the model's layers for a few tokens."""
-    ids = list(range(min(model.config.vocab_size, 8)))
+    ids = list(range(min(model.config.vocab_size, within_positions(model, 16) // 2)))
     batch = pack([TokenGroup(ids, [ids, ids], [])]).to(device)
     recorded = list[AttentionInputs]()
     run_backbone(model, batch, SegmentTable(batch.segments), recorded=recorded)

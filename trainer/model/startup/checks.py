@@ -19,12 +19,13 @@ from madpo.trainer.model.attention.prefix_sharing import SegmentTable, Unshared,
 from madpo.trainer.model.backbone import backbone, last_hidden, output_head, scored_hidden
 from madpo.trainer.model.families import LOCAL_SIZES
 from madpo.trainer.model.positions import position_borders
+from madpo.trainer.model.startup.positions import within_positions
 
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, device: torch.device) -> None:
     """Raise UserError for a model whose logits are not `output_head` of its hidden states."""
-    ids = torch.arange(min(model.config.vocab_size, 16), device=device)[None]
+    ids = torch.arange(within_positions(model, min(model.config.vocab_size, 16)), device=device)[None]
     inputs: dict[str, Any] = {
         "input_ids": ids,
         "position_ids": torch.arange(ids.shape[1], device=device)[None],
@@ -65,8 +66,9 @@ def check_packing(model: PreTrainedModel, device: torch.device, longest: int = 0
     random = np.random.default_rng(0)
     high = min(model.config.vocab_size, 1000)
     draw = lambda count: random.integers(0, high, count).tolist()  # noqa: E731
-    prompt = 7 + _window(model)
-    groups = [TokenGroup(draw(prompt), [draw(6), draw(9)], []) for _ in range(2)]
+    room = within_positions(model, 16 + _window(model))
+    short, long = min(6, room - 1), min(9, room - 1)
+    groups = [TokenGroup(draw(room - long), [draw(short), draw(long)], []) for _ in range(2)]
     borders = position_borders(model)
     for border in borders:
         if longest > border.length:
@@ -131,8 +133,9 @@ def check_noise(model: PreTrainedModel, device: torch.device) -> None:
 
     Policy and reference would differ by it.
     """
-    ids = np.random.default_rng(1).integers(0, min(model.config.vocab_size, 1000), 128)
-    batch = pack([TokenGroup(ids[:64].tolist(), [ids[64:].tolist()], [])]).to(device)
+    tokens = within_positions(model, 128)
+    ids = np.random.default_rng(1).integers(0, min(model.config.vocab_size, 1000), tokens).tolist()
+    batch = pack([TokenGroup(ids[: tokens // 2], [ids[tokens // 2 :]], [])]).to(device)
     table, mode, hidden = SegmentTable(batch.segments), model.training, list[Tensor]()
     try:
         for is_training in (False, True):

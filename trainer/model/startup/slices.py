@@ -13,6 +13,7 @@ from madpo.trainer.errors import UserError
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable, shares_rows
 from madpo.trainer.model.backbone import last_hidden
 from madpo.trainer.model.positions import position_borders
+from madpo.trainer.model.startup.positions import within_positions
 from madpo.trainer.sequence_parallel import SequenceGroup
 
 TOLERANCE = {torch.float32: 1e-3}
@@ -44,7 +45,10 @@ def check_slicing(
     random = np.random.default_rng(2)
     high = min(model.config.vocab_size, 1000)
     draw = lambda count: random.integers(0, high, count).tolist()  # noqa: E731
-    batch = pack([TokenGroup(draw(13), [draw(21), draw(20 + group.size)], []) for _ in range(3)])
+    room = within_positions(model, 33 + group.size)
+    prompt = min(13, room // 2)
+    completions = min(21, room - prompt), room - prompt
+    batch = pack([TokenGroup(draw(prompt), list(map(draw, completions)), []) for _ in range(3)])
     part = slice_of(batch, group.index, group.size).to(device)
     whole = last_hidden(model, batch.to(device), SegmentTable(batch.segments)).float()
     own = last_hidden(model, part, SegmentTable(part.segments, group)).float()
