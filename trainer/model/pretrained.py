@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,15 +63,16 @@ def load_pretrained(
                 f"model {name!r} is a reward model ({classifier}), which writes no text; name a "
                 "language model"
             )
-        model, info = kind.from_pretrained(
+        load = partial(
+            kind.from_pretrained,
             name,
             config=config,
             revision=revision,
             dtype=dtype,
-            attn_implementation=attention,
             output_loading_info=True,
             quantization_config=quantization_config,
         )
+        model, info = _with_attention(load, attention)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
@@ -104,6 +107,17 @@ def _not_loaded(name: str, error: Exception) -> UserError:
     return UserError(f"model {name!r} could not be loaded{hint}: {on_one_line(error)}")
 
 
+def _with_attention(make: Callable[..., Any], attention: str | None) -> Any:
+    """What `make` gives for this attention; or for transformers' own choice, where a family looks its
+    attention up in a table of its own, which does not know ours."""
+    try:
+        return make(attn_implementation=attention)
+    except KeyError as error:
+        if error.args != (attention,):
+            raise
+        return make(attn_implementation=None)
+
+
 def classifier_of(config: PreTrainedConfig) -> str | None:
     """The classifier that the files beside a config are of, as those of reward models are; else None."""
     names = (name for name in config.architectures or [] if name.endswith("ForSequenceClassification"))
@@ -134,7 +148,7 @@ def build_from_scratch(
     special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = AutoConfig.for_model(family, **{"vocab_size": len(tokenizer), **special, **options, **values})
     try:
-        made = kind.from_config(without_dropout(config), dtype=dtype, attn_implementation=attention)
+        made = _with_attention(partial(kind.from_config, without_dropout(config), dtype=dtype), attention)
     except ValueError as error:
         raise UserError(f"model.init_config.model_type: {family}: {error}") from error
     encode_by_sequence(made)

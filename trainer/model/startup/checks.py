@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from madpo.trainer.batches.packing import Segment, pack
 from madpo.trainer.data.lengths import shapes_of
@@ -26,12 +27,9 @@ from madpo.trainer.model.startup.positions import within_positions
 def check_head(model: PreTrainedModel, device: torch.device) -> None:
     """Raise UserError for a model whose logits are not `output_head` of its hidden states."""
     ids = torch.arange(within_positions(model, min(model.config.vocab_size, 16)), device=device)[None]
-    inputs: dict[str, Any] = {
-        "input_ids": ids,
-        "position_ids": torch.arange(ids.shape[1], device=device)[None],
-        "use_cache": False,
-    }
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if shares_rows(model):
+        inputs["position_ids"] = torch.arange(ids.shape[1], device=device)[None]
         inputs["segments"] = SegmentTable((Segment(0, ids.shape[1], 0, 0),))
     hidden = backbone(model)(**inputs).last_hidden_state
     head: Any = model.get_output_embeddings()
@@ -95,9 +93,11 @@ def check_packing(model: PreTrainedModel, device: torch.device, longest: int = 0
                 allowed = max(allowed, 2 * float((scored_alone() - alone).norm() / alone.norm()))
     error = float((packed - alone).norm() / alone.norm())
     if not error < allowed:
+        why = "its layers carry a state along the row, or see more of it than their own sequence"
+        if not shares_rows(model):
+            why = "its tokens see the padding behind them"
         raise Unshared(
-            f"{type(model).__name__}: packed scores differ from single ones by {error:.2g} (relative); a "
-            "model whose layers carry a state along the sequence cannot share a row between groups"
+            f"{type(model).__name__}: packed scores differ from single ones by {error:.2g} (relative); {why}"
         )
 
 
@@ -144,7 +144,8 @@ def check_noise(model: PreTrainedModel, device: torch.device) -> None:
     finally:
         model.train(mode)
     evaluation, training = hidden
-    error = float(((training - evaluation).norm(dim=1) / evaluation.norm(dim=1)).max())
+    lengths = evaluation.norm(dim=1).clamp(min=1e-6)  # 0 at padding tokens of some recurrent models
+    error = float(((training - evaluation).norm(dim=1) / lengths).max())
     if not error < tolerance_of(model):
         raise UserError(
             f"{type(model).__name__}: in training its hidden states differ from those in evaluation by "
@@ -157,11 +158,23 @@ def check_noise(model: PreTrainedModel, device: torch.device) -> None:
 def _own_attention(model: PreTrainedModel) -> Iterator[None]:
     """Give the model transformers' own attention, while inside."""
     ours: Any = model.config._attn_implementation
-    model.set_attn_implementation(own_attention(model))
+    set_attention(model, own_attention(model))
     try:
         yield
     finally:
-        model.set_attn_implementation(ours)
+        set_attention(model, ours)
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Give the model the attention of this name, also where a family does not let transformers set it, because
+    its code reads the config by itself."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model.set_attn_implementation(name)
+    finally:
+        logging.set_verbosity(verbosity)
+    model.config._attn_implementation = name
 
 
 def own_attention(model: PreTrainedModel) -> str:
