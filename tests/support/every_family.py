@@ -1,4 +1,5 @@
-"""Tiny configs of every causal family of transformers, made of the family's own defaults."""
+"""Tiny models of every causal family of transformers, made of the family's own defaults, and what becomes of
+them at the start of a run."""
 
 from __future__ import annotations
 
@@ -97,7 +98,13 @@ SMALL: dict[int, tuple[str, ...]] = {
 MLA = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "head_dim": 4, "qk_head_dim": 12}
 """Sizes of latent attention; its rotary part is what such a config calls a head."""
 LATENT = {**MLA, "num_key_value_heads": 4}
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 12, "mamba_n_groups": 1, "mamba_d_state": 4, "mamba_chunk_size": 8}
+MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 12,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 4,
+    "mamba_chunk_size": 8,
+}
 
 OWN: dict[str, dict[str, Any]] = {
     "axk1": LATENT,
@@ -108,38 +115,71 @@ OWN: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**LATENT, "num_experts_per_tok": 2},
     "deepseek_v3": LATENT,
     "deepseek_v32": LATENT,
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {"num_key_value_heads": 4},
-    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 0, "layer_types": None},
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 96},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": 64, "activation_sparsity_pattern": None},
     "glm_moe_dsa": LATENT,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {**MAMBA, "layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 12},
     "hunyuan_v1_moe": {"head_dim": 12, "num_experts": 4, "moe_topk": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "kimi_linear": {"num_experts_per_tok": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "longcat_flash": {"zero_expert_num": 2, "n_routed_experts": 4},
+    "longcat_flash": {**LATENT, "zero_expert_num": 2, "n_routed_experts": 4, "moe_topk": 2},
     "mamba2": {"num_heads": 8, "head_dim": 12, "n_groups": 1, "chunk_size": 8},
     "ministral": {"head_dim": 12},
     "nemotron": {"head_dim": 12, "num_key_value_heads": 2},
-    "reformer": {"is_decoder": True},
-    "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20, "pronunciation_embed_dim": 8, "shape_embed_dim": 8},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 12, "n_groups": 1, "ssm_state_size": 8},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 12,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 8},
+    "roc_bert": {
+        "pronunciation_vocab_size": 20,
+        "shape_vocab_size": 20,
+        "pronunciation_embed_dim": 8,
+        "shape_embed_dim": 8,
+    },
     "stablelm": {"hidden_size": 64},
+    "xlstm": {"autocast_kernel_dtype": "float32"},
     "youtu": LATENT,
-    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"]},
-    "zamba2": {"num_hidden_layers": 2, "layer_types": ["mamba", "hybrid"]},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"],
+        "attention_hidden_size": 96,
+        "attention_head_dim": 24,
+        "num_key_value_heads": 4,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 """`model_type` -> values that fit together where those above do not."""
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
-    """Raises what transformers raises for a family that cannot be made this small."""
+    """A config with one layer of each kind that the family's own defaults have, two if all are alike.
+
+    Raises what transformers raises for a family that cannot be made this small.
+    """
     kind = CONFIG_MAPPING[family]
-    known = kind().to_dict()
+    default: Any = kind()
+    if (text := default.get_text_config()) is not default:
+        return kind(text_config=tiny_config(text.model_type).to_dict())
+    known = default.to_dict()
     values = {key: value for value, keys in SMALL.items() for key in keys if isinstance(known.get(key), int)}
     values |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if "initializer_range" in known:
         values["initializer_range"] = 0.15
+    kinds = {key: list(dict.fromkeys(known.get(key) or [])) for key in ("layer_types", "mlp_layer_types")}
+    count = max(map(len, kinds.values()))
+    if count > 1:
+        values["num_hidden_layers"] = count
+        values |= {key: [each[i % len(each)] for i in range(count)] for key, each in kinds.items() if each}
     return kind(**{**values, **OWN.get(family, {})})

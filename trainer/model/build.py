@@ -28,7 +28,7 @@ from madpo.trainer.model.pretrained import Pretrained, build_from_scratch, load_
 from madpo.trainer.model.recompute import checkpoint_layers
 from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.model.tokenizer import padding_token
-from madpo.trainer.model.vocabulary import add_tokens, embedding_rows
+from madpo.trainer.model.vocabulary import add_tokens, embedding_rows, vocabulary_of
 from madpo.trainer.scoring_module import ReferenceScorer
 from madpo.trainer.sequence_parallel import join
 from madpo.trainer.zero3.loading import gather_convolutions
@@ -70,27 +70,29 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
     return module
 
 
-def known_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The number of tokens that policy and reference will have embeddings for, read off their files.
+def known_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The number of tokens that policy and reference will both know; None if their files do not say.
 
     No weight of a whole model is loaded: the data is held against it first. Raises UserError.
     """
-    model = config.model
-    own, added = len(tokenizer), len(tokenizer) if model.resize_embeddings else 0
-    known = [] if model.model_name_or_path else [int((model.init_config or {}).get("vocab_size", own))]
+    model, known = config.model, list[int | None]()
+    if model.init_config is not None:
+        known.append(model.init_config.get("vocab_size", len(tokenizer)))
     named = model.ref_model_name_or_path if config.bound_objective.needs_reference else None
     for name, revision in ((model.model_name_or_path, model.model_revision), (named, None)):
         if name is not None:
             known.append(known_to(config, name, revision))
-    return max(added, min(known))
+    least = min((count for count in known if count is not None), default=None)
+    return max(least, len(tokenizer)) if least is not None and model.resize_embeddings else least
 
 
-def known_to(config: Config, name: str, revision: str | None) -> int:
-    """The number of tokens that a stored model, or an adapter with its base, has embeddings for."""
+def known_to(config: Config, name: str, revision: str | None) -> int | None:
+    """The number of tokens that a stored model, or an adapter with its base, has embeddings for; None where
+    its files do not say."""
     adapter = adapter_named(config, name, revision)
     source = (name, revision) if adapter is None else (adapter.base, adapter.config.revision)
-    known = read_config(*source).get_text_config().vocab_size
-    return known if adapter is None else embedding_rows(adapter, known)
+    known = vocabulary_of(read_config(*source))
+    return known if adapter is None or known is None else embedding_rows(adapter, known)
 
 
 def load_reference(config: Config, tokenizer: PreTrainedTokenizerBase) -> ReferenceScorer:

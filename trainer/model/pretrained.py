@@ -72,7 +72,7 @@ def load_pretrained(
             output_loading_info=True,
             quantization_config=quantization_config,
         )
-        model, info = _with_attention(load, attention)
+        model, info = make_with_attention(load, attention)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
@@ -85,11 +85,7 @@ def load_pretrained(
             f"model {name!r}: {len(missing)} weights are missing and would be random, {missing[0]} for one; "
             "the files do not belong to the config beside them"
         )
-    if model.config.get_text_config() is not model.config:
-        raise UserError(
-            f"model {name!r}: {type(model).__name__} reads more than text; save its language model by itself "
-            "and name that"
-        )
+    refuse_more_than_text(name, model)
     encode_by_sequence(model)
     return Pretrained(model, has_new_layer=NEW_LAYER in info["missing_keys"])
 
@@ -107,7 +103,20 @@ def _not_loaded(name: str, error: Exception) -> UserError:
     return UserError(f"model {name!r} could not be loaded{hint}: {on_one_line(error)}")
 
 
-def _with_attention(make: Callable[..., Any], attention: str | None) -> Any:
+def refuse_more_than_text(name: str, model: PreTrainedModel) -> None:
+    """Raise UserError for a model that has other parts beside its language model."""
+    try:
+        is_text = model.config.get_text_config() is model.config
+    except ValueError:  # it has several
+        is_text = False
+    if not is_text:
+        raise UserError(
+            f"model {name!r}: {type(model).__name__} reads more than text; save its language model by itself "
+            "and name that"
+        )
+
+
+def make_with_attention(make: Callable[..., Any], attention: str | None) -> Any:
     """What `make` gives for this attention; or for transformers' own choice, where a family looks its
     attention up in a table of its own, which does not know ours."""
     try:
@@ -148,7 +157,7 @@ def build_from_scratch(
     special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = AutoConfig.for_model(family, **{"vocab_size": len(tokenizer), **special, **options, **values})
     try:
-        made = _with_attention(partial(kind.from_config, without_dropout(config), dtype=dtype), attention)
+        made = make_with_attention(partial(kind.from_config, without_dropout(config), dtype=dtype), attention)
     except ValueError as error:
         raise UserError(f"model.init_config.model_type: {family}: {error}") from error
     encode_by_sequence(made)
@@ -156,10 +165,16 @@ def build_from_scratch(
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Set dropout and jitter to 0: noise in policy or reference would be noise in the margin between them."""
+    """Set dropout and jitter to 0, also in the configs inside.
+
+    Noise in policy or reference would be noise in the margin between them.
+    """
     stays = NOISE_THAT_STAYS.get(config.model_type, set[str]())
     for key, value in config.to_dict().items():
         is_noise = "dropout" in key or key.endswith("pdrop") or "jitter" in key
         if isinstance(value, float) and is_noise and key not in stays:
             setattr(config, key, 0.0)
+    for name in config.sub_configs:
+        if isinstance(inside := getattr(config, name, None), PreTrainedConfig):
+            without_dropout(inside)
     return config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from madpo.trainer.data.known_tokens import largest_id
 from madpo.trainer.errors import UserError
@@ -21,6 +21,14 @@ def vocabulary_note(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         f"the tokenizer has {largest + 1} tokens and the model's embedding {known} rows; it stays as it is, "
         "and a row of the data that has one of the other tokens is refused"
     )
+
+
+def vocabulary_of(config: PreTrainedConfig) -> int | None:
+    """The number of tokens that a model of this config has embeddings for; None if it does not say."""
+    try:
+        return getattr(config.get_text_config(), "vocab_size", None)
+    except ValueError:  # it has several language models
+        return None
 
 
 def embedding_rows(adapter: StoredAdapter, known: int) -> int:

@@ -132,7 +132,7 @@ def _tokenizer_of(config: Config, writer: Writer) -> PreTrainedTokenizerBase:
 def _check_prompts(config: Config, prompts: Iterable[Prompts], writer: Writer) -> None:
     """Raise UserError for a prompt with a token that the model has no embedding for."""
     tokenizer, known = _tokenizer_of(config, writer), known_to(config, writer.folder, writer.revision)
-    if known > largest_id(tokenizer):
+    if known is None or known > largest_id(tokenizer):
         return
     for of_split in prompts:
         for member, place in enumerate(of_split.places):

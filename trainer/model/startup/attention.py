@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,13 +9,18 @@ from transformers import PreTrainedModel
 
 from madpo.trainer.batches.packing import pack
 from madpo.trainer.data.tokenise import TokenGroup
-from madpo.trainer.errors import UserError, on_one_line
+from madpo.trainer.errors import UserError
 from madpo.trainer.model.attention.backends import BACKENDS
 from madpo.trainer.model.attention.choice import CANDIDATES, choose
 from madpo.trainer.model.attention.inputs import AttentionInputs
 from madpo.trainer.model.attention.prefix_sharing import NAMES, SegmentTable, Unshared, shares_rows
 from madpo.trainer.model.backbone import run_backbone
-from madpo.trainer.model.startup.checks import check_packing, own_attention, set_attention
+from madpo.trainer.model.startup.checks import (
+    check_packing,
+    failing_in_one_line,
+    own_attention,
+    set_attention,
+)
 from madpo.trainer.model.startup.positions import within_positions
 
 
@@ -31,17 +34,15 @@ def choose_attention(model: PreTrainedModel, wanted: str, device: torch.device, 
     try:
         if not shares_rows(model):
             raise Unshared(f"{type(model).__name__} looks its attention up in a table of its own")
-        with _failures_as_unshared(model):
-            note = f"attention: {_choose_backend(model, wanted, device)}"
-            check_packing(model, device, longest)
+        note = f"attention: {_choose_backend(model, wanted, device)}"
+        check_packing(model, device, longest)
         return note
     except Unshared as reason:
         before: Any = model.config._attn_implementation
         name = own_attention(model)
         set_attention(model, name)
         try:
-            with _failures_as_unshared(model):
-                check_packing(model, device, longest)
+            check_packing(model, device, longest)
         except UserError as error:
             set_attention(model, before)
             raise UserError(f"{reason}; nor can it run in rows of its own: {error}") from None
@@ -49,23 +50,6 @@ def choose_attention(model: PreTrainedModel, wanted: str, device: torch.device, 
             f"attention: the model's own ({name}); prompts are not shared, and rows are padded, which "
             f"train.micro_batch_tokens does not count ({reason})"
         )
-
-
-@contextmanager
-def _failures_as_unshared(model: PreTrainedModel) -> Iterator[None]:
-    """Raise Unshared for what the model's own code raises, while inside.
-
-    It may do arithmetic with its mask, for one, in whose place it is given a MaskRule.
-    """
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise Unshared(
-            f"{type(model).__name__} fails in the check of packed rows ({type(error).__name__}: "
-            f"{on_one_line(error)[:150]})"
-        ) from error
 
 
 def _choose_backend(model: PreTrainedModel, wanted: str, device: torch.device) -> str:
@@ -77,6 +61,7 @@ def _choose_backend(model: PreTrainedModel, wanted: str, device: torch.device) -
 
 
 @torch.no_grad()
+@failing_in_one_line
 def recorded_inputs(model: PreTrainedModel, device: torch.device) -> list[AttentionInputs]:
     """The attention inputs of each of the model's layers for a few tokens."""
     ids = list(range(min(model.config.vocab_size, within_positions(model, 16) // 2)))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -15,15 +16,42 @@ from transformers.utils import logging
 from madpo.trainer.batches.packing import Segment, pack
 from madpo.trainer.data.lengths import shapes_of
 from madpo.trainer.data.tokenise import TokenGroup
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import UserError, on_one_line
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable, Unshared, shares_rows
 from madpo.trainer.model.backbone import backbone, last_hidden, output_head, scored_hidden
-from madpo.trainer.model.families import LOCAL_SIZES
+from madpo.trainer.model.families import COMPRESSION, LOCAL_SIZES
 from madpo.trainer.model.positions import position_borders
 from madpo.trainer.model.startup.positions import within_positions
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def failing_in_one_line(
+    check: Callable[Concatenate[PreTrainedModel, Arguments], Result],
+) -> Callable[Concatenate[PreTrainedModel, Arguments], Result]:
+    """Let a check of a model raise `Unshared` for whatever the model's own code raises.
+
+    It may do arithmetic with its mask, for one, in whose place it is given a MaskRule.
+    """
+
+    @wraps(check)
+    def checked(model: PreTrainedModel, *args: Arguments.args, **options: Arguments.kwargs) -> Result:
+        try:
+            return check(model, *args, **options)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise Unshared(
+                f"{type(model).__name__} fails on the check's few tokens ({type(error).__name__}: "
+                f"{on_one_line(error)[:150]})"
+            ) from error
+
+    return checked
+
 
 @torch.no_grad()
+@failing_in_one_line
 def check_head(model: PreTrainedModel, device: torch.device) -> None:
     """Raise UserError for a model whose logits are not `output_head` of its hidden states."""
     ids = torch.arange(within_positions(model, min(model.config.vocab_size, 16)), device=device)[None]
@@ -49,6 +77,7 @@ def tolerance_of(model: PreTrainedModel) -> float:
 
 
 @torch.no_grad()
+@failing_in_one_line
 def check_packing(model: PreTrainedModel, device: torch.device, longest: int = 0) -> None:
     """Raise UserError for a model whose hidden states change when sequences are packed into one row.
 
@@ -108,6 +137,7 @@ LONGEST_WINDOW = 1024
 def _window(model: PreTrainedModel) -> int:
     """Tokens of the longest window or chunk that a short check can go beyond; 0 if there is none."""
     sizes = [getattr(model.config, name, None) or 0 for name in LOCAL_SIZES]
+    sizes += (getattr(model.config, COMPRESSION, None) or {}).values()
     last = (getattr(model.config, "max_position_embeddings", None) or 2 * LONGEST_WINDOW) - 16
     return max((size for size in sizes if size <= LONGEST_WINDOW and size + 7 <= last), default=0)
 
@@ -128,6 +158,7 @@ def _rounded_once_more(embeddings: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
+@failing_in_one_line
 def check_noise(model: PreTrainedModel, device: torch.device) -> None:
     """Raise UserError for a model with noise in training, such as experts that are drawn at random.
 
@@ -166,8 +197,10 @@ def _own_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Give the model the attention of this name, also where a family does not let transformers set it, because
-    its code reads the config by itself."""
+    """Give the model the attention of this name.
+
+    Some families do not let transformers set it, because their code reads the config by itself.
+    """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
