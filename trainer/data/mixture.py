@@ -23,7 +23,11 @@ def has_held_out(data: DataConfig) -> bool:
 
 
 def load_split(
-    data: DataConfig, held_out: bool, tokenizer: PreTrainedTokenizerBase, supervised: bool = False
+    data: DataConfig,
+    held_out: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    supervised: bool = False,
+    known_tokens: int | None = None,
 ) -> tuple[GroupDataset, dict[str, Report]]:
     """The training or the held-out groups, and for each part a report of what was read, cut and dropped.
 
@@ -35,7 +39,9 @@ def load_split(
     parts: list[GroupDataset] = []
     reports: dict[str, Report] = {}
     for part in described:
-        groups, report = load_groups(part.data, part.split, tokenizer, supervised, part.fraction)
+        groups, report = load_groups(
+            part.data, part.split, tokenizer, supervised, part.fraction, known_tokens
+        )
         parts.append(groups)
         reports[part.label] = report
     if data.datasets is None:

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.dataset import GroupDataset, column_of
+from madpo.trainer.data.known_tokens import check_known_tokens
 from madpo.trainer.data.order import permutation
 from madpo.trainer.data.report import Report, reasons_in, report_of
 from madpo.trainer.data.source import Source, cache_folder, open_source
@@ -86,15 +87,17 @@ def load_groups(
     tokenizer: PreTrainedTokenizerBase,
     supervised: bool = False,
     fraction: float = 1.0,
+    known_tokens: int | None = None,
 ) -> tuple[GroupDataset, Report]:
     """The groups of one split, or a fraction of them, and a report of what was read, cut and dropped.
 
-    Raises UserError as `read_table` does, for an unreadable example (unless `on_bad_row: drop`), and for a
-    split in which nothing can be trained on.
+    Raises UserError as `read_table` does, for an unreadable example (unless `on_bad_row: drop`), for a token
+    that is not among the `known_tokens` of the model, and for a split in which nothing can be trained on.
     """
     source, table, key = read_table(data, split, tokenizer, supervised)
     check_readable(source.where, table, data.on_bad_row)
     usable = usable_rows(table)
+    check_known_tokens(source.where, table, usable, tokenizer, known_tokens)
     taken = usable[share(len(usable), fraction)]
     report = report_of(source.name, table, taken, source.where)
     if not len(usable):

@@ -26,6 +26,7 @@ from madpo.trainer.data.training_source import content_of
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
+from madpo.trainer.model.build import known_tokens
 from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.reward import BradleyTerryParams
@@ -136,7 +137,12 @@ def load_pairs(config: Config) -> tuple[dict[str, GroupDataset], dict[str, Repor
     """The pairs of every split that the config names, all folds of them, and what was read and dropped."""
     tokenizer = load_tokenizer(config.model)
     splits = [config.data.dataset_train_split, test_split(config.data)]
-    loaded = {split: load_groups(config.data, split, tokenizer) for split in splits if split is not None}
+    known = known_tokens(config, tokenizer)
+    loaded = {
+        split: load_groups(config.data, split, tokenizer, known_tokens=known)
+        for split in splits
+        if split is not None
+    }
     data = {split: groups for split, (groups, _) in loaded.items()}
     plain = config.model_copy(update={"objective": BradleyTerryParams()})  # needs no margins in the data
     for groups in data.values():

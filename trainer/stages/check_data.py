@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -17,6 +18,7 @@ from madpo.trainer.config.schema import Config
 from madpo.trainer.data.block_reader import open_reader
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.groups import TabledGroups
+from madpo.trainer.data.known_tokens import check_known_tokens
 from madpo.trainer.data.mixture import Part, has_held_out, parts_of, with_total
 from madpo.trainer.data.repeats import KnownClaims
 from madpo.trainer.data.report import UNREADABLE, Report, findings, report_of, total_report, with_known
@@ -26,6 +28,7 @@ from madpo.trainer.data.training_data import fitted
 from madpo.trainer.data.views.weighed import weights_of
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import make_folder, write_atomically
+from madpo.trainer.model.build import known_tokens
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.reports.remarks import on_weights
 
@@ -48,13 +51,13 @@ def check_data(config: Config, console: Console) -> int:
     reports: dict[str, Report] = {}
     problems: list[str] = []
     remarks: list[str] = []
-    known = KnownClaims()
+    claims, embedded = KnownClaims(), _embedded_tokens(config, tokenizer, remarks)
     for held_out in (False, True) if has_held_out(config.data) else (False,):
         parts = parts_of(lenient.data, held_out)
         own = {}
         for part in parts:
-            check = _PartCheck(lenient, part, held_out, known)
-            own[part.label] = check.report(_tables(lenient, part, held_out, tokenizer))
+            check = _PartCheck(lenient, part, held_out, claims)
+            own[part.label] = check.report(_tables(lenient, part, held_out, tokenizer), tokenizer, embedded)
             problems += [check.problem] if check.problem else []
             remarks += [f"{part.label}: {check.remark}"] if check.remark else []
         reports |= own if config.data.datasets is None else with_total("all parts", parts, own)
@@ -68,6 +71,15 @@ def check_data(config: Config, console: Console) -> int:
     for problem in problems:
         console.print(f"error: {problem}", soft_wrap=True, markup=False)
     return BAD_ROWS if bad else 0
+
+
+def _embedded_tokens(config: Config, tokenizer: PreTrainedTokenizerBase, remarks: list[str]) -> int | None:
+    """The number of tokens that the model has embeddings for; None, and a remark, if it cannot be found."""
+    try:
+        return known_tokens(config, tokenizer)
+    except UserError as error:
+        remarks.append(f"the tokens are not compared with the model's: {error}")
+        return None
 
 
 def _tables(
@@ -102,31 +114,40 @@ class _PartCheck:
         self.problem: str | None = None  # why the objective cannot be trained on the part
         self.remark: str | None = None  # on the weights that the objective gives the pairs
 
-    def report(self, tables: Iterator[ReadTable]) -> Report:
-        """The report of all tables together, with the quantiles of lengths."""
+    def report(
+        self, tables: Iterator[ReadTable], tokenizer: PreTrainedTokenizerBase, embedded: int | None
+    ) -> Report:
+        """The report of all tables together, with the quantiles of lengths. `embedded`: tokens of the model."""
         reports = []
         for table, report, where in tables:
             taken = _taken(table, self._part)
             reports.append(with_known(report, table, taken, where, self._known, self._held_out))
             if len(taken):
-                self._look_at(GroupDataset(table.select(taken), report["source"], ""))
+                groups = GroupDataset(table.select(taken), report["source"], "")
+                self._measure(groups)
+                with self._problems_kept():
+                    check_known_tokens(where, table, taken, tokenizer, embedded)
+                    self._weigh(fitted(groups, self._config))
         total = reports[0] if len(reports) == 1 else total_report(reports[0]["source"], reports)
         if not total["groups"]:
             self.problem = f"{total['source']}: {nothing_left(total, self._part.data)}"
         lengths = {name: _quantiles(counts) for name, counts in self._lengths.items() if counts.any()}
         return {**total, "lengths": lengths}
 
-    def _look_at(self, groups: GroupDataset) -> None:
+    def _measure(self, groups: GroupDataset) -> None:
         completions = groups.completion_lengths
         prompts = groups.counts.lengths - groups.counts.completion_tokens
         wholes = np.repeat(prompts, groups.counts.sequences) + completions
         for counts, lengths in zip(self._lengths.values(), (prompts, completions, wholes), strict=True):
             counts += np.bincount(lengths, minlength=len(counts))
-        if self.problem is None:
-            try:
-                self._weigh(fitted(groups, self._config))
-            except UserError as error:
-                self.problem = str(error)
+
+    @contextmanager
+    def _problems_kept(self) -> Iterator[None]:
+        """Keep the first UserError that is raised within."""
+        try:
+            yield
+        except UserError as error:
+            self.problem = self.problem or str(error)
 
     def _weigh(self, groups: TabledGroups) -> None:
         """Keep what is to be said of the weights in the first table, as training does of a stream."""
