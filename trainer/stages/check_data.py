@@ -117,7 +117,7 @@ class _PartCheck:
     def report(
         self, tables: Iterator[ReadTable], tokenizer: PreTrainedTokenizerBase, embedded: int | None
     ) -> Report:
-        """The report of all tables together, with the quantiles of lengths. `embedded`: tokens of the model."""
+        """The report of all tables together, with quantiles of lengths. `embedded`: tokens of the model."""
         reports = []
         for table, report, where in tables:
             taken = _taken(table, self._part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,18 @@ def test_data_that_the_objective_cannot_use_are_an_error_after_the_report(config
     path.write_text(json.dumps({**GOOD, "rejected": GOOD["chosen"]}) + "\n")
     status, out, report = checked(config)
     assert status == 2 and "none of 1 rows can be trained on" in out and report["train"]["groups"] == 0
+
+
+def test_tokens_that_the_model_does_not_have_are_an_error(config, tokenizer_folder):
+    """Of the model nothing but its config is there."""
+    _, out, _ = checked(config)
+    assert "the tokens are not compared with the model's: " in out
+    model = shutil.copytree(tokenizer_folder, config.parent / "small")
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 290}))
+    status, out, report = checked(config, f"model.model_name_or_path={model}")
+    place = config.parent / "pairs" / "train.jsonl"
+    assert status == 2 and f"error: {place}:" in out and "has no row in the model's embedding" in out
+    assert report["train"]["groups"] == len(ROWS)
 
 
 def test_a_mixture_has_a_report_for_each_part_and_repeats_are_found_across_them(config):
