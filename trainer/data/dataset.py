@@ -28,6 +28,7 @@ class GroupDataset:
         self.counts = GroupCounts(
             lengths=column_of(table, "num_tokens"),
             completion_tokens=column_of(table, "num_completion_tokens"),
+            scored_tokens=column_of(table, "num_scored_tokens"),
             sequences=column_of(table, "num_sequences"),
             edges=edges,
             counted_edges=edges,
@@ -94,6 +95,7 @@ class GroupDataset:
             row["completions"],
             edges=list(zip(row["winners"], row["losers"], row["margins"], strict=True)),
             labels=row["labels"],
+            masks=row["masks"],
             boundary_cut=row["boundary_cut"],
             truncated=row["truncated"],
             equal=row["equal"],

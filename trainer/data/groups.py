@@ -22,7 +22,8 @@ class GroupCounts:
     """Counts of each group, from which steps are planned before a group is read."""
 
     lengths: np.ndarray  # (G,) packed tokens: prompt and completions
-    completion_tokens: np.ndarray  # (G,)
+    completion_tokens: np.ndarray  # (G,) tokens of completions, scored or not
+    scored_tokens: np.ndarray  # (G,)
     sequences: np.ndarray  # (G,) completions
     edges: np.ndarray  # (G,)
     counted_edges: np.ndarray  # (G,) edges in the mean loss; a view may compute fewer
@@ -52,14 +53,14 @@ class GroupCounts:
         counts = {
             Item.EDGE: self.counted_edges,
             Item.SEQUENCE: self.labelled,
-            Item.TOKEN: self.completion_tokens,
+            Item.TOKEN: self.scored_tokens,
         }
         return counts[item]
 
 
 @dataclass(frozen=True)
 class ReferenceLogps:
-    """The reference's log-probs of all completion tokens, group after group."""
+    """The reference's log-probs of all scored tokens, group after group."""
 
     flat: np.ndarray  # (M,) float32
     starts: np.ndarray  # (G + 1,) where those of each group begin
@@ -131,10 +132,10 @@ AnyGroups = TypeVar("AnyGroups", bound=TokenGroups)
 
 def with_logps(
     groups: AnyGroups,
-    flat: np.ndarray,  # (M,) float32, of all completion tokens
+    flat: np.ndarray,  # (M,) float32, of all scored tokens
 ) -> AnyGroups:
     """A copy of the groups that carries the reference's log-probs."""
-    starts = np.concatenate(([0], np.cumsum(groups.counts.completion_tokens, dtype=np.int64)))
+    starts = np.concatenate(([0], np.cumsum(groups.counts.scored_tokens, dtype=np.int64)))
     assert len(flat) == starts[-1]
     with_reference = copy.copy(groups)
     with_reference.reference = ReferenceLogps(flat, starts)

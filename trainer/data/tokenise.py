@@ -10,9 +10,11 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.data.chat_template import notes_on, render
+from madpo.trainer.data.masks import TrainOn, is_whole, mask_of, scored_messages
 from madpo.trainer.errors import UserError
+from madpo.trainer.formats.chat_message import WEIGHT, Messages, text_in
 from madpo.trainer.formats.read_row import RowRules
-from madpo.trainer.formats.text_groups import Messages, Text, TextGroup, text_in
+from madpo.trainer.formats.text_groups import Text, TextGroup
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class TokenRules:
     append_eos: Literal["auto", "always", "never"] = "auto"
     supervised: bool = False  # one completion per example, and no edges
     template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)  # an example's own win
-    template_may_drop: tuple[str, ...] = ()  # roles and keys of a prompt's messages
+    template_may_drop: tuple[str, ...] = ()  # roles and keys of messages that are not scored
+    train_on: TrainOn = "assistant"  # which messages of a completion are scored
     rows: RowRules = field(default_factory=RowRules)
 
 
@@ -36,11 +39,22 @@ class TokenGroup:
     edges: list[tuple[int, int, float | None]]
     labels: list[int] = field(default_factory=list)  # 1 desirable, -1 undesirable, 0 neither; all or none
     weights: list[float] = field(default_factory=list)  # one for each edge, in place of the objective's
+    masks: list[list[bool]] = field(default_factory=list)  # which tokens of completions are scored; []: all
     boundary_cut: int = 0  # prompt tokens that moved into the completion, as its text merged with them
     truncated: int = 0  # completions that were cut at their end
     equal: int = 0  # edges dropped, as chosen and rejected are the same tokens
     notes: tuple[str, ...] = ()  # what the chat template made of the conversation, where it is no plain copy
     problem: str = ""  # why the group cannot be trained on, or empty
+
+    @property
+    def scored(self) -> list[int]:
+        """The number of scored tokens of each completion."""
+        return [sum(mask) for mask in self.masks] if self.masks else [len(x) for x in self.completions]
+
+    @property
+    def whole_masks(self) -> list[list[bool]]:
+        """The masks, also where all tokens are scored."""
+        return self.masks or [[True] * len(completion) for completion in self.completions]
 
 
 def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> TokenGroup:
@@ -59,7 +73,9 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
         start = 1  # plain text without BOS: the first token predicts the rest, as in any language model
     prompt = wholes[0][:start]
     room = rules.max_length - start
-    completions = [whole[start : start + max(room, 0)] for whole in wholes]
+    completion_tokens = slice(start, start + max(room, 0))
+    completions = [whole[completion_tokens] for whole in wholes]
+    masks = [mask[completion_tokens] for mask in _masks(group, wholes, tokenizer, rules)]
     edges = [edge for edge in group.edges if completions[edge[0]] != completions[edge[1]]]
     problem = ""
     if start == 0:
@@ -70,6 +86,8 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
         problem = "prompt fills max_length"
     elif group.edges and not edges:
         problem = "chosen and rejected are the same tokens"
+    elif not all(map(any, masks)):
+        problem = "no token of a completion is scored"
     elif rules.supervised and -1 in group.labels:
         problem = "labelled undesirable, and this objective imitates"
     return TokenGroup(
@@ -77,12 +95,18 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
         completions,
         edges,
         group.labels or labels_of(edges, len(completions)),
+        masks=needed(masks),
         boundary_cut=max(len(prompt_only) - start, 0),
         truncated=sum(len(whole) > rules.max_length for whole in wholes),
         equal=len(group.edges) - len(edges),
         notes=tuple(notes),
         problem=problem,
     )
+
+
+def needed(masks: list[list[bool]]) -> list[list[bool]]:
+    """The masks; none if they leave nothing out."""
+    return [] if all(map(all, masks)) else masks
 
 
 def labels_of(edges: list[tuple[int, int, float | None]], count: int) -> list[int]:
@@ -122,16 +146,21 @@ def encode_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: T
         return _encode_text(group.prompt, tokenizer)
     options = _template_options(group, rules) | {
         "add_generation_prompt": group.prompt[-1]["role"] != "assistant",
-        "continue_final_message": _is_continued(group.prompt),
+        "continue_final_message": _is_continued(group),
     }
     ids, rendering = render(group.prompt, tokenizer, options)
     notes_on(rendering, len(group.prompt), rules.template_may_drop)
     return ids
 
 
-def _is_continued(prompt: Messages) -> bool:
-    """Whether completions continue the prompt's last message: the assistant's own words, but no tool call."""
-    return prompt[-1]["role"] == "assistant" and "tool_calls" not in prompt[-1]
+def _is_continued(group: TextGroup) -> bool:
+    """Whether completions continue the prompt's last message: the assistant's own words, but no tool call, if
+    a completion begins with the assistant too."""
+    last: Any = group.prompt[-1]
+    if last["role"] != "assistant" or "tool_calls" in last:
+        return False
+    first: list[Any] = [completion[0] for completion in group.completions]
+    return not first or any(message["role"] == "assistant" for message in first)
 
 
 def _encode_whole(
@@ -142,28 +171,55 @@ def _encode_whole(
     notes: dict[str, None],
 ) -> list[int]:
     """The tokens of prompt and completion; what is to be said of the two is entered in `notes`."""
-    if isinstance(group.prompt, str):
-        assert isinstance(completion, str)
+    if isinstance(completion, str):
+        assert isinstance(group.prompt, str)
         ids = _encode_text(group.prompt + completion, tokenizer)
     else:
-        assert not isinstance(completion, str)
-        prompt = group.prompt
-        if _is_continued(prompt):
-            if completion[0]["role"] != "assistant":
-                raise UserError(
-                    "the prompt ends with words of the assistant, so the completion goes on with them"
-                )
-            joined = text_in(prompt[-1]) + text_in(completion[0])
-            completion = [{**completion[0], "content": joined}, *completion[1:]]
-            prompt = prompt[:-1]
-        ids, rendering = render(prompt + completion, tokenizer, _template_options(group, rules))
-        notes |= dict.fromkeys(notes_on(rendering, len(prompt), rules.template_may_drop))
+        messages, first = _conversation(group, completion)
+        ids, rendering = render(messages, tokenizer, _template_options(group, rules))
+        scored = scored_messages(messages, first, rules.train_on)
+        notes |= dict.fromkeys(notes_on(rendering, first, rules.template_may_drop, scored))
+        if any(x.get(WEIGHT) == 1 and first + i not in scored for i, x in enumerate(messages[first:])):
+            notes[NOT_THE_ASSISTANTS] = None
     if rules.append_eos == "always" and tokenizer.eos_token_id is None:
         raise UserError("data.append_eos: always, but the tokenizer has no EOS token; set auto or never")
     append = rules.append_eos == "always" or (rules.append_eos == "auto" and not group.conversational)
     if append and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
         ids = [*ids, tokenizer.eos_token_id]
     return ids
+
+
+NOT_THE_ASSISTANTS = "weight 1 of a message that is not the assistant's: not trained on (data.train_on)"
+
+
+def _conversation(group: TextGroup, completion: Messages) -> tuple[Messages, int]:
+    """The messages of a prompt and its completion, and the index of the completion's first; a message of the
+    prompt that the completion continues is that one. Raises UserError for a completion that cannot."""
+    assert not isinstance(group.prompt, str)
+    if not _is_continued(group):
+        return group.prompt + completion, len(group.prompt)
+    *prompt, begun = group.prompt
+    if completion[0]["role"] != "assistant":
+        raise UserError("the prompt ends with words of the assistant, so the completion goes on with them")
+    joined = {**completion[0], "content": text_in(begun) + text_in(completion[0])}
+    return [*prompt, joined, *completion[1:]], len(prompt)
+
+
+def _masks(
+    group: TextGroup, wholes: list[list[int]], tokenizer: PreTrainedTokenizerBase, rules: TokenRules
+) -> list[list[bool]]:
+    """Whether each token of prompt and completion is scored; what is said of the prompt's does not count."""
+    completions = [x for x in group.completions if not isinstance(x, str)]
+    if all(is_whole(completion, rules.train_on) for completion in completions):
+        return [[True] * len(whole) for whole in wholes]
+    options, masks = _template_options(group, rules), list[list[bool]]()
+    for completion, whole in zip(completions, wholes, strict=True):
+        messages, first = _conversation(group, completion)
+        begun = group.prompt[first:]
+        assert not isinstance(begun, str)
+        mask = mask_of(messages, first, begun, rules.train_on, tokenizer, options)
+        masks.append(mask + mask[-1:] * (len(whole) - len(mask)))  # an EOS that is appended is the answer's
+    return masks
 
 
 def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

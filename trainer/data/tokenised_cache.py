@@ -32,21 +32,23 @@ from madpo.trainer.errors import UserError
 from madpo.trainer.files import fault_in, seal, write_folder_atomically
 from madpo.trainer.formats.adapters import ADAPTERS
 from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row
-from madpo.trainer.formats.text_groups import hash_of_prompt, parse_json_line
+from madpo.trainer.formats.text_groups import TextGroup, hash_of_prompt, parse_json_line
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 """Part of the cache key; raise it when the same examples would give other tokens."""
 
 FEATURES = datasets.Features(
     {
         "prompt": datasets.Sequence(datasets.Value("int32")),
         "completions": datasets.Sequence(datasets.Sequence(datasets.Value("int32"))),
+        "masks": datasets.Sequence(datasets.Sequence(datasets.Value("bool"))),
         "winners": datasets.Sequence(datasets.Value("int32")),
         "losers": datasets.Sequence(datasets.Value("int32")),
         "margins": datasets.Sequence(datasets.Value("float64")),
         "labels": datasets.Sequence(datasets.Value("int8")),
         "num_tokens": datasets.Value("int32"),
         "num_completion_tokens": datasets.Value("int32"),
+        "num_scored_tokens": datasets.Value("int32"),
         "num_sequences": datasets.Value("int32"),
         "num_edges": datasets.Value("int32"),
         "num_margins": datasets.Value("int32"),
@@ -68,8 +70,15 @@ FEATURES = datasets.Features(
 def rules_of(data: DataConfig, supervised: bool = False) -> TokenRules:
     """The rules that the config sets for reading examples and tokenising them."""
     rows = RowRules(data.adapter, data.columns, data.edges, tuple(data.ignore_columns))
-    may_drop = tuple(data.template_may_drop)
-    return TokenRules(data.max_length, data.append_eos, supervised, data.chat_template_kwargs, may_drop, rows)
+    return TokenRules(
+        data.max_length,
+        data.append_eos,
+        supervised,
+        data.chat_template_kwargs,
+        tuple(data.template_may_drop),
+        data.train_on,
+        rows,
+    )
 
 
 def load_groups(
@@ -179,23 +188,30 @@ class _RowTokeniser:
         else:
             of_text = {
                 "spells_special": spells,
-                "unused": list(text.unused),
+                "unused": [*text.unused, *self._unused_keys(text)],
                 "prompt_hash": hash_of_prompt(text),
                 "unreadable": False,
             }
         return {**_columns(group), **of_text, "row": number}
+
+    def _unused_keys(self, text: TextGroup) -> list[str]:
+        """The keys of messages that not even the chat template names."""
+        template = repr(self.tokenizer.chat_template)
+        return [f"{key} (of messages)" for key in text.unknown_keys if key not in template]
 
 
 def _columns(group: TokenGroup) -> dict[str, Any]:
     return {
         "prompt": group.prompt,
         "completions": group.completions,
+        "masks": group.masks,
         "winners": [winner for winner, _, _ in group.edges],
         "losers": [loser for _, loser, _ in group.edges],
         "margins": [margin for _, _, margin in group.edges],
         "labels": group.labels,
         "num_tokens": len(group.prompt) + sum(map(len, group.completions)),
         "num_completion_tokens": sum(map(len, group.completions)),
+        "num_scored_tokens": sum(group.scored),
         "num_sequences": len(group.completions),
         "num_edges": len(group.edges),
         "num_margins": sum(margin is not None for _, _, margin in group.edges),

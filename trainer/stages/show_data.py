@@ -52,7 +52,7 @@ def show_data(config: Config, count: int, console: Console) -> None:
     for index in order.take(0, min(count, len(groups))).tolist():
         title = f"{groups.name}, row {groups.rows[index]}"
         lines += render_group(groups[index], decode, title, coloured, borrows)
-    tokens, trained = int(groups.counts.lengths.sum()), int(groups.counts.completion_tokens.sum())
+    tokens, trained = int(groups.counts.lengths.sum()), int(groups.counts.scored_tokens.sum())
     console.print(*lines, *render_totals(report, tokens, trained, coloured), sep="\n", soft_wrap=True)
     if config.data.min_weight is not None or config.data.sampling != "uniform":
         console.print("data.min_weight and data.sampling are not applied here", style="yellow")

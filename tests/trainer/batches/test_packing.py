@@ -83,6 +83,7 @@ class Held:
         self.counts = GroupCounts(
             lengths=tokens + np.array([len(group.prompt) for group in groups]),
             completion_tokens=tokens,
+            scored_tokens=np.array([sum(group.scored) for group in groups]),
             sequences=np.array([len(group.completions) for group in groups]),
             edges=edges,
             counted_edges=edges,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from madpo.trainer.formats.chat_message import without_nulls
 from madpo.trainer.formats.text_groups import (
     TextGroup,
     best_only,
@@ -19,7 +20,6 @@ from madpo.trainer.formats.text_groups import (
     same_kind,
     to_group,
     with_edges,
-    without_nulls,
 )
 
 
