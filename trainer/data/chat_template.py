@@ -273,23 +273,26 @@ def _arguments_marked(arguments: Any) -> Any:
         return MARK
 
 
-def probed(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with other texts in place of its own: what it says, but not how its tools are called, which
-    templates repeat beside their results."""
-    said = {
-        key: [_call_probed(call) for call in value] if key == "tool_calls" else _shape_of(key, value)
-        for key, value in message.items()
-        if key in SPOKEN
-    }
-    if all(message[key] == said[key] for key in said):  # it says nothing, as an empty result of a tool
-        text = MARK + MARK
-        said["content"] = [{"type": "text", "text": text}] if isinstance(said.get("content"), list) else text
-    return {**message, **said}
+def probes(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The message with other texts in place of its own, in several ways, of which a template shows one or more.
+
+    First all that it says but the names of its tools, which templates repeat beside their results; then
+    content, where it has none, as in an empty result; then the names.
+    """
+    calls: Any = message.get("tool_calls", [])
+    texts = {key: _shape_of(key, message[key]) for key in SPOKEN if key in message and key != "tool_calls"}
+    text = f"{MARK}\u27e7"  # ends otherwise than what stands before a message's content
+    inserted: Any = [{"type": "text", "text": text}] if isinstance(message.get("content"), list) else text
+    return [
+        {**message, **texts, **({"tool_calls": list(map(_with_arguments_marked, calls))} if calls else {})},
+        {**message, "content": inserted},
+        {**message, "tool_calls": list(map(_shape_of_call, calls))},
+    ]
 
 
-def _call_probed(call: dict[str, Any]) -> dict[str, Any]:
+def _with_arguments_marked(call: dict[str, Any]) -> dict[str, Any]:
     if "function" in call:
-        return {**call, "function": _call_probed(call["function"])}
+        return {**call, "function": _with_arguments_marked(call["function"])}
     return {**call, "arguments": _arguments_marked(call["arguments"])} if "arguments" in call else call
 
 

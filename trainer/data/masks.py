@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.data.chat_template import MARK, probed, translate, translated, write
+from madpo.trainer.data.chat_template import MARK, probes, translate, translated, write
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.chat_message import WEIGHT, Messages
 
@@ -45,7 +45,7 @@ def mask_of(
     tokenizer: PreTrainedTokenizerBase,
     options: dict[str, Any],  # of `apply_chat_template`
 ) -> list[bool]:
-    """Whether each token of a conversation is scored; those before message `first` do not count.
+    """Whether each token of a conversation is scored; none before message `first` is.
 
     A token belongs to the message that its last character belongs to. The header of an answer belongs to no
     message, its end of turn to the answer. Raises UserError if a template writes the messages in a way that
@@ -62,12 +62,11 @@ def mask_of(
     encoded: Any = tokenizer(turns.text, add_special_tokens=False, return_offsets_mapping=True)
     ends = [end for _, end in encoded["offset_mapping"]]
     scored = scored_messages(messages, first, train_on)
-    mask = [train_on == "all"] * len(ends)
-    for index in range(first, len(messages)):
-        if (index in scored) != (train_on == "all"):
-            start, end = turns.span(index)
-            for token in range(bisect_left(ends, start + 1), bisect_left(ends, end + 1)):
-                mask[token] = index in scored
+    mask = [False] * len(ends)
+    for index in scored:
+        start, end = turns.span(index, with_header=train_on == "all")
+        tokens = slice(bisect_left(ends, start + 1), bisect_left(ends, end + 1))
+        mask[tokens] = [True] * len(mask[tokens])
     return mask
 
 
@@ -80,15 +79,16 @@ class _Turns:
     def __init__(self, messages: Messages, first: int, begun: Messages, write: Callable[..., str]) -> None:
         self._messages, self._first, self._begun, self._write = messages, first, begun, write
         self.text = write(messages)
-        self._known = dict[int, int]()  # message -> the place behind its words
+        self._found = dict[int, tuple[dict[str, Any], int]]()  # what `_other_words` gives of each message
 
-    def span(self, index: int) -> tuple[int, int]:
-        """The place in the text of what a message says, with its end of turn; of another role than the
-        assistant's, with its header too. Raises UserError where that does not show."""
+    def span(self, index: int, with_header: bool) -> tuple[int, int]:
+        """The place in the text of what a message says, with its end of turn, and with its header except for
+        the first of the completion. Raises UserError where that does not show."""
+        is_bare = not with_header or index == self._first
         is_answer = self._messages[index]["role"] == "assistant"
-        start = self._after_header(index) if is_answer else self._end(index - 1)
-        behind, end = self._behind(index), self._end(index)
-        if not start <= behind <= end:
+        start = self._after_header(index) if is_bare and is_answer else self._end(index - 1)
+        end = self._end(index)
+        if start > end:
             raise self._hidden(index)
         return start, end
 
@@ -98,9 +98,11 @@ class _Turns:
             return len(self.text)
         if index < 0:
             return 0
-        behind = self._behind(index)
-        closing = self._tail(index, self._write)
-        return behind + _common_prefix(self.text[behind:], closing)
+        behind, closing = self._behind(index), self._tail(index, self._write)
+        shared = _common_prefix(self.text[behind:], closing)
+        if closing and not shared:
+            raise self._hidden(index)
+        return behind + shared
 
     def _after_header(self, index: int) -> int:
         """Where the words of an answer begin: after the generation prompt behind the message before it."""
@@ -127,20 +129,29 @@ class _Turns:
         return behind + shared
 
     def _behind(self, index: int) -> int:
-        """The place behind the words of a message."""
-        if index not in self._known:
-            other = self._with(index, probed(self._messages[index]))
-            same = _common_suffix(self.text, other)
-            if same == len(self.text):
+        """The place behind the words of a message: from there on, the text is the same with other words."""
+        return self._other_words(index)[1]
+
+    def _other_words(self, index: int) -> tuple[dict[str, Any], int]:
+        """The message with other words, such that the text is another; and the place behind its own."""
+        if index not in self._found:
+            for message in probes(self._messages[index]):
+                try:
+                    text = self._with(index, message)
+                except Exception:  # a template may raise anything, and need not know a message like this
+                    continue
+                if text != self.text:
+                    self._found[index] = message, len(self.text) - _common_suffix(self.text, text)
+                    break
+            else:
                 raise self._hidden(index)
-            self._known[index] = len(self.text) - same
-        return self._known[index]
+        return self._found[index]
 
     def _tail(self, index: int, write: Callable[[Messages], str]) -> str:
         """What is written behind a message when it is the last."""
         *before, last = self._messages[: index + 1]
         text = write([*before, last])
-        return text[len(text) - _common_suffix(text, write([*before, probed(last)])) :]
+        return text[len(text) - _common_suffix(text, write([*before, self._other_words(index)[0]])) :]
 
     def _with(self, index: int, message: dict[str, Any]) -> str:
         """The text with another message in this place."""

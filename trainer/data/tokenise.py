@@ -68,14 +68,18 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
     prompt_only = encode_prompt(group, tokenizer, rules)
     notes: dict[str, None] = {}
     wholes = [_encode_whole(group, x, tokenizer, rules, notes) for x in group.completions]
+    masks = _masks(group, wholes, tokenizer, rules)
     start = min(_common_prefix(prompt_only, whole) for whole in wholes)
     if start == 0 and not group.prompt and len(wholes) == 1:
         start = 1  # plain text without BOS: the first token predicts the rest, as in any language model
+    boundary_cut = max(len(prompt_only) - start, 0)
+    if masks:  # these say to the token where the answers begin, also where a later turn changes the prompt
+        start, boundary_cut = min([start, *(mask.index(True) for mask in masks if any(mask))]), 0
     prompt = wholes[0][:start]
     room = rules.max_length - start
     completion_tokens = slice(start, start + max(room, 0))
     completions = [whole[completion_tokens] for whole in wholes]
-    masks = [mask[completion_tokens] for mask in _masks(group, wholes, tokenizer, rules)]
+    masks = [mask[completion_tokens] for mask in masks]
     edges = [edge for edge in group.edges if completions[edge[0]] != completions[edge[1]]]
     problem = ""
     if start == 0:
@@ -96,7 +100,7 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
         edges,
         group.labels or labels_of(edges, len(completions)),
         masks=needed(masks),
-        boundary_cut=max(len(prompt_only) - start, 0),
+        boundary_cut=boundary_cut,
         truncated=sum(len(whole) > rules.max_length for whole in wholes),
         equal=len(group.edges) - len(edges),
         notes=tuple(notes),
@@ -208,10 +212,13 @@ def _conversation(group: TextGroup, completion: Messages) -> tuple[Messages, int
 def _masks(
     group: TextGroup, wholes: list[list[int]], tokenizer: PreTrainedTokenizerBase, rules: TokenRules
 ) -> list[list[bool]]:
-    """Whether each token of prompt and completion is scored; what is said of the prompt's does not count."""
+    """Whether each token of prompt and completion is scored, for each completion; nothing if all are.
+
+    A prompt has no scored tokens there.
+    """
     completions = [x for x in group.completions if not isinstance(x, str)]
     if all(is_whole(completion, rules.train_on) for completion in completions):
-        return [[True] * len(whole) for whole in wholes]
+        return []
     options, masks = _template_options(group, rules), list[list[bool]]()
     for completion, whole in zip(completions, wholes, strict=True):
         messages, first = _conversation(group, completion)

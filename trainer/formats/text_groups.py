@@ -173,7 +173,7 @@ def preference(row: Mapping[str, Any]) -> TextGroup:
     if (
         isinstance(chosen, list)
         and isinstance(rejected, list)
-        and not (isinstance(prompt, list) and chosen[0]["role"] == "assistant")
+        and not (isinstance(prompt, list) and _goes_on(prompt, chosen, rejected))
     ):
         # Two whole conversations: a prompt column only repeats how they begin.
         given = prompt
@@ -189,6 +189,12 @@ def preference(row: Mapping[str, Any]) -> TextGroup:
             "text are read by data.adapter=hh_rlhf or hh_rlhf_text"
         )
     return TextGroup(prompt, same_kind(prompt, chosen, rejected), [(0, 1, margin_of(row))])
+
+
+def _goes_on(prompt: Messages, chosen: Messages, rejected: Messages) -> bool:
+    """Whether chosen and rejected begin where a prompt ends: with an answer, or after one."""
+    after_answer = prompt[-1]["role"] == "assistant" and not (_holds(chosen, prompt) or _holds(rejected, prompt))
+    return chosen[0]["role"] == "assistant" or after_answer
 
 
 def _holds(conversation: Messages, prompt: Text) -> bool:
@@ -216,20 +222,29 @@ def _say_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def same_kind(prompt: Text, *completions: Text, may_be_empty: bool = False) -> list[Text]:
-    """The completions. Raises UserError unless prompt and completions are all text, or all messages and the
-    completions end with the assistant's; and for an empty answer, unless it was sampled and may be empty."""
+    """The completions. Raises UserError unless prompt and completions are all text, or all messages of which
+    completions may be; and for an empty answer, unless it was sampled and so may be empty."""
     if len({isinstance(x, str) for x in (prompt, *completions)}) > 1:
         raise UserError("prompt and completions must all be text or all be lists of messages")
     for completion in completions:
-        roles = [] if isinstance(completion, str) else [message["role"] for message in completion]
-        if roles[-1:] not in ([], ["assistant"]):
-            raise UserError(
-                f"a completion has the roles {', '.join(roles)}; it must end with the assistant; leave out "
-                "what follows"
-            )
-        if not (isinstance(completion, str) or may_be_empty or _answers(completion[-1])):
+        if isinstance(completion, str) or isinstance(prompt, str):
+            continue
+        _check_roles(prompt, completion)
+        if not (may_be_empty or _answers(completion[-1])):
             raise UserError("a completion ends with an empty message of the assistant")
     return list(completions)
+
+
+def _check_roles(prompt: Messages, completion: Messages) -> None:
+    """Raise UserError unless a completion ends with the assistant and goes on where the prompt ends."""
+    roles = [message["role"] for message in completion]
+    repeats = len(completion) > len(prompt) and all(map(_say_alike, prompt, completion))
+    asks_twice = roles[0] in ("user", "system") and prompt[-1]["role"] in ("user", "system")
+    if roles[-1] != "assistant" or repeats or asks_twice:
+        raise UserError(
+            f"a completion has the roles {', '.join(roles)}, after a prompt that ends with the role "
+            f"{prompt[-1]['role']}; it must go on where the prompt ends, and end with the assistant"
+        )
 
 
 def _answers(message: dict[str, Any]) -> bool:

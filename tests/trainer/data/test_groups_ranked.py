@@ -222,10 +222,9 @@ def test_a_prompt_that_ends_with_a_call_is_followed_by_its_result(tokenizer):
     assert tokenizer.decode(tokens.completions[0]) == "<tool>x</tool><assistant>A.</assistant>"
 
 
-def test_a_prompt_that_ends_with_words_is_not_followed_by_a_result(tokenizer):
-    group = TextGroup(
-        [user("on?"), *answer("It is")], [[{"role": "tool", "content": "x"}, *answer("A.")]], []
-    )
+def test_a_prompt_that_ends_with_words_is_continued_by_all_completions_or_by_none(tokenizer):
+    result: list[Any] = [{"role": "tool", "content": "x"}, *answer("A.")]
+    group = TextGroup([user("on?"), *answer("It is")], [result, answer(" on.")], [])
     with pytest.raises(ValueError, match="the prompt ends with words of the assistant"):
         tokenise(group, tokenizer, TokenRules(600))
 

@@ -1,0 +1,99 @@
+"""Chat templates in the styles of five families, written for tests of what is scored of a conversation."""
+
+from __future__ import annotations
+
+CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for c in m.tool_calls %}<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+QWEN = """{% set ns = namespace(query=-1) %}
+{%- for m in messages %}{% if m.role == 'user' and not m.content.startswith('<tool_response>') %}
+{%- set ns.query = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{%- if m.role == 'assistant' %}
+{%- set thought, said = m.reasoning_content or '', m.content or '' %}
+{%- if '</think>' in said %}
+{%- set thought = said.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+{%- set said = said.split('</think>')[-1].lstrip('\\n') %}
+{%- endif %}
+{{- '<|im_start|>assistant\\n' }}
+{%- if loop.index0 > ns.query and (loop.last or thought) %}
+{{- '<think>\\n' ~ thought ~ '\\n</think>\\n\\n' }}
+{%- endif %}
+{{- said }}
+{%- for c in m.tool_calls %}
+{{- ('\\n' if said or not loop.first else '') ~ '<tool_call>\\n{"name": "' ~ c.function.name ~ '", "arguments": ' }}
+{{- c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}
+{{- '}\\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- elif m.role == 'tool' %}
+{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{% endif %}
+{{- '\\n<tool_response>\\n' ~ m.content ~ '\\n</tool_response>' }}
+{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\\n' }}{% endif %}
+{%- else %}
+{{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}{% if enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}"""
+
+LLAMA = """{{- bos_token }}{% set lead = [] %}
+{%- if messages[0].role == 'system' %}{% set lead = messages[:1] %}{% set messages = messages[1:] %}{% endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday: ' ~ strftime_now('%d %b %Y') ~ '\\n\\n' }}
+{{- (lead[0].content | trim if lead else '') ~ '<|eot_id|>' }}
+{%- for m in messages %}
+{%- if m.tool_calls %}
+{%- if m.tool_calls | length != 1 %}{{ raise_exception('one call at a time') }}{% endif %}
+{%- set f = m.tool_calls[0].function %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n{"name": "' ~ f.name ~ '", "parameters": ' }}
+{{- (f.arguments | tojson) ~ '}<|eot_id|>' }}
+{%- elif m.role == 'tool' %}
+{{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' ~ (m.content | tojson) ~ '<|eot_id|>' }}
+{%- else %}
+{{- '<|start_header_id|>' ~ m.role ~ '<|end_header_id|>\\n\\n' ~ (m.content | trim) ~ '<|eot_id|>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+
+GEMMA = """{{- bos_token }}{% set lead = '' %}
+{%- if messages[0].role == 'system' %}
+{%- set lead = messages[0].content ~ '\\n\\n' %}{% set messages = messages[1:] %}
+{%- endif %}
+{%- for m in messages %}
+{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+{{- '<start_of_turn>' ~ ('model' if m.role == 'assistant' else m.role) ~ '\\n' }}
+{{- (lead if loop.first else '') ~ (m.content | trim) ~ '<end_of_turn>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<start_of_turn>model\\n' }}{% endif %}"""
+
+DEEPSEEK = """{% set ns = namespace(tool=false, system='') %}
+{%- for m in messages %}{% if m.role == 'system' %}{% set ns.system = m.content %}{% endif %}{% endfor %}
+{{- bos_token ~ ns.system }}
+{%- for m in messages %}
+{%- if m.role == 'user' %}{% set ns.tool = false %}{{- '<|User|>' ~ m.content }}
+{%- elif m.role == 'assistant' and m.tool_calls %}
+{{- '<|Assistant|>' if not ns.tool else '<|outputs_end|>' }}{% set ns.tool = false %}
+{{- (m.content or '') ~ '<|calls|>' }}
+{%- for c in m.tool_calls %}{{- '<|call|>' ~ c.function.name ~ '\\n' ~ c.function.arguments }}{% endfor %}
+{{- '<|calls_end|><|eos|>' }}
+{%- elif m.role == 'assistant' %}
+{%- set said = m.content.split('</think>')[-1] %}
+{{- ('<|outputs_end|>' if ns.tool else '<|Assistant|>') ~ said ~ '<|eos|>' }}{% set ns.tool = false %}
+{%- elif m.role == 'tool' %}
+{{- '<|output|>' if ns.tool else '<|outputs|><|output|>' }}{% set ns.tool = true %}{{- m.content }}
+{%- endif %}
+{%- endfor %}
+{%- if ns.tool %}{{- '<|outputs_end|>' }}{% endif %}
+{%- if add_generation_prompt and not ns.tool %}{{- '<|Assistant|><think>\\n' }}{% endif %}"""
+
+TEMPLATES = {"chatml": CHATML, "qwen": QWEN, "llama": LLAMA, "gemma": GEMMA, "deepseek": DEEPSEEK}
+
+SPECIAL = (
+    *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<end_of_turn>"),
+    *("<start_of_turn>", "<|User|>", "<|Assistant|>", "<|eos|>", "<|calls|>", "<|call|>", "<|calls_end|>"),
+    *("<|outputs|>", "<|output|>", "<|outputs_end|>"),
+)
+"""The special tokens of all five."""
