@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from harness import make_tokenizer
+from transformers import AutoTokenizer
+
+from madpo.trainer.data.tokenise import TokenGroup
+
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}{% for c in m.tool_calls %}<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
@@ -23,7 +33,8 @@ QWEN = """{% set ns = namespace(query=-1) %}
 {%- endif %}
 {{- said }}
 {%- for c in m.tool_calls %}
-{{- ('\\n' if said or not loop.first else '') ~ '<tool_call>\\n{"name": "' ~ c.function.name ~ '", "arguments": ' }}
+{{- '\\n' if said or not loop.first }}
+{{- '<tool_call>\\n{"name": "' ~ c.function.name ~ '", "arguments": ' }}
 {{- c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}
 {{- '}\\n</tool_call>' }}
 {%- endfor %}
@@ -37,11 +48,14 @@ QWEN = """{% set ns = namespace(query=-1) %}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}{% if enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{{- '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}
 {%- endif %}"""
 
 LLAMA = """{{- bos_token }}{% set lead = [] %}
-{%- if messages[0].role == 'system' %}{% set lead = messages[:1] %}{% set messages = messages[1:] %}{% endif %}
+{%- if messages[0].role == 'system' %}
+{%- set lead = messages[:1] %}{% set messages = messages[1:] %}
+{%- endif %}
 {{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday: ' ~ strftime_now('%d %b %Y') ~ '\\n\\n' }}
 {{- (lead[0].content | trim if lead else '') ~ '<|eot_id|>' }}
 {%- for m in messages %}
@@ -91,9 +105,46 @@ DEEPSEEK = """{% set ns = namespace(tool=false, system='') %}
 
 TEMPLATES = {"chatml": CHATML, "qwen": QWEN, "llama": LLAMA, "gemma": GEMMA, "deepseek": DEEPSEEK}
 
-SPECIAL = (
-    *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<end_of_turn>"),
-    *("<start_of_turn>", "<|User|>", "<|Assistant|>", "<|eos|>", "<|calls|>", "<|call|>", "<|calls_end|>"),
-    *("<|outputs|>", "<|output|>", "<|outputs_end|>"),
-)
+SPECIAL = [
+    *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    *("<start_of_turn>", "<end_of_turn>", "<|User|>", "<|Assistant|>", "<|eos|>", "<|calls|>", "<|call|>"),
+    *("<|calls_end|>", "<|outputs|>", "<|output|>", "<|outputs_end|>"),
+]
 """The special tokens of all five."""
+
+
+def tokenizers(folder: Path) -> dict[str, Any]:
+    """A tokenizer with each of the templates."""
+    make_tokenizer(folder)
+    found: dict[str, Any] = {}
+    for name, template in TEMPLATES.items():
+        found[name] = AutoTokenizer.from_pretrained(folder)
+        found[name].add_special_tokens({"additional_special_tokens": SPECIAL})
+        found[name].chat_template = template
+    return found
+
+
+def asks(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": text, **more}
+
+
+def says(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def calls(tool: str, **arguments: Any) -> dict[str, Any]:
+    return says("", tool_calls=[{"type": "function", "function": {"name": tool, "arguments": arguments}}])
+
+
+def gives(text: str) -> dict[str, Any]:
+    return {"role": "tool", "content": text}
+
+
+def scored_text(tokenizer: Any, group: TokenGroup) -> list[str]:
+    """The text of every completion, with [ ] around each run of tokens that is scored."""
+    texts: list[str] = []
+    for completion, mask in zip(group.completions, group.whole_masks, strict=True):
+        runs = groupby(zip(completion, mask, strict=True), itemgetter(1))
+        parts = [(scored, tokenizer.decode([token for token, _ in run])) for scored, run in runs]
+        texts.append("".join(f"[{text}]" if scored else text for scored, text in parts))
+    return texts

@@ -113,6 +113,11 @@ class DataConfig(Section):
         description="end token after a completion; auto: for plain text, not for conversations, whose "
         "template ends them",
     )
+    text_holds_special_tokens: bool = Field(
+        default=False,
+        description="take special tokens that plain text spells out as tokens: for text in which a chat "
+        "template was rendered before; no second BOS or end is added",
+    )
     merge_prompts: bool = Field(
         default=False, description="merge examples with equal prompts into one group; not for a stream"
     )

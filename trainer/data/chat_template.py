@@ -274,7 +274,7 @@ def _arguments_marked(arguments: Any) -> Any:
 
 
 def probes(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The message with other texts in place of its own, in several ways, of which a template shows one or more.
+    """The message with other texts in place of its own, in several ways, since a template may not show all.
 
     First all that it says but the names of its tools, which templates repeat beside their results; then
     content, where it has none, as in an empty result; then the names.

@@ -37,6 +37,10 @@ def report_of(
         "groups_with_moved_boundary": int((column_of(table, "boundary_cut")[taken] > 0).sum()),
         "comparisons_of_equal_tokens": int(column_of(table, "equal")[taken].sum()),
         "rows_that_spell_special_tokens": int(column_of(table, "spells_special").sum()),
+        "texts_that_spell_special_tokens": int(column_of(table, "spelled_in_text").sum()),
+        "unscored_completion_tokens": int(
+            (column_of(table, "num_completion_tokens") - column_of(table, "num_scored_tokens"))[taken].sum()
+        ),
     }
     for key, column in LISTS.items():
         if counts := _counted(pc.call_function("list_flatten", [table.data.column(column).take(taken)])):
@@ -79,6 +83,23 @@ def total_report(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]
             "margin_mean": sum(x["margin_mean"] * x["margins"] for x in with_margins) / number,
         }
     return total
+
+
+RENDERED = 0.5
+"""The share of examples that spell special tokens in plain text, above which a template has been rendered."""
+
+
+def spelling_in(report: dict[str, Any]) -> str | None:
+    """What is to be said of special tokens that plain text spells out, or None."""
+    number, rows = report["texts_that_spell_special_tokens"], report["rows"]
+    if not number:
+        return None
+    if number <= RENDERED * rows:
+        return f"{number} examples spell out special tokens in plain text, where they are letters"
+    return (
+        f"{number} of {rows} examples are text in which a chat template was rendered before: special tokens "
+        "that it spells out are letters here; data.text_holds_special_tokens=true takes them as tokens"
+    )
 
 
 def reasons_in(report: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.data.chat_template import notes_on, render
 from madpo.trainer.data.masks import TrainOn, is_whole, mask_of, scored_messages
+from madpo.trainer.data.plain_text import encode_text, ends_with_special
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.chat_message import WEIGHT, Messages, text_in
 from madpo.trainer.formats.read_row import RowRules
@@ -27,6 +27,7 @@ class TokenRules:
     template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)  # an example's own win
     template_may_drop: tuple[str, ...] = ()  # roles and keys of messages that are not scored
     train_on: TrainOn = "assistant"  # which messages of a completion are scored
+    text_holds_special_tokens: bool = False  # what spells a special token in plain text is that token
     rows: RowRules = field(default_factory=RowRules)
 
 
@@ -124,30 +125,13 @@ def labels_of(edges: list[tuple[int, int, float | None]], count: int) -> list[in
     return [(x > 0) - (x < 0) for x in score]
 
 
-def special_spellings(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """A pattern that matches the tokenizer's special tokens spelled out in text; None if it has none."""
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True)))) if special else None
-
-
-def spells_special(group: TextGroup, spellings: re.Pattern[str] | None) -> bool:
-    """Whether a text of the group spells out a special token. In messages that text becomes the token; in
-    plain text it stays text."""
-    texts = [x for text in (group.prompt, *group.completions) for x in _texts(text)]
-    return spellings is not None and any(spellings.search(text) for text in texts)
-
-
-def _texts(text: Text) -> list[str]:
-    return [text] if isinstance(text, str) else [text_in(message) for message in text]
-
-
 def encode_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> list[int]:
     """The tokens of a group's prompt alone, with the header of the answer in a conversation.
 
     Raises UserError if the chat template leaves out what the prompt says; see `chat_template.notes_on`.
     """
     if isinstance(group.prompt, str):
-        return _encode_text(group.prompt, tokenizer)
+        return encode_text(group.prompt, tokenizer, rules.text_holds_special_tokens)
     options = _template_options(group, rules) | {
         "add_generation_prompt": group.prompt[-1]["role"] != "assistant",
         "continue_final_message": _is_continued(group),
@@ -177,7 +161,9 @@ def _encode_whole(
     """The tokens of prompt and completion; what is to be said of the two is entered in `notes`."""
     if isinstance(completion, str):
         assert isinstance(group.prompt, str)
-        ids = _encode_text(group.prompt + completion, tokenizer)
+        ids = encode_text(group.prompt + completion, tokenizer, rules.text_holds_special_tokens)
+        if rules.text_holds_special_tokens and ends_with_special(completion, tokenizer):
+            return ids
     else:
         messages, first = _conversation(group, completion)
         ids, rendering = render(messages, tokenizer, _template_options(group, rules))
@@ -227,13 +213,6 @@ def _masks(
         mask = mask_of(messages, first, begun, rules.train_on, tokenizer, options)
         masks.append(mask + mask[-1:] * (len(whole) - len(mask)))  # an EOS that is appended is the answer's
     return masks
-
-
-def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of plain text. It is data: a special token spelled out in it stays text."""
-    ids: list[int] = tokenizer(text, split_special_tokens=True)["input_ids"]  # type: ignore[assignment]
-    # Some tokenizers end every text with EOS, the prompt too. Whether there is one is up to append_eos.
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _template_options(group: TextGroup, rules: TokenRules) -> dict[str, Any]:

@@ -25,9 +25,10 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.dataset import GroupDataset, column_of
 from madpo.trainer.data.order import permutation
+from madpo.trainer.data.plain_text import special_spellings, spells_special
 from madpo.trainer.data.report import reasons_in, report_of
 from madpo.trainer.data.source import Source, open_source
-from madpo.trainer.data.tokenise import TokenGroup, TokenRules, special_spellings, spells_special, tokenise
+from madpo.trainer.data.tokenise import TokenGroup, TokenRules, tokenise
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import fault_in, seal, write_folder_atomically
 from madpo.trainer.formats.adapters import ADAPTERS
@@ -56,7 +57,8 @@ FEATURES = datasets.Features(
         "boundary_cut": datasets.Value("int32"),
         "truncated": datasets.Value("int32"),
         "equal": datasets.Value("int32"),
-        "spells_special": datasets.Value("bool"),
+        "spells_special": datasets.Value("bool"),  # in a conversation, where it becomes the token
+        "spelled_in_text": datasets.Value("bool"),  # in plain text, where it stays text
         "notes": datasets.Sequence(datasets.Value("string")),
         "unused": datasets.Sequence(datasets.Value("string")),
         "prompt_hash": datasets.Value("int64"),
@@ -77,6 +79,7 @@ def rules_of(data: DataConfig, supervised: bool = False) -> TokenRules:
         data.chat_template_kwargs,
         tuple(data.template_may_drop),
         data.train_on,
+        data.text_holds_special_tokens,
         rows,
     )
 
@@ -181,13 +184,21 @@ class _RowTokeniser:
             if len(group.completions) > 1 and not group.edges and not group.problem:
                 group = replace(group, problem="no completion is better than another")
             spells = spells_special(text, self.spellings)
+            stays_text = not (text.conversational or self.rules.text_holds_special_tokens)
         except Exception as error:  # a chat template may raise anything
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             group = TokenGroup([], [], [], problem=f"{kind}{error}")
-            of_text = {"spells_special": False, "unused": [], "prompt_hash": 0, "unreadable": True}
+            of_text = {
+                "spells_special": False,
+                "spelled_in_text": False,
+                "unused": [],
+                "prompt_hash": 0,
+                "unreadable": True,
+            }
         else:
             of_text = {
-                "spells_special": spells,
+                "spells_special": spells and text.conversational,
+                "spelled_in_text": spells and stays_text,
                 "unused": [*text.unused, *self._unused_keys(text)],
                 "prompt_hash": hash_of_prompt(text),
                 "unreadable": False,

@@ -193,8 +193,9 @@ def preference(row: Mapping[str, Any]) -> TextGroup:
 
 def _goes_on(prompt: Messages, chosen: Messages, rejected: Messages) -> bool:
     """Whether chosen and rejected begin where a prompt ends: with an answer, or after one."""
-    after_answer = prompt[-1]["role"] == "assistant" and not (_holds(chosen, prompt) or _holds(rejected, prompt))
-    return chosen[0]["role"] == "assistant" or after_answer
+    if chosen[0]["role"] == "assistant":
+        return True
+    return prompt[-1]["role"] == "assistant" and not any(_holds(side, prompt) for side in (chosen, rejected))
 
 
 def _holds(conversation: Messages, prompt: Text) -> bool:

@@ -129,7 +129,7 @@ def _prompt(
         raise UserError("generate.prompt_tokens cuts plain text, and this is a conversation; set it to null")
     whole = text if is_plain else group.prompt
     assert isinstance(whole, str)
-    return replace(bare, prompt=_first_tokens(whole, tokenizer, prompt_tokens))
+    return replace(bare, prompt=_first_tokens(whole, tokenizer, prompt_tokens, rules))
 
 
 PROMPT_ONLY = "prompt"
@@ -162,14 +162,17 @@ def _key(group: TextGroup) -> str:
     return json.dumps((group.prompt, group.tools, group.template_kwargs), sort_keys=True)
 
 
-def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
+def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int, rules: TokenRules) -> str:
     """The text of the first `count` tokens; all of it if there are no more."""
     if not tokenizer.is_fast:  # it gives no places of tokens in the text
         raise UserError(
             f"generate.prompt_tokens needs a fast tokenizer, which {type(tokenizer).__name__} is not"
         )
     encoded = tokenizer(
-        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        text,
+        add_special_tokens=False,
+        split_special_tokens=not rules.text_holds_special_tokens,
+        return_offsets_mapping=True,
     )
     offsets: Any = encoded["offset_mapping"]
     return text[: offsets[count - 1][1]] if len(offsets) > count else text

@@ -274,11 +274,13 @@ def test_rows_that_spell_special_tokens_are_counted(tmp_path, tokenizer):
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
     path = write(tmp_path / "rows.jsonl", rows)
     _, report = load_groups(config_for(tmp_path, path).data, "train", tokenizer, supervised=True)
-    assert report["rows_that_spell_special_tokens"] == 2
+    assert report["texts_that_spell_special_tokens"] == 2
+    assert report["rows_that_spell_special_tokens"] == 0
     chats = [{"messages": [user(p), *answer(c)]} for p, c in pairs]
     path = write(tmp_path / "chats.jsonl", chats)
     _, report = load_groups(config_for(tmp_path, path).data, "train", tokenizer, supervised=True)
     assert report["rows_that_spell_special_tokens"] == 2
+    assert report["texts_that_spell_special_tokens"] == 0
 
 
 @pytest.mark.ranks

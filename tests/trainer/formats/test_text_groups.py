@@ -34,9 +34,9 @@ def talk(*texts: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("longer", ["chosen", "rejected"])
 def test_a_conversation_that_goes_on_where_the_other_ends_leaves_no_side_empty(longer):
     """One side is the beginning of the other: the prompt ends one message earlier."""
-    short, long = talk("a?", "b"), talk("a?", "b", "c?", "d")
+    short = talk("a?", "b")
     shorter = "rejected" if longer == "chosen" else "chosen"
-    for long in (long, [*talk("a?", "b"), {"role": "assistant", "content": "and c"}]):
+    for long in (talk("a?", "b", "c?", "d"), [*short, {"role": "assistant", "content": "and c"}]):
         group = to_group({longer: long, shorter: short}, "preference")
         want = {longer: long[1:], shorter: short[1:]}
         assert group.prompt == talk("a?")

@@ -115,6 +115,8 @@ REPORT = {
     "groups_with_moved_boundary": 3,
     "comparisons_of_equal_tokens": 0,
     "rows_that_spell_special_tokens": 1,
+    "texts_that_spell_special_tokens": 8,
+    "unscored_completion_tokens": 0,
     "margin_min": -1.0,
     "margin_max": 2.0,
     "margin_mean": 0.5,
@@ -128,7 +130,10 @@ def test_the_totals_leave_out_zeros():
         "1 dropped: unreadable",
         "4,000 tokens, 25.0% of them trained on, in [[ ]]",
         "3 prompts whose last tokens merge with the completion",
-        "1 examples spell out a special token: in conversations it becomes one",
+        "1 conversations spell out a special token, which becomes that token",
+        "8 of 12 examples are text in which a chat template was rendered before: special tokens that it "
+        "spells out are letters here; data.text_holds_special_tokens=true takes them as tokens",
+        r"what spells a special token as letters has a \ before it",
         "margins from -1 to 2, mean 0.5",
     ]
 
