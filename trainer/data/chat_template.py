@@ -274,26 +274,21 @@ def _arguments_marked(arguments: Any) -> Any:
 
 
 def probes(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The message with other texts in place of its own, in several ways, since a template may not show all.
-
-    First all that it says but the names of its tools, which templates repeat beside their results; then
-    content, where it has none, as in an empty result; then the names.
-    """
-    calls: Any = message.get("tool_calls", [])
-    texts = {key: _shape_of(key, message[key]) for key in SPOKEN if key in message and key != "tool_calls"}
+    """The message with other texts and arguments in place of its own; and with other content, for a message
+    that says nothing else, as an empty result of a tool. Names of tools stay, which results repeat."""
+    said = {key: _shape_of(key, message[key]) for key in SPOKEN if key in message and key != "tool_calls"}
+    if message.get("tool_calls"):
+        said["tool_calls"] = [_with_other_arguments(call) for call in message["tool_calls"]]
     text = f"{MARK}\u27e7"  # ends otherwise than what stands before a message's content
-    inserted: Any = [{"type": "text", "text": text}] if isinstance(message.get("content"), list) else text
-    return [
-        {**message, **texts, **({"tool_calls": list(map(_with_arguments_marked, calls))} if calls else {})},
-        {**message, "content": inserted},
-        {**message, "tool_calls": list(map(_shape_of_call, calls))},
-    ]
+    content: Any = [{"type": "text", "text": text}] if isinstance(message.get("content"), list) else text
+    return [{**message, **said}, {**message, "content": content}]
 
 
-def _with_arguments_marked(call: dict[str, Any]) -> dict[str, Any]:
+def _with_other_arguments(call: dict[str, Any]) -> dict[str, Any]:
     if "function" in call:
-        return {**call, "function": _with_arguments_marked(call["function"])}
-    return {**call, "arguments": _arguments_marked(call["arguments"])} if "arguments" in call else call
+        return {**call, "function": _with_other_arguments(call["function"])}
+    arguments, other = call.get("arguments"), {MARK: MARK}
+    return {**call, "arguments": json.dumps(other) if isinstance(arguments, str) else other}
 
 
 def _constant(value: Any) -> Any:
