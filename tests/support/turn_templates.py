@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -148,3 +149,34 @@ def scored_text(tokenizer: Any, group: TokenGroup) -> list[str]:
         parts = [(scored, tokenizer.decode([token for token, _ in run])) for scored, run in runs]
         texts.append("".join(f"[{text}]" if scored else text for scored, text in parts))
     return texts
+
+
+PARTING = {
+    "chosen": [asks("on?"), says("good"), asks("go?"), says("great")],
+    "rejected": [asks("on?"), says("bad"), asks("why?"), says("dull"), asks("so?"), says("end")],
+}
+AGENT = {
+    "prompt": [asks("film?")],
+    "chosen": [calls("find", q="film", k=3), gives("a plot"), gives("assistant\n"), says("good")],
+    "rejected": [calls("find"), gives(""), says("bad")],
+}
+
+
+def conversations(folder: Path) -> Path:
+    """Pairs of one, two and three turns, with results of tools, weights and margins."""
+    later = [asks("so?"), says("end")]
+    rows = [
+        {**PARTING, "margin": 2.0},
+        {**AGENT, "margin": -1.0},
+        {"prompt": [asks("on?")], "chosen": [says("good")], "rejected": [says("bad")], "margin": 0.5},
+        {"chosen": PARTING["rejected"], "rejected": [asks("on?"), says("good"), *later], "margin": 3.0},
+        {
+            "prompt": [asks("a?")],
+            "chosen": [says("b", weight=0), *later],
+            "rejected": [says("no")],
+            "margin": 1.0,
+        },
+    ]
+    path = folder / "turns.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from turn_templates import asks, calls, gives, says, scored_text, tokenizers
+from harness import make_config, run_ranks, save_model
+from plain import compare, plain_steps, zero3_steps
+from turn_templates import AGENT, PARTING, asks, calls, conversations, gives, says, scored_text, tokenizers
 
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, tokenise
 from madpo.trainer.errors import UserError
@@ -23,10 +26,6 @@ def tokens(tokenizer: Any, row: dict[str, Any], **rules: Any) -> TokenGroup:
     return tokenise(group, tokenizer, TokenRules(2000, **rules))
 
 
-PARTING = {
-    "chosen": [asks("on?"), says("good"), asks("go?"), says("great")],
-    "rejected": [asks("on?"), says("bad"), asks("why?"), says("dull"), asks("so?"), says("end")],
-}
 OF_TURNS = {
     "chatml": (
         "[good<|im_end|>\n]<|im_start|>user\ngo?<|im_end|>\n<|im_start|>assistant\n[great<|im_end|>\n]",
@@ -66,11 +65,6 @@ def test_conversations_that_part_in_the_middle_are_scored_where_the_assistant_sp
     assert group.boundary_cut == 0 and not group.problem
 
 
-AGENT = {
-    "prompt": [asks("film?")],
-    "chosen": [calls("find", q="film", k=3), gives("a plot"), gives("assistant\n"), says("good")],
-    "rejected": [calls("find"), gives(""), says("bad")],
-}
 OF_TOOLS = {
     "chatml": (
         '[<call>{"name": "find", "arguments": {"q": "film", "k": 3}}</call><|im_end|>\n]'
@@ -248,3 +242,44 @@ def test_what_does_not_show_is_refused(known, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     with pytest.raises(UserError, match="a completion of several messages needs a fast tokenizer"):
         tokens(tokenizer, PARTING)
+
+
+@pytest.mark.ranks
+def test_masked_conversations_packed_on_two_ranks_train_as_single_rows_do(tmp_path, known):
+    known["chatml"].save_pretrained(tmp_path / "tokenizer")
+    vocabulary = {"vocab_size": len(known["chatml"])}
+    names = {
+        role: str(save_model(tmp_path / role, tmp_path / "tokenizer", seed=seed, **vocabulary))
+        for role, seed in (("model_name_or_path", 1), ("ref_model_name_or_path", 2))
+    }
+    config = make_config(
+        tmp_path,
+        {
+            "model": names,
+            "data": {"dataset_name": str(conversations(tmp_path)), "max_length": 120},
+            "objective": {"loss_type": "ipo"},  # of the mean over a completion's scored tokens
+            "train": {"global_batch_size": 4},
+        },
+    )
+    compare(run_ranks(2, zero3_steps, config, 1)[0], plain_steps(config, 1))
+
+
+AGREE = ("cohere", "gemma3", "glm4moe", "lfm2_v2", "llama3", "qwen3", "qwen3_instruct_2507")
+"""TRL's templates whose marks of what is generated leave out all that the generation prompt says."""
+
+
+@pytest.mark.parametrize("name", AGREE)
+def test_masks_are_those_of_trls_templates_that_mark_what_is_generated(known, name, monkeypatch):
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    tokenizer, rows = known["chatml"], [PARTING, AGENT]
+    monkeypatch.setattr(tokenizer, "chat_template", (folder / f"{name}_training.jinja").read_text())
+    for row in rows[: 2 if name in ("glm4moe", "lfm2_v2") or "qwen" in name else 1]:
+        group = tokens(tokenizer, {**row, "tools": []})
+        for side, completion, mask in zip(
+            ("chosen", "rejected"), group.completions, group.whole_masks, strict=True
+        ):
+            encoded = tokenizer.apply_chat_template(
+                row.get("prompt", []) + row[side], return_dict=True, return_assistant_tokens_mask=True
+            )
+            assert encoded["input_ids"] == group.prompt + completion
+            assert list(map(bool, encoded["assistant_masks"])) == [False] * len(group.prompt) + mask
