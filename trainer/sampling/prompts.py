@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from madpo.trainer.data.tokenise import TokenRules, encode_prompt
 from madpo.trainer.data.tokenised_cache import adapter_in, rules_of
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS
+from madpo.trainer.formats.chat_message import without_weights
 from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row, renamed
 from madpo.trainer.formats.text_groups import Text, TextGroup, parse_json_line
 
@@ -117,7 +119,9 @@ def _prompt(
     fields = parse_json_line(row) if isinstance(row, bytes) else row
     group = _group(fields, adapter, rules.rows)
     text = group.completions[0] if group.completions else ""  # empty if no completion has a score
-    bare = replace(group, completions=[], edges=[], labels=[])
+    asked = [] if isinstance(text, str) else list(takewhile(lambda x: x["role"] != "assistant", text))
+    prompt = group.prompt if isinstance(group.prompt, str) else group.prompt + without_weights(asked)
+    bare = replace(group, prompt=prompt, completions=[], edges=[], labels=[])
     is_plain = group.prompt == "" and isinstance(text, str)
     if prompt_tokens is None:
         if is_plain:
