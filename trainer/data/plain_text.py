@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from transformers import PreTrainedTokenizerBase
 
@@ -40,6 +41,18 @@ def special_spellings(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | N
 def ends_with_special(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the last words of a text spell out a special token."""
     return text.rstrip().endswith(tuple(special_tokens(tokenizer)))
+
+
+TURN_MARKS = re.compile(
+    r"<\|\w+\|>|<\uff5c[^<>\uff5c\s]+\uff5c>|<(?:start|end)_of_turn>|<\|turn>|<turn\|>|\[/?INST\]"
+)
+"""How chat templates of many families mark turns; U+FF5C is DeepSeek's bar."""
+
+
+def foreign_marks(group: TextGroup, known: Collection[str]) -> list[str]:
+    """Marks of turns in plain text, as of a rendered template, that are no tokens of the tokenizer."""
+    texts = [text for text in (group.prompt, *group.completions) if isinstance(text, str)]
+    return sorted({mark for text in texts for mark in TURN_MARKS.findall(text)} - set(known))
 
 
 def spells_special(group: TextGroup, spellings: re.Pattern[str] | None) -> bool:

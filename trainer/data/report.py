@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from madpo.trainer.data.dataset import column_of, flat_column
 
-LISTS = {"chat_template": "notes", "unused_columns": "unused"}
+LISTS = {"chat_template": "notes", "unused_columns": "unused", "foreign_turn_marks": "foreign_marks"}
 """Key of the report -> the column of the table whose texts it counts."""
 
 
@@ -86,20 +86,28 @@ def total_report(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]
 
 
 RENDERED = 0.5
-"""The share of examples that spell special tokens in plain text, above which a template has been rendered."""
+"""The share of examples with marks of turns in plain text, above which a template has been rendered."""
 
 
-def spelling_in(report: dict[str, Any]) -> str | None:
-    """What is to be said of special tokens that plain text spells out, or None."""
+def on_marks_in_text(report: dict[str, Any]) -> list[str]:
+    """What is to be said of special tokens, and of marks of turns, that plain text spells out."""
+    lines = []
     number, rows = report["texts_that_spell_special_tokens"], report["rows"]
-    if not number:
-        return None
-    if number <= RENDERED * rows:
-        return f"{number} examples spell out special tokens in plain text, where they are letters"
-    return (
-        f"{number} of {rows} examples are text in which a chat template was rendered before: special tokens "
-        "that it spells out are letters here; data.text_holds_special_tokens=true takes them as tokens"
-    )
+    if number > RENDERED * rows:
+        lines.append(
+            f"{number} of {rows} examples are text in which a chat template was rendered before: special "
+            "tokens that it spells out are letters here; data.text_holds_special_tokens=true takes them as "
+            "tokens"
+        )
+    elif number:
+        lines.append(f"{number} examples spell out special tokens in plain text, where they are letters")
+    mark, number = max(report.get("foreign_turn_marks", {}).items(), key=lambda x: x[1], default=("", 0))
+    if number > RENDERED * rows:
+        lines.append(
+            f"{number} of {rows} examples are text with {mark}, as another model's chat template writes it: "
+            "no token of this tokenizer, so it is letters; render the data with the right template"
+        )
+    return lines
 
 
 def reasons_in(report: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.dataset import GroupDataset, column_of
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.plain_text import special_spellings, spells_special
+from madpo.trainer.data.plain_text import foreign_marks, special_spellings, spells_special
 from madpo.trainer.data.report import reasons_in, report_of
 from madpo.trainer.data.source import Source, open_source
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, tokenise
@@ -59,6 +59,7 @@ FEATURES = datasets.Features(
         "equal": datasets.Value("int32"),
         "spells_special": datasets.Value("bool"),  # in a conversation, where it becomes the token
         "spelled_in_text": datasets.Value("bool"),  # in plain text, where it stays text
+        "foreign_marks": datasets.Sequence(datasets.Value("string")),
         "notes": datasets.Sequence(datasets.Value("string")),
         "unused": datasets.Sequence(datasets.Value("string")),
         "prompt_hash": datasets.Value("int64"),
@@ -171,6 +172,7 @@ class _RowTokeniser:
     adapter: str
     raw_lines: bool
     spellings: re.Pattern[str] | None  # of special tokens
+    added_tokens: frozenset[str]
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         number = row["line"] if self.raw_lines else index
@@ -191,6 +193,7 @@ class _RowTokeniser:
             of_text = {
                 "spells_special": False,
                 "spelled_in_text": False,
+                "foreign_marks": [],
                 "unused": [],
                 "prompt_hash": 0,
                 "unreadable": True,
@@ -199,6 +202,7 @@ class _RowTokeniser:
             of_text = {
                 "spells_special": spells and text.conversational,
                 "spelled_in_text": spells and stays_text,
+                "foreign_marks": foreign_marks(text, self.added_tokens),
                 "unused": [*text.unused, *self._unused_keys(text)],
                 "prompt_hash": hash_of_prompt(text),
                 "unreadable": False,
@@ -248,7 +252,14 @@ def tokenise_all(
     scratch = path.with_name(path.name + ".scratch")  # so that no more than a batch is held in memory
     scratch.mkdir(exist_ok=True)
     table = source.rows.map(
-        _RowTokeniser(tokenizer, rules, adapter, raw_lines, special_spellings(tokenizer)),
+        _RowTokeniser(
+            tokenizer,
+            rules,
+            adapter,
+            raw_lines,
+            special_spellings(tokenizer),
+            frozenset(tokenizer.get_added_vocab()),
+        ),
         with_indices=True,
         remove_columns=source.rows.column_names,
         features=FEATURES,

@@ -16,7 +16,7 @@ from madpo.trainer.config.schema import Config
 from madpo.trainer.data.groups import check_groups
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.plain_text import special_spellings
-from madpo.trainer.data.report import spelling_in
+from madpo.trainer.data.report import on_marks_in_text
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.data.training_data import merged, report_of_merged, training_groups
 from madpo.trainer.data.views.mismatched import MismatchedDataset
@@ -182,8 +182,9 @@ def render_totals(report: dict[str, Any], tokens: int, trained: int, coloured: b
     for name, says in COUNTS.items():
         if report[name]:
             yield Text(f"{report[name]:,} {says}")
-    if spelling := spelling_in(report):
-        yield Text(spelling, style="bold")
+    for line in on_marks_in_text(report):
+        yield Text(line, style="bold")
+    if report["texts_that_spell_special_tokens"]:
         yield Text(r"what spells a special token as letters has a \ before it")
     for note, number in report.get("chat_template", {}).items():
         yield Text(f"{number:,} examples: {note}")
@@ -199,6 +200,6 @@ COUNTS = {
     "groups_with_moved_boundary": "prompts whose last tokens merge with the completion",
     "comparisons_of_equal_tokens": "pairs left out: both completions are the same tokens",
     "rows_that_spell_special_tokens": "conversations spell out a special token, which becomes that token",
-    "unscored_completion_tokens": "tokens in completions are not the assistant's, and not trained on",
+    "unscored_completion_tokens": "tokens of completions are not trained on (data.train_on, or a weight of 0)",
 }
 """Counts of the data report -> what is printed after the number."""

@@ -11,8 +11,8 @@ from harness import make_config
 from rich.console import Console
 from turn_templates import asks, says, tokenizers
 
-from madpo.trainer.data.plain_text import encode_text
-from madpo.trainer.data.report import spelling_in
+from madpo.trainer.data.plain_text import encode_text, foreign_marks
+from madpo.trainer.data.report import on_marks_in_text
 from madpo.trainer.data.tokenise import TokenRules, tokenise
 from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.formats.text_groups import TextGroup
@@ -91,12 +91,27 @@ def test_what_was_rendered_before_is_noticed_and_shown_apart_from_tokens(folder,
     assert "rendered before" not in text and "\\" not in text
 
 
-@pytest.mark.parametrize(
-    "number, said", [(0, None), (5, "5 examples spell out"), (6, "6 of 10 examples are")]
-)
+@pytest.mark.parametrize("number, said", [(0, []), (5, ["5 examples spell"]), (6, ["6 of 10 examples are"])])
 def test_most_examples_must_spell_special_tokens_to_be_called_rendered(number, said):
-    text = spelling_in({"rows": 10, "texts_that_spell_special_tokens": number})
-    assert text is None if said is None else text is not None and text.startswith(said)
+    lines = on_marks_in_text({"rows": 10, "texts_that_spell_special_tokens": number})
+    assert [line[: len(start)] for line, start in zip(lines, said, strict=True)] == said
+
+
+def test_marks_of_another_models_template_are_named(tokenizer):
+    known = tokenizer.get_added_vocab()
+    text = pair("<|im_start|>user\na [INST] b <|any|> <x>", "<\uff5cend\u2581of\uff5c>", "<start_of_turn>")
+    assert foreign_marks(text, known) == ["<\uff5cend\u2581of\uff5c>", "<|any|>", "[INST]"]
+    assert foreign_marks(TextGroup([asks("[INST]")], [], []), known) == []
+    report = {
+        "rows": 10,
+        "texts_that_spell_special_tokens": 0,
+        "foreign_turn_marks": {"<|any|>": 6, "[INST]": 2},
+    }
+    (line,) = on_marks_in_text(report)
+    assert line.startswith(
+        "6 of 10 examples are text with <|any|>, as another model's chat template writes it"
+    )
+    assert not on_marks_in_text({**report, "rows": 12})
 
 
 def test_both_ways_are_cached_apart(folder, tokenizer):
