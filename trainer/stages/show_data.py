@@ -200,6 +200,6 @@ COUNTS = {
     "groups_with_moved_boundary": "prompts whose last tokens merge with the completion",
     "comparisons_of_equal_tokens": "pairs left out: both completions are the same tokens",
     "rows_that_spell_special_tokens": "conversations spell out a special token, which becomes that token",
-    "unscored_completion_tokens": "tokens of completions are not trained on (data.train_on, or a weight of 0)",
+    "unscored_completion_tokens": "tokens of completions are not trained on (data.train_on, or weight 0)",
 }
 """Counts of the data report -> what is printed after the number."""

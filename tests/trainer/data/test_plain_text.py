@@ -100,7 +100,7 @@ def test_most_examples_must_spell_special_tokens_to_be_called_rendered(number, s
 def test_marks_of_another_models_template_are_named(tokenizer):
     known = tokenizer.get_added_vocab()
     text = pair("<|im_start|>user\na [INST] b <|any|> <x>", "<\uff5cend\u2581of\uff5c>", "<start_of_turn>")
-    assert foreign_marks(text, known) == ["<\uff5cend\u2581of\uff5c>", "<|any|>", "[INST]"]
+    assert foreign_marks(text, known) == ["<|any|>", "<\uff5cend\u2581of\uff5c>", "[INST]"]
     assert foreign_marks(TextGroup([asks("[INST]")], [], []), known) == []
     report = {
         "rows": 10,
