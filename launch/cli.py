@@ -20,6 +20,7 @@ from madpo.launch.help import (
     NAMES,
     START,
     TRAIN,
+    ConfigCommand,
     complete_config,
     guide,
     show_versions,
@@ -52,7 +53,7 @@ app.add_typer(
 
 def command(group: str, example: str, page: str, name: str | None = None) -> Callable[[Function], Function]:
     """Register a command in a group of the help, with an example and the page that says more."""
-    return app.command(name, rich_help_panel=group, epilog=guide(example, page))
+    return app.command(name, cls=ConfigCommand, rich_help_panel=group, epilog=guide(example, page))
 
 
 @app.callback()

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 EXIT_USAGE = 2
 
+FRESH = "--fresh (in Python: fresh=True)"
+"""How a run is begun anew, for messages."""
+
 SHORT = 6
 """A word with fewer letters may have one slip in it, a longer one another for each so many letters."""
 

@@ -119,13 +119,24 @@ def plain_steps(config: Config, steps: int) -> list[tuple[float, dict[str, torch
         outcome = entry.outcome(scores, BatchState(memory, (config.seed, step)))
         memory = outcome.memory
         items = size if entry.item is Item.EDGE else int((labels != 0).sum())
-        loss = outcome.losses.sum() / items
+        loss = (outcome.losses * _weights(batch, entry.item)).sum() / items
         optimizer.zero_grad()
         loss.backward()
         out.append((loss.item(), {n: p.grad.clone() for n, p in policy.named_parameters()}))
         torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm)
         optimizer.step()
     return out
+
+
+def _weights(batch: list[Any], item: Item) -> torch.Tensor:
+    """(items,) the data's own factors on the losses of these groups."""
+    weights: list[float] = []
+    for group in batch:
+        if item is Item.EDGE:
+            weights += group.edge_weights or [1.0] * len(group.edges)
+        else:
+            weights += group.completion_weights or [1.0] * len(group.completions)
+    return torch.tensor(weights, dtype=torch.float64)
 
 
 def compare(got: Any, want: Any, tolerance: float = 1e-5) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from madpo.kernels.layout import GroupRange
 from madpo.kernels.token_scores import TokenScores
-from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.data.tokenise import TokenGroup, joined_weights
 from madpo.trainer.objectives.scores import Scored
 
 WHOLE = GroupRange(*(slice(0, None),) * 4)
@@ -69,7 +69,8 @@ class PackedBatch:
     scale: float = 1.0  # factor on the sum of item losses
     token_scale: float = 0.0  # factor on sums over packed tokens
     is_dummy: bool = False  # for a rank without groups (`dummy_batch`); counts for nothing
-    edge_weights: Tensor | None = None  # (E,) replace the objective's own weights
+    edge_weights: Tensor | None = None  # (E,) the data's factors on the losses of edges
+    completion_weights: Tensor | None = None  # (S,) on those of completions
     ref_token_logps: Tensor | None = None  # (M,) if the reference was scored before
     own_tokens: Tensor | None = None  # (m,) this slice's scored tokens, as indices into the row's M
 
@@ -115,6 +116,7 @@ class PackedBatch:
             group_sequences=tuple(group_sequences),
             group_edges=(0,) * len(group_sequences),
             edge_weights=None,
+            completion_weights=None,
             ref_token_logps=None,
         )
         return batch, sequences
@@ -138,6 +140,7 @@ class PackedBatch:
             tokens.log_collisions,
             tokens.kl,
             None if self.edge_weights is None else self.edge_weights[group_range.edges],
+            None if self.completion_weights is None else self.completion_weights[group_range.sequences],
         )
 
     def to(self, device: torch.device | str) -> Self:
@@ -198,7 +201,7 @@ def pack(
     """
     row = _tokens_of_row(groups, prefix_sharing)
     scored_positions, targets = _scored_tokens(row.completions)
-    chosen, rejected, margins, edge_weights = _edges(groups)
+    chosen, rejected, margins = _edges(groups)
     sequence_positions, edge_positions = _positions_in_step(groups, first_positions)
     lengths = [len(completion.scored) for completion in row.completions]
     return PackedBatch(
@@ -221,7 +224,8 @@ def pack(
         scale=scale,
         token_scale=token_scale,
         is_dummy=is_dummy,
-        edge_weights=edge_weights,
+        edge_weights=_weights([(group.edge_weights, len(group.edges)) for group in groups]),
+        completion_weights=_weights([(x.completion_weights, len(x.completions)) for x in groups]),
         ref_token_logps=None if ref_logps is None else torch.from_numpy(np.concatenate(ref_logps)),
     )
 
@@ -286,22 +290,25 @@ def _scored_tokens(completions: Sequence[_Completion]) -> tuple[Tensor, Tensor]:
     return _concatenated(predicting), _concatenated([x.tokens[x.scored] for x in completions])
 
 
-def _edges(groups: Sequence[TokenGroup]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(E,) chosen, rejected, margins, and weights if the groups bring their own."""
+def _edges(groups: Sequence[TokenGroup]) -> tuple[Tensor, Tensor, Tensor]:
+    """(E,) chosen, rejected and margins."""
     chosen: list[int] = []
     rejected: list[int] = []
     margins: list[float] = []
-    weights: list[float] = []
     first_sequence = 0
     for group in groups:
         for winner, loser, margin in group.edges:
             chosen.append(first_sequence + winner)
             rejected.append(first_sequence + loser)
             margins.append(math.nan if margin is None else margin)
-        weights += group.weights
         first_sequence += len(group.completions)
-    edge_weights = torch.tensor(weights, dtype=torch.float64) if weights else None
-    return _indices(chosen), _indices(rejected), torch.tensor(margins, dtype=torch.float64), edge_weights
+    return _indices(chosen), _indices(rejected), torch.tensor(margins, dtype=torch.float64)
+
+
+def _weights(parts: Sequence[tuple[list[float], int]]) -> Tensor | None:
+    """The weights of all groups, each given with the number it should have; None if no group has any."""
+    weights = joined_weights(parts)
+    return torch.tensor(weights, dtype=torch.float64) if weights else None
 
 
 def _labels(groups: Sequence[TokenGroup]) -> Tensor:

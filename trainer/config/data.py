@@ -128,12 +128,13 @@ class DataConfig(Section):
     min_weight: float | None = Field(
         default=None,
         gt=0,
-        description="leave out pairs that the objective gives a smaller weight; null: none",
+        description="leave out pairs or completions of a smaller weight (by their margin, times the column "
+        "weight); null: none",
     )
     sampling: Literal["uniform", "weight"] = Field(
         default="uniform",
         description="uniform: every group once an epoch; weight: groups drawn in proportion to the weights "
-        "that the objective gives their pairs, with a loss that is then unweighted",
+        "of their pairs or completions, which then leave their losses",
     )
     folds: int | None = Field(
         default=None, ge=2, description="number of parts that the training split is cut into, by prompt"

@@ -26,8 +26,11 @@ class GroupCounts:
     scored_tokens: np.ndarray  # (G,)
     sequences: np.ndarray  # (G,) completions
     edges: np.ndarray  # (G,)
-    counted_edges: np.ndarray  # (G,) edges in the mean loss; a view may compute fewer
     labelled: np.ndarray  # (G,) sequences with a label 1 or -1
+    # What is in the mean loss; a view may compute fewer.
+    counted_edges: np.ndarray  # (G,)
+    counted_labelled: np.ndarray  # (G,)
+    counted_tokens: np.ndarray  # (G,)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -35,6 +38,20 @@ class GroupCounts:
     def at(self, indices: np.ndarray) -> Self:
         """The counts of the groups at `indices` (n,)."""
         return type(self)(*(getattr(self, field.name)[indices] for field in fields(self)))
+
+    @classmethod
+    def all_computed(
+        cls,
+        lengths: np.ndarray,  # (G,)
+        completion_tokens: np.ndarray,  # (G,)
+        scored_tokens: np.ndarray,  # (G,)
+        sequences: np.ndarray,  # (G,)
+        edges: np.ndarray,  # (G,)
+        labelled: np.ndarray,  # (G,)
+    ) -> Self:
+        """The counts of groups that are computed as they are counted."""
+        computed = lengths, completion_tokens, scored_tokens, sequences, edges, labelled
+        return cls(*computed, edges, labelled, scored_tokens)
 
     @classmethod
     def concatenated(cls, parts: Iterable[GroupCounts]) -> Self:
@@ -50,12 +67,17 @@ class GroupCounts:
 
     def items(self, item: Item) -> np.ndarray:
         """(G,) items that each group has in the mean loss."""
-        counts = {
+        counted = {
             Item.EDGE: self.counted_edges,
-            Item.SEQUENCE: self.labelled,
-            Item.TOKEN: self.scored_tokens,
+            Item.SEQUENCE: self.counted_labelled,
+            Item.TOKEN: self.counted_tokens,
         }
-        return counts[item]
+        return counted[item]
+
+    def computed_items(self, item: Item) -> np.ndarray:
+        """(G,) items of each group that are computed."""
+        computed = {Item.EDGE: self.edges, Item.SEQUENCE: self.labelled, Item.TOKEN: self.scored_tokens}
+        return computed[item]
 
 
 @dataclass(frozen=True)
@@ -109,6 +131,16 @@ class TokenDataset(TokenGroups, Protocol):
     @property
     def margins(self) -> np.ndarray:
         """(E,) margins of all edges; NaN where the data set has none."""
+        ...
+
+    @property
+    def edge_weights(self) -> np.ndarray | None:
+        """(E,) the data set's own factors on the losses of all edges; None if no example has a weight."""
+        ...
+
+    @property
+    def completion_weights(self) -> np.ndarray | None:
+        """(S,) factors on the losses of all completions; None if no example has a weight."""
         ...
 
     def ease(self, order: str) -> np.ndarray | None:

@@ -16,6 +16,10 @@ LISTS = {"chat_template": "notes", "unused_columns": "unused", "foreign_turn_mar
 """Key of the report -> the column of the table whose texts it counts."""
 
 
+SPREADS = {"margins", "weights", "weights_of_0", "rows_without_weight"}
+"""Counts that a part may lack, because its rows have no margins or no weights."""
+
+
 def report_of(
     name: str,
     table: datasets.Dataset,
@@ -42,17 +46,30 @@ def report_of(
             (column_of(table, "num_completion_tokens") - column_of(table, "num_scored_tokens"))[taken].sum()
         ),
     }
+    weights = flat_column(table.select(taken), "completion_weights")
+    if len(weights):
+        without = int((column_of(table, "num_weights")[taken] == 0).sum())
+        report |= {
+            "weights": len(weights),
+            "weights_of_0": int((weights == 0).sum()),
+            "rows_without_weight": without,
+            **_spread("weight", weights),
+        }
     for key, column in LISTS.items():
         if counts := _counted(pc.call_function("list_flatten", [table.data.column(column).take(taken)])):
             report[key] = counts
     if len(margins):
-        report |= {
-            "margins": len(margins),
-            "margin_min": float(margins.min()),
-            "margin_max": float(margins.max()),
-            "margin_mean": float(margins.mean()),
-        }
+        report |= {"margins": len(margins), **_spread("margin", margins)}
     return report
+
+
+def _spread(name: str, values: np.ndarray) -> dict[str, float]:
+    """Extrema and mean of the values (N,)."""
+    return {
+        f"{name}_min": float(values.min()),
+        f"{name}_max": float(values.max()),
+        f"{name}_mean": float(values.mean()),
+    }
 
 
 def _counted(column: Any) -> dict[str, int]:
@@ -63,7 +80,7 @@ def _counted(column: Any) -> dict[str, int]:
 
 def total_report(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One report of several parts together."""
-    counts = [key for key, value in reports[0].items() if isinstance(value, int) and key != "margins"]
+    counts = [key for key, value in reports[0].items() if isinstance(value, int) and key not in SPREADS]
     reasons = sorted({reason for report in reports for reason in report["dropped"]})
     total: dict[str, Any] = {"source": name, **{key: sum(x[key] for x in reports) for key in counts}}
     total["dropped"] = {reason: sum(x["dropped"].get(reason, 0) for x in reports) for reason in reasons}
@@ -73,16 +90,30 @@ def total_report(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]
             counted.update(report.get(key, {}))
         if counted:
             total[key] = dict(sorted(counted.items()))
-    with_margins = [report for report in reports if "margins" in report]
-    if with_margins:
-        number = sum(x["margins"] for x in with_margins)
-        total |= {
-            "margins": number,
-            "margin_min": min(x["margin_min"] for x in with_margins),
-            "margin_max": max(x["margin_max"] for x in with_margins),
-            "margin_mean": sum(x["margin_mean"] * x["margins"] for x in with_margins) / number,
-        }
-    return total
+    return total | _total_spread("margin", reports) | _total_weights(reports)
+
+
+def _total_weights(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The numbers on weights of all parts together; groups of a part without weights have none."""
+    spread = _total_spread("weight", reports)
+    if spread:
+        spread["weights_of_0"] = sum(x.get("weights_of_0", 0) for x in reports)
+        spread["rows_without_weight"] = sum(x.get("rows_without_weight", x["groups"]) for x in reports)
+    return spread
+
+
+def _total_spread(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Number, extrema and mean of margins or weights over all parts that have any."""
+    having = [report for report in reports if f"{name}s" in report]
+    if not having:
+        return {}
+    number = sum(x[f"{name}s"] for x in having)
+    return {
+        f"{name}s": number,
+        f"{name}_min": min(x[f"{name}_min"] for x in having),
+        f"{name}_max": max(x[f"{name}_max"] for x in having),
+        f"{name}_mean": sum(x[f"{name}_mean"] * x[f"{name}s"] for x in having) / number,
+    }
 
 
 RENDERED = 0.5

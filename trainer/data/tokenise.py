@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -39,7 +40,8 @@ class TokenGroup:
     completions: list[list[int]]
     edges: list[tuple[int, int, float | None]]
     labels: list[int] = field(default_factory=list)  # 1 desirable, -1 undesirable, 0 neither; all or none
-    weights: list[float] = field(default_factory=list)  # one for each edge, in place of the objective's
+    edge_weights: list[float] = field(default_factory=list)  # factors on the edges' losses; all or none
+    completion_weights: list[float] = field(default_factory=list)  # on those of completions; all or none
     masks: list[list[bool]] = field(default_factory=list)  # which tokens of completions are scored; []: all
     boundary_cut: int = 0  # prompt tokens that moved into the completion, as its text merged with them
     truncated: int = 0  # completions that were cut at their end
@@ -82,6 +84,7 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
     completions = [whole[completion_tokens] for whole in wholes]
     masks = [mask[completion_tokens] for mask in masks]
     edges = [edge for edge in group.edges if completions[edge[0]] != completions[edge[1]]]
+    edge_weights, completion_weights = _weights(group, edges)
     problem = ""
     if start == 0:
         problem = "prompt and completion merge into one token"
@@ -100,6 +103,8 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
         completions,
         edges,
         group.labels or labels_of(edges, len(completions)),
+        edge_weights,
+        completion_weights,
         masks=needed(masks),
         boundary_cut=boundary_cut,
         truncated=sum(len(whole) > rules.max_length for whole in wholes),
@@ -112,6 +117,27 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
 def needed(masks: list[list[bool]]) -> list[list[bool]]:
     """The masks; none if they leave nothing out."""
     return [] if all(map(all, masks)) else masks
+
+
+def _weights(
+    group: TextGroup, edges: Sequence[tuple[int, int, float | None]]
+) -> tuple[list[float], list[float]]:
+    """The weights of the edges that remain, and of the completions; both empty if the example has none.
+
+    An edge has the example's weight, times the weights of its two completions where they have their own.
+    """
+    if group.weight is None and not group.completion_weights:
+        return [], []
+    whole = 1.0 if group.weight is None else group.weight
+    own = group.completion_weights or [1.0] * len(group.completions)
+    return [whole * own[won] * own[lost] for won, lost, _ in edges], [whole * x for x in own]
+
+
+def joined_weights(parts: Sequence[tuple[list[float], int]]) -> list[float]:
+    """The weights of all parts, each given with the number it should have; 1 in place of a part without."""
+    if not any(weights for weights, _ in parts):
+        return []
+    return [weight for weights, count in parts for weight in weights or [1.0] * count]
 
 
 def labels_of(edges: list[tuple[int, int, float | None]], count: int) -> list[int]:

@@ -35,7 +35,7 @@ from madpo.trainer.formats.adapters import ADAPTERS
 from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row
 from madpo.trainer.formats.text_groups import TextGroup, hash_of_prompt, parse_json_line
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 """Part of the cache key; raise it when the same examples would give other tokens."""
 
 FEATURES = datasets.Features(
@@ -47,6 +47,8 @@ FEATURES = datasets.Features(
         "losers": datasets.Sequence(datasets.Value("int32")),
         "margins": datasets.Sequence(datasets.Value("float64")),
         "labels": datasets.Sequence(datasets.Value("int8")),
+        "edge_weights": datasets.Sequence(datasets.Value("float64")),
+        "completion_weights": datasets.Sequence(datasets.Value("float64")),
         "num_tokens": datasets.Value("int32"),
         "num_completion_tokens": datasets.Value("int32"),
         "num_scored_tokens": datasets.Value("int32"),
@@ -54,6 +56,7 @@ FEATURES = datasets.Features(
         "num_edges": datasets.Value("int32"),
         "num_margins": datasets.Value("int32"),
         "num_labels": datasets.Value("int32"),
+        "num_weights": datasets.Value("int32"),
         "boundary_cut": datasets.Value("int32"),
         "truncated": datasets.Value("int32"),
         "equal": datasets.Value("int32"),
@@ -224,6 +227,8 @@ def _columns(group: TokenGroup) -> dict[str, Any]:
         "losers": [loser for _, loser, _ in group.edges],
         "margins": [margin for _, _, margin in group.edges],
         "labels": group.labels,
+        "edge_weights": group.edge_weights,
+        "completion_weights": group.completion_weights,
         "num_tokens": len(group.prompt) + sum(map(len, group.completions)),
         "num_completion_tokens": sum(map(len, group.completions)),
         "num_scored_tokens": sum(group.scored),
@@ -231,6 +236,7 @@ def _columns(group: TokenGroup) -> dict[str, Any]:
         "num_edges": len(group.edges),
         "num_margins": sum(margin is not None for _, _, margin in group.edges),
         "num_labels": sum(label != 0 for label in group.labels),
+        "num_weights": len(group.completion_weights),
         "boundary_cut": group.boundary_cut,
         "truncated": group.truncated,
         "equal": group.equal,

@@ -28,7 +28,8 @@ from madpo.trainer.formats.messages import (
     text_of,
     transcript,
 )
-from madpo.trainer.formats.text_groups import TextGroup, finite, objects, ranked, same_kind
+from madpo.trainer.formats.numbers import finite
+from madpo.trainer.formats.text_groups import TextGroup, objects, ranked, same_kind
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Accepted columns, under TRL's names:
     preference   prompt, chosen, rejected     text, or lists of messages; conversations may leave out
                  `prompt` or repeat it as text: their common leading messages are the prompt
                  margin, or score_chosen and score_rejected (also chosen_score and rejected_score)
+                 weight, in every layout: a factor on the losses of the example
     unpaired     prompt, completion, label     true (or 1) is desirable
     supervised   prompt, completion   or   messages   or   text
     scored       prompt, completions, scores   a list of texts or of lists of messages, and its numbers
@@ -13,7 +14,6 @@ Conversations may have columns `tools` and `chat_template_kwargs` too, for the c
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +22,7 @@ import xxhash
 
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.chat_message import SPOKEN, WEIGHT, Messages, read_message, text_in
+from madpo.trainer.formats.numbers import as_weight, finite, label_of, margin_of
 
 Text = str | Messages
 
@@ -36,6 +37,8 @@ class TextGroup:
     labels: list[int] = field(default_factory=list)  # 1 desirable, -1 undesirable; all completions or none
     tools: list[dict[str, Any]] = field(default_factory=list)  # JSON schemas, for the chat template
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # more variables of the chat template
+    weight: float | None = None  # factor on the losses of all edges or completions; None: the row has none
+    completion_weights: list[float] = field(default_factory=list)  # further factors; all completions or none
     unused: tuple[str, ...] = field(default=(), compare=False)  # columns with text that nothing looks at
     unknown_keys: tuple[str, ...] = field(default=(), compare=False)  # of messages, with text
     compared: bool = field(default=False, compare=False)  # from `ranked`, maybe with fewer than two scores
@@ -124,8 +127,11 @@ def best_only(group: TextGroup) -> TextGroup:
     if not group.completions:
         raise UserError("no completion has a score, and so none is the best")
     rejected = {loser for _, loser, _ in group.edges}
-    best = next(x for i, x in enumerate(group.completions) if i not in rejected)
-    return replace(group, completions=[best], edges=[], labels=[])
+    best = next(index for index in range(len(group.completions)) if index not in rejected)
+    weights = group.completion_weights[best : best + 1]
+    return replace(
+        group, completions=[group.completions[best]], edges=[], labels=[], completion_weights=weights
+    )
 
 
 def ranked(
@@ -155,7 +161,13 @@ def _scored(row: Mapping[str, Any]) -> TextGroup:
     scored = [i for i, score in enumerate(scores) if score is not None]
     numbers = [finite(scores[i], f"scores[{i}]") for i in scored]
     prompt = text_or_messages(row, "prompt", may_be_empty=True)
-    return ranked(prompt, [texts[i] for i in scored], numbers)
+    group = ranked(prompt, [texts[i] for i in scored], numbers)
+    weights = row.get("weight")
+    if not isinstance(weights, list):
+        return group
+    if len(weights) != len(completions):
+        raise UserError(f"weight: {len(weights)} numbers for {len(completions)} completions")
+    return replace(group, completion_weights=[as_weight(weights[i], f"weight[{i}]") for i in scored])
 
 
 def objects(row: Mapping[str, Any], name: str, at_least: int = 1) -> list[Any]:
@@ -268,20 +280,6 @@ def as_text(value: Any, field: str, may_be_empty: bool = False) -> Text:
     raise UserError(f"{field}: expected text or a list of messages, got {value!r:.80}")
 
 
-SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
-MARGIN_COLUMNS = frozenset({"margin", *SCORES[0], *SCORES[1]})
-
-
-def margin_of(row: Mapping[str, Any]) -> float | None:
-    """The column `margin`, else the difference of two score columns, else None."""
-    if row.get("margin") is not None:
-        return finite(row["margin"], "margin")
-    for chosen, rejected in SCORES:
-        if row.get(chosen) is not None and row.get(rejected) is not None:
-            return finite(finite(row[chosen], chosen) - finite(row[rejected], rejected), "margin")
-    return None
-
-
 def with_system(group: TextGroup, system: Any) -> TextGroup:
     """The conversation after a system message of this text, if there is text. Raises UserError."""
     if system is None:
@@ -307,25 +305,10 @@ def with_edges(group: Any, edges: Sequence[tuple[int, int, float | None]]) -> An
         edges=[(new_index[chosen], new_index[rejected], margin) for chosen, rejected, margin in edges],
         **{
             name: [values[old] for old in selected]
-            for name in ("labels", "masks")
+            for name in ("labels", "completion_weights", "masks")
             if (values := getattr(group, name, []))
         },
     )
-
-
-def label_of(row: Mapping[str, Any]) -> int:
-    value = row.get("label")
-    if value is None or value not in (True, False):  # 1 and 0 are equal to these
-        raise UserError(f"label: true (or 1, desirable) or false (or 0), got {value!r}")
-    return 1 if value else -1
-
-
-def finite(value: Any, field: str) -> float:
-    """The value as a float. Raises UserError for what is no finite number."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not abs(value) <= sys.float_info.max:
-        raise UserError(f"{field}: expected a finite number, got {value!r}")
-    return float(value)
 
 
 def parse_json_line(raw: bytes) -> dict[str, Any]:

@@ -89,6 +89,8 @@ class Progress:
                 out(f"    {line}", markup=False)
             for note, number in facts.get("chat_template", {}).items():
                 out(f"    {number} examples: {note}")
+            if missing := facts.get("rows_without_weight"):
+                out(f"    {missing} examples without a weight count with 1")
             if unused := facts.get("unused_columns"):
                 out(f"    columns that are not used: {', '.join(unused)}")
         for note in notes:

@@ -24,7 +24,7 @@ def remarks(
     config: Config,
     total_steps: int,
     parameters: tuple[int, int],  # trained, all
-    weights: np.ndarray | None,  # (E,) that the objective gives the training pairs
+    weights: np.ndarray | None,  # (K,) of the training pairs or completions
 ) -> list[str]:
     """A sentence for each unusual thing."""
     found = [_on_length(config, total_steps), _on_rate(config, parameters), _on_weights(config, weights)]
@@ -54,12 +54,12 @@ def _on_rate(config: Config, parameters: tuple[int, int]) -> str | None:
 
 
 def _on_weights(config: Config, weights: np.ndarray | None) -> str | None:
-    """The weights of the pairs, which decide whether a weighted objective differs from its plain form."""
+    """The weights of the losses, which decide whether a weighted objective differs from its plain form."""
     if weights is None or not len(weights):
         return None
     low, middle, high = np.quantile(weights, [0.05, 0.5, 0.95])
-    name = config.objective.loss_type
-    remark = f"weights of {name}: 5 % below {low:.3g}, median {middle:.3g}, 5 % above {high:.3g}"
+    source = config.objective.loss_type if config.bound_objective.weight else "the data set"
+    remark = f"weights of {source}: 5 % below {low:.3g}, median {middle:.3g}, 5 % above {high:.3g}"
     if high - low < ALIKE * middle:
-        remark += "; all are alike, so they change nothing but the learning rate (docs/tau.md)"
+        remark += "; all are alike, so they change nothing but the learning rate"
     return remark

@@ -15,7 +15,8 @@ import numpy as np
 from madpo.trainer.data.source import Source
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_atomically
-from madpo.trainer.formats.text_groups import MARGIN_COLUMNS, parse_json_line
+from madpo.trainer.formats.numbers import MARGIN_COLUMNS
+from madpo.trainer.formats.text_groups import parse_json_line
 from madpo.trainer.reports.calibration import calibration
 
 

@@ -190,9 +190,12 @@ def render_totals(report: dict[str, Any], tokens: int, trained: int, coloured: b
         yield Text(f"{number:,} examples: {note}")
     if unused := report.get("unused_columns"):
         yield Text(f"columns that are not used: {', '.join(unused)}")
-    if "margin_mean" in report:
-        low, mean, high = (report[f"margin_{name}"] for name in ("min", "mean", "max"))
-        yield Text(f"margins from {low:g} to {high:g}, mean {mean:.4g}")
+    for kind in ("margin", "weight"):
+        if f"{kind}_mean" in report:
+            low, mean, high = (report[f"{kind}_{name}"] for name in ("min", "mean", "max"))
+            yield Text(f"{kind}s from {low:g} to {high:g}, mean {mean:.4g}")
+    if missing := report.get("rows_without_weight"):
+        yield Text(f"{missing:,} examples without a weight count with 1")
 
 
 COUNTS = {

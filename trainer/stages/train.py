@@ -16,8 +16,10 @@ import torch
 from madpo.trainer import checkpoint, dist, loop, stopping
 from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config, dump
-from madpo.trainer.data.training_data import Data, load_data, weighed, weights_of
+from madpo.trainer.data.training_data import Data, load_data, weighed
+from madpo.trainer.data.views.weighed import weights_of
 from madpo.trainer.dist import Shard, barrier
+from madpo.trainer.errors import FRESH
 from madpo.trainer.metrics import MetricsFile
 from madpo.trainer.model.expert_balance import expert_notes
 from madpo.trainer.model.freeze import count_parameters
@@ -54,7 +56,7 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
     with ExitStack() as cleanup:
         cleanup.callback(claim(folder, shard).release)
         config = resolve_quantiles(config, data, tokenizer, shard)
-        weights = weights_of(data.train, config)
+        weights = None if data.train is None else weights_of(data.train, config.bound_objective)
         data = weighed(data, config)
         assert data.source is not None
         identity = checkpoint.identity(config, shard, data.source.content)
@@ -62,7 +64,7 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
         total_steps = run_length(config, data.source.num_groups).total_steps
         if tag is not None and step_of(tag) == total_steps and dist.from_main(is_exported(config, folder)):
             if shard.is_main:
-                print_line(f"finished at step {total_steps} already; --fresh starts anew")
+                print_line(f"finished at step {total_steps} already; {FRESH} starts anew")
             return
         data, cached = with_reference(config, data, tokenizer, shard, training=True)
         source = data.source

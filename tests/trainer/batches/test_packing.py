@@ -93,13 +93,12 @@ class Held:
         self.groups = groups
         tokens = np.array([sum(map(len, group.completions)) for group in groups])
         edges = np.array([len(group.edges) for group in groups])
-        self.counts = GroupCounts(
+        self.counts = GroupCounts.all_computed(
             lengths=tokens + np.array([len(group.prompt) for group in groups]),
             completion_tokens=tokens,
             scored_tokens=np.array([sum(group.scored) for group in groups]),
             sequences=np.array([len(group.completions) for group in groups]),
             edges=edges,
-            counted_edges=edges,
             labelled=np.zeros_like(edges),
         )
         self.reference: ReferenceLogps | None = None

@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 
 from madpo.trainer.formats.chat_message import without_nulls
+from madpo.trainer.formats.numbers import finite, label_of, margin_of
 from madpo.trainer.formats.text_groups import (
     TextGroup,
     best_only,
-    finite,
-    label_of,
     layout_of,
-    margin_of,
     objects,
     parse_json_line,
     ranked,

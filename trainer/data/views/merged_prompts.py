@@ -15,7 +15,7 @@ import xxhash
 
 from madpo.trainer.data.groups import GroupCounts, ReferenceLogps, TabledGroups, TokenDataset, ease_of
 from madpo.trainer.data.lengths import Shapes, in_two_parts, shapes_of
-from madpo.trainer.data.tokenise import TokenGroup, labels_of, needed
+from madpo.trainer.data.tokenise import TokenGroup, joined_weights, labels_of, needed
 from madpo.trainer.data.views.ragged import ranges
 from madpo.trainer.objectives.base import Item
 from madpo.trainer.objectives.build import BoundObjective
@@ -83,14 +83,12 @@ class MergedDataset:
         self._members = np.argsort(plan.leaders, kind="stable")  # (R,) one group after another
         leads = plan.leaders[self._members] == self._members
         self._starts = np.append(np.flatnonzero(leads), len(leads))  # (G + 1,)
-        edges = self._sums(groups.counts.edges)
-        self.counts = GroupCounts(
+        self.counts = GroupCounts.all_computed(
             lengths=self._sums(plan.tokens),
             completion_tokens=self._sums(plan.completion_tokens),
             scored_tokens=self._sums(plan.scored_tokens),
             sequences=self._sums(plan.sequences),
-            edges=edges,
-            counted_edges=edges,
+            edges=self._sums(groups.counts.edges),
             labelled=self._sums(plan.labelled),
         )
 
@@ -120,6 +118,17 @@ class MergedDataset:
     @property
     def margins(self) -> np.ndarray:
         return self._groups.margins[ranges(self._groups.counts.edges, self._members)]
+
+    @property
+    def edge_weights(self) -> np.ndarray | None:
+        weights = self._groups.edge_weights
+        return None if weights is None else weights[ranges(self._groups.counts.edges, self._members)]
+
+    @property
+    def completion_weights(self) -> np.ndarray | None:
+        assert not self._share_completions, "a shared completion has no weight of its own"
+        weights = self._groups.completion_weights
+        return None if weights is None else weights[ranges(self._groups.counts.sequences, self._members)]
 
     def shapes(self, indices: np.ndarray) -> Shapes:
         """The lengths of the groups at `indices`. Joined ones are read: only tokens show what is shared."""
@@ -159,14 +168,18 @@ def joined(parts: Sequence[TokenGroup], share_completions: bool) -> TokenGroup:
                 masks.append(mask)
         edges += [(new_index[chosen], new_index[rejected], margin) for chosen, rejected, margin in part.edges]
     if share_completions:
-        labels = labels_of(edges, len(completions))
+        labels, completion_weights = labels_of(edges, len(completions)), []
     else:
         labels = [label for part in parts for label in part.labels]
+        own = [(part.completion_weights, len(part.completions)) for part in parts]
+        completion_weights = joined_weights(own)
     return TokenGroup(
         parts[0].prompt,
         completions,
         edges,
         labels,
+        joined_weights([(part.edge_weights, len(part.edges)) for part in parts]),
+        completion_weights,
         boundary_cut=max(part.boundary_cut for part in parts),
         truncated=sum(part.truncated for part in parts),
         equal=sum(part.equal for part in parts),

@@ -72,6 +72,22 @@ class MismatchedDataset:
     def margins(self) -> np.ndarray:
         return self._groups.margins
 
+    @property
+    def edge_weights(self) -> np.ndarray | None:
+        return self._groups.edge_weights
+
+    @property
+    def completion_weights(self) -> np.ndarray | None:
+        """(S,) weights of each group's own completions, and 1 for borrowed ones, whose loss is 0."""
+        weights, own = self._groups.completion_weights, self._groups.counts.sequences
+        if weights is None:
+            return None
+        starts = np.cumsum(self.counts.sequences) - self.counts.sequences
+        places = np.repeat(starts - (np.cumsum(own) - own), own) + np.arange(own.sum())
+        all_weights = np.ones(self.counts.sequences.sum())
+        all_weights[places] = weights
+        return all_weights
+
     def ease(self, order: str) -> np.ndarray | None:
         return self._groups.ease(order)
 
@@ -91,5 +107,12 @@ class MismatchedDataset:
         room = self._max_length - len(own.prompt)
         borrowed = [completion[:room] for completion in partner.completions]
         labels = [*own.labels, *(0 for _ in borrowed)]
+        weights = [*own.completion_weights, *(1.0 for _ in borrowed)] if own.completion_weights else []
         masks = needed([*own.whole_masks, *(mask[:room] for mask in partner.whole_masks)])
-        return replace(own, completions=[*own.completions, *borrowed], labels=labels, masks=masks)
+        return replace(
+            own,
+            completions=[*own.completions, *borrowed],
+            labels=labels,
+            completion_weights=weights,
+            masks=masks,
+        )

@@ -16,7 +16,7 @@ from madpo.trainer.data.lengths import shapes_of
 from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.data.views.merged_prompts import merge_prompts
 from madpo.trainer.data.views.mismatched import MismatchedDataset
-from madpo.trainer.data.views.trimmed import TrimmedDataset
+from madpo.trainer.data.views.trimmed import SelectedDataset, TrimmedDataset
 from madpo.trainer.objectives.build import build
 
 
@@ -62,6 +62,7 @@ def test_rows_of_one_prompt_share_completions_that_are_scored_alike(groups, loss
     """Three rows ask `on?`; good, bad and the three turns after bad are in two of them each."""
     view = merge_prompts(groups, build(loss_type), most_tokens=10_000)
     check(view)
+    check(SelectedDataset(view, np.array([0]), np.array([True])))
     assert len(view[0].completions) == completions
     trimmed = TrimmedDataset(view, np.arange(5) != 1, np.arange(len(view)), view.counts.edges)
     if loss_type == "dpo":
