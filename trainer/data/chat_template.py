@@ -123,7 +123,8 @@ def translated(
         )
     variables = {name: value for name, value in options.items() if name != "tools"}
     shape = json.dumps([_marked(messages), _forms(options.get("tools") or [])])
-    written = repr(tokenizer.chat_template)
+    template: Any = tokenizer.chat_template  # text, or several by name
+    written = template if isinstance(template, str) else repr(template)
     rendering = _rendering(tokenizer, written, shape, json.dumps(variables, sort_keys=True))
     return translate(messages, rendering.translations), rendering
 

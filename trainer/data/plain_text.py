@@ -51,7 +51,7 @@ TURN_MARKS = re.compile(
 
 def foreign_marks(group: TextGroup, known: Collection[str]) -> list[str]:
     """Marks of turns in plain text, as of a rendered template, that are no tokens of the tokenizer."""
-    texts = [text for text in (group.prompt, *group.completions) if isinstance(text, str)]
+    texts = [x for x in (group.prompt, *group.completions) if isinstance(x, str) and ("<" in x or "[" in x)]
     return sorted({mark for text in texts for mark in TURN_MARKS.findall(text)} - set(known))
 
 

@@ -214,6 +214,8 @@ class _RowTokeniser:
 
     def _unused_keys(self, text: TextGroup) -> list[str]:
         """The keys of messages that not even the chat template names."""
+        if not text.unknown_keys:
+            return []
         template = repr(self.tokenizer.chat_template)
         return [f"{key} (of messages)" for key in text.unknown_keys if key not in template]
 
@@ -264,7 +266,7 @@ def tokenise_all(
             adapter,
             raw_lines,
             special_spellings(tokenizer),
-            frozenset(tokenizer.get_added_vocab()),
+            frozenset(map(str, tokenizer.added_tokens_decoder.values())),
         ),
         with_indices=True,
         remove_columns=source.rows.column_names,

@@ -247,9 +247,9 @@ def test_what_does_not_show_is_refused(known, monkeypatch):
 @pytest.mark.ranks
 def test_masked_conversations_packed_on_two_ranks_train_as_single_rows_do(tmp_path, known):
     known["chatml"].save_pretrained(tmp_path / "tokenizer")
-    vocabulary = {"vocab_size": len(known["chatml"])}
+    size = len(known["chatml"])
     names = {
-        role: str(save_model(tmp_path / role, tmp_path / "tokenizer", seed=seed, **vocabulary))
+        role: str(save_model(tmp_path / role, tmp_path / "tokenizer", seed=seed, vocab_size=size))
         for role, seed in (("model_name_or_path", 1), ("ref_model_name_or_path", 2))
     }
     config = make_config(
