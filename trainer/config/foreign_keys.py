@@ -200,7 +200,7 @@ def in_place_of(section: str, value: str) -> str | None:
         return f"write {AS_VALUES[section]}={value}"
     if section == "deepspeed":
         return f"write the keys of {value} below it, as in deepspeed.zero_optimization.stage=2"
-    return "peft={} trains an adapter with the usual settings" if section == "peft" else None
+    return "peft={} trains an adapter" if section == "peft" else None
 
 
 def other_trainer(problems: Iterable[Any], schema: type[BaseModel]) -> str:

@@ -142,7 +142,9 @@ def _describe_run(
         "host_cpus": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {
-            name: version(name) for name in ("madpo", "torch", "deepspeed", "transformers", "datasets")
+            "madpo": version("madpo"),
+            "torch": torch.__version__,  # with its build, which a wheel's metadata may leave out
+            **{name: version(name) for name in ("deepspeed", "transformers", "datasets")},
         },
         "started": time.time(),
     }
