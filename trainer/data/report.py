@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from madpo.trainer.data.dataset import column_of, flat_column
 
-LISTS = {"chat_template": "notes", "unused_columns": "unused"}
+LISTS = {"chat_template": "notes", "unused_columns": "unused", "foreign_turn_marks": "foreign_marks"}
 """Key of the report -> the column of the table whose texts it counts."""
 
 
@@ -41,6 +41,10 @@ def report_of(
         "groups_with_moved_boundary": int((column_of(table, "boundary_cut")[taken] > 0).sum()),
         "comparisons_of_equal_tokens": int(column_of(table, "equal")[taken].sum()),
         "rows_that_spell_special_tokens": int(column_of(table, "spells_special").sum()),
+        "texts_that_spell_special_tokens": int(column_of(table, "spelled_in_text").sum()),
+        "unscored_completion_tokens": int(
+            (column_of(table, "num_completion_tokens") - column_of(table, "num_scored_tokens"))[taken].sum()
+        ),
     }
     weights = flat_column(table.select(taken), "completion_weights")
     if len(weights):
@@ -110,6 +114,31 @@ def _total_spread(name: str, reports: Sequence[dict[str, Any]]) -> dict[str, Any
         f"{name}_max": max(x[f"{name}_max"] for x in having),
         f"{name}_mean": sum(x[f"{name}_mean"] * x[f"{name}s"] for x in having) / number,
     }
+
+
+RENDERED = 0.5
+"""The share of examples with marks of turns in plain text, above which a template has been rendered."""
+
+
+def on_marks_in_text(report: dict[str, Any]) -> list[str]:
+    """What is to be said of special tokens, and of marks of turns, that plain text spells out."""
+    lines = []
+    number, rows = report["texts_that_spell_special_tokens"], report["rows"]
+    if number > RENDERED * rows:
+        lines.append(
+            f"{number} of {rows} examples are text in which a chat template was rendered before: special "
+            "tokens that it spells out are letters here; data.text_holds_special_tokens=true takes them as "
+            "tokens"
+        )
+    elif number:
+        lines.append(f"{number} examples spell out special tokens in plain text, where they are letters")
+    mark, number = max(report.get("foreign_turn_marks", {}).items(), key=lambda x: x[1], default=("", 0))
+    if number > RENDERED * rows:
+        lines.append(
+            f"{number} of {rows} examples are text with {mark}, as another model's chat template writes it: "
+            "no token of this tokenizer, so it is letters; render the data with the right template"
+        )
+    return lines
 
 
 def reasons_in(report: dict[str, Any]) -> str:

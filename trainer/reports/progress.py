@@ -15,6 +15,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from madpo.trainer.config.schema import Config
+from madpo.trainer.data.report import on_marks_in_text
 from madpo.trainer.dist import Shard
 from madpo.trainer.pair_margins import ACCURACY, STDERR, all_are_ties
 from madpo.trainer.run_folder import newest_checkpoint, step_of
@@ -40,7 +41,8 @@ MERGE_HINT = 0.1
 COUNTS = {
     "truncated_completions": "completions cut",
     "groups_with_moved_boundary": "prompts with moved boundary",
-    "rows_that_spell_special_tokens": "examples that spell special tokens",
+    "rows_that_spell_special_tokens": "conversations that spell special tokens",
+    "unscored_completion_tokens": "tokens of completions not trained on",
 }
 """Counts of the data report that are printed where they are not 0 -> what they count."""
 
@@ -83,6 +85,8 @@ class Progress:
                 counts.append(f"{repeated:.0%} of the tokens repeat a prompt (see data.merge_prompts)")
             counts += [f"{facts[key]} {label}" for key, label in COUNTS.items() if facts[key]]
             out(f"  {split}: {', '.join(counts)}")
+            for line in on_marks_in_text(facts):
+                out(f"    {line}", markup=False)
             for note, number in facts.get("chat_template", {}).items():
                 out(f"    {number} examples: {note}")
             if missing := facts.get("rows_without_weight"):

@@ -21,7 +21,10 @@ FACTS = {
     "tokens_of_known_prompts": 25,
     "truncated_completions": 3,
     "groups_with_moved_boundary": 0,
+    "rows": 9,
     "rows_that_spell_special_tokens": 1,
+    "texts_that_spell_special_tokens": 0,
+    "unscored_completion_tokens": 0,
 }
 
 
@@ -45,8 +48,8 @@ def test_the_counts_of_the_data_and_all_notes_are_announced(capsys):
         "madpo on 2 ranks (cpu), into runs/x",
         "  training 1,000 of 4,000 parameters (25.00%)",
         "  train: 8 groups, 100 tokens, 3 examples dropped, 25% of the tokens repeat a prompt (see "
-        "data.merge_prompts), 3 completions cut, 1 examples that spell special tokens",
-        "  test: 8 groups, 100 tokens, 3 completions cut, 1 examples that spell special tokens",
+        "data.merge_prompts), 3 completions cut, 1 conversations that spell special tokens",
+        "  test: 8 groups, 100 tokens, 3 completions cut, 1 conversations that spell special tokens",
         "  attention is exact",
         "  cached",
     ]
