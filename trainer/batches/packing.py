@@ -2,8 +2,9 @@
 
 For a group with prompt p (length a) and completions c1 .. ck the packed row is p c1 .. ck. Position
 ids restart at a for every completion. A completion attends to the prompt and to itself, never to a
-sibling. A scored token is a completion token. The position before it predicts it: the prompt's last
-position predicts the first token of every completion, so it is k times among `scored_positions`.
+sibling. A scored token is a token of a completion that its mask, if there is one, does not leave out. The
+position before it predicts it: the prompt's last position predicts the first token of every completion, so it
+is k times among `scored_positions`.
 
 Without prefix sharing, and for a single completion, the row is p c1 .. p ck, each p ci one segment.
 """
@@ -203,7 +204,7 @@ def pack(
     scored_positions, targets = _scored_tokens(row.completions)
     chosen, rejected, margins = _edges(groups)
     sequence_positions, edge_positions = _positions_in_step(groups, first_positions)
-    lengths = [len(completion.tokens) for completion in row.completions]
+    lengths = [len(completion.scored) for completion in row.completions]
     return PackedBatch(
         input_ids=row.input_ids,
         position_ids=row.position_ids,
@@ -231,11 +232,13 @@ def pack(
 
 
 class _Completion(NamedTuple):
-    """A completion in the row: its tokens from `start`, and where the prompt before it ends."""
+    """A completion in the row: its tokens from `start`, which of them are scored, and where the prompt before
+    it ends."""
 
     prompt_end: int
     start: int
     tokens: np.ndarray  # int64
+    scored: np.ndarray  # int64, indices into the tokens
 
     @property
     def end(self) -> int:
@@ -275,17 +278,18 @@ def _tokens_of_row(groups: Sequence[TokenGroup], prefix_sharing: bool | Sequence
                 segments.append(Segment(start, end, prompt_start, prompt_end))
             else:
                 segments.append(Segment(prompt_start, end, prompt_start, prompt_start))
-            completions.append(_Completion(prompt_end, start, ids[-1]))
+            scored = np.flatnonzero(group.masks[number]) if group.masks else np.arange(len(completion))
+            completions.append(_Completion(prompt_end, start, ids[-1], scored))
     return _Row(_concatenated(ids), _concatenated(position_ids), segments, completions)
 
 
 def _scored_tokens(completions: Sequence[_Completion]) -> tuple[Tensor, Tensor]:
-    """(M,) the position that predicts each completion token, and (M,) that token."""
+    """(M,) the position that predicts each scored token, and (M,) that token."""
     predicting: list[np.ndarray] = []
     for completion in completions:
-        predicting.append(np.array([completion.prompt_end - 1]))
-        predicting.append(np.arange(completion.start, completion.end - 1))
-    return _concatenated(predicting), _concatenated([completion.tokens for completion in completions])
+        before = completion.start + completion.scored - 1
+        predicting.append(np.where(completion.scored == 0, completion.prompt_end - 1, before))
+    return _concatenated(predicting), _concatenated([x.tokens[x.scored] for x in completions])
 
 
 def _edges(groups: Sequence[TokenGroup]) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,8 +24,8 @@ class GroupDataset:
         self.name = name
         self.fingerprint = fingerprint  # of the examples and everything that made tokens of them
         self.table = table
-        names = ("num_tokens", "num_completion_tokens", "num_sequences", "num_edges", "num_labels")
-        self.counts = GroupCounts.all_computed(*(column_of(table, name) for name in names))
+        names = ("tokens", "completion_tokens", "scored_tokens", "sequences", "edges", "labels")
+        self.counts = GroupCounts.all_computed(*(column_of(table, f"num_{name}") for name in names))
         self.reference: ReferenceLogps | None = None
 
     @property
@@ -111,6 +111,7 @@ class GroupDataset:
             row["completions"],
             edges=list(zip(row["winners"], row["losers"], row["margins"], strict=True)),
             labels=row["labels"],
+            masks=row["masks"],
             edge_weights=row["edge_weights"],
             completion_weights=row["completion_weights"],
             boundary_cut=row["boundary_cut"],

@@ -22,7 +22,8 @@ class GroupCounts:
     """Counts of each group, from which steps are planned before a group is read."""
 
     lengths: np.ndarray  # (G,) packed tokens: prompt and completions
-    completion_tokens: np.ndarray  # (G,)
+    completion_tokens: np.ndarray  # (G,) tokens of completions, scored or not
+    scored_tokens: np.ndarray  # (G,)
     sequences: np.ndarray  # (G,) completions
     edges: np.ndarray  # (G,)
     labelled: np.ndarray  # (G,) sequences with a label 1 or -1
@@ -43,12 +44,14 @@ class GroupCounts:
         cls,
         lengths: np.ndarray,  # (G,)
         completion_tokens: np.ndarray,  # (G,)
+        scored_tokens: np.ndarray,  # (G,)
         sequences: np.ndarray,  # (G,)
         edges: np.ndarray,  # (G,)
         labelled: np.ndarray,  # (G,)
     ) -> Self:
         """The counts of groups that are computed as they are counted."""
-        return cls(lengths, completion_tokens, sequences, edges, labelled, edges, labelled, completion_tokens)
+        computed = lengths, completion_tokens, scored_tokens, sequences, edges, labelled
+        return cls(*computed, edges, labelled, scored_tokens)
 
     @classmethod
     def concatenated(cls, parts: Iterable[GroupCounts]) -> Self:
@@ -73,13 +76,13 @@ class GroupCounts:
 
     def computed_items(self, item: Item) -> np.ndarray:
         """(G,) items of each group that are computed."""
-        computed = {Item.EDGE: self.edges, Item.SEQUENCE: self.labelled, Item.TOKEN: self.completion_tokens}
+        computed = {Item.EDGE: self.edges, Item.SEQUENCE: self.labelled, Item.TOKEN: self.scored_tokens}
         return computed[item]
 
 
 @dataclass(frozen=True)
 class ReferenceLogps:
-    """The reference's log-probs of all completion tokens, group after group."""
+    """The reference's log-probs of all scored tokens, group after group."""
 
     flat: np.ndarray  # (M,) float32
     starts: np.ndarray  # (G + 1,) where those of each group begin
@@ -161,10 +164,10 @@ AnyGroups = TypeVar("AnyGroups", bound=TokenGroups)
 
 def with_logps(
     groups: AnyGroups,
-    flat: np.ndarray,  # (M,) float32, of all completion tokens
+    flat: np.ndarray,  # (M,) float32, of all scored tokens
 ) -> AnyGroups:
     """A copy of the groups that carries the reference's log-probs."""
-    starts = np.concatenate(([0], np.cumsum(groups.counts.completion_tokens, dtype=np.int64)))
+    starts = np.concatenate(([0], np.cumsum(groups.counts.scored_tokens, dtype=np.int64)))
     assert len(flat) == starts[-1]
     with_reference = copy.copy(groups)
     with_reference.reference = ReferenceLogps(flat, starts)

@@ -35,7 +35,8 @@ COUNTS = {
     "truncated_completions": "completions cut at max_length",
     "groups_with_moved_boundary": "prompts whose last tokens merge with the completion",
     "comparisons_of_equal_tokens": "pairs left out: both completions are the same tokens",
-    "rows_that_spell_special_tokens": "examples spell out a special token: in conversations it becomes one",
+    "rows_that_spell_special_tokens": "conversations spell out a special token, which becomes that token",
+    "unscored_completion_tokens": "tokens of completions are not trained on (data.train_on, or weight 0)",
     "repeated_examples": "examples repeat an earlier one",
     "contradicting_examples": "examples contradict another: same texts, the opposite preference or label",
     HELD_OUT: "held-out examples, or their texts the other way round, are trained on",
@@ -45,7 +46,12 @@ COUNTS = {
 }
 """Counts of a report -> what is printed after the number."""
 
-LISTS = {"odd_texts": "odd", "chat_template": "notes", "unused_columns": "unused"}
+LISTS = {
+    "odd_texts": "odd",
+    "chat_template": "notes",
+    "unused_columns": "unused",
+    "foreign_turn_marks": "foreign_marks",
+}
 """Key of a report -> the column of the table whose texts it counts."""
 
 
@@ -183,11 +189,15 @@ def _cut(
         "truncated_completions": column_of(table, "truncated"),
         "groups_with_moved_boundary": column_of(table, "boundary_cut") > 0,
         "comparisons_of_equal_tokens": column_of(table, "equal"),
+        "unscored_completion_tokens": column_of(table, "num_completion_tokens")
+        - column_of(table, "num_scored_tokens"),
     }
     spells = np.flatnonzero(column_of(table, "spells_special"))
+    spelled = np.flatnonzero(column_of(table, "spelled_in_text"))
     return {
         **{key: _Found(int(x[taken].sum()), np.unique(taken[x[taken] > 0])) for key, x in columns.items()},
         "rows_that_spell_special_tokens": _Found(len(spells), spells),
+        "texts_that_spell_special_tokens": _Found(len(spelled), spelled),
     }
 
 
@@ -285,6 +295,31 @@ def _total_spread(name: str, reports: Sequence[Report]) -> Report:
     }
 
 
+RENDERED = 0.5
+"""The share of examples with marks of turns in plain text, above which a template has been rendered."""
+
+
+def on_marks_in_text(report: Report) -> list[str]:
+    """What is to be said of special tokens, and of marks of turns, that plain text spells out."""
+    lines = []
+    number, rows = report["texts_that_spell_special_tokens"], report["rows"]
+    if number > RENDERED * rows:
+        lines.append(
+            f"{number} of {rows} examples are text in which a chat template was rendered before: special "
+            "tokens that it spells out are letters here; data.text_holds_special_tokens=true takes them as "
+            "tokens"
+        )
+    elif number:
+        lines.append(f"{number} examples spell out special tokens in plain text, where they are letters")
+    mark, number = max(report.get("foreign_turn_marks", {}).items(), key=lambda x: x[1], default=("", 0))
+    if number > RENDERED * rows:
+        lines.append(
+            f"{number} of {rows} examples are text with {mark}, as another model's chat template writes it: "
+            "no token of this tokenizer, so it is letters; render the data with the right template"
+        )
+    return lines
+
+
 def reasons_in(report: Report) -> str:
     """Why rows were dropped, and how many for each reason, for a message."""
     return "; ".join(
@@ -299,6 +334,7 @@ def findings(report: Report) -> Iterator[str]:
     for key, says in COUNTS.items():
         if report.get(key):
             yield f"{report[key]:,} {says}{_first(report, key)}"
+    yield from on_marks_in_text(report)
     for key in ("odd_texts", "chat_template"):
         for text, number in report.get(key, {}).items():
             yield f"{number:,} examples: {text}{_first(report, text)}"

@@ -26,24 +26,26 @@ from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.dataset import GroupDataset, column_of
 from madpo.trainer.data.known_tokens import check_known_tokens
 from madpo.trainer.data.order import permutation
+from madpo.trainer.data.plain_text import foreign_marks, special_spellings, spells_special
 from madpo.trainer.data.report import Report, reasons_in, report_of
 from madpo.trainer.data.source import Source, cache_folder, open_source
-from madpo.trainer.data.tokenise import TokenGroup, TokenRules, special_spellings, spells_special, tokenise
+from madpo.trainer.data.tokenise import TokenGroup, TokenRules, tokenise
 from madpo.trainer.errors import UserError, on_one_line
 from madpo.trainer.files import fault_in, seal, write_folder_atomically
 from madpo.trainer.formats.adapters import ADAPTERS
 from madpo.trainer.formats.json_lines import parse_json_line
 from madpo.trainer.formats.oddities import claims_of, oddities_of
 from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row
-from madpo.trainer.formats.text_groups import hash_of_prompt
+from madpo.trainer.formats.text_groups import TextGroup, hash_of_prompt
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 """Part of the cache key; raise it when the same examples would give other tokens."""
 
 FEATURES = datasets.Features(
     {
         "prompt": datasets.Sequence(datasets.Value("int32")),
         "completions": datasets.Sequence(datasets.Sequence(datasets.Value("int32"))),
+        "masks": datasets.Sequence(datasets.Sequence(datasets.Value("bool"))),
         "winners": datasets.Sequence(datasets.Value("int32")),
         "losers": datasets.Sequence(datasets.Value("int32")),
         "margins": datasets.Sequence(datasets.Value("float64")),
@@ -52,6 +54,7 @@ FEATURES = datasets.Features(
         "completion_weights": datasets.Sequence(datasets.Value("float64")),
         "num_tokens": datasets.Value("int32"),
         "num_completion_tokens": datasets.Value("int32"),
+        "num_scored_tokens": datasets.Value("int32"),
         "num_sequences": datasets.Value("int32"),
         "num_edges": datasets.Value("int32"),
         "num_margins": datasets.Value("int32"),
@@ -60,7 +63,9 @@ FEATURES = datasets.Features(
         "boundary_cut": datasets.Value("int32"),
         "truncated": datasets.Value("int32"),
         "equal": datasets.Value("int32"),
-        "spells_special": datasets.Value("bool"),
+        "spells_special": datasets.Value("bool"),  # in a conversation, where it becomes the token
+        "spelled_in_text": datasets.Value("bool"),  # in plain text, where it stays text
+        "foreign_marks": datasets.Sequence(datasets.Value("string")),
         "notes": datasets.Sequence(datasets.Value("string")),
         "unused": datasets.Sequence(datasets.Value("string")),
         "odd": datasets.Sequence(datasets.Value("string")),
@@ -77,8 +82,16 @@ FEATURES = datasets.Features(
 def rules_of(data: DataConfig, supervised: bool = False) -> TokenRules:
     """The rules that the config sets for reading examples and tokenising them."""
     rows = RowRules(data.adapter, data.columns, data.edges, tuple(data.ignore_columns))
-    may_drop = tuple(data.template_may_drop)
-    return TokenRules(data.max_length, data.append_eos, supervised, data.chat_template_kwargs, may_drop, rows)
+    return TokenRules(
+        data.max_length,
+        data.append_eos,
+        supervised,
+        data.chat_template_kwargs,
+        tuple(data.template_may_drop),
+        data.train_on,
+        data.text_holds_special_tokens,
+        rows,
+    )
 
 
 def load_groups(
@@ -178,6 +191,8 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 UNREAD = {
     "spells_special": False,
+    "spelled_in_text": False,
+    "foreign_marks": [],
     "unused": [],
     "odd": [],
     "claims": [],
@@ -197,6 +212,7 @@ class _RowTokeniser:
     adapter: str
     raw_lines: bool
     spellings: re.Pattern[str] | None  # of special tokens
+    added_tokens: frozenset[str]
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         number = row["line"] if self.raw_lines else index
@@ -209,9 +225,13 @@ class _RowTokeniser:
                 group = tokenise(text, self.tokenizer, self.rules)
             if len(group.completions) > 1 and not group.edges and not group.problem:
                 group = replace(group, problem="no completion is better than another")
+            spells = spells_special(text, self.spellings)
+            stays_text = not (text.conversational or self.rules.text_holds_special_tokens)
             of_text = {
-                "spells_special": spells_special(text, self.spellings),
-                "unused": list(text.unused),
+                "spells_special": spells and text.conversational,
+                "spelled_in_text": spells and stays_text,
+                "foreign_marks": foreign_marks(text, self.added_tokens),
+                "unused": [*text.unused, *self._unused_keys(text)],
                 "odd": oddities_of(text, has_prompt=self.adapter != "text"),
                 "claims": claims_of(text),
                 "conversational": text.conversational,
@@ -224,11 +244,19 @@ class _RowTokeniser:
             of_text = UNREAD
         return {**_columns(group), **of_text, "row": number}
 
+    def _unused_keys(self, text: TextGroup) -> list[str]:
+        """The keys of messages that not even the chat template names."""
+        if not text.unknown_keys:
+            return []
+        template = repr(self.tokenizer.chat_template)
+        return [f"{key} (of messages)" for key in text.unknown_keys if key not in template]
+
 
 def _columns(group: TokenGroup) -> dict[str, Any]:
     return {
         "prompt": group.prompt,
         "completions": group.completions,
+        "masks": group.masks,
         "winners": [winner for winner, _, _ in group.edges],
         "losers": [loser for _, loser, _ in group.edges],
         "margins": [margin for _, _, margin in group.edges],
@@ -237,6 +265,7 @@ def _columns(group: TokenGroup) -> dict[str, Any]:
         "completion_weights": group.completion_weights,
         "num_tokens": len(group.prompt) + sum(map(len, group.completions)),
         "num_completion_tokens": sum(map(len, group.completions)),
+        "num_scored_tokens": sum(group.scored),
         "num_sequences": len(group.completions),
         "num_edges": len(group.edges),
         "num_margins": sum(margin is not None for _, _, margin in group.edges),
@@ -263,7 +292,14 @@ def tokenise_all(
     scratch = path.with_name(path.name + ".scratch")  # so that no more than a batch is held in memory
     scratch.mkdir(exist_ok=True)
     table = source.rows.map(
-        _RowTokeniser(tokenizer, rules, adapter, raw_lines, special_spellings(tokenizer)),
+        _RowTokeniser(
+            tokenizer,
+            rules,
+            adapter,
+            raw_lines,
+            special_spellings(tokenizer),
+            frozenset(map(str, tokenizer.added_tokens_decoder.values())),
+        ),
         with_indices=True,
         remove_columns=source.rows.column_names,
         features=FEATURES,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS, Adapter
+from madpo.trainer.formats.chat_message import says_something, unknown_keys, without_nulls, without_weights
 from madpo.trainer.formats.numbers import MARGIN_COLUMNS, as_weight, margin_of
 from madpo.trainer.formats.text_groups import (
     TextGroup,
@@ -17,7 +18,6 @@ from madpo.trainer.formats.text_groups import (
     layout_of,
     with_edges,
     with_system,
-    without_nulls,
 )
 
 Edge = tuple[int, int, float | None]
@@ -103,7 +103,16 @@ def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised:
         if not adapter.source:
             used |= {*SYSTEM}
             group = with_system(group, next((row[name] for name in SYSTEM if row.get(name)), None))
+        group = _with_keys_looked_at(group)
     return replace(group, unused=_unused(row, used, adapter, group))
+
+
+def _with_keys_looked_at(group: TextGroup) -> TextGroup:
+    """The conversation with the unknown keys of its messages, and without weights in its prompt."""
+    completions = [message for x in group.completions if not isinstance(x, str) for message in x]
+    assert not isinstance(group.prompt, str)
+    unknown = unknown_keys([*group.prompt, *completions])
+    return replace(group, prompt=without_weights(group.prompt), unknown_keys=tuple(unknown))
 
 
 SYSTEM = ("system", "system_prompt")
@@ -120,7 +129,7 @@ def _unused(
     row: dict[str, Any], used: AbstractSet[str], adapter: Adapter, group: TextGroup
 ) -> tuple[str, ...]:
     """The columns that hold text or more and that nothing looks at. Raises UserError for one of MEANT."""
-    unused = tuple(name for name, value in row.items() if name not in used and _says_something(value))
+    unused = tuple(name for name, value in row.items() if name not in used and says_something(value))
     for name in unused:
         if name in MEANT:
             beside = "beside conversations" if group.conversational else "beside plain text"
@@ -133,16 +142,9 @@ def _unused(
 
 def _instead(name: str, row: dict[str, Any]) -> str:
     """The adapters that use this column beside the others, as the beginning of an advice."""
-    given = {column for column, value in row.items() if _says_something(value)}
+    given = {column for column, value in row.items() if says_something(value)}
     fitting = [x.name for x in ADAPTERS.values() if name in x.uses and x.source and not x.missing(given)]
     return f"data.adapter={' or '.join(fitting)} does; else " if fitting else ""
-
-
-def _says_something(value: Any) -> bool:
-    """Whether a value holds text, or anything but nothing in a list or an object."""
-    if isinstance(value, str):
-        return bool(value.strip())
-    return isinstance(value, list | dict) and bool(value)
 
 
 def _with_weight(group: TextGroup, value: Any) -> TextGroup:

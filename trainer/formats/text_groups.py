@@ -21,15 +21,8 @@ from typing import Any
 import xxhash
 
 from madpo.trainer.errors import UserError
+from madpo.trainer.formats.chat_message import SPOKEN, WEIGHT, Messages, read_message, text_in
 from madpo.trainer.formats.numbers import as_weight, finite, label_of, margin_of
-
-Messages = list[dict[str, Any]]
-
-THINKING = ("thinking", "reasoning_content", "reasoning")
-"""Keys of an assistant's message that hold its thinking, beside its content."""
-
-SPOKEN = ("content", *THINKING, "tool_calls")
-"""The keys of a message that hold what it says."""
 
 Text = str | Messages
 
@@ -47,6 +40,7 @@ class TextGroup:
     weight: float | None = None  # factor on the losses of all edges or completions; None: the row has none
     completion_weights: list[float] = field(default_factory=list)  # further factors; all completions or none
     unused: tuple[str, ...] = field(default=(), compare=False)  # columns with text that nothing looks at
+    unknown_keys: tuple[str, ...] = field(default=(), compare=False)  # of messages, with text
     compared: bool = field(default=False, compare=False)  # from `ranked`, maybe with fewer than two scores
 
     @property
@@ -109,11 +103,22 @@ def to_group(row: Mapping[str, Any], layout: str, supervised: bool = False) -> T
         messages = text_or_messages(row, "messages")
         if isinstance(messages, str) or len(messages) < 2:
             raise UserError("messages: a list of at least two messages, the last one the assistant's")
-        return TextGroup(messages[:-1], same_kind(messages[:-1], messages[-1:]), [])
+        first = _first_trained_on(messages)
+        return TextGroup(messages[:first], same_kind(messages[:first], messages[first:]), [])
     text = text_or_messages(row, "text")
     if not isinstance(text, str):
         raise UserError("text: expected text; put conversations in a `messages` column")
     return TextGroup("", [text], [])
+
+
+def _first_trained_on(messages: Messages) -> int:
+    """The first message of the completion: the last one, or the first answer of a weight that is not 0 if
+    there are weights."""
+    last = len(messages) - 1
+    if not any(WEIGHT in message for message in messages):
+        return last
+    answers = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+    return next((i for i in answers if messages[i].get(WEIGHT) != 0), last)
 
 
 def best_only(group: TextGroup) -> TextGroup:
@@ -181,7 +186,7 @@ def preference(row: Mapping[str, Any]) -> TextGroup:
     if (
         isinstance(chosen, list)
         and isinstance(rejected, list)
-        and not (isinstance(prompt, list) and chosen[0]["role"] == "assistant")
+        and not (isinstance(prompt, list) and _goes_on(prompt, chosen, rejected))
     ):
         # Two whole conversations: a prompt column only repeats how they begin.
         given = prompt
@@ -197,6 +202,13 @@ def preference(row: Mapping[str, Any]) -> TextGroup:
             "text are read by data.adapter=hh_rlhf or hh_rlhf_text"
         )
     return TextGroup(prompt, same_kind(prompt, chosen, rejected), [(0, 1, margin_of(row))])
+
+
+def _goes_on(prompt: Messages, chosen: Messages, rejected: Messages) -> bool:
+    """Whether chosen and rejected begin where a prompt ends: with an answer, or after one."""
+    if chosen[0]["role"] == "assistant":
+        return True
+    return prompt[-1]["role"] == "assistant" and not any(_holds(side, prompt) for side in (chosen, rejected))
 
 
 def _holds(conversation: Messages, prompt: Text) -> bool:
@@ -224,20 +236,29 @@ def _say_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def same_kind(prompt: Text, *completions: Text, may_be_empty: bool = False) -> list[Text]:
-    """The completions. Raises UserError unless prompt and completions are all text, or all messages and the
-    completions the assistant's; and for an empty answer, unless it was sampled and so may be empty."""
+    """The completions. Raises UserError unless prompt and completions are all text, or all messages of which
+    completions may be; and for an empty answer, unless it was sampled and so may be empty."""
     if len({isinstance(x, str) for x in (prompt, *completions)}) > 1:
         raise UserError("prompt and completions must all be text or all be lists of messages")
     for completion in completions:
-        roles = [] if isinstance(completion, str) else [message["role"] for message in completion]
-        if any(role in ("user", "system") for role in roles) or roles[-1:] not in ([], ["assistant"]):
-            raise UserError(
-                f"a completion has the roles {', '.join(roles)}; everything in it is trained on, so it "
-                "must be the assistant's and end with the assistant; move the rest into the prompt"
-            )
-        if not (isinstance(completion, str) or may_be_empty or _answers(completion[-1])):
+        if isinstance(completion, str) or isinstance(prompt, str):
+            continue
+        _check_roles(prompt, completion)
+        if not (may_be_empty or _answers(completion[-1])):
             raise UserError("a completion ends with an empty message of the assistant")
     return list(completions)
+
+
+def _check_roles(prompt: Messages, completion: Messages) -> None:
+    """Raise UserError unless a completion ends with the assistant and goes on where the prompt ends."""
+    roles = [message["role"] for message in completion]
+    repeats = len(completion) > len(prompt) and all(map(_say_alike, prompt, completion))
+    asks_twice = roles[0] in ("user", "system") and prompt[-1]["role"] in ("user", "system")
+    if roles[-1] != "assistant" or repeats or asks_twice:
+        raise UserError(
+            f"a completion has the roles {', '.join(roles)}, after a prompt that ends with the role "
+            f"{prompt[-1]['role']}; it must go on where the prompt ends, and end with the assistant"
+        )
 
 
 def _answers(message: dict[str, Any]) -> bool:
@@ -256,54 +277,8 @@ def as_text(value: Any, field: str, may_be_empty: bool = False) -> Text:
             raise UserError(f"{field} is empty")
         return value
     if isinstance(value, list) and value:
-        return [_message(field, message) for message in value]
+        return [read_message(field, message) for message in value]
     raise UserError(f"{field}: expected text or a list of messages, got {value!r:.80}")
-
-
-def _message(field: str, message: Any) -> dict[str, Any]:
-    """The message without null keys. It needs a role, and text or parts of text unless it calls tools."""
-    if isinstance(message, dict) and isinstance(message.get("role"), str):
-        message = without_nulls(message)
-        content, calls = message.get("content"), message.get("tool_calls")
-        is_call = message["role"] == "assistant" and bool(calls) and isinstance(calls, list)
-        if is_call and any(not isinstance(_function(call).get("name"), str) for call in calls or ()):
-            raise UserError(f"{field}: a tool call has a function with a name, got {calls!r:.80}")
-        if isinstance(content, list) and content:
-            return {**message, "content": [_text_part(field, part) for part in content]}
-        if isinstance(content, str) or (is_call and content is None):
-            return message
-    is_shared = isinstance(message, dict) and message.keys() >= {"from", "value"}
-    hint = "; data.adapter=sharegpt reads from and value in a column conversations" if is_shared else ""
-    raise UserError(
-        f"{field}: a message needs text under role and content (or tool_calls of the assistant), "
-        f"got {message!r:.80}{hint}"
-    )
-
-
-def _function(call: Any) -> dict[str, Any]:
-    """The name and the arguments of a tool call, which may stand under `function`."""
-    function = call.get("function", call) if isinstance(call, dict) else {}
-    return function if isinstance(function, dict) else {}
-
-
-def _text_part(field: str, part: Any) -> dict[str, Any]:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
-    kind = part.get("type") if isinstance(part, dict) else part
-    raise UserError(f"{field}: content holds a part of type {kind!r:.40}; only parts of text are trained on")
-
-
-def text_in(message: Mapping[str, Any]) -> str:
-    """The text of a message, also where it stands in parts; empty if there is none."""
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def without_nulls(value: Any) -> Any:
-    """Drop keys that hold null: Parquet gives every object of a column every key."""
-    if isinstance(value, dict):
-        return {key: without_nulls(x) for key, x in value.items() if x is not None}
-    return [without_nulls(x) for x in value] if isinstance(value, list) else value
 
 
 def with_system(group: TextGroup, system: Any) -> TextGroup:
@@ -329,10 +304,11 @@ def with_edges(group: Any, edges: Sequence[tuple[int, int, float | None]]) -> An
         group,
         completions=[group.completions[old] for old in selected],
         edges=[(new_index[chosen], new_index[rejected], margin) for chosen, rejected, margin in edges],
-        labels=[group.labels[old] for old in selected] if group.labels else [],
-        completion_weights=[group.completion_weights[old] for old in selected]
-        if group.completion_weights
-        else [],
+        **{
+            name: [values[old] for old in selected]
+            for name in ("labels", "completion_weights", "masks")
+            if (values := getattr(group, name, []))
+        },
     )
 
 

@@ -31,11 +31,10 @@ def test_null_keys_of_parquet_messages_and_a_system_message_change_nothing():
     assert group.completions == [[assistant("good")], [assistant("bad")]]
 
 
-def test_words_of_the_user_are_never_trained_on():
-    with pytest.raises(ValueError, match="a completion has the roles assistant, user, assistant"):
-        preference(
-            prompt=[user("a")], chosen=[assistant("b"), user("c"), assistant("d")], rejected=[assistant("e")]
-        )
+def test_a_completion_may_go_over_several_turns_but_a_conversation_has_two_messages():
+    turns = [assistant("b"), user("c"), assistant("d")]
+    group = preference(prompt=[user("a")], chosen=turns, rejected=[assistant("e")])
+    assert group.completions == [turns, [assistant("e")]]
     with pytest.raises(ValueError, match="at least two messages"):
         to_group({"messages": [assistant("a")]}, "messages")
 

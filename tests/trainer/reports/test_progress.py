@@ -21,8 +21,11 @@ FACTS = {
     "tokens_of_known_prompts": 25,
     "truncated_completions": 3,
     "groups_with_moved_boundary": 0,
+    "rows": 9,
     "rows_that_spell_special_tokens": 1,
     "where": {"unreadable": ["a[0].jsonl:7: not JSON", "a[0].jsonl:9: not JSON"]},
+    "texts_that_spell_special_tokens": 0,
+    "unscored_completion_tokens": 0,
 }
 
 
@@ -44,7 +47,7 @@ def test_the_counts_of_the_data_and_all_notes_are_announced(capsys):
     reports = {"train": FACTS, "test": {**FACTS, "dropped": {}, "tokens_of_known_prompts": 0}}
     cut = [
         "    3 completions cut at max_length",
-        "    1 examples spell out a special token: in conversations it becomes one",
+        "    1 conversations spell out a special token, which becomes that token",
     ]
     assert announced(capsys, reports, TrainState(), 2, "attention is exact", "cached") == [
         "madpo on 2 ranks (cpu), into runs/x",

@@ -11,7 +11,7 @@ from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.groups import ReferenceLogps
 from madpo.trainer.data.lengths import Shapes
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.data.tokenise import TokenGroup, needed
 from madpo.trainer.data.views.ragged import ranges, sums
 from madpo.trainer.errors import UserError
 
@@ -44,10 +44,15 @@ class MismatchedDataset:
         full_lengths = groups.completion_lengths[ranges(own.sequences, self._partner)]
         cut_lengths = np.minimum(full_lengths, np.repeat(room, borrowed_sequences))
         borrowed_tokens = sums(cut_lengths, borrowed_sequences)
+        whole_tokens, whole_scored = own.completion_tokens[self._partner], own.scored_tokens[self._partner]
+        borrowed_scored = np.where(whole_scored < whole_tokens, whole_scored, borrowed_tokens)
+        for index in np.flatnonzero((whole_scored < whole_tokens) & (borrowed_tokens < whole_tokens)):
+            borrowed_scored[index] = sum(self[index].scored[own.sequences[index] :])
         self.counts = replace(
             own,
             lengths=own.lengths + borrowed_tokens,
             completion_tokens=own.completion_tokens + borrowed_tokens,
+            scored_tokens=own.scored_tokens + borrowed_scored,
             sequences=own.sequences + borrowed_sequences,
         )
 
@@ -103,5 +108,11 @@ class MismatchedDataset:
         borrowed = [completion[:room] for completion in partner.completions]
         labels = [*own.labels, *(0 for _ in borrowed)]
         weights = [*own.completion_weights, *(1.0 for _ in borrowed)] if own.completion_weights else []
-        completions = [*own.completions, *borrowed]
-        return replace(own, completions=completions, labels=labels, completion_weights=weights)
+        masks = needed([*own.whole_masks, *(mask[:room] for mask in partner.whole_masks)])
+        return replace(
+            own,
+            completions=[*own.completions, *borrowed],
+            labels=labels,
+            completion_weights=weights,
+            masks=masks,
+        )

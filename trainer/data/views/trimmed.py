@@ -34,6 +34,7 @@ class SelectedDataset:
         self.counts = GroupCounts(
             lengths=counts.lengths * is_computed,
             completion_tokens=counts.completion_tokens * is_computed,
+            scored_tokens=counts.scored_tokens * is_computed,
             sequences=counts.sequences * is_computed,
             edges=counts.edges * is_computed,
             labelled=counts.labelled * is_computed,
@@ -110,23 +111,26 @@ class TrimmedDataset:
         has_edges = edges > 0
         lengths = all_counts.lengths * has_edges
         completion_tokens = all_counts.completion_tokens * has_edges
+        scored_tokens = all_counts.scored_tokens * has_edges
         sequences = all_counts.sequences * has_edges
         labelled = all_counts.labelled * has_edges
         for index in np.flatnonzero(has_edges & ~self._is_whole):
             group = self._trimmed(index)
             completion_tokens[index] = sum(map(len, group.completions))
+            scored_tokens[index] = sum(group.scored)
             lengths[index] = len(group.prompt) + completion_tokens[index]
             sequences[index] = len(group.completions)
             labelled[index] = sum(label != 0 for label in group.labels)
         self.counts = GroupCounts(
             lengths=lengths[selected],
             completion_tokens=completion_tokens[selected],
+            scored_tokens=scored_tokens[selected],
             sequences=sequences[selected],
             edges=edges[selected],
             labelled=labelled[selected],
             counted_edges=counted,
             counted_labelled=labelled[selected],
-            counted_tokens=completion_tokens[selected],
+            counted_tokens=scored_tokens[selected],
         )
 
     @property
