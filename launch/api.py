@@ -143,7 +143,7 @@ def _data_of(
 
     Inside, errors about a row name it by its place in memory.
     """
-    from madpo.trainer.data.in_memory import rows_by_index, write_splits
+    from madpo.trainer.data.in_memory import named_as_given, write_splits
 
     values, splits = dict(values or {}), {name: rows for name, rows in given.items() if rows is not None}
     if not splits:
@@ -165,7 +165,7 @@ def _data_of(
         "data.datasets": None,
         "data.dataset_config": None,
     }
-    with rows_by_index(files):
+    with named_as_given(files):
         yield load_config(config, values, task)
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import xxhash
 
 from madpo.trainer.config.data import DataConfig
-from madpo.trainer.data.source import LINES, Source, load_by_name, reading, split_files
+from madpo.trainer.data.source import LINES, Source, line_of, load_by_name, reading, split_files
 from madpo.trainer.data.table_files import place_of, stream_table
 from madpo.trainer.errors import UserError
 
@@ -75,7 +75,7 @@ class LineReader:
         return Source(self.name, rows, self.content, "line"), [end, line]
 
     def where(self, cursor: Any, row: int) -> str:
-        return f"{self.name}:{row}"
+        return line_of(self._path, row)
 
 
 class RowReader:

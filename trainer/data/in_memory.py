@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,13 +22,22 @@ Rows = datasets.Dataset | Sequence[Mapping[str, Any]]
 """The examples of a split: a Hugging Face data set, or a list of dicts with its columns as keys."""
 
 
+HOME = "in_memory"
+"""The folder of the cache that these files are in."""
+
+
+def place_in_memory(file: Path, index: int) -> str | None:
+    """How messages name a row of a file of `write_splits`, as in `train[3]`; None for other files."""
+    return f"{file.stem}[{index}]" if file.parent.parent.name == HOME else None
+
+
 def write_splits(splits: Mapping[str, Rows], cache: Path) -> dict[str, Path]:
     """Write splits (name -> rows) into one folder of the cache that is named by its content; name -> file.
 
     A list becomes lines of JSON, since its rows need not have the same keys; a `Dataset` becomes Parquet.
     Raises UserError that names the row for what cannot be written, and for no rows.
     """
-    home = make_folder("data.cache_dir", cache / "in_memory")
+    home = make_folder("data.cache_dir", cache / HOME)
     draft = Path(tempfile.mkdtemp(dir=home))
     try:
         files = [_write(draft, name, rows) for name, rows in splits.items()]
@@ -95,15 +103,12 @@ def _plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def rows_by_index(files: Mapping[str, Path]) -> Iterator[None]:
-    """Let a UserError that names a row of these files (argument -> file) name the row in memory instead."""
+def named_as_given(files: Mapping[str, Path]) -> Iterator[None]:
+    """Let a UserError that names one of these files (argument -> file) name the argument instead."""
     try:
         yield
     except UserError as error:
         text = str(error)
         for name, file in files.items():
-            path = re.escape(str(file))
-            text = re.sub(rf"{path}:(\d+)", lambda match, name=name: f"{name}[{int(match[1]) - 1}]", text)
-            text = re.sub(rf"{path} row (\d+)", rf"{name}[\1]", text)
             text = text.replace(str(file), name)
         raise UserError(text) from error.__cause__

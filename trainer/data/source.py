@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 
 from madpo.trainer.config.data import DataConfig
+from madpo.trainer.data.in_memory import place_in_memory
 from madpo.trainer.data.table_files import open_table, place_of
 from madpo.trainer.errors import UserError, on_one_line
 from madpo.trainer.files import hash_of_file, make_folder
@@ -33,8 +34,13 @@ class Source:
     def where(self, row: int) -> str:
         """How messages name an example by its line, or by its number in all files."""
         if self.unit == "line":
-            return f"{self.name}:{row}"
+            return line_of(Path(self.name), row)
         return place_of(self.files, row) if self.files else f"{self.name} row {row}"
+
+
+def line_of(file: Path, line: int) -> str:
+    """How messages name a line of a file."""
+    return place_in_memory(file, line - 1) or f"{file}:{line}"
 
 
 def cache_folder(data: DataConfig) -> Path:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 
+from madpo.trainer.data.in_memory import place_in_memory
 from madpo.trainer.errors import UserError, on_one_line
 
 
@@ -81,7 +82,7 @@ def place_of(files: Sequence[Path], row: int) -> str:
     """How messages name row number `row` of all files together: the file, and the row's number in it."""
     for file, size in zip(files, sizes_of(files), strict=True):
         if row < size:
-            return f"{file} row {row}"
+            return place_in_memory(file, row) or f"{file} row {row}"
         row -= size
     return f"{files[-1]} row {row}"  # behind the last one
 
