@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from madpo.kernels.token_scores import TokenScores
 from madpo.trainer.batches.packing import PackedBatch
+from madpo.trainer.data.lengths import PositionBorder
 from madpo.trainer.objectives.build import BoundObjective
 from madpo.trainer.sequence_parallel import SequenceGroup
 
@@ -97,6 +98,11 @@ class ScoringModule(Protocol):
     @property
     def shares_rows(self) -> bool:
         """Whether sequences may share a packed row, and completions their prompt."""
+        ...
+
+    @property
+    def borders(self) -> tuple[PositionBorder, ...]:
+        """Lengths beyond which the models encode positions otherwise."""
         ...
 
     @property

@@ -1,12 +1,18 @@
 """Tiny random models of every family that docs/families.md names, so shaped that all their kinds of layers
-occur and that windows, chunks and scales bend within a few tokens."""
+occur and that windows, chunks and scales bend within a few tokens; and log-probs, packed and alone."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from harness import random_groups
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from madpo.trainer.batches.packing import pack
+from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.model.attention.prefix_sharing import SegmentTable
+from madpo.trainer.model.backbone import output_head, scored_hidden
 
 VOCAB = 101
 SIZES: dict[str, Any] = {
@@ -148,3 +154,30 @@ def tiny_model(family: str, attention: str, **changes: Any) -> Any:
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     return model
+
+
+def groups() -> list[TokenGroup]:
+    """One, two and three completions, a prompt of one token, and lengths beyond every window and chunk."""
+    one, two, three = (random_groups(2, count, completions=count, vocab=VOCAB) for count in (1, 2, 3))
+    short = TokenGroup([5], [[7], list(range(9, 34))], [])
+    long = TokenGroup(list(range(20, 42)), [list(range(50, 70)), list(range(60, 63))], [])
+    return [*one, *two, short, *three, long]
+
+
+def packed_logps(model: Any) -> torch.Tensor:
+    batch = pack(groups())
+    hidden = scored_hidden(model, batch, SegmentTable(batch.segments))
+    head = output_head(model)
+    logits = head.transform(torch.nn.functional.linear(hidden, head.weight, head.bias))
+    return logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+
+
+def plain_logps(model: Any) -> torch.Tensor:
+    """(M,) by the whole model, one completion at a time."""
+    out = []
+    for group in groups():
+        for completion in group.completions:
+            ids = torch.tensor([group.prompt + completion])
+            rows = model(input_ids=ids, use_cache=False).logits[0, len(group.prompt) - 1 : -1]
+            out.append(rows.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0])
+    return torch.cat(out)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from madpo.trainer.data.lengths import Shapes
+from madpo.trainer.data.lengths import Shapes, Shared
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Cost:
         pairs = {window: factor * each for window, each in self.per_attention_pair.items()}
         return Cost(factor * self.per_token, factor * self.per_row, pairs)
 
-    def of(self, shapes: Shapes, shared: bool = True) -> np.ndarray:
+    def of(self, shapes: Shapes, shared: Shared = True) -> np.ndarray:
         """(B,) cost of each group; `shared`: its prompt is computed once, else with every completion."""
         total = self.per_token * shapes.tokens(shared) + self.per_row * shapes.totals(shapes.completions)
         for window, each in self.per_attention_pair.items():
@@ -79,7 +79,7 @@ def work_of(
     shapes: Shapes,
     cost: StepCost,
     plan: list[list[list[int]]],  # [rank][micro-batch] -> groups
-    shared: bool = True,
+    shared: Shared = True,
     skipped_edges: int = 0,
 ) -> StepWork:
     """The work of a step whose groups `plan` spreads over ranks and micro-batches."""
@@ -102,7 +102,7 @@ def saved_by(
     shapes: Shapes,
     skipped: np.ndarray,  # (S,) bool
     cost: StepCost,
-    shared: bool = True,
+    shared: Shared = True,
 ) -> StepWork:
     """The (negative) change in FLOPs if the second of two passes skips these completions; to be added to the
     step's work."""

@@ -192,10 +192,11 @@ def pack(
     first_positions: Sequence[tuple[int, int]] | None = None,
     token_scale: float = 0.0,
     ref_logps: Sequence[np.ndarray] | None = None,  # (m,) float32 for each group
-    prefix_sharing: bool = True,
+    prefix_sharing: bool | Sequence[bool] = True,
 ) -> PackedBatch:
     """Pack whole groups into one row, in the order given: each prompt once, or once before each completion.
 
+    `prefix_sharing` is for all groups, or one value for each.
     `first_positions` holds, for each group, the positions of its first sequence and of its first edge in the
     step. Without it the groups are the whole step.
     """
@@ -251,14 +252,15 @@ class _Row(NamedTuple):
     completions: list[_Completion]  # S
 
 
-def _tokens_of_row(groups: Sequence[TokenGroup], prefix_sharing: bool) -> _Row:
+def _tokens_of_row(groups: Sequence[TokenGroup], prefix_sharing: bool | Sequence[bool]) -> _Row:
+    of_groups = [prefix_sharing] * len(groups) if isinstance(prefix_sharing, bool) else prefix_sharing
     ids: list[np.ndarray] = []
     position_ids: list[np.ndarray] = []
     segments: list[Segment] = []
     completions: list[_Completion] = []
     end = 0
-    for group in groups:
-        shared = prefix_sharing and len(group.completions) > 1
+    for group, may_share in zip(groups, of_groups, strict=True):
+        shared = may_share and len(group.completions) > 1
         prompt_length = len(group.prompt)
         prompt_start = prompt_end = end
         for number, completion in enumerate(group.completions):

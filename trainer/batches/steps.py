@@ -14,7 +14,7 @@ from madpo.trainer.batches.packing import PackedBatch, dummy_batch, pack
 from madpo.trainer.batches.sequence_slices import slice_of
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.groups import GroupCounts, TokenGroups
-from madpo.trainer.data.lengths import Shapes, check_budget
+from madpo.trainer.data.lengths import PositionBorder, Shapes, Shared, check_budget
 from madpo.trainer.data.training_source import TrainingSource
 from madpo.trainer.dist import Shard
 from madpo.trainer.objectives.base import Item
@@ -27,8 +27,15 @@ class StepRules:
     item: Item  # the unit that the loss is averaged over
     budget: int  # packed tokens that a micro-batch may hold
     prefix_sharing: bool = True  # a prompt is computed once for all its completions
+    borders: tuple[PositionBorder, ...] = ()  # of the models' positions; may part completions of a prompt
     cost: StepCost = TOKENS  # what ranks are balanced by
     ranks_per_row: int = 1  # sequence parallelism: so many ranks share a row, each has a slice of it
+
+    def shared(self, shapes: Shapes) -> Shared:
+        """Which of these groups are computed with their prompt once."""
+        if not self.prefix_sharing or not self.borders:
+            return self.prefix_sharing
+        return shapes.shares_prompts(self.borders)
 
 
 class Packs(Protocol):
@@ -39,17 +46,26 @@ class Packs(Protocol):
         """Whether sequences may share a packed row, and completions their prompt."""
         ...
 
+    @property
+    def borders(self) -> tuple[PositionBorder, ...]:
+        """Lengths beyond which the models encode positions otherwise."""
+        ...
+
 
 def step_rules(config: Config, module: Packs | None = None, cost: StepCost = TOKENS) -> StepRules:
     """The rules of a run. Without a module, sequences are taken to be able to share rows."""
     train, shares = config.train, config.model.prefix_sharing and (module is None or module.shares_rows)
-    item = config.bound_objective.item
-    return StepRules(item, train.row_tokens, shares, cost, train.sequence_parallel_size)
+    item, borders = config.bound_objective.item, () if module is None else module.borders
+    return StepRules(item, train.row_tokens, shares, borders, cost, train.sequence_parallel_size)
 
 
 def check_rows_fit(groups: TokenGroups, rules: StepRules) -> None:
     """Raise UserError if a group, as the model computes it, has more tokens than a packed row may hold."""
     check_budget(groups.counts.computed_tokens(rules.prefix_sharing), rules.budget)
+    if rules.borders:
+        least = min(border.length for border in rules.borders)
+        shapes = groups.shapes(np.flatnonzero(groups.counts.lengths > least))
+        check_budget(shapes.tokens(rules.shared(shapes)), rules.budget)
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,7 @@ class Step:
         skipped: np.ndarray,  # (S,) bool, of all completions of the step
     ) -> StepWork:
         """The (negative) change in `work` if the second pass of a global-batch objective skips these."""
-        return saved_by(self.shapes, skipped, self.rules.cost, self.rules.prefix_sharing)
+        return saved_by(self.shapes, skipped, self.rules.cost, self.rules.shared(self.shapes))
 
     def pin_memory(self) -> Step:
         return replace(self, batches=[batch.pin_memory() for batch in self.batches])
@@ -98,11 +114,11 @@ def plan_step(
     assignment = _assignment(shapes, rules, shard)
     own = assignment[shard.rank // rules.ranks_per_row]
     return Step(
-        batches=_packed(groups, computed, own, weights, rules, shard),
+        batches=_packed(groups, computed, own, shapes, weights, rules, shard),
         num_sequences=int(counts.sequences.sum()),
         num_edges=int(counts.edges.sum()),
         num_groups=len(indices),
-        work=work_of(shapes, rules.cost, assignment, rules.prefix_sharing, weights.skipped_edges),
+        work=work_of(shapes, rules.cost, assignment, rules.shared(shapes), weights.skipped_edges),
         shapes=shapes,
         rules=rules,
         copies=rules.ranks_per_row,
@@ -131,7 +147,7 @@ def _weights_of_step(
     world_size / tokens.
     """
     items = int(counts.items(rules.item).sum())
-    tokens = int(shapes.tokens(rules.prefix_sharing).sum())
+    tokens = int(shapes.tokens(rules.shared(shapes)).sum())
     skipped = counts.items(rules.item) - counts.computed_items(rules.item)
     skipped_edges = (counts.counted_edges - counts.edges).clip(min=0)
     return _StepWeights(
@@ -146,8 +162,8 @@ def _assignment(shapes: Shapes, rules: StepRules, shard: Shard) -> list[list[lis
     """Who computes what: [rank, or ranks that share a row][micro-batch] -> indices into `shapes`."""
     # The cost leaves out what is recomputed to save memory: a continuation may set that otherwise, and must
     # put every group into the same micro-batch.
-    costs = rules.cost.model.of(shapes, rules.prefix_sharing)
-    lengths = shapes.tokens(rules.prefix_sharing)
+    costs = rules.cost.model.of(shapes, rules.shared(shapes))
+    lengths = shapes.tokens(rules.shared(shapes))
     return plan_micro_batches(lengths, rules.budget, shard.world_size // rules.ranks_per_row, costs)
 
 
@@ -155,6 +171,7 @@ def _packed(
     groups: TokenGroups,
     computed: np.ndarray,  # (b,) the groups of the step that are computed
     own: list[list[int]],  # [micro-batch] -> indices into `computed`
+    shapes: Shapes,  # of these groups
     weights: _StepWeights,
     rules: StepRules,
     shard: Shard,
@@ -163,6 +180,7 @@ def _packed(
     first_sequences = np.cumsum(counts.sequences) - counts.sequences
     first_edges = np.cumsum(counts.edges) - counts.edges
     first_positions = list(zip(first_sequences.tolist(), first_edges.tolist(), strict=True))
+    shared = np.broadcast_to(rules.shared(shapes), len(computed))
     batches: list[PackedBatch] = []
     for members in own:
         if not members:
@@ -174,7 +192,7 @@ def _packed(
             first_positions=[first_positions[member] for member in members],
             token_scale=weights.token_scale,
             ref_logps=None if reference is None else [reference[computed[member]] for member in members],
-            prefix_sharing=rules.prefix_sharing,
+            prefix_sharing=shared[members].tolist(),
         )
         batches.append(batch)
     if rules.ranks_per_row == 1:

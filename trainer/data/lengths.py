@@ -11,6 +11,18 @@ import numpy as np
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
 
+Shared = bool | np.ndarray
+"""Whether prompts are computed once for all their completions: all of them, or each of (B,) groups."""
+
+
+@dataclass(frozen=True, order=True)
+class PositionBorder:
+    """A length beyond which a model encodes positions otherwise, so that longer completions of a prompt see
+    another prompt than shorter ones."""
+
+    length: int  # of the longest sequence with the usual encoding
+    varies: bool  # beyond it every length has its own encoding; else all have one
+
 
 @dataclass(frozen=True)
 class Shapes:
@@ -37,15 +49,27 @@ class Shapes:
         """Sums over the completions of each group."""
         return np.bincount(self.owners, values, minlength=len(self.sequences))
 
-    def tokens(self, shared: bool = True) -> np.ndarray:
-        """(B,) tokens of each group, with its prompt once if `shared`, else before every completion."""
-        tokens = self.prompts + self.totals(self.completions) if shared else self.totals(self.rows)
-        return tokens.astype(np.int64)
+    def shares_prompts(self, borders: Iterable[PositionBorder]) -> np.ndarray:
+        """(B,) bool, whether all completions of a group see the prompt in one encoding of positions."""
+        longest = np.zeros(len(self.sequences), dtype=np.int64)
+        np.maximum.at(longest, self.owners, self.rows)
+        shortest = longest.copy()
+        np.minimum.at(shortest, self.owners, self.rows)
+        shares = np.ones(len(self.sequences), dtype=bool)
+        for border in borders:
+            parted = shortest < longest if border.varies else shortest <= border.length
+            shares &= ~(parted & (longest > border.length))
+        return shares
 
-    def attention_pairs(self, window: int | None = None, shared: bool = True) -> np.ndarray:
+    def tokens(self, shared: Shared = True) -> np.ndarray:
+        """(B,) tokens of each group, with its prompt once if `shared`, else before every completion."""
+        together, apart = self.prompts + self.totals(self.completions), self.totals(self.rows)
+        return np.where(shared, together, apart).astype(np.int64)
+
+    def attention_pairs(self, window: int | None = None, shared: Shared = True) -> np.ndarray:
         """(B,) pairs of a query and a key that it attends to: causal, the last `window` keys at most."""
         whole, prompt = _causal_pairs(self.rows, window), _causal_pairs(self.prompts, window)
-        return self.totals(whole - prompt[self.owners]) + prompt if shared else self.totals(whole)
+        return np.where(shared, self.totals(whole - prompt[self.owners]) + prompt, self.totals(whole))
 
     def padded_tokens(self, num_batches: int) -> int:
         """Tokens with padding, if the groups were cut in order into equal batches, and every completion with

@@ -22,7 +22,11 @@ def has_held_out(data: DataConfig) -> bool:
 
 
 def load_split(
-    data: DataConfig, held_out: bool, tokenizer: PreTrainedTokenizerBase, supervised: bool = False
+    data: DataConfig,
+    held_out: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    supervised: bool = False,
+    known_tokens: int | None = None,
 ) -> tuple[GroupDataset, dict[str, dict[str, Any]]]:
     """The training or the held-out groups, and for each part a report of what was read, cut and dropped.
 
@@ -38,7 +42,7 @@ def load_split(
                 f"data.dataset_test_split: {named} leaves nothing to evaluate on; make a folder of "
                 "train.jsonl and test.jsonl the data set, or name a split that it has"
             )
-        groups, report = load_groups(data, split, tokenizer, supervised)
+        groups, report = load_groups(data, split, tokenizer, supervised, known_tokens=known_tokens)
         return groups, {split: report}
     role = "test" if held_out else "train"
     parts: list[GroupDataset] = []
@@ -49,7 +53,9 @@ def load_split(
         if split is None:
             continue
         fraction = 1.0 if held_out else part.fraction
-        groups, report = load_groups(data.alone(part), split, tokenizer, supervised, fraction)
+        groups, report = load_groups(
+            data.alone(part), split, tokenizer, supervised, fraction, known_tokens=known_tokens
+        )
         parts.append(groups)
         identity.append((groups.fingerprint, fraction))
         reports[f"{role} {number}"] = {**report, "fraction": fraction}

@@ -26,6 +26,7 @@ from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.block_reader import FIRST_ROWS, Reader
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.groups import ConcatenatedGroups, TokenDataset, TokenGroups
+from madpo.trainer.data.known_tokens import check_known_tokens
 from madpo.trainer.data.order import permutation
 from madpo.trainer.data.report import reasons_in, report_of, total_report
 from madpo.trainer.data.tokenised_cache import (
@@ -76,9 +77,11 @@ class Stream:
         supervised: bool = False,
         fewest: int = 1,
         check: Callable[[GroupDataset], TokenDataset] = lambda groups: groups,
+        known_tokens: int | None = None,
     ) -> None:
         self._reader, self._data, self._split, self._tokenizer = reader, data, split, tokenizer
         self._seed, self._end, self._fewest, self._check = seed, end, fewest, check
+        self._known_tokens = known_tokens
         self._rules = rules_of(data, supervised)
         self.content = f"stream {groups_key(reader.content, tokenizer, self._rules)}"
         key = groups_key(reader.content + reader.version, tokenizer, self._rules)
@@ -163,7 +166,11 @@ class Stream:
         return self._check(groups)
 
     def _table(self, block: int) -> datasets.Dataset:
-        """The tokenised rows of a block. Raises UserError for an unreadable one, unless those are dropped."""
+        """The tokenised rows of a block.
+
+        Raises UserError for an unreadable one, unless those are dropped, and for a token that the model does
+        not know.
+        """
         path, record = self._path(block), self._record(block)
         if not path.is_dir():
             self._make(block, record.cursor)
@@ -171,6 +178,7 @@ class Stream:
         assert isinstance(table, datasets.Dataset)
         where = functools.partial(self._reader.where, record.cursor)
         check_readable(where, table, self._data.on_bad_row)
+        check_known_tokens(where, table, usable_rows(table), self._tokenizer, self._known_tokens)
         return table
 
     def _prepare_after(self, block: int) -> None:

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.dataset import GroupDataset, column_of
+from madpo.trainer.data.known_tokens import check_known_tokens
 from madpo.trainer.data.order import permutation
 from madpo.trainer.data.plain_text import foreign_marks, special_spellings, spells_special
 from madpo.trainer.data.report import reasons_in, report_of
@@ -94,11 +95,13 @@ def load_groups(
     tokenizer: PreTrainedTokenizerBase,
     supervised: bool = False,
     fraction: float = 1.0,
+    known_tokens: int | None = None,
 ) -> tuple[GroupDataset, dict[str, Any]]:
     """The groups of one split, or a fraction of them, and a report of what was read, cut and dropped.
 
     Raises UserError for a missing file or split, unknown columns, an unreadable example (unless
-    `on_bad_row: drop`), and a split in which nothing can be trained on.
+    `on_bad_row: drop`), a token that is not among the `known_tokens` of the model, and a split in which
+    nothing can be trained on.
     """
     cache = Path(data.cache_dir).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
@@ -118,6 +121,7 @@ def load_groups(
     assert isinstance(table, datasets.Dataset)
     check_readable(source.where, table, data.on_bad_row)
     usable = usable_rows(table)
+    check_known_tokens(source.where, table, usable, tokenizer, known_tokens)
     taken = usable[share(len(usable), fraction)]
     report = report_of(source.name, table, taken)
     if not len(usable):

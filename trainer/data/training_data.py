@@ -57,22 +57,24 @@ class Data:
         return {**(self.source.report() if self.source else {}), **self.held_out_report}
 
 
-def load_data(config: Config, tokenizer: PreTrainedTokenizerBase, training: bool) -> Data:
+def load_data(
+    config: Config, tokenizer: PreTrainedTokenizerBase, training: bool, known_tokens: int | None = None
+) -> Data:
     """Read, fit and merge the splits that the config names. Raises UserError for data that cannot serve the
-    objective.
+    objective, or that has a token which is not among the `known_tokens` of the model.
 
     Evaluation reads the training split too if a threshold is a quantile of its margins.
     """
     data, supervised = config.data, config.bound_objective.supervised
     train, held_out, source, held_out_report = None, None, None, {}
     if training and data.streaming:
-        source = _stream(config, tokenizer)
+        source = _stream(config, tokenizer, known_tokens)
     elif training or config.objective.quantiles:
-        groups, report = training_groups(config, tokenizer)
+        groups, report = training_groups(config, tokenizer, known_tokens)
         train = merged(_fitted(groups, config), config)
         source = DatasetSource(train, config.seed, data.order, report_of_merged(train, report))
     if not training or has_held_out(data):
-        groups, report = load_split(data, True, tokenizer, supervised)
+        groups, report = load_split(data, True, tokenizer, supervised, known_tokens)
         held_out = merged(_fitted(groups, config), config)
         held_out_report = report_of_merged(held_out, report)
     if held_out is None and config.train.eval_steps is not None:
@@ -107,12 +109,13 @@ def weighed(data: Data, config: Config) -> Data:
 
 
 def training_groups(
-    config: Config, tokenizer: PreTrainedTokenizerBase
+    config: Config, tokenizer: PreTrainedTokenizerBase, known_tokens: int | None = None
 ) -> tuple[GroupDataset, dict[str, Report]]:
     """The training groups without the fold that is left out, and the reports of `load_split`, the total
     without the fold too. Raises UserError."""
     data = config.data
-    groups, report = load_split(data, False, tokenizer, config.bound_objective.supervised)
+    supervised = config.bound_objective.supervised
+    groups, report = load_split(data, False, tokenizer, supervised, known_tokens)
     if data.folds is None or data.fold is None:
         return groups, report
     groups = without_fold(groups, data.folds, data.fold)
@@ -157,7 +160,7 @@ def _with_totals(report: dict[str, Report], numbers: Report) -> dict[str, Report
     return report | {total: report[total] | numbers}
 
 
-def _stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> Stream:
+def _stream(config: Config, tokenizer: PreTrainedTokenizerBase, known_tokens: int | None) -> Stream:
     data, train, objective = config.data, config.train, config.bound_objective
     assert train.max_steps is not None
     return Stream(
@@ -170,4 +173,5 @@ def _stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> Stream:
         supervised=objective.supervised,
         fewest=2 if Need.MISMATCHED in objective.needs else 1,
         check=lambda groups: skip_weightless(_fitted(groups, config), objective),
+        known_tokens=known_tokens,
     )

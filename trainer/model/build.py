@@ -24,11 +24,11 @@ from madpo.trainer.model.expert_balance import expert_balance
 from madpo.trainer.model.freeze import freeze
 from madpo.trainer.model.offload import offload_layers
 from madpo.trainer.model.policy import PolicyWithReference
-from madpo.trainer.model.pretrained import Pretrained, build_from_scratch, load_pretrained
+from madpo.trainer.model.pretrained import Pretrained, build_from_scratch, load_pretrained, read_config
 from madpo.trainer.model.recompute import checkpoint_layers
 from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.model.tokenizer import padding_token
-from madpo.trainer.model.vocabulary import add_tokens, fit_vocabulary
+from madpo.trainer.model.vocabulary import add_tokens, embedding_rows, vocabulary_of
 from madpo.trainer.scoring_module import ReferenceScorer
 from madpo.trainer.sequence_parallel import join
 from madpo.trainer.zero3.loading import gather_convolutions
@@ -57,7 +57,7 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
             gather_convolutions(part)
     repeats_layers = _save_time_and_memory(policy, reference, config)
     if objective.is_reward_model:
-        padding_token(tokenizer)
+        padding_token(tokenizer, policy.config.vocab_size)
         module = RewardModel(policy, objective, has_new_layer)
     else:
         budget_bytes = int(config.train.head_gib * 2**30)
@@ -68,6 +68,31 @@ def build_module(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyWi
         )
     module.repeats_layers = repeats_layers
     return module
+
+
+def known_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The number of tokens that policy and reference will both know; None if their files do not say.
+
+    No weight of a whole model is loaded: the data is held against it first. Raises UserError.
+    """
+    model, known = config.model, list[int | None]()
+    if model.init_config is not None:
+        known.append(model.init_config.get("vocab_size", len(tokenizer)))
+    named = model.ref_model_name_or_path if config.bound_objective.needs_reference else None
+    for name, revision in ((model.model_name_or_path, model.model_revision), (named, None)):
+        if name is not None:
+            known.append(known_to(config, name, revision))
+    least = min((count for count in known if count is not None), default=None)
+    return max(least, len(tokenizer)) if least is not None and model.resize_embeddings else least
+
+
+def known_to(config: Config, name: str, revision: str | None) -> int | None:
+    """The number of tokens that a stored model, or an adapter with its base, has embeddings for; None where
+    its files do not say."""
+    adapter = adapter_named(config, name, revision)
+    source = (name, revision) if adapter is None else (adapter.base, adapter.config.revision)
+    known = vocabulary_of(read_config(*source))
+    return known if adapter is None or known is None else embedding_rows(adapter, known)
 
 
 def load_reference(config: Config, tokenizer: PreTrainedTokenizerBase) -> ReferenceScorer:
@@ -82,7 +107,8 @@ def load_reference(config: Config, tokenizer: PreTrainedTokenizerBase) -> Refere
         reference = _without_adapter(policy, adapter) if lora.is_adapted(policy) else ReferenceScorer(policy)
     else:
         model = _load(config, name, None, _stored_adapter(config, name, None), **options).model
-        fit_vocabulary(model, len(tokenizer), config.model.resize_embeddings)
+        if config.model.resize_embeddings:
+            add_tokens(model, len(tokenizer))
         reference = ReferenceScorer(model)
     gather_convolutions(reference.model)
     return reference
@@ -145,7 +171,8 @@ def _policy(config: Config, tokenizer: PreTrainedTokenizerBase, options: dict[st
         if config.peft is not None and adapter is None:
             rewards = config.bound_objective.is_reward_model
             lora.attach(policy, lora.new_config(config.peft, *start, rewards), lora.POLICY)
-    fit_vocabulary(policy, len(tokenizer), model.resize_embeddings)
+    if model.resize_embeddings:
+        add_tokens(policy, len(tokenizer))
     return _Policy(policy, adapter, has_new_layer)
 
 
@@ -232,6 +259,7 @@ def _load(
         ) from error
     if base.has_new_layer and "score" not in (adapter.config.modules_to_save or []):
         raise UserError(f"{name} is no reward model's adapter; merge it first (madpo export --merge)")
+    add_tokens(base.model, embedding_rows(adapter, base.model.config.vocab_size))
     lora.attach(base.model, adapter.config, lora.POLICY, adapter.weights)
     return Pretrained(base.model, has_new_layer=False)
 

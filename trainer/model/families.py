@@ -24,6 +24,9 @@ LOCAL_SIZES = ("sliding_window", "attention_chunk_size")
 """Config names for how far a layer's tokens see: a window that moves with the query or, in Llama 4, chunks,
 whose tokens see their own chunk alone."""
 
+COMPRESSION = "compress_rates"
+"""DeepSeek V4's config name for how many tokens a compressed key stands for, by kind of layer."""
+
 NOISE_THAT_STAYS = {"phimoe": {"router_jitter_noise"}}
 """PhiMoE's router weighs experts by this value in evaluation too, so that it cannot be set to 0.
 `startup.checks.check_noise` refuses the models that draw noise in training."""

@@ -32,6 +32,9 @@ WEIGHTS = "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
 PREFIX = "base_model.model."
 """The first part of every weight's name in peft's files."""
+REPEATED = (".modules_to_save.", ".original_module.")
+"""Parts of names under which peft stores embeddings that were resized and trained once more, beside the copy
+that was trained: that copy, and the base's."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,11 @@ class StoredAdapter:
             if file is None:
                 raise UserError(f"{self.name}: there is no {WEIGHTS}; save the adapter with peft again")
             path = Path(file)
-        return {key.removeprefix(PREFIX): value for key, value in load_file(path).items()}
+        return {
+            key.removeprefix(PREFIX): value
+            for key, value in load_file(path).items()
+            if not any(part in key for part in REPEATED)
+        }
 
 
 def stored_adapter(name: str | None, revision: str | None, base: str | None = None) -> StoredAdapter | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from madpo.trainer.batches.packing import PackedBatch, Segment
 from madpo.trainer.model.attention.segments import on_device
+from madpo.trainer.model.positions import position_borders
 
 
 class RowsOutput(NamedTuple):
@@ -29,6 +30,8 @@ def run_rows(model: Any, batch: PackedBatch, **options: Any) -> RowsOutput:
     A prompt's hidden states are taken from the row of its first completion; they are equal in all its rows.
     """
     index, cells = (on_device(x, batch.input_ids.device) for x in row_index(batch.segments))
+    if position_borders(model):  # the rows' own positions: those of padding would make them longer
+        options["position_ids"] = batch.position_ids[index]
     output: Any = model(input_ids=batch.input_ids[index], use_cache=False, **options)
     logits = getattr(output, "router_logits", None)
     # Mamba's residuals are float32 in any precision; like transformers, take its output to the head's.

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from madpo.trainer.batches.packing import PackedBatch
+from madpo.trainer.data.lengths import PositionBorder
 from madpo.trainer.errors import UserError
 from madpo.trainer.head import Impl, OutputLayers, PreferenceHead
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable, shares_rows
 from madpo.trainer.model.backbone import output_head, run_backbone, scored_hidden
 from madpo.trainer.model.expert_balance import ExpertBalance
 from madpo.trainer.model.interleaved import InterleavedForward
+from madpo.trainer.model.positions import position_borders
 from madpo.trainer.objectives.build import BoundObjective
 from madpo.trainer.scoring_module import Gradients, Mode, ReferenceScorer
 from madpo.trainer.sequence_parallel import SequenceGroup
@@ -66,6 +68,11 @@ class PolicyWithReference(nn.Module):
     def shares_rows(self) -> bool:
         """Whether sequences may share a packed row, and completions their prompt."""
         return shares_rows(self.policy)
+
+    @property
+    def borders(self) -> tuple[PositionBorder, ...]:
+        """Lengths beyond which the model encodes positions otherwise."""
+        return position_borders(self.policy, self.reference)
 
     @property
     def loss_of_tokens(self) -> bool:

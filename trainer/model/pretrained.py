@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from transformers.utils import logging
 from madpo.trainer.config.model import ModelConfig
 from madpo.trainer.errors import UserError, nearest, on_one_line
 from madpo.trainer.model.families import NOISE_THAT_STAYS
+from madpo.trainer.model.positions import encode_by_sequence
 
 NEW_LAYER = "score.weight"
 """The weight that a reward model has and the language model it starts from has not."""
@@ -53,27 +56,27 @@ def load_pretrained(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of missing weights: they are an error here
     try:
-        config = without_dropout(AutoConfig.from_pretrained(name, revision=revision, **options))
+        config = without_dropout(read_config(name, revision, **options))
         classifier = classifier_of(config)
         if kind == AutoModelForCausalLM and classifier is not None:
             raise UserError(
                 f"model {name!r} is a reward model ({classifier}), which writes no text; name a "
                 "language model"
             )
-        model, info = kind.from_pretrained(
+        load = partial(
+            kind.from_pretrained,
             name,
             config=config,
             revision=revision,
             dtype=dtype,
-            attn_implementation=attention,
             output_loading_info=True,
             quantization_config=quantization_config,
         )
+        model, info = make_with_attention(load, attention)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        hint = "" if Path(name).exists() else " (no such folder, and no model of that name on the hub)"
-        raise UserError(f"model {name!r} could not be loaded{hint}: {on_one_line(error)}") from error
+        raise _not_loaded(name, error) from error
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(set(info["missing_keys"]) - {NEW_LAYER})
@@ -82,12 +85,46 @@ def load_pretrained(
             f"model {name!r}: {len(missing)} weights are missing and would be random, {missing[0]} for one; "
             "the files do not belong to the config beside them"
         )
-    if model.config.get_text_config() is not model.config:
+    refuse_more_than_text(name, model)
+    encode_by_sequence(model)
+    return Pretrained(model, has_new_layer=NEW_LAYER in info["missing_keys"])
+
+
+def read_config(name: str, revision: str | None, **options: Any) -> PreTrainedConfig:
+    """The config of a model in a folder or on the hub; `options` replace its values. Raises UserError."""
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, **options)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(name, error) from error
+
+
+def _not_loaded(name: str, error: Exception) -> UserError:
+    hint = "" if Path(name).exists() else " (no such folder, and no model of that name on the hub)"
+    return UserError(f"model {name!r} could not be loaded{hint}: {on_one_line(error)}")
+
+
+def refuse_more_than_text(name: str, model: PreTrainedModel) -> None:
+    """Raise UserError for a model that has other parts beside its language model."""
+    try:
+        is_text = model.config.get_text_config() is model.config
+    except ValueError:  # it has several
+        is_text = False
+    if not is_text:
         raise UserError(
             f"model {name!r}: {type(model).__name__} reads more than text; save its language model by itself "
             "and name that"
         )
-    return Pretrained(model, has_new_layer=NEW_LAYER in info["missing_keys"])
+
+
+def make_with_attention(make: Callable[..., Any], attention: str | None) -> Any:
+    """What `make` gives for this attention; or for transformers' own choice, where a family looks its
+    attention up in a table of its own, which does not know ours."""
+    try:
+        return make(attn_implementation=attention)
+    except KeyError as error:
+        if error.args != (attention,):
+            raise
+        return make(attn_implementation=None)
 
 
 def classifier_of(config: PreTrainedConfig) -> str | None:
@@ -120,16 +157,24 @@ def build_from_scratch(
     special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = AutoConfig.for_model(family, **{"vocab_size": len(tokenizer), **special, **options, **values})
     try:
-        return kind.from_config(without_dropout(config), dtype=dtype, attn_implementation=attention)
+        made = make_with_attention(partial(kind.from_config, without_dropout(config), dtype=dtype), attention)
     except ValueError as error:
         raise UserError(f"model.init_config.model_type: {family}: {error}") from error
+    encode_by_sequence(made)
+    return made
 
 
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Set dropout and jitter to 0: noise in policy or reference would be noise in the margin between them."""
+    """Set dropout and jitter to 0, also in the configs inside.
+
+    Noise in policy or reference would be noise in the margin between them.
+    """
     stays = NOISE_THAT_STAYS.get(config.model_type, set[str]())
     for key, value in config.to_dict().items():
         is_noise = "dropout" in key or key.endswith("pdrop") or "jitter" in key
         if isinstance(value, float) and is_noise and key not in stays:
             setattr(config, key, 0.0)
+    for name in config.sub_configs:
+        if isinstance(inside := getattr(config, name, None), PreTrainedConfig):
+            without_dropout(inside)
     return config

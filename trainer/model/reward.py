@@ -12,10 +12,12 @@ from transformers import PreTrainedModel
 
 from madpo.kernels.token_scores import TokenScores
 from madpo.trainer.batches.packing import PackedBatch
+from madpo.trainer.data.lengths import PositionBorder
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable, shares_rows
 from madpo.trainer.model.backbone import last_hidden
 from madpo.trainer.model.lora import in_use
+from madpo.trainer.model.positions import position_borders
 from madpo.trainer.objectives.build import BoundObjective
 from madpo.trainer.scoring_module import Gradients, Mode, ReferenceScorer
 from madpo.trainer.sequence_parallel import SequenceGroup
@@ -48,6 +50,11 @@ class RewardModel(nn.Module):
     def shares_rows(self) -> bool:
         """Whether sequences may share a packed row, and completions their prompt."""
         return shares_rows(self.policy)
+
+    @property
+    def borders(self) -> tuple[PositionBorder, ...]:
+        """Lengths beyond which the model encodes positions otherwise."""
+        return position_borders(self.policy)
 
     def forward(
         self, batch: PackedBatch, mode: Mode = Mode.LOSS, gradients: Gradients = None

@@ -31,14 +31,14 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         raise UserError(f"{key}: no tokenizer could be loaded from {name!r}: {on_one_line(error)}") from error
 
 
-def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def padding_token(tokenizer: PreTrainedTokenizerBase, known: int) -> int:
     """A token to pad with other than EOS: transformers' classifiers score the last token that is no padding.
 
-    Raises UserError if the tokenizer has none.
+    It is one of the `known` that the model has embeddings for. Raises UserError if the tokenizer has none.
     """
     names = ("pad_token_id", "unk_token_id", "bos_token_id")
     for token in (getattr(tokenizer, name) for name in names):
-        if token is not None and token != tokenizer.eos_token_id:
+        if token is not None and token < known and token != tokenizer.eos_token_id:
             return token
     raise UserError(
         "a reward model needs a tokenizer with a pad token that is not its EOS token, or with an UNK or BOS "

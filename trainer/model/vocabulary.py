@@ -1,29 +1,53 @@
-"""Models that know every token of the tokenizer: a check, and new vocabulary entries for those they lack."""
+"""The tokens that a model has embeddings for, and new embeddings for those that it lacks."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from madpo.trainer.data.known_tokens import largest_id
 from madpo.trainer.errors import UserError
-from madpo.trainer.model.lora import is_adapted
+from madpo.trainer.model.lora import StoredAdapter, is_adapted
 
 
-def fit_vocabulary(model: PreTrainedModel, size: int, widen: bool) -> None:
-    """Raise UserError unless the model knows the tokenizer's `size` tokens; add the missing ones if `widen`.
+def vocabulary_note(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A note for the user if the tokenizer is larger than the model; None if the model knows all tokens."""
+    known, largest = model.config.vocab_size, largest_id(tokenizer)
+    if largest < known:
+        return None
+    return (
+        f"the tokenizer has {largest + 1} tokens and the model's embedding {known} rows; it stays as it is, "
+        "and a row of the data that has one of the other tokens is refused"
+    )
 
-    The model may know more: vocabularies are often filled up, and no text has the extra tokens.
+
+def vocabulary_of(config: PreTrainedConfig) -> int | None:
+    """The number of tokens that a model of this config has embeddings for; None if it does not say."""
+    try:
+        return getattr(config.get_text_config(), "vocab_size", None)
+    except ValueError:  # it has several language models
+        return None
+
+
+def embedding_rows(adapter: StoredAdapter, known: int) -> int:
+    """The vocabulary that an adapter was trained with, on a base model that knows `known` tokens.
+
+    An adapter that trains whole copies of embedding and output layer (`modules_to_save`) may have more rows
+    in them than its base. Nothing else that it stores is as long. Raises UserError for embeddings that were
+    stored beside the adapter as a part of the base model.
     """
-    if widen:
-        add_tokens(model, size)
-    if size > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {size} tokens and the model only {model.config.vocab_size}: set "
-            "model.resize_embeddings=true if tokens were added to the model's own tokenizer; if not, they do "
-            "not belong together (model.tokenizer_name_or_path)"
-        )
+    longer = {name: len(weight) for name, weight in adapter.weights.items() if len(weight) > known}
+    whole = set(adapter.config.modules_to_save or [])
+    for name in longer:
+        if name.rpartition(".")[0].rpartition(".")[2] not in whole:
+            raise UserError(
+                f"{adapter.name}: the adapter holds {name} of {longer[name]} rows, a part of its base model, "
+                f"which has {known}; merge it with peft (merge_and_unload) after resize_token_embeddings"
+                f"({longer[name]}), and name the merged model"
+            )
+    return max(longer.values(), default=known)
 
 
 @torch.no_grad()
@@ -42,7 +66,8 @@ def add_tokens(model: PreTrainedModel, size: int) -> None:
     if is_adapted(model):
         raise UserError(
             "model.resize_embeddings: an adapter is put on its base model again, which would lack the new "
-            "rows; add them to the base model first, by a run without peft"
+            "rows; leave the key out if no row of the data has the new tokens (one that has is named), or "
+            "add them to the base model first, by a run without peft"
         )
     model.resize_token_embeddings(size, mean_resizing=False)
     output: Any = model.get_output_embeddings()

@@ -249,7 +249,7 @@ def _start_engine(config: Config, tokenizer: PreTrainedTokenizerBase) -> Engine[
         budget_bytes = int(config.train.head_gib * 2**30)
         module = ReferenceAlone(reference, budget_bytes, config.train.head_impl)
     engine = Engine(config, module, training=False)
-    choose_attention(module.model, config.model.attention, engine.device)
+    choose_attention(module.model, config.model.attention, engine.device, config.data.max_length)
     check_head(module.model, engine.device)
     engine.eval()
     return engine

@@ -12,12 +12,14 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from madpo.trainer.batches.packing import PackedBatch
 from madpo.trainer.config.schema import Config
+from madpo.trainer.data.lengths import PositionBorder
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import hash_of_file
 from madpo.trainer.head import Impl, PreferenceHead
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable, shares_rows
 from madpo.trainer.model.backbone import output_head, scored_hidden
 from madpo.trainer.model.build import adapter_named
+from madpo.trainer.model.positions import position_borders
 from madpo.trainer.objectives.build import bind
 from madpo.trainer.objectives.sft import NLLParams
 from madpo.trainer.scoring_module import Gradients, Mode, ReferenceScorer
@@ -40,6 +42,11 @@ class ReferenceAlone(nn.Module):
     def shares_rows(self) -> bool:
         """Whether sequences may share a packed row, and completions their prompt."""
         return shares_rows(self.model)
+
+    @property
+    def borders(self) -> tuple[PositionBorder, ...]:
+        """Lengths beyond which the model encodes positions otherwise."""
+        return position_borders(self.model)
 
     @torch.no_grad()
     def forward(

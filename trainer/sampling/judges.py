@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ from madpo.trainer.batches.packing import pack
 from madpo.trainer.config.generate import EndpointConfig, JudgeConfig
 from madpo.trainer.config.locate import model_folder
 from madpo.trainer.config.schema import Config
+from madpo.trainer.data.known_tokens import unknown_token
+from madpo.trainer.data.lengths import shapes_of
 from madpo.trainer.data.tokenise import TokenGroup, tokenise
 from madpo.trainer.data.tokenised_cache import rules_of
 from madpo.trainer.errors import UserError
@@ -126,7 +129,7 @@ class RewardJudge:
         )
         peft = config.peft and config.peft.of_given_models()
         config = config.model_copy(update={"model": model, "peft": peft, "objective": BradleyTerryParams()})
-        self.tokenizer = load_tokenizer(model)
+        self.name, self.tokenizer = folder, load_tokenizer(model)
         self.rules = rules_of(config.data)
         self.budget = config.train.micro_batch_tokens
         module = build_module(config, self.tokenizer)
@@ -137,13 +140,16 @@ class RewardJudge:
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         )
         self.module = module.to(self.device).eval()
-        choose_attention(module.policy, config.model.attention, torch.device(self.device))
+        device = torch.device(self.device)
+        choose_attention(module.policy, config.model.attention, device, config.data.max_length)
 
     def __call__(self, prompts: Sequence[TextGroup], completions: Sequence[Sequence[Text]]) -> Scores:
         """Scores; None for what could not be trained on (no token, or a prompt that fills `max_length`)."""
         scores: Scores = [[None] * len(of_prompt) for of_prompt in completions]
         for chunk in self._within_budget(self._groups(prompts, completions)):
-            batch = pack([part.group for part in chunk]).to(self.device)
+            groups = [part.group for part in chunk]
+            shared = shapes_of(groups).shares_prompts(self.module.borders)
+            batch = pack(groups, prefix_sharing=shared.tolist()).to(self.device)
             batch_scores = iter(self._score(batch))
             for part in chunk:
                 for completion in part.completions:
@@ -166,7 +172,12 @@ class RewardJudge:
                     yield _Judged(number, [completion], group)
 
     def _tokenised(self, prompt: TextGroup, completions: Sequence[Text]) -> TokenGroup:
-        return tokenise(replace(prompt, completions=list(completions)), self.tokenizer, self.rules)
+        group = tokenise(replace(prompt, completions=list(completions)), self.tokenizer, self.rules)
+        largest = max(chain(group.prompt, *group.completions), default=0)
+        if largest >= (known := self.module.policy.config.vocab_size):
+            problem = unknown_token(largest, self.tokenizer, known)
+            raise UserError(f"generate.judge.reward_model: {self.name}: {problem}; use another judge")
+        return group
 
     def _within_budget(self, groups: Iterable[_Judged]) -> Iterator[list[_Judged]]:
         """The groups in chunks of at most `micro_batch_tokens` tokens, or of one group."""

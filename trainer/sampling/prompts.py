@@ -32,6 +32,7 @@ class Prompts:
     rules: TokenRules
     groups: list[TextGroup] = field(default_factory=list)  # without completions
     lengths: list[int] = field(default_factory=list)  # tokens of each prompt
+    places: list[str] = field(default_factory=list)  # how messages name the example of each prompt
     rows: int = 0  # examples read
     repeated: int = 0  # examples whose prompt an earlier one has
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> examples
@@ -100,6 +101,7 @@ def read_prompts(
         seen.add(key)
         prompts.groups.append(group)
         prompts.lengths.append(length)
+        prompts.places.append(source.where(number))
     repeated = count - len(prompts.groups) - sum(prompts.dropped.values())
     if not prompts.groups:
         raise UserError(f"{source.name}: no prompt in {count} rows: {dict(prompts.dropped)}")

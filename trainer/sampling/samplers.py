@@ -105,14 +105,10 @@ class _Transformers:
         tokenizer: PreTrainedTokenizerBase,
         destroy: Callable[[], None] | None = None,
     ) -> None:
-        if len(tokenizer) > model.config.vocab_size:
-            raise UserError(
-                f"{model.config.name_or_path}: the tokenizer has {len(tokenizer)} tokens and the model only "
-                f"{model.config.vocab_size}; they do not belong together"
-            )
         self.model, self.partitioned, self.destroy = model, settings.partitioned, destroy
         self.ends = ends_of(model.generation_config.eos_token_id, tokenizer)
-        self.pad = next((x for x in (tokenizer.pad_token_id, *sorted(self.ends)) if x is not None), 0)
+        pads = (tokenizer.pad_token_id, *sorted(self.ends))
+        self.pad = next((x for x in pads if x is not None and x < model.config.vocab_size), 0)
         self.max_positions = getattr(model.config, "max_position_embeddings", None)
         self.max_new_tokens = settings.max_new_tokens
         # `generate` fills unset options in from the model's own settings, so there must be none.

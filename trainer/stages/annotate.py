@@ -25,6 +25,7 @@ from madpo.trainer.data.training_source import content_of
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
+from madpo.trainer.model.build import known_tokens
 from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.reward import BradleyTerryParams
@@ -133,7 +134,12 @@ def load_pairs(config: Config) -> dict[str, GroupDataset]:
     """Read the pairs of every split that the config names, all folds of them."""
     tokenizer = load_tokenizer(config.model)
     splits = [config.data.dataset_train_split, test_split(config.data)]
-    data = {split: load_groups(config.data, split, tokenizer)[0] for split in splits if split is not None}
+    known = known_tokens(config, tokenizer)
+    data = {
+        split: load_groups(config.data, split, tokenizer, known_tokens=known)[0]
+        for split in splits
+        if split is not None
+    }
     plain = config.model_copy(update={"objective": BradleyTerryParams()})  # needs no margins in the data
     for groups in data.values():
         budget, shares = config.train.row_tokens, config.model.prefix_sharing

@@ -11,6 +11,7 @@ from madpo.trainer import checkpoint, dist, loop
 from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.training_data import load_data, weighed
+from madpo.trainer.model.build import known_tokens
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.reference.cached import with_reference
 from madpo.trainer.reports.progress import metrics_table
@@ -35,7 +36,7 @@ def run_evaluation(config: Config, base: bool = False) -> dict[str, Any]:
         params = type(config.objective).model_validate(stored)
         config = config.model_copy(update={"objective": params})
     tokenizer = load_tokenizer(config.model)
-    data = load_data(config, tokenizer, training=False)
+    data = load_data(config, tokenizer, False, known_tokens(config, tokenizer))
     shard = dist.init(config.launch.timeout_minutes)
     config = resolve_quantiles(config, data, tokenizer, shard)
     data = weighed(data, config)

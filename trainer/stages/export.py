@@ -66,7 +66,8 @@ def export_model(
     """
     policy = engine.module.policy
     if config.bound_objective.is_reward_model:
-        policy.config.pad_token_id = tokenizer.pad_token_id = padding_token(tokenizer)
+        padding = padding_token(tokenizer, policy.config.vocab_size)
+        policy.config.pad_token_id = tokenizer.pad_token_id = padding
     folders = {"model": lora.is_adapted(policy)}
     if config.train.export_merged:
         folders["merged"] = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -19,17 +19,20 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer import dist
 from madpo.trainer.config.generate import GenerateConfig, JudgeConfig
 from madpo.trainer.config.locate import located, model_folder
 from madpo.trainer.config.schema import Config
+from madpo.trainer.data.known_tokens import largest_id, unknown_token
 from madpo.trainer.data.source import test_split
 from madpo.trainer.data.tokenised_cache import tokenizer_identity
 from madpo.trainer.dist import Shard
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_atomically
 from madpo.trainer.formats.text_groups import Text
+from madpo.trainer.model.build import known_to
 from madpo.trainer.model.pretrained import state_of_files
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.reports.progress import print_line
@@ -87,6 +90,8 @@ def run_generation(config: Config) -> None:
         split: read_prompts(data, split, tokenizer, settings.prompt_tokens, settings.limit)
         for split in splits
     }
+    for writer in writers:
+        _check_prompts(config, prompts.values(), writer)
     batches = {split: batches_of(split, prompts[split].lengths, settings.batch_size) for split in splits}
     shard = dist.init(config.launch.timeout_minutes)
     with ExitStack() as cleanup:
@@ -119,11 +124,28 @@ def writers_of(config: Config, settings: GenerateConfig) -> list[Writer]:
     ]
 
 
+def _tokenizer_of(config: Config, writer: Writer) -> PreTrainedTokenizerBase:
+    update = {"model_name_or_path": writer.folder, "model_revision": writer.revision}
+    return load_tokenizer(config.model.model_copy(update=update))
+
+
+def _check_prompts(config: Config, prompts: Iterable[Prompts], writer: Writer) -> None:
+    """Raise UserError for a prompt with a token that the model has no embedding for."""
+    tokenizer, known = _tokenizer_of(config, writer), known_to(config, writer.folder, writer.revision)
+    if known is None or known > largest_id(tokenizer):
+        return
+    for of_split in prompts:
+        for member, place in enumerate(of_split.places):
+            largest = max(of_split.encode(member, tokenizer))
+            if largest >= known:
+                problem = unknown_token(largest, tokenizer, known)
+                raise UserError(f"{place}: {writer.name}: {problem}; leave the row out")
+
+
 def _sample_all(plan: SamplingPlan, writer: Writer) -> ResumableBatches:
     """Sample all batches from one model: for each prompt, the fields of each `Completion`."""
     config, settings = plan.config, plan.settings
-    update = {"model_name_or_path": writer.folder, "model_revision": writer.revision}
-    tokenizer = load_tokenizer(config.model.model_copy(update=update))
+    tokenizer = _tokenizer_of(config, writer)
     drawn_by = settings.only("num_completions", "max_new_tokens", "temperature", "top_p", "top_k")
     identity = [
         *(plan.identity(), drawn_by, plan.backend, config.seed, config.train.bf16),

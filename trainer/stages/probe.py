@@ -30,6 +30,7 @@ from madpo.trainer.data.training_data import load_data
 from madpo.trainer.dist import Shard
 from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
+from madpo.trainer.model.build import known_tokens
 from madpo.trainer.model.pretrained import state_of_files
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import Item
@@ -78,7 +79,7 @@ def run_probe(config: Config) -> None:
         raise UserError("data.streaming: probe draws from the whole training set; set data.streaming=false")
     config = _supervised(located(config))
     tokenizer = load_tokenizer(config.model)
-    groups = load_data(config, tokenizer, training=True).train
+    groups = load_data(config, tokenizer, True, known_tokens(config, tokenizer)).train
     assert groups is not None
     shard = dist.init(config.launch.timeout_minutes)
     probe = stored_probe(config, groups, tokenizer, shard)

@@ -16,6 +16,7 @@ from madpo.trainer.model.startup.checks import check_head, check_noise
 from madpo.trainer.model.startup.interleave import interleave_reference
 from madpo.trainer.model.startup.positions import check_positions
 from madpo.trainer.model.startup.slices import check_slicing
+from madpo.trainer.model.vocabulary import vocabulary_note
 from madpo.trainer.scoring_module import ScoringModule
 from madpo.trainer.zero3.loading import partitioned_loading
 
@@ -44,17 +45,18 @@ def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: b
     out_of_memory.note("load")
     engine, group = Engine[ScoringModule](config, module, training), module.sequence_group
     out_of_memory.note("start")
-    notes = []
+    notes, longest = list[str](), config.data.max_length
     for model in (module.policy, module.reference):
         if model is not None:
-            notes.append(choose_attention(model, config.model.attention, engine.device))
+            notes.append(choose_attention(model, config.model.attention, engine.device, longest))
             if not config.bound_objective.is_reward_model:
                 check_head(model, engine.device)
             if group is not None:
-                check_slicing(model, group, engine.device)
+                check_slicing(model, group, engine.device, longest)
     quantised = config.peft is not None and config.peft.quantised
     if training and not quantised:  # quantised kernels round differently in training, which is no noise
         check_noise(module.policy, engine.device)
+    notes += filter(None, [vocabulary_note(module.policy, tokenizer)])
     module.notes = list(dict.fromkeys(notes))
     if isinstance(module, PolicyWithReference):
         interleave_reference(module, engine.device)

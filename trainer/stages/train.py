@@ -21,6 +21,7 @@ from madpo.trainer.data.views.weighed import weights_of
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.errors import FRESH
 from madpo.trainer.metrics import MetricsFile
+from madpo.trainer.model.build import known_tokens
 from madpo.trainer.model.expert_balance import expert_notes
 from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.model.tokenizer import load_tokenizer
@@ -51,7 +52,7 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
     checkpoints = folder / "checkpoints"
     config = located(config)
     tokenizer = load_tokenizer(config.model)
-    data = load_data(config, tokenizer, training=True)
+    data = load_data(config, tokenizer, True, known_tokens(config, tokenizer))
     shard = dist.init(config.launch.timeout_minutes)
     with ExitStack() as cleanup:
         cleanup.callback(claim(folder, shard).release)

@@ -9,9 +9,16 @@ from typing import Any
 import pytest
 import torch
 from harness import LLAMA, make_config, run_ranks, save_model, without_clock, write_pairs
+from peft import LoraConfig, get_peft_model
+from small_runs import with_sections
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from madpo.trainer.config.schema import Config
+from madpo.trainer.data.training_data import load_data
+from madpo.trainer.errors import UserError
+from madpo.trainer.model.build import known_tokens, load_sampler
+from madpo.trainer.model.tokenizer import load_tokenizer, padding_token
+from madpo.trainer.stages.generate import run_generation
 from madpo.trainer.stages.train import run_training
 
 pytestmark = pytest.mark.ranks
@@ -70,10 +77,100 @@ def test_a_model_gets_the_rows_that_it_lacks(changes, tmp_path, tokenizer_folder
     assert tied is changes.get("tied", False)
 
 
-def test_without_the_key_the_error_names_it(tmp_path, tokenizer_folder):
-    config = config_of(tmp_path, tokenizer_folder, resize=False, vocab_size=KNOWN)
-    with pytest.raises(AssertionError, match=r"300 tokens .* only 290: set model\.resize_embeddings=true"):
-        run_ranks(2, train, config)
+MISSING = (
+    rf"train\.jsonl:3: token {TOKENS} \('<new>'\) has no row in the model's embedding, which has {TOKENS}"
+)
+
+
+def with_new_token(config: Config, in_row: int | None) -> Config:
+    """The run with a tokenizer of one token more than the model knows, and rows of which one may have it."""
+    tokenizer = AutoTokenizer.from_pretrained(str(config.model.model_name_or_path))
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(str(config.model.model_name_or_path))
+    file = Path(str(config.data.dataset_name)) / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    if in_row is not None:
+        rows[in_row - 1]["rejected"] += " <new>"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return config
+
+
+def test_a_token_of_the_data_without_a_row_is_refused(tmp_path, tokenizer_folder):
+    """Before a model is loaded; in a stream when the block with the row is read."""
+    config = with_new_token(config_of(tmp_path, tokenizer_folder, resize=False, vocab_size=TOKENS), in_row=3)
+    with pytest.raises(UserError, match=MISSING + r"; set model\.resize_embeddings=true if"):
+        run_training(config, "madpo train test.yaml")
+    with pytest.raises(UserError, match=MISSING):
+        run_training(with_sections(config, {"loss_type": "kto"}, data={"merge_prompts": True}), "")
+    streamed = updated(config, {"data": {"streaming": True, "stream_block": 2, "order": "as_is"}})
+    tokenizer = load_tokenizer(config.model)
+    source = load_data(streamed, tokenizer, True, known_tokens(streamed, tokenizer)).source
+    assert source is not None and len(source.take(0, 2)[1]) == 2
+    with pytest.raises(UserError, match=MISSING):
+        source.take(2, 1)
+    generating = updated(config, {"data": {"dataset_test_split": None}})
+    with pytest.raises(UserError, match=r"train\.jsonl:1: .* token \d+ \('.+'\) has no row"):
+        run_generation(updated(generating, {"model": {"model_name_or_path": str(small(tmp_path, config))}}))
+
+
+def small(folder: Path, config: Config) -> Path:
+    """A model that lacks most tokens of the tokenizer beside it."""
+    return save_model(folder / "small", Path(str(config.model.model_name_or_path)), seed=1, vocab_size=20)
+
+
+def test_the_smaller_of_policy_and_reference_counts(tmp_path, tokenizer_folder):
+    config = with_new_token(config_of(tmp_path, tokenizer_folder, resize=False, vocab_size=TOKENS), None)
+    tokenizer = load_tokenizer(config.model)
+    assert known_tokens(config, tokenizer) == TOKENS
+    other = {"ref_model_name_or_path": str(small(tmp_path, config)), "reference": "cached"}
+    assert known_tokens(updated(config, {"model": other}), tokenizer) == 20
+    assert known_tokens(updated(config, {"model": {"resize_embeddings": True}}), tokenizer) == TOKENS + 1
+
+
+@pytest.mark.parametrize("adapter", [None, {"lora_r": 2}], ids=["whole", "adapter"])
+def test_a_larger_tokenizer_whose_tokens_do_not_occur_is_a_remark(adapter, tmp_path, tokenizer_folder, capfd):
+    """As Gemma 3's, whose text models lack an image's token: the export has the shapes of the start."""
+    config = with_new_token(config_of(tmp_path, tokenizer_folder, resize=False, vocab_size=TOKENS), None)
+    config = Config.model_validate(config.model_dump(by_alias=True) | {"peft": adapter})
+    run_ranks(1, train, updated(config, {"train": {"export_merged": adapter is not None}}))
+    assert capfd.readouterr().out.count(f"{TOKENS + 1} tokens and the model's embedding {TOKENS} rows") == 1
+    folder = Path(config.output_dir) / ("merged" if adapter else "model")
+    exported: Any = AutoModelForCausalLM.from_pretrained(folder)
+    assert exported.get_input_embeddings().weight.shape[0] == exported.config.vocab_size == TOKENS
+    assert len(AutoTokenizer.from_pretrained(folder)) == TOKENS + 1
+
+
+def test_an_adapter_with_resized_embeddings_loads(tmp_path, tokenizer_folder):
+    """What peft stores of them: copies in `modules_to_save`, and the embeddings once more. Beside an adapter
+    that trains no copy they are a part of the base, which an adapter's export would lose."""
+    base = save_model(tmp_path / "base", tokenizer_folder, seed=1, vocab_size=TOKENS)
+    ids = torch.arange(TOKENS - 4, TOKENS + 2)[None]
+    for name, whole in (("copies", ["embed_tokens", "lm_head"]), ("beside", None)):
+        model: Any = AutoModelForCausalLM.from_pretrained(base)
+        model.resize_token_embeddings(TOKENS + 2)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=whole))
+        with torch.no_grad():
+            want = model(input_ids=ids).logits
+        folder = tmp_path / name
+        model.save_pretrained(folder)
+        config = make_config(
+            tmp_path, {"model": {"model_name_or_path": str(folder)}, "data": {"dataset_name": "none"}}
+        )
+        if name == "copies":
+            loaded: Any = load_sampler(updated(config, {"train": {"bf16": False}}), str(folder), None)
+            torch.testing.assert_close(loaded(input_ids=ids).logits, want)
+            assert known_tokens(config, AutoTokenizer.from_pretrained(tokenizer_folder)) == TOKENS + 2
+        else:
+            with pytest.raises(UserError, match=rf"of {TOKENS + 2} rows, a part of its base .*merge_and_un"):
+                load_sampler(config, str(folder), None)
+
+
+def test_a_padding_token_that_the_model_knows(tokenizer_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    own = padding_token(tokenizer, TOKENS)
+    tokenizer.add_special_tokens({"pad_token": "<new pad>"})
+    assert padding_token(tokenizer, TOKENS + 1) == TOKENS
+    assert padding_token(tokenizer, TOKENS) < TOKENS and own < TOKENS
 
 
 def test_a_resized_run_continues(tmp_path, tokenizer_folder):

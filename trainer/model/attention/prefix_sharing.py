@@ -96,9 +96,8 @@ def prefix_attention(
     UserError for parts of an attention that are not known here.
     """
     if segments is None:
-        raise UserError(
-            "attention over packed groups needs the segment table: call the model with "
-            "segments=SegmentTable(...)"
+        raise Unshared(
+            "this model's layers do not hand on to their attention the segment table that the model gets"
         )
     unknown = sorted(name for name in others.keys() - HARMLESS_KEYWORDS if others[name] is not None)
     if unknown:
@@ -110,6 +109,11 @@ def prefix_attention(
         raise Unshared(
             "this model forms its attention mask by itself, or none, instead of by transformers' mask "
             "functions; what its tokens see is not known"
+        )
+    if key.shape[2] != query.shape[2]:
+        raise Unshared(
+            f"this model's attention has {key.shape[2]} keys for a row of {query.shape[2]} tokens; which "
+            "sequence the others belong to is not known"
         )
     assert query.shape[0] == 1, "a packed batch is one row"
     assert not dropout, "attention dropout is off in preference training"

@@ -2,33 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from madpo.trainer.batches.packing import Segment, pack
+from madpo.trainer.data.lengths import shapes_of
 from madpo.trainer.data.tokenise import TokenGroup
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import UserError, on_one_line
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable, Unshared, shares_rows
 from madpo.trainer.model.backbone import backbone, last_hidden, output_head, scored_hidden
-from madpo.trainer.model.families import LOCAL_SIZES
+from madpo.trainer.model.families import COMPRESSION, LOCAL_SIZES
+from madpo.trainer.model.positions import position_borders
+from madpo.trainer.model.startup.positions import within_positions
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def failing_in_one_line(
+    check: Callable[Concatenate[PreTrainedModel, Arguments], Result],
+) -> Callable[Concatenate[PreTrainedModel, Arguments], Result]:
+    """Let a check of a model raise `Unshared` for whatever the model's own code raises.
+
+    It may do arithmetic with its mask, for one, in whose place it is given a MaskRule.
+    """
+
+    @wraps(check)
+    def checked(model: PreTrainedModel, *args: Arguments.args, **options: Arguments.kwargs) -> Result:
+        try:
+            return check(model, *args, **options)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise Unshared(
+                f"{type(model).__name__} fails on the check's few tokens ({type(error).__name__}: "
+                f"{on_one_line(error)[:150]})"
+            ) from error
+
+    return checked
 
 
 @torch.no_grad()
+@failing_in_one_line
 def check_head(model: PreTrainedModel, device: torch.device) -> None:
     """Raise UserError for a model whose logits are not `output_head` of its hidden states."""
-    ids = torch.arange(min(model.config.vocab_size, 16), device=device)[None]
-    inputs: dict[str, Any] = {
-        "input_ids": ids,
-        "position_ids": torch.arange(ids.shape[1], device=device)[None],
-        "use_cache": False,
-    }
+    ids = torch.arange(within_positions(model, min(model.config.vocab_size, 16)), device=device)[None]
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if shares_rows(model):
+        inputs["position_ids"] = torch.arange(ids.shape[1], device=device)[None]
         inputs["segments"] = SegmentTable((Segment(0, ids.shape[1], 0, 0),))
     hidden = backbone(model)(**inputs).last_hidden_state
     head: Any = model.get_output_embeddings()
@@ -48,7 +77,8 @@ def tolerance_of(model: PreTrainedModel) -> float:
 
 
 @torch.no_grad()
-def check_packing(model: PreTrainedModel, device: torch.device) -> None:
+@failing_in_one_line
+def check_packing(model: PreTrainedModel, device: torch.device, longest: int = 0) -> None:
     """Raise UserError for a model whose hidden states change when sequences are packed into one row.
 
     Two groups of random tokens are scored packed, and each completion alone with transformers' own attention.
@@ -57,14 +87,21 @@ def check_packing(model: PreTrainedModel, device: torch.device) -> None:
     may send tokens to the other.
 
     Prompts are longer than the model's windows and chunks, so that those take effect; but not longer than
-    LONGEST_WINDOW tokens, which would make the check as long as a step.
+    LONGEST_WINDOW tokens, which would make the check as long as a step. Where sequences of `longest` tokens
+    are encoded otherwise than short ones, a group of both stands in the row too.
     """
     random = np.random.default_rng(0)
     high = min(model.config.vocab_size, 1000)
     draw = lambda count: random.integers(0, high, count).tolist()  # noqa: E731
-    prompt = 7 + _window(model)
-    groups = [TokenGroup(draw(prompt), [draw(6), draw(9)], []) for _ in range(2)]
-    batch = pack(groups).to(device)
+    room = within_positions(model, 16 + _window(model))
+    short, long = min(6, room - 1), min(9, room - 1)
+    groups = [TokenGroup(draw(room - long), [draw(short), draw(long)], []) for _ in range(2)]
+    borders = position_borders(model)
+    for border in borders:
+        if longest > border.length:
+            groups.append(TokenGroup(draw(border.length - 7), [draw(4), draw(9), draw(12)], []))
+    shared = shapes_of(groups).shares_prompts(borders)
+    batch = pack(groups, prefix_sharing=shared.tolist()).to(device)
     packed = scored_hidden(model, batch, SegmentTable(batch.segments)).float()
 
     def scored_alone() -> Tensor:  # (M, H)
@@ -85,9 +122,11 @@ def check_packing(model: PreTrainedModel, device: torch.device) -> None:
                 allowed = max(allowed, 2 * float((scored_alone() - alone).norm() / alone.norm()))
     error = float((packed - alone).norm() / alone.norm())
     if not error < allowed:
+        why = "its layers carry a state along the row, or see more of it than their own sequence"
+        if not shares_rows(model):
+            why = "its tokens see the padding behind them"
         raise Unshared(
-            f"{type(model).__name__}: packed scores differ from single ones by {error:.2g} (relative); a "
-            "model whose layers carry a state along the sequence cannot share a row between groups"
+            f"{type(model).__name__}: packed scores differ from single ones by {error:.2g} (relative); {why}"
         )
 
 
@@ -98,6 +137,7 @@ LONGEST_WINDOW = 1024
 def _window(model: PreTrainedModel) -> int:
     """Tokens of the longest window or chunk that a short check can go beyond; 0 if there is none."""
     sizes = [getattr(model.config, name, None) or 0 for name in LOCAL_SIZES]
+    sizes += (getattr(model.config, COMPRESSION, None) or {}).values()
     last = (getattr(model.config, "max_position_embeddings", None) or 2 * LONGEST_WINDOW) - 16
     return max((size for size in sizes if size <= LONGEST_WINDOW and size + 7 <= last), default=0)
 
@@ -118,13 +158,15 @@ def _rounded_once_more(embeddings: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
+@failing_in_one_line
 def check_noise(model: PreTrainedModel, device: torch.device) -> None:
     """Raise UserError for a model with noise in training, such as experts that are drawn at random.
 
     Policy and reference would differ by it.
     """
-    ids = np.random.default_rng(1).integers(0, min(model.config.vocab_size, 1000), 128)
-    batch = pack([TokenGroup(ids[:64].tolist(), [ids[64:].tolist()], [])]).to(device)
+    tokens = within_positions(model, 128)
+    ids = np.random.default_rng(1).integers(0, min(model.config.vocab_size, 1000), tokens).tolist()
+    batch = pack([TokenGroup(ids[: tokens // 2], [ids[tokens // 2 :]], [])]).to(device)
     table, mode, hidden = SegmentTable(batch.segments), model.training, list[Tensor]()
     try:
         for is_training in (False, True):
@@ -133,7 +175,8 @@ def check_noise(model: PreTrainedModel, device: torch.device) -> None:
     finally:
         model.train(mode)
     evaluation, training = hidden
-    error = float(((training - evaluation).norm(dim=1) / evaluation.norm(dim=1)).max())
+    lengths = evaluation.norm(dim=1).clamp(min=1e-6)  # 0 at padding tokens of some recurrent models
+    error = float(((training - evaluation).norm(dim=1) / lengths).max())
     if not error < tolerance_of(model):
         raise UserError(
             f"{type(model).__name__}: in training its hidden states differ from those in evaluation by "
@@ -146,11 +189,25 @@ def check_noise(model: PreTrainedModel, device: torch.device) -> None:
 def _own_attention(model: PreTrainedModel) -> Iterator[None]:
     """Give the model transformers' own attention, while inside."""
     ours: Any = model.config._attn_implementation
-    model.set_attn_implementation(own_attention(model))
+    set_attention(model, own_attention(model))
     try:
         yield
     finally:
-        model.set_attn_implementation(ours)
+        set_attention(model, ours)
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Give the model the attention of this name.
+
+    Some families do not let transformers set it, because their code reads the config by itself.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model.set_attn_implementation(name)
+    finally:
+        logging.set_verbosity(verbosity)
+    model.config._attn_implementation = name
 
 
 def own_attention(model: PreTrainedModel) -> str:

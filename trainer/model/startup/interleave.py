@@ -16,6 +16,7 @@ from madpo.trainer.model.backbone import backbone, last_hidden
 from madpo.trainer.model.interleaved import InterleavedForward, find_interleaving
 from madpo.trainer.model.policy import PolicyWithReference
 from madpo.trainer.model.startup.checks import tolerance_of
+from madpo.trainer.model.startup.positions import within_positions
 from madpo.trainer.scoring_module import ReferenceScorer
 
 
@@ -49,7 +50,8 @@ def interleave_reference(module: PolicyWithReference, device: torch.device) -> N
 def _is_exact(interleaved: InterleavedForward, reference: ReferenceScorer, device: torch.device) -> bool:
     """Whether the last hidden states of both are those of two forwards, but for rounding."""
     model = reference.model
-    ids = np.random.default_rng(2).integers(0, min(model.config.vocab_size, 1000), 96)
+    tokens = 3 * (within_positions(model, 64) // 2)
+    ids = np.random.default_rng(2).integers(0, min(model.config.vocab_size, 1000), tokens)
     prompt, *completions = (part.tolist() for part in np.split(ids, 3))
     batch = pack([TokenGroup(prompt, completions, [])]).to(device)
     run = partial(last_hidden, model, batch, SegmentTable(batch.segments))

@@ -1,4 +1,4 @@
-"""Compare the length of the data with the positions that a model was made for."""
+"""Compare the lengths of the data, and of what the checks score, with a model's positions."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ def check_positions(model: PreTrainedModel, groups: TokenGroups) -> str | None:
     if _are_learned(model, positions):
         raise UserError(f"data.max_length: {text}; set data.max_length={positions}, or use another model")
     return f"{text}; it may predict badly beyond them (data.max_length={positions} cuts there)"
+
+
+def within_positions(model: PreTrainedModel, tokens: int) -> int:
+    """The length of a check's sequence: `tokens`, or the model's positions if it has fewer."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return min(tokens, positions) if isinstance(positions, int) else tokens
 
 
 def _are_learned(model: PreTrainedModel, positions: int) -> bool:

@@ -12,6 +12,8 @@ from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable, shares_rows
 from madpo.trainer.model.backbone import last_hidden
+from madpo.trainer.model.positions import position_borders
+from madpo.trainer.model.startup.positions import within_positions
 from madpo.trainer.sequence_parallel import SequenceGroup
 
 TOLERANCE = {torch.float32: 1e-3}
@@ -19,7 +21,9 @@ TOLERANCE = {torch.float32: 1e-3}
 
 
 @torch.no_grad()
-def check_slicing(model: PreTrainedModel, group: SequenceGroup, device: torch.device) -> None:
+def check_slicing(
+    model: PreTrainedModel, group: SequenceGroup, device: torch.device, longest: int = 0
+) -> None:
     """Raise UserError, on all ranks, for a model whose hidden states differ between a row in slices and the
     whole row, or whose heads the ranks cannot share.
 
@@ -31,15 +35,25 @@ def check_slicing(model: PreTrainedModel, group: SequenceGroup, device: torch.de
             f"train.sequence_parallel_size: {type(model).__name__} computes every completion in a row of its "
             "own, which cannot be in slices; set it to 1"
         )
+    for border in position_borders(model):
+        if longest > border.length:
+            raise UserError(
+                f"train.sequence_parallel_size: {type(model).__name__} encodes positions by the length of a "
+                f"sequence where it has more than {border.length} tokens, and a slice of a row does not show "
+                f"that; set it to 1, or data.max_length={border.length}"
+            )
     random = np.random.default_rng(2)
     high = min(model.config.vocab_size, 1000)
     draw = lambda count: random.integers(0, high, count).tolist()  # noqa: E731
-    batch = pack([TokenGroup(draw(13), [draw(21), draw(20 + group.size)], []) for _ in range(3)])
+    room = within_positions(model, 33 + group.size)
+    prompt = min(13, room // 2)
+    completions = min(21, room - prompt), room - prompt
+    batch = pack([TokenGroup(draw(prompt), list(map(draw, completions)), []) for _ in range(3)])
     part = slice_of(batch, group.index, group.size).to(device)
     whole = last_hidden(model, batch.to(device), SegmentTable(batch.segments)).float()
     own = last_hidden(model, part, SegmentTable(part.segments, group)).float()
     want = whole[group.index * len(own) :][: len(own)]
-    errors = (own[: len(want)] - want).norm(dim=1) / want.norm(dim=1)
+    errors = (own[: len(want)] - want).norm(dim=1) / want.norm(dim=1).clamp(min=1e-6)
     error = group.largest(errors.median())
     if not error < TOLERANCE.get(model.dtype, 0.1):
         raise UserError(

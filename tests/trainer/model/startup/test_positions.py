@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from harness import LLAMA, make_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from madpo.trainer.data.tokenised_cache import load_groups
-from madpo.trainer.model.startup.positions import check_positions
+from madpo.trainer.model.attention import prefix_sharing
+from madpo.trainer.model.pretrained import without_dropout
+from madpo.trainer.model.startup.attention import choose_attention, recorded_inputs
+from madpo.trainer.model.startup.checks import check_head, check_noise
+from madpo.trainer.model.startup.positions import check_positions, within_positions
 
+CPU = torch.device("cpu")
 SIZES = {"vocab_size": 311, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
 LEARNED = {
     "gpt2": {"model_type": "gpt2", "n_positions": 16},
@@ -33,7 +39,20 @@ def groups(tmp_path, tokenizer):
 
 
 def model_of(settings):
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**SIZES, **settings}))
+    config = without_dropout(AutoConfig.for_model(**{**SIZES, **settings}))
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("family", LEARNED)
+def test_the_checks_at_the_start_stay_within_the_positions(family):
+    prefix_sharing.register()
+    model = model_of(LEARNED[family])
+    model.set_attn_implementation(prefix_sharing.NAMES["sdpa"])
+    choose_attention(model, "auto", CPU)
+    check_head(model, CPU)
+    check_noise(model, CPU)
+    assert len(recorded_inputs(model, CPU)) == 1
+    assert within_positions(model, 128) == 16 and within_positions(model, 9) == 9
 
 
 def test_a_model_that_can_go_on_gets_a_note(groups):

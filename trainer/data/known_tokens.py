@@ -1,0 +1,69 @@
+"""Token ids that occur in the data and for which the model has no embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from transformers import PreTrainedTokenizerBase
+
+from madpo.trainer.errors import UserError
+
+
+def check_known_tokens(
+    where: Callable[[int], str],  # how messages name a row
+    table: datasets.Dataset,  # a row for each example, as tokenised
+    usable: np.ndarray,  # (n,) rows that can be trained on
+    tokenizer: PreTrainedTokenizerBase,
+    known: int | None,  # ids below it have an embedding; None: not known
+) -> None:
+    """Raise UserError for the first example with a token that the model has no embedding for.
+
+    A tokenizer that is larger than its model is no fault as long as no example has the tokens: Gemma 3's
+    names an image that its text models do not know.
+    """
+    if known is None or known > largest_id(tokenizer):
+        return
+    unknown = _first_unknown(table, known)  # (rows of the table,) -1 where all are known
+    rows = usable[unknown[usable] >= 0]
+    if len(rows):
+        more = f" ({len(rows)} such rows of {len(table)})" if len(rows) > 1 else ""
+        first = table[int(rows[0])]
+        raise UserError(
+            f"{where(first['row'])}: {unknown_token(int(unknown[rows[0]]), tokenizer, known)}{more}; set "
+            "model.resize_embeddings=true if tokens were added to the model's own tokenizer; if not, they do "
+            "not belong together (model.tokenizer_name_or_path)"
+        )
+
+
+def unknown_token(token: int, tokenizer: PreTrainedTokenizerBase, known: int) -> str:
+    """The beginning of a message about a token without an embedding."""
+    text = tokenizer.convert_ids_to_tokens(token)
+    return f"token {token} ({text!r}) has no row in the model's embedding, which has {known}"
+
+
+def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id that the tokenizer gives. Added tokens may leave gaps, so that it is not the count."""
+    return max(len(tokenizer) - 1, *tokenizer.added_tokens_decoder, 0)
+
+
+def _first_unknown(table: datasets.Dataset, known: int) -> np.ndarray:  # (rows of the table,)
+    """An unknown id of each row of the table; -1 where it has none."""
+    found = [np.empty(0, np.int64)]
+    for piece in table.select_columns(["prompt", "completions"]).with_format("arrow").iter(batch_size=10_000):
+        prompts, groups = (piece[name].combine_chunks() for name in ("prompt", "completions"))  # type: ignore[union-attr]
+        completions = groups.flatten()
+        unknown = np.full(len(prompts), -1)
+        for lists, rows in ((completions, _parents(groups)), (prompts, np.arange(len(prompts)))):
+            ids = lists.flatten().to_numpy(zero_copy_only=False)
+            at = np.flatnonzero(ids >= known)
+            unknown[rows[_parents(lists)[at]]] = ids[at]
+        found.append(unknown)
+    return np.concatenate(found)
+
+
+def _parents(lists: object) -> np.ndarray:
+    """The index of the list that each element of the flat array belongs to."""
+    return pc.call_function("list_parent_indices", [lists]).to_numpy(zero_copy_only=False)
