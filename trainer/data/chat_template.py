@@ -235,6 +235,7 @@ def _shows_python(text: str) -> bool:
 # The shape of a conversation: its messages with MARK in place of each text.
 
 MARK = "madpo_text"
+ODD = "\u27e7"
 _THOUGHT = re.compile(r"(<think>|</think>)")
 
 
@@ -280,7 +281,7 @@ def probes(message: dict[str, Any]) -> list[dict[str, Any]]:
     said = {key: _shape_of(key, message[key]) for key in SPOKEN if key in message and key != "tool_calls"}
     if message.get("tool_calls"):
         said["tool_calls"] = [_with_other_arguments(call) for call in message["tool_calls"]]
-    text = f"{MARK}\u27e7"  # ends otherwise than what stands before a message's content
+    text = f"{MARK}{ODD}"  # ends otherwise than what stands before a message's content
     content: Any = [{"type": "text", "text": text}] if isinstance(message.get("content"), list) else text
     return [{**message, **said}, {**message, "content": content}]
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.data.chat_template import MARK, probes, translate, translated, write
+from madpo.trainer.data.chat_template import MARK, ODD, probes, translate, translated, write
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.chat_message import WEIGHT, Messages
 
@@ -40,7 +41,7 @@ def is_whole(completion: Messages, train_on: TrainOn) -> bool:
 def mask_of(
     messages: Messages,
     first: int,  # index of the completion's first message
-    begun: Messages,  # the beginning of that message, if the prompt has it, or nothing
+    begun: str,  # the beginning of that message's text, if the prompt has it, or nothing
     train_on: TrainOn,
     tokenizer: PreTrainedTokenizerBase,
     options: dict[str, Any],  # of `apply_chat_template`
@@ -56,9 +57,10 @@ def mask_of(
             f"a completion of several messages needs a fast tokenizer, which {type(tokenizer).__name__} is "
             "not; set data.train_on=all to score all of it"
         )
+    parted = [_parted(messages[first], len(begun))] if begun else []
     messages, rendering = translated(messages, tokenizer, options)
-    begun = translate(begun, rendering.translations)
-    turns = _Turns(messages, first, begun, lambda x, **more: write(x, tokenizer, {**options, **more}))
+    parted = translate(parted, rendering.translations)
+    turns = _Turns(messages, first, parted, lambda x, **more: write(x, tokenizer, {**options, **more}))
     encoded: Any = tokenizer(turns.text, add_special_tokens=False, return_offsets_mapping=True)
     ends = [end for _, end in encoded["offset_mapping"]]
     scored = scored_messages(messages, first, train_on)
@@ -70,14 +72,20 @@ def mask_of(
     return mask
 
 
+def _parted(message: dict[str, Any], place: int) -> dict[str, Any]:
+    """The message with another letter at this place of its text, where the prompt ends."""
+    text = message["content"]
+    return {**message, "content": f"{text[:place]}{ODD}{text[place:]}"}
+
+
 class _Turns:
     """Where the messages of a conversation stand in its text.
 
-    `begun` holds the beginning of message `first`, if that belongs to the prompt.
+    `parted` holds message `first` with another letter where its beginning ends, if the prompt has that.
     """
 
-    def __init__(self, messages: Messages, first: int, begun: Messages, write: Callable[..., str]) -> None:
-        self._messages, self._first, self._begun, self._write = messages, first, begun, write
+    def __init__(self, messages: Messages, first: int, parted: Messages, write: Callable[..., str]) -> None:
+        self._messages, self._first, self._parted, self._write = messages, first, parted, write
         self.text = write(messages)
         self._found = dict[int, tuple[dict[str, Any], int]]()  # what `_other_words` gives of each message
 
@@ -106,16 +114,14 @@ class _Turns:
 
     def _after_header(self, index: int) -> int:
         """Where the words of an answer begin: after the generation prompt behind the message before it."""
+        if index == self._first and self._parted:
+            return _common_prefix(self.text, self._with(index, self._parted[0]))
         before = self._messages[:index]
-        if index == self._first and self._begun:
-            opened = lambda x: self._write([*x, *self._begun], continue_final_message=True)  # noqa: E731
-        else:
-            opened = lambda x: self._write(x, add_generation_prompt=True)  # noqa: E731
-        behind, expected = (
-            (self._behind(index - 1), self._tail(index - 1, opened)) if before else (0, opened(before))
-        )
-        found = self.text[behind:]
-        shared = _common_prefix(found, expected)
+        opened = partial(self._write, add_generation_prompt=True)
+        behind, expected = 0, opened(before)
+        if before:
+            behind, expected = self._behind(index - 1), self._tail(index - 1, opened)
+        shared = _common_prefix(self.text[behind:], expected)
         if shared == len(expected):
             return behind + shared
         # The generation prompt says more than the header does here, as it may open the thinking. Another

@@ -234,8 +234,8 @@ def _masks(
     options, masks = _template_options(group, rules), list[list[bool]]()
     for completion, whole in zip(completions, wholes, strict=True):
         messages, first = _conversation(group, completion)
-        begun = group.prompt[first:]
-        assert not isinstance(begun, str)
+        assert not isinstance(group.prompt, str)
+        begun = "".join(map(text_in, group.prompt[first:]))
         mask = mask_of(messages, first, begun, rules.train_on, tokenizer, options)
         masks.append(mask + mask[-1:] * (len(whole) - len(mask)))  # an EOS that is appended is the answer's
     return masks

@@ -46,8 +46,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         answered, _ = render([ask, answer], tokenizer, {})
     except Exception:  # a template may raise anything, and this one may want other messages
         return None
-    special = tokenizer.added_tokens_decoder
-    return next((token for token in reversed(answered[len(asked) :]) if token in special), None)
+    # Gemma's line breaks are added tokens too.
+    ends = {token for token, added in tokenizer.added_tokens_decoder.items() if added.content.strip()}
+    return next((token for token in reversed(answered[len(asked) :]) if token in ends), None)
 
 
 def stop_at(model: Any, end: int | None, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -163,10 +163,15 @@ def test_a_generation_prompt_that_says_more_than_the_header_does_not_take_the_an
     assert texts[1] == "<think>\n\n</think>\n\n[bad<|im_end|>\n]"
 
 
-def test_an_answer_that_is_continued_is_scored_from_there(known):
+@pytest.mark.parametrize("name", OF_TURNS)
+def test_an_answer_that_is_continued_is_scored_from_there(known, name):
+    """Also by Qwen, which writes it after empty thinking where nothing follows, and without where it does."""
     row = {"prompt": [asks("on?"), says("It")], "chosen": [says(" is"), asks("go?"), says("great")]}
-    texts = scored_text(known["llama"], tokens(known["llama"], {**row, "rejected": [says(" was")]}))
-    assert texts[0].startswith("[ is<|eot_id|>]<|start_header_id|>user") and texts[1] == "[ was<|eot_id|>]"
+    group = tokens(known[name], {**row, "rejected": [says(" was")]})
+    prompt, texts = known[name].decode(group.prompt), scored_text(known[name], group)
+    for text, word in zip(texts, (" is", " was"), strict=True):
+        before, said = (prompt + text).split("[", 1)
+        assert before.endswith("It") and said.startswith(f"{word}<")
 
 
 @pytest.mark.parametrize("name", OF_TURNS)

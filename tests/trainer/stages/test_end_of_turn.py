@@ -40,6 +40,14 @@ def test_the_end_is_the_special_token_behind_an_answer(tmp_path, end):
     assert found == (tokenizer.convert_tokens_to_ids(end.strip()) if special else None)
 
 
+def test_a_line_break_that_is_an_added_token_is_no_end(tmp_path):
+    """As in Gemma's tokenizer: an exported model would stop at the first line break."""
+    tokenizer = with_template(tmp_path, "<|end|>\n")
+    tokenizer.add_tokens(["\n"])
+    assert tokenizer.tokenize("a\n")[-1] == "\n"
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|end|>")
+
+
 def test_a_header_that_is_special_is_not_the_end(tmp_path):
     tokenizer = with_template(tmp_path, "", added="<assistant>")
     assert end_of_turn(tokenizer) is None
