@@ -72,9 +72,11 @@ def not_utf8() -> pa.Array:
 
 
 CASES: dict[str, tuple[Callable[[Path], Path], str | None]] = {
-    "decimal": (table(margin=[Decimal("1.5"), Decimal(2)]), None),
+    "decimal": (
+        table(margin=[Decimal("1.5"), Decimal(2)], when=[date(2026, 1, 1)] * 2, x=[b"\xff"] * 2),
+        None,
+    ),
     "categories": (table(chosen=pa.array([" c", " d"]).dictionary_encode()), None),
-    "a date beside": (table(when=[date(2026, 1, 1)] * 2, raw=[b"\xff", b""]), None),
     "date": (table(margin=[date(2026, 1, 1)] * 2), r"pairs\.parquet row 0: margin: .* got datetime\.date"),
     "NaN": (table(margin=[1.0, float("nan")]), r"pairs\.parquet row 1: margin: .* finite number, got nan"),
     "bytes": (table(chosen=[b" c", b"\xff"]), r"pairs\.parquet row 0: chosen: expected text .* got b' c'"),
