@@ -11,19 +11,23 @@ from madpo.trainer.formats.chat_message import text_in
 from madpo.trainer.formats.text_groups import TextGroup
 
 
-def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, holds_special: bool = False) -> list[int]:
-    """The tokens of plain text, after BOS if the tokenizer begins texts with it.
+def encode_texts(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, holds_special: bool = False
+) -> list[list[int]]:
+    """The tokens of each plain text, after BOS if the tokenizer begins texts with it.
 
     Text is data: a special token spelled out in it stays text, unless `holds_special`. Then it is that token,
     and there is no second BOS.
     """
     if holds_special:
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+        encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
         opening: list[int] = tokenizer("")["input_ids"][:1]  # type: ignore[assignment]
-        return ids if opening != [tokenizer.bos_token_id] or ids[:1] == opening else opening + ids
-    ids = tokenizer(text, split_special_tokens=True)["input_ids"]  # type: ignore[assignment]
+        if opening != [tokenizer.bos_token_id]:
+            return encoded
+        return [ids if ids[:1] == opening else opening + ids for ids in encoded]
+    encoded = tokenizer(texts, split_special_tokens=True)["input_ids"]  # type: ignore[assignment]
     # Some tokenizers end every text with EOS, the prompt too. Whether there is one is up to append_eos.
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.data.chat_template import notes_on, render
 from madpo.trainer.data.masks import TrainOn, is_whole, mask_of, scored_messages
-from madpo.trainer.data.plain_text import encode_text, ends_with_special
+from madpo.trainer.data.plain_text import encode_texts, ends_with_special
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.chat_message import WEIGHT, Messages, text_in
 from madpo.trainer.formats.read_row import RowRules
@@ -68,9 +68,8 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
     Completions are cut to `max_length` at their end. An edge of equal tokens is dropped. A group that cannot
     be trained on says why in `problem`: its prompt fills `max_length`, or it has no edge left.
     """
-    prompt_only = encode_prompt(group, tokenizer, rules)
     notes: dict[str, None] = {}
-    wholes = [_encode_whole(group, x, tokenizer, rules, notes) for x in group.completions]
+    prompt_only, wholes = _encode(group, tokenizer, rules, notes)
     masks = _masks(group, wholes, tokenizer, rules)
     start = min(_common_prefix(prompt_only, whole) for whole in wholes)
     if start == 0 and not group.prompt and len(wholes) == 1:
@@ -157,7 +156,7 @@ def encode_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: T
     Raises UserError if the chat template leaves out what the prompt says; see `chat_template.notes_on`.
     """
     if isinstance(group.prompt, str):
-        return encode_text(group.prompt, tokenizer, rules.text_holds_special_tokens)
+        return encode_texts([group.prompt], tokenizer, rules.text_holds_special_tokens)[0]
     options = _template_options(group, rules) | {
         "add_generation_prompt": group.prompt[-1]["role"] != "assistant",
         "continue_final_message": _is_continued(group),
@@ -177,35 +176,59 @@ def _is_continued(group: TextGroup) -> bool:
     return not first or any(message["role"] == "assistant" for message in first)
 
 
-def _encode_whole(
+def _encode(
+    group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules, notes: dict[str, None]
+) -> tuple[list[int], list[list[int]]]:
+    """The tokens of the prompt alone, and of the prompt with each completion; what is to be said of these is
+    entered in `notes`."""
+    if isinstance(group.prompt, str):
+        # All in one call: most of a call's time is transformers' own.
+        texts = [group.prompt, *(f"{group.prompt}{completion}" for completion in group.completions)]
+        prompt, *wholes = encode_texts(texts, tokenizer, rules.text_holds_special_tokens)
+    else:
+        prompt = encode_prompt(group, tokenizer, rules)
+        wholes = [_encode_messages(group, x, tokenizer, rules, notes) for x in _conversations(group)]
+    ended = zip(wholes, group.completions, strict=True)
+    return prompt, [_with_eos(ids, completion, tokenizer, rules) for ids, completion in ended]
+
+
+def _encode_messages(
     group: TextGroup,
-    completion: Text,
+    completion: Messages,
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenRules,
     notes: dict[str, None],
 ) -> list[int]:
-    """The tokens of prompt and completion; what is to be said of the two is entered in `notes`."""
-    if isinstance(completion, str):
-        assert isinstance(group.prompt, str)
-        ids = encode_text(group.prompt + completion, tokenizer, rules.text_holds_special_tokens)
-        if rules.text_holds_special_tokens and ends_with_special(completion, tokenizer):
-            return ids
-    else:
-        messages, first = _conversation(group, completion)
-        ids, rendering = render(messages, tokenizer, _template_options(group, rules))
-        scored = scored_messages(messages, first, rules.train_on)
-        notes |= dict.fromkeys(notes_on(rendering, first, rules.template_may_drop, scored))
-        if any(x.get(WEIGHT) == 1 and first + i not in scored for i, x in enumerate(messages[first:])):
-            notes[NOT_THE_ASSISTANTS] = None
-    if rules.append_eos == "always" and tokenizer.eos_token_id is None:
-        raise UserError("data.append_eos: always, but the tokenizer has no EOS token; set auto or never")
-    append = rules.append_eos == "always" or (rules.append_eos == "auto" and not group.conversational)
-    if append and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-        ids = [*ids, tokenizer.eos_token_id]
+    """The tokens of a conversation with this completion."""
+    messages, first = _conversation(group, completion)
+    ids, rendering = render(messages, tokenizer, _template_options(group, rules))
+    scored = scored_messages(messages, first, rules.train_on)
+    notes |= dict.fromkeys(notes_on(rendering, first, rules.template_may_drop, scored))
+    if any(x.get(WEIGHT) == 1 and first + i not in scored for i, x in enumerate(messages[first:])):
+        notes[NOT_THE_ASSISTANTS] = None
     return ids
 
 
+def _with_eos(
+    ids: list[int], completion: Text, tokenizer: PreTrainedTokenizerBase, rules: TokenRules
+) -> list[int]:
+    """The tokens with EOS behind them, where `append_eos` asks for it and the completion has no end yet."""
+    is_text = isinstance(completion, str)
+    if is_text and rules.text_holds_special_tokens and ends_with_special(completion, tokenizer):
+        return ids
+    if rules.append_eos == "always" and tokenizer.eos_token_id is None:
+        raise UserError("data.append_eos: always, but the tokenizer has no EOS token; set auto or never")
+    append = rules.append_eos == "always" or (rules.append_eos == "auto" and is_text)
+    eos: Any = tokenizer.eos_token_id
+    return [*ids, eos] if append and eos is not None and ids[-1:] != [eos] else ids
+
+
 NOT_THE_ASSISTANTS = "weight 1 of a message that is not the assistant's: not trained on (data.train_on)"
+
+
+def _conversations(group: TextGroup) -> list[Messages]:
+    """The completions, which are lists of messages as the prompt is."""
+    return [completion for completion in group.completions if not isinstance(completion, str)]
 
 
 def _conversation(group: TextGroup, completion: Messages) -> tuple[Messages, int]:
@@ -228,7 +251,7 @@ def _masks(
 
     A prompt has no scored tokens there.
     """
-    completions = [x for x in group.completions if not isinstance(x, str)]
+    completions = _conversations(group)
     if all(is_whole(completion, rules.train_on) for completion in completions):
         return []
     options, masks = _template_options(group, rules), list[list[bool]]()

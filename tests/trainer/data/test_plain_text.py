@@ -11,7 +11,7 @@ from harness import make_config
 from rich.console import Console
 from turn_templates import asks, says, tokenizers
 
-from madpo.trainer.data.plain_text import encode_text, foreign_marks
+from madpo.trainer.data.plain_text import encode_texts, foreign_marks
 from madpo.trainer.data.report import on_marks_in_text
 from madpo.trainer.data.tokenise import TokenRules, tokenise
 from madpo.trainer.data.tokenised_cache import load_groups
@@ -57,8 +57,8 @@ def test_only_a_completion_that_spells_no_end_gets_one(tokenizer, append):
 
 
 def test_a_prompt_keeps_the_end_that_it_spells(tokenizer):
-    assert encode_text("a<eos>", tokenizer, holds_special=True)[-1] == tokenizer.eos_token_id
-    assert tokenizer.eos_token_id not in encode_text("a<eos>", tokenizer)
+    assert encode_texts(["a<eos>"], tokenizer, holds_special=True)[0][-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in encode_texts(["a<eos>"], tokenizer)[0]
 
 
 def shown(folder: Any, **data: Any) -> str:
