@@ -83,7 +83,7 @@ def train(
     if train is None and evaluation is not None:
         raise UserError("evaluation: the config names the training data; give train=... too, or neither")
     given = {"train": train, "evaluation": evaluation}
-    with _data_of(config, task, given) as resolved, _ranks(resolved) as is_main:
+    with _data_of(config, task, given) as resolved, _ranks(resolved, task) as is_main:
         from madpo.trainer.run_folder import set_aside
         from madpo.trainer.stages.train import run_training
 
@@ -100,7 +100,7 @@ def evaluate(config: Source, *, evaluation: Rows | None = None, base: bool = Fal
     `model` (the checkpoint or the starting model's name) and the metrics (`eval_...`), as in
     evaluation.json. Raises UserError.
     """
-    with _data_of(config, "evaluate", {"evaluation": evaluation}) as resolved, _ranks(resolved):
+    with _data_of(config, "evaluate", {"evaluation": evaluation}) as resolved, _ranks(resolved, "evaluate"):
         from madpo.trainer.stages.evaluate import run_evaluation
 
         return run_evaluation(resolved, base)
@@ -121,7 +121,7 @@ def generate(
     if isinstance(prompts, Sequence) and not isinstance(prompts, str):
         rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in prompts]
     values = {"generate.models": [str(model) for model in models]} if models else {}
-    with _data_of(config, "generate", {"prompts": rows}, values) as resolved, _ranks(resolved):
+    with _data_of(config, "generate", {"prompts": rows}, values) as resolved, _ranks(resolved, "generate"):
         from madpo.trainer.data.source import test_split
         from madpo.trainer.stages.generate import run_generation
 
@@ -143,7 +143,7 @@ def _data_of(
 
     Inside, errors about a row name it by its place in memory.
     """
-    from madpo.trainer.data.in_memory import rows_by_index, write_splits
+    from madpo.trainer.data.in_memory import named_as_given, write_splits
 
     values, splits = dict(values or {}), {name: rows for name, rows in given.items() if rows is not None}
     if not splits:
@@ -165,7 +165,7 @@ def _data_of(
         "data.datasets": None,
         "data.dataset_config": None,
     }
-    with rows_by_index(files):
+    with named_as_given(files):
         yield load_config(config, values, task)
 
 
@@ -185,7 +185,7 @@ def _with_text_for_paths(value: Any) -> Any:
 
 
 @contextmanager
-def _ranks(config: Config) -> Iterator[bool]:
+def _ranks(config: Config, task: Task) -> Iterator[bool]:
     """Join the ranks that a launcher started; yields whether this is rank 0.
 
     Without a launcher this process runs alone, and neither process group nor environment variables stay.
@@ -193,11 +193,12 @@ def _ranks(config: Config) -> Iterator[bool]:
     """
     from torch import distributed
 
-    from madpo.trainer import dist
+    from madpo.trainer import dist, out_of_memory
     from madpo.trainer.config.deepspeed import check_machine
 
     dist.check_launcher()
     with ExitStack() as cleanup:
+        cleanup.enter_context(out_of_memory.explained(config, task))
         cleanup.enter_context(warnings.catch_warnings())
         # torch 2.13 warns at every collective about a renamed argument that DeepSpeed still uses.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

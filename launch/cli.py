@@ -20,6 +20,7 @@ from madpo.launch.help import (
     NAMES,
     START,
     TRAIN,
+    ConfigCommand,
     complete_config,
     guide,
     show_versions,
@@ -52,7 +53,7 @@ app.add_typer(
 
 def command(group: str, example: str, page: str, name: str | None = None) -> Callable[[Function], Function]:
     """Register a command in a group of the help, with an example and the page that says more."""
-    return app.command(name, rich_help_panel=group, epilog=guide(example, page))
+    return app.command(name, cls=ConfigCommand, rich_help_panel=group, epilog=guide(example, page))
 
 
 @app.callback()
@@ -124,7 +125,7 @@ def convert(
 
 @command(START, "madpo demo", "docs/sentiment.md")
 def demo() -> None:
-    """Fetch real preference data; train, evaluate, export and report in runs/demo."""
+    """Fetch preference data; train, evaluate and report in runs/demo."""
     from madpo.launch.demo import run_demo
 
     raise typer.Exit(run_demo())
@@ -224,6 +225,23 @@ def show_data(
     from madpo.trainer.stages.show_data import show_data as show
 
     show(resolved, count, Console(highlight=False))
+
+
+@command(DATA, "madpo check-data my.yaml", "docs/data.md")
+def check_data(config: ConfigPath, overrides: Overrides = None, task: OfTask = None) -> None:
+    """Check all data without a model: what is dropped, cut or odd.
+
+    The exit status is 3 if there are rows that cannot be read.
+    """
+    resolved = _loaded(config, overrides or [], task or "check-data")
+    from rich.console import Console
+
+    from madpo.launch.quiet import quiet_libraries
+
+    quiet_libraries()
+    from madpo.trainer.stages.check_data import check_data as check
+
+    raise typer.Exit(check(resolved, Console(highlight=False)))
 
 
 @command(MODELS, "madpo evaluate runs/mine", "docs/metrics.md")

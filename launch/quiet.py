@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -23,7 +24,8 @@ def quiet_environment() -> None:
 def quiet_libraries() -> None:
     """Do that, and switch off warnings and progress bars in this process.
 
-    torch 2.13 warns at every collective about a renamed argument that DeepSpeed still uses. Bars of
+    torch 2.13 warns at every collective about a renamed argument that DeepSpeed still uses, transformers
+    about the older name of a method, bitsandbytes on a CPU of a kernel that it does without. Bars of
     transformers, and in a file those of datasets, would tear the lines of a run apart.
     """
     quiet_environment()
@@ -31,6 +33,8 @@ def quiet_libraries() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

@@ -115,17 +115,13 @@ def _module(task: str) -> str:
 
 
 def _run(config: Config, args: argparse.Namespace, command: str) -> None:
-    import torch
-
     from madpo.trainer import dist, out_of_memory
 
     module, function = TASKS[args.task]
     run = getattr(import_module(_module(args.task)), function)
     options = {"train": {"command": command}, "evaluate": {"base": args.base}}
-    try:
+    with out_of_memory.explained(config, args.task):
         run(config, **options.get(module, {}))
-    except torch.OutOfMemoryError as error:
-        raise UserError(out_of_memory.explain(error, config, args.task)) from None
     dist.leave()
 
 

@@ -21,6 +21,7 @@ from madpo.trainer.config.effects import may_continue
 from madpo.trainer.config.schema import Config
 from madpo.trainer.dist import Shard, barrier, from_main, raise_if_any
 from madpo.trainer.engine import Engine
+from madpo.trainer.errors import FRESH
 from madpo.trainer.files import write_atomically
 from madpo.trainer.run_folder import newest_checkpoint
 from madpo.trainer.state import TrainState
@@ -121,12 +122,12 @@ def _problem(folder: Path, identity: dict[str, Any]) -> str | None:
     lines = "".join(f"\n  {key}: {stored.get(key)!r} there, {identity[key]!r} now" for key in changed)
     return (
         f"{folder} is a checkpoint of another run:{lines}\nset it back to continue that run; or train "
-        "with --fresh, or into another output_dir"
+        f"with {FRESH}, or into another output_dir"
     )
 
 
 def load(engine: Engine, root: Path, tag: str) -> TrainState:
     """Restore weights and optimiser, and return the run's state. Raises UserError if a rank cannot."""
     is_loaded = engine.load(root, tag)
-    raise_if_any(None if is_loaded else f"{root / tag}: the checkpoint cannot be loaded; train with --fresh")
+    raise_if_any(None if is_loaded else f"{root / tag}: the checkpoint cannot be loaded; train with {FRESH}")
     return TrainState(**json.loads((root / tag / STATE_FILE).read_text())["state"])

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 EXIT_USAGE = 2
 
+FRESH = "--fresh (in Python: fresh=True)"
+"""How a run is begun anew, for messages."""
+
 SHORT = 6
 """A word with fewer letters may have one slip in it, a longer one another for each so many letters."""
 
@@ -18,7 +21,7 @@ class UserError(ValueError):
     """
 
 
-def on_one_line(error: Exception) -> str:
+def on_one_line(error: BaseException) -> str:
     """The message of another library's error, without its line breaks."""
     return " ".join(str(error).split())
 

@@ -10,15 +10,31 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import xxhash
 
+from madpo.trainer.errors import UserError
+
 BLOCK = 1 << 22
 SECONDS_UNTIL_LEFT = 3600.0
 """A temporary file that nobody has written to for so long is a killed process's."""
+
+
+def make_folder(key: str, folder: Path) -> Path:
+    """The folder, which is made if it is not there. Raises UserError that names `key`, a key of the config,
+    if it cannot be made or written to."""
+    try:
+        folder = folder.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{key}: {folder} cannot be written to ({reason}); name another folder") from None
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[Path], None]) -> None:

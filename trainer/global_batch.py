@@ -155,12 +155,12 @@ def share_losses(
     gradient of the sum of all losses in the log-prob of every completion of the step. All ranks call
     this once a step.
     """
-    sequences, chosen, rejected, margins = _exchange(step, batches, scored)
+    sequences, chosen, rejected, margins, weights = _exchange(step, batches, scored, objective.item)
     leaf = sequences.logps.requires_grad_()
     with torch.enable_grad():
         edges = sequences.edges(chosen, rejected, margins)
         scores = edges if objective.item is Item.EDGE else sequences
-        outcome = objective.entry.function(scores, objective.params, state)
+        outcome = objective.entry.function(scores, objective.params, state).weighted(weights)
         (gradients,) = torch.autograd.grad(outcome.losses.sum(), leaf)
     return [_part(outcome, batch, objective.item) for batch in batches], gradients
 
@@ -186,31 +186,54 @@ def own_gradients(
     return own
 
 
-def _exchange(
-    step: Step, batches: Sequence[PackedBatch], scored: Sequence[Scored]
-) -> tuple[SequenceScores, Tensor, Tensor, Tensor]:
-    """The scores of all completions (S,), and chosen, rejected and margins of all edges (E,), on the CPU.
+class _Exchanged(NamedTuple):
+    """What every rank knows of the whole step, on the CPU."""
+
+    sequences: SequenceScores  # S
+    chosen: Tensor  # (E,)
+    rejected: Tensor  # (E,)
+    margins: Tensor  # (E,)
+    weights: Tensor  # (items,) the data's factors on the losses
+
+
+SEQUENCE_COLUMNS, EDGE_COLUMNS = 5, 4
+
+
+def _exchange(step: Step, batches: Sequence[PackedBatch], scored: Sequence[Scored], item: Item) -> _Exchanged:
+    """The scores of all completions, and all edges, of all ranks.
 
     Each rank fills its own positions in a table of zeros, and the sum over ranks is the whole table. Ranks
     that share a row fill the same positions, so the sum is divided by their number.
     """
     device = batches[0].labels.device
-    flat = torch.zeros(4 * step.num_sequences + 3 * step.num_edges, dtype=torch.float64, device=device)
-    table = flat[: 4 * step.num_sequences].view(4, step.num_sequences)
-    edges = flat[4 * step.num_sequences :].view(3, step.num_edges)
+    end = SEQUENCE_COLUMNS * step.num_sequences
+    flat = torch.zeros(end + EDGE_COLUMNS * step.num_edges, dtype=torch.float64, device=device)
+    table = flat[:end].view(SEQUENCE_COLUMNS, step.num_sequences)
+    edges = flat[end:].view(EDGE_COLUMNS, step.num_edges)
     has_reference = scored[0].ref_token_logps is not None
     for batch, scores in zip(batches, scored, strict=True):
         positions = batch.sequence_positions
         ref_logps = scores.ref_logps if has_reference else torch.zeros_like(scores.logps)
-        columns = torch.stack((scores.logps, ref_logps, scores.lengths.double(), scores.labels.double()))
+        counts = scores.lengths.double(), scores.labels.double()
+        columns = torch.stack(
+            (scores.logps, ref_logps, *counts, _or_ones(scores.completion_weights, counts[0]))
+        )
         table[:, positions] = columns[:, : len(positions)]
         won, lost = positions[scores.chosen].double(), positions[scores.rejected].double()
-        edges[:, batch.edge_positions] = torch.stack((won, lost, scores.margins))
+        edge_weights = _or_ones(scores.edge_weights, scores.margins)
+        edges[:, batch.edge_positions] = torch.stack((won, lost, scores.margins, edge_weights))
     dist.all_reduce(flat)
     flat = flat.cpu() / step.copies
-    logps, ref_logps, lengths, labels = flat[: 4 * step.num_sequences].view(4, -1).unbind()
-    chosen, rejected, margins = flat[4 * step.num_sequences :].view(3, step.num_edges).unbind()
+    logps, ref_logps, lengths, labels, weights = flat[:end].view(SEQUENCE_COLUMNS, -1).unbind()
+    chosen, rejected, margins, edge_weights = flat[end:].view(EDGE_COLUMNS, step.num_edges).unbind()
     sequences = SequenceScores(
         logps.clone(), ref_logps if has_reference else None, lengths.long(), labels.long()
     )
-    return sequences, chosen.long(), rejected.long(), margins
+    return _Exchanged(
+        sequences, chosen.long(), rejected.long(), margins, edge_weights if item is Item.EDGE else weights
+    )
+
+
+def _or_ones(weights: Tensor | None, like: Tensor) -> Tensor:
+    """The weights (k,), or as many ones."""
+    return torch.ones_like(like) if weights is None else weights

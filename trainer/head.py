@@ -183,7 +183,8 @@ class PreferenceHead(OutputLayers):
             return sum_of_losses
         if batch.edge_weights is None:
             return loss
-        return replace(loss, weights=batch.edge_weights, margins=None, margin_weight=None)
+        assert loss.weights is None
+        return replace(loss, weights=batch.edge_weights)
 
 
 def groups_of(batch: PackedBatch) -> GroupLayout:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
 from madpo.trainer.config.deepspeed import zero_stage
 from madpo.trainer.config.effects import may_continue
 from madpo.trainer.config.schema import Config
+from madpo.trainer.errors import FRESH, UserError
 from madpo.trainer.objectives.base import Need
 
 GIB = 2**30
@@ -28,7 +30,16 @@ def note(phase: str) -> None:
         _left[phase] = torch.cuda.memory_allocated() / GIB
 
 
-def explain(error: torch.OutOfMemoryError, config: Config, task: str) -> str:
+@contextmanager
+def explained(config: Config, task: str) -> Iterator[None]:
+    """Raise UserError with the message in place of torch's error, if a GPU's memory is used up inside."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(_explain(error, config, task)) from None
+
+
+def _explain(error: torch.OutOfMemoryError, config: Config, task: str) -> str:
     """The message for an error that is being handled: what its frames hold is still allocated."""
     taken = total = 0.0
     if torch.cuda.is_available():
@@ -56,7 +67,7 @@ def message(
     lines = list[str]()
     for override, cost in remedies(config, task, ranks):
         fixed = task in TRAINING and not may_continue(override.split("=")[0], router_loss)
-        lines.append(f"\n  {override}  ({cost}{'; a new run, with --fresh' if fixed else ''})")
+        lines.append(f"\n  {override}  ({cost}{f'; a new run, with {FRESH}' if fixed else ''})")
     more = f": {asked[1]} more were asked for" if asked else ""
     return (
         f"CUDA out of memory{more}; torch holds {taken:.2f} of the GPU's {total:.2f} GiB:{sizes}\n"

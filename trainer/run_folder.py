@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from madpo.trainer.dist import Shard, raise_if_any
 from madpo.trainer.errors import UserError
+from madpo.trainer.files import make_folder
 
 METRICS, LOCK = "metrics.jsonl", ".lock"
 
@@ -110,11 +111,13 @@ def claim(folder: Path, shard: Shard) -> FileLock:
     problem = None
     if shard.is_main:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder("output_dir", folder)
             lock.acquire()
         except Timeout:
             problem = f"output_dir: another run is training into {folder}; stop it, or use another folder"
         except OSError as error:
-            problem = f"output_dir: {folder} cannot be written to ({error.strerror}); name another folder"
+            problem = f"output_dir: {folder} cannot be locked ({error.strerror}); name another folder"
+        except UserError as error:
+            problem = str(error)
     raise_if_any(problem)
     return lock

@@ -27,12 +27,13 @@ class PairGroups:
         counts = [[len(tokens) for tokens in pair] for pair in pairs]
         ones = np.ones(len(pairs), dtype=np.int64)
         lengths = np.array([sum(lengths) for lengths in counts]) if claimed is None else claimed * ones
-        self.counts = GroupCounts(
+        completion_tokens = np.array([chosen + rejected for _, chosen, rejected in counts])
+        self.counts = GroupCounts.all_computed(
             lengths=lengths,
-            completion_tokens=np.array([chosen + rejected for _, chosen, rejected in counts]),
+            completion_tokens=completion_tokens,
+            scored_tokens=completion_tokens,
             sequences=2 * ones,
             edges=ones,
-            counted_edges=ones,
             labelled=2 * ones,
         )
         self.reference: ReferenceLogps | None = None

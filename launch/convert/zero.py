@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from madpo.launch.convert.draft import Draft, Fate
-from madpo.trainer.config.deepspeed import DEEPSPEED_KEYS, OWNED_DEEPSPEED_KEYS
+from madpo.trainer.config.deepspeed import OWNED_DEEPSPEED_KEYS
+from madpo.trainer.config.deepspeed_keys import known_keys
 
 
 def deepspeed_block(draft: Draft, name: str) -> None:
@@ -41,7 +42,7 @@ def _read(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def _is_free(key: str) -> bool:
-    return key in DEEPSPEED_KEYS and key not in OWNED_DEEPSPEED_KEYS
+    return key in known_keys() and key not in OWNED_DEEPSPEED_KEYS
 
 
 def _without_auto(part: Any) -> Any:

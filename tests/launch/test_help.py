@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import typer
 from commands import command
+from typer.testing import CliRunner
 
 from madpo.launch.cli import app
 from madpo.launch.help import complete_config
@@ -58,3 +59,10 @@ def completed(monkeypatch, line: str) -> list[str]:
     monkeypatch.setenv("COMP_WORDS", line)
     monkeypatch.setenv("COMP_CWORD", str(len(line.split()) - 1))
     return command()[1].split()
+
+
+@pytest.mark.parametrize(("option", "key"), [("--learning-rate", "optim.lr=VALUE"), ("--x", "optim.lr=2e-6")])
+def test_a_key_that_is_given_as_an_option_is_told_how_keys_are_given(option, key):
+    result = CliRunner().invoke(app, ["train", "my.yaml", option, "1"])
+    said = " ".join(result.output.replace("│", " ").split())
+    assert result.exit_code == 2 and f"Keys of the config are given without dashes, as in {key}" in said

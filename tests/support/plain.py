@@ -71,15 +71,18 @@ def plain_optimizer(model: Any, config: Config) -> torch.optim.AdamW:
 
 def padded_logps(model: Any, batch: list[TokenGroup], tokens: bool = False) -> torch.Tensor:
     """(sequences,) log-probs of every completion, prompt repeated, right-padded, all logits; or of every
-    token, one completion after another."""
+    scored token, one completion after another."""
     rows = [(group.prompt, completion) for group in batch for completion in group.completions]
+    masks = [mask for group in batch for mask in group.whole_masks]
     longest = max(len(prompt) + len(completion) for prompt, completion in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     labels = torch.full((len(rows), longest), -100)
-    for row, (prompt, completion) in enumerate(rows):
+    for row, ((prompt, completion), mask) in enumerate(zip(rows, masks, strict=True)):
         end = len(prompt) + len(completion)
         ids[row, :end] = torch.tensor(prompt + completion)
-        labels[row, len(prompt) : end] = torch.tensor(completion)
+        labels[row, len(prompt) : end] = torch.tensor(completion).where(
+            torch.tensor(mask), torch.tensor(-100)
+        )
     present = torch.arange(longest) < torch.tensor([len(p) + len(c) for p, c in rows])[:, None]
     logits = model(input_ids=ids, attention_mask=present.long(), use_cache=False).logits[:, :-1]
     targets = labels[:, 1:]
@@ -106,7 +109,7 @@ def plain_steps(config: Config, steps: int) -> list[tuple[float, dict[str, torch
         batch = [groups[index] for index in order.take(step * size, size)]
         with torch.no_grad():
             ref_logps = padded_logps(reference, batch).double() if entry.needs_reference else None
-        lengths = torch.tensor([len(c) for group in batch for c in group.completions])
+        lengths = torch.tensor([count for group in batch for count in group.scored])
         labels = torch.tensor([label for group in batch for label in group.labels])
         scores: Any = SequenceScores(padded_logps(policy, batch).double(), ref_logps, lengths, labels)
         if entry.item is Item.EDGE:
@@ -116,13 +119,24 @@ def plain_steps(config: Config, steps: int) -> list[tuple[float, dict[str, torch
         outcome = entry.outcome(scores, BatchState(memory, (config.seed, step)))
         memory = outcome.memory
         items = size if entry.item is Item.EDGE else int((labels != 0).sum())
-        loss = outcome.losses.sum() / items
+        loss = (outcome.losses * _weights(batch, entry.item)).sum() / items
         optimizer.zero_grad()
         loss.backward()
         out.append((loss.item(), {n: p.grad.clone() for n, p in policy.named_parameters()}))
         torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optim.max_grad_norm)
         optimizer.step()
     return out
+
+
+def _weights(batch: list[Any], item: Item) -> torch.Tensor:
+    """(items,) the data's own factors on the losses of these groups."""
+    weights: list[float] = []
+    for group in batch:
+        if item is Item.EDGE:
+            weights += group.edge_weights or [1.0] * len(group.edges)
+        else:
+            weights += group.completion_weights or [1.0] * len(group.completions)
+    return torch.tensor(weights, dtype=torch.float64)
 
 
 def compare(got: Any, want: Any, tolerance: float = 1e-5) -> None:

@@ -44,7 +44,12 @@ OBJECTIVE_BLOCKS: list[dict[str, Any]] = [{"loss_type": "alpha_dpo"}, {"loss_typ
 def write_labelled(path: Path, count: int) -> Path:
     random = np.random.default_rng(0)
     rows = [
-        {"prompt": f"{i} {sentence(random)}:", "completion": f" {sentence(random)}", "label": bool(i % 3)}
+        {
+            "prompt": f"{i} {sentence(random)}:",
+            "completion": f" {sentence(random)}",
+            "label": bool(i % 3),
+            "weight": (1.0, 0.5, 2.0)[i % 3],
+        }
         for i in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -57,8 +62,12 @@ def configs(tmp_path_factory, tokenizer_folder) -> list[Config]:
     model = save_model(folder / "policy", tokenizer_folder, seed=1)
     reference = save_model(folder / "reference", tokenizer_folder, seed=2)
     pairs, labelled = write_pairs(folder / "pairs.jsonl", 40), write_labelled(folder / "labelled.jsonl", 40)
+    weighted = folder / "weighted.jsonl"
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    weighted.write_text("".join(json.dumps(x | {"weight": i % 3}) + "\n" for i, x in enumerate(rows)))
     kto = {"loss_type": "kto", "undesirable_weight": 1.5}
-    cases = [(block, pairs) for block in OBJECTIVE_BLOCKS] + [(kto, labelled)]
+    cases = [(OBJECTIVE_BLOCKS[0], pairs), *((block, weighted) for block in OBJECTIVE_BLOCKS[1:])]
+    cases.append((kto, labelled))
     return [
         make_config(
             folder,

@@ -1,12 +1,10 @@
 """Every objective through the head: the loss of the whole batch, and the gradient of plain autograd."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from facts import Facts
 from kernel_cases import relative_error
 from odd_settings import CASES, ODD, keys, numeric_gradients, opinion
@@ -17,9 +15,7 @@ from madpo.trainer.batches.packing import pack
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.head import OutputHead, PreferenceHead
 from madpo.trainer.objectives import build
-from madpo.trainer.objectives.base import OBJECTIVES, Item, Params, objective
-from madpo.trainer.objectives.build import BoundObjective
-from madpo.trainer.objectives.scores import EdgeScores
+from madpo.trainer.objectives.base import Item
 
 H, V = 12, 61
 LENGTHS = ((3, 4), (1, 6), (5, 2), (2, 2))
@@ -46,7 +42,11 @@ def batch_of(item: Item, above_zero: bool = False, weights: tuple[float, ...] = 
         groups = [TokenGroup(group.prompt, group.completions, [], [1, -1]) for group in groups]
     if weights:
         groups = [
-            dataclasses.replace(group, weights=[weight])
+            dataclasses.replace(
+                group,
+                edge_weights=[weight] * len(group.edges),
+                completion_weights=[weight] * len(group.completions),
+            )
             for group, weight in zip(groups, weights, strict=True)
         ]
     return dataclasses.replace(pack(groups), scale=0.25)
@@ -107,34 +107,37 @@ def test_every_objective_through_the_head(name, index, rows):
         assert relative_error(got, true) < 1e-6
 
 
-class ScaledParams(Params):
-    loss_type: Literal["scaled_by_its_margin"] = "scaled_by_its_margin"
-    beta: float = 0.3
+WEIGHTED = [("madpo", 0), ("ipo", 0), ("mixdpo", 0), ("wpo", 0), ("apo_zero_unpaired", 0), ("nll", 0)]
+"""Losses that kernels form, with a weight of their own or none, and that autograd differentiates, of every
+kind of item."""
 
 
 @BUDGETS
-def test_weights_that_come_with_the_pairs(rows):
-    """An objective whose weight the kernels do not form, of somebody's own: it gets each pair's own weight,
-    also of a chunk that is not the first."""
+@pytest.mark.parametrize("name, index", WEIGHTED)
+def test_weights_that_come_with_the_data_multiply_the_losses(name, index, rows):
+    settings = ODD[name][index]
+    bound = build(name, **keys(name, settings))
+    factors = (0.7, 2.5, 0.0, 1.3)
+    plain, batch = batch_of(bound.item), batch_of(bound.item, weights=factors)
+    batch = dataclasses.replace(
+        plain, edge_weights=batch.edge_weights, completion_weights=batch.completion_weights
+    )
+    hidden, weight, ref_hidden, ref_weight = states(batch)
+    reference = OutputHead(ref_weight) if bound.needs_reference else None
+    head = PreferenceHead(OutputHead(weight), reference, bound, rows * 64 * 8)
+    loss, *_ = head(hidden, ref_hidden if bound.needs_reference else None, batch)
+    loss.backward()
 
-    @objective(ScaledParams, {"reference", "margins"}, weight=lambda margins, params: margins.abs())
-    def scaled(scores: EdgeScores, params: ScaledParams):
-        assert scores.margins is not None
-        weights = scores.margins.abs() if scores.weights is None else scores.weights
-        return -weights * F.logsigmoid(params.beta * scores.deltas)
-
-    bound = BoundObjective(OBJECTIVES.pop("scaled_by_its_margin"), ScaledParams())
-    for weights in ((), (0.7, 2.5, 0.1, 1.3)):
-        batch = batch_of(Item.EDGE, weights=weights)
-        hidden, weight, ref_hidden, ref_weight = states(batch)
-        args = OutputHead(weight), OutputHead(ref_weight), bound, rows * 64 * 8
-        loss, *_ = PreferenceHead(*args)(hidden, ref_hidden, batch)
-        loss.backward()
-        leaves = hidden.detach().requires_grad_(), weight.detach().clone().requires_grad_()
-        tokens, ref, *_ = plain_rows(batch, *leaves, ref_hidden, ref_weight)
-        ratios = torch.stack([part.sum() for part in (tokens - ref).split(list(batch.lengths))])
-        factors = torch.tensor(weights or np.abs(MARGINS), dtype=torch.float64)
-        want = 0.25 * (factors * F.softplus(-0.3 * (ratios[0::2] - ratios[1::2]))).sum()
-        assert relative_error(loss, want) < 1e-12
-        for got, true in zip((hidden.grad, weight.grad), torch.autograd.grad(want, leaves), strict=True):
-            assert relative_error(got, true) < 1e-9
+    leaves = hidden.detach().requires_grad_(), weight.detach().clone().requires_grad_()
+    tokens, ref, collisions, kl = plain_rows(batch, *leaves, ref_hidden, ref_weight)
+    scores = TokenScores(tokens, ref if bound.needs_reference else None, collisions, kl)
+    losses = bound.of_groups(plain.scored(scores)).losses
+    items = {
+        Item.EDGE: torch.arange(4),
+        Item.SEQUENCE: torch.arange(8) // 2,
+        Item.TOKEN: torch.arange(len(batch.lengths)).repeat_interleave(batch.seq_lengths),
+    }
+    want = 0.25 * (torch.tensor(factors, dtype=torch.float64)[items[bound.item]] * losses).sum()
+    assert relative_error(loss, want) < 1e-12
+    for got, true in zip((hidden.grad, weight.grad), torch.autograd.grad(want, leaves), strict=True):
+        assert relative_error(got, true) < 1e-9

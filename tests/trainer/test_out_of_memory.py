@@ -80,7 +80,7 @@ def test_the_message_says_what_each_phase_left_and_which_keys_a_run_may_continue
     ]
     assert lines[6] == "  train.micro_batch_tokens=8192  (smaller products)"
     (cached,) = [line for line in lines if "model.reference" in line]
-    assert cached.endswith("; a new run, with --fresh)")
+    assert cached.endswith("; a new run, with --fresh (in Python: fresh=True))")
     assert "\n     21.00 GiB  all\n" in message(TORCH, {}, 21.0, 23.53, run, "train", 8)
 
 

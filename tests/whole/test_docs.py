@@ -25,7 +25,11 @@ YOURS = {"my_data.py", "path/file.py", "file.py", "script.py"}
 """Files of a user, in examples."""
 ABSENT = {"kernels/__init__.py"}
 """Files that are named because there must be none."""
-COMMANDS = {task: task for task in get_args(Task)} | {"config": "train", "show-data": "train"}
+COMMANDS = {task: task for task in get_args(Task)} | {
+    "config": "train",
+    "show-data": "train",
+    "check-data": "train",
+}
 """Commands that take a config -> the task that it is checked for."""
 
 

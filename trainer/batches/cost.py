@@ -16,7 +16,7 @@ class Cost:
     where only proportions count."""
 
     per_token: float = 0.0
-    per_row: float = 0.0  # per completion token, each of which the output head scores
+    per_row: float = 0.0  # per completion token: the output head scores those that no mask leaves out
     per_attention_pair: Mapping[int | None, float] = field(default_factory=dict)  # window -> cost of a pair
 
     def __add__(self, other: Cost) -> Cost:

@@ -2,8 +2,9 @@
 
 For a group with prompt p (length a) and completions c1 .. ck the packed row is p c1 .. ck. Position
 ids restart at a for every completion. A completion attends to the prompt and to itself, never to a
-sibling. A scored token is a completion token. The position before it predicts it: the prompt's last
-position predicts the first token of every completion, so it is k times among `scored_positions`.
+sibling. A scored token is a token of a completion that its mask, if there is one, does not leave out. The
+position before it predicts it: the prompt's last position predicts the first token of every completion, so it
+is k times among `scored_positions`.
 
 Without prefix sharing, and for a single completion, the row is p c1 .. p ck, each p ci one segment.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from madpo.kernels.layout import GroupRange
 from madpo.kernels.token_scores import TokenScores
-from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.data.tokenise import TokenGroup, joined_weights
 from madpo.trainer.objectives.scores import Scored
 
 WHOLE = GroupRange(*(slice(0, None),) * 4)
@@ -68,7 +69,8 @@ class PackedBatch:
     scale: float = 1.0  # factor on the sum of item losses
     token_scale: float = 0.0  # factor on sums over packed tokens
     is_dummy: bool = False  # for a rank without groups (`dummy_batch`); counts for nothing
-    edge_weights: Tensor | None = None  # (E,) replace the objective's own weights
+    edge_weights: Tensor | None = None  # (E,) the data's factors on the losses of edges
+    completion_weights: Tensor | None = None  # (S,) on those of completions
     ref_token_logps: Tensor | None = None  # (M,) if the reference was scored before
     own_tokens: Tensor | None = None  # (m,) this slice's scored tokens, as indices into the row's M
 
@@ -114,6 +116,7 @@ class PackedBatch:
             group_sequences=tuple(group_sequences),
             group_edges=(0,) * len(group_sequences),
             edge_weights=None,
+            completion_weights=None,
             ref_token_logps=None,
         )
         return batch, sequences
@@ -137,6 +140,7 @@ class PackedBatch:
             tokens.log_collisions,
             tokens.kl,
             None if self.edge_weights is None else self.edge_weights[group_range.edges],
+            None if self.completion_weights is None else self.completion_weights[group_range.sequences],
         )
 
     def to(self, device: torch.device | str) -> Self:
@@ -198,9 +202,9 @@ def pack(
     """
     row = _tokens_of_row(groups, prefix_sharing)
     scored_positions, targets = _scored_tokens(row.completions)
-    chosen, rejected, margins, edge_weights = _edges(groups)
+    chosen, rejected, margins = _edges(groups)
     sequence_positions, edge_positions = _positions_in_step(groups, first_positions)
-    lengths = [len(completion.tokens) for completion in row.completions]
+    lengths = [len(completion.scored) for completion in row.completions]
     return PackedBatch(
         input_ids=row.input_ids,
         position_ids=row.position_ids,
@@ -221,17 +225,20 @@ def pack(
         scale=scale,
         token_scale=token_scale,
         is_dummy=is_dummy,
-        edge_weights=edge_weights,
+        edge_weights=_weights([(group.edge_weights, len(group.edges)) for group in groups]),
+        completion_weights=_weights([(x.completion_weights, len(x.completions)) for x in groups]),
         ref_token_logps=None if ref_logps is None else torch.from_numpy(np.concatenate(ref_logps)),
     )
 
 
 class _Completion(NamedTuple):
-    """A completion in the row: its tokens from `start`, and where the prompt before it ends."""
+    """A completion in the row: its tokens from `start`, which of them are scored, and where the prompt before
+    it ends."""
 
     prompt_end: int
     start: int
     tokens: np.ndarray  # int64
+    scored: np.ndarray  # int64, indices into the tokens
 
     @property
     def end(self) -> int:
@@ -271,35 +278,39 @@ def _tokens_of_row(groups: Sequence[TokenGroup], prefix_sharing: bool | Sequence
                 segments.append(Segment(start, end, prompt_start, prompt_end))
             else:
                 segments.append(Segment(prompt_start, end, prompt_start, prompt_start))
-            completions.append(_Completion(prompt_end, start, ids[-1]))
+            scored = np.flatnonzero(group.masks[number]) if group.masks else np.arange(len(completion))
+            completions.append(_Completion(prompt_end, start, ids[-1], scored))
     return _Row(_concatenated(ids), _concatenated(position_ids), segments, completions)
 
 
 def _scored_tokens(completions: Sequence[_Completion]) -> tuple[Tensor, Tensor]:
-    """(M,) the position that predicts each completion token, and (M,) that token."""
+    """(M,) the position that predicts each scored token, and (M,) that token."""
     predicting: list[np.ndarray] = []
     for completion in completions:
-        predicting.append(np.array([completion.prompt_end - 1]))
-        predicting.append(np.arange(completion.start, completion.end - 1))
-    return _concatenated(predicting), _concatenated([completion.tokens for completion in completions])
+        before = completion.start + completion.scored - 1
+        predicting.append(np.where(completion.scored == 0, completion.prompt_end - 1, before))
+    return _concatenated(predicting), _concatenated([x.tokens[x.scored] for x in completions])
 
 
-def _edges(groups: Sequence[TokenGroup]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(E,) chosen, rejected, margins, and weights if the groups bring their own."""
+def _edges(groups: Sequence[TokenGroup]) -> tuple[Tensor, Tensor, Tensor]:
+    """(E,) chosen, rejected and margins."""
     chosen: list[int] = []
     rejected: list[int] = []
     margins: list[float] = []
-    weights: list[float] = []
     first_sequence = 0
     for group in groups:
         for winner, loser, margin in group.edges:
             chosen.append(first_sequence + winner)
             rejected.append(first_sequence + loser)
             margins.append(math.nan if margin is None else margin)
-        weights += group.weights
         first_sequence += len(group.completions)
-    edge_weights = torch.tensor(weights, dtype=torch.float64) if weights else None
-    return _indices(chosen), _indices(rejected), torch.tensor(margins, dtype=torch.float64), edge_weights
+    return _indices(chosen), _indices(rejected), torch.tensor(margins, dtype=torch.float64)
+
+
+def _weights(parts: Sequence[tuple[list[float], int]]) -> Tensor | None:
+    """The weights of all groups, each given with the number it should have; None if no group has any."""
+    weights = joined_weights(parts)
+    return torch.tensor(weights, dtype=torch.float64) if weights else None
 
 
 def _labels(groups: Sequence[TokenGroup]) -> Tensor:

@@ -148,12 +148,13 @@ def _weights_of_step(
     """
     items = int(counts.items(rules.item).sum())
     tokens = int(shapes.tokens(rules.shared(shapes)).sum())
-    skipped = counts.counted_edges - counts.edges  # negative where a group of several edges is one item
+    skipped = counts.items(rules.item) - counts.computed_items(rules.item)
+    skipped_edges = (counts.counted_edges - counts.edges).clip(min=0)
     return _StepWeights(
         scale=shard.world_size / max(items, 1),
         token_scale=shard.world_size / max(tokens, 1),
-        skipped_items=int(skipped.sum()) if rules.item is Item.EDGE else 0,
-        skipped_edges=int(skipped.clip(min=0).sum()),
+        skipped_items=int(skipped.sum()),  # negative where a group of several items counts as one
+        skipped_edges=int(skipped_edges.sum()),
     )
 
 

@@ -90,7 +90,12 @@ class DataConfig(Section):
     )
     template_may_drop: list[str] = Field(
         default_factory=list,
-        description="roles and keys of prompt messages, or tools, that the chat template may leave out",
+        description="roles and keys of messages that are not trained on, or tools, that the chat template "
+        "may leave out",
+    )
+    train_on: Literal["assistant", "all"] = Field(
+        default="assistant",
+        description="what is trained on of a completion of several messages: the assistant's, or all of it",
     )
     streaming: bool = Field(
         default=False, description="read training examples in blocks while training, not all at the start"
@@ -108,6 +113,11 @@ class DataConfig(Section):
         description="end token after a completion; auto: for plain text, not for conversations, whose "
         "template ends them",
     )
+    text_holds_special_tokens: bool = Field(
+        default=False,
+        description="take special tokens that plain text spells out as tokens: for text in which a chat "
+        "template was rendered before; no second BOS or end is added",
+    )
     merge_prompts: bool = Field(
         default=False, description="merge examples with equal prompts into one group; not for a stream"
     )
@@ -118,12 +128,13 @@ class DataConfig(Section):
     min_weight: float | None = Field(
         default=None,
         gt=0,
-        description="leave out pairs that the objective gives a smaller weight; null: none",
+        description="leave out pairs or completions of a smaller weight (by their margin, times the column "
+        "weight); null: none",
     )
     sampling: Literal["uniform", "weight"] = Field(
         default="uniform",
         description="uniform: every group once an epoch; weight: groups drawn in proportion to the weights "
-        "that the objective gives their pairs, with a loss that is then unweighted",
+        "of their pairs or completions, which then leave their losses",
     )
     folds: int | None = Field(
         default=None, ge=2, description="number of parts that the training split is cut into, by prompt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def trains_adapter(tree: dict[str, Any]) -> bool:
     """Whether a config's mapping asks for a new adapter, or names a folder that holds one."""
     model = tree.get("model")
     name = model.get("model_name_or_path") if isinstance(model, dict) else None
-    folder = Path(name).expanduser() if isinstance(name, str) else None
+    folder = Path(os.path.expanduser(name)) if isinstance(name, str) else None
     places = () if folder is None else (folder, folder / "model")  # of a run, the exported model
     return tree.get("peft") is not None or any((place / "adapter_config.json").is_file() for place in places)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from madpo.trainer.config.foreign_keys import counterpart, other_trainer
+from madpo.trainer.config.foreign_keys import counterpart, in_place_of, other_trainer
 from madpo.trainer.errors import nearest
 from madpo.trainer.field_words import problem_of
 from madpo.trainer.objectives.base import Params
@@ -52,13 +52,15 @@ def _explain_one(item: Any, schema: type[BaseModel]) -> str:
     if kind == "missing" and place.key == "objective":
         return (
             "objective: is required; set objective.loss_type, as in objective.loss_type=dpo (madpo sft and "
-            "madpo reward set it themselves; madpo config and show-data take --task sft or reward)"
+            "madpo reward set it themselves; madpo config, show-data and check-data take --task sft or "
+            "reward)"
         )
     if kind == "union_tag_not_found":
         return f"{prefix}loss_type is required; one of {', '.join(OBJECTIVES)}"
     if kind == "union_tag_invalid":
         return f"objective.loss_type: {unknown_objective(str(item['ctx']['tag']))}"
-    return prefix + problem_of(item, place.field)
+    advice = in_place_of(place.key, item["input"]) if isinstance(item["input"], str) else None
+    return prefix + problem_of(item, place.field) + (f"; {advice}" if advice else "")
 
 
 def unknown_objective(name: str) -> str:

@@ -86,11 +86,43 @@ RENAMED = {
 }
 """Foreign key -> the dotted key here. The values may be written differently."""
 
+IN_SECTIONS = {
+    "peft.r": "peft.lora_r",
+    "peft.rank": "peft.lora_r",
+    "peft.alpha": "peft.lora_alpha",
+    "peft.dropout": "peft.lora_dropout",
+    "peft.target_modules": "peft.lora_target_modules",
+    "peft.modules_to_save": "peft.lora_modules_to_save",
+    "optim.betas": "optim.adam_beta1 and optim.adam_beta2",
+    "optim.eps": "optim.adam_epsilon",
+    "optim.scheduler": "optim.lr_scheduler_type",
+    "data.path": "data.dataset_name",
+    "data.name": "data.dataset_name",
+    "data.train": "data.dataset_name",
+    "data.split": "data.dataset_train_split",
+    "model.path": "model.model_name_or_path",
+    "model.name": "model.model_name_or_path",
+    "train.epochs": "train.num_train_epochs",
+    "train.steps": "train.max_steps",
+    "train.batch_size": "train.global_batch_size",
+    "train.seed": "seed",
+    "train.output_dir": "output_dir",
+}
+"""A short name that others use in such a section -> the dotted key here."""
+
+AS_VALUES = {
+    "model": "model.model_name_or_path",
+    "data": "data.dataset_name",
+    "dataset": "data.dataset_name",
+}
+"""Section -> its key that is meant where a text stands in place of the section."""
+
 BATCH = (
     "train.global_batch_size counts prompts over all ranks and micro-batches, and train.micro_batch_tokens "
     "bounds the memory of one"
 )
 TRACKERS = "metrics are in metrics.jsonl of the run folder, and madpo report draws them"
+ADAMW = "AdamW is the only optimiser"
 PACKED = "rows are always packed, without padding"
 HUB = "nothing is uploaded; the model is in output_dir/model"
 
@@ -104,7 +136,10 @@ REPLACED = {
     "save_strategy": "set train.save_steps; there is a checkpoint at the end",
     "max_prompt_length": "data.max_length bounds a prompt with its completion; a prompt is never cut",
     "max_completion_length": "data.max_length bounds a prompt with its completion",
-    "optimizer": "AdamW is the only optimiser",
+    "optimizer": ADAMW,
+    "optim.optim": ADAMW,
+    "optim.name": ADAMW,
+    "optim.type": ADAMW,
     "fp16": "set train.bf16: true for bfloat16, false for float32",
     "torch_dtype": "set train.bf16: true for bfloat16, false for float32",
     "dtype": "set train.bf16: true for bfloat16, false for float32",
@@ -139,7 +174,9 @@ SEVERAL = 3
 def counterpart(key: str, schema: type[BaseModel]) -> str | None:
     """What to use in place of a dotted key that is unknown where it stands; None where that is not known."""
     name = key.rpartition(".")[2]
-    ours = our_key(name, schema)
+    if key in REPLACED:
+        return REPLACED[key]
+    ours = IN_SECTIONS.get(key) or our_key(name, schema)
     if ours is None or ours == key:
         return REPLACED.get(name)
     return f"it is {ours} here"
@@ -155,6 +192,15 @@ def our_key(name: str, schema: type[BaseModel]) -> str | None:
         if any(name in inner.model_fields for inner in _sections(field.annotation))
     ]
     return homes[0] if len(homes) == 1 else None
+
+
+def in_place_of(section: str, value: str) -> str | None:
+    """What to write where a text stands in place of a section; None where that is not known."""
+    if section in AS_VALUES:
+        return f"write {AS_VALUES[section]}={value}"
+    if section == "deepspeed":
+        return f"write the keys of {value} below it, as in deepspeed.zero_optimization.stage=2"
+    return "peft={} trains an adapter" if section == "peft" else None
 
 
 def other_trainer(problems: Iterable[Any], schema: type[BaseModel]) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
 
+from madpo.trainer.config.hub import Kind, check_on_hub, download, is_cached
 from madpo.trainer.config.schema import Config
 from madpo.trainer.errors import UserError, closest
 
@@ -50,8 +50,8 @@ def model_folder(key: str, name: str) -> str:
 
     Raises UserError for a path that is not there, a file, and a run that has exported no model.
     """
-    path = Path(name).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(name))
+    if not os.path.exists(path):
         check_there(key, name, "model")
         return name
     if not path.is_dir():
@@ -67,18 +67,21 @@ def model_folder(key: str, name: str) -> str:
     return str(path) if name.startswith("~") else name
 
 
-def check_there(key: str, name: str, kind: Literal["model", "dataset"]) -> None:
-    """Raise UserError for a name that looks like a path, or like a slip for one, and is not there."""
-    path = Path(name).expanduser()
-    if path.exists():
+def check_there(key: str, name: str, kind: Kind) -> None:
+    """Raise UserError for a name that looks like a path, or like a slip for one, and is not there; and for
+    one on the hub that cannot be had."""
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):
         return
     near = _nearest_path(path)
     hint = f"; did you mean {near}?" if near else _holds(path.parent)
     if _looks_local(name):
         raise UserError(f"{key}: {name}: no such file or folder{hint}")
-    if near is not None and not _is_cached(name, kind):
-        download = f"hf download {'--repo-type dataset ' if kind == 'dataset' else ''}{name}"
-        raise UserError(f"{key}: {name}: no such file or folder{hint} (If it is on the hub: {download})")
+    if near is not None and not is_cached(name, kind):
+        raise UserError(
+            f"{key}: {name}: no such file or folder{hint} (If it is on the hub: {download(name, kind)})"
+        )
+    check_on_hub(key, name, kind)
 
 
 def _looks_local(name: str) -> bool:
@@ -120,10 +123,3 @@ def _names_in(folder: Path) -> list[str]:
 
 def _holds_model(folder: Path) -> bool:
     return any((folder / file).is_file() for file in MODEL_FILES)
-
-
-def _is_cached(name: str, kind: str) -> bool:
-    """Whether an earlier download of the hub's `name` is on this machine."""
-    from huggingface_hub import constants
-
-    return (Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}").is_dir()

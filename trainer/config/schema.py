@@ -27,7 +27,7 @@ from madpo.trainer.config.train import OptimConfig, TrainConfig
 from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Need
 from madpo.trainer.objectives.build import BoundObjective, as_one_objective, bind
-from madpo.trainer.objectives.registry import OBJECTIVES, ObjectiveParams
+from madpo.trainer.objectives.registry import ObjectiveParams
 
 
 class AnnotateConfig(Section):
@@ -272,7 +272,7 @@ def _validate_data(config: Config) -> None:
 
 
 def _validate_weights(config: Config) -> None:
-    """Check the two keys that look at the weights of pairs, `min_weight` and `sampling`."""
+    """Check the two keys that look at weights, `min_weight` and `sampling`."""
     data = config.data
     if data.min_weight is not None:
         key = "min_weight"
@@ -280,15 +280,14 @@ def _validate_weights(config: Config) -> None:
         key = "sampling"
     else:
         return
-    if config.bound_objective.weight is None:
-        objectives = ", ".join(name for name, entry in OBJECTIVES.items() if entry.weight is not None)
-        raise UserError(
-            f"data.{key}: {config.objective.loss_type} has no weight that follows from the margin alone; "
-            f"leave it out, or use loss_type {objectives}"
-        )
     if data.streaming:
         raise UserError(
-            f"data.{key}: it looks at the margins of the whole set, which a stream never has; leave it out"
+            f"data.{key}: it looks at the weights of the whole set, which a stream never has; leave it out"
+        )
+    if data.sampling == "weight" and config.bound_objective.needs_batch:
+        raise UserError(
+            f"data.sampling: {config.objective.loss_type} looks at all completions of a step together, and "
+            "drawn ones are not those of the data; set uniform, and weights multiply the losses"
         )
     if data.sampling == "weight" and data.order != "shuffled":
         raise UserError(f"data.sampling: weight draws at random; set data.order=shuffled, not {data.order}")
@@ -325,7 +324,7 @@ DEFAULT_OBJECTIVES = {
 }
 """Task -> the loss_type of a config that names none. `generate` uses no loss, and `probe` one of its own."""
 
-OF_ANY_TASK = {"config", "show-data", "evaluate", "export"}
+OF_ANY_TASK = {"config", "show-data", "check-data", "evaluate", "export"}
 """Commands that take the config of any run. Where it names no loss_type, it is the run's."""
 
 

@@ -67,6 +67,9 @@ def parse(text: str, origin: str) -> Any:
         raise UserError(f"{origin}: {error}") from None
 
 
+DATA_FILES = (".jsonl", ".parquet", ".csv", ".arrow")
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping. UserError names the file and line."""
     path = Path(path)
@@ -75,6 +78,11 @@ def read(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         near = closest(path.name, [file.name for file in path.parent.glob("*")])
         raise UserError(f"{path}: no such file" + (f", did you mean {path.with_name(near)}?" if near else ""))
+    if path.suffix in DATA_FILES:
+        raise UserError(
+            f"{path}: a data set, and a config is wanted; madpo init my.yaml writes one, in which "
+            f"data.dataset_name names the data set"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -16,7 +16,8 @@ import pyarrow as pa
 import xxhash
 
 from madpo.trainer.config.data import DataConfig
-from madpo.trainer.data.source import LINES, Source, load_by_name, split_files
+from madpo.trainer.data.source import LINES, Source, line_of, load_by_name, reading, split_files
+from madpo.trainer.data.table_files import place_of, stream_table
 from madpo.trainer.errors import UserError
 
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
@@ -39,15 +40,14 @@ class Reader(Protocol):
 
 
 def open_reader(data: DataConfig, split: str) -> Reader:
-    """The reader of a split. Raises UserError if the split is missing."""
-    files = split_files(data, split)
-    if files is None:
-        return RowReader(f"{data.dataset_name}[{split}]", load_by_name(data, split, streaming=True))
-    if files[0].suffix == ".jsonl":
-        return LineReader(files[0])
-    names = {"train": [str(file) for file in files]}
-    rows = datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
-    return RowReader(str(files[0]), rows, files)
+    """The reader of a split. Raises UserError if the split is missing or cannot be read."""
+    with reading(str(data.dataset_name)):
+        files = split_files(data, split)
+        if files is None:
+            return RowReader(f"{data.dataset_name}[{split}]", load_by_name(data, split, streaming=True))
+        if files[0].suffix == ".jsonl":
+            return LineReader(files[0])
+        return RowReader(str(files[0]), stream_table(files), files)
 
 
 class LineReader:
@@ -75,12 +75,12 @@ class LineReader:
         return Source(self.name, rows, self.content, "line"), [end, line]
 
     def where(self, cursor: Any, row: int) -> str:
-        return f"{self.name}:{row}"
+        return line_of(self._path, row)
 
 
 class RowReader:
-    """Reads the rows of .parquet files, or of a data set on the hub. A cursor is the number of rows before it
-    and the state that `datasets` resumes from: the shard and the position in it."""
+    """Reads the rows of .parquet or .arrow files, or of a data set on the hub. A cursor is the number of rows
+    before it, and the state that `datasets` resumes from: the shard and the position in it."""
 
     def __init__(self, name: str, rows: Any, files: Iterable[Path] = ()) -> None:
         self.name, self._files = name, list(files)
@@ -99,7 +99,8 @@ class RowReader:
         rows = self._rows.with_format("arrow")
         rows.load_state_dict(json.loads(json.dumps(cursor["state"])))
         # One by one: `datasets` cannot resume with batches of another size than the state was left with.
-        tables: list[Any] = list(itertools.islice(rows.iter(batch_size=1), count))
+        with reading(self.name):
+            tables: list[Any] = list(itertools.islice(rows.iter(batch_size=1), count))
         table = (
             pa.concat_tables(tables, promote_options="default").combine_chunks() if tables else pa.table({})
         )
@@ -108,7 +109,8 @@ class RowReader:
         return Source(self.name, block, "", "row"), end
 
     def where(self, cursor: Any, row: int) -> str:
-        return f"{self.name} row {cursor['rows'] + row}"
+        number = cursor["rows"] + row
+        return place_of(self._files, number) if self._files else f"{self.name} row {number}"
 
 
 def sampled_content(files: Iterable[Path]) -> str:

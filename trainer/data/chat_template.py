@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from madpo.trainer.errors import UserError
-from madpo.trainer.formats.text_groups import SPOKEN, THINKING, Messages, text_in
+from madpo.trainer.formats.chat_message import SPOKEN, THINKING, Messages, text_in
 
 
 class Lost(NamedTuple):
@@ -98,18 +98,8 @@ def render(
 
     Raises UserError if there is no template, or if it writes BOS twice, and whatever the template raises.
     """
-    if tokenizer.chat_template is None:
-        raise UserError(
-            "the data set holds conversations and the tokenizer has no chat template; "
-            "use an instruction-tuned tokenizer (model.tokenizer_name_or_path) or plain text columns"
-        )
-    variables = {name: value for name, value in options.items() if name != "tools"}
-    shape = json.dumps([_marked(messages), _forms(options.get("tools") or [])])
-    written = repr(tokenizer.chat_template)
-    rendering = _rendering(tokenizer, written, shape, json.dumps(variables, sort_keys=True))
-    for name in rendering.translations:
-        messages = TRANSLATIONS[name](messages)
-    ids: Any = tokenizer(_text(messages, tokenizer, options), add_special_tokens=False)["input_ids"]
+    messages, rendering = translated(messages, tokenizer, options)
+    ids: Any = tokenizer(write(messages, tokenizer, options), add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         raise UserError(
@@ -119,7 +109,34 @@ def render(
     return ids, rendering
 
 
-def _text(messages: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
+def translated(
+    messages: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> tuple[Messages, Rendering]:
+    """A conversation in the words that the template knows, and what the template makes of its shape.
+
+    Raises UserError if there is no template.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "the data set holds conversations and the tokenizer has no chat template; "
+            "use an instruction-tuned tokenizer (model.tokenizer_name_or_path) or plain text columns"
+        )
+    variables = {name: value for name, value in options.items() if name != "tools"}
+    shape = json.dumps([_marked(messages), _forms(options.get("tools") or [])])
+    template: Any = tokenizer.chat_template  # text, or several by name
+    written = template if isinstance(template, str) else repr(template)
+    rendering = _rendering(tokenizer, written, shape, json.dumps(variables, sort_keys=True))
+    return translate(messages, rendering.translations), rendering
+
+
+def translate(messages: Messages, translations: Sequence[str]) -> Messages:
+    """The conversation after these TRANSLATIONS, by name."""
+    for name in translations:
+        messages = TRANSLATIONS[name](messages)
+    return messages
+
+
+def write(messages: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
     """What the template writes.
 
     `apply_chat_template` takes keys of null out of messages; some templates ask whether `content` is null.
@@ -133,22 +150,25 @@ def _text(messages: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[
     return text
 
 
-def notes_on(rendering: Rendering, prompt_messages: int, may_drop: Sequence[str]) -> list[str]:
+def notes_on(
+    rendering: Rendering, prompt_messages: int, may_drop: Sequence[str], scored: Collection[int] = ()
+) -> list[str]:
     """What is to be said of an example of this shape, whose first messages are its prompt.
 
-    Raises UserError if a completion loses anything, or the prompt something other than the thinking of
-    earlier answers that `may_drop`, roles and parts, does not name.
+    Raises UserError if a message loses anything that is trained on (`scored`, by index), or another message
+    something that `may_drop`, roles and parts, does not name, other than the thinking of earlier answers.
     """
     notes = list(rendering.translations)
     for lost in rendering.lost:
-        if lost.message >= prompt_messages:
+        if lost.message in scored:
             raise UserError(
                 f"the chat template leaves out {_in_completion(lost, prompt_messages)}, so it would not be "
                 "trained on; take a template that renders it (model.tokenizer_name_or_path)"
             )
         if lost.role in may_drop or lost.part in may_drop:
             part = lost.part if lost.message < 0 else f"{lost.part} of role {lost.role}"
-            notes.append(f"left out of the prompt by the template: {part}")
+            where = "completion" if lost.message >= prompt_messages else "prompt"
+            notes.append(f"left out of the {where} by the template: {part}")
         elif lost.part in THINKING and lost.role == "assistant":
             notes.append("thinking of earlier answers left out by the template")
         else:
@@ -181,14 +201,14 @@ def _rendering(tokenizer: PreTrainedTokenizerBase, written: str, shape: str, var
         places |= dict.fromkeys(tools, Lost(-1, "", "tools"))
     found: list[Rendering] = []
     for names in _subsets(TRANSLATIONS):
-        translated = messages
+        tried = messages
         for name in names:
-            before, translated = translated, TRANSLATIONS[name](translated)
-            if before == translated:
+            before, tried = tried, TRANSLATIONS[name](tried)
+            if before == tried:
                 break
         else:
             try:
-                text = _text(translated, tokenizer, options)
+                text = write(tried, tokenizer, options)
             except Exception:  # a template may raise anything; it will again, for the example
                 continue
             if _shows_python(text):
@@ -215,6 +235,7 @@ def _shows_python(text: str) -> bool:
 # The shape of a conversation: its messages with MARK in place of each text.
 
 MARK = "madpo_text"
+ODD = "\u27e7"
 _THOUGHT = re.compile(r"(<think>|</think>)")
 
 
@@ -239,17 +260,37 @@ def _shape_of(key: str, value: Any) -> Any:
 
 def _shape_of_call(call: dict[str, Any]) -> dict[str, Any]:
     function, outside = (call["function"], call) if "function" in call else (call, {})
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.dumps(_leaves_marked(json.loads(arguments)))
-        except ValueError:
-            arguments = MARK
-    else:
-        arguments = _leaves_marked(arguments)
+    arguments = _arguments_marked(function.get("arguments"))
     shape = {"name": MARK, "arguments": arguments}
     ids = {key: _constant(value) for key, value in outside.items() if key != "function"}
     return {**ids, "function": shape} if outside else shape
+
+
+def _arguments_marked(arguments: Any) -> Any:
+    if not isinstance(arguments, str):
+        return _leaves_marked(arguments)
+    try:
+        return json.dumps(_leaves_marked(json.loads(arguments)))
+    except ValueError:
+        return MARK
+
+
+def probes(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The message with other texts and arguments in place of its own; and with other content, for a message
+    that says nothing else, as an empty result of a tool. Names of tools stay, which results repeat."""
+    said = {key: _shape_of(key, message[key]) for key in SPOKEN if key in message and key != "tool_calls"}
+    if message.get("tool_calls"):
+        said["tool_calls"] = [_with_other_arguments(call) for call in message["tool_calls"]]
+    text = f"{MARK}{ODD}"  # ends otherwise than what stands before a message's content
+    content: Any = [{"type": "text", "text": text}] if isinstance(message.get("content"), list) else text
+    return [{**message, **said}, {**message, "content": content}]
+
+
+def _with_other_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _with_other_arguments(call["function"])}
+    arguments, other = call.get("arguments"), {MARK: MARK}
+    return {**call, "arguments": json.dumps(other) if isinstance(arguments, str) else other}
 
 
 def _constant(value: Any) -> Any:

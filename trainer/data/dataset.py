@@ -24,15 +24,8 @@ class GroupDataset:
         self.name = name
         self.fingerprint = fingerprint  # of the examples and everything that made tokens of them
         self.table = table
-        edges = column_of(table, "num_edges")
-        self.counts = GroupCounts(
-            lengths=column_of(table, "num_tokens"),
-            completion_tokens=column_of(table, "num_completion_tokens"),
-            sequences=column_of(table, "num_sequences"),
-            edges=edges,
-            counted_edges=edges,
-            labelled=column_of(table, "num_labels"),
-        )
+        names = ("tokens", "completion_tokens", "scored_tokens", "sequences", "edges", "labels")
+        self.counts = GroupCounts.all_computed(*(column_of(table, f"num_{name}") for name in names))
         self.reference: ReferenceLogps | None = None
 
     @property
@@ -49,6 +42,30 @@ class GroupDataset:
     def margins(self) -> np.ndarray:
         """(E,) margins of all edges; NaN where the data set has none."""
         return self._margins
+
+    @property
+    def edge_weights(self) -> np.ndarray | None:
+        """(E,) factors on the losses of all edges; None if no example has a weight."""
+        return self._weights("edge_weights", self.counts.edges)
+
+    @property
+    def completion_weights(self) -> np.ndarray | None:
+        """(S,) factors on the losses of all completions; None if no example has a weight."""
+        return self._weights("completion_weights", self.counts.sequences)
+
+    def _weights(
+        self,
+        name: str,
+        counts: np.ndarray,  # (G,) weights that each group has, if it has any
+    ) -> np.ndarray | None:
+        """A column of weights, one list after another, with 1 where an example has none."""
+        given = flat_column(self.table, name)
+        if not len(given):
+            return None
+        has_weights = column_of(self.table, "num_weights") > 0
+        weights = np.ones(counts.sum())
+        weights[np.repeat(has_weights, counts)] = given
+        return weights
 
     # pyright takes no cached_property for a protocol's property, so the cached columns have their own names.
     @cached_property
@@ -94,6 +111,9 @@ class GroupDataset:
             row["completions"],
             edges=list(zip(row["winners"], row["losers"], row["margins"], strict=True)),
             labels=row["labels"],
+            masks=row["masks"],
+            edge_weights=row["edge_weights"],
+            completion_weights=row["completion_weights"],
             boundary_cut=row["boundary_cut"],
             truncated=row["truncated"],
             equal=row["equal"],
@@ -104,12 +124,16 @@ def flat_column(
     table: datasets.Dataset, name: str, convert: Callable[[Any], Any] | None = None
 ) -> np.ndarray:
     """The elements of a column of lists, one list after another, converted if that is given; NaN for null."""
-    column: Any = table.with_format("arrow")[name][:]
-    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    flat = column.flatten()
+    flat = lists_of(table, name).flatten()
     if convert is not None:
         flat = convert(flat)
     return flat.to_numpy(zero_copy_only=False)
+
+
+def lists_of(table: datasets.Dataset, name: str) -> Any:
+    """A column of lists as one Arrow array."""
+    column: Any = table.with_format("arrow")[name][:]
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
 def column_of(table: datasets.Dataset, name: str) -> np.ndarray:

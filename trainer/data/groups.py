@@ -22,11 +22,15 @@ class GroupCounts:
     """Counts of each group, from which steps are planned before a group is read."""
 
     lengths: np.ndarray  # (G,) packed tokens: prompt and completions
-    completion_tokens: np.ndarray  # (G,)
+    completion_tokens: np.ndarray  # (G,) tokens of completions, scored or not
+    scored_tokens: np.ndarray  # (G,)
     sequences: np.ndarray  # (G,) completions
     edges: np.ndarray  # (G,)
-    counted_edges: np.ndarray  # (G,) edges in the mean loss; a view may compute fewer
     labelled: np.ndarray  # (G,) sequences with a label 1 or -1
+    # What is in the mean loss; a view may compute fewer.
+    counted_edges: np.ndarray  # (G,)
+    counted_labelled: np.ndarray  # (G,)
+    counted_tokens: np.ndarray  # (G,)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -34,6 +38,20 @@ class GroupCounts:
     def at(self, indices: np.ndarray) -> Self:
         """The counts of the groups at `indices` (n,)."""
         return type(self)(*(getattr(self, field.name)[indices] for field in fields(self)))
+
+    @classmethod
+    def all_computed(
+        cls,
+        lengths: np.ndarray,  # (G,)
+        completion_tokens: np.ndarray,  # (G,)
+        scored_tokens: np.ndarray,  # (G,)
+        sequences: np.ndarray,  # (G,)
+        edges: np.ndarray,  # (G,)
+        labelled: np.ndarray,  # (G,)
+    ) -> Self:
+        """The counts of groups that are computed as they are counted."""
+        computed = lengths, completion_tokens, scored_tokens, sequences, edges, labelled
+        return cls(*computed, edges, labelled, scored_tokens)
 
     @classmethod
     def concatenated(cls, parts: Iterable[GroupCounts]) -> Self:
@@ -49,17 +67,22 @@ class GroupCounts:
 
     def items(self, item: Item) -> np.ndarray:
         """(G,) items that each group has in the mean loss."""
-        counts = {
+        counted = {
             Item.EDGE: self.counted_edges,
-            Item.SEQUENCE: self.labelled,
-            Item.TOKEN: self.completion_tokens,
+            Item.SEQUENCE: self.counted_labelled,
+            Item.TOKEN: self.counted_tokens,
         }
-        return counts[item]
+        return counted[item]
+
+    def computed_items(self, item: Item) -> np.ndarray:
+        """(G,) items of each group that are computed."""
+        computed = {Item.EDGE: self.edges, Item.SEQUENCE: self.labelled, Item.TOKEN: self.scored_tokens}
+        return computed[item]
 
 
 @dataclass(frozen=True)
 class ReferenceLogps:
-    """The reference's log-probs of all completion tokens, group after group."""
+    """The reference's log-probs of all scored tokens, group after group."""
 
     flat: np.ndarray  # (M,) float32
     starts: np.ndarray  # (G + 1,) where those of each group begin
@@ -110,6 +133,16 @@ class TokenDataset(TokenGroups, Protocol):
         """(E,) margins of all edges; NaN where the data set has none."""
         ...
 
+    @property
+    def edge_weights(self) -> np.ndarray | None:
+        """(E,) the data set's own factors on the losses of all edges; None if no example has a weight."""
+        ...
+
+    @property
+    def completion_weights(self) -> np.ndarray | None:
+        """(S,) factors on the losses of all completions; None if no example has a weight."""
+        ...
+
     def ease(self, order: str) -> np.ndarray | None:
         """(G,) what `data.order` sorts by, largest first; None for shuffled. Raises UserError."""
         ...
@@ -131,10 +164,10 @@ AnyGroups = TypeVar("AnyGroups", bound=TokenGroups)
 
 def with_logps(
     groups: AnyGroups,
-    flat: np.ndarray,  # (M,) float32, of all completion tokens
+    flat: np.ndarray,  # (M,) float32, of all scored tokens
 ) -> AnyGroups:
     """A copy of the groups that carries the reference's log-probs."""
-    starts = np.concatenate(([0], np.cumsum(groups.counts.completion_tokens, dtype=np.int64)))
+    starts = np.concatenate(([0], np.cumsum(groups.counts.scored_tokens, dtype=np.int64)))
     assert len(flat) == starts[-1]
     with_reference = copy.copy(groups)
     with_reference.reference = ReferenceLogps(flat, starts)

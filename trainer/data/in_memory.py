@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +16,19 @@ import numpy as np
 import xxhash
 
 from madpo.trainer.errors import UserError
-from madpo.trainer.files import hash_of_file
+from madpo.trainer.files import hash_of_file, make_folder
 
 Rows = datasets.Dataset | Sequence[Mapping[str, Any]]
 """The examples of a split: a Hugging Face data set, or a list of dicts with its columns as keys."""
+
+
+HOME = "in_memory"
+"""The folder of the cache that these files are in."""
+
+
+def place_in_memory(file: Path, index: int) -> str | None:
+    """How messages name a row of a file of `write_splits`, as in `train[3]`; None for other files."""
+    return f"{file.stem}[{index}]" if file.parent.parent.name == HOME else None
 
 
 def write_splits(splits: Mapping[str, Rows], cache: Path) -> dict[str, Path]:
@@ -29,8 +37,7 @@ def write_splits(splits: Mapping[str, Rows], cache: Path) -> dict[str, Path]:
     A list becomes lines of JSON, since its rows need not have the same keys; a `Dataset` becomes Parquet.
     Raises UserError that names the row for what cannot be written, and for no rows.
     """
-    home = cache.expanduser() / "in_memory"
-    home.mkdir(parents=True, exist_ok=True)
+    home = make_folder("data.cache_dir", cache / HOME)
     draft = Path(tempfile.mkdtemp(dir=home))
     try:
         files = [_write(draft, name, rows) for name, rows in splits.items()]
@@ -81,7 +88,9 @@ def _line(where: str, row: Any) -> str:
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: expected a dict, got {type(row).__name__}: {row!r:.80}")
     try:
-        return json.dumps(dict(row), ensure_ascii=False, default=_plain) + "\n"
+        line = json.dumps(dict(row), ensure_ascii=False, default=_plain) + "\n"
+        line.encode()  # which fails for half a character
+        return line
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}; rows hold what JSON can: text, numbers, lists, dicts") from None
 
@@ -94,15 +103,12 @@ def _plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def rows_by_index(files: Mapping[str, Path]) -> Iterator[None]:
-    """Let a UserError that names a row of these files (argument -> file) name the row in memory instead."""
+def named_as_given(files: Mapping[str, Path]) -> Iterator[None]:
+    """Let a UserError that names one of these files (argument -> file) name the argument instead."""
     try:
         yield
     except UserError as error:
         text = str(error)
         for name, file in files.items():
-            path = re.escape(str(file))
-            text = re.sub(rf"{path}:(\d+)", lambda match, name=name: f"{name}[{int(match[1]) - 1}]", text)
-            text = re.sub(rf"{path} row (\d+)", rf"{name}[\1]", text)
             text = text.replace(str(file), name)
         raise UserError(text) from error.__cause__

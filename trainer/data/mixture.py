@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import datasets
 import xxhash
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.dataset import GroupDataset
-from madpo.trainer.data.report import total_report
+from madpo.trainer.data.report import Report, total_report
 from madpo.trainer.data.source import test_split
 from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.errors import UserError
@@ -27,13 +28,42 @@ def load_split(
     tokenizer: PreTrainedTokenizerBase,
     supervised: bool = False,
     known_tokens: int | None = None,
-) -> tuple[GroupDataset, dict[str, dict[str, Any]]]:
+) -> tuple[GroupDataset, dict[str, Report]]:
     """The training or the held-out groups, and for each part a report of what was read, cut and dropped.
 
     The first report is of all parts together. The parts of a mixture stand one after another, each tokenised
     and cached as if it were alone; a held-out split is taken whole. Raises UserError as `load_groups` does,
     and if no split is named.
     """
+    described = parts_of(data, held_out)
+    parts: list[GroupDataset] = []
+    reports: dict[str, Report] = {}
+    for part in described:
+        groups, report = load_groups(
+            part.data, part.split, tokenizer, supervised, part.fraction, known_tokens
+        )
+        parts.append(groups)
+        reports[part.label] = report
+    if data.datasets is None:
+        return parts[0], reports
+    identity = [(own.fingerprint, part.fraction) for own, part in zip(parts, described, strict=True)]
+    fingerprint = f"mixture-{xxhash.xxh3_128_hexdigest(repr(identity).encode())}"
+    table = datasets.concatenate_datasets([groups.table for groups in parts])
+    name = " + ".join(groups.name for groups in parts)
+    return GroupDataset(table, name, fingerprint), with_total(name, described, reports)
+
+
+class Part(NamedTuple):
+    """A split to read, of one data set, and how reports call it."""
+
+    label: str
+    data: DataConfig
+    split: str
+    fraction: float
+
+
+def parts_of(data: DataConfig, held_out: bool) -> list[Part]:
+    """The split to train on, or to hold out, of every data set. Raises UserError if there is none."""
     if data.datasets is None:
         split = test_split(data) if held_out else data.dataset_train_split
         if split is None:
@@ -42,27 +72,21 @@ def load_split(
                 f"data.dataset_test_split: {named} leaves nothing to evaluate on; make a folder of "
                 "train.jsonl and test.jsonl the data set, or name a split that it has"
             )
-        groups, report = load_groups(data, split, tokenizer, supervised, known_tokens=known_tokens)
-        return groups, {split: report}
+        return [Part(split, data, split, 1.0)]
     role = "test" if held_out else "train"
-    parts: list[GroupDataset] = []
-    reports: dict[str, dict[str, Any]] = {}
-    identity: list[tuple[str, float]] = []
+    parts = []
     for number, part in enumerate(data.datasets, 1):
         split = part.test_split if held_out else part.split
-        if split is None:
-            continue
-        fraction = 1.0 if held_out else part.fraction
-        groups, report = load_groups(
-            data.alone(part), split, tokenizer, supervised, fraction, known_tokens=known_tokens
-        )
-        parts.append(groups)
-        identity.append((groups.fingerprint, fraction))
-        reports[f"{role} {number}"] = {**report, "fraction": fraction}
+        if split is not None:
+            fraction = 1.0 if held_out else part.fraction
+            parts.append(Part(f"{role} {number}", data.alone(part), split, fraction))
     if not parts:
         raise UserError("data.datasets: name the split to evaluate on, as test_split of at least one part")
-    name = " + ".join(groups.name for groups in parts)
-    table = datasets.concatenate_datasets([groups.table for groups in parts])
-    fingerprint = f"mixture-{xxhash.xxh3_128_hexdigest(repr(identity).encode())}"
-    total = total_report(name, list(reports.values()))
-    return GroupDataset(table, name, fingerprint), {role: total, **reports}
+    return parts
+
+
+def with_total(name: str, parts: Sequence[Part], reports: dict[str, Report]) -> dict[str, Report]:
+    """The reports of a mixture's parts, after one of all of them together."""
+    role = parts[0].label.split()[0]
+    reports = {part.label: {**reports[part.label], "fraction": part.fraction} for part in parts}
+    return {role: total_report(name, list(reports.values())), **reports}

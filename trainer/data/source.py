@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets.exceptions import DatasetGenerationError
 
 from madpo.trainer.config.data import DataConfig
+from madpo.trainer.data.in_memory import place_in_memory
+from madpo.trainer.data.table_files import open_table, place_of
 from madpo.trainer.errors import UserError, on_one_line
-from madpo.trainer.files import hash_of_file
+from madpo.trainer.files import hash_of_file, make_folder
 
 LINES = datasets.Features({"line": datasets.Value("int64"), "raw": datasets.Value("binary")})
 
@@ -29,13 +29,44 @@ class Source:
     rows: datasets.Dataset
     fingerprint: str
     unit: str  # "line" or "row": messages say "{name}:{line}" or "{name} row {index}"
+    files: tuple[Path, ...] = ()  # of a table, where it is one in files
 
     def where(self, row: int) -> str:
-        return f"{self.name}:{row}" if self.unit == "line" else f"{self.name} row {row}"
+        """How messages name an example by its line, or by its number in all files."""
+        if self.unit == "line":
+            return line_of(Path(self.name), row)
+        return place_of(self.files, row) if self.files else f"{self.name} row {row}"
+
+
+def line_of(file: Path, line: int) -> str:
+    """How messages name a line of a file."""
+    return place_in_memory(file, line - 1) or f"{file}:{line}"
+
+
+def cache_folder(data: DataConfig) -> Path:
+    """`data.cache_dir`, which is made if it is not there. Raises UserError if nothing can be kept in it."""
+    return make_folder("data.cache_dir", Path(data.cache_dir))
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Make a UserError of whatever a library raises while it reads the data set of this name."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise UserError(f"{name}: cannot be read: {type(cause).__name__}: {on_one_line(cause)}") from error
 
 
 def open_source(data: DataConfig, split: str, cache: Path) -> Source:
-    """Open a split. Raises UserError if it is missing or empty."""
+    """Open a split. Raises UserError if it is missing, empty, or cannot be read."""
+    with reading(str(data.dataset_name)):
+        return _open(data, split, cache)
+
+
+def _open(data: DataConfig, split: str, cache: Path) -> Source:
     files = split_files(data, split)
     if files is None:
         rows = load_by_name(data, split)
@@ -54,46 +85,8 @@ def open_source(data: DataConfig, split: str, cache: Path) -> Source:
         )
         assert isinstance(rows, datasets.Dataset)
         return Source(str(files[0]), rows, fingerprint, "line")
-    rows = _parquet_rows(files, cache / "rows" / fingerprint)
-    return Source(str(files[0]), rows, fingerprint, "row")  # type: ignore[arg-type]
-
-
-def _parquet_rows(files: list[Path], cache: Path) -> datasets.Dataset:
-    """The rows of Parquet files. Raises UserError that names a file which cannot be read with the others.
-
-    `cache` belongs to the content of the files: datasets' own key is their path and time stamp.
-    """
-    schemas = []
-    for file in files:
-        try:
-            schemas.append(pq.ParquetFile(file).schema_arrow)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{file}: cannot be read as Parquet: {error}") from None
-    if not sum(pq.read_metadata(file).num_rows for file in files):
-        raise UserError(f"{files[0]}: the file has no rows")
-    try:
-        common = pa.unify_schemas(schemas, promote_options="permissive")
-        rows = datasets.Dataset.from_parquet(
-            [str(file) for file in files],
-            cache_dir=str(cache),
-            features=datasets.Features.from_arrow_schema(common),
-        )
-    except (pa.ArrowException, DatasetGenerationError) as error:
-        kinds = {str(file): schema for file, schema in zip(files, schemas, strict=True)}
-        raise UserError(f"{_unlike(kinds)}: {error.__cause__ or error}") from None
-    assert isinstance(rows, datasets.Dataset)
-    return rows
-
-
-def _unlike(schemas: dict[str, pa.Schema]) -> str:
-    """The first file whose columns differ from those of the first, and in what."""
-    (first, wanted), *others = schemas.items()
-    for file, schema in others:
-        for name in wanted.names:
-            kinds = [str(x.field(name).type) if name in x.names else "missing" for x in (wanted, schema)]
-            if kinds[0] != kinds[1]:
-                return f"{file}: column {name} is {kinds[1]}, and {kinds[0]} in {first}"
-    return first
+    rows = open_table(files, cache / "rows" / fingerprint)
+    return Source(str(files[0]), rows, fingerprint, "row", tuple(files))
 
 
 HELD_OUT = ("test", "validation")
@@ -101,19 +94,22 @@ HELD_OUT = ("test", "validation")
 
 
 def test_split(data: DataConfig) -> str | None:
-    """The name of the held-out split; None if nothing is held out. Raises UserError as `load_by_name`."""
+    """The name of the held-out split; None if nothing is held out. Raises UserError as `open_source`."""
     if data.dataset_test_split != "auto":
         return data.dataset_test_split
     assert data.dataset_name is not None
-    path = Path(data.dataset_name).expanduser()
-    if path.is_dir():
-        there = [split for split in HELD_OUT if _files_in(path, split)]
-    elif path.suffix in (".jsonl", ".parquet"):
-        there = []
-    else:
-        there = _splits_on_hub(data.dataset_name, data.dataset_config)
+    with reading(data.dataset_name):
+        there = _held_out_in(data.dataset_name, data.dataset_config)
     names = (split for split in HELD_OUT if split in there and split != data.dataset_train_split)
     return next(names, None)
+
+
+def _held_out_in(name: str, config: str | None) -> list[str]:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return [] if _saved_in(path) else [split for split in HELD_OUT if _files_in(path, split)]
+    is_file = path.is_file() or path.suffix in (".jsonl", ".parquet")
+    return [] if is_file else _splits_on_hub(name, config)
 
 
 @cache
@@ -124,16 +120,31 @@ def _splits_on_hub(name: str, config: str | None) -> list[str]:
 
 def _files_in(folder: Path, split: str) -> list[Path]:
     named = [folder / f"{split}{suffix}" for suffix in (".jsonl", ".parquet")]
-    return [file for file in named if file.is_file()] + sorted(folder.glob(f"{split}-*.parquet"))
+    there = [file for file in named if file.is_file()] + sorted(folder.glob(f"{split}-*.parquet"))
+    return there or _saved_in(folder / split)
+
+
+def _saved_in(folder: Path) -> list[Path]:
+    """The files of a data set that `datasets` saved into a folder, in order; [] if it is no such folder."""
+    note = folder / "state.json"
+    if not note.is_file():
+        return []
+    state = json.loads(note.read_text())
+    if state.get("_indices_data_files"):
+        raise UserError(f"{folder}: saved with a selection of its rows; save flatten_indices() of it")
+    return [folder / part["filename"] for part in state["_data_files"]]
 
 
 def split_files(data: DataConfig, split: str) -> list[Path] | None:
-    """The files of a split: one .jsonl, or .parquet files in order; None for a name on the hub.
+    """The files of a split: one .jsonl, or .parquet or .arrow files in order; None for a name on the hub.
 
     Raises UserError for a missing file or split, a split that is there twice, and another file type.
     """
     assert data.dataset_name is not None
     path = Path(data.dataset_name).expanduser()
+    if path.is_dir() and (saved := _saved_in(path)):
+        _check_single(path, split, data)
+        return saved
     if path.is_dir():
         files = _files_in(path, split)
         whole = [file.name for file in files if file.stem == split]
@@ -141,22 +152,29 @@ def split_files(data: DataConfig, split: str) -> list[Path] | None:
             raise UserError(f"{path}: split {split!r} stands there twice: {[file.name for file in files]}")
         if not files:
             raise UserError(
-                f"{path}: no split {split!r}; expected {split}.jsonl, {split}.parquet or {split}-*.parquet, "
-                f"found {sorted(file.name for file in path.iterdir())[:20]}"
+                f"{path}: no split {split!r}; expected {split}.jsonl, {split}.parquet, {split}-*.parquet or "
+                f"a folder {split} of save_to_disk, found {sorted(file.name for file in path.iterdir())[:20]}"
             )
         return files
     if path.suffix in (".jsonl", ".parquet"):
         if not path.is_file():
             raise UserError(f"data.dataset_name: {path}: no such file")
-        if split != data.dataset_train_split:
-            raise UserError(
-                f"data.dataset_test_split: {path} is a single file, so {split!r} would be its training rows; "
-                f"put {data.dataset_train_split}{path.suffix} and {split}{path.suffix} into a folder"
-            )
+        _check_single(path, split, data)
         return [path]
     if path.is_file():
         raise UserError(f"data.dataset_name: {path}: a file must be .jsonl or .parquet")
     return None
+
+
+def _check_single(path: Path, split: str, data: DataConfig) -> None:
+    """Raise UserError if a single set of rows is asked for another split than the training's."""
+    train = data.dataset_train_split
+    if split != train:
+        kind = "split" if path.is_dir() else "file"
+        raise UserError(
+            f"data.dataset_test_split: {path} is a single {kind}, so {split!r} would be its training rows; "
+            f"put {train}.jsonl and {split}.jsonl (or .parquet) into a folder"
+        )
 
 
 def load_by_name(

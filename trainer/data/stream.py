@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,17 +28,18 @@ from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.groups import ConcatenatedGroups, TokenDataset, TokenGroups
 from madpo.trainer.data.known_tokens import check_known_tokens
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.report import reasons_in, report_of, total_report
+from madpo.trainer.data.report import Report, report_of, total_report
 from madpo.trainer.data.tokenised_cache import (
     adapter_in,
     check_readable,
     groups_key,
+    nothing_left,
     rules_of,
     tokenise_all,
     usable_rows,
 )
 from madpo.trainer.errors import UserError
-from madpo.trainer.files import write_atomically
+from madpo.trainer.files import make_folder, write_atomically
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class BlockRecord:
     cursor: Any  # where it begins
     following: Any  # where the next one begins; None: the source ends
     report: dict[str, Any]  # what was read, cut and dropped
+
+
+class ReadTable(NamedTuple):
+    """The tokenised examples of a block, a report of them, and how messages name one by its number."""
+
+    examples: datasets.Dataset
+    report: Report
+    where: Callable[[int], str]
 
 
 class BlockOfEpoch(NamedTuple):
@@ -85,14 +94,34 @@ class Stream:
         self._rules = rules_of(data, supervised)
         self.content = f"stream {groups_key(reader.content, tokenizer, self._rules)}"
         key = groups_key(reader.content + reader.version, tokenizer, self._rules)
-        self._folder = Path(data.cache_dir).expanduser() / f"stream-{key}-{data.stream_block}"
+        cache = Path(data.cache_dir) / f"stream-{key}-{data.stream_block}"
+        self._folder = make_folder("data.cache_dir", cache)
         self.num_groups: int | None = None
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._records: list[BlockRecord] = []
         self._reached = BlockOfEpoch(0, 0, 0)
         self._cached_groups = functools.lru_cache(maxsize=2)(self._load)
         self._background = ThreadPoolExecutor(1)
-        self._cached_groups(self._locate(0).block)  # so that bad rows in it are found before the run starts
+
+    def opened(self) -> Stream:
+        """The stream itself, once its first block is read: bad rows in it stop a run before its start.
+
+        Raises UserError.
+        """
+        self.first()
+        return self
+
+    def first(self) -> TokenDataset:
+        """The groups of the first block that has some."""
+        return self._cached_groups(self._locate(0).block)
+
+    def tables(self) -> Iterator[ReadTable]:
+        """What was read of each block, once through the source."""
+        block, more = 0, True
+        while more:
+            record = self._record(block)
+            where = functools.partial(self._reader.where, record.cursor)
+            yield ReadTable(self._table(block), record.report, where)
+            block, more = block + 1, record.following is not None
 
     def take(self, consumed: int, count: int) -> tuple[TokenGroups, np.ndarray]:
         pieces: list[TokenGroups] = []
@@ -135,10 +164,7 @@ class Stream:
             if self._record(block - 1).following is None:
                 if not any(map(self._size, range(block))):
                     report = self.report()[self._split]
-                    raise UserError(
-                        f"{self._reader.name}: none of {report['rows']} rows can be trained on "
-                        f"({reasons_in(report)}); data.max_length is {self._data.max_length}"
-                    )
+                    raise UserError(f"{self._reader.name}: {nothing_left(report, self._data)}")
                 epoch, block = epoch + 1, 0
         self._reached = BlockOfEpoch(epoch, block, first)
         return self._reached
@@ -202,7 +228,8 @@ class Stream:
             assert isinstance(table, datasets.Dataset)
             full = len(source.rows) == self._data.stream_block
             more = full and len(self._reader.read(following, 1)[0].rows) > 0
-            report = report_of(source.name, table, usable_rows(table))
+            where = functools.partial(self._reader.where, cursor)
+            report = report_of(source.name, table, usable_rows(table), where)
             record = BlockRecord(cursor, following if more else None, report)
             write_atomically(record_path, json.dumps(asdict(record)))
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.data.chat_template import notes_on, render
+from madpo.trainer.data.masks import TrainOn, is_whole, mask_of, scored_messages
+from madpo.trainer.data.plain_text import encode_text, ends_with_special
 from madpo.trainer.errors import UserError
+from madpo.trainer.formats.chat_message import WEIGHT, Messages, text_in
 from madpo.trainer.formats.read_row import RowRules
-from madpo.trainer.formats.text_groups import Messages, Text, TextGroup, text_in
+from madpo.trainer.formats.text_groups import Text, TextGroup
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,9 @@ class TokenRules:
     append_eos: Literal["auto", "always", "never"] = "auto"
     supervised: bool = False  # one completion per example, and no edges
     template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)  # an example's own win
-    template_may_drop: tuple[str, ...] = ()  # roles and keys of a prompt's messages
+    template_may_drop: tuple[str, ...] = ()  # roles and keys of messages that are not scored
+    train_on: TrainOn = "assistant"  # which messages of a completion are scored
+    text_holds_special_tokens: bool = False  # what spells a special token in plain text is that token
     rows: RowRules = field(default_factory=RowRules)
 
 
@@ -35,12 +40,24 @@ class TokenGroup:
     completions: list[list[int]]
     edges: list[tuple[int, int, float | None]]
     labels: list[int] = field(default_factory=list)  # 1 desirable, -1 undesirable, 0 neither; all or none
-    weights: list[float] = field(default_factory=list)  # one for each edge, in place of the objective's
+    edge_weights: list[float] = field(default_factory=list)  # factors on the edges' losses; all or none
+    completion_weights: list[float] = field(default_factory=list)  # on those of completions; all or none
+    masks: list[list[bool]] = field(default_factory=list)  # which tokens of completions are scored; []: all
     boundary_cut: int = 0  # prompt tokens that moved into the completion, as its text merged with them
     truncated: int = 0  # completions that were cut at their end
     equal: int = 0  # edges dropped, as chosen and rejected are the same tokens
     notes: tuple[str, ...] = ()  # what the chat template made of the conversation, where it is no plain copy
     problem: str = ""  # why the group cannot be trained on, or empty
+
+    @property
+    def scored(self) -> list[int]:
+        """The number of scored tokens of each completion."""
+        return [sum(mask) for mask in self.masks] if self.masks else [len(x) for x in self.completions]
+
+    @property
+    def whole_masks(self) -> list[list[bool]]:
+        """The masks, also where all tokens are scored."""
+        return self.masks or [[True] * len(completion) for completion in self.completions]
 
 
 def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> TokenGroup:
@@ -54,13 +71,20 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
     prompt_only = encode_prompt(group, tokenizer, rules)
     notes: dict[str, None] = {}
     wholes = [_encode_whole(group, x, tokenizer, rules, notes) for x in group.completions]
+    masks = _masks(group, wholes, tokenizer, rules)
     start = min(_common_prefix(prompt_only, whole) for whole in wholes)
     if start == 0 and not group.prompt and len(wholes) == 1:
         start = 1  # plain text without BOS: the first token predicts the rest, as in any language model
+    boundary_cut = max(len(prompt_only) - start, 0)
+    if masks:  # these say to the token where the answers begin, also where a later turn changes the prompt
+        start, boundary_cut = min([start, *(mask.index(True) for mask in masks if any(mask))]), 0
     prompt = wholes[0][:start]
     room = rules.max_length - start
-    completions = [whole[start : start + max(room, 0)] for whole in wholes]
+    completion_tokens = slice(start, start + max(room, 0))
+    completions = [whole[completion_tokens] for whole in wholes]
+    masks = [mask[completion_tokens] for mask in masks]
     edges = [edge for edge in group.edges if completions[edge[0]] != completions[edge[1]]]
+    edge_weights, completion_weights = _weights(group, edges)
     problem = ""
     if start == 0:
         problem = "prompt and completion merge into one token"
@@ -70,6 +94,8 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
         problem = "prompt fills max_length"
     elif group.edges and not edges:
         problem = "chosen and rejected are the same tokens"
+    elif not all(map(any, masks)):
+        problem = "no token of a completion is scored"
     elif rules.supervised and -1 in group.labels:
         problem = "labelled undesirable, and this objective imitates"
     return TokenGroup(
@@ -77,12 +103,41 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
         completions,
         edges,
         group.labels or labels_of(edges, len(completions)),
-        boundary_cut=max(len(prompt_only) - start, 0),
+        edge_weights,
+        completion_weights,
+        masks=needed(masks),
+        boundary_cut=boundary_cut,
         truncated=sum(len(whole) > rules.max_length for whole in wholes),
         equal=len(group.edges) - len(edges),
         notes=tuple(notes),
         problem=problem,
     )
+
+
+def needed(masks: list[list[bool]]) -> list[list[bool]]:
+    """The masks; none if they leave nothing out."""
+    return [] if all(map(all, masks)) else masks
+
+
+def _weights(
+    group: TextGroup, edges: Sequence[tuple[int, int, float | None]]
+) -> tuple[list[float], list[float]]:
+    """The weights of the edges that remain, and of the completions; both empty if the example has none.
+
+    An edge has the example's weight, times the weights of its two completions where they have their own.
+    """
+    if group.weight is None and not group.completion_weights:
+        return [], []
+    whole = 1.0 if group.weight is None else group.weight
+    own = group.completion_weights or [1.0] * len(group.completions)
+    return [whole * own[won] * own[lost] for won, lost, _ in edges], [whole * x for x in own]
+
+
+def joined_weights(parts: Sequence[tuple[list[float], int]]) -> list[float]:
+    """The weights of all parts, each given with the number it should have; 1 in place of a part without."""
+    if not any(weights for weights, _ in parts):
+        return []
+    return [weight for weights, count in parts for weight in weights or [1.0] * count]
 
 
 def labels_of(edges: list[tuple[int, int, float | None]], count: int) -> list[int]:
@@ -96,42 +151,30 @@ def labels_of(edges: list[tuple[int, int, float | None]], count: int) -> list[in
     return [(x > 0) - (x < 0) for x in score]
 
 
-def special_spellings(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """A pattern that matches the tokenizer's special tokens spelled out in text; None if it has none."""
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True)))) if special else None
-
-
-def spells_special(group: TextGroup, spellings: re.Pattern[str] | None) -> bool:
-    """Whether a text of the group spells out a special token. In messages that text becomes the token; in
-    plain text it stays text."""
-    texts = [x for text in (group.prompt, *group.completions) for x in _texts(text)]
-    return spellings is not None and any(spellings.search(text) for text in texts)
-
-
-def _texts(text: Text) -> list[str]:
-    return [text] if isinstance(text, str) else [text_in(message) for message in text]
-
-
 def encode_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> list[int]:
     """The tokens of a group's prompt alone, with the header of the answer in a conversation.
 
     Raises UserError if the chat template leaves out what the prompt says; see `chat_template.notes_on`.
     """
     if isinstance(group.prompt, str):
-        return _encode_text(group.prompt, tokenizer)
+        return encode_text(group.prompt, tokenizer, rules.text_holds_special_tokens)
     options = _template_options(group, rules) | {
         "add_generation_prompt": group.prompt[-1]["role"] != "assistant",
-        "continue_final_message": _is_continued(group.prompt),
+        "continue_final_message": _is_continued(group),
     }
     ids, rendering = render(group.prompt, tokenizer, options)
     notes_on(rendering, len(group.prompt), rules.template_may_drop)
     return ids
 
 
-def _is_continued(prompt: Messages) -> bool:
-    """Whether completions continue the prompt's last message: the assistant's own words, but no tool call."""
-    return prompt[-1]["role"] == "assistant" and "tool_calls" not in prompt[-1]
+def _is_continued(group: TextGroup) -> bool:
+    """Whether completions continue the prompt's last message: the assistant's own words, but no tool call, if
+    a completion begins with the assistant too."""
+    last: Any = group.prompt[-1]
+    if last["role"] != "assistant" or "tool_calls" in last:
+        return False
+    first: list[Any] = [completion[0] for completion in group.completions]
+    return not first or any(message["role"] == "assistant" for message in first)
 
 
 def _encode_whole(
@@ -142,22 +185,18 @@ def _encode_whole(
     notes: dict[str, None],
 ) -> list[int]:
     """The tokens of prompt and completion; what is to be said of the two is entered in `notes`."""
-    if isinstance(group.prompt, str):
-        assert isinstance(completion, str)
-        ids = _encode_text(group.prompt + completion, tokenizer)
+    if isinstance(completion, str):
+        assert isinstance(group.prompt, str)
+        ids = encode_text(group.prompt + completion, tokenizer, rules.text_holds_special_tokens)
+        if rules.text_holds_special_tokens and ends_with_special(completion, tokenizer):
+            return ids
     else:
-        assert not isinstance(completion, str)
-        prompt = group.prompt
-        if _is_continued(prompt):
-            if completion[0]["role"] != "assistant":
-                raise UserError(
-                    "the prompt ends with words of the assistant, so the completion goes on with them"
-                )
-            joined = text_in(prompt[-1]) + text_in(completion[0])
-            completion = [{**completion[0], "content": joined}, *completion[1:]]
-            prompt = prompt[:-1]
-        ids, rendering = render(prompt + completion, tokenizer, _template_options(group, rules))
-        notes |= dict.fromkeys(notes_on(rendering, len(prompt), rules.template_may_drop))
+        messages, first = _conversation(group, completion)
+        ids, rendering = render(messages, tokenizer, _template_options(group, rules))
+        scored = scored_messages(messages, first, rules.train_on)
+        notes |= dict.fromkeys(notes_on(rendering, first, rules.template_may_drop, scored))
+        if any(x.get(WEIGHT) == 1 and first + i not in scored for i, x in enumerate(messages[first:])):
+            notes[NOT_THE_ASSISTANTS] = None
     if rules.append_eos == "always" and tokenizer.eos_token_id is None:
         raise UserError("data.append_eos: always, but the tokenizer has no EOS token; set auto or never")
     append = rules.append_eos == "always" or (rules.append_eos == "auto" and not group.conversational)
@@ -166,11 +205,40 @@ def _encode_whole(
     return ids
 
 
-def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of plain text. It is data: a special token spelled out in it stays text."""
-    ids: list[int] = tokenizer(text, split_special_tokens=True)["input_ids"]  # type: ignore[assignment]
-    # Some tokenizers end every text with EOS, the prompt too. Whether there is one is up to append_eos.
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+NOT_THE_ASSISTANTS = "weight 1 of a message that is not the assistant's: not trained on (data.train_on)"
+
+
+def _conversation(group: TextGroup, completion: Messages) -> tuple[Messages, int]:
+    """The messages of a prompt and its completion, and the index of the completion's first; a message of the
+    prompt that the completion continues is that one. Raises UserError for a completion that cannot."""
+    assert not isinstance(group.prompt, str)
+    if not _is_continued(group):
+        return group.prompt + completion, len(group.prompt)
+    *prompt, begun = group.prompt
+    if completion[0]["role"] != "assistant":
+        raise UserError("the prompt ends with words of the assistant, so the completion goes on with them")
+    joined = {**completion[0], "content": text_in(begun) + text_in(completion[0])}
+    return [*prompt, joined, *completion[1:]], len(prompt)
+
+
+def _masks(
+    group: TextGroup, wholes: list[list[int]], tokenizer: PreTrainedTokenizerBase, rules: TokenRules
+) -> list[list[bool]]:
+    """Whether each token of prompt and completion is scored, for each completion; nothing if all are.
+
+    A prompt has no scored tokens there.
+    """
+    completions = [x for x in group.completions if not isinstance(x, str)]
+    if all(is_whole(completion, rules.train_on) for completion in completions):
+        return []
+    options, masks = _template_options(group, rules), list[list[bool]]()
+    for completion, whole in zip(completions, wholes, strict=True):
+        messages, first = _conversation(group, completion)
+        assert not isinstance(group.prompt, str)
+        begun = "".join(map(text_in, group.prompt[first:]))
+        mask = mask_of(messages, first, begun, rules.train_on, tokenizer, options)
+        masks.append(mask + mask[-1:] * (len(whole) - len(mask)))  # an EOS that is appended is the answer's
+    return masks
 
 
 def _template_options(group: TextGroup, rules: TokenRules) -> dict[str, Any]:

@@ -26,38 +26,51 @@ from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.dataset import GroupDataset, column_of
 from madpo.trainer.data.known_tokens import check_known_tokens
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.report import reasons_in, report_of
-from madpo.trainer.data.source import Source, open_source
-from madpo.trainer.data.tokenise import TokenGroup, TokenRules, special_spellings, spells_special, tokenise
-from madpo.trainer.errors import UserError
+from madpo.trainer.data.plain_text import foreign_marks, special_spellings, spells_special
+from madpo.trainer.data.report import Report, reasons_in, report_of
+from madpo.trainer.data.source import Source, cache_folder, open_source
+from madpo.trainer.data.tokenise import TokenGroup, TokenRules, tokenise
+from madpo.trainer.errors import UserError, on_one_line
 from madpo.trainer.files import fault_in, seal, write_folder_atomically
 from madpo.trainer.formats.adapters import ADAPTERS
+from madpo.trainer.formats.json_lines import parse_json_line
+from madpo.trainer.formats.oddities import claims_of, oddities_of
 from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row
-from madpo.trainer.formats.text_groups import hash_of_prompt, parse_json_line
+from madpo.trainer.formats.text_groups import TextGroup, hash_of_prompt
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 9
 """Part of the cache key; raise it when the same examples would give other tokens."""
 
 FEATURES = datasets.Features(
     {
         "prompt": datasets.Sequence(datasets.Value("int32")),
         "completions": datasets.Sequence(datasets.Sequence(datasets.Value("int32"))),
+        "masks": datasets.Sequence(datasets.Sequence(datasets.Value("bool"))),
         "winners": datasets.Sequence(datasets.Value("int32")),
         "losers": datasets.Sequence(datasets.Value("int32")),
         "margins": datasets.Sequence(datasets.Value("float64")),
         "labels": datasets.Sequence(datasets.Value("int8")),
+        "edge_weights": datasets.Sequence(datasets.Value("float64")),
+        "completion_weights": datasets.Sequence(datasets.Value("float64")),
         "num_tokens": datasets.Value("int32"),
         "num_completion_tokens": datasets.Value("int32"),
+        "num_scored_tokens": datasets.Value("int32"),
         "num_sequences": datasets.Value("int32"),
         "num_edges": datasets.Value("int32"),
         "num_margins": datasets.Value("int32"),
         "num_labels": datasets.Value("int32"),
+        "num_weights": datasets.Value("int32"),
         "boundary_cut": datasets.Value("int32"),
         "truncated": datasets.Value("int32"),
         "equal": datasets.Value("int32"),
-        "spells_special": datasets.Value("bool"),
+        "spells_special": datasets.Value("bool"),  # in a conversation, where it becomes the token
+        "spelled_in_text": datasets.Value("bool"),  # in plain text, where it stays text
+        "foreign_marks": datasets.Sequence(datasets.Value("string")),
         "notes": datasets.Sequence(datasets.Value("string")),
         "unused": datasets.Sequence(datasets.Value("string")),
+        "odd": datasets.Sequence(datasets.Value("string")),
+        "claims": datasets.Sequence(datasets.Value("int64")),
+        "conversational": datasets.Value("bool"),
         "prompt_hash": datasets.Value("int64"),
         "problem": datasets.Value("string"),
         "unreadable": datasets.Value("bool"),
@@ -69,8 +82,16 @@ FEATURES = datasets.Features(
 def rules_of(data: DataConfig, supervised: bool = False) -> TokenRules:
     """The rules that the config sets for reading examples and tokenising them."""
     rows = RowRules(data.adapter, data.columns, data.edges, tuple(data.ignore_columns))
-    may_drop = tuple(data.template_may_drop)
-    return TokenRules(data.max_length, data.append_eos, supervised, data.chat_template_kwargs, may_drop, rows)
+    return TokenRules(
+        data.max_length,
+        data.append_eos,
+        supervised,
+        data.chat_template_kwargs,
+        tuple(data.template_may_drop),
+        data.train_on,
+        data.text_holds_special_tokens,
+        rows,
+    )
 
 
 def load_groups(
@@ -80,15 +101,41 @@ def load_groups(
     supervised: bool = False,
     fraction: float = 1.0,
     known_tokens: int | None = None,
-) -> tuple[GroupDataset, dict[str, Any]]:
+) -> tuple[GroupDataset, Report]:
     """The groups of one split, or a fraction of them, and a report of what was read, cut and dropped.
 
-    Raises UserError for a missing file or split, unknown columns, an unreadable example (unless
-    `on_bad_row: drop`), a token that is not among the `known_tokens` of the model, and a split in which
-    nothing can be trained on.
+    Raises UserError as `read_table` does, for an unreadable example (unless `on_bad_row: drop`), for a token
+    that is not among the `known_tokens` of the model, and for a split in which nothing can be trained on.
     """
-    cache = Path(data.cache_dir).expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
+    source, table, key = read_table(data, split, tokenizer, supervised)
+    check_readable(source.where, table, data.on_bad_row)
+    usable = usable_rows(table)
+    check_known_tokens(source.where, table, usable, tokenizer, known_tokens)
+    taken = usable[share(len(usable), fraction)]
+    report = report_of(source.name, table, taken, source.where)
+    if not len(usable):
+        raise UserError(f"{source.name}: {nothing_left(report, data)}")
+    if not len(taken):
+        raise UserError(f"{source.name}: fraction {fraction:g} of {len(usable)} groups is none; raise it")
+    return GroupDataset(table.select(taken), source.name, key), report
+
+
+def nothing_left(report: Report, data: DataConfig) -> str:
+    """What to say of examples none of which can be trained on."""
+    return (
+        f"none of {report['rows']} rows can be trained on ({reasons_in(report)}); data.max_length is "
+        f"{data.max_length}"
+    )
+
+
+def read_table(
+    data: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase, supervised: bool = False
+) -> tuple[Source, datasets.Dataset, str]:
+    """One split, the table of FEATURES with a row for each of its examples, and the key of that.
+
+    Raises UserError for a missing file or split, and for unknown columns.
+    """
+    cache = cache_folder(data)
     rules = rules_of(data, supervised)
     lock = f"lock-{xxhash.xxh3_64_hexdigest(str(data.dataset_name).encode())}"
     with FileLock(cache / lock):
@@ -103,19 +150,7 @@ def load_groups(
                 tokenise_all(source, tokenizer, rules, adapter_in(source, rules), data.dataset_num_proc, path)
         table = datasets.load_from_disk(str(path))
     assert isinstance(table, datasets.Dataset)
-    check_readable(source.where, table, data.on_bad_row)
-    usable = usable_rows(table)
-    check_known_tokens(source.where, table, usable, tokenizer, known_tokens)
-    taken = usable[share(len(usable), fraction)]
-    report = report_of(source.name, table, taken)
-    if not len(usable):
-        raise UserError(
-            f"{source.name}: none of {len(table)} rows can be trained on ({reasons_in(report)}); "
-            f"data.max_length is {data.max_length}"
-        )
-    if not len(taken):
-        raise UserError(f"{source.name}: fraction {fraction:g} of {len(usable)} groups is none; raise it")
-    return GroupDataset(table.select(taken), source.name, path.name), report
+    return source, table, path.name
 
 
 def groups_key(fingerprint: str, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> str:
@@ -154,6 +189,20 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
 
+UNREAD = {
+    "spells_special": False,
+    "spelled_in_text": False,
+    "foreign_marks": [],
+    "unused": [],
+    "odd": [],
+    "claims": [],
+    "conversational": False,
+    "prompt_hash": 0,
+    "unreadable": True,
+}
+"""What is known of the texts of an example that cannot be read."""
+
+
 @dataclass(frozen=True)
 class _RowTokeniser:
     """Example -> row of the table. A class, since several processes need it pickled."""
@@ -163,6 +212,7 @@ class _RowTokeniser:
     adapter: str
     raw_lines: bool
     spellings: re.Pattern[str] | None  # of special tokens
+    added_tokens: frozenset[str]
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         number = row["line"] if self.raw_lines else index
@@ -176,34 +226,51 @@ class _RowTokeniser:
             if len(group.completions) > 1 and not group.edges and not group.problem:
                 group = replace(group, problem="no completion is better than another")
             spells = spells_special(text, self.spellings)
-        except Exception as error:  # a chat template may raise anything
-            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            group = TokenGroup([], [], [], problem=f"{kind}{error}")
-            of_text = {"spells_special": False, "unused": [], "prompt_hash": 0, "unreadable": True}
-        else:
+            stays_text = not (text.conversational or self.rules.text_holds_special_tokens)
             of_text = {
-                "spells_special": spells,
-                "unused": list(text.unused),
+                "spells_special": spells and text.conversational,
+                "spelled_in_text": spells and stays_text,
+                "foreign_marks": foreign_marks(text, self.added_tokens),
+                "unused": [*text.unused, *self._unused_keys(text)],
+                "odd": oddities_of(text, has_prompt=self.adapter != "text"),
+                "claims": claims_of(text),
+                "conversational": text.conversational,
                 "prompt_hash": hash_of_prompt(text),
                 "unreadable": False,
             }
+        except Exception as error:  # a chat template may raise anything
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            group = TokenGroup([], [], [], problem=f"{kind}{on_one_line(error)}")
+            of_text = UNREAD
         return {**_columns(group), **of_text, "row": number}
+
+    def _unused_keys(self, text: TextGroup) -> list[str]:
+        """The keys of messages that not even the chat template names."""
+        if not text.unknown_keys:
+            return []
+        template = repr(self.tokenizer.chat_template)
+        return [f"{key} (of messages)" for key in text.unknown_keys if key not in template]
 
 
 def _columns(group: TokenGroup) -> dict[str, Any]:
     return {
         "prompt": group.prompt,
         "completions": group.completions,
+        "masks": group.masks,
         "winners": [winner for winner, _, _ in group.edges],
         "losers": [loser for _, loser, _ in group.edges],
         "margins": [margin for _, _, margin in group.edges],
         "labels": group.labels,
+        "edge_weights": group.edge_weights,
+        "completion_weights": group.completion_weights,
         "num_tokens": len(group.prompt) + sum(map(len, group.completions)),
         "num_completion_tokens": sum(map(len, group.completions)),
+        "num_scored_tokens": sum(group.scored),
         "num_sequences": len(group.completions),
         "num_edges": len(group.edges),
         "num_margins": sum(margin is not None for _, _, margin in group.edges),
         "num_labels": sum(label != 0 for label in group.labels),
+        "num_weights": len(group.completion_weights),
         "boundary_cut": group.boundary_cut,
         "truncated": group.truncated,
         "equal": group.equal,
@@ -225,7 +292,14 @@ def tokenise_all(
     scratch = path.with_name(path.name + ".scratch")  # so that no more than a batch is held in memory
     scratch.mkdir(exist_ok=True)
     table = source.rows.map(
-        _RowTokeniser(tokenizer, rules, adapter, raw_lines, special_spellings(tokenizer)),
+        _RowTokeniser(
+            tokenizer,
+            rules,
+            adapter,
+            raw_lines,
+            special_spellings(tokenizer),
+            frozenset(map(str, tokenizer.added_tokens_decoder.values())),
+        ),
         with_indices=True,
         remove_columns=source.rows.column_names,
         features=FEATURES,

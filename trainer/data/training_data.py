@@ -3,12 +3,13 @@
     read     the groups of a split, from one data set or a mixture, without the fold that is left out
     fit      add mismatched completions if the objective needs them; check what it needs and the token budget
     merge    join groups that share a prompt (`data.merge_prompts`)
-    weigh    drop light pairs (`data.min_weight`), draw groups by weight (`data.sampling`), skip weight 0
+    weigh    drop what is light (`data.min_weight`), draw groups by weight (`data.sampling`), skip weight 0
     source   the training groups in the order of `data.order`
 
 `load_data` does all but weighing, which comes later, in `weighed`: weights may depend on quantiles of the
 margins, found once the data is there. Each of fit, merge and weigh may lay a view over the groups. Views lie
-on each other in this order only, each at most once except the last:
+on each other in this order only, each at most once except the last (SelectedDataset in place of
+TrimmedDataset where the loss has other items than edges):
 
     GroupDataset <- MismatchedDataset <- MergedDataset <- TrimmedDataset (dropped) <- TrimmedDataset (skipped)
 
@@ -21,9 +22,7 @@ A stream is fitted and weighed block by block, and never merged.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.schema import Config
@@ -32,16 +31,14 @@ from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.folds import without_fold
 from madpo.trainer.data.groups import TabledGroups, TokenDataset, check_groups
 from madpo.trainer.data.mixture import has_held_out, load_split
+from madpo.trainer.data.report import Report, held_out_in_training
 from madpo.trainer.data.stream import Stream
 from madpo.trainer.data.training_source import DatasetSource, TrainingSource
 from madpo.trainer.data.views.merged_prompts import MergedDataset, merge_prompts, repeated_prompts
 from madpo.trainer.data.views.mismatched import MismatchedDataset
-from madpo.trainer.data.views.trimmed import draw_by_weight, drop_light, edge_weights, skip_weightless
+from madpo.trainer.data.views.weighed import draw_by_weight, drop_light, skip_weightless
 from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Need
-
-Report = dict[str, Any]
-"""What was read, cut and dropped of a split or of one part of it."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +64,20 @@ def load_data(
     """
     data, supervised = config.data, config.bound_objective.supervised
     train, held_out, source, held_out_report = None, None, None, {}
+    trained: GroupDataset | None = None
     if training and data.streaming:
         source = _stream(config, tokenizer, known_tokens)
     elif training or config.objective.quantiles:
-        groups, report = training_groups(config, tokenizer, known_tokens)
-        train = merged(_fitted(groups, config), config)
+        trained, report = training_groups(config, tokenizer, known_tokens)
+        train = merged(fitted(trained, config), config)
         source = DatasetSource(train, config.seed, data.order, report_of_merged(train, report))
     if not training or has_held_out(data):
         groups, report = load_split(data, True, tokenizer, supervised, known_tokens)
-        held_out = merged(_fitted(groups, config), config)
+        held_out = merged(fitted(groups, config), config)
         held_out_report = report_of_merged(held_out, report)
+        if trained is not None:
+            known = held_out_in_training(trained.table, groups.table)
+            held_out_report = _with_totals(held_out_report, known)
     if held_out is None and config.train.eval_steps is not None:
         raise UserError(
             "train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split, or null"
@@ -85,26 +86,25 @@ def load_data(
 
 
 def weighed(data: Data, config: Config) -> Data:
-    """The data seen through the weights of its pairs, and a new source of the training groups.
+    """The data seen through the weights of its pairs or completions, and a new source of the training groups.
 
-    Held-out pairs of weight 0 are skipped. Of the training groups, light pairs are dropped first if the
-    config says so; then groups are drawn by weight, or pairs of weight 0 skipped. Quantile thresholds must be
-    numbers by now. Raises UserError if no pair is left.
+    What is held out and has weight 0 is skipped. Of the training groups, light ones are dropped first if the
+    config says so; then groups are drawn by weight, or what has weight 0 is skipped. Quantile thresholds must
+    be numbers by now. Raises UserError if the config asks for weights and there are none, or nothing is left.
     """
-    if config.bound_objective.weight is None:
-        return data
-    held_out = None if data.held_out is None else _without_skipped(data.held_out, config)
+    objective = config.bound_objective
+    held_out = None if data.held_out is None else skip_weightless(data.held_out, objective)
     if data.train is None:
         return replace(data, held_out=held_out)
     assert data.source is not None
     train, report, draws = data.train, data.source.report(), None
     if config.data.min_weight is not None:
-        train, dropped = drop_light(train, _weights(train, config), config.data.min_weight)
+        train, dropped = drop_light(train, objective, config.data.min_weight)
         report = _with_totals(report, dropped)
     if config.data.sampling == "weight":
-        train, draws = draw_by_weight(train, _weights(train, config))
+        train, draws = draw_by_weight(train, objective)
     else:
-        train = _without_skipped(train, config)
+        train = skip_weightless(train, objective)
     source = DatasetSource(train, config.seed, config.data.order, report, draws)
     return Data(train, held_out, source, data.held_out_report)
 
@@ -124,17 +124,17 @@ def training_groups(
     return groups, _with_totals(report, {"groups": len(groups), "tokens": tokens, "without_fold": data.fold})
 
 
-def _fitted(groups: GroupDataset, config: Config) -> TabledGroups:
+def fitted(groups: GroupDataset, config: Config) -> TabledGroups:
     """The groups as the objective takes them. Raises UserError if they cannot serve it."""
     objective = config.bound_objective
-    fitted: TabledGroups = groups
+    view: TabledGroups = groups
     if Need.MISMATCHED in objective.needs:
-        fitted = MismatchedDataset(groups, config.seed, config.data.max_length)
-    check_groups(fitted, objective, config.train.row_tokens, config.model.prefix_sharing)
-    problem = config.objective.problem_with(fitted.margins)
+        view = MismatchedDataset(groups, config.seed, config.data.max_length)
+    check_groups(view, objective, config.train.row_tokens, config.model.prefix_sharing)
+    problem = config.objective.problem_with(view.margins)
     if problem:
-        raise UserError(f"{fitted.name}: {problem}")
-    return fitted
+        raise UserError(f"{view.name}: {problem}")
+    return view
 
 
 def merged(groups: TabledGroups, config: Config) -> TokenDataset:
@@ -161,23 +161,9 @@ def _with_totals(report: dict[str, Report], numbers: Report) -> dict[str, Report
     return report | {total: report[total] | numbers}
 
 
-def _without_skipped(groups: TokenDataset, config: Config) -> TokenDataset:
-    """The groups without the pairs whose loss the objective multiplies by 0."""
-    if config.bound_objective.weight is None:
-        return groups
-    return skip_weightless(groups, _weights(groups, config))
-
-
-def weights_of(groups: TokenDataset | None, config: Config) -> np.ndarray | None:
-    """(E,) the weights that the objective gives all pairs of the groups; None if it has none, or for a
-    stream, whose groups are not there yet."""
-    if groups is None or config.bound_objective.weight is None:
-        return None
-    return edge_weights(groups, config.bound_objective)
-
-
-def _weights(groups: TokenDataset, config: Config) -> np.ndarray:
-    return edge_weights(groups, config.bound_objective)
+def first_groups(data: Data) -> TokenDataset | None:
+    """The training groups, of a stream those of its first block; None if there are none."""
+    return data.source.first() if isinstance(data.source, Stream) else data.train
 
 
 def _stream(config: Config, tokenizer: PreTrainedTokenizerBase, known_tokens: int | None) -> Stream:
@@ -192,6 +178,6 @@ def _stream(config: Config, tokenizer: PreTrainedTokenizerBase, known_tokens: in
         end=train.max_steps * train.global_batch_size,
         supervised=objective.supervised,
         fewest=2 if Need.MISMATCHED in objective.needs else 1,
-        check=lambda groups: _without_skipped(_fitted(groups, config), config),
+        check=lambda groups: skip_weightless(fitted(groups, config), objective),
         known_tokens=known_tokens,
-    )
+    ).opened()

@@ -15,6 +15,7 @@ from typing import Any
 
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats import text_groups
+from madpo.trainer.formats.chat_message import Messages
 from madpo.trainer.formats.messages import (
     Row,
     answer,
@@ -27,7 +28,8 @@ from madpo.trainer.formats.messages import (
     text_of,
     transcript,
 )
-from madpo.trainer.formats.text_groups import Messages, TextGroup, finite, objects, ranked, same_kind
+from madpo.trainer.formats.numbers import finite
+from madpo.trainer.formats.text_groups import TextGroup, objects, ranked, same_kind
 
 
 @dataclass(frozen=True)

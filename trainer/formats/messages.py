@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from madpo.trainer.errors import UserError
-from madpo.trainer.formats.text_groups import Messages, Text, TextGroup, objects, same_kind
+from madpo.trainer.formats.chat_message import Messages, read_message
+from madpo.trainer.formats.text_groups import Text, TextGroup, objects, same_kind
 
 Row = Mapping[str, Any]
 
@@ -91,15 +92,19 @@ _SPEAKERS = {
 
 
 def shared_turn(turn: Any, where: str) -> dict[str, Any]:
-    """A ShareGPT turn, `from` and `value`, as a message. Raises UserError that calls it `where`."""
+    """A ShareGPT turn, `from` and `value`, as a message with its other keys. Raises UserError that calls it
+    `where`."""
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
         raise UserError(f"{where}: expected an object with from and value, got {turn!r:.80}")
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
     if turn.get("from") == "function_call":
-        return {"role": "assistant", "tool_calls": _calls(turn["value"], where)}
-    if turn.get("from") not in _SPEAKERS:
+        message = {"role": "assistant", "tool_calls": _calls(turn["value"], where)}
+    elif turn.get("from") in _SPEAKERS:
+        message = say(_SPEAKERS[turn["from"]], turn["value"])
+    else:
         speakers = ", ".join((*_SPEAKERS, "function_call"))
         raise UserError(f"{where}: from is one of {speakers}, got {turn.get('from')!r}")
-    return say(_SPEAKERS[turn["from"]], turn["value"])
+    return read_message(where, {**others, **message})
 
 
 def _calls(text: str, where: str) -> list[dict[str, Any]]:

@@ -10,15 +10,14 @@ from typing import Any, Literal
 
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS, Adapter
+from madpo.trainer.formats.chat_message import says_something, unknown_keys, without_nulls, without_weights
+from madpo.trainer.formats.numbers import MARGIN_COLUMNS, as_weight, margin_of
 from madpo.trainer.formats.text_groups import (
-    MARGIN_COLUMNS,
     TextGroup,
     best_only,
     layout_of,
-    margin_of,
     with_edges,
     with_system,
-    without_nulls,
 )
 
 Edge = tuple[int, int, float | None]
@@ -95,37 +94,42 @@ MISLEADING = 0.5
 def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised: bool = False) -> TextGroup:
     """The group of an example. Raises UserError that names the field, its value and what it should hold."""
     row = {name: value for name, value in renamed(row, rules.columns).items() if name not in rules.ignore}
-    group = adapter.read(row)
+    group = _with_weight(adapter.read(row), row.get("weight"))
     group = best_only(group) if supervised else _with_margin(choose_edges(group, rules.edges), margin_of(row))
-    used = adapter.uses | MARGIN_COLUMNS
+    used = adapter.uses | MARGIN_COLUMNS | {"weight"}
     if group.conversational:
         used |= {"tools", "chat_template_kwargs"}
         group = replace(group, tools=_tools(row), template_kwargs=_template_kwargs(row))
         if not adapter.source:
             used |= {*SYSTEM}
             group = with_system(group, next((row[name] for name in SYSTEM if row.get(name)), None))
+        group = _with_keys_looked_at(group)
     return replace(group, unused=_unused(row, used, adapter, group))
+
+
+def _with_keys_looked_at(group: TextGroup) -> TextGroup:
+    """The conversation with the unknown keys of its messages, and without weights in its prompt."""
+    completions = [message for x in group.completions if not isinstance(x, str) for message in x]
+    assert not isinstance(group.prompt, str)
+    unknown = unknown_keys([*group.prompt, *completions])
+    return replace(group, prompt=without_weights(group.prompt), unknown_keys=tuple(unknown))
 
 
 SYSTEM = ("system", "system_prompt")
 
 MEANT = {
     *SYSTEM,
-    *("instruction", "question", "input", "context", "history", "tools", "weight"),
+    *("instruction", "question", "input", "context", "history", "tools"),
     *("image", "images", "video", "videos", "audio", "audios"),
 }
-"""Names of columns that belong to what the model should read, or to how an example counts."""
+"""Names of columns that belong to what the model should read."""
 
 
 def _unused(
     row: dict[str, Any], used: AbstractSet[str], adapter: Adapter, group: TextGroup
 ) -> tuple[str, ...]:
     """The columns that hold text or more and that nothing looks at. Raises UserError for one of MEANT."""
-    unused = tuple(
-        name
-        for name, value in row.items()
-        if name not in used and (_says_something(value) or (name in MEANT and _is_number(value)))
-    )
+    unused = tuple(name for name, value in row.items() if name not in used and says_something(value))
     for name in unused:
         if name in MEANT:
             beside = "beside conversations" if group.conversational else "beside plain text"
@@ -138,20 +142,21 @@ def _unused(
 
 def _instead(name: str, row: dict[str, Any]) -> str:
     """The adapters that use this column beside the others, as the beginning of an advice."""
-    given = {column for column, value in row.items() if _says_something(value)}
+    given = {column for column, value in row.items() if says_something(value)}
     fitting = [x.name for x in ADAPTERS.values() if name in x.uses and x.source and not x.missing(given)]
     return f"data.adapter={' or '.join(fitting)} does; else " if fitting else ""
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _says_something(value: Any) -> bool:
-    """Whether a value holds text, or anything but nothing in a list or an object."""
-    if isinstance(value, str):
-        return bool(value.strip())
-    return isinstance(value, list | dict) and bool(value)
+def _with_weight(group: TextGroup, value: Any) -> TextGroup:
+    """The group with the example's own weight, if it has one. A list has been read with the completions."""
+    if value is None or group.completion_weights:
+        return group
+    if isinstance(value, list):
+        raise UserError(
+            f"weight: expected one number, got {value!r:.80}; a list goes with the columns completions and "
+            "scores, a number for each completion"
+        )
+    return replace(group, weight=as_weight(value, "weight"))
 
 
 def _with_margin(group: TextGroup, margin: float | None) -> TextGroup:

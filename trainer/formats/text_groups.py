@@ -4,6 +4,7 @@ Accepted columns, under TRL's names:
     preference   prompt, chosen, rejected     text, or lists of messages; conversations may leave out
                  `prompt` or repeat it as text: their common leading messages are the prompt
                  margin, or score_chosen and score_rejected (also chosen_score and rejected_score)
+                 weight, in every layout: a factor on the losses of the example
     unpaired     prompt, completion, label     true (or 1) is desirable
     supervised   prompt, completion   or   messages   or   text
     scored       prompt, completions, scores   a list of texts or of lists of messages, and its numbers
@@ -13,7 +14,6 @@ Conversations may have columns `tools` and `chat_template_kwargs` too, for the c
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,14 +21,8 @@ from typing import Any
 import xxhash
 
 from madpo.trainer.errors import UserError
-
-Messages = list[dict[str, Any]]
-
-THINKING = ("thinking", "reasoning_content", "reasoning")
-"""Keys of an assistant's message that hold its thinking, beside its content."""
-
-SPOKEN = ("content", *THINKING, "tool_calls")
-"""The keys of a message that hold what it says."""
+from madpo.trainer.formats.chat_message import SPOKEN, WEIGHT, Messages, read_message, text_in
+from madpo.trainer.formats.numbers import as_weight, finite, label_of, margin_of
 
 Text = str | Messages
 
@@ -43,7 +37,10 @@ class TextGroup:
     labels: list[int] = field(default_factory=list)  # 1 desirable, -1 undesirable; all completions or none
     tools: list[dict[str, Any]] = field(default_factory=list)  # JSON schemas, for the chat template
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # more variables of the chat template
+    weight: float | None = None  # factor on the losses of all edges or completions; None: the row has none
+    completion_weights: list[float] = field(default_factory=list)  # further factors; all completions or none
     unused: tuple[str, ...] = field(default=(), compare=False)  # columns with text that nothing looks at
+    unknown_keys: tuple[str, ...] = field(default=(), compare=False)  # of messages, with text
     compared: bool = field(default=False, compare=False)  # from `ranked`, maybe with fewer than two scores
 
     @property
@@ -94,7 +91,8 @@ def to_group(row: Mapping[str, Any], layout: str, supervised: bool = False) -> T
         group = preference(row) if layout == "preference" else _scored(row)
         return best_only(group) if supervised else group
     if layout in ("prompt-completion", "unpaired"):
-        prompt, completion = text_or_messages(row, "prompt"), text_or_messages(row, "completion")
+        prompt = text_or_messages(row, "prompt", may_be_empty=True)
+        completion = text_or_messages(row, "completion")
         labels = []
         if layout == "unpaired":
             labels = [label_of(row)]
@@ -105,11 +103,22 @@ def to_group(row: Mapping[str, Any], layout: str, supervised: bool = False) -> T
         messages = text_or_messages(row, "messages")
         if isinstance(messages, str) or len(messages) < 2:
             raise UserError("messages: a list of at least two messages, the last one the assistant's")
-        return TextGroup(messages[:-1], same_kind(messages[:-1], messages[-1:]), [])
+        first = _first_trained_on(messages)
+        return TextGroup(messages[:first], same_kind(messages[:first], messages[first:]), [])
     text = text_or_messages(row, "text")
     if not isinstance(text, str):
         raise UserError("text: expected text; put conversations in a `messages` column")
     return TextGroup("", [text], [])
+
+
+def _first_trained_on(messages: Messages) -> int:
+    """The first message of the completion: the last one, or the first answer of a weight that is not 0 if
+    there are weights."""
+    last = len(messages) - 1
+    if not any(WEIGHT in message for message in messages):
+        return last
+    answers = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+    return next((i for i in answers if messages[i].get(WEIGHT) != 0), last)
 
 
 def best_only(group: TextGroup) -> TextGroup:
@@ -119,8 +128,11 @@ def best_only(group: TextGroup) -> TextGroup:
     if not group.completions:
         raise UserError("no completion has a score, and so none is the best")
     rejected = {loser for _, loser, _ in group.edges}
-    best = next(x for i, x in enumerate(group.completions) if i not in rejected)
-    return replace(group, completions=[best], edges=[], labels=[])
+    best = next(index for index in range(len(group.completions)) if index not in rejected)
+    weights = group.completion_weights[best : best + 1]
+    return replace(
+        group, completions=[group.completions[best]], edges=[], labels=[], completion_weights=weights
+    )
 
 
 def ranked(
@@ -150,7 +162,13 @@ def _scored(row: Mapping[str, Any]) -> TextGroup:
     scored = [i for i, score in enumerate(scores) if score is not None]
     numbers = [finite(scores[i], f"scores[{i}]") for i in scored]
     prompt = text_or_messages(row, "prompt", may_be_empty=True)
-    return ranked(prompt, [texts[i] for i in scored], numbers)
+    group = ranked(prompt, [texts[i] for i in scored], numbers)
+    weights = row.get("weight")
+    if not isinstance(weights, list):
+        return group
+    if len(weights) != len(completions):
+        raise UserError(f"weight: {len(weights)} numbers for {len(completions)} completions")
+    return replace(group, completion_weights=[as_weight(weights[i], f"weight[{i}]") for i in scored])
 
 
 def objects(row: Mapping[str, Any], name: str, at_least: int = 1) -> list[Any]:
@@ -168,7 +186,7 @@ def preference(row: Mapping[str, Any]) -> TextGroup:
     if (
         isinstance(chosen, list)
         and isinstance(rejected, list)
-        and not (isinstance(prompt, list) and chosen[0]["role"] == "assistant")
+        and not (isinstance(prompt, list) and _goes_on(prompt, chosen, rejected))
     ):
         # Two whole conversations: a prompt column only repeats how they begin.
         given = prompt
@@ -184,6 +202,13 @@ def preference(row: Mapping[str, Any]) -> TextGroup:
             "text are read by data.adapter=hh_rlhf or hh_rlhf_text"
         )
     return TextGroup(prompt, same_kind(prompt, chosen, rejected), [(0, 1, margin_of(row))])
+
+
+def _goes_on(prompt: Messages, chosen: Messages, rejected: Messages) -> bool:
+    """Whether chosen and rejected begin where a prompt ends: with an answer, or after one."""
+    if chosen[0]["role"] == "assistant":
+        return True
+    return prompt[-1]["role"] == "assistant" and not any(_holds(side, prompt) for side in (chosen, rejected))
 
 
 def _holds(conversation: Messages, prompt: Text) -> bool:
@@ -211,20 +236,29 @@ def _say_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def same_kind(prompt: Text, *completions: Text, may_be_empty: bool = False) -> list[Text]:
-    """The completions. Raises UserError unless prompt and completions are all text, or all messages and the
-    completions the assistant's; and for an empty answer, unless it was sampled and so may be empty."""
+    """The completions. Raises UserError unless prompt and completions are all text, or all messages of which
+    completions may be; and for an empty answer, unless it was sampled and so may be empty."""
     if len({isinstance(x, str) for x in (prompt, *completions)}) > 1:
         raise UserError("prompt and completions must all be text or all be lists of messages")
     for completion in completions:
-        roles = [] if isinstance(completion, str) else [message["role"] for message in completion]
-        if any(role in ("user", "system") for role in roles) or roles[-1:] not in ([], ["assistant"]):
-            raise UserError(
-                f"a completion has the roles {', '.join(roles)}; everything in it is trained on, so it "
-                "must be the assistant's and end with the assistant; move the rest into the prompt"
-            )
-        if not (isinstance(completion, str) or may_be_empty or _answers(completion[-1])):
+        if isinstance(completion, str) or isinstance(prompt, str):
+            continue
+        _check_roles(prompt, completion)
+        if not (may_be_empty or _answers(completion[-1])):
             raise UserError("a completion ends with an empty message of the assistant")
     return list(completions)
+
+
+def _check_roles(prompt: Messages, completion: Messages) -> None:
+    """Raise UserError unless a completion ends with the assistant and goes on where the prompt ends."""
+    roles = [message["role"] for message in completion]
+    repeats = len(completion) > len(prompt) and all(map(_say_alike, prompt, completion))
+    asks_twice = roles[0] in ("user", "system") and prompt[-1]["role"] in ("user", "system")
+    if roles[-1] != "assistant" or repeats or asks_twice:
+        raise UserError(
+            f"a completion has the roles {', '.join(roles)}, after a prompt that ends with the role "
+            f"{prompt[-1]['role']}; it must go on where the prompt ends, and end with the assistant"
+        )
 
 
 def _answers(message: dict[str, Any]) -> bool:
@@ -243,68 +277,8 @@ def as_text(value: Any, field: str, may_be_empty: bool = False) -> Text:
             raise UserError(f"{field} is empty")
         return value
     if isinstance(value, list) and value:
-        return [_message(field, message) for message in value]
+        return [read_message(field, message) for message in value]
     raise UserError(f"{field}: expected text or a list of messages, got {value!r:.80}")
-
-
-def _message(field: str, message: Any) -> dict[str, Any]:
-    """The message without null keys. It needs a role, and text or parts of text unless it calls tools."""
-    if isinstance(message, dict) and isinstance(message.get("role"), str):
-        message = without_nulls(message)
-        content, calls = message.get("content"), message.get("tool_calls")
-        is_call = message["role"] == "assistant" and bool(calls) and isinstance(calls, list)
-        if is_call and any(not isinstance(_function(call).get("name"), str) for call in calls or ()):
-            raise UserError(f"{field}: a tool call has a function with a name, got {calls!r:.80}")
-        if isinstance(content, list) and content:
-            return {**message, "content": [_text_part(field, part) for part in content]}
-        if isinstance(content, str) or (is_call and content is None):
-            return message
-    is_shared = isinstance(message, dict) and message.keys() >= {"from", "value"}
-    hint = "; data.adapter=sharegpt reads from and value in a column conversations" if is_shared else ""
-    raise UserError(
-        f"{field}: a message needs text under role and content (or tool_calls of the assistant), "
-        f"got {message!r:.80}{hint}"
-    )
-
-
-def _function(call: Any) -> dict[str, Any]:
-    """The name and the arguments of a tool call, which may stand under `function`."""
-    function = call.get("function", call) if isinstance(call, dict) else {}
-    return function if isinstance(function, dict) else {}
-
-
-def _text_part(field: str, part: Any) -> dict[str, Any]:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
-    kind = part.get("type") if isinstance(part, dict) else part
-    raise UserError(f"{field}: content holds a part of type {kind!r:.40}; only parts of text are trained on")
-
-
-def text_in(message: Mapping[str, Any]) -> str:
-    """The text of a message, also where it stands in parts; empty if there is none."""
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def without_nulls(value: Any) -> Any:
-    """Drop keys that hold null: Parquet gives every object of a column every key."""
-    if isinstance(value, dict):
-        return {key: without_nulls(x) for key, x in value.items() if x is not None}
-    return [without_nulls(x) for x in value] if isinstance(value, list) else value
-
-
-SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
-MARGIN_COLUMNS = frozenset({"margin", *SCORES[0], *SCORES[1]})
-
-
-def margin_of(row: Mapping[str, Any]) -> float | None:
-    """The column `margin`, else the difference of two score columns, else None."""
-    if row.get("margin") is not None:
-        return finite(row["margin"], "margin")
-    for chosen, rejected in SCORES:
-        if row.get(chosen) is not None and row.get(rejected) is not None:
-            return finite(finite(row[chosen], chosen) - finite(row[rejected], rejected), "margin")
-    return None
 
 
 def with_system(group: TextGroup, system: Any) -> TextGroup:
@@ -330,63 +304,12 @@ def with_edges(group: Any, edges: Sequence[tuple[int, int, float | None]]) -> An
         group,
         completions=[group.completions[old] for old in selected],
         edges=[(new_index[chosen], new_index[rejected], margin) for chosen, rejected, margin in edges],
-        labels=[group.labels[old] for old in selected] if group.labels else [],
+        **{
+            name: [values[old] for old in selected]
+            for name in ("labels", "completion_weights", "masks")
+            if (values := getattr(group, name, []))
+        },
     )
-
-
-def label_of(row: Mapping[str, Any]) -> int:
-    value = row.get("label")
-    if value is None or value not in (True, False):  # 1 and 0 are equal to these
-        raise UserError(f"label: true (or 1, desirable) or false (or 0), got {value!r}")
-    return 1 if value else -1
-
-
-def finite(value: Any, field: str) -> float:
-    """The value as a float. Raises UserError for what is no finite number."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not abs(value) <= sys.float_info.max:
-        raise UserError(f"{field}: expected a finite number, got {value!r}")
-    return float(value)
-
-
-def parse_json_line(raw: bytes) -> dict[str, Any]:
-    """One line of a JSON Lines file. Raises UserError.
-
-    It is stricter than the usual readers, which turn numbers in a text column into text, accept NaN, and
-    keep the last of two equal keys.
-    """
-    try:
-        row = json.loads(
-            raw.decode("utf-8-sig").rstrip(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
-        )
-    except UnicodeDecodeError as error:
-        hint = "; it looks like UTF-16, convert it with iconv" if raw[:2] in _UTF16 else ""
-        raise UserError(f"not UTF-8 ({error.reason}){hint}") from None
-    except json.JSONDecodeError as error:
-        place = max(error.pos - 30, 0)
-        near = error.doc[place : error.pos + 30]
-        raise UserError(f"not JSON: {error.msg} at column {error.colno}, in {near!r}") from None
-    except RecursionError:
-        raise UserError("not JSON that can be read: nested too deeply") from None
-    if not isinstance(row, dict):
-        hint = "; write one object a line (jq -c '.[]' FILE does)" if isinstance(row, list) else ""
-        raise UserError(f"expected a JSON object, got {type(row).__name__}{hint}")
-    return row
-
-
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise UserError(f"key {next(k for k in keys if keys.count(k) > 1)!r} stands twice")
-    return row
-
-
-def _no_constant(name: str) -> float:
-    raise UserError(f"{name} is not a number that can be trained on")
 
 
 def hash_of_prompt(group: TextGroup) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,8 +19,9 @@ from transformers import (
 from transformers.utils import logging
 
 from madpo.trainer.config.model import ModelConfig
-from madpo.trainer.errors import UserError, nearest, on_one_line
+from madpo.trainer.errors import UserError, nearest
 from madpo.trainer.model.families import NOISE_THAT_STAYS
+from madpo.trainer.model.foreign_code import NO_CODE, reason_of
 from madpo.trainer.model.positions import encode_by_sequence
 
 NEW_LAYER = "score.weight"
@@ -71,11 +73,12 @@ def load_pretrained(
             dtype=dtype,
             output_loading_info=True,
             quantization_config=quantization_config,
+            **NO_CODE,
         )
         model, info = make_with_attention(load, attention)
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise _not_loaded(name, error) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -93,14 +96,14 @@ def load_pretrained(
 def read_config(name: str, revision: str | None, **options: Any) -> PreTrainedConfig:
     """The config of a model in a folder or on the hub; `options` replace its values. Raises UserError."""
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, **options)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(name, revision=revision, **NO_CODE, **options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise _not_loaded(name, error) from error
 
 
 def _not_loaded(name: str, error: Exception) -> UserError:
     hint = "" if Path(name).exists() else " (no such folder, and no model of that name on the hub)"
-    return UserError(f"model {name!r} could not be loaded{hint}: {on_one_line(error)}")
+    return UserError(f"model {name!r} could not be loaded{hint}: {reason_of(error)}")
 
 
 def refuse_more_than_text(name: str, model: PreTrainedModel) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from madpo.trainer.config.model import ModelConfig
-from madpo.trainer.errors import UserError, on_one_line
+from madpo.trainer.errors import UserError
+from madpo.trainer.model.foreign_code import NO_CODE, reason_of
 
 FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 """Patterns of the files that a tokenizer is kept in."""
@@ -26,9 +27,9 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
             "made of"
         )
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: no tokenizer could be loaded from {name!r}: {on_one_line(error)}") from error
+        return AutoTokenizer.from_pretrained(name, revision=revision, **NO_CODE)
+    except Exception as error:  # tokenizers raises it bare
+        raise UserError(f"{key}: no tokenizer could be loaded from {name!r}: {reason_of(error)}") from error
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase, known: int) -> int:

@@ -107,6 +107,15 @@ class Outcome:
     stats: dict[str, Tensor] = field(default_factory=dict)  # name -> (items,), detached, for the log
     memory: dict[str, list[float]] = field(default_factory=dict)  # for the next step's BatchState
 
+    def weighted(
+        self,
+        weights: Tensor | None,  # (items,)
+    ) -> Outcome:
+        """The outcome with the losses times these factors, in the losses' dtype."""
+        if weights is None:
+            return self
+        return replace(self, losses=self.losses * weights.to(self.losses.dtype))
+
 
 class Need(StrEnum):
     """What an objective needs besides the log-probs of its completions."""
@@ -147,8 +156,7 @@ Epilogue = Callable[[Tensor, Any], EdgeLoss]
 EdgeWeight = Callable[[Tensor, Any], Tensor]
 """(margins (E,), params) -> weights (E,), 0 or more.
 
-For an objective whose loss is such a weight times something that does not depend on the margin. It must use
-`EdgeScores.weights` instead where they are given.
+For an objective whose loss is such a weight times something that does not depend on the margin.
 """
 
 
@@ -165,14 +173,24 @@ class Objective:
     weight: EdgeWeight | None = None  # None: the loss is no such product
 
     def __call__(self, scored: Scored, params: Params) -> Outcome:
-        """The losses of whole groups; not for a global-batch objective."""
+        """The losses of whole groups, with the data's weights; not for a global-batch objective."""
         assert not self.needs_batch
         scores: Scores = scored
         if self.view is EdgeScores:
             scores = scored.edges
         elif self.view is SequenceScores:
             scores = scored.sequences
-        return self.function(scores, params, BatchState())
+        outcome = self.function(scores, params, BatchState())
+        return outcome.weighted(self._item_weights(scored))
+
+    def _item_weights(self, scored: Scored) -> Tensor | None:
+        """(items,) the data's factors on the losses of the items."""
+        if self.item is Item.EDGE:
+            return scored.edge_weights
+        weights = scored.completion_weights
+        if weights is None or self.item is Item.SEQUENCE:
+            return weights
+        return weights.repeat_interleave(scored.lengths, output_size=len(scored.token_logps))
 
     @property
     def view(self) -> type[Scores]:

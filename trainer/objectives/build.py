@@ -121,7 +121,7 @@ class BoundObjective:
         return self.entry.function(scores, self.params, state or BatchState())
 
     def of_groups(self, scored: Scored) -> Outcome:
-        """The losses of whole groups; not for a global-batch objective."""
+        """The losses of whole groups, with the data's weights; not for a global-batch objective."""
         return self.entry(scored, self.params)
 
 

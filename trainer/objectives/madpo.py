@@ -81,6 +81,6 @@ def madpo(scores: EdgeScores, params: MADPOParams) -> Outcome:
     Source: Rho 2025 (arXiv 2510.05342).
     """
     assert scores.margins is not None
-    weight = weight_of(scores.margins.double(), params) if scores.weights is None else scores.weights
+    weight = weight_of(scores.margins.double(), params)
     losses = -F.logsigmoid(params.beta * scores.deltas) * weight.to(scores.deltas.dtype)
     return Outcome(losses, {"madpo/weight": weight})

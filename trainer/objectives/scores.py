@@ -6,7 +6,7 @@ of two completions has one edge, a ranking of K up to K (K - 1) / 2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -24,7 +24,6 @@ class EdgeScores:
     chosen_lengths: Tensor | None = None  # (E,) completion tokens
     rejected_lengths: Tensor | None = None  # (E,)
     margins: Tensor | None = None  # (E,) score of the chosen minus score of the rejected
-    weights: Tensor | None = None  # (E,) to use instead of the objective's own weights
 
     @cached_property
     def chosen_logratios(self) -> Tensor:
@@ -103,7 +102,8 @@ class Scored:
     labels: Tensor  # (S,) 1 desirable, -1 undesirable, 0 neither
     log_collisions: Tensor | None = None  # (M,) log sum_v p_v^2 of the policy's distribution; a constant
     kl: Tensor | None = None  # (M,) KL(pi_ref || pi) of the distributions at a token
-    weights: Tensor | None = None  # (E,) to use instead of the objective's own weights
+    edge_weights: Tensor | None = None  # (E,) the data's factors on the losses of edges
+    completion_weights: Tensor | None = None  # (S,) on those of completions
 
     @cached_property
     def logps(self) -> Tensor:
@@ -130,7 +130,7 @@ class Scored:
     @cached_property
     def edges(self) -> EdgeScores:
         """The scores of the edges."""
-        return replace(self.sequences.edges(self.chosen, self.rejected, self.margins), weights=self.weights)
+        return self.sequences.edges(self.chosen, self.rejected, self.margins)
 
 
 Scores = EdgeScores | SequenceScores | Scored

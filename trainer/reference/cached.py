@@ -119,7 +119,7 @@ def cache_key(
         "format": FORMAT_VERSION,
         **weights,
         "data": groups.fingerprint,
-        "completion tokens": int(groups.counts.completion_tokens.sum()),
+        "scored tokens": int(groups.counts.scored_tokens.sum()),
         "rows of the vocabulary": num_tokens if config.model.resize_embeddings else "as stored",
         "attention": attention,
         "dtype": "bf16" if config.train.bf16 else "fp32",
@@ -164,12 +164,12 @@ class ReferenceScores:
         groups = self.read(groups, path, key)
         self.check(groups, path)
         done = "a sample scored again" if is_there else f"scored in {time.monotonic() - start:.1f} s"
-        count = int(groups.counts.completion_tokens.sum())
+        count = int(groups.counts.scored_tokens.sum())
         return groups, f"reference: cached, {count:,} log-probs of {groups.name} in {path}, {done}"
 
     def read(self, groups: TokenDataset, path: Path, key: CacheKey) -> TokenDataset:
         """The groups with the log-probs of a file. Raises UserError on all ranks if one cannot read it."""
-        count, problem = int(groups.counts.completion_tokens.sum()), None
+        count, problem = int(groups.counts.scored_tokens.sum()), None
         try:
             logps = reference_file.read(path, key, count, verify=self.shard.is_main)
             groups = with_logps(groups, logps)
@@ -208,13 +208,13 @@ class ReferenceScores:
         size = max(1, round(budget * len(counts.lengths) / max(int(counts.lengths.sum()), 1)))
         for number, step in enumerate(evaluation_steps(groups, rules, size, self.shard, selected)):
             chunk = selected[number * size : (number + 1) * size]
-            yield self._score_chunk(step, counts.completion_tokens[chunk], counts.sequences[chunk])
+            yield self._score_chunk(step, counts.scored_tokens[chunk], counts.sequences[chunk])
 
     @torch.no_grad()
     def _score_chunk(
         self,
         step: Step,
-        tokens: np.ndarray,  # (G,) completion tokens of each group of the chunk
+        tokens: np.ndarray,  # (G,) scored tokens of each group of the chunk
         sequences: np.ndarray,  # (G,)
     ) -> np.ndarray:  # (m,)
         """Each rank fills in the groups it scored, in an array of zeros; the sum over ranks is the chunk."""
@@ -233,7 +233,7 @@ class ReferenceScores:
 
     def _with_progress(self, chunks: Iterator[np.ndarray], groups: TokenDataset) -> Iterator[np.ndarray]:
         """The chunks on rank 0, which prints a progress line now and then; nothing on other ranks."""
-        count, done, last = int(groups.counts.completion_tokens.sum()), 0, time.monotonic()
+        count, done, last = int(groups.counts.scored_tokens.sum()), 0, time.monotonic()
         for chunk in chunks:
             if not self.shard.is_main:
                 continue

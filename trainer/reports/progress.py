@@ -15,6 +15,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from madpo.trainer.config.schema import Config
+from madpo.trainer.data.report import Report, findings
 from madpo.trainer.dist import Shard
 from madpo.trainer.pair_margins import ACCURACY, STDERR, all_are_ties
 from madpo.trainer.run_folder import newest_checkpoint, step_of
@@ -35,14 +36,6 @@ SHORT = {
 
 MERGE_HINT = 0.1
 """Share of repeated prompt tokens above which `data.merge_prompts` is suggested."""
-
-
-COUNTS = {
-    "truncated_completions": "completions cut",
-    "groups_with_moved_boundary": "prompts with moved boundary",
-    "rows_that_spell_special_tokens": "examples that spell special tokens",
-}
-"""Counts of the data report that are printed where they are not 0 -> what they count."""
 
 
 class Progress:
@@ -72,8 +65,6 @@ class Progress:
         out(f"  training {trained:,} of {total:,} parameters ({trained / total:.2%})")
         for split, facts in report.items():
             counts = [f"{facts['groups']} groups, {facts['tokens']} tokens"]
-            if dropped := sum(facts["dropped"].values()):
-                counts.append(f"{dropped} examples dropped")
             if "rows_merged" in facts:
                 saved = facts["tokens_saved_by_merging"]
                 counts.append(f"{facts['rows_merged']} examples merged by prompt, {saved} tokens saved")
@@ -81,14 +72,11 @@ class Progress:
             could_merge = not (config.data.merge_prompts or config.bound_objective.supervised)
             if could_merge and repeated > MERGE_HINT:
                 counts.append(f"{repeated:.0%} of the tokens repeat a prompt (see data.merge_prompts)")
-            counts += [f"{facts[key]} {label}" for key, label in COUNTS.items() if facts[key]]
             out(f"  {split}: {', '.join(counts)}")
-            for note, number in facts.get("chat_template", {}).items():
-                out(f"    {number} examples: {note}")
-            if unused := facts.get("unused_columns"):
-                out(f"    columns that are not used: {', '.join(unused)}")
+            for finding in findings(facts):
+                out(f"    {finding}", markup=False)
         for note in notes:
-            out(f"  {note}")
+            out(f"  {note}", markup=False)
         if state.step:
             out(f"  resuming after step {state.step} of {self._total}")
         if self._console.is_terminal and state.step < self._total:
@@ -182,6 +170,13 @@ def metric_cell(record: Mapping[str, float], name: str) -> str:
 
 SECONDS_BETWEEN_LINES = 30
 """How often a long stage prints a line."""
+
+
+def print_findings(reports: Mapping[str, Report]) -> None:
+    """Print what was dropped, cut or is odd in each split, for stages that announce no training."""
+    for split, report in reports.items():
+        for finding in findings(report):
+            print_line(f"{split}: {finding}")
 
 
 def print_line(text: str) -> None:

@@ -24,10 +24,10 @@ def remarks(
     config: Config,
     total_steps: int,
     parameters: tuple[int, int],  # trained, all
-    weights: np.ndarray | None,  # (E,) that the objective gives the training pairs
+    weights: np.ndarray | None,  # (K,) of the training pairs or completions, or of a stream's first ones
 ) -> list[str]:
     """A sentence for each unusual thing."""
-    found = [_on_length(config, total_steps), _on_rate(config, parameters), _on_weights(config, weights)]
+    found = [_on_length(config, total_steps), _on_rate(config, parameters), on_weights(config, weights)]
     return [remark for remark in found if remark]
 
 
@@ -53,13 +53,16 @@ def _on_rate(config: Config, parameters: tuple[int, int]) -> str | None:
     )
 
 
-def _on_weights(config: Config, weights: np.ndarray | None) -> str | None:
-    """The weights of the pairs, which decide whether a weighted objective differs from its plain form."""
+def on_weights(config: Config, weights: np.ndarray | None) -> str | None:
+    """The weights of the losses, which decide whether a weighted objective differs from its plain form."""
     if weights is None or not len(weights):
         return None
     low, middle, high = np.quantile(weights, [0.05, 0.5, 0.95])
-    name = config.objective.loss_type
-    remark = f"weights of {name}: 5 % below {low:.3g}, median {middle:.3g}, 5 % above {high:.3g}"
-    if high - low < ALIKE * middle:
-        remark += "; all are alike, so they change nothing but the learning rate (docs/tau.md)"
-    return remark
+    source = config.objective.loss_type if config.bound_objective.weight else "the data set"
+    remark = f"weights of {source}: 5 % below {low:.3g}, median {middle:.3g}, 5 % above {high:.3g}"
+    if high - low > ALIKE * middle:
+        return remark
+    if source != "madpo":
+        return f"{remark}; all are alike, so they change nothing but the learning rate"
+    rate = "" if abs(middle - 1) <= ALIKE else f" at {middle:.3g} times the learning rate"
+    return f"{remark}; they do not vary, so this is DPO{rate} (docs/tau.md)"

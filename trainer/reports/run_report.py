@@ -161,7 +161,9 @@ def _details(run: Run) -> dict[str, Any]:
     if "started" in facts:
         facts["started"] = f"{datetime.fromtimestamp(facts['started'], UTC):%Y-%m-%d %H:%M} UTC"
     by_split = all(isinstance(value, dict) for value in run.data.values())
-    data = object_table("Data", run.data if by_split else {"": run.data})
+    columns = run.data if by_split else {"": run.data}
+    counts = {split: {x: y for x, y in facts.items() if x != "where"} for split, facts in columns.items()}
+    data = object_table("Data", counts)
     tables = [object_table("Environment", {"": facts}), data]
     return {"name": run.name, "command": command, "tables": tables, "config": run.config or "not recorded"}
 

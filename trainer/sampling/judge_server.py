@@ -17,6 +17,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from madpo.trainer.config.generate import EndpointConfig
 from madpo.trainer.errors import UserError
+from madpo.trainer.formats.numbers import LARGEST
 from madpo.trainer.formats.text_groups import Text
 
 SCORE_QUESTION = """\
@@ -180,12 +181,17 @@ def fill(template: str, **values: str) -> str:
 
 
 def read_number(reply: str) -> float | None:
-    """The score in a reply: `score` of a JSON object, or the only number in the text; else None."""
+    """The score in a reply: `score` of a JSON object, or the only number in the text; else None, as for a
+    number that is not finite, or too large for float32."""
     value = _field(reply, "score")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        return _finite(value)
     numbers = re.findall(r"[-+]?\d+(?:\.\d+)?", reply)
-    return float(numbers[0]) if len(numbers) == 1 else None
+    return _finite(float(numbers[0])) if len(numbers) == 1 else None
+
+
+def _finite(number: float) -> float | None:
+    return float(number) if abs(number) <= LARGEST else None
 
 
 def read_verdict(reply: str) -> float | None:
@@ -212,7 +218,7 @@ def win_rates(count: int, verdicts: dict[tuple[int, int], float | None]) -> list
 def _field(reply: str, name: str) -> Any:
     try:
         value = json.loads(reply)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value.get(name) if isinstance(value, dict) else None
 

@@ -6,7 +6,6 @@ where it has none.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -27,11 +26,13 @@ from madpo.trainer.data.tokenise import TokenGroup, tokenise
 from madpo.trainer.data.tokenised_cache import rules_of
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import hash_of_file
+from madpo.trainer.formats.numbers import LARGEST
 from madpo.trainer.formats.text_groups import Text, TextGroup
 from madpo.trainer.model import lora
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable
 from madpo.trainer.model.backbone import last_hidden
 from madpo.trainer.model.build import build_module
+from madpo.trainer.model.foreign_code import NO_CODE, reason_of
 from madpo.trainer.model.pretrained import classifier_of, state_of_files
 from madpo.trainer.model.reward import RewardModel
 from madpo.trainer.model.startup.attention import choose_attention
@@ -64,9 +65,11 @@ def _check_reward_model(folder: str) -> None:
     if adapter is not None and "score" in (adapter.config.modules_to_save or []):
         return
     try:
-        config = AutoConfig.from_pretrained(folder if adapter is None else adapter.base)
+        config = AutoConfig.from_pretrained(folder if adapter is None else adapter.base, **NO_CODE)
     except (OSError, ValueError) as error:
-        raise UserError(f"generate.judge.reward_model: {folder} could not be loaded: {error}") from error
+        raise UserError(
+            f"generate.judge.reward_model: {folder} could not be loaded: {reason_of(error)}"
+        ) from error
     if config.architectures and classifier_of(config) is None:
         raise UserError(
             f"generate.judge.reward_model: {folder} is no reward model but a {config.architectures[0]}; "
@@ -75,13 +78,28 @@ def _check_reward_model(folder: str) -> None:
 
 
 def open_judge(config: Config, judge: JudgeConfig) -> Judge:
-    """Load the judge that the section names. Raises UserError if that fails."""
+    """Load the judge that the section names. Raises UserError if that fails.
+
+    A score of it that is not finite, or too large for float32, is none.
+    """
+    return _finite_only(_opened(config, judge))
+
+
+def _opened(config: Config, judge: JudgeConfig) -> Judge:
     if judge.reward_model is not None:
         return RewardJudge(config, _folder(judge.reward_model))
     if judge.function is not None:
         return _judge_of_texts(FunctionJudge(judge.function))
     assert judge.endpoint is not None
     return _judge_of_texts(Endpoint(judge.endpoint))
+
+
+def _finite_only(judge: Judge) -> Judge:
+    def scores(prompts: Sequence[TextGroup], completions: Sequence[Sequence[Text]]) -> Scores:
+        given = judge(prompts, completions)
+        return [[x if x is not None and abs(x) <= LARGEST else None for x in own] for own in given]
+
+    return scores
 
 
 def _judge_of_texts(judge: Callable[[Sequence[Text], Sequence[Sequence[Text]]], Scores]) -> Judge:
@@ -210,18 +228,16 @@ class FunctionJudge:
         returned = self.function(list(prompts), [list(of_prompt) for of_prompt in completions])
         try:
             scores: Scores = [[None if x is None else float(x) for x in of_prompt] for of_prompt in returned]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UserError(self._problem(f"something else: {returned!r:.200}")) from None
         if [len(x) for x in scores] != [len(x) for x in completions]:
             raise UserError(self._problem(f"lists of the lengths {[len(x) for x in scores]!r:.200}"))
-        if not all(x is None or math.isfinite(x) for of_prompt in scores for x in of_prompt):
-            raise UserError(self._problem("a number that is not finite"))
         return scores
 
     def _problem(self, returned: str) -> str:
         return (
             f"generate.judge.function: {self.where} must return a list with, for each prompt, a list of one "
-            f"finite number or None per completion, and returned {returned}"
+            f"number or None per completion, and returned {returned}"
         )
 
 

@@ -6,20 +6,22 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from itertools import takewhile
 from typing import Any
 
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.data import DataConfig
-from madpo.trainer.data.source import Source, open_source
+from madpo.trainer.data.source import Source, cache_folder, open_source
 from madpo.trainer.data.tokenise import TokenRules, encode_prompt
 from madpo.trainer.data.tokenised_cache import adapter_in, rules_of
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS
+from madpo.trainer.formats.chat_message import without_weights
+from madpo.trainer.formats.json_lines import parse_json_line
 from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row, renamed
-from madpo.trainer.formats.text_groups import Text, TextGroup, parse_json_line
+from madpo.trainer.formats.text_groups import Text, TextGroup
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,7 @@ def read_prompts(
         )
     if data.folds is not None:
         raise UserError("data.folds: generate takes the prompts of all folds; remove folds and fold")
-    cache = Path(data.cache_dir).expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = cache_folder(data)
     with FileLock(cache / "lock-prompts"):
         source = open_source(data, split, cache)
     rules = rules_of(data)
@@ -119,7 +120,9 @@ def _prompt(
     fields = parse_json_line(row) if isinstance(row, bytes) else row
     group = _group(fields, adapter, rules.rows)
     text = group.completions[0] if group.completions else ""  # empty if no completion has a score
-    bare = replace(group, completions=[], edges=[], labels=[])
+    asked = [] if isinstance(text, str) else list(takewhile(lambda x: x["role"] != "assistant", text))
+    prompt = group.prompt if isinstance(group.prompt, str) else group.prompt + without_weights(asked)
+    bare = replace(group, prompt=prompt, completions=[], edges=[], labels=[])
     is_plain = group.prompt == "" and isinstance(text, str)
     if prompt_tokens is None:
         if is_plain:
@@ -131,7 +134,7 @@ def _prompt(
         raise UserError("generate.prompt_tokens cuts plain text, and this is a conversation; set it to null")
     whole = text if is_plain else group.prompt
     assert isinstance(whole, str)
-    return replace(bare, prompt=_first_tokens(whole, tokenizer, prompt_tokens))
+    return replace(bare, prompt=_first_tokens(whole, tokenizer, prompt_tokens, rules))
 
 
 PROMPT_ONLY = "prompt"
@@ -164,14 +167,17 @@ def _key(group: TextGroup) -> str:
     return json.dumps((group.prompt, group.tools, group.template_kwargs), sort_keys=True)
 
 
-def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int) -> str:
+def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase, count: int, rules: TokenRules) -> str:
     """The text of the first `count` tokens; all of it if there are no more."""
     if not tokenizer.is_fast:  # it gives no places of tokens in the text
         raise UserError(
             f"generate.prompt_tokens needs a fast tokenizer, which {type(tokenizer).__name__} is not"
         )
     encoded = tokenizer(
-        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        text,
+        add_special_tokens=False,
+        split_special_tokens=not rules.text_holds_special_tokens,
+        return_offsets_mapping=True,
     )
     offsets: Any = encoded["offset_mapping"]
     return text[: offsets[count - 1][1]] if len(offsets) > count else text

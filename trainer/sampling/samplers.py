@@ -21,6 +21,7 @@ from madpo.trainer.config.schema import Config
 from madpo.trainer.engine import Engine, deepspeed_config
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.build import load_sampler
+from madpo.trainer.model.foreign_code import NO_CODE
 from madpo.trainer.zero3.loading import partitioned_loading
 
 Ids = list[int]
@@ -179,7 +180,7 @@ class _VLLM:
         try:
             named: Any = GenerationConfig.from_pretrained(name, revision=revision or "main")
         except OSError:  # a folder without generation_config.json
-            named = AutoConfig.from_pretrained(name, revision=revision)
+            named = AutoConfig.from_pretrained(name, revision=revision, **NO_CODE)
         self.ends = ends_of(named.eos_token_id, tokenizer)
         self.engine: Any = vllm.LLM(
             model=name,

@@ -18,6 +18,7 @@ from madpo.trainer.config.schema import AnnotateConfig, Config
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.folds import folds_of, without_fold
 from madpo.trainer.data.groups import TokenDataset, check_groups
+from madpo.trainer.data.report import Report
 from madpo.trainer.data.source import open_source, test_split
 from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.data.training_data import merged
@@ -32,6 +33,7 @@ from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.reward import BradleyTerryParams
 from madpo.trainer.objectives.scores import segment_sum
 from madpo.trainer.reports.calibration_report import write_calibration_report
+from madpo.trainer.reports.progress import print_findings
 from madpo.trainer.schedule import run_length
 from madpo.trainer.scoring_module import Mode
 from madpo.trainer.stages.annotated_split import margins_of, together, write_split
@@ -77,10 +79,11 @@ def run_annotation(config: Config) -> None:
     if config.data.streaming:
         raise UserError("data.streaming: annotate writes the whole data set; set data.streaming=false")
     judges = [replace(judge, config=located(judge.config)) for judge in judges_of(config)]
-    data = [
-        load_pairs(judge.config) for judge in judges
-    ]  # before the ranks join, as tokenising may take long
+    loaded = [load_pairs(x.config) for x in judges]  # before the ranks join, as tokenising may take long
+    data = [groups for groups, _ in loaded]
     shard = dist.init(config.launch.timeout_minutes)
+    if shard.is_main:
+        print_findings(loaded[0][1])
     judged = [_score(judge, groups, shard) for judge, groups in zip(judges, data, strict=True)]
     if shard.is_main:
         _write_all(config, data, [scores for _, scores in judged], [name for name, _ in judged])
@@ -131,16 +134,17 @@ def fold_config(config: Config, fold: int) -> Config:
     return config.model_copy(update={"data": data, "annotate": AnnotateConfig(), "output_dir": folder})
 
 
-def load_pairs(config: Config) -> dict[str, GroupDataset]:
-    """Read the pairs of every split that the config names, all folds of them."""
+def load_pairs(config: Config) -> tuple[dict[str, GroupDataset], dict[str, Report]]:
+    """The pairs of every split that the config names, all folds of them, and what was read and dropped."""
     tokenizer = load_tokenizer(config.model)
     splits = [config.data.dataset_train_split, test_split(config.data)]
     known = known_tokens(config, tokenizer)
-    data = {
-        split: load_groups(config.data, split, tokenizer, known_tokens=known)[0]
+    loaded = {
+        split: load_groups(config.data, split, tokenizer, known_tokens=known)
         for split in splits
         if split is not None
     }
+    data = {split: groups for split, (groups, _) in loaded.items()}
     plain = config.model_copy(update={"objective": BradleyTerryParams()})  # needs no margins in the data
     for groups in data.values():
         budget, shares = config.train.row_tokens, config.model.prefix_sharing
@@ -150,7 +154,7 @@ def load_pairs(config: Config) -> dict[str, GroupDataset]:
                 f"{groups.name}: annotate writes one margin a row, and {several} rows make several "
                 "comparisons; set data.edges=best_worst, or write the rows as pairs"
             )
-    return data
+    return data, {split: report for split, (_, report) in loaded.items()}
 
 
 def _score(
@@ -239,9 +243,10 @@ def _show(split: str, facts: dict[str, Any], target: Path) -> None:
     seen = ""
     if "in_sample" in facts:
         seen = f" ({facts['in_sample']['accuracy']:.1%} by the models that were trained on them)"
+    left_out = f" ({facts['not_finite']} have no finite score)" if facts["not_finite"] else ""
     Console(highlight=False, soft_wrap=True).print(
         f"{split}: {facts['scored']} of {facts['rows']} examples scored by "
-        f"{models[0] if len(models) == 1 else f'{len(models)} models'}; chosen above "
+        f"{models[0] if len(models) == 1 else f'{len(models)} models'}{left_out}; chosen above "
         f"rejected in {facts['accuracy']:.1%} of the pairs{seen}; "
         f"margins {low:.2f} .. {middle:.2f} .. {high:.2f} (5 %, median, 95 %)\n"
         f"  next stage: data.dataset_name={target}",

@@ -15,7 +15,8 @@ import numpy as np
 from madpo.trainer.data.source import Source
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_atomically
-from madpo.trainer.formats.text_groups import MARGIN_COLUMNS, parse_json_line
+from madpo.trainer.formats.json_lines import parse_json_line
+from madpo.trainer.formats.numbers import MARGIN_COLUMNS
 from madpo.trainer.reports.calibration import calibration
 
 
@@ -26,6 +27,7 @@ class JudgedSplit:
     rows: np.ndarray  # (R,) numbers of the examples, as in `GroupDataset.rows`
     scores: np.ndarray  # (judges, R, 2) of chosen and rejected
     folds: np.ndarray | None  # (R,) the judge that was not trained on the pair; None: no judge was
+    not_finite: int = 0  # pairs left out, as a judge's score of them is infinite or no number
 
     @property
     def combined(self) -> np.ndarray:
@@ -58,11 +60,18 @@ def together(
     scores: list[np.ndarray],  # for each judge (G, 2)
     folds: np.ndarray | None,  # (G,) for the first judge's rows
 ) -> JudgedSplit:
-    """Select the examples that all judges have scored: by its tokenizer, one may find an example too long."""
+    """Select the examples that all judges have scored: by its tokenizer, one may find an example too long.
+
+    A score that is not finite is none. Raises UserError if no example is left.
+    """
     common = reduce(np.intersect1d, rows)
-    indices = [np.searchsorted(own, common) for own in rows]
-    stacked = np.stack([own[index] for own, index in zip(scores, indices, strict=True)])
-    return JudgedSplit(common, stacked, None if folds is None else folds[indices[0]])
+    stacked = np.stack([own[np.searchsorted(at, common)] for own, at in zip(scores, rows, strict=True)])
+    is_finite = np.isfinite(stacked).all((0, 2))
+    if not is_finite.any():
+        raise UserError(f"none of {len(common)} pairs has a finite score; look at the reward model's weights")
+    kept = common[is_finite]
+    own_folds = None if folds is None else folds[np.searchsorted(rows[0], kept)]
+    return JudgedSplit(kept, stacked[:, is_finite], own_folds, int((~is_finite).sum()))
 
 
 def write_split(
@@ -104,6 +113,7 @@ def write_split(
         "fingerprint": source.fingerprint,
         "rows": count,
         "scored": len(margins),
+        "not_finite": scored.not_finite,
         "margin_quantiles": {str(q): float(np.quantile(margins, q)) for q in (0.05, 0.25, 0.5, 0.75, 0.95)},
         **calibration(margins).numbers(),
     }

@@ -16,7 +16,7 @@ LOOKED_AT = 100
 """The number of groups whose completions are looked at."""
 
 TAIL = 4
-"""The last tokens of a completion that are looked at: templates write a line break behind the end."""
+"""The last scored tokens of a completion that are looked at: templates write a line break behind the end."""
 
 
 def taught_end(groups: TokenDataset | None, tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -28,7 +28,11 @@ def taught_end(groups: TokenDataset | None, tokenizer: PreTrainedTokenizerBase) 
     if groups is None or end is None:
         return None
     first = (groups[index] for index in range(len(groups)))
-    tails = [completion[-TAIL:] for group in islice(first, LOOKED_AT) for completion in group.completions]
+    tails = [
+        [token for token, is_scored in zip(completion, mask, strict=True) if is_scored][-TAIL:]
+        for group in islice(first, LOOKED_AT)
+        for completion, mask in zip(group.completions, group.whole_masks, strict=True)
+    ]
     return end if any(end in tail for tail in tails) else None
 
 
@@ -42,8 +46,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         answered, _ = render([ask, answer], tokenizer, {})
     except Exception:  # a template may raise anything, and this one may want other messages
         return None
-    special = tokenizer.added_tokens_decoder
-    return next((token for token in reversed(answered[len(asked) :]) if token in special), None)
+    # Gemma's line breaks are added tokens too.
+    ends = {token for token, added in tokenizer.added_tokens_decoder.items() if added.content.strip()}
+    return next((token for token in reversed(answered[len(asked) :]) if token in ends), None)
 
 
 def stop_at(model: Any, end: int | None, tokenizer: PreTrainedTokenizerBase) -> str | None:

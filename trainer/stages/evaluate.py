@@ -14,7 +14,7 @@ from madpo.trainer.data.training_data import load_data, weighed
 from madpo.trainer.model.build import known_tokens
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.reference.cached import with_reference
-from madpo.trainer.reports.progress import metrics_table
+from madpo.trainer.reports.progress import metrics_table, print_findings
 from madpo.trainer.run_folder import check_trained
 from madpo.trainer.stages.quantiles import resolve_quantiles
 from madpo.trainer.stages.start_engine import check_data_fits, start_engine
@@ -38,6 +38,8 @@ def run_evaluation(config: Config, base: bool = False) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, False, known_tokens(config, tokenizer))
     shard = dist.init(config.launch.timeout_minutes)
+    if shard.is_main:
+        print_findings(data.held_out_report)
     config = resolve_quantiles(config, data, tokenizer, shard)
     data = weighed(data, config)
     data, _ = with_reference(config, data, tokenizer, shard, training=False)

@@ -318,6 +318,8 @@ def _show(
         if "score_mean" in own:
             scored = facts["completions"] // len(facts["of_model"]) - own["unscored"]
             scores = f", score {own['score_mean']:.3f} ± {own['score_sd'] / scored**0.5:.3f}"
+        if own.get("unscored"):
+            scores += f", {own['unscored']} without a score (the judge gave none that is finite)"
         print_line(
             f"  {name}: {own['mean_tokens']:.1f} tokens on average, {own['stopped']:.1%} ended by "
             f"themselves{scores}"

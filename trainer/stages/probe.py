@@ -36,6 +36,7 @@ from madpo.trainer.model.startup.positions import check_positions
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import Item
 from madpo.trainer.objectives.sft import NLLParams
+from madpo.trainer.reports.progress import print_findings
 from madpo.trainer.scoring_module import Mode
 from madpo.trainer.stages.start_engine import start_engine
 
@@ -80,10 +81,12 @@ def run_probe(config: Config) -> None:
         raise UserError("data.streaming: probe draws from the whole training set; set data.streaming=false")
     config = _supervised(located(config))
     tokenizer = load_tokenizer(config.model)
-    groups = load_data(config, tokenizer, True, known_tokens(config, tokenizer)).train
-    assert groups is not None
+    data = load_data(config, tokenizer, True, known_tokens(config, tokenizer))
+    assert data.train is not None
     shard = dist.init(config.launch.timeout_minutes)
-    probe = stored_probe(config, groups, tokenizer, shard)
+    if shard.is_main:
+        print_findings(data.report)
+    probe = stored_probe(config, data.train, tokenizer, shard)
     if shard.is_main:
         show(probe, _path(config))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +15,8 @@ from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.groups import check_groups
 from madpo.trainer.data.order import DataOrder
+from madpo.trainer.data.plain_text import special_spellings
+from madpo.trainer.data.report import COUNTS, findings
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.data.training_data import merged, report_of_merged, training_groups
 from madpo.trainer.data.views.mismatched import MismatchedDataset
@@ -38,7 +42,7 @@ def show_data(config: Config, count: int, console: Console) -> None:
     if config.data.streaming:
         raise UserError(
             "data.streaming: show-data looks at the whole set; copy some rows into a file, and set "
-            "data.streaming=false and data.dataset_name to it"
+            "data.streaming=false and data.dataset_name to it; madpo check-data reads streams"
         )
     groups, reports = training_groups(config, tokenizer)
     borrows = Need.MISMATCHED in objective.needs
@@ -52,7 +56,7 @@ def show_data(config: Config, count: int, console: Console) -> None:
     for index in order.take(0, min(count, len(groups))).tolist():
         title = f"{groups.name}, row {groups.rows[index]}"
         lines += render_group(groups[index], decode, title, coloured, borrows)
-    tokens, trained = int(groups.counts.lengths.sum()), int(groups.counts.completion_tokens.sum())
+    tokens, trained = int(groups.counts.lengths.sum()), int(groups.counts.scored_tokens.sum())
     console.print(*lines, *render_totals(report, tokens, trained, coloured), sep="\n", soft_wrap=True)
     if config.data.min_weight is not None or config.data.sampling != "uniform":
         console.print("data.min_weight and data.sampling are not applied here", style="yellow")
@@ -61,11 +65,20 @@ def show_data(config: Config, count: int, console: Console) -> None:
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Decode:
-    """A function from token ids to text, with special tokens spelled out."""
+    """A function from token ids to text with special tokens; what only spells one has a backslash before."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    spellings = special_spellings(tokenizer)
 
-    def decode(ids: Sequence[int]) -> str:
+    def written(ids: Iterable[int]) -> str:
         text: Any = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
+
+    def decode(ids: Sequence[int]) -> str:
+        text = written(ids)
+        if spellings is None or len(spellings.findall(text)) == sum(number in special for number in ids):
+            return text
+        parts = ((real, written(run)) for real, run in groupby(ids, special.__contains__))
+        return "".join(part if real else spellings.sub(r"\\\g<0>", part) for real, part in parts)
 
     return decode
 
@@ -75,18 +88,24 @@ def render_group(
 ) -> Iterator[Text]:
     """A group as lines: the prompt once, then every completion with its margins or label.
 
-    Trained tokens are coloured, or stand in [[ ]]. With `borrows`, completions of label 0 belong to another
-    prompt.
+    What is trained on is coloured, or stands in [[ ]]. With `borrows`, completions of label 0 belong to
+    another prompt.
     """
     yield Text(f"── {title}", style="bold")
     moved = f"; {group.boundary_cut} more merge with the completion and count as its tokens"
     yield _header("prompt", len(group.prompt), moved if group.boundary_cut else "")
-    yield _body(decode(group.prompt), PROMPT if coloured else "")
-    for index, completion in enumerate(group.completions):
+    yield _body([(decode(group.prompt), PROMPT if coloured else "")])
+    masks = group.whole_masks
+    for index, (completion, mask) in enumerate(zip(group.completions, masks, strict=True)):
         label = group.labels[index] if group.labels else 1
-        yield _header(_name(group, index), len(completion), _standing(group, index, borrows))
-        text = _after(group.prompt, completion, decode)
-        yield _body(text, STYLES[label]) if coloured else _body(f"[[{text}]]", "")
+        not_scored = len(mask) - sum(mask)
+        note = f", {not_scored} of them not trained on" if not_scored else ""
+        yield _header(_name(group, index), len(completion), note + _standing(group, index, borrows))
+        pieces = _pieces(group.prompt, completion, mask, decode)
+        if coloured:
+            yield _body([(text, STYLES[label] if scored else PROMPT) for scored, text in pieces])
+        else:
+            yield _body([(f"[[{text}]]" if scored else text, "") for scored, text in pieces])
     if group.equal:
         yield Text(f"{group.equal} {COUNTS['comparisons_of_equal_tokens']}", style="bold")
     if group.truncated:
@@ -98,17 +117,32 @@ def _header(name: str, tokens: int, note: str) -> Text:
     return Text(f"{name}, {tokens} token{'s' * (tokens != 1)}{note}", style="bold")
 
 
-def _body(text: str, style: str) -> Text:
-    """Lines behind a bar. Control characters are escaped, because a terminal would obey them."""
-    escaped = (x if x.isprintable() or x in "\n\t" else x.encode("unicode_escape").decode() for x in text)
-    lines = (Text.assemble("│ ", (line, style)) for line in "".join(escaped).split("\n"))
-    return Text("\n").join(lines)
+def _body(pieces: Iterable[tuple[str, str]]) -> Text:
+    """Pieces of text, each with its style, as lines behind a bar. Control characters are escaped, because a
+    terminal would obey them."""
+    whole = Text.assemble(*((_escaped(text), style) for text, style in pieces))
+    return Text("\n").join(Text.assemble("│ ", line) for line in whole.split("\n", allow_blank=True))
 
 
-def _after(prompt: list[int], completion: list[int], decode: Decode) -> str:
-    """The completion's text after the prompt; decoded by itself, some tokenizers drop a leading space."""
-    whole, head = decode(prompt + completion), decode(prompt)
-    return whole.removeprefix(head) if whole.startswith(head) else decode(completion)
+def _escaped(text: str) -> str:
+    return "".join(x if x.isprintable() or x in "\n\t" else x.encode("unicode_escape").decode() for x in text)
+
+
+def _pieces(
+    prompt: list[int], completion: list[int], mask: list[bool], decode: Decode
+) -> Iterator[tuple[bool, str]]:
+    """The completion's text in pieces, each with whether it is scored."""
+    before = prompt
+    for scored, run in groupby(zip(completion, mask, strict=True), itemgetter(1)):
+        ids = [token for token, _ in run]
+        yield scored, _after(before, ids, decode)
+        before = before + ids
+
+
+def _after(before: list[int], ids: list[int], decode: Decode) -> str:
+    """The text of tokens after those before; decoded by themselves, some tokenizers drop a leading space."""
+    whole, head = decode(before + ids), decode(before)
+    return whole.removeprefix(head) if whole.startswith(head) else decode(ids)
 
 
 def _name(group: TokenGroup, index: int) -> str:
@@ -138,29 +172,15 @@ def render_totals(report: dict[str, Any], tokens: int, trained: int, coloured: b
     yield Text(f"── {report['source']}: {totals}", style="bold")
     if "without_fold" in report:
         yield Text(f"fold {report['without_fold']} is left out", style="bold")
-    for reason, number in report["dropped"].items():
-        yield Text(f"{number:,} dropped: {reason}", style="bold")
     if report.get("rows_merged"):
         saved = report["tokens_saved_by_merging"]
         yield Text(f"{report['rows_merged']:,} examples merged by prompt, {saved:,} tokens saved")
     shown = "coloured" if coloured else "in [[ ]]"
     yield Text(f"{tokens:,} tokens, {trained / tokens:.1%} of them trained on, {shown}")
-    for name, says in COUNTS.items():
-        if report[name]:
-            yield Text(f"{report[name]:,} {says}")
-    for note, number in report.get("chat_template", {}).items():
-        yield Text(f"{number:,} examples: {note}")
-    if unused := report.get("unused_columns"):
-        yield Text(f"columns that are not used: {', '.join(unused)}")
-    if "margin_mean" in report:
-        low, mean, high = (report[f"margin_{name}"] for name in ("min", "mean", "max"))
-        yield Text(f"margins from {low:g} to {high:g}, mean {mean:.4g}")
-
-
-COUNTS = {
-    "truncated_completions": "completions cut at max_length",
-    "groups_with_moved_boundary": "prompts whose last tokens merge with the completion",
-    "comparisons_of_equal_tokens": "pairs left out: both completions are the same tokens",
-    "rows_that_spell_special_tokens": "examples spell out a special token: in conversations it becomes one",
-}
-"""Counts of the data report -> what is printed after the number."""
+    yield from map(Text, findings(report))
+    if report["texts_that_spell_special_tokens"]:
+        yield Text(r"what spells a special token as letters has a \ before it")
+    for kind in ("margin", "weight"):
+        if f"{kind}_mean" in report:
+            low, mean, high = (report[f"{kind}_{name}"] for name in ("min", "mean", "max"))
+            yield Text(f"{kind}s from {low:g} to {high:g}, mean {mean:.4g}")

@@ -16,8 +16,10 @@ import torch
 from madpo.trainer import checkpoint, dist, loop, stopping
 from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config, dump
-from madpo.trainer.data.training_data import Data, load_data, weighed, weights_of
+from madpo.trainer.data.training_data import Data, first_groups, load_data, weighed
+from madpo.trainer.data.views.weighed import weights_of
 from madpo.trainer.dist import Shard, barrier
+from madpo.trainer.errors import FRESH
 from madpo.trainer.metrics import MetricsFile
 from madpo.trainer.model.build import known_tokens
 from madpo.trainer.model.expert_balance import expert_notes
@@ -55,7 +57,8 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
     with ExitStack() as cleanup:
         cleanup.callback(claim(folder, shard).release)
         config = resolve_quantiles(config, data, tokenizer, shard)
-        weights = weights_of(data.train, config)
+        first = first_groups(data)
+        weights = None if first is None else weights_of(first, config.bound_objective)
         data = weighed(data, config)
         assert data.source is not None
         identity = checkpoint.identity(config, shard, data.source.content)
@@ -63,7 +66,7 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
         total_steps = run_length(config, data.source.num_groups).total_steps
         if tag is not None and step_of(tag) == total_steps and dist.from_main(is_exported(config, folder)):
             if shard.is_main:
-                print_line(f"finished at step {total_steps} already; --fresh starts anew")
+                print_line(f"finished at step {total_steps} already; {FRESH} starts anew")
             return
         data, cached = with_reference(config, data, tokenizer, shard, training=True)
         source = data.source
@@ -141,7 +144,9 @@ def _describe_run(
         "host_cpus": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {
-            name: version(name) for name in ("madpo", "torch", "deepspeed", "transformers", "datasets")
+            "madpo": version("madpo"),
+            "torch": torch.__version__,  # with its build, which a wheel's metadata may leave out
+            **{name: version(name) for name in ("deepspeed", "transformers", "datasets")},
         },
         "started": time.time(),
     }

@@ -66,6 +66,19 @@ def test_pack_without_sharing_by_hand():
     assert (batch.lengths, batch.group_sequences) == (shared.lengths, shared.group_sequences)
 
 
+def test_pack_with_masks_by_hand():
+    """The first group of the tests above: of 30 31 32, the two outer tokens are scored."""
+    group = TokenGroup([10, 11], [[20], [30, 31, 32]], [(1, 0, 2.5)], masks=[[True], [True, False, True]])
+    batch = pack([group, TokenGroup([40], [[50, 51, 52]], [], masks=[[False, False, True]])])
+    assert batch.input_ids.tolist() == [10, 11, 20, 30, 31, 32, 40, 50, 51, 52]
+    assert batch.scored_positions.tolist() == [1, 1, 4, 8]
+    assert batch.targets.tolist() == [20, 30, 32, 52]
+    assert (batch.lengths, batch.ends.tolist()) == ((1, 2, 1), [2, 5, 9])
+    rest, kept = batch.without(np.array([True, False, False]))
+    assert (rest.input_ids.tolist(), kept.tolist()) == ([10, 11, 30, 31, 32, 40, 50, 51, 52], [1, 2])
+    assert (rest.scored_positions.tolist(), rest.targets.tolist()) == ([1, 3, 7], [30, 32, 52])
+
+
 @pytest.mark.parametrize("prefix_sharing", [True, False])
 def test_what_is_planned_for_a_group_is_what_it_takes(prefix_sharing):
     groups = [*random_groups(3), *random_groups(2, 1, completions=1), *random_groups(2, 2, completions=7)]
@@ -80,12 +93,12 @@ class Held:
         self.groups = groups
         tokens = np.array([sum(map(len, group.completions)) for group in groups])
         edges = np.array([len(group.edges) for group in groups])
-        self.counts = GroupCounts(
+        self.counts = GroupCounts.all_computed(
             lengths=tokens + np.array([len(group.prompt) for group in groups]),
             completion_tokens=tokens,
+            scored_tokens=np.array([sum(group.scored) for group in groups]),
             sequences=np.array([len(group.completions) for group in groups]),
             edges=edges,
-            counted_edges=edges,
             labelled=np.zeros_like(edges),
         )
         self.reference: ReferenceLogps | None = None

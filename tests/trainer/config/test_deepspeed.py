@@ -126,11 +126,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"activation_checkpointing": {}}, r"activation_checkpointing: .* use model\.gradient_checkpointing"),
     ({"compile": {"deepcompile": True}}, r"deepspeed\.compile: .* layers run uncompiled"),
     ({"tensor_parallel": {"autotp_size": 2}}, r"tensor_parallel: .* the whole of the output layer"),
-    ({"zero_optimization": {"mics_shard_size": 2}}, r"mics_shard_size: DeepSpeed has removed MiCS"),
-    (
-        {"zero_optimization": {"mics_hierarchical_params_gather": True}},
-        r"params_gather: DeepSpeed has",
-    ),
+    ({"zero_optimization": {"mics_shard_size": 2}}, r"^deepspeed\.zero_optimization: MiCS .* been removed"),
+    ({"nebula": {}}, r"^deepspeed\.nebula: .* has been removed"),
+    ({"quantize_training": {}}, r"^deepspeed\.quantize_training: .* has been removed"),
+    ({"bfloat16": {"enabled": False}}, r"^deepspeed\.bfloat16: madpo sets this itself; use train\.bf16$"),
+    ({"expert_parallel": {}}, r"^deepspeed\.expert_parallel: .* holds its share of all experts"),
+    ({"zero_optimisation": {}}, r"^deepspeed\.zero_optimisation: unknown key, did you mean 'zero_opti"),
+    ({"flops_profiler": {"enabledd": True}}, r"^deepspeed\.flops_profiler\.enabledd: .* 'enabled'\?$"),
+    ({"aio": {"block_sise": 1}}, r"^deepspeed\.aio\.block_sise: unknown key, did you mean 'block_size'\?$"),
+    ({"checkpoint": {"writer": {"typ": "x"}}}, r"^deepspeed\.checkpoint\.writer\.typ: unknown .* 'type'\?$"),
+    ({"timers": {"throughput": {"enable": 1}}}, r"^deepspeed\.timers\.throughput\.enable: unknown key"),
+    ({"comms_logger": {"prof_al": True}}, r"^deepspeed\.comms_logger\.prof_al: unknown .* 'prof_all'\?$"),
+    ({"communication_data_type": "fp9"}, r"^deepspeed\.communication_data_type: .* cannot read 'fp9': "),
+    ({"zero_optimization": {"cpu_offload": True}}, r"cpu_offload: .* given it up; use offload_optimizer$"),
+    ({"comet": {"enabled": True}}, r"^deepspeed\.comet: DeepSpeed would log each micro-batch's"),
     ({"zero_optimization": {"zenflow": {}}}, r"zenflow: its updates lag behind"),
     ({"zero_optimization": {"offload_param": True}}, r"offload_param: a mapping with device .* got True"),
     (
@@ -179,7 +188,8 @@ def test_what_would_contradict_or_go_unheard_is_refused(block, message):
 def test_nothing_is_refused_that_changes_nothing():
     check_block({"zero_optimization": {"offload_param": {"device": "none"}, "offload_optimizer": CPU}})
     check_block({"zero_optimization": {"allgather_bucket_size": 5e8, "reduce_bucket_size": "auto"}})
-    check_block({"wandb": {"enabled": False}})
+    check_block({"wandb": {"enabled": False}, "dump_state": True, "flops_profiler": {"enabled": True}})
+    check_block({"aio": {"block_size": 1, "use_gds": True}})  # which this machine cannot do, and another may
     check_machine({})
 
 

@@ -80,10 +80,12 @@ data.ignore_columns                     fixed   again
 data.edges                              fixed   again
 data.chat_template_kwargs               fixed   again
 data.template_may_drop                  fixed   again
+data.train_on                           fixed   again
 data.streaming                          fixed   again
 data.stream_block                       fixed   again
 data.max_length                         fixed   again
 data.append_eos                         fixed   again
+data.text_holds_special_tokens          fixed   again
 data.merge_prompts                      fixed   again
 data.order                              fixed   again
 data.min_weight                         fixed   again

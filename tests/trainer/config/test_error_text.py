@@ -19,7 +19,7 @@ MISTAKES = {
     "train.bf16=yes": "train.bf16: expected true or false, got 'yes'",
     "optim.lr=fast": "optim.lr: expected a number above 0, got 'fast'",
     "optim=fast": "optim: expected a section, got 'fast'",
-    "peft=lora": "peft: expected a section or null, got 'lora'",
+    "peft=lora": "peft: expected a section or null, got 'lora'; peft={} trains an adapter",
     "model.freeze=head": "model.freeze: expected a list of texts, got 'head'",
     "model.freeze=[1]": "model.freeze: expected a list of texts, got 1",
     "data.columns=good": "data.columns: expected a mapping, got 'good'",

@@ -3,7 +3,7 @@
 import pytest
 
 from madpo.trainer.config.effects import keys
-from madpo.trainer.config.foreign_keys import RENAMED, REPLACED, our_key
+from madpo.trainer.config.foreign_keys import AS_VALUES, IN_SECTIONS, RENAMED, REPLACED, our_key
 from madpo.trainer.config.schema import Config, from_tree
 from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.registry import OBJECTIVES
@@ -16,7 +16,8 @@ PARAMETERS = {
 
 
 def test_every_key_that_is_named_is_there():
-    named = {part for key in RENAMED.values() for part in key.split(" and ")}
+    ours = [*RENAMED.values(), *IN_SECTIONS.values(), *AS_VALUES.values()]
+    named = {part for key in ours for part in key.split(" and ")}
     named |= {part for text in REPLACED.values() for part in text.split() if part.count(".") == 1}
     for key in {key.strip(":;,.") for key in named}:
         section, _, name = key.partition(".")
@@ -24,7 +25,7 @@ def test_every_key_that_is_named_is_there():
             assert name in PARAMETERS, key
         elif section not in ("deepspeed", "metrics"):
             assert key in keys(), key
-    assert not RENAMED.keys() & REPLACED.keys()
+    assert not RENAMED.keys() & REPLACED.keys() and not IN_SECTIONS.keys() & (keys().keys() | REPLACED.keys())
 
 
 def test_a_key_without_its_section_is_found_where_it_is():
@@ -51,6 +52,8 @@ WHOLE = {
         ("data", "max_prompt_length", "data.max_length bounds a prompt with its completion"),
         ("model", "attn_implementation", "it is model.attention here"),
         ("objective", "simpo_gamma", "it is objective.gamma here"),
+        ("optim", "optim", "AdamW is the only optimiser"),
+        ("peft", "r", "it is peft.lora_r here"),
     ],
 )
 def test_the_error_for_a_foreign_key_says_what_it_is_here(section, name, advice):
@@ -86,3 +89,17 @@ def test_a_file_of_another_trainer_is_told_how_to_become_one_of_ours():
     with pytest.raises(UserError) as error:
         from_tree({**WHOLE, "learning_rate": 1.0, "beta": 1.0}, "c.yaml")
     assert "madpo convert" not in str(error.value), "two are a slip"
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "advice"),
+    [
+        ("model", "/models/llama", "write model.model_name_or_path=/models/llama"),
+        ("data", "pairs.jsonl", "write data.dataset_name=pairs.jsonl"),
+        ("deepspeed", "ds.json", "write the keys of ds.json below it"),
+        ("peft", "lora", "peft={} trains an adapter"),
+    ],
+)
+def test_a_text_in_place_of_a_section_is_told_where_it_belongs(section, value, advice):
+    with pytest.raises(UserError, match=f"^c.yaml: {section}: expected .*; {advice}"):
+        from_tree({**WHOLE, section: value}, "c.yaml")

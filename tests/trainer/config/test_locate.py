@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ KEY = "model.model_name_or_path"
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch) -> Path:
-    """A folder with a model, a run that exported one, a run that did not, and data."""
+def here(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A folder with a model, a run that exported one, a run that did not, data; a hub that answers."""
     for folder in ("base", "runs/sft/model", "runs/reward/checkpoints", "data/pairs"):
         (tmp_path / folder).mkdir(parents=True)
     for folder in ("base", "runs/sft/model"):
@@ -24,7 +26,10 @@ def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
+        yield tmp_path
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import deepspeed
 import pytest
 
 from madpo.trainer.config import strict_yaml
-from madpo.trainer.config.deepspeed import DEEPSPEED_KEYS
 from madpo.trainer.config.effects import sections_in
 from madpo.trainer.config.peft import PeftConfig
 from madpo.trainer.config.schema import Config, dump, load
@@ -208,14 +206,6 @@ def test_deepspeed_block_is_passed_through(path, monkeypatch):
     assert got["dump_state"] is True
     assert got["gradient_clipping"] == config.optim.max_grad_norm
     assert deepspeed_config(load(path))["zero_optimization"]["stage"] == 2
-
-
-def test_deepspeed_keys_are_those_of_the_installed_deepspeed():
-    sources = "\n".join(
-        file.read_text(errors="ignore") for file in Path(deepspeed.__file__).parent.rglob("*.py")
-    )
-    for key in DEEPSPEED_KEYS:
-        assert re.search(rf"[\"']{key}[\"']", sources), f"DeepSpeed does not know {key!r}"
 
 
 def test_the_names_of_other_libraries(tmp_path):

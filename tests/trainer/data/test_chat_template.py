@@ -120,7 +120,7 @@ LOST = {
     "a tool's result in a completion": (
         "three roles",
         row([ASK], [{**YES, "content": "I ask"}, say("tool", "result"), YES]),
-        r"content of the completion's message 2 \(role tool\)",
+        r"content of message 3 \(role tool\); .* data.template_may_drop=\[tool\]",
     ),
     "a role of the prompt": (
         "three roles",

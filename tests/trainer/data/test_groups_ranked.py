@@ -222,10 +222,9 @@ def test_a_prompt_that_ends_with_a_call_is_followed_by_its_result(tokenizer):
     assert tokenizer.decode(tokens.completions[0]) == "<tool>x</tool><assistant>A.</assistant>"
 
 
-def test_a_prompt_that_ends_with_words_is_not_followed_by_a_result(tokenizer):
-    group = TextGroup(
-        [user("on?"), *answer("It is")], [[{"role": "tool", "content": "x"}, *answer("A.")]], []
-    )
+def test_a_prompt_that_ends_with_words_is_continued_by_all_completions_or_by_none(tokenizer):
+    result: list[Any] = [{"role": "tool", "content": "x"}, *answer("A.")]
+    group = TextGroup([user("on?"), *answer("It is")], [result, answer(" on.")], [])
     with pytest.raises(ValueError, match="the prompt ends with words of the assistant"):
         tokenise(group, tokenizer, TokenRules(600))
 
@@ -275,11 +274,13 @@ def test_rows_that_spell_special_tokens_are_counted(tmp_path, tokenizer):
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
     path = write(tmp_path / "rows.jsonl", rows)
     _, report = load_groups(config_for(tmp_path, path).data, "train", tokenizer, supervised=True)
-    assert report["rows_that_spell_special_tokens"] == 2
+    assert report["texts_that_spell_special_tokens"] == 2
+    assert report["rows_that_spell_special_tokens"] == 0
     chats = [{"messages": [user(p), *answer(c)]} for p, c in pairs]
     path = write(tmp_path / "chats.jsonl", chats)
     _, report = load_groups(config_for(tmp_path, path).data, "train", tokenizer, supervised=True)
     assert report["rows_that_spell_special_tokens"] == 2
+    assert report["texts_that_spell_special_tokens"] == 0
 
 
 @pytest.mark.ranks

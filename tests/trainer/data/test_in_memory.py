@@ -5,8 +5,10 @@ from __future__ import annotations
 import datasets
 import numpy as np
 import pytest
+from text_cases import config_for
 
-from madpo.trainer.data.in_memory import rows_by_index, write_splits
+from madpo.trainer.data.in_memory import named_as_given, write_splits
+from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.errors import UserError
 
 ROWS = [{"prompt": "ü", "chosen": "a", "rejected": "b", "margin": np.float32(0.5)}, {"text": ["x", None]}]
@@ -47,13 +49,24 @@ def test_what_is_no_data_set_is_refused(rows, message, tmp_path):
     assert not list((tmp_path / "in_memory").iterdir())
 
 
-def test_errors_name_the_row_in_memory(tmp_path):
-    lists = write_splits({"train": ROWS}, tmp_path)
-    tables = write_splits({"prompts": datasets.Dataset.from_list(ROWS[1:])}, tmp_path)
-    files = {**lists, **tables}
-    with pytest.raises(UserError) as caught, rows_by_index(files):
-        raise UserError(f"{files['train']}:2: bad; {files['prompts']} row 0: bad; {files['train']}: none")
-    assert str(caught.value) == "train[1]: bad; prompts[0]: bad; train: none"
+@pytest.mark.parametrize("given", [list, datasets.Dataset.from_list])
+def test_errors_and_reports_name_the_row_in_memory(tmp_path, tokenizer, given):
+    pair = {"prompt": "a:", "chosen": " b", "rejected": " c"}
+    files = write_splits({"train": given([pair, {**pair, "chosen": ""}, pair])}, tmp_path)
+    data = config_for(tmp_path, files["train"].parent).data
+    with pytest.raises(UserError, match=r"^train\[1\]: chosen is empty; mend"):
+        load_groups(data, "train", tokenizer)
+    _, report = load_groups(data.model_copy(update={"on_bad_row": "drop"}), "train", tokenizer)
+    assert report["where"] == {
+        "unreadable": ["train[1]: chosen is empty"],
+        "repeated_examples": ["train[2] (as train[0])"],
+    }
+
+
+def test_errors_name_the_argument_and_not_its_file(tmp_path):
+    files = write_splits({"train": ROWS}, tmp_path)
+    with pytest.raises(UserError, match=r"^train: none$"), named_as_given(files):
+        raise UserError(f"{files['train']}: none")
 
 
 def test_rows_that_are_parted_elsewhere_are_other_splits(tmp_path):

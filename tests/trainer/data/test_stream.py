@@ -44,7 +44,7 @@ def config_for(folder: Path, path: Path, **sections: Any) -> Config:
 
 def stream_of(config: Config, tokenizer, reader=None, end: int = 0, **options: Any) -> Stream:
     reader = reader or open_reader(config.data, "train")
-    return Stream(reader, config.data, "train", tokenizer, config.seed, end, **options)
+    return Stream(reader, config.data, "train", tokenizer, config.seed, end, **options).opened()
 
 
 def taken(source: TrainingSource, consumed: int, count: int) -> list[str]:
@@ -197,7 +197,9 @@ def test_a_block_without_a_group_is_passed_over_but_never_its_bad_rows(tmp_path,
 def test_a_source_without_a_group_is_refused_with_numbers(tmp_path, tokenizer):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "a:", "chosen": " b", "rejected": " b"}\n' * 7)
-    with pytest.raises(ValueError, match=r"none of 7 rows can be trained on \(7: .*same tokens\)"):
+    with pytest.raises(
+        ValueError, match=r"none of 7 rows can be trained on \(7: .*same tokens \(first: .*:1\)\)"
+    ):
         stream_of(config_for(tmp_path, path), tokenizer)
     path.write_text("\n\n")
     with pytest.raises(ValueError, match="the file has no rows"):

@@ -8,14 +8,8 @@ import pytest
 from harness import WORDS
 from transformers import AutoTokenizer
 
-from madpo.trainer.data.tokenise import (
-    TokenRules,
-    encode_prompt,
-    labels_of,
-    special_spellings,
-    spells_special,
-    tokenise,
-)
+from madpo.trainer.data.plain_text import special_spellings, spells_special
+from madpo.trainer.data.tokenise import TokenRules, encode_prompt, labels_of, tokenise
 from madpo.trainer.formats.text_groups import TextGroup
 
 CHAT = (

@@ -172,7 +172,7 @@ def test_a_group_without_scores_is_known_as_one_of_comparisons():
     [
         ({"scores": [1, 2]}, "scores: 2 numbers for 3 completions"),
         ({"scores": [1, float("nan"), 2]}, r"scores\[1\]: expected a finite number, got nan"),
-        ({"scores": [1e308, -1e308, 2]}, "margin: expected a finite number, got inf"),
+        ({"scores": [1e308, -1e308, 2]}, r"scores\[0\]: .* got 1e\+308, which is too large"),
         ({"scores": "123"}, "scores: expected a list of at least 2, got '123'"),
         ({"completions": ["a", 1, "c"]}, r"completions\[1\]: expected text"),
         ({"completions": ["a"]}, "completions: expected a list of at least 2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -79,11 +80,31 @@ def test_tools_beside_plain_text_are_refused():
         read({**TEXT, "tools": [{"name": "find"}]})
 
 
-@pytest.mark.parametrize("weight", [0, 0.5])
-def test_a_weight_that_nothing_looks_at_is_refused(weight):
-    with pytest.raises(UserError, match=r"^weight: .* data.ignore_columns=\[weight\]"):
-        read({**TEXT, "weight": weight})
-    assert read({**TEXT, "weight": weight}, ignore=("weight",)) == read({**TEXT, "weight": None})
+RANKED = {"prompt": "a", "completions": ["b", "c", "d"], "scores": [1.0, None, 3.0]}
+
+
+def test_a_weight_is_the_rows_or_one_for_each_completion():
+    assert read({**TEXT, "weight": 0}).weight == 0 and read({**TEXT, "weight": None}).weight is None
+    assert read({**TEXT, "weight": 2}, ignore=("weight",)).weight is None
+    assert read({**RANKED, "weight": 1.5}).weight == 1.5
+    ranked = read({**RANKED, "weight": [0.5, 9, 2]})
+    assert ranked.completions == ["b", "d"] and ranked.completion_weights == [0.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    "row, told",
+    [
+        ({**TEXT, "weight": -0.5}, "from 0 to 1e+30, got -0.5"),
+        ({**TEXT, "weight": "2"}, "expected a finite number, got '2'"),
+        ({**TEXT, "weight": True}, "expected a finite number, got True"),
+        ({**TEXT, "weight": [1, 2]}, "expected one number"),
+        ({**RANKED, "weight": [1, 2]}, "2 numbers for 3 completions"),
+        ({**RANKED, "weight": [1, 2, -3]}, "from 0 to"),
+    ],
+)
+def test_what_is_no_weight_is_refused(row, told):
+    with pytest.raises(UserError, match=rf"^weight.*{re.escape(told)}"):
+        read(row)
 
 
 def test_other_columns_with_text_are_named_and_numbers_are_not():

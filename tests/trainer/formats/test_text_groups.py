@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
 
+from madpo.trainer.formats.chat_message import without_nulls
+from madpo.trainer.formats.numbers import finite, label_of, margin_of
 from madpo.trainer.formats.text_groups import (
     TextGroup,
     best_only,
-    finite,
-    label_of,
     layout_of,
-    margin_of,
     objects,
-    parse_json_line,
     ranked,
     same_kind,
     to_group,
     with_edges,
-    without_nulls,
 )
 
 
@@ -34,16 +32,13 @@ def talk(*texts: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("longer", ["chosen", "rejected"])
 def test_a_conversation_that_goes_on_where_the_other_ends_leaves_no_side_empty(longer):
     """One side is the beginning of the other: the prompt ends one message earlier."""
-    short, long = talk("a?", "b"), talk("a?", "b", "c?", "d")
+    short = talk("a?", "b")
     shorter = "rejected" if longer == "chosen" else "chosen"
-    # The longer side then holds words of the user, which are never trained on.
-    with pytest.raises(ValueError, match="a completion has the roles assistant, user, assistant"):
-        to_group({longer: long, shorter: short}, "preference")
-    long = [*talk("a?", "b"), {"role": "assistant", "content": "and c"}]
-    group = to_group({longer: long, shorter: short}, "preference")
-    want = {longer: long[1:], shorter: short[1:]}
-    assert group.prompt == talk("a?")
-    assert group.completions == [want["chosen"], want["rejected"]]
+    for long in (talk("a?", "b", "c?", "d"), [*short, {"role": "assistant", "content": "and c"}]):
+        group = to_group({longer: long, shorter: short}, "preference")
+        want = {longer: long[1:], shorter: short[1:]}
+        assert group.prompt == talk("a?")
+        assert group.completions == [want["chosen"], want["rejected"]]
 
 
 def test_equal_conversations_keep_their_last_message_as_completion():
@@ -107,10 +102,13 @@ def test_margins_come_from_the_first_columns_that_hold_some():
 
 
 def test_numbers_are_finite_and_no_truth_values():
-    assert finite(3, "x") == 3.0 and finite(-1.7e308, "x") == -1.7e308
-    for wrong in (True, "1", None, float("nan"), float("inf"), -float("inf"), 10**400):
-        with pytest.raises(ValueError, match="x: expected a finite number"):
+    assert finite(3, "x") == 3.0 and finite(-3.4e38, "x") == -3.4e38 and finite(Decimal("1.5"), "x") == 1.5
+    for wrong in (True, "1", None, float("nan"), float("inf"), -float("inf"), Decimal("NaN")):
+        with pytest.raises(ValueError, match=r"x: expected a finite number, got [^,]*$"):
             finite(wrong, "x")
+    for large in (1e300, -3.41e38, 10**400, Decimal("1e39")):
+        with pytest.raises(ValueError, match=r"x: expected a finite number, got .*, which is too large"):
+            finite(large, "x")
 
 
 def test_ranked_completions_are_compared_where_their_scores_differ():
@@ -163,14 +161,21 @@ def test_conversations_of_a_single_message_are_refused_and_of_two_are_not():
         to_group({"text": talk("a", "b")}, "text")
 
 
-def test_completions_end_with_the_assistant_and_hold_no_one_elses_words():
+def test_completions_go_on_where_the_prompt_ends_and_end_with_the_assistant():
     tool, system = {"role": "tool", "content": "x"}, {"role": "system", "content": "x"}
     (answer,) = talk("", "b")[1:]
     calls = {"role": "assistant", "tool_calls": [{"name": "look"}]}
-    assert same_kind(talk("a"), [calls, tool, answer]) == [[calls, tool, answer]]
-    for wrong in ([answer, tool], [system, answer], [*talk("a"), answer]):
-        with pytest.raises(ValueError, match="a completion has the roles"):
-            same_kind(talk("a"), wrong)
+    for right in ([calls, tool, answer], [answer, *talk("c"), answer], [answer, system, answer]):
+        assert same_kind(talk("a"), right) == [right]
+    assert same_kind(talk("a", "b"), talk("c", "d")) == [talk("c", "d")]
+    for prompt, wrong in (
+        (talk("a"), [answer, tool]),
+        (talk("a"), [system, answer]),
+        (talk("a"), [*talk("a"), answer]),
+        (talk("a", "b"), talk("a", "b", "c", "d")),
+    ):
+        with pytest.raises(ValueError, match="it must go on where the prompt ends, and end with the assist"):
+            same_kind(prompt, wrong)
     with pytest.raises(ValueError, match="must all be text or all be lists"):
         same_kind("a", [answer])
 
@@ -188,10 +193,3 @@ def test_a_tool_call_needs_no_text_and_a_message_of_another_does():
     for wrong in ({**calls, "role": "user"}, {**calls, "tool_calls": []}, {"role": 1, "content": "x"}):
         with pytest.raises(ValueError, match="chosen: a message needs text under role"):
             to_group({**row, "chosen": [wrong]}, "preference")
-
-
-def test_lines_that_are_no_rows_are_named():
-    with pytest.raises(ValueError, match="key 'b' stands twice"):
-        parse_json_line(b'{"a": {"b": 1, "b": 2}}')
-    with pytest.raises(ValueError, match="at column 6"):
-        parse_json_line(b'{"a":}')

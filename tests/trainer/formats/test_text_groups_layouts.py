@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from text_cases import assistant, preference, user
 
-from madpo.trainer.formats.text_groups import TextGroup, layout_of, parse_json_line, to_group
+from madpo.trainer.formats.text_groups import TextGroup, layout_of, to_group
 
 
 def test_the_prompt_may_be_implicit_in_conversations():
@@ -31,11 +31,10 @@ def test_null_keys_of_parquet_messages_and_a_system_message_change_nothing():
     assert group.completions == [[assistant("good")], [assistant("bad")]]
 
 
-def test_words_of_the_user_are_never_trained_on():
-    with pytest.raises(ValueError, match="a completion has the roles assistant, user, assistant"):
-        preference(
-            prompt=[user("a")], chosen=[assistant("b"), user("c"), assistant("d")], rejected=[assistant("e")]
-        )
+def test_a_completion_may_go_over_several_turns_but_a_conversation_has_two_messages():
+    turns = [assistant("b"), user("c"), assistant("d")]
+    group = preference(prompt=[user("a")], chosen=turns, rejected=[assistant("e")])
+    assert group.completions == [turns, [assistant("e")]]
     with pytest.raises(ValueError, match="at least two messages"):
         to_group({"messages": [assistant("a")]}, "messages")
 
@@ -104,24 +103,3 @@ BAD_FIELDS = [
 def test_bad_rows_name_the_field(row, message):
     with pytest.raises(ValueError, match=message):
         to_group(row, "preference")
-
-
-BAD_LINES = [
-    (b'{"a": NaN}', "NaN is not a number"),
-    (b'{"a": -Infinity}', "-Infinity is not a number"),
-    (b'{"a": 1, "a": 2}', "key 'a' stands twice"),
-    (b'{"a": 1', "not JSON"),
-    (b"[1]", "expected a JSON object, got list"),
-    (b'{"a": "\xff"}', "not UTF-8"),
-    ('{"a": 1}'.encode("utf-16"), "iconv"),
-]
-
-
-@pytest.mark.parametrize("raw, message", BAD_LINES, ids=[message for _, message in BAD_LINES])
-def test_bad_lines_are_refused(raw, message):
-    with pytest.raises(ValueError, match=message):
-        parse_json_line(raw)
-
-
-def test_a_byte_order_mark_and_crlf_are_fine():
-    assert parse_json_line(b'\xef\xbb\xbf{"a": 1}\r\n') == {"a": 1}

@@ -127,6 +127,7 @@ def dataset_of(prompt: int, completions: list[int]) -> GroupDataset:
         "completions": [[3] * x for x in completions],
         "num_tokens": prompt + sum(completions),
         "num_completion_tokens": sum(completions),
+        "num_scored_tokens": sum(completions),
         "num_sequences": len(completions),
         **dict.fromkeys(("num_edges", "num_labels"), 0),
     }

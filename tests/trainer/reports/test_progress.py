@@ -21,7 +21,11 @@ FACTS = {
     "tokens_of_known_prompts": 25,
     "truncated_completions": 3,
     "groups_with_moved_boundary": 0,
+    "rows": 9,
     "rows_that_spell_special_tokens": 1,
+    "where": {"unreadable": ["a[0].jsonl:7: not JSON", "a[0].jsonl:9: not JSON"]},
+    "texts_that_spell_special_tokens": 0,
+    "unscored_completion_tokens": 0,
 }
 
 
@@ -41,12 +45,19 @@ def announced(capsys, report: dict[str, Any], state: TrainState, ranks: int, *no
 
 def test_the_counts_of_the_data_and_all_notes_are_announced(capsys):
     reports = {"train": FACTS, "test": {**FACTS, "dropped": {}, "tokens_of_known_prompts": 0}}
+    cut = [
+        "    3 completions cut at max_length",
+        "    1 conversations spell out a special token, which becomes that token",
+    ]
     assert announced(capsys, reports, TrainState(), 2, "attention is exact", "cached") == [
         "madpo on 2 ranks (cpu), into runs/x",
         "  training 1,000 of 4,000 parameters (25.00%)",
-        "  train: 8 groups, 100 tokens, 3 examples dropped, 25% of the tokens repeat a prompt (see "
-        "data.merge_prompts), 3 completions cut, 1 examples that spell special tokens",
-        "  test: 8 groups, 100 tokens, 3 completions cut, 1 examples that spell special tokens",
+        "  train: 8 groups, 100 tokens, 25% of the tokens repeat a prompt (see data.merge_prompts)",
+        "    2 dropped: unreadable (first: a[0].jsonl:7: not JSON)",
+        "    1 dropped: prompt fills max_length",
+        *cut,
+        "  test: 8 groups, 100 tokens",
+        *cut,
         "  attention is exact",
         "  cached",
     ]

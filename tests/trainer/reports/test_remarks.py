@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from harness import make_config
 
 from madpo.trainer.config.schema import Config
@@ -55,7 +56,12 @@ def test_the_weights_of_the_pairs_are_said_and_also_that_they_are_all_alike():
     config = config_with(1e-6, "madpo")
     spread = np.linspace(0.5, 2.5, 101)
     assert remarks(config, 100, BIG, spread) == ["weights of madpo: 5 % below 0.6, median 1.5, 5 % above 2.4"]
-    (remark,) = remarks(config, 100, BIG, np.full(50, 2.0))
-    assert remark.startswith(
-        "weights of madpo: 5 % below 2, median 2, 5 % above 2; all are alike, so they change"
-    )
+    for weight, rate in ((1.0, ""), (2.0, " at 2 times the learning rate")):
+        (remark,) = remarks(config, 100, BIG, np.full(50, weight))
+        assert remark == (
+            f"weights of madpo: 5 % below {weight:g}, median {weight:g}, 5 % above {weight:g}; they do not "
+            f"vary, so this is DPO{rate} (docs/tau.md)"
+        )
+    params: Any = config.objective
+    far_below = params.weight(torch.linspace(-90, -30, 40, dtype=torch.float64)).numpy()
+    assert "so this is DPO (" in remarks(config, 100, BIG, far_below)[0]

@@ -206,7 +206,8 @@ def test_tables_show_facts_and_the_last_value_of_every_metric(tmp_path):
         "started": 1000.0,
         "versions": {"torch": "2.13.0"},
     }
-    data = {"train": {"rows": 10531, "dropped": {"too long": 3}}, "test": {"rows": 1218}}
+    train = {"rows": 10531, "dropped": {"too long": 3}, "where": {"too long": ["x.jsonl:7"]}}
+    data = {"train": train, "test": {"rows": 1218}}
     run = make_run(tmp_path / "demo", run=json.dumps(facts), data_report=json.dumps(data))
     page = page_of(run)
     assert cells_of(page, "demo") == ["12", "1", "14,808", "0:12:01", "0.8800"]
@@ -216,7 +217,7 @@ def test_tables_show_facts_and_the_last_value_of_every_metric(tmp_path):
     assert cells_of(page, "versions: torch") == ["2.13.0"]
     assert cells_of(page, "started") == ["1970-01-01 00:16 UTC"]
     assert cells_of(page, "rows") == ["10,531", "1,218"]
-    assert cells_of(page, "dropped: too long") == ["3", ""]
+    assert cells_of(page, "dropped: too long") == ["3", ""] and "x.jsonl" not in page
     assert "<pre>seed: 42\n</pre>" in page
 
 

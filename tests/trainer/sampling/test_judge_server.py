@@ -135,6 +135,8 @@ def test_what_is_read_as_a_number():
         *(7.0, 8.5, -2.0, 3.0),
         3.0,
     ]
+    not_finite = ('{"score": NaN}', '{"score": 1e999}', '{"score": -Infinity}', "9" * 400)
+    assert [read_number(x) for x in (*not_finite, f'{{"score": {"9" * 400}}}', "[" * 9999)] == [None] * 6
     assert [read_number(x) for x in ("", "none", "7/10", "between 3 and 4", '{"score": true}')] == [None] * 5
 
 

@@ -49,6 +49,7 @@ def read(folder: Path, rows: list[Any], tokenizer: Any, options: Any = None, **d
         ({"prompt": "the", "completion": " a", "label": True}, "the"),
         ({"prompt": ASK, "completion": ANSWER}, ASK),
         ({"messages": ASK + ANSWER}, ASK),
+        ({"chosen": ASK + ANSWER + ASK + OTHER, "rejected": ASK + OTHER + ASK + ANSWER}, ASK),
         ({"prompt": "the"}, "the"),
         ({"prompt": ASK, "completions": [ANSWER, OTHER], "scores": [1, 2]}, ASK),
     ],
@@ -57,6 +58,12 @@ def test_every_layout_gives_its_prompt(tmp_path, tokenizer, row, prompt):
     found = read(tmp_path, [row], tokenizer)
     assert found.texts == [prompt]
     assert found.lengths == [len(tokenizer("the")["input_ids"]) if prompt == "the" else 5]
+
+
+def test_a_question_that_the_completion_begins_with_belongs_to_the_prompt(tmp_path, tokenizer):
+    again = [{"role": "user", "content": "and", "weight": 0}]
+    found = read(tmp_path, [{"prompt": ASK + ANSWER, "completion": again + OTHER}], tokenizer)
+    assert found.texts == [[*ASK, *ANSWER, {"role": "user", "content": "and"}]]
 
 
 def test_each_prompt_once_in_the_order_of_the_source(tmp_path, tokenizer):

@@ -139,6 +139,14 @@ def test_only_what_all_judges_have_scored_is_scored():
     assert crossed.seen is not None and crossed.seen.tolist() == [2, 40]
 
 
+def test_a_score_that_is_not_finite_is_none_and_counted():
+    rows, values = [np.array([1, 2, 4])] * 2, np.array([[1.0, 0], [np.nan, 0], [4, 0]])
+    scored = together(rows, [values, np.array([[1.0, -np.inf], [2, 0], [6, 1]])], np.array([0, 0, 1]))
+    assert (scored.rows.tolist(), scored.combined.tolist(), scored.not_finite) == ([4], [[6, 1]], 2)
+    with pytest.raises(ValueError, match="none of 3 pairs has a finite score"):
+        together(rows, [values, np.full((3, 2), np.inf)], None)
+
+
 def train_folds_and_annotate(shard, config: Config) -> None:
     for fold in range(FOLDS):
         run_training(fold_config(config, fold), "madpo reward test.yaml")
@@ -224,7 +232,8 @@ def test_rows_of_several_comparisons_have_no_one_margin(config, tmp_path):
     ranked = changed(config, "data", dataset_name=str(path), dataset_test_split=None)
     with pytest.raises(ValueError, match=r"1 rows make several comparisons; set data.edges=best_worst"):
         run_annotation(ranked)
-    (groups,) = load_pairs(changed(ranked, "data", edges="best_worst")).values()
+    data, _ = load_pairs(changed(ranked, "data", edges="best_worst"))
+    (groups,) = data.values()
     assert groups[0].edges == [(1, 0, 2.0)]
 
 

@@ -12,6 +12,7 @@ from harness import make_config, make_tokenizer, run_ranks, save_model
 from transformers import AutoTokenizer, GenerationConfig
 
 from madpo.trainer.config.schema import Config
+from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.data.training_data import load_data
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.stages.end_of_turn import end_of_turn, stop_at, taught_end
@@ -39,6 +40,14 @@ def test_the_end_is_the_special_token_behind_an_answer(tmp_path, end):
     assert found == (tokenizer.convert_tokens_to_ids(end.strip()) if special else None)
 
 
+def test_a_line_break_that_is_an_added_token_is_no_end(tmp_path):
+    """As in Gemma's tokenizer: an exported model would stop at the first line break."""
+    tokenizer = with_template(tmp_path, "<|end|>\n")
+    tokenizer.add_tokens(["\n"])
+    assert tokenizer.tokenize("a\n")[-1] == "\n"
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|end|>")
+
+
 def test_a_header_that_is_special_is_not_the_end(tmp_path):
     tokenizer = with_template(tmp_path, "", added="<assistant>")
     assert end_of_turn(tokenizer) is None
@@ -61,6 +70,15 @@ def test_an_end_that_is_known_changes_nothing(tmp_path):
 
     assert stop_at(Model, end, tokenizer) is None and stop_at(Model, None, tokenizer) is None
     assert Model.generation_config.eos_token_id == [2, end]
+
+
+def test_what_is_not_scored_teaches_no_end(tmp_path):
+    """A message of weight 0 at the end: the answer before it is what the model learns to end."""
+    tokenizer = with_template(tmp_path, "<|end|>")
+    end: Any = end_of_turn(tokenizer)
+    for mask, taught in (([True, True, False, False], end), ([True, False, False, False], None)):
+        groups: Any = [TokenGroup([5], [[6, end, 7, end]], [], masks=[mask])]
+        assert taught_end(groups, tokenizer) == taught
 
 
 @pytest.fixture

@@ -338,7 +338,7 @@ def test_a_function_that_is_not_there_is_seen_before_the_work(tmp_path, tree, fu
         ("[[1.0]] * 9", r"returned lists of the lengths \[1, 1"),
         ("1.0", "returned something else: 1.0"),
         ("[['x'] * 3] * 4", "returned something else"),
-        ("[[float('nan')] * len(c) for c in completions]", "returned a number that is not finite"),
+        ("[[10**400] * 3] * 4", "returned something else"),
     ],
 )
 def test_what_a_function_returns_is_checked(tmp_path, body, message):
@@ -347,3 +347,15 @@ def test_what_a_function_returns_is_checked(tmp_path, body, message):
     (tmp_path / "bad.py").write_text(f"def score(prompts, completions):\n    return {body}\n")
     with pytest.raises(ValueError, match=message):
         FunctionJudge(f"{tmp_path / 'bad.py'}:score")(["p"] * 4, [["a", "b", "c"]] * 4)
+
+
+def test_a_score_that_is_not_finite_is_no_score(tmp_path, tree):
+    from madpo.trainer.sampling.judges import open_judge
+
+    (tmp_path / "odd.py").write_text(
+        "def score(prompts, completions):\n    return [[1.5, float('nan'), float('-inf'), 1e300, None]]\n"
+    )
+    config = config_of(tmp_path, tree, judge={"function": f"{tmp_path / 'odd.py'}:score"})
+    assert config.generate is not None and config.generate.judge is not None
+    judge = open_judge(config, config.generate.judge)
+    assert judge([TextGroup("p", [], [])], [list("abcde")]) == [[1.5, None, None, None, None]]

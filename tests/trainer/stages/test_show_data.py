@@ -52,6 +52,26 @@ def test_a_pair_in_plain_text():
     ]
 
 
+def test_what_is_not_scored_stands_outside_the_brackets_and_is_dim_in_colour():
+    masks = [[True] * 2 + [False] * 3 + [True], [True]]
+    group = TokenGroup(ids("a"), [ids("b\nc\nde"), ids("f")], [(0, 1, None)], [1, -1], masks=masks)
+    assert lines(group)[3:8] == [
+        "chosen, 6 tokens, 3 of them not trained on",
+        "│ [[b",
+        "│ ]]c",
+        "│ d[[e]]",
+        "rejected, 1 token",
+    ]
+    body = list(render_group(group, decode, "f, row 1", True))[4]
+    assert body.plain == "│ b\n│ c\n│ de"
+    assert [(body.plain[x.start : x.end].strip("│ "), x.style) for x in body.spans] == [
+        ("b", "green"),
+        ("c", "dim"),
+        ("d", "dim"),
+        ("e", "green"),
+    ]
+
+
 def test_a_ranked_group_says_who_is_better_than_whom_and_what_was_cut():
     edges: list[tuple[int, int, float | None]] = [(1, 0, 1.0), (1, 2, None), (2, 0, 0.25)]
     group = TokenGroup(ids("a"), [ids("b"), ids("c"), ids("d")], edges, [-1, 1, 0], truncated=2, equal=1)
@@ -115,6 +135,8 @@ REPORT = {
     "groups_with_moved_boundary": 3,
     "comparisons_of_equal_tokens": 0,
     "rows_that_spell_special_tokens": 1,
+    "texts_that_spell_special_tokens": 8,
+    "unscored_completion_tokens": 0,
     "margin_min": -1.0,
     "margin_max": 2.0,
     "margin_mean": 0.5,
@@ -124,11 +146,14 @@ REPORT = {
 def test_the_totals_leave_out_zeros():
     assert [text.plain for text in render_totals(REPORT, 4000, 1000, False)] == [
         "── f: 12 examples, 9 groups",
+        "4,000 tokens, 25.0% of them trained on, in [[ ]]",
         "2 dropped: prompt fills max_length",
         "1 dropped: unreadable",
-        "4,000 tokens, 25.0% of them trained on, in [[ ]]",
         "3 prompts whose last tokens merge with the completion",
-        "1 examples spell out a special token: in conversations it becomes one",
+        "1 conversations spell out a special token, which becomes that token",
+        "8 of 12 examples are text in which a chat template was rendered before: special tokens that it "
+        "spells out are letters here; data.text_holds_special_tokens=true takes them as tokens",
+        r"what spells a special token as letters has a \ before it",
         "margins from -1 to 2, mean 0.5",
     ]
 

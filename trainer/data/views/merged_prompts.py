@@ -15,7 +15,7 @@ import xxhash
 
 from madpo.trainer.data.groups import GroupCounts, ReferenceLogps, TabledGroups, TokenDataset, ease_of
 from madpo.trainer.data.lengths import Shapes, in_two_parts, shapes_of
-from madpo.trainer.data.tokenise import TokenGroup, labels_of
+from madpo.trainer.data.tokenise import TokenGroup, joined_weights, labels_of, needed
 from madpo.trainer.data.views.ragged import ranges
 from madpo.trainer.objectives.base import Item
 from madpo.trainer.objectives.build import BoundObjective
@@ -66,6 +66,7 @@ class MergePlan(NamedTuple):
     leaders: np.ndarray  # (R,) the first example of its group
     tokens: np.ndarray  # (R,) packed
     completion_tokens: np.ndarray  # (R,)
+    scored_tokens: np.ndarray  # (R,)
     sequences: np.ndarray  # (R,)
     labelled: np.ndarray  # (R,)
 
@@ -82,13 +83,12 @@ class MergedDataset:
         self._members = np.argsort(plan.leaders, kind="stable")  # (R,) one group after another
         leads = plan.leaders[self._members] == self._members
         self._starts = np.append(np.flatnonzero(leads), len(leads))  # (G + 1,)
-        edges = self._sums(groups.counts.edges)
-        self.counts = GroupCounts(
+        self.counts = GroupCounts.all_computed(
             lengths=self._sums(plan.tokens),
             completion_tokens=self._sums(plan.completion_tokens),
+            scored_tokens=self._sums(plan.scored_tokens),
             sequences=self._sums(plan.sequences),
-            edges=edges,
-            counted_edges=edges,
+            edges=self._sums(groups.counts.edges),
             labelled=self._sums(plan.labelled),
         )
 
@@ -119,6 +119,17 @@ class MergedDataset:
     def margins(self) -> np.ndarray:
         return self._groups.margins[ranges(self._groups.counts.edges, self._members)]
 
+    @property
+    def edge_weights(self) -> np.ndarray | None:
+        weights = self._groups.edge_weights
+        return None if weights is None else weights[ranges(self._groups.counts.edges, self._members)]
+
+    @property
+    def completion_weights(self) -> np.ndarray | None:
+        assert not self._share_completions, "a shared completion has no weight of its own"
+        weights = self._groups.completion_weights
+        return None if weights is None else weights[ranges(self._groups.counts.sequences, self._members)]
+
     def shapes(self, indices: np.ndarray) -> Shapes:
         """The lengths of the groups at `indices`. Joined ones are read: only tokens show what is shared."""
         firsts, counts = self._starts[indices], np.diff(self._starts)[indices]
@@ -145,26 +156,34 @@ def joined(parts: Sequence[TokenGroup], share_completions: bool) -> TokenGroup:
     if len(parts) == 1:
         return parts[0]
     completions: list[list[int]] = []
+    masks: list[list[bool]] = []
     edges: list[tuple[int, int, float | None]] = []
     indices = CompletionIndices(share_completions)
     for part in parts:
-        new_index = indices.add([tuple(completion) for completion in part.completions])
-        for completion, index in zip(part.completions, new_index, strict=True):
+        pairs = list(zip(part.completions, part.whole_masks, strict=True))
+        new_index = indices.add([(tuple(completion), tuple(mask)) for completion, mask in pairs])
+        for (completion, mask), index in zip(pairs, new_index, strict=True):
             if index == len(completions):
                 completions.append(completion)
+                masks.append(mask)
         edges += [(new_index[chosen], new_index[rejected], margin) for chosen, rejected, margin in part.edges]
     if share_completions:
-        labels = labels_of(edges, len(completions))
+        labels, completion_weights = labels_of(edges, len(completions)), []
     else:
         labels = [label for part in parts for label in part.labels]
+        own = [(part.completion_weights, len(part.completions)) for part in parts]
+        completion_weights = joined_weights(own)
     return TokenGroup(
         parts[0].prompt,
         completions,
         edges,
         labels,
+        joined_weights([(part.edge_weights, len(part.edges)) for part in parts]),
+        completion_weights,
         boundary_cut=max(part.boundary_cut for part in parts),
         truncated=sum(part.truncated for part in parts),
         equal=sum(part.equal for part in parts),
+        masks=needed(masks),
     )
 
 
@@ -209,6 +228,7 @@ def _plan(groups: TabledGroups, most_tokens: int, share_completions: bool) -> Me
     leaders = np.arange(len(groups))
     tokens = groups.counts.lengths.astype(np.int64)
     completion_tokens = groups.counts.completion_tokens.astype(np.int64)
+    scored_tokens = groups.counts.scored_tokens.astype(np.int64)
     sequences = groups.counts.sequences.astype(np.int64)
     labelled = groups.counts.labelled.astype(np.int64)
     copies: Counter[tuple[Any, ...]] = Counter()  # how often an example was seen, which a mixture may repeat
@@ -222,12 +242,9 @@ def _plan(groups: TabledGroups, most_tokens: int, share_completions: bool) -> Me
         key = (prompt, copies[identity])
         copies[identity] += 1
         group = last.get(key)
-        shared: list[int] = []  # lengths of the completions that the group has already
-        if group is not None:
-            for digest, length in zip(example.digests, example.lengths, strict=True):
-                if digest in group.indices.of_earlier_parts:
-                    shared.append(length)
-        added = int(completion_tokens[index]) - sum(shared)
+        known = group.indices.of_earlier_parts if group is not None else {}
+        shared = [i for i, digest in enumerate(example.digests) if digest in known]
+        added = int(completion_tokens[index]) - sum(example.lengths[i] for i in shared)
         if group is None or group.tokens + added > most_tokens:
             group = _OpenGroup(index, int(tokens[index]), CompletionIndices(share_completions))
             last[key] = group
@@ -235,6 +252,7 @@ def _plan(groups: TabledGroups, most_tokens: int, share_completions: bool) -> Me
         else:
             leaders[index] = group.leader
             tokens[index] = completion_tokens[index] = added
+            scored_tokens[index] -= sum(example.scored[i] for i in shared)
             sequences[index] -= len(shared)
             group.tokens += added
         new_index = group.indices.add(example.digests)
@@ -244,7 +262,7 @@ def _plan(groups: TabledGroups, most_tokens: int, share_completions: bool) -> Me
         labelled[repeated] = 0
         for group in opened:
             labelled[group.leader] = sum(wins != 0 for wins in group.wins.values())
-    return MergePlan(leaders, tokens, completion_tokens, sequences, labelled)
+    return MergePlan(leaders, tokens, completion_tokens, scored_tokens, sequences, labelled)
 
 
 def _numbered(keys: Iterator[bytes]) -> np.ndarray:
@@ -256,23 +274,29 @@ def _numbered(keys: Iterator[bytes]) -> np.ndarray:
 class _Example(NamedTuple):
     """Completions and edges of an example."""
 
-    digests: list[bytes]  # of the completions' tokens
+    digests: list[bytes]  # of the completions' tokens and masks
     lengths: list[int]  # of the completions
+    scored: list[int]  # tokens of the completions that are scored
     chosen: list[int]
     rejected: list[int]
 
 
 def _examples(table: datasets.Dataset, indices: np.ndarray) -> Iterator[_Example]:
     selected = table.select(indices)
-    columns = (_read(selected, name) for name in ("completions", "winners", "losers"))
-    for completions, chosen, rejected in zip(*columns, strict=True):
+    columns = (_read(selected, name) for name in ("completions", "masks", "winners", "losers"))
+    for completions, masks, chosen, rejected in zip(*columns, strict=True):
         flat = completions.flatten()
         digests, lengths = _digests(flat), flat.value_lengths().to_pylist()
         ends = pairwise(accumulate(completions.value_lengths().to_pylist(), initial=0))
-        for (start, end), its_chosen, its_rejected in zip(
-            ends, chosen.to_pylist(), rejected.to_pylist(), strict=True
-        ):
-            yield _Example(digests[start:end], lengths[start:end], its_chosen, its_rejected)
+        edges = zip(chosen.to_pylist(), rejected.to_pylist(), strict=True)
+        for (start, end), mask, (its_chosen, its_rejected) in zip(ends, masks, edges, strict=True):
+            whose, scored = digests[start:end], lengths[start:end]
+            if its_masks := mask.as_py():
+                whose = [
+                    x if all(each) else x + bytes(each) for x, each in zip(whose, its_masks, strict=True)
+                ]
+                scored = [sum(each) for each in its_masks]
+            yield _Example(whose, lengths[start:end], scored, its_chosen, its_rejected)
 
 
 def _read(table: datasets.Dataset, name: str) -> Iterator[Any]:

@@ -11,7 +11,7 @@ from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.groups import ReferenceLogps
 from madpo.trainer.data.lengths import Shapes
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.data.tokenise import TokenGroup, needed
 from madpo.trainer.data.views.ragged import ranges, sums
 from madpo.trainer.errors import UserError
 
@@ -44,10 +44,15 @@ class MismatchedDataset:
         full_lengths = groups.completion_lengths[ranges(own.sequences, self._partner)]
         cut_lengths = np.minimum(full_lengths, np.repeat(room, borrowed_sequences))
         borrowed_tokens = sums(cut_lengths, borrowed_sequences)
+        whole_tokens, whole_scored = own.completion_tokens[self._partner], own.scored_tokens[self._partner]
+        borrowed_scored = np.where(whole_scored < whole_tokens, whole_scored, borrowed_tokens)
+        for index in np.flatnonzero((whole_scored < whole_tokens) & (borrowed_tokens < whole_tokens)):
+            borrowed_scored[index] = sum(self[index].scored[own.sequences[index] :])
         self.counts = replace(
             own,
             lengths=own.lengths + borrowed_tokens,
             completion_tokens=own.completion_tokens + borrowed_tokens,
+            scored_tokens=own.scored_tokens + borrowed_scored,
             sequences=own.sequences + borrowed_sequences,
         )
 
@@ -66,6 +71,22 @@ class MismatchedDataset:
     @property
     def margins(self) -> np.ndarray:
         return self._groups.margins
+
+    @property
+    def edge_weights(self) -> np.ndarray | None:
+        return self._groups.edge_weights
+
+    @property
+    def completion_weights(self) -> np.ndarray | None:
+        """(S,) weights of each group's own completions, and 1 for borrowed ones, whose loss is 0."""
+        weights, own = self._groups.completion_weights, self._groups.counts.sequences
+        if weights is None:
+            return None
+        starts = np.cumsum(self.counts.sequences) - self.counts.sequences
+        places = np.repeat(starts - (np.cumsum(own) - own), own) + np.arange(own.sum())
+        all_weights = np.ones(self.counts.sequences.sum())
+        all_weights[places] = weights
+        return all_weights
 
     def ease(self, order: str) -> np.ndarray | None:
         return self._groups.ease(order)
@@ -86,4 +107,12 @@ class MismatchedDataset:
         room = self._max_length - len(own.prompt)
         borrowed = [completion[:room] for completion in partner.completions]
         labels = [*own.labels, *(0 for _ in borrowed)]
-        return replace(own, completions=[*own.completions, *borrowed], labels=labels)
+        weights = [*own.completion_weights, *(1.0 for _ in borrowed)] if own.completion_weights else []
+        masks = needed([*own.whole_masks, *(mask[:room] for mask in partner.whole_masks)])
+        return replace(
+            own,
+            completions=[*own.completions, *borrowed],
+            labels=labels,
+            completion_weights=weights,
+            masks=masks,
+        )

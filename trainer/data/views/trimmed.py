@@ -1,33 +1,89 @@
-"""Views by the weights of edges: skip edges of weight 0, drop light ones, or draw groups by weight.
-
-The weights are those that an objective declares: an edge's weight follows from its margin alone and
-multiplies its loss. So it is known before anything is computed.
-"""
+"""Views of some groups, or of some edges of each; and groups whose losses have a further factor."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import compress
-from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 
 from madpo.trainer.data.groups import GroupCounts, ReferenceLogps, TokenDataset
 from madpo.trainer.data.lengths import Shapes, in_two_parts, shapes_of
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.data.views.ragged import ranges, sums
-from madpo.trainer.errors import UserError
 from madpo.trainer.formats.text_groups import with_edges
-from madpo.trainer.objectives.build import BoundObjective
 
 
-def edge_weights(groups: TokenDataset, objective: BoundObjective) -> np.ndarray:
-    """(E,) the weights that the objective gives the edges of all groups, in float64."""
-    assert objective.weight is not None
-    return objective.weight(torch.from_numpy(groups.margins.astype(np.float64))).numpy()
+class SelectedDataset:
+    """A view of some groups. One that is not computed still counts in the mean loss."""
+
+    def __init__(
+        self,
+        groups: TokenDataset,
+        selected: np.ndarray,  # (n,) indices of groups
+        is_computed: np.ndarray,  # (n,) bool
+        factors: np.ndarray | None = None,  # (n,) on the losses of each group, which counts as one item then
+    ) -> None:
+        self.name, self.fingerprint = groups.name, f"{groups.fingerprint}, {_digest(is_computed, selected)}"
+        self.reference: ReferenceLogps | None = None
+        self._groups, self._selected, self._factors = groups, selected, factors
+        counts = groups.counts.at(selected)
+        ones = np.ones_like(counts.edges)
+        self.counts = GroupCounts(
+            lengths=counts.lengths * is_computed,
+            completion_tokens=counts.completion_tokens * is_computed,
+            scored_tokens=counts.scored_tokens * is_computed,
+            sequences=counts.sequences * is_computed,
+            edges=counts.edges * is_computed,
+            labelled=counts.labelled * is_computed,
+            counted_edges=counts.counted_edges if factors is None else ones,
+            counted_labelled=counts.counted_labelled if factors is None else ones,
+            counted_tokens=counts.counted_tokens if factors is None else ones,
+        )
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self._groups.rows[self._selected]
+
+    @property
+    def prompt_hashes(self) -> np.ndarray:
+        return self._groups.prompt_hashes[self._selected]
+
+    @property
+    def margins(self) -> np.ndarray:
+        return self._groups.margins[ranges(self._groups.counts.edges, self._selected)]
+
+    @property
+    def edge_weights(self) -> np.ndarray | None:
+        return self._weights(self._groups.edge_weights, self._groups.counts.edges)
+
+    @property
+    def completion_weights(self) -> np.ndarray | None:
+        return self._weights(self._groups.completion_weights, self._groups.counts.sequences)
+
+    def _weights(
+        self,
+        weights: np.ndarray | None,  # (K,) of all groups underneath
+        counts: np.ndarray,  # (G,)
+    ) -> np.ndarray | None:
+        """The weights of the selected groups, without their factors."""
+        return None if weights is None else weights[ranges(counts, self._selected)]
+
+    def ease(self, order: str) -> np.ndarray | None:
+        ease = self._groups.ease(order)
+        return None if ease is None else ease[self._selected]
+
+    def shapes(self, indices: np.ndarray) -> Shapes:
+        return self._groups.shapes(self._selected[indices])
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, index: int) -> TokenGroup:
+        group = self._groups[int(self._selected[index])]
+        return group if self._factors is None else scaled(group, self._factors[index])
 
 
 class TrimmedDataset:
@@ -40,14 +96,13 @@ class TrimmedDataset:
         self,
         groups: TokenDataset,
         keep: np.ndarray,  # (E,) bool, of all edges
-        selected: np.ndarray,  # (G,) indices of groups
-        counted: np.ndarray,  # (G,) edges that each group counts as in the mean loss
-        factors: np.ndarray | None = None,  # (E,) of all edges, replace the objective's weights
+        selected: np.ndarray,  # (n,) indices of groups
+        counted: np.ndarray,  # (n,) edges that each selected group counts as in the mean loss
+        factors: np.ndarray | None = None,  # (n,) on the losses of each selected group
     ) -> None:
         all_counts = groups.counts
         assert all_counts.edges.all()
-        content = xxhash.xxh3_64_hexdigest(np.packbits(keep).tobytes() + selected.astype(np.int64).tobytes())
-        self.name, self.fingerprint = groups.name, f"{groups.fingerprint}, trimmed {content}"
+        self.name, self.fingerprint = groups.name, f"{groups.fingerprint}, {_digest(keep, selected)}"
         self.reference: ReferenceLogps | None = None
         self._groups, self._keep, self._selected, self._factors = groups, keep, selected, factors
         self._firsts = np.cumsum(all_counts.edges) - all_counts.edges
@@ -56,21 +111,26 @@ class TrimmedDataset:
         has_edges = edges > 0
         lengths = all_counts.lengths * has_edges
         completion_tokens = all_counts.completion_tokens * has_edges
+        scored_tokens = all_counts.scored_tokens * has_edges
         sequences = all_counts.sequences * has_edges
         labelled = all_counts.labelled * has_edges
         for index in np.flatnonzero(has_edges & ~self._is_whole):
             group = self._trimmed(index)
             completion_tokens[index] = sum(map(len, group.completions))
+            scored_tokens[index] = sum(group.scored)
             lengths[index] = len(group.prompt) + completion_tokens[index]
             sequences[index] = len(group.completions)
             labelled[index] = sum(label != 0 for label in group.labels)
         self.counts = GroupCounts(
             lengths=lengths[selected],
             completion_tokens=completion_tokens[selected],
+            scored_tokens=scored_tokens[selected],
             sequences=sequences[selected],
             edges=edges[selected],
-            counted_edges=counted,
             labelled=labelled[selected],
+            counted_edges=counted,
+            counted_labelled=labelled[selected],
+            counted_tokens=scored_tokens[selected],
         )
 
     @property
@@ -84,8 +144,23 @@ class TrimmedDataset:
     @property
     def margins(self) -> np.ndarray:
         """(E,) margins of the edges that remain."""
+        return self._groups.margins[self._positions]
+
+    @property
+    def edge_weights(self) -> np.ndarray | None:
+        """(E,) factors on the losses of the edges that remain, without those of the groups."""
+        weights = self._groups.edge_weights
+        return None if weights is None else weights[self._positions]
+
+    @property
+    def completion_weights(self) -> np.ndarray | None:
+        raise AssertionError("edges are trimmed for objectives of edges only")
+
+    @property
+    def _positions(self) -> np.ndarray:
+        """(E,) the edges that remain, as indices into those of the groups underneath."""
         positions = ranges(self._groups.counts.edges, self._selected)
-        return self._groups.margins[positions[self._keep[positions]]]
+        return positions[self._keep[positions]]
 
     def ease(self, order: str) -> np.ndarray | None:
         ease = self._groups.ease(order)
@@ -103,75 +178,35 @@ class TrimmedDataset:
         return len(self.counts)
 
     def __getitem__(self, index: int) -> TokenGroup:
-        return self._trimmed(self._selected[index])
+        group = self._trimmed(self._selected[index])
+        return group if self._factors is None else scaled(group, self._factors[index])
 
     def _trimmed(self, index: int) -> TokenGroup:
         """The group at `index` of the groups underneath, with the edges that remain."""
         group, first = self._groups[int(index)], self._firsts[index]
-        edges = slice(first, first + self._groups.counts.edges[index])
-        if not self._is_whole[index]:
-            group = trimmed(group, self._keep[edges].tolist())
-        if self._factors is None:
+        if self._is_whole[index]:
             return group
-        return replace(group, weights=self._factors[edges][self._keep[edges]].tolist())
+        return trimmed(group, self._keep[first : first + self._groups.counts.edges[index]].tolist())
 
 
 def trimmed(group: TokenGroup, keep: Sequence[bool]) -> TokenGroup:
     """The group with the edges to keep, and the completions that they compare."""
-    return with_edges(group, list(compress(group.edges, keep)))
+    weights = list(compress(group.edge_weights, keep))
+    return replace(with_edges(group, list(compress(group.edges, keep))), edge_weights=weights)
 
 
-def skip_weightless(groups: TokenDataset, weights: np.ndarray) -> TokenDataset:
-    """Skip the edges whose weight is exactly 0. They still count in the mean, so losses and gradients stay
-    those of all edges. `weights` (E,)."""
-    keep = weights != 0
-    if keep.all():
-        return groups
-    return TrimmedDataset(groups, keep, np.arange(len(groups)), groups.counts.edges)
-
-
-def drop_light(
-    groups: TokenDataset, weights: np.ndarray, least: float
-) -> tuple[TokenDataset, dict[str, Any]]:
-    """Drop the edges lighter than `least`, also from the mean; with numbers for the report.
-
-    `weights` (E,). Raises UserError if no edge is left.
-    """
-    keep = weights >= least
-    if not keep.any():
-        raise UserError(
-            f"data.min_weight: {least:g} is above the weight of every pair of {groups.name}, of which the "
-            f"largest is {weights.max():g}; lower it"
-        )
-    report = {
-        "pairs_below_min_weight": int((~keep).sum()),
-        "share_of_weight_below": float(weights[~keep].sum() / weights.sum()),
-    }
-    if keep.all():
-        return groups, report
-    edges = sums(keep.astype(np.int64), groups.counts.edges)
-    selected = np.flatnonzero(edges)
-    remaining = TrimmedDataset(groups, keep, selected, counted=edges[selected])
-    return remaining, report | {"groups": len(remaining), "tokens": int(remaining.counts.lengths.sum())}
-
-
-def draw_by_weight(groups: TokenDataset, weights: np.ndarray) -> tuple[TokenDataset, np.ndarray]:
-    """A view for drawing groups by weight, and (G,) the weights W to draw by, each the sum over its edges.
-
-    With E edges of weights w, the mean that training descends is L = sum_e w_e l_e / E. Draw group g with
-    probability W_g / sum W, and count it as one item of loss sum_{e in g} (sum W / E) (w_e / W_g) l_e: its
-    expectation is L, whatever the sizes of groups. A single pair has the factor sum W / E, the mean weight.
-    Raises UserError if all weights are 0.
-    """
-    group_weights = sums(weights, groups.counts.edges)
-    if not group_weights.any():
-        raise UserError(f"data.sampling: all pairs of {groups.name} have weight 0; none can be drawn")
-    share = weights / np.repeat(np.where(group_weights > 0, group_weights, 1.0), groups.counts.edges)
-    view = TrimmedDataset(
-        groups,
-        keep=weights != 0,
-        selected=np.arange(len(groups)),
-        counted=np.ones_like(groups.counts.edges),
-        factors=weights.mean() * share,
+def scaled(group: TokenGroup, factor: float) -> TokenGroup:
+    """The group with a further factor on all of its losses."""
+    edges = group.edge_weights or [1.0] * len(group.edges)
+    completions = group.completion_weights or [1.0] * len(group.completions)
+    return replace(
+        group,
+        edge_weights=[float(factor * weight) for weight in edges],
+        completion_weights=[float(factor * weight) for weight in completions],
     )
-    return view, group_weights
+
+
+def _digest(keep: np.ndarray, selected: np.ndarray) -> str:
+    """Identifies what a view keeps of the groups underneath."""
+    content = np.packbits(keep).tobytes() + selected.astype(np.int64).tobytes()
+    return f"trimmed {xxhash.xxh3_64_hexdigest(content)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,14 @@ from harness import make_config, run_ranks, save_model, sentence
 
 from madpo.kernels.token_scores import TokenScores
 from madpo.trainer import loop
-from madpo.trainer.batches.packing import PackedBatch
 from madpo.trainer.batches.steps import StepRules, plan_step
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.order import DataOrder, systematic_draws
 from madpo.trainer.data.training_data import load_data, weighed
 from madpo.trainer.data.training_source import DatasetSource
-from madpo.trainer.data.views.trimmed import TrimmedDataset, draw_by_weight, edge_weights, skip_weightless
+from madpo.trainer.data.views.trimmed import SelectedDataset, TrimmedDataset
+from madpo.trainer.data.views.weighed import draw_by_weight, skip_weightless, weights_of
 from madpo.trainer.dist import Shard
-from madpo.trainer.head import OutputHead, PreferenceHead
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import Item
 from madpo.trainer.stages.start_engine import start_engine
@@ -181,8 +179,10 @@ def test_light_pairs_are_left_out_and_told(tmp_path, tokenizer_folder):
 def test_what_weights_cannot_be_had_for_is_refused(tmp_path, tokenizer_folder, key):
     name = next(iter(key))
     for objective in ({"loss_type": "dpo"}, {"loss_type": "mixdpo"}):
-        with pytest.raises(ValueError, match=rf"data\.{name}: .* no weight .* use loss_type madpo"):
-            config_for(tmp_path, tokenizer_folder, [], objective, data=key)
+        with pytest.raises(
+            ValueError, match=rf"data\.{name}: no row .* has a weight, .* give a column weight"
+        ):
+            data_of(config_for(tmp_path, tokenizer_folder, rows_with([1.0, 2.0]), objective, data=key))
     with pytest.raises(ValueError, match=rf"data\.{name}: .* a stream never has"):
         config_for(tmp_path, tokenizer_folder, [], data={**key, "streaming": True}, train={"max_steps": 1})
 
@@ -193,7 +193,7 @@ def test_drawing_by_weight_needs_weights_and_a_shuffled_order(tmp_path, tokenize
     config = config_for(
         tmp_path, tokenizer_folder, rows_with([-4.0, -4.0]), STEEP, data={"sampling": "weight"}
     )
-    with pytest.raises(ValueError, match=r"data\.sampling: all pairs .* have weight 0"):
+    with pytest.raises(ValueError, match=r"data\.sampling: all of .* has weight 0"):
         data_of(config)
 
 
@@ -224,11 +224,13 @@ def test_the_draws_of_an_epoch_follow_from_seed_and_epoch_alone():
     assert sorted(whole[:50]) != whole[:50].tolist()  # shuffled
 
 
-def gradient(groups: Any, indices: Any, config: Config, seed: int = 5) -> torch.Tensor:
+def gradient(
+    groups: Any, indices: Any, config: Config, seed: int = 5, rules: StepRules = RULES
+) -> torch.Tensor:
     """The gradient of a step's loss in a table of log-probs by token, which stands for a model."""
     table = torch.from_numpy(np.random.default_rng(seed).normal(-3, 1, (2, 400))).requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
-    for batch in plan_step(groups, np.asarray(indices), RULES, ALONE).batches:
+    for batch in plan_step(groups, np.asarray(indices), rules, ALONE).batches:
         scored = batch.scored(TokenScores(table[0, batch.targets], table[1, batch.targets].detach()))
         total = total + batch.scale * config.bound_objective.of_groups(scored).losses.sum()
     return torch.autograd.grad(total, table)[0][0]
@@ -244,8 +246,7 @@ def test_the_expectation_of_a_drawn_step_is_the_weighted_loss(tmp_path, tokenize
     config = config_for(tmp_path, tokenizer_folder, rows_with(SPREAD, prompts))
     groups = unweighed(config)
     assert len(groups) == prompts
-    weights = edge_weights(groups, config.bound_objective)
-    drawn, of_groups = draw_by_weight(groups, weights)
+    drawn, of_groups = draw_by_weight(groups, config.bound_objective)
     truth = gradient(groups, range(prompts), config)
     chances = of_groups / of_groups.sum()
     each = torch.stack([gradient(drawn, [group], config) for group in range(prompts)])
@@ -263,11 +264,12 @@ def test_merged_pairs_of_a_group_keep_their_relative_weights(tmp_path, tokenizer
     config = config_for(tmp_path, tokenizer_folder, rows_with(SPREAD, 4), data={"sampling": "weight"})
     groups = unweighed(config)
     data = data_of(config)
-    weights = edge_weights(groups, config.bound_objective)
+    weights = weights_of(groups, config.bound_objective)
+    assert weights is not None
     firsts = np.cumsum(groups.counts.edges) - groups.counts.edges
     for index, (first, count) in enumerate(zip(firsts, groups.counts.edges, strict=True)):
         own = weights[first : first + count]
-        assert data.train[index].weights == pytest.approx(weights.mean() * own / own.sum())
+        assert data.train[index].edge_weights == pytest.approx([weights.mean() / own.sum()] * count)
     assert data.train.counts.counted_edges.tolist() == [1] * 4 and isinstance(data.source, DatasetSource)
     assert data.source.num_groups == 4
 
@@ -281,47 +283,101 @@ def test_held_out_pairs_are_weighted_as_ever(tmp_path, tokenizer_folder):
     config = config_for(tmp_path, tokenizer_folder, rows, data={**both, "dataset_test_split": "test"})
     data = data_of(config)
     assert not isinstance(data.held_out, TrimmedDataset) and len(data.held_out) == 9
-    assert data.held_out[0].weights == [] and data.train[0].weights != []
-
-
-def test_weights_of_the_batch_take_the_place_of_the_objectives_in_the_head(tmp_path, tokenizer_folder):
-    """In the fast path and in the losses that the log shows, alike: as if the loss were DPO's times them."""
-    config = config_for(tmp_path, tokenizer_folder, rows_with(SPREAD, 4))
-    drawn, _ = draw_by_weight(*_with_weights(config))
-    batch = plan_step(drawn, np.arange(4), RULES, ALONE).batches[0]
-    torch.manual_seed(0)
-    hidden, ref_hidden = torch.randn(2, len(batch.scored_positions), 16)
-    weight = torch.nn.Parameter(torch.randn(311, 16) / 4)
-
-    def loss(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        objective = config.bound_objective
-        reference = OutputHead(torch.nn.Parameter(weight.detach().flip(0), requires_grad=False))
-        head = PreferenceHead(OutputHead(weight), reference, objective, 2**30)
-        value, logps, ref_logps, *_ = head(hidden, ref_hidden, batch)
-        assert value is not None and logps is not None
-        scored = batch.scored(TokenScores(logps, ref_logps))
-        shown = objective.of_groups(scored)
-        torch.testing.assert_close(value.double(), batch.scale * shown.losses.sum(), rtol=1e-5, atol=1e-6)
-        dpo = -torch.nn.functional.logsigmoid(objective.beta * scored.edges.deltas)
-        return value, dpo
-
-    value, dpo = loss(batch)
-    assert batch.edge_weights is not None
-    torch.testing.assert_close(
-        value.double(), batch.scale * (dpo * batch.edge_weights).sum(), rtol=1e-5, atol=1e-6
-    )
-    paper, _ = loss(dataclasses.replace(batch, edge_weights=None))
-    assert not torch.allclose(paper, value)
-
-
-def _with_weights(config: Config) -> tuple[Any, np.ndarray]:
-    groups = unweighed(config)
-    return groups, edge_weights(groups, config.bound_objective)
+    assert data.held_out[0].edge_weights == [] and data.train[0].edge_weights != []
 
 
 def test_weights_that_are_all_positive_change_nothing(tmp_path, tokenizer_folder):
-    groups, weights = _with_weights(config_for(tmp_path, tokenizer_folder, rows_with(SPREAD)))
-    assert (weights > 0).all() and skip_weightless(groups, weights) is groups
+    config = config_for(tmp_path, tokenizer_folder, rows_with(SPREAD))
+    groups = unweighed(config)
+    assert skip_weightless(groups, config.bound_objective) is groups
+
+
+ROW_WEIGHTS = [0.5, 0.0, 2.0, 1.0, 0.0, 3.0, None, 0.25]
+
+
+def rows_with_weights(label: Any = None) -> list[dict[str, Any]]:
+    """Pairs whose prompts and weights repeat; with `label`, their chosen completions alone."""
+    rows = [row | {"weight": x} for row, x in zip(rows_with([1.0] * 8, 5), ROW_WEIGHTS, strict=True)]
+    if label is None:
+        return rows
+    return [
+        {"prompt": x["prompt"], "completion": x["chosen"], "label": label(i), "weight": x["weight"]}
+        for i, x in enumerate(rows)
+    ]
+
+
+FACTORS = np.array([1.0 if x is None else x for x in ROW_WEIGHTS])
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("loss", ["madpo", "dpo", "simpo", "apo_zero_unpaired", "nll"])
+def test_a_rows_weight_multiplies_its_loss(tmp_path, tokenizer_folder, loss, merged):
+    """The step with weights is the sum of single rows' steps times their weights, over all items; rows of
+    weight 0 are counted and not computed."""
+    label = {"apo_zero_unpaired": lambda i: i % 3 > 0, "nll": lambda i: True}.get(loss)
+    rows = rows_with_weights(label)
+    config = config_for(
+        tmp_path,
+        tokenizer_folder,
+        rows,
+        {"loss_type": loss},
+        data={"merge_prompts": merged and loss != "nll"},
+    )
+    rules = StepRules(config.bound_objective.item, 512)
+    groups = skip_weightless(unweighed(config), config.bound_objective)
+    assert isinstance(groups, TrimmedDataset | SelectedDataset)
+    got = gradient(groups, range(len(groups)), config, rules=rules)
+    alone = [{key: value for key, value in row.items() if key != "weight"} for row in rows]
+    (tmp_path / "alone").mkdir()
+    plain = config_for(
+        tmp_path / "alone", tokenizer_folder, alone, {"loss_type": loss}, data={"merge_prompts": False}
+    )
+    single = unweighed(plain)
+    items = single.counts.items(rules.item)
+    parts = [gradient(single, [index], plain, rules=rules) * items[index] for index in range(8)]
+    want = (torch.from_numpy(FACTORS)[:, None] * torch.stack(parts)).sum(0) / items.sum()
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    step = plan_step(groups, np.arange(len(groups)), rules, ALONE)
+    weightless = items[FACTORS == 0].sum()
+    # A completion of weight 0 that shares its prompt with another stays in the row.
+    assert step.skipped_items == (1 if merged and loss == "apo_zero_unpaired" else weightless) > 0
+
+
+@pytest.mark.parametrize("loss", ["dpo", "madpo", "nll", "apo_zero_unpaired"])
+def test_rows_are_drawn_and_dropped_by_their_own_weights(tmp_path, tokenizer_folder, loss):
+    label = {"apo_zero_unpaired": lambda i: i % 3 > 0, "nll": lambda i: True}.get(loss)
+    config = config_for(
+        tmp_path,
+        tokenizer_folder,
+        rows_with_weights(label),
+        {"loss_type": loss},
+        data={"merge_prompts": False, "sampling": "weight"},
+    )
+    rules = StepRules(config.bound_objective.item, 512)
+    groups = unweighed(config)
+    truth = gradient(groups, range(8), config, rules=rules)
+    drawn, of_groups = draw_by_weight(groups, config.bound_objective)
+    each = torch.stack(
+        [
+            gradient(drawn, [group], config, rules=rules) if of_groups[group] else torch.zeros(400)
+            for group in range(8)
+        ]
+    )
+    chances = torch.from_numpy(of_groups / of_groups.sum())
+    torch.testing.assert_close(chances @ each.double(), truth, rtol=1e-10, atol=1e-12)
+    light = config.model_copy(update={"data": config.data.model_copy(update={"min_weight": 0.75})})
+    data = data_of(light)
+    weights = weights_of(groups, config.bound_objective)
+    assert weights is not None
+    assert sorted(data.train.rows) == [1 + index for index in np.flatnonzero(weights >= 0.75)]
+    unit = "pair" if config.bound_objective.item is Item.EDGE else "completion"
+    assert data.source.report()["train"][f"{unit}s_below_min_weight"] == (weights < 0.75).sum()
+
+
+def test_weights_are_reported(tmp_path, tokenizer_folder):
+    report = data_of(config_for(tmp_path, tokenizer_folder, rows_with_weights())).source.report()["train"]
+    assert report["weights"] == 14 and report["weights_of_0"] == 4 and report["rows_without_weight"] == 1
+    assert report["weight_mean"] == pytest.approx(sum(x or 0 for x in ROW_WEIGHTS) / 7)
 
 
 def test_two_ranks_train_on_drawn_groups(tmp_path, tokenizer_folder):

@@ -1,0 +1,18 @@
+"""Code that lies in a model's folder or repository is never run, and nobody is asked whether it may be."""
+
+from __future__ import annotations
+
+from madpo.trainer.errors import on_one_line
+
+NO_CODE = {"trust_remote_code": False}
+"""For everything that loads by a name. Left out, transformers asks on the terminal."""
+
+
+def reason_of(error: Exception) -> str:
+    """Why something could not be loaded, on one line."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it needs code that lies in its own folder, and madpo runs no code of a model's folder; take a "
+            "model of a family that transformers has itself"
+        )
+    return on_one_line(error)
