@@ -168,12 +168,13 @@ def tiny_config(family: str) -> PreTrainedConfig:
 
     Raises what transformers raises for a family that cannot be made this small.
     """
-    kind = CONFIG_MAPPING[family]
+    kind: Any = CONFIG_MAPPING[family]
     default: Any = kind()
     if (text := default.get_text_config()) is not default:
         return kind(text_config=tiny_config(text.model_type).to_dict())
     known = default.to_dict()
-    values = {key: value for value, keys in SMALL.items() for key in keys if isinstance(known.get(key), int)}
+    small = {key: value for value, keys in SMALL.items() for key in keys}
+    values: dict[str, Any] = {key: value for key, value in small.items() if isinstance(known.get(key), int)}
     values |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if "initializer_range" in known:
         values["initializer_range"] = 0.15

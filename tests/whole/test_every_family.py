@@ -90,7 +90,8 @@ def test_what_becomes_of_a_family_is_on_the_page(family):
     for each in (model, theirs):
         refuse_more_than_text(family, each.train())
     got, want = packed_logps(model), plain_logps(theirs)
-    assert relative_error(got, want) < TOLERANCE.get(family, 1e-5)
+    tolerance = TOLERANCE.get(family, 1e-5)
+    assert relative_error(got, want) < tolerance
     weights = torch.randn(len(want))
     (got * weights).sum().backward()
     (want * weights).sum().backward()
@@ -98,4 +99,4 @@ def test_what_becomes_of_a_family_is_on_the_page(family):
     largest = max(gradient.norm() for gradient in truth.values())
     for name, parameter in model.named_parameters():
         if name in truth and truth[name].norm() > 1e-5 * largest:
-            assert relative_error(parameter.grad, truth[name]) < 1e-3, name
+            assert relative_error(parameter.grad, truth[name]) < max(1e-3, 10 * tolerance), name

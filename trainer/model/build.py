@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -90,9 +92,11 @@ def known_to(config: Config, name: str, revision: str | None) -> int | None:
     """The number of tokens that a stored model, or an adapter with its base, has embeddings for; None where
     its files do not say."""
     adapter = adapter_named(config, name, revision)
-    source = (name, revision) if adapter is None else (adapter.base, adapter.config.revision)
-    known = vocabulary_of(read_config(*source))
-    return known if adapter is None or known is None else embedding_rows(adapter, known)
+    if adapter is None:
+        return vocabulary_of(read_config(name, revision))
+    with _naming_the_base(name):
+        known = vocabulary_of(read_config(adapter.base, adapter.config.revision))
+    return known if known is None else embedding_rows(adapter, known)
 
 
 def load_reference(config: Config, tokenizer: PreTrainedTokenizerBase) -> ReferenceScorer:
@@ -250,18 +254,25 @@ def _load(
     options["quantization_config"] = lora.quantisation(config.peft)
     if adapter is None:
         return load_pretrained(name, revision, **options)
-    try:
+    with _naming_the_base(name):
         base = load_pretrained(adapter.base, adapter.config.revision, **options)
-    except UserError as error:
-        raise UserError(
-            f"{name} is an adapter: {error}; if its base model is elsewhere now, set "
-            "peft.base_model_name_or_path"
-        ) from error
     if base.has_new_layer and "score" not in (adapter.config.modules_to_save or []):
         raise UserError(f"{name} is no reward model's adapter; merge it first (madpo export --merge)")
     add_tokens(base.model, embedding_rows(adapter, base.model.config.vocab_size))
     lora.attach(base.model, adapter.config, lora.POLICY, adapter.weights)
     return Pretrained(base.model, has_new_layer=False)
+
+
+@contextmanager
+def _naming_the_base(adapter: str | None) -> Iterator[None]:
+    """Let a UserError about the base of an adapter say so."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"{adapter} is an adapter: {error}; if its base model is elsewhere now, set "
+            "peft.base_model_name_or_path"
+        ) from error
 
 
 def _check_same_shapes(policy: PreTrainedModel, reference: PreTrainedModel) -> None:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -57,18 +58,31 @@ class StoredAdapter:
     @cached_property
     def weights(self) -> dict[str, Tensor]:
         """Name in the model -> weight. Raises UserError if they are not in safetensors: a pickle is code."""
+        with safe_open(self._file, "pt") as file:
+            return {ours: file.get_tensor(theirs) for ours, theirs in _names(file).items()}
+
+    @cached_property
+    def lengths(self) -> dict[str, int]:
+        """Name in the model -> rows of the weight, read off the file's header. Raises UserError too."""
+        with safe_open(self._file, "pt") as file:
+            return {ours: file.get_slice(theirs).get_shape()[0] for ours, theirs in _names(file).items()}
+
+    @property
+    def _file(self) -> Path:
         path = Path(self.name) / WEIGHTS
-        if not path.is_file():
-            options: Any = {"revision": self.revision, "_raise_exceptions_for_missing_entries": False}
-            file = None if Path(self.name).is_dir() else cached_file(self.name, WEIGHTS, **options)
-            if file is None:
-                raise UserError(f"{self.name}: there is no {WEIGHTS}; save the adapter with peft again")
-            path = Path(file)
-        return {
-            key.removeprefix(PREFIX): value
-            for key, value in load_file(path).items()
-            if not any(part in key for part in REPEATED)
-        }
+        if path.is_file():
+            return path
+        options: Any = {"revision": self.revision, "_raise_exceptions_for_missing_entries": False}
+        file = None if Path(self.name).is_dir() else cached_file(self.name, WEIGHTS, **options)
+        if file is None:
+            raise UserError(f"{self.name}: there is no {WEIGHTS}; save the adapter with peft again")
+        return Path(file)
+
+
+def _names(file: Any) -> dict[str, str]:
+    """Name in the model -> name in a file of peft's."""
+    names = (name for name in file.keys() if not any(part in name for part in REPEATED))  # noqa: SIM118
+    return {name.removeprefix(PREFIX): name for name in names}
 
 
 def stored_adapter(name: str | None, revision: str | None, base: str | None = None) -> StoredAdapter | None:

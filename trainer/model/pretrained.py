@@ -157,8 +157,10 @@ def build_from_scratch(
         raise UserError(f"model.init_config.model_type: {family!r} is unknown to transformers") from error
     for key in values.keys() - defaults.keys():
         raise UserError(f"model.init_config.{key}: {family} has no such value{nearest(key, defaults)}")
+    values = {"vocab_size": len(tokenizer), **values}
     special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = AutoConfig.for_model(family, **{"vocab_size": len(tokenizer), **special, **options, **values})
+    known = {key: token for key, token in special.items() if token is None or token < values["vocab_size"]}
+    config = AutoConfig.for_model(family, **{**known, **options, **values})
     try:
         made = make_with_attention(partial(kind.from_config, without_dropout(config), dtype=dtype), attention)
     except ValueError as error:

@@ -38,7 +38,7 @@ def embedding_rows(adapter: StoredAdapter, known: int) -> int:
     in them than its base. Nothing else that it stores is as long. Raises UserError for embeddings that were
     stored beside the adapter as a part of the base model.
     """
-    longer = {name: len(weight) for name, weight in adapter.weights.items() if len(weight) > known}
+    longer = {name: rows for name, rows in adapter.lengths.items() if rows > known}
     whole = set(adapter.config.modules_to_save or [])
     for name in longer:
         if name.rpartition(".")[0].rpartition(".")[2] not in whole:

@@ -31,6 +31,7 @@ from madpo.trainer.model.build import check_vocabulary, load_reference
 from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.model.startup.attention import choose_attention
 from madpo.trainer.model.startup.checks import check_head
+from madpo.trainer.model.startup.positions import check_positions
 from madpo.trainer.objectives.base import Item, Need
 from madpo.trainer.reference import file as reference_file
 from madpo.trainer.reference.file import FORMAT_VERSION, CacheKey
@@ -200,6 +201,7 @@ class ReferenceScores:
         # Without gradients a long row fits one rank.
         rules = replace(rules, item=Item.TOKEN, ranks_per_row=1)
         check_rows_fit(groups, rules)
+        check_positions(self.model, groups)
         counts = groups.counts
         selected = np.arange(len(counts.lengths)) if selected is None else selected
         budget = BATCHES_PER_CHUNK * rules.budget * self.shard.world_size

@@ -28,6 +28,7 @@ from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.build import known_tokens
 from madpo.trainer.model.reward import RewardModel
+from madpo.trainer.model.startup.positions import check_positions
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.reward import BradleyTerryParams
 from madpo.trainer.objectives.scores import segment_sum
@@ -183,6 +184,7 @@ def _score(
         )
     scores = {}
     for split, groups in data.items():
+        check_positions(engine.module.policy, groups)
         flat = completion_scores(engine, groups, config, shard).numpy()
         firsts = np.cumsum(groups.counts.sequences) - groups.counts.sequences
         pairs = [groups[index].edges[0][:2] for index in range(len(groups))]

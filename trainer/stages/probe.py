@@ -32,6 +32,7 @@ from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.build import known_tokens
 from madpo.trainer.model.pretrained import state_of_files
+from madpo.trainer.model.startup.positions import check_positions
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import Item
 from madpo.trainer.objectives.sft import NLLParams
@@ -99,6 +100,7 @@ def stored_probe(
     if isinstance(stored, dict) and stored.get("of") == of:
         return Probe(**stored)
     engine = start_engine(_supervised(config), tokenizer, training=False)
+    check_positions(engine.module.policy, groups)
     probe = _measure(engine, groups, config, shard, of)
     engine.release()
     if shard.is_main:

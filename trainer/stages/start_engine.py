@@ -14,7 +14,7 @@ from madpo.trainer.model.policy import PolicyWithReference
 from madpo.trainer.model.startup.attention import choose_attention
 from madpo.trainer.model.startup.checks import check_head, check_noise
 from madpo.trainer.model.startup.interleave import interleave_reference
-from madpo.trainer.model.startup.positions import check_positions
+from madpo.trainer.model.startup.positions import check_max_length, check_positions
 from madpo.trainer.model.startup.slices import check_slicing
 from madpo.trainer.model.vocabulary import vocabulary_note
 from madpo.trainer.scoring_module import ScoringModule
@@ -27,6 +27,8 @@ def check_data_fits(data: Data, config: Config, engine: Engine) -> None:
     A model that only was not made for such long sequences gets a note.
     """
     rules = step_rules(config, engine.module)
+    if config.data.streaming and data.source is not None:
+        check_max_length(engine.module.policy, config.data.max_length)
     for groups in (data.train, data.held_out):
         if groups is not None:
             check_rows_fit(groups, rules)

@@ -27,6 +27,7 @@ from madpo.trainer.model.expert_balance import expert_balance
 from madpo.trainer.model.flops import passes
 from madpo.trainer.model.padded_rows import row_index
 from madpo.trainer.model.policy import PolicyWithReference
+from madpo.trainer.model.pretrained import load_pretrained
 from madpo.trainer.model.startup.attention import choose_attention
 from madpo.trainer.model.startup.checks import check_head, check_packing
 from madpo.trainer.model.tokenizer import load_tokenizer
@@ -127,6 +128,46 @@ def test_rows_and_places_by_the_tokens_themselves(prefix_sharing):
     for number, row in enumerate(rows):
         assert batch.input_ids[index[number, : len(row)]].tolist() == row
     assert np.array_equal(index.reshape(-1)[cells], np.arange(len(batch.input_ids)))
+
+
+OWN_WAYS = {
+    "bloom": ({"n_head": 4, "n_layer": 2}, "fails on the check's few tokens (TypeError: unsupported operand"),
+    "falcon": ({"num_attention_heads": 4, "alibi": True}, "looks its attention up in a table of its own"),
+    "stablelm": ({**ATTENTION, "hidden_size": 64}, "do not hand on to their attention the segment table"),
+}
+"""`model_type` -> values, and why it cannot share rows."""
+
+
+@pytest.mark.parametrize("family", OWN_WAYS)
+def test_a_family_that_attends_in_its_own_way(family, tmp_path):
+    """Arithmetic with the mask, ALiBi, a table of attentions, keywords that are not handed on."""
+    values, reason = OWN_WAYS[family]
+    sizes = {
+        "vocab_size": 307,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "initializer_range": 0.15,
+        **values,
+    }
+    torch.manual_seed(3)
+    theirs: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
+    theirs.save_pretrained(tmp_path)
+    options: Any = {"kind": AutoModelForCausalLM, "quantization_config": None, "dtype": torch.float32}
+    ours = load_pretrained(str(tmp_path), None, attention=NAME, **options).model
+    assert reason in choose_attention(ours, "auto", CPU)
+    check_head(ours, CPU)
+    groups = mixed_groups()
+    assert relative_error(packed_logps(ours, groups), padded_logps(theirs, groups)) < 1e-5
+
+
+def test_code_that_fails_in_both_ways_is_refused_in_one_line(monkeypatch):
+    model = stateful("mamba", NAME)
+    monkeypatch.setattr(type(model.backbone), "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(
+        UserError, match=r"tokens \(ZeroDivisionError: division by zero\); nor can it run"
+    ) as info:
+        choose_attention(model, "auto", CPU)
+    assert "\n" not in str(info.value)
 
 
 def test_what_is_inexact_in_rows_of_its_own_too_is_refused():

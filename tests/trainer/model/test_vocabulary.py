@@ -13,10 +13,12 @@ from peft import LoraConfig, get_peft_model
 from small_runs import with_sections
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from madpo.trainer.config.model import ModelConfig
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.training_data import load_data
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.build import known_tokens, load_sampler
+from madpo.trainer.model.pretrained import build_from_scratch
 from madpo.trainer.model.tokenizer import load_tokenizer, padding_token
 from madpo.trainer.stages.generate import run_generation
 from madpo.trainer.stages.train import run_training
@@ -167,10 +169,15 @@ def test_an_adapter_with_resized_embeddings_loads(tmp_path, tokenizer_folder):
 
 def test_a_padding_token_that_the_model_knows(tokenizer_folder):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    made = {key: value for key, value in LLAMA.items() if not key.endswith("token_id")}
+    scratch = ModelConfig(init_config={**made, "vocab_size": TOKENS})
     own = padding_token(tokenizer, TOKENS)
     tokenizer.add_special_tokens({"pad_token": "<new pad>"})
     assert padding_token(tokenizer, TOKENS + 1) == TOKENS
     assert padding_token(tokenizer, TOKENS) < TOKENS and own < TOKENS
+    model = build_from_scratch(scratch, tokenizer, torch.float32, "sdpa", AutoModelForCausalLM)
+    assert model.config.vocab_size == TOKENS and model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.pad_token_id is None
 
 
 def test_a_resized_run_continues(tmp_path, tokenizer_folder):

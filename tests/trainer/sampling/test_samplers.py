@@ -133,10 +133,13 @@ def test_too_long_a_prompt_is_refused(folder):
     assert len(sampler([[1] * 56], seed=0)[0]) == 2
 
 
-def test_a_tokenizer_that_is_too_large_is_refused(tmp_path, tokenizer_folder):
-    folder = save_model(tmp_path / "small", tokenizer_folder, seed=1, vocab_size=100)
-    with pytest.raises(ValueError, match="the tokenizer has 300 tokens and the model only 100"):
-        sampler_of(folder)
+def test_a_padding_token_that_the_model_lacks_is_not_used(folder):
+    """Prompts with such a token are refused before a model is loaded."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<new {number}>" for number in range(20)])
+    tokenizer.add_special_tokens({"pad_token": "<pad 320>"})
+    sampler = open_sampler(config_of(folder, max_new_tokens=2), str(folder), None, tokenizer)
+    assert len(sampler([[1, 40], [1]], seed=0)) == 2
 
 
 def test_vllm_that_is_not_there(folder, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,23 +17,40 @@ def check_positions(model: PreTrainedModel, groups: TokenGroups) -> str | None:
 
     Raises UserError for a model whose positions are learned, because it has no others.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(positions, int):
-        return None
+    positions = _positions(model)
     long = np.flatnonzero(groups.counts.lengths > positions)  # with all completions of a prompt together
     longest = int(groups.shapes(long).rows.max()) if len(long) else 0
     if longest <= positions:
         return None
-    text = f"the longest sequence has {longest} tokens, and the model was made for {positions} positions"
+    text = f"the longest sequence has {longest} tokens, and the model was made for {positions:.0f} positions"
+    _refuse_learned(model, text)
+    return f"{text}; it may predict badly beyond them (data.max_length={positions:.0f} cuts there)"
+
+
+def check_max_length(model: PreTrainedModel, max_length: int) -> None:
+    """Raise UserError if a sequence of `max_length` tokens has more than the model's learned positions; for a
+    stream, whose lengths are not known."""
+    positions = _positions(model)
+    if max_length > positions:
+        text = f"sequences may have {max_length} tokens, and the model was made for {positions:.0f} positions"
+        _refuse_learned(model, text)
+
+
+def _positions(model: PreTrainedModel) -> float:
+    """The positions that the model was made for; infinity if its config does not say."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else math.inf
+
+
+def _refuse_learned(model: PreTrainedModel, text: str) -> None:
+    positions = int(_positions(model))
     if _are_learned(model, positions):
         raise UserError(f"data.max_length: {text}; set data.max_length={positions}, or use another model")
-    return f"{text}; it may predict badly beyond them (data.max_length={positions} cuts there)"
 
 
 def within_positions(model: PreTrainedModel, tokens: int) -> int:
     """The length of a check's sequence: `tokens`, or the model's positions if it has fewer."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    return min(tokens, positions) if isinstance(positions, int) else tokens
+    return int(min(tokens, _positions(model)))
 
 
 def _are_learned(model: PreTrainedModel, positions: int) -> bool:

@@ -14,7 +14,7 @@ from madpo.trainer.model.attention import prefix_sharing
 from madpo.trainer.model.pretrained import without_dropout
 from madpo.trainer.model.startup.attention import choose_attention, recorded_inputs
 from madpo.trainer.model.startup.checks import check_head, check_noise
-from madpo.trainer.model.startup.positions import check_positions, within_positions
+from madpo.trainer.model.startup.positions import check_max_length, check_positions, within_positions
 
 CPU = torch.device("cpu")
 SIZES = {"vocab_size": 311, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -74,3 +74,6 @@ def test_a_model_with_learned_positions_is_refused(groups, family):
         ValueError, match=r"data\.max_length: the longest .* 16 positions; set data\.max_length=16"
     ):
         check_positions(model_of(LEARNED[family]), long)
+    check_max_length(model_of(LEARNED[family]), 16)  # a stream's
+    with pytest.raises(ValueError, match=r"sequences may have 17 tokens.*set data\.max_length=16"):
+        check_max_length(model_of(LEARNED[family]), 17)
