@@ -134,7 +134,9 @@ def test_heads_with_a_bias_or_a_scale_under_zero3(changes, tmp_path, tokenizer_f
 
 
 @pytest.mark.parametrize(
-    "name, gib", [("untied", 2.0), ("tied", 1e-5)], ids=["one-chunk", "chunks-and-blocks-tied"]
+    "name, gib",
+    [pytest.param("untied", 2.0, marks=pytest.mark.slow), ("tied", 1e-5)],
+    ids=["one-chunk", "chunks-and-blocks-tied"],
 )
 def test_the_triton_head_under_zero3_equals_plain_pytorch(name, gib, request):
     """The kernels, interpreted, inside two real ZeRO-3 ranks."""

@@ -73,7 +73,7 @@ def test_an_option_changes_no_number(without_options, ranks, zero):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", ["offload_both", "hpz"])
+@pytest.mark.parametrize("name", ["offload_both", pytest.param("hpz", marks=pytest.mark.slow)])
 def test_resume_is_bitwise_also_with_a_reference_that_moves(config, tmp_path, name):
     """And the losses are those of a run without the option."""
     ranks, zero = OPTIONS[name]
