@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.data.chat_template import render
-from madpo.trainer.data.groups import TokenDataset
+from madpo.trainer.data.training_source import TrainingSource
 from madpo.trainer.model.lora import is_adapted
 from madpo.trainer.sampling.samplers import ends_of
 
 LOOKED_AT = 100
-"""The number of groups whose completions are looked at."""
+"""The number of training groups whose completions are looked at."""
 
 TAIL = 4
 """The last scored tokens of a completion that are looked at: templates write a line break behind the end."""
 
 
-def taught_end(groups: TokenDataset | None, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def taught_end(source: TrainingSource, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that the chat template writes behind an answer, if completions of the data end so.
 
-    None without a template, for plain text, and for a stream, whose groups are not there yet.
+    None without a template, and for plain text.
     """
     end = end_of_turn(tokenizer)
-    if groups is None or end is None:
+    if end is None:
         return None
-    first = (groups[index] for index in range(len(groups)))
+    groups, indices = source.take(0, LOOKED_AT)
     tails = [
         [token for token, is_scored in zip(completion, mask, strict=True) if is_scored][-TAIL:]
-        for group in islice(first, LOOKED_AT)
+        for group in (groups[int(index)] for index in indices)
         for completion, mask in zip(group.completions, group.whole_masks, strict=True)
     ]
     return end if any(end in tail for tail in tails) else None

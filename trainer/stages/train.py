@@ -73,7 +73,7 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
         assert source is not None
         engine = start_engine(config, tokenizer, training=True)
         cleanup.callback(engine.release)
-        end = taught_end(data.train, tokenizer)
+        end = taught_end(source, tokenizer)
         end_note = stop_at(engine.module.policy, end, tokenizer)
         check_data_fits(data, config, engine)
         state = checkpoint.load(engine, checkpoints, tag) if tag else TrainState()

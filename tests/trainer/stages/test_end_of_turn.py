@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,7 +79,8 @@ def test_what_is_not_scored_teaches_no_end(tmp_path):
     end: Any = end_of_turn(tokenizer)
     for mask, taught in (([True, True, False, False], end), ([True, False, False, False], None)):
         groups: Any = [TokenGroup([5], [[6, end, 7, end]], [], masks=[mask])]
-        assert taught_end(groups, tokenizer) == taught
+        source: Any = SimpleNamespace(take=lambda consumed, count, groups=groups: (groups, [0]))
+        assert taught_end(source, tokenizer) == taught
 
 
 @pytest.fixture
@@ -103,9 +105,14 @@ def config(tmp_path) -> Config:
 
 def test_plain_text_does_not_end_so(config, tmp_path):
     tokenizer = load_tokenizer(config.model)
-    assert taught_end(load_data(config, tokenizer, True).train, tokenizer) == end_of_turn(tokenizer)
+    streaming = config.model_copy(update={"data": config.data.model_copy(update={"streaming": True})})
+    for either in (config, streaming):
+        source: Any = load_data(either, tokenizer, True).source
+        assert taught_end(source, tokenizer) == end_of_turn(tokenizer) is not None
     (tmp_path / "chat.jsonl").write_text('{"text": "the film was good"}\n')
-    assert taught_end(load_data(config, tokenizer, True).train, tokenizer) is None
+    for either in (config, streaming):
+        source = load_data(either, tokenizer, True).source
+        assert taught_end(source, tokenizer) is None
 
 
 def train_then_export(shard, config: Config) -> None:
