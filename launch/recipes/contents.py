@@ -8,13 +8,14 @@ from typing import Any
 
 import xxhash
 
-from madpo.trainer.files import hash_of_file, write_atomically
+from madpo.trainer.files import hash_of_file, sampled_content, write_atomically
 
 
 class Contents:
     """Hashes the contents of files and folders, and remembers them between runs.
 
-    A file is read again only if its size or its time of change differs.
+    A file is read again only if its size, its time of change, or a sample of it differs. The samples are all
+    of a small file.
     """
 
     def __init__(self, store: Path) -> None:
@@ -32,7 +33,7 @@ class Contents:
 
     def _of_file(self, path: Path) -> str:
         facts = path.stat()
-        key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
+        key = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns} {sampled_content([path])}"
         if key not in self.stored:
             self.stored[key] = hash_of_file(path)
         self.used[key] = self.stored[key]

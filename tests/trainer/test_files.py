@@ -3,10 +3,21 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import xxhash
 
-from madpo.trainer.files import fault_in, hash_of_file, seal, write_atomically, write_folder_atomically
+from madpo.launch.recipes.contents import Contents
+from madpo.trainer.files import (
+    SAMPLE_BYTES,
+    SAMPLES,
+    fault_in,
+    hash_of_file,
+    sampled_content,
+    seal,
+    write_atomically,
+    write_folder_atomically,
+)
 
 
 @pytest.fixture
@@ -156,3 +167,26 @@ def test_a_sealed_folder_tells_what_has_changed(tmp_path):
     assert fault_in(folder) == "c was added"
     (folder / "checksums.json").write_text("[]")
     assert fault_in(folder) == "checksums.json holds no table"
+
+
+def test_samples_know_contents_and_not_times(tmp_path):
+    """Files that were replaced under their old name, size and time stamps, as by `cp -p`."""
+    small, large = tmp_path / "small", tmp_path / "large"
+    for file, size in ((small, 1000), (large, 3 * SAMPLES * SAMPLE_BYTES)):
+        file.write_bytes(np.random.default_rng(0).bytes(size))
+        before, facts = sampled_content([file]), file.stat()
+        os.utime(file)
+        assert sampled_content([file]) == before
+        file.write_bytes(np.random.default_rng(1).bytes(size))
+        os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        assert sampled_content([file]) != before
+
+
+def test_a_recipe_reads_a_file_again_that_was_replaced_under_its_time_stamp(tmp_path):
+    contents, file = Contents(tmp_path / "hashes.json"), tmp_path / "rows.jsonl"
+    hashes = []
+    for text in ("good", "warm"):
+        file.write_text(text)
+        os.utime(file, ns=(1, 1))
+        hashes.append(contents(file, without=tmp_path / "none"))
+    assert hashes[0] != hashes[1]

@@ -19,8 +19,8 @@ from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.source import LINES, Source, line_of, load_by_name, reading, split_files
 from madpo.trainer.data.table_files import place_of, stream_table
 from madpo.trainer.errors import UserError
+from madpo.trainer.files import sampled_content
 
-SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 FIRST_ROWS = 100
 
 
@@ -111,20 +111,6 @@ class RowReader:
     def where(self, cursor: Any, row: int) -> str:
         number = cursor["rows"] + row
         return place_of(self._files, number) if self._files else f"{self.name} row {number}"
-
-
-def sampled_content(files: Iterable[Path]) -> str:
-    """A hash of each file's size and of SAMPLES samples spread evenly over it, from end to end. Up to
-    SAMPLES x SAMPLE_BYTES that is the whole file."""
-    content = xxhash.xxh3_128()
-    for path in files:
-        size = path.stat().st_size
-        content.update(f"{size} ".encode())
-        with path.open("rb") as file:
-            for sample in range(SAMPLES):
-                file.seek(max(size - SAMPLE_BYTES, 0) * sample // (SAMPLES - 1))
-                content.update(file.read(SAMPLE_BYTES))
-    return content.hexdigest()
 
 
 def _stamp(files: Iterable[Path]) -> str:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from madpo.trainer.config.model import ModelConfig
 from madpo.trainer.errors import UserError, nearest
+from madpo.trainer.files import sampled_content
 from madpo.trainer.model.families import NOISE_THAT_STAYS
 from madpo.trainer.model.foreign_code import NO_CODE, reason_of
 from madpo.trainer.model.positions import encode_by_sequence
@@ -35,10 +36,13 @@ class Pretrained(NamedTuple):
     has_new_layer: bool  # its score layer is not in the files, and random
 
 
-def state_of_files(name: str) -> list[tuple[str, int, int]]:
-    """(name, bytes, modification time in ns) of every file in a model's folder; [] for a name on the hub."""
+def state_of_files(name: str) -> list[tuple[str, str]]:
+    """(name, hash of samples) of every file in a model's folder; [] for a name on the hub.
+
+    Weights of other values differ in nearly every sample, and reading samples takes no time.
+    """
     files = sorted(file for file in Path(name).glob("*") if file.is_file())
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [(file.name, sampled_content([file])) for file in files]
 
 
 def load_pretrained(

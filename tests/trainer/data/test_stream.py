@@ -16,12 +16,13 @@ from patience import patient
 from transformers import AutoTokenizer
 
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.block_reader import SAMPLE_BYTES, SAMPLES, RowReader, open_reader, sampled_content
+from madpo.trainer.data.block_reader import RowReader, open_reader
 from madpo.trainer.data.source import load_by_name
 from madpo.trainer.data.stream import Stream
 from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.data.training_data import load_data
 from madpo.trainer.data.training_source import DatasetSource, TrainingSource
+from madpo.trainer.files import SAMPLE_BYTES, SAMPLES, sampled_content
 from madpo.trainer.stages.annotate import run_annotation
 from madpo.trainer.stages.probe import run_probe
 from madpo.trainer.stages.train import run_training
