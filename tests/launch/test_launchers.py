@@ -142,7 +142,11 @@ def test_a_mistake_that_only_a_rank_can_see_is_one_line(run):
 STOPPED = r"stopped at step \d+ of 100000; the last checkpoint is of step \d+; the same command .*"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    # Without a launcher, test_lifeline.py has the death of a parent by SIGKILL.
+    [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)],
+)
 def test_no_rank_outlives_its_launcher(run, number):
     process = start(
         [

@@ -12,6 +12,7 @@ from harness import run_ranks, without_clock, write_pairs
 from small_runs import ALONE, SHORT, changed, evaluate_only, model_bytes, records, train, with_sections
 
 from madpo.trainer.config.schema import Config
+from madpo.trainer.errors import FRESH
 from madpo.trainer.stages.train import is_exported
 
 RESUMED = {
@@ -114,7 +115,7 @@ def test_a_finished_run_is_left_as_it_is(finished, capfd):
     folder = Path(finished.output_dir)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
     run_ranks(2, train, finished)
-    assert capfd.readouterr().out == "finished at step 1 already; --fresh starts anew\n"
+    assert capfd.readouterr().out == f"finished at step 1 already; {FRESH} starts anew\n"
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 

@@ -113,11 +113,17 @@ def test_every_loss_is_what_a_second_opinion_says_of_plain_pytorch(base):
 @pytest.mark.parametrize(
     "ranks, train, every",
     [
-        (1, {"micro_batch_tokens": 128}, 1),
+        (1, {"micro_batch_tokens": 128}, 2),
         (4, {"global_batch_size": 3}, 4),
+        pytest.param(1, {"micro_batch_tokens": 128}, 1, marks=pytest.mark.slow),
         pytest.param(4, {"global_batch_size": 3}, 1, marks=pytest.mark.slow),
     ],
-    ids=["several micro-batches", "a rank without groups", "every loss, a rank without groups"],
+    ids=[
+        "several micro-batches",
+        "a rank without groups",
+        "every loss, several micro-batches",
+        "every loss, a rank without groups",
+    ],
 )
 def test_losses_of_the_whole_step_do_not_depend_on_how_it_is_spread(base, ranks, train, every):
     settings = [(name, these) for name, these in SETTINGS if "batch" in needs_of(name, these)]

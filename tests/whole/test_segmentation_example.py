@@ -28,6 +28,7 @@ def tiny(example: ModuleType, seed: int = 0):
     return example.Setup(seed, side=16, careless=32, pairs=32, held_out=16, reference_steps=4, steps=4)
 
 
+@pytest.mark.slow
 def test_preferences_alone_improve_the_masks(example, monkeypatch):
     """By 3 standard errors of the paired difference, at least 6 on each of the seeds 0 to 9."""
     forms = {name: example.FORMS[name] for name in ("base", "hinge anchor")}

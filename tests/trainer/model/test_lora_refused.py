@@ -179,8 +179,9 @@ def first_embeddings(shard, config: Config) -> list[torch.Tensor]:
 
 @pytest.mark.ranks
 def test_a_base_for_a_model_that_is_no_adapter(config, tmp_path):
-    run = changed(config, peft={"base_model_name_or_path": "elsewhere"})
-    message = r"peft\.base_model_name_or_path: 'elsewhere' is for a stored adapter, but .* is a whole model"
+    (tmp_path / "elsewhere").mkdir()
+    run = changed(config, peft={"base_model_name_or_path": str(tmp_path / "elsewhere")})
+    message = r"peft\.base_model_name_or_path: '.*elsewhere' is for a stored adapter, but .* is a whole model"
     with pytest.raises(AssertionError, match=message):
         run_ranks(1, train, run, checks=True)
     with pytest.raises(UserError, match=message):

@@ -62,7 +62,7 @@ def test_nothing_leaks_between_completions_or_groups(family, prefix_sharing):
 
 def test_the_segment_table_is_demanded():
     model = tiny_model("Llama 3", NAME, vocab_size=307)
-    with pytest.raises(ValueError, match="segments"):
+    with pytest.raises(ValueError, match="segment table"):
         model(input_ids=torch.tensor([[5, 6, 7]]))
 
 
