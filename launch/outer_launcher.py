@@ -7,8 +7,11 @@ from collections.abc import Mapping
 
 from madpo.trainer.errors import UserError
 
-COUNTS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Variables in which launchers say how many processes they start."""
+COUNTS = (
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "PET_NNODES", "NNODES", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"),
+    *("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_NRANKS", "JSM_NAMESPACE_SIZE"),
+)
+"""Variables in which launchers say how many processes or nodes they start."""
 
 PREFIXES = ("TORCHELASTIC_", "PET_", "GROUP_", "ROLE_")
 NAMES = {"RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -20,11 +23,11 @@ def check_alone() -> None:
     for name in COUNTS:
         value = os.environ.get(name, "")
         if value.isdigit() and int(value) > 1:
-            alone = f"; if this is the only process (salloc), unset {name}" if name == "SLURM_NTASKS" else ""
             raise UserError(
                 f"{name} is {value}: a launcher starts this command {value} times, and each would train "
                 "alone, as madpo starts its ranks itself. Let torchrun start `-m madpo.launch.worker CONFIG` "
-                f"on every node instead, as slurm/train.sbatch does (docs/clusters.md){alone}"
+                f"on every node instead, as slurm/train.sbatch does (docs/clusters.md); if this is the only "
+                f"process, unset {name}"
             )
 
 

@@ -99,7 +99,9 @@ def render(
     Raises UserError if there is no template, or if it writes BOS twice, and whatever the template raises.
     """
     messages, rendering = translated(messages, tokenizer, options)
-    ids: Any = tokenizer(write(messages, tokenizer, options), add_special_tokens=False)["input_ids"]
+    text = write(messages, tokenizer, options)
+    rendering = rendering._replace(lost=(*rendering.lost, *_altered(messages, text, rendering.lost)))
+    ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         raise UserError(
@@ -107,6 +109,29 @@ def render(
             "it out of the data, or out of the template if the tokenizer adds it too"
         )
     return ids, rendering
+
+
+def _altered(messages: Messages, text: str, known: Collection[Lost]) -> list[Lost]:
+    """Contents of messages that do not stand in the text as they are, but for blanks at their ends.
+
+    What a template does by length or by words, as a mark of its own around thinking, shows in real texts
+    alone. Pieces beside `<think>` count apart, since templates put thinking in other places.
+    """
+    told = {lost.message for lost in known}
+    return [
+        Lost(index, message["role"], "content")
+        for index, message in enumerate(messages)
+        if index not in told
+        for content in [text_in(message)]
+        if not _stands_in(text, content)
+        and not all(_stands_in(text, piece) for piece in _THOUGHT.split(content))
+    ]
+
+
+def _stands_in(text: str, content: str) -> bool:
+    """Whether a text holds this content, as it is or escaped as in JSON, like tools' results in some."""
+    words = content.strip()
+    return words in text or any(json.dumps(words, ensure_ascii=x)[1:-1] in text for x in (False, True))
 
 
 def translated(

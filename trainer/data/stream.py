@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -39,7 +40,7 @@ from madpo.trainer.data.tokenised_cache import (
     usable_rows,
 )
 from madpo.trainer.errors import UserError
-from madpo.trainer.files import make_folder, write_atomically
+from madpo.trainer.files import fault_in, make_folder, write_atomically
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,10 @@ class Stream:
         not know.
         """
         path, record = self._path(block), self._record(block)
+        with FileLock(self._folder / "lock"):
+            if path.is_dir() and (fault := fault_in(path)):
+                print(f"damaged cache {path}: {fault}; tokenising anew", file=sys.stderr, flush=True)
+                shutil.rmtree(path)
         if not path.is_dir():
             self._make(block, record.cursor)
         table = datasets.load_from_disk(str(path))

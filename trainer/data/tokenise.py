@@ -14,6 +14,7 @@ from madpo.trainer.data.masks import TrainOn, is_whole, mask_of, scored_messages
 from madpo.trainer.data.plain_text import encode_texts, ends_with_special
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.chat_message import WEIGHT, Messages, text_in
+from madpo.trainer.formats.numbers import as_weight
 from madpo.trainer.formats.read_row import RowRules
 from madpo.trainer.formats.text_groups import Text, TextGroup
 
@@ -129,7 +130,8 @@ def _weights(
         return [], []
     whole = 1.0 if group.weight is None else group.weight
     own = group.completion_weights or [1.0] * len(group.completions)
-    return [whole * own[won] * own[lost] for won, lost, _ in edges], [whole * x for x in own]
+    of_edges = [as_weight(whole * own[won] * own[lost], "weight of a pair") for won, lost, _ in edges]
+    return of_edges, [whole * x for x in own]
 
 
 def joined_weights(parts: Sequence[tuple[list[float], int]]) -> list[float]:

@@ -70,7 +70,7 @@ def _nearest(names: set[str]) -> str:
     """The end of an error message: the adapters that fit these columns, or lack the fewest."""
     missing = {name: adapter.missing(names) for name, adapter in ADAPTERS.items()}
     near = [name for name, lacks in missing.items() if len(lacks) < len(ADAPTERS[name].needs)]
-    rename = "rename yours with data.columns, ours first, as in data.columns={chosen: good, rejected: bad}"
+    rename = "rename yours with data.columns, ours first, as in data.columns={prompt: question, chosen: good}"
     if not near:
         return f"; {rename}"
     fitting = [name for name in near if not missing[name]]

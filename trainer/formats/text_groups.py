@@ -93,18 +93,16 @@ def to_group(row: Mapping[str, Any], layout: str, supervised: bool = False) -> T
     if layout in ("prompt-completion", "unpaired"):
         prompt = text_or_messages(row, "prompt", may_be_empty=True)
         completion = text_or_messages(row, "completion")
-        labels = []
-        if layout == "unpaired":
-            labels = [label_of(row)]
-        elif isinstance(row.get("label"), bool | int) and row["label"] == 0:
-            labels = [-1]
+        labels = [label_of(row)] if layout == "unpaired" else _undesirable(row)
         return TextGroup(prompt, same_kind(prompt, completion), [], labels)
     if layout == "messages":
         messages = text_or_messages(row, "messages")
         if isinstance(messages, str) or len(messages) < 2:
             raise UserError("messages: a list of at least two messages, the last one the assistant's")
         first = _first_trained_on(messages)
-        return TextGroup(messages[:first], same_kind(messages[:first], messages[first:]), [])
+        return TextGroup(
+            messages[:first], same_kind(messages[:first], messages[first:]), [], _undesirable(row)
+        )
     text = text_or_messages(row, "text")
     if not isinstance(text, str):
         raise UserError("text: expected text; put conversations in a `messages` column")
@@ -119,6 +117,12 @@ def _first_trained_on(messages: Messages) -> int:
         return last
     answers = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
     return next((i for i in answers if messages[i].get(WEIGHT) != 0), last)
+
+
+def _undesirable(row: Mapping[str, Any]) -> list[int]:
+    """The label of a supervised example that says false; nothing for any other, as most have none."""
+    labels = (row.get(name) for name in ("label", "kto_tag"))
+    return [-1] if any(isinstance(x, bool | int | float) and x == 0 for x in labels) else []
 
 
 def best_only(group: TextGroup) -> TextGroup:

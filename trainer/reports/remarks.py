@@ -59,7 +59,9 @@ def on_weights(config: Config, weights: np.ndarray | None) -> str | None:
         return None
     low, middle, high = np.quantile(weights, [0.05, 0.5, 0.95])
     source = config.objective.loss_type if config.bound_objective.weight else "the data set"
-    remark = f"weights of {source}: 5 % below {low:.3g}, median {middle:.3g}, 5 % above {high:.3g}"
+    if not weights.any():
+        return f"weights of {source}: all are 0, so nothing is learnt"
+    remark = f"weights of {source}: median {middle:.3g}, nine of ten from {low:.3g} to {high:.3g}"
     if high - low > ALIKE * middle:
         return remark
     if source != "madpo":

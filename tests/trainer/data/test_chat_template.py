@@ -31,6 +31,9 @@ TEMPLATES = {
         + TURN % "m.content.split('</think>')[-1]"
         + "{% endif %}"
     ),
+    "cuts another thinking": template(TURN % "m.content.split('</thought>')[-1]"),
+    "cuts what is long": template(TURN % "m.content[:16]"),
+    "results as JSON": template(TURN % "(m.content | tojson if m.role == 'tool' else m.content)"),
     "three roles": template(
         "{% if m.role in ['system', 'user', 'assistant'] %}" + TURN % "m.content" + "{% endif %}"
     ),
@@ -106,6 +109,21 @@ LOST = {
         "cuts thinking",
         row([ASK], THOUGHT),
         "thinking of the completion's message 1",
+    ),
+    "thinking between marks that nobody knows": (
+        "cuts another thinking",
+        row([ASK], say("assistant", "<thought>by counting</thought>is four")),
+        "content of the completion's message 1",
+    ),
+    "the end of a long answer": (
+        "cuts what is long",
+        row([say("user", "2 and 2")], say("assistant", "is four and no more")),
+        "content of the completion's message 1",
+    ),
+    "the end of a long question": (
+        "cuts what is long",
+        row([say("user", "two and two and two")]),
+        "content of message 1",
     ),
     "a tool call": (
         "plain",
@@ -234,3 +252,10 @@ def test_a_text_that_is_the_marker_itself_is_data(tokenizers):
         tokenizers["plain"], row([say("user", "madpo_text")], say("assistant", "madpo_text {x}"))
     )
     assert chosen == "madpo_text {x}</>" and notes == ()
+
+
+def test_a_result_of_a_tool_may_be_written_as_json(tokenizers):
+    """As Llama 3.1 has it; what stands in it is there, escaped."""
+    result = say("tool", 'says "größer"\nand more')
+    _, (chosen, _), notes = texts(tokenizers["results as JSON"], row([ASK], [YES, result, YES]))
+    assert "says" in chosen and notes == ()

@@ -128,6 +128,20 @@ def test_tables_that_were_removed_are_made_again_from_the_notes(tmp_path, tokeni
     assert sorted(left) == [0, 3, 4]
 
 
+def test_a_damaged_block_is_made_anew_and_named(tmp_path, tokenizer, capsys):
+    path, _ = as_lines(tmp_path)
+    config = config_for(tmp_path, path)
+    want = taken(stream_of(config, tokenizer), 0, BLOCK)
+    (table,) = (Path(config.data.cache_dir) / next(Path(config.data.cache_dir).glob("stream-*"))).glob(
+        "block-00000000/data*.arrow"
+    )
+    content = bytearray(table.read_bytes())
+    content[len(content) // 2] ^= 1
+    table.write_bytes(content)
+    assert taken(stream_of(config, tokenizer), 0, BLOCK) == want
+    assert capsys.readouterr().err.count("damaged cache") == 1
+
+
 def test_a_stream_of_one_block_is_the_ordinary_order(tmp_path, tokenizer):
     config = config_for(tmp_path, as_lines(tmp_path)[0], data={"stream_block": ROWS})
     groups, report = load_groups(config.data, "train", tokenizer)

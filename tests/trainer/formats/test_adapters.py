@@ -86,7 +86,7 @@ NEAREST = [
     ({"instruction", "output"}, "data.adapter=alpaca or instruction_output reads these"),
     ({"prompt", "response_0", "response_1"}, "nearest is pku_safe_rlhf, which lacks better_response_id"),
     ({"question", "chosen", "bad"}, "nearest is orca_pairs, which lacks rejected: rename yours"),
-    ({"a", "b"}, "rename yours with data.columns, ours first, as in data.columns={chosen: good,"),
+    ({"a", "b"}, "rename yours with data.columns, ours first, as in data.columns={prompt: question,"),
 ]
 
 

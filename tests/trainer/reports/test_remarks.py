@@ -55,11 +55,11 @@ def test_the_weights_of_the_pairs_are_said_and_also_that_they_are_all_alike():
     """A tau at the margins' upper end makes MADPO plain DPO, and the log alone does not show it."""
     config = config_with(1e-6, "madpo")
     spread = np.linspace(0.5, 2.5, 101)
-    assert remarks(config, 100, BIG, spread) == ["weights of madpo: 5 % below 0.6, median 1.5, 5 % above 2.4"]
+    assert remarks(config, 100, BIG, spread) == ["weights of madpo: median 1.5, nine of ten from 0.6 to 2.4"]
     for weight, rate in ((1.0, ""), (2.0, " at 2 times the learning rate")):
         (remark,) = remarks(config, 100, BIG, np.full(50, weight))
         assert remark == (
-            f"weights of madpo: 5 % below {weight:g}, median {weight:g}, 5 % above {weight:g}; they do not "
+            f"weights of madpo: median {weight:g}, nine of ten from {weight:g} to {weight:g}; they do not "
             f"vary, so this is DPO{rate} (docs/tau.md)"
         )
     params: Any = config.objective
