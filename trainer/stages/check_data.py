@@ -35,6 +35,11 @@ from madpo.trainer.reports.remarks import on_weights
 BAD_ROWS = 3
 """Exit status where an example cannot be read."""
 
+MOST_SHOWN = 10
+"""The number of unreadable examples whose reasons are printed."""
+
+TOTAL = "all parts"
+
 QUANTILES = {"5 %": 0.05, "median": 0.5, "95 %": 0.95, "longest": 1.0}
 
 
@@ -60,8 +65,8 @@ def check_data(config: Config, console: Console) -> int:
             own[part.label] = check.report(_tables(lenient, part, held_out, tokenizer), tokenizer, embedded)
             problems += [check.problem] if check.problem else []
             remarks += [f"{part.label}: {check.remark}"] if check.remark else []
-        reports |= own if config.data.datasets is None else with_total("all parts", parts, own)
-    _show(reports, console)
+        reports |= own if config.data.datasets is None else with_total(TOTAL, parts, own)
+    _show(reports, console, stops=config.data.on_bad_row == "error")
     path = _write(Path(config.output_dir), reports)
     for line in (*remarks, f"report {path}"):
         console.print(line, soft_wrap=True, markup=False)
@@ -162,8 +167,9 @@ def _quantiles(counts: np.ndarray) -> dict[str, int]:
     return {name: int(np.searchsorted(reached, q * reached[-1])) for name, q in QUANTILES.items()}
 
 
-def _show(reports: dict[str, Report], console: Console) -> None:
-    """Print a column for each part, and below it a line for each thing that was dropped, cut, or is odd."""
+def _show(reports: dict[str, Report], console: Console, stops: bool) -> None:
+    """Print a column for each part, and below it a line for each thing that was dropped, cut, or is odd, and
+    for the first examples that cannot be read; `stops`: training ends at these."""
     table = Table("", *reports, box=None, pad_edge=False)
     for name in ("rows", "groups", "tokens"):
         table.add_row(name, *(f"{report[name]:,}" for report in reports.values()))
@@ -175,6 +181,11 @@ def _show(reports: dict[str, Report], console: Console) -> None:
     for label, report in reports.items():
         for finding in findings(report):
             console.print(f"{label}: {finding}", soft_wrap=True, markup=False)
+        unreadable = report.get("where", {}).get(UNREADABLE, [])
+        for place in unreadable[:MOST_SHOWN] if label != TOTAL else ():
+            console.print(f"  {place}", soft_wrap=True, markup=False)
+        if stops and unreadable:
+            console.print(f"{label}: training would stop there (data.on_bad_row)", markup=False)
 
 
 def _write(folder: Path, reports: dict[str, Report]) -> Path:

@@ -91,6 +91,8 @@ def test_bad_rows_are_status_3_whatever_is_done_with_them(config):
     for setting in ("data.on_bad_row=drop", "data.streaming=true"):
         status, out, report = checked(config, setting)
         assert status == 3 and f"1 dropped: unreadable (first: {place}: chosen: expected text" in out
+        assert f"\n  {place}: chosen: expected text" in out
+        assert ("training would stop there" in out) == (setting != "data.on_bad_row=drop")
         assert report["train"]["groups"] == len(ROWS)
 
 
