@@ -150,7 +150,8 @@ def fault_in(folder: Path) -> str | None:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name != CHECKSUMS)
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return sorted(file for file in files if file.name != CHECKSUMS and file.suffix != ".lock")
 
 
 def _flush(path: Path) -> None:

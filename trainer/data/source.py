@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -11,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from filelock import FileLock
 
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.in_memory import place_in_memory
 from madpo.trainer.data.table_files import open_table, place_of
 from madpo.trainer.errors import UserError, on_one_line
-from madpo.trainer.files import hash_of_file, make_folder
+from madpo.trainer.files import fault_in, hash_of_file, make_folder, seal
 
 LINES = datasets.Features({"line": datasets.Value("int64"), "raw": datasets.Value("binary")})
 
@@ -76,17 +79,39 @@ def _open(data: DataConfig, split: str, cache: Path) -> Source:
     if files[0].suffix == ".jsonl":
         if next(_lines(str(files[0])), None) is None:
             raise UserError(f"{files[0]}: the file has no rows")
-        rows = datasets.Dataset.from_generator(
-            _lines,
-            features=LINES,
-            gen_kwargs={"path": str(files[0])},
-            cache_dir=str(cache / "lines"),
-            fingerprint=fingerprint,
-        )
-        assert isinstance(rows, datasets.Dataset)
+        folder = cache / "lines" / fingerprint
+        rows = _kept(folder, lambda: _lines_of(files[0], folder, fingerprint))
         return Source(str(files[0]), rows, fingerprint, "line")
-    rows = open_table(files, cache / "rows" / fingerprint)
+    folder = cache / "rows" / fingerprint
+    rows = _kept(folder, lambda: open_table(files, folder))
     return Source(str(files[0]), rows, fingerprint, "row", tuple(files))
+
+
+def _lines_of(file: Path, cache: Path, fingerprint: str) -> datasets.Dataset:
+    rows = datasets.Dataset.from_generator(
+        _lines,
+        features=LINES,
+        gen_kwargs={"path": str(file)},
+        cache_dir=str(cache),
+        fingerprint=fingerprint,
+    )
+    assert isinstance(rows, datasets.Dataset)
+    return rows
+
+
+def _kept(folder: Path, make: Callable[[], datasets.Dataset]) -> datasets.Dataset:
+    """What `make` gives, which `datasets` keeps in the folder; made anew if it was damaged there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"lock-{folder.name}")):
+        if folder.is_dir() and (fault := fault_in(folder)):
+            print(f"damaged cache {folder}: {fault}; reading anew", file=sys.stderr, flush=True)
+            shutil.rmtree(folder)
+        before = sorted(folder.rglob("*.arrow"))
+        rows = make()
+        # Parquet of this content under another name is kept beside it; Arrow files are read where they are.
+        if sorted(folder.rglob("*.arrow")) != before:
+            seal(folder)
+    return rows
 
 
 HELD_OUT = ("test", "validation")

@@ -128,3 +128,21 @@ def test_another_file_of_the_same_name_and_time_is_read_anew(tmp_path):
     shards(tmp_path / "d", {**PAIR, "chosen": [" d"]})
     os.utime(file, (1, 1))
     assert rows(data, tmp_path / "cache")[0]["chosen"] == " d"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_kept_rows_that_were_damaged_are_read_anew_and_named(tmp_path, capsys, suffix):
+    """Also where equal files of two names are kept together."""
+    files = [tmp_path / f"{name}{suffix}" for name in ("one", "two")]
+    for file in files:
+        if suffix == ".jsonl":
+            file.write_text('{"prompt": "where is it"}\n')
+        else:
+            pq.write_table(pa.table({"prompt": ["where is it"]}), file)
+    configs = [DataConfig(dataset_name=str(file)) for file in files * 2]
+    want, *others = [open_source(config, "train", tmp_path / "kept").rows[0] for config in configs]
+    assert others == [want] * 3 and capsys.readouterr().err == ""
+    for kept in (tmp_path / "kept").rglob("*.arrow"):
+        kept.write_bytes(kept.read_bytes().replace(b"where is it", b"where was I"))
+    assert open_source(configs[0], "train", tmp_path / "kept").rows[0] == want
+    assert capsys.readouterr().err.count("damaged cache") == 1
