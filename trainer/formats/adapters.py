@@ -21,6 +21,7 @@ from madpo.trainer.formats.messages import (
     answer,
     each,
     earlier_turns,
+    one_of,
     pair,
     question,
     say,
@@ -328,7 +329,7 @@ def _instruction_pairs(row: dict[str, Any]) -> TextGroup:
 def _instruction(row: dict[str, Any], *names: str) -> Messages:
     """An instruction with what stands around it: system, earlier turns, an input."""
     asked = text_of(row, *names)
-    if row.get("input") or row.get("context"):
-        asked += "\n" + text_of(row, "input" if row.get("input") else "context")
-    *system, asking = question(asked, row.get("system") or row.get("system_prompt"))
+    if one_of(row, "input", "context"):
+        asked += "\n" + text_of(row, "input", "context")
+    *system, asking = question(asked, row.get(one_of(row, "system", "system_prompt") or "system"))
     return [*system, *earlier_turns(row), asking]

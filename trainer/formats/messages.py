@@ -15,12 +15,28 @@ Row = Mapping[str, Any]
 
 
 def text_of(row: Row, *names: str) -> str:
-    """The text in the first of these columns that is not null. Raises UserError."""
-    name = next((x for x in names if row.get(x) is not None), names[0])
+    """The text in the one of these columns that holds any. Raises UserError, also if two hold others."""
+    name = one_of(row, *names) or next((x for x in names if row.get(x) is not None), names[0])
     value = row.get(name)
     if not isinstance(value, str) or not value:
         raise UserError(f"{name}: expected text, got {value!r:.80}")
     return value
+
+
+def one_of(row: Row, *names: str) -> str | None:
+    """The name of the first of these columns that holds something. Raises UserError if another holds
+    something else, since one of them would be left out."""
+    held = [name for name in names if row.get(name)]
+    if not held:
+        return None
+    first, *others = held
+    for other in others:
+        if row[other] != row[first]:
+            raise UserError(
+                f"{first} and {other}: both hold text, and one of them is read; set data.ignore_columns to "
+                f"[{other}] or to [{first}]"
+            )
+    return first
 
 
 def question(text: str, system: Any = None) -> Messages:

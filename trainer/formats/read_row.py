@@ -11,6 +11,7 @@ from typing import Any, Literal
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS, Adapter
 from madpo.trainer.formats.chat_message import says_something, unknown_keys, without_nulls, without_weights
+from madpo.trainer.formats.messages import one_of
 from madpo.trainer.formats.numbers import MARGIN_COLUMNS, as_weight, margin_of
 from madpo.trainer.formats.text_groups import (
     TextGroup,
@@ -102,7 +103,7 @@ def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised:
         group = replace(group, tools=_tools(row), template_kwargs=_template_kwargs(row))
         if not adapter.source:
             used |= {*SYSTEM}
-            group = with_system(group, next((row[name] for name in SYSTEM if row.get(name)), None))
+            group = with_system(group, row.get(one_of(row, *SYSTEM) or SYSTEM[0]))
         group = _with_keys_looked_at(group)
     return replace(group, unused=_unused(row, used, adapter, group))
 

@@ -141,3 +141,21 @@ def test_messages_that_differ_in_an_id_begin_alike():
         for side in ("chosen", "rejected")
     }
     assert len(read(talk).prompt) == 1
+
+
+@pytest.mark.parametrize(
+    ("example", "rules"),
+    [
+        (
+            {"instruction": "a", "input": "b", "context": "c", "output": "d"},
+            {"adapter": "instruction_output"},
+        ),
+        ({"prompt": "a", "question": "b", "response": "c"}, {"adapter": "instruction_output"}),
+        ({**TALK, "system": "a", "system_prompt": "b"}, {}),
+    ],
+)
+def test_two_columns_of_which_one_is_read_must_say_alike(example, rules):
+    with pytest.raises(UserError, match=r"^(\w+) and (\w+): both hold text, .* \[\2\] or to \[\1\]$"):
+        read(example, **rules)
+    two = ["context", "system_prompt", *(["question"] if "prompt" in example else [])]
+    assert read(example, ignore=tuple(two), **rules)
