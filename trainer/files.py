@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -147,6 +148,13 @@ def fault_in(folder: Path) -> str | None:
         if hash_of_file(folder / name) != sums[name]:
             return f"{name} has changed"
     return None
+
+
+def discard_damaged(folder: Path, then: str) -> None:
+    """Delete a sealed folder in which something differs, and say so; `then` is what comes of it."""
+    if folder.is_dir() and (fault := fault_in(folder)):
+        print(f"damaged cache {folder}: {fault}; {then}", file=sys.stderr, flush=True)
+        shutil.rmtree(folder)
 
 
 def _files_in(folder: Path) -> list[Path]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.in_memory import place_in_memory
 from madpo.trainer.data.table_files import open_table, place_of
 from madpo.trainer.errors import UserError, on_one_line
-from madpo.trainer.files import fault_in, hash_of_file, make_folder, seal
+from madpo.trainer.files import discard_damaged, hash_of_file, make_folder, seal
 
 LINES = datasets.Features({"line": datasets.Value("int64"), "raw": datasets.Value("binary")})
 
@@ -103,9 +101,7 @@ def _kept(folder: Path, make: Callable[[], datasets.Dataset]) -> datasets.Datase
     """What `make` gives, which `datasets` keeps in the folder; made anew if it was damaged there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"lock-{folder.name}")):
-        if folder.is_dir() and (fault := fault_in(folder)):
-            print(f"damaged cache {folder}: {fault}; reading anew", file=sys.stderr, flush=True)
-            shutil.rmtree(folder)
+        discard_damaged(folder, "reading anew")
         before = sorted(folder.rglob("*.arrow"))
         rows = make()
         # Parquet of this content under another name is kept beside it; Arrow files are read where they are.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -40,7 +39,7 @@ from madpo.trainer.data.tokenised_cache import (
     usable_rows,
 )
 from madpo.trainer.errors import UserError
-from madpo.trainer.files import fault_in, make_folder, write_atomically
+from madpo.trainer.files import discard_damaged, make_folder, write_atomically
 
 
 @dataclass(frozen=True)
@@ -200,9 +199,7 @@ class Stream:
         """
         path, record = self._path(block), self._record(block)
         with FileLock(self._folder / "lock"):
-            if path.is_dir() and (fault := fault_in(path)):
-                print(f"damaged cache {path}: {fault}; tokenising anew", file=sys.stderr, flush=True)
-                shutil.rmtree(path)
+            discard_damaged(path, "tokenising anew")
         if not path.is_dir():
             self._make(block, record.cursor)
         table = datasets.load_from_disk(str(path))

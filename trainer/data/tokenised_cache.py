@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from madpo.trainer.data.report import Report, reasons_in, report_of
 from madpo.trainer.data.source import Source, cache_folder, open_source
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, tokenise
 from madpo.trainer.errors import UserError, on_one_line
-from madpo.trainer.files import fault_in, seal, write_folder_atomically
+from madpo.trainer.files import discard_damaged, seal, write_folder_atomically
 from madpo.trainer.formats.adapters import ADAPTERS
 from madpo.trainer.formats.json_lines import parse_json_line
 from madpo.trainer.formats.oddities import claims_of, oddities_of
@@ -143,9 +142,7 @@ def read_table(
         key = groups_key(source.fingerprint, tokenizer, rules)
         path = cache / f"groups-{key}"
         with FileLock(cache / f"lock-{key}"):  # the same content may have another name elsewhere
-            if path.is_dir() and (fault := fault_in(path)):
-                print(f"damaged cache {path}: {fault}; tokenising anew", file=sys.stderr, flush=True)
-                shutil.rmtree(path)
+            discard_damaged(path, "tokenising anew")
             if not path.is_dir():
                 tokenise_all(source, tokenizer, rules, adapter_in(source, rules), data.dataset_num_proc, path)
         table = datasets.load_from_disk(str(path))
