@@ -27,7 +27,7 @@ from madpo.launch.help import (
 )
 from madpo.launch.lifeline import LAUNCHER_PID, die_with_launcher
 from madpo.launch.templates import commands, templates, write
-from madpo.trainer.errors import EXIT_USAGE, UserError
+from madpo.trainer.errors import UserError
 
 if TYPE_CHECKING:
     from madpo.launch.local import Task
@@ -191,7 +191,7 @@ def annotate(
     from madpo.launch import fold_models, local
 
     status = fold_models.train_folds(resolved, config, overrides)
-    status = status or local.run("annotate", config, overrides, resolved.launch)
+    status = status or local.run("annotate", config, overrides, resolved)
     if status:
         raise typer.Exit(status)
 
@@ -328,7 +328,7 @@ def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) ->
         from madpo.trainer.run_folder import set_aside
 
         set_aside(folder)
-    status = local.run(task, config, overrides or [], resolved.launch)
+    status = local.run(task, config, overrides or [], resolved)
     if status == 0:
         try:
             report([folder], None)
@@ -350,7 +350,7 @@ def _run_task(task: Task, config: str, overrides: list[str] | None, flags: Seque
         check_trained(Path(resolved.output_dir), task)
     if task != "annotate":  # which may score with other models than the config's
         located(resolved)
-    raise typer.Exit(local.run(task, config, overrides or [], resolved.launch, flags))
+    raise typer.Exit(local.run(task, config, overrides or [], resolved, flags))
 
 
 def _loaded(config: str, overrides: list[str], task: str) -> Config:
@@ -362,14 +362,14 @@ def _loaded(config: str, overrides: list[str], task: str) -> Config:
 
 
 def main() -> None:
-    """The console script: a UserError ends in one line and exit status 2."""
+    """The console script: a UserError ends in one line and its exit status."""
     if LAUNCHER_PID in os.environ:  # a stage of `madpo run`
         die_with_launcher()
     try:
         app(prog_name="madpo")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
+        sys.exit(error.status)
 
 
 if __name__ == "__main__":

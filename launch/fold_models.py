@@ -27,7 +27,7 @@ def train_folds(config: Config, path: str, overrides: Sequence[str]) -> int:
             print(f"fold {fold}: already trained", flush=True)
             continue
         print(f"fold {fold} (of 0 to {folds - 1}): madpo reward into {folder}", flush=True)
-        status = local.run("reward", path, own, resolved.launch)
+        status = local.run("reward", path, own, resolved)
         if status:
             return status
         finished.write_text(text)

@@ -1,15 +1,15 @@
-"""Start the ranks of this machine, with DeepSpeed's launcher if several, and end them when we end."""
+"""Start the ranks of this machine, end them when we end, and say how they have ended."""
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -17,10 +17,15 @@ from typing import Literal
 from madpo.launch.lifeline import LAUNCHER_PID
 from madpo.launch.outer_launcher import check_alone, without_launcher
 from madpo.launch.worker import FIRST_ERROR
-from madpo.trainer.config.schema import LaunchConfig
-from madpo.trainer.errors import UserError
+from madpo.trainer import outcome
+from madpo.trainer.config.schema import Config, LaunchConfig
+from madpo.trainer.errors import Exit, UserError
 
 Task = Literal["train", "sft", "reward", "evaluate", "export", "probe", "annotate", "generate"]
+
+SECONDS_AFTER_A_FAILURE = 20.0
+"""How long the other ranks may take to notice that one has failed, before they are killed."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def count_processes(launch: LaunchConfig) -> int:
@@ -37,48 +42,20 @@ def count_processes(launch: LaunchConfig) -> int:
     return launch.num_processes
 
 
-def devices(ranks: int) -> list[str]:
-    """The devices of the ranks, as CUDA_VISIBLE_DEVICES names them where it does."""
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if not visible or not torch.cuda.device_count():
-        return [str(number) for number in range(ranks)]
-    return [name.strip() for name in visible.split(",")][:ranks]
-
-
-def command_line(
-    task: Task, config: str, overrides: Sequence[str], ranks: int, flags: Sequence[str] = ()
-) -> list[str]:
-    """The command that runs a task on `ranks` ranks of this machine; a single rank needs no launcher."""
-    from madpo.trainer.dist import free_port
-
-    worker = ["madpo.launch.worker", "--task", task, *flags, config, *overrides]
-    if ranks == 1:
-        return [sys.executable, "-m", *worker]
-    # What `deepspeed` starts on every node; it would only look for other nodes first, in a process more.
-    nodes = json.dumps({"localhost": devices(ranks)})
-    return [
-        *(sys.executable, "-m", "deepspeed.launcher.launch"),
-        *("--world_info", base64.urlsafe_b64encode(nodes.encode()).decode()),
-        *("--master_port", str(free_port())),
-        "--no_local_rank",
-        *("--log_level", "critical"),  # that a rank has failed is said by the rank
-        "--module",
-        *worker,
-    ]
+def command_line(task: Task, config: str, overrides: Sequence[str], flags: Sequence[str] = ()) -> list[str]:
+    """The command that runs one rank of a task."""
+    return [sys.executable, "-m", "madpo.launch.worker", "--task", task, *flags, config, *overrides]
 
 
 def environment(ranks: int) -> dict[str, str]:
-    """The environment of the ranks: this machine's cores are divided among them."""
+    """The environment that all ranks share: this machine's cores are divided among them."""
     from madpo.launch.quiet import quiet_environment
     from madpo.trainer.dist import free_port
 
     quiet_environment()
     env = without_launcher(os.environ) | {LAUNCHER_PID: str(os.getpid())}
-    if ranks == 1:
-        env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     # A build folder per Python environment: environments that share DeepSpeed's default rebuild it in turn.
     env.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
@@ -86,41 +63,102 @@ def environment(ranks: int) -> dict[str, str]:
 
 
 def run(
-    task: Task, config: str, overrides: Sequence[str], launch: LaunchConfig, flags: Sequence[str] = ()
+    task: Task, config: str, overrides: Sequence[str], resolved: Config, flags: Sequence[str] = ()
 ) -> int:
-    """Start the ranks, end them when a signal comes, wait, and return their exit status.
+    """Start the ranks, pass signals on to them, wait, and return the exit status of the whole.
 
-    `flags` are options of the worker. The status is 128 + n after signal n. Raises UserError if a launcher
-    has started this command several times.
+    `flags` are options of the worker. What counts is the outcome that the ranks write into the run folder:
+    without one this is no success. Raises UserError if a launcher has started this command several times.
     """
     check_alone()
     import torch
 
-    ranks = count_processes(launch)
+    ranks = count_processes(resolved.launch)
     plural = "" if ranks == 1 else "s"
     place = f"{ranks} GPU{plural}" if torch.cuda.is_available() else "the CPU"
     print(f"starting {ranks} rank{plural} on {place}", flush=True)
-    received = 0
+    start = outcome.new_start()
+    command = command_line(task, config, overrides, flags)
     with TemporaryDirectory(prefix="madpo-") as folder:
-        process = subprocess.Popen(
-            command_line(task, config, overrides, ranks, flags),
-            env=environment(ranks) | {FIRST_ERROR: str(Path(folder) / "first")},
-            start_new_session=True,
+        shared = environment(ranks) | {outcome.START: start, FIRST_ERROR: str(Path(folder) / "first")}
+        processes = []
+        with _passed_on(processes) as received:
+            for rank in range(ranks):
+                own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                # In sessions of their own: a terminal's Ctrl-C reaches them through us, once.
+                processes.append(subprocess.Popen(command, env=own, start_new_session=True))
+            _wait(processes)
+    return _status(processes, Path(resolved.output_dir), start, received)
+
+
+@contextmanager
+def _passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Context manager: signals are passed on to the processes, and noted in the list that it yields.
+
+    The first as SIGTERM, as SIGINT has a traceback from a Python that has no handler of ours yet; a second
+    SIGINT as it is, which ends a rank at once.
+    """
+    received: list[int] = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        received.append(number)
+        is_second = number == signal.SIGINT and len(received) > 1
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT if is_second else signal.SIGTERM)
+
+    caught = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    old = {number: signal.signal(number, pass_on) for number in caught}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        for process in processes:  # some are left only after an error of ours
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait for all processes. Once one has failed, kill those that do not end by themselves."""
+    killed_at = None
+    while any(process.poll() is None for process in processes):
+        if killed_at is None and any(process.returncode for process in processes):
+            killed_at = time.monotonic() + SECONDS_AFTER_A_FAILURE
+        if killed_at is not None and time.monotonic() > killed_at:
+            for process in processes:
+                with suppress(ProcessLookupError):
+                    process.kill()
+        time.sleep(0.05)
+
+
+def _status(
+    processes: Sequence[subprocess.Popen[bytes]], folder: Path, start: str, received: Sequence[int]
+) -> int:
+    """The exit status of the whole; says what no rank could say."""
+    killed = {rank: -process.returncode for rank, process in enumerate(processes) if process.returncode < 0}
+    said = outcome.read(folder)
+    if said is not None and said.start == start and said.status in (Exit.DONE, Exit.AGAIN):
+        return said.status
+    if received:
+        return 128 + received[0]
+    for rank, number in killed.items():
+        hint = "; often the kernel, out of memory (see dmesg)" if number == signal.SIGKILL else ""
+        print(
+            f"error: rank {rank} on {socket.gethostname()} is gone: killed by {_name(number)}{hint}",
+            file=sys.stderr,
+            flush=True,
         )
+    if killed:
+        return Exit.LOST_PEER
+    failed = [process.returncode for process in processes if process.returncode]
+    if said is not None and said.start == start:
+        return said.status
+    if not failed:
+        print("error: the ranks ended without saying how", file=sys.stderr, flush=True)
+    return failed[0] if failed else Exit.BUG
 
-        def end(number: int, _frame: object) -> None:
-            nonlocal received
-            received = number
-            with suppress(ProcessLookupError):
-                # SIGINT would have a traceback from each Python that has no handler of ours yet.
-                os.killpg(process.pid, signal.SIGTERM)
 
-        old = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            status = process.wait()
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-    if received and status:
-        return 128 + received
-    return status if status >= 0 else 128 - status
+def _name(number: int) -> str:
+    return signal.Signals(number).name if number in {*signal.Signals} else f"signal {number}"

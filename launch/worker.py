@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 
 from madpo.launch import console_log
 from madpo.launch.lifeline import die_with_launcher
-from madpo.trainer import stopping
-from madpo.trainer.errors import EXIT_USAGE, UserError
+from madpo.trainer import outcome, stopping
+from madpo.trainer.errors import Exit, UserError, on_one_line
 
 if TYPE_CHECKING:
     from madpo.trainer.config.schema import Config
@@ -61,21 +61,39 @@ def main(argv: list[str] | None = None) -> int:
         command = shlex.join(["madpo", args.task, args.config, *args.overrides])
         if rank == 0:
             console_log.keep(folder, command)
+            outcome.remove(folder)
         _run(config, args, command)
-        return 0
-    except UserError as error:
-        status, text = EXIT_USAGE, f"error: {error}"
-    except Exception:
-        if stopping.is_stopping(seconds=1):  # the signal ended another rank first, and so broke a collective
+        status, text = Exit.DONE, ""
+    except stopping.StoppedError:
+        status, text = Exit.AGAIN, ""
+    except Exception as error:
+        if stopping.is_ending(seconds=1):  # the signal ended another rank first, and so broke a collective
             threading.Event().wait()
-        status, text = 1, traceback.format_exc()
+        status, text = _explained(error, rank)
+    if not text:
+        if rank == 0 and folder is not None:
+            outcome.write(folder, status, text, args.task)
+        return status
     is_shown = _shows_its_error()
     if is_shown:
         print(text, file=sys.stderr, flush=True)
+        if folder is not None:
+            outcome.write(folder, status, text, args.task)
     if folder is not None and not (is_shown and rank == 0):  # what rank 0 prints is kept already
         with suppress(OSError):
             console_log.append(folder, f"rank {rank}: {text}")
     return status
+
+
+def _explained(error: Exception, rank: int) -> tuple[Exit, str]:
+    """The exit status for an error, and what to print."""
+    if isinstance(error, UserError):
+        return error.status, f"error: {error}"
+    from madpo.trainer.dist import is_lost_peer
+
+    if is_lost_peer(error):
+        return Exit.LOST_PEER, f"error: rank {rank} has lost another rank: {on_one_line(error)}"
+    return Exit.BUG, "".join(traceback.format_exception(error))
 
 
 @contextmanager

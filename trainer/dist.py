@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
@@ -75,13 +76,37 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
-def raise_if_any(problem: str | None) -> None:
-    """Raise UserError on all ranks if any rank has a problem, so that none waits for the others."""
-    problems: list[str | None] = [None] * torch_dist.get_world_size()
-    torch_dist.all_gather_object(problems, problem)
-    for rank, text in enumerate(problems):
-        if text:
-            raise UserError(text if rank == 0 else f"rank {rank}: {text}")
+def gathered(value: Any) -> list[Any]:
+    """The values of all ranks, in their order, on all ranks."""
+    values = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def raise_if_any(problem: str | UserError | None) -> None:
+    """Raise UserError on all ranks if any rank has a problem, so that none waits for the others.
+
+    A problem that is an error is raised as one of its kind.
+    """
+    for rank, found in enumerate(gathered(problem)):
+        if found:
+            kind = type(found) if isinstance(found, UserError) else UserError
+            raise kind(str(found) if rank == 0 else f"rank {rank}: {found}")
+
+
+LOST_PEER = re.compile(
+    r"connection (closed|reset|refused)|time(d )?out|broken pipe|socket|peer|nccl(Remote|System)Error",
+    re.IGNORECASE,
+)
+"""What gloo and NCCL say when another rank is gone or does not answer."""
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone or does not answer."""
+    if isinstance(error, torch_dist.DistError):
+        return True
+    is_of_gloo = isinstance(error, RuntimeError) and ("gloo" in str(error).lower() or "NCCL" in str(error))
+    return is_of_gloo and LOST_PEER.search(str(error)) is not None
 
 
 def barrier() -> None:

@@ -19,10 +19,14 @@ from madpo.trainer.batches.packing import PackedBatch
 from madpo.trainer.config.deepspeed import zero_stage
 from madpo.trainer.config.schema import Config
 from madpo.trainer.config.train import OptimConfig
+from madpo.trainer.errors import CheckpointError
 from madpo.trainer.scoring_module import Gradients, Mode, ScoredLoss, ScoringModule
 from madpo.trainer.zero3.module_order import own_module_order
-from madpo.trainer.zero3.parameters import real_shape
+from madpo.trainer.zero3.parameters import real_shape, real_size
 from madpo.trainer.zero3.release import forget_copies, release
+from madpo.trainer.zero3.restore import restore
+from madpo.trainer.zero3.shard_files import ShardFiles
+from madpo.trainer.zero3.shards import Shards
 
 Item = TypeVar("Item")
 ModuleT = TypeVar("ModuleT", covariant=True, default=ScoringModule)
@@ -104,6 +108,9 @@ class Engine(Generic[ModuleT]):
                 config=deepspeed_config(config, training),
                 model_parameters=groups,
             )
+        engine.checkpoint_engine = ShardFiles(in_background=False)  # which unpickles nothing unsafe
+        # A script for other checkpoints than ours, which would lie beside the shards.
+        vars(engine)["_copy_recovery_script"] = lambda _: None
         self.deepspeed: Any = engine
         self.module: ModuleT = module
 
@@ -140,22 +147,50 @@ class Engine(Generic[ModuleT]):
         """Let ZeRO-3 follow a module order of its own for this `kind` of pass, while inside."""
         return own_module_order(self.deepspeed, kind)
 
+    def write_with(self, files: ShardFiles) -> None:
+        """Have `save` write through this object."""
+        self.deepspeed.checkpoint_engine = files
+
     def save(self, root: Path, tag: str, with_frozen: bool) -> None:
         """Write weights and optimiser into `root / tag`, on all ranks; frozen weights only if asked."""
         self.deepspeed.save_checkpoint(
             str(root), tag=tag, save_latest=False, exclude_frozen_parameters=not with_frozen
         )
 
-    def load(self, root: Path, tag: str) -> bool:
-        """Restore weights and optimiser from `root / tag`, on all ranks; False if DeepSpeed finds none."""
-        path, _ = self.deepspeed.load_checkpoint(
-            str(root),
-            tag=tag,
+    def state_bytes(self, with_frozen: bool) -> int:
+        """How many bytes `save` writes on all ranks together, but for headers."""
+        parameters = list(self.deepspeed.module.parameters())
+        frozen = sum(real_size(p) * p.element_size() for p in parameters if not p.requires_grad)
+        # Master weight and two moments in fp32; below stage 3 also the weight in its own type.
+        below = self.deepspeed.zero_optimization_stage() < 3
+        trained = sum(real_size(p) * (12 + below * p.element_size()) for p in parameters if p.requires_grad)
+        return trained + with_frozen * frozen
+
+    def load(self, folder: Path, files: Sequence[str], ranks: int, stage: int) -> None:
+        """Restore weights and optimiser from a checkpoint's files, which `ranks` wrote in that ZeRO `stage`.
+
+        Raises CheckpointError if they are of another model, or cannot be loaded on other ranks.
+        """
+        if self.deepspeed.zero_nvme_offload_optimizer():
+            self._load_natively(folder, ranks, stage)
+        else:
+            restore(self.deepspeed, Shards(folder, files, ranks, stage))
+        forget_copies(self.deepspeed.module)
+
+    def _load_natively(self, folder: Path, ranks: int, stage: int) -> None:
+        """Have DeepSpeed load its own shards: it alone knows what an optimiser has on a disk."""
+        own_ranks, own_stage = dist.get_world_size(), self.deepspeed.zero_optimization_stage()
+        if (ranks, stage) != (own_ranks, own_stage):
+            raise CheckpointError(
+                f"{folder}: written by {ranks} ranks in ZeRO stage {stage}; an optimiser that is offloaded "
+                f"to NVMe continues only so, and these are {own_ranks} in stage {own_stage}"
+            )
+        self.deepspeed.load_checkpoint(
+            str(folder.parent),
+            tag=folder.name,
             load_module_strict=False,  # a reference that never moves is not in the checkpoint
             load_lr_scheduler_states=False,
         )
-        forget_copies(self.deepspeed.module)
-        return path is not None
 
     def train(self) -> None:
         self.deepspeed.train()

@@ -1,11 +1,28 @@
-"""UserError, the one error that users are meant to see; its exit status; a near word for a misspelt one."""
+"""The errors that users are meant to see, each with its exit status; a near word for a misspelt one."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from enum import IntEnum
 
-EXIT_USAGE = 2
+
+class Exit(IntEnum):
+    """What an exit status means to a script or a scheduler; docs/resume.md has them for users.
+
+    A process that a signal ended at once has 128 + the number of the signal.
+    """
+
+    DONE = 0
+    BUG = 1
+    USAGE = 2
+    DATA = 3
+    CHECKPOINT = 4
+    NOT_FINITE = 5
+    LOST_PEER = 6
+    AGAIN = 75
+    """Stopped in good order: the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+
 
 FRESH = "--fresh (in Python: fresh=True)"
 """How a run is begun anew, for messages."""
@@ -19,6 +36,32 @@ class UserError(ValueError):
 
     Shown as one line without a traceback. Any other exception, other ValueErrors included, is our fault.
     """
+
+    status = Exit.USAGE
+
+
+class DataError(UserError):
+    """Rows that cannot be read or trained on."""
+
+    status = Exit.DATA
+
+
+class CheckpointError(UserError):
+    """No sound checkpoint to continue from, or none could be written."""
+
+    status = Exit.CHECKPOINT
+
+
+class NotFiniteError(UserError):
+    """A loss, a gradient or a weight that is not finite."""
+
+    status = Exit.NOT_FINITE
+
+
+class LostPeerError(UserError):
+    """Another rank is gone, or does not answer."""
+
+    status = Exit.LOST_PEER
 
 
 def on_one_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
@@ -25,6 +26,14 @@ SECONDS_UNTIL_LEFT = 3600.0
 """A temporary file that nobody has written to for so long is a killed process's."""
 
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a file must be like: its size in bytes, and its hash as `hash_of_file` gives it."""
+
+    size: int
+    checksum: str
 
 
 def make_folder(key: str, folder: Path) -> Path:
@@ -57,12 +66,12 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], None]) 
             partial.write_bytes(content)
         else:
             content(partial)
-        _flush(partial)
+        flush(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
 
 
 def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -78,10 +87,10 @@ def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> None:
         write(partial)
         for file in partial.rglob("*"):
             if file.is_dir():
-                _flush_folder(file)
+                flush_folder(file)
             elif not file.is_symlink():
-                _flush(file)
-        _flush_folder(partial)
+                flush(file)
+        flush_folder(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -95,7 +104,7 @@ def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> None:
         if replaces:
             os.replace(aside, path)
         raise
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -162,12 +171,12 @@ def _files_in(folder: Path) -> list[Path]:
     return sorted(file for file in files if file.name != CHECKSUMS and file.suffix != ".lock")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def _flush_folder(path: Path) -> None:
+def flush_folder(path: Path) -> None:
     """Flush the names in a folder; a file system that cannot do that keeps them in its own way."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)

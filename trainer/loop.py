@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
+from madpo.trainer import stopping
+from madpo.trainer.agreement import Told
 from madpo.trainer.batches.cost import StepWork
 from madpo.trainer.batches.prefetch import prefetched
 from madpo.trainer.batches.steps import evaluation_steps, step_rules, training_steps
@@ -15,7 +17,7 @@ from madpo.trainer.data.groups import TokenDataset
 from madpo.trainer.data.training_source import TrainingSource
 from madpo.trainer.dist import Shard
 from madpo.trainer.engine import Engine
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import CheckpointError, NotFiniteError
 from madpo.trainer.metrics import Meter
 from madpo.trainer.model.flops import step_cost
 from madpo.trainer.objectives.base import BatchState, Item
@@ -28,12 +30,34 @@ from madpo.trainer.throughput import peak_flops, throughput
 
 Record = dict[str, float]
 
+MINUTES_BETWEEN_SAVES = 30
+"""How much work a run with `train.save_steps: auto` may lose."""
+
 
 class Evaluation(NamedTuple):
     """What an evaluation returns, on all ranks."""
 
     record: Record
     pairs: PairMargins | None  # of an objective of pairs
+
+
+class Saving(Protocol):
+    """What the loop asks of whoever writes the checkpoints; all ranks ask at the same places."""
+
+    last_step: int | None
+    """The step of the newest checkpoint; None if there is none yet."""
+
+    def agree(self, stop: int, save: bool) -> Told:
+        """Tell the other ranks and hear from them, once a step; commits what all have written."""
+        ...
+
+    def save(self) -> None:
+        """Begin a checkpoint of the run as it is."""
+        ...
+
+    def finish(self) -> None:
+        """Wait for the checkpoint under way."""
+        ...
 
 
 def train(
@@ -43,14 +67,14 @@ def train(
     held_out: TokenDataset | None,
     shard: Shard,
     state: TrainState,
+    saver: Saving,
     on_record: Callable[[Record], None],
-    on_save: Callable[[], None],
     on_pairs: Callable[[int, PairMargins], None] = lambda step, pairs: None,
-) -> None:
-    """Train from `state` to the end of the run.
+) -> int:
+    """Train from `state` to the end of the run, or to the end of the step in which a rank is asked to stop.
 
-    `on_record` gets every logged record, on all ranks; `on_save` writes a checkpoint; `on_pairs` gets the
-    step of an evaluation and its margins.
+    `on_record` gets every logged record, on all ranks; `on_pairs` gets the step of an evaluation and its
+    margins. Returns 0, or the number of the signal that stopped the run, with a checkpoint of its last step.
     """
     settings = config.train
     length = run_length(config, source.num_groups)
@@ -63,17 +87,24 @@ def train(
     meter = Meter()
     work = StepWork()
     logged_at = time.perf_counter()
-    logged_step = saved_step = state.step  # a run that continues does so from a checkpoint
+    logged_step = state.step
+    saved_at = time.monotonic()
     log_every = logging_steps(settings, length.total_steps)
 
-    def evaluate_held_out(groups: TokenDataset, epoch: float) -> None:
+    def evaluate_held_out(groups: TokenDataset) -> None:
         record, pairs = evaluate(config, engine, groups, shard, state.memory)
-        on_record(_stamped(record, state, epoch))
+        state.evaluated_step = state.step
+        on_record(_stamped(record, state))
         if pairs is not None:
             on_pairs(state.step, pairs)
 
-    if held_out is not None and settings.eval_on_start and state.step == 0:
-        evaluate_held_out(held_out, epoch=0.0)
+    def is_evaluation_due() -> bool:
+        is_first, is_last = state.step == 0, state.step == length.total_steps
+        is_due = (is_first and settings.eval_on_start) or is_last or _due(state.step, settings.eval_steps)
+        return is_due and state.evaluated_step != state.step
+
+    if held_out is not None and is_evaluation_due():  # the first, or one that a stop left out
+        evaluate_held_out(held_out)
         logged_at = time.perf_counter()
     engine.train()
 
@@ -90,11 +121,19 @@ def train(
             alpha, models = config.model.ref_model_mixup_alpha, engine.module
             assert models.reference is not None
             move_reference(models.policy, models.reference, alpha, seed, engine.device)
+        state.epoch = step.epoch
         is_last = state.step == length.total_steps
 
-        saves = is_last or _due(state.step, settings.save_steps)
-        # A checkpoint closes a log line too, so that a resumed run logs the same numbers.
-        if saves or _due(state.step, log_every):
+        due = settings.save_steps == "auto" and time.monotonic() - saved_at > MINUTES_BETWEEN_SAVES * 60
+        agreed = saver.agree(stop=stopping.asked(), save=due)
+        is_stopped = agreed.stop > 0 and not is_last
+        logs = is_last or _due(state.step, log_every)
+        # A checkpoint closes a log line, so that a resumed run logs the same numbers. One that is due by time
+        # waits for a line, and the lines stay where they are.
+        saves = (
+            is_last or is_stopped or _due_to_save(state.step, settings.save_steps) or (agreed.save and logs)
+        )
+        if saves or logs:
             record = meter.reduce()
             seconds = time.perf_counter() - logged_at
             record |= {
@@ -105,23 +144,28 @@ def train(
             }
             if work.skipped_edges:
                 record["data/skipped_edges"] = work.skipped_edges
-            _check_finite(record, state.step, saved_step)
-            on_record(_stamped(record, state, step.epoch))
+            _check_finite(record, state.step, saver.last_step)
+            on_record(_stamped(record, state))
             work = StepWork()
             logged_at = time.perf_counter()
             logged_step = state.step
 
-        if held_out is not None and (is_last or _due(state.step, settings.eval_steps)):
+        if held_out is not None and is_evaluation_due() and not is_stopped:
             paused = time.perf_counter()
-            evaluate_held_out(held_out, step.epoch)
+            evaluate_held_out(held_out)
             engine.train()
             logged_at += time.perf_counter() - paused
 
         if saves:
-            paused = time.perf_counter()
-            on_save()
-            saved_step = state.step
+            paused, saved_at = time.perf_counter(), time.monotonic()
+            saver.save()
             logged_at += time.perf_counter() - paused
+
+        if is_last or is_stopped:
+            saver.finish()
+            _check_saved(saver.last_step, state.step)
+            return agreed.stop if is_stopped else 0
+    return 0
 
 
 def evaluate(
@@ -150,23 +194,33 @@ def evaluate(
     return Evaluation({f"eval_{name}": value for name, value in record.items()}, pairs)
 
 
-def _check_finite(record: Record, step: int, saved_step: int) -> None:
-    """Raise UserError before weights from a NaN or infinite loss reach a checkpoint.
+def _check_finite(record: Record, step: int, saved_step: int | None) -> None:
+    """Raise NotFiniteError before weights from a NaN or infinite loss reach a checkpoint.
 
     Every rank has the same record, so all stop.
     """
     if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-        kept = f"its checkpoint of step {saved_step} is sound" if saved_step else "there is no checkpoint yet"
-        raise UserError(
+        kept = f"its checkpoint of step {saved_step} stays" if saved_step else "there is no checkpoint yet"
+        raise NotFiniteError(
             f"step {step}: loss is {record['loss']}, gradient norm {record['grad_norm']}; the run stops, "
             f"{kept}. Lower optim.lr, or look at the data of the last steps"
         )
+
+
+def _check_saved(saved_step: int | None, step: int) -> None:
+    """Raise CheckpointError if the last step is in no checkpoint; why not has been said."""
+    if saved_step != step:
+        raise CheckpointError(f"the run ends without a checkpoint of its last step {step}")
 
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _stamped(record: Record, state: TrainState, epoch: float) -> Record:
-    stamp = {"step": state.step, "time": time.time(), "epoch": round(epoch, 4)}
+def _due_to_save(step: int, every: int | Literal["auto"] | None) -> bool:
+    return isinstance(every, int) and step % every == 0
+
+
+def _stamped(record: Record, state: TrainState) -> Record:
+    stamp = {"step": state.step, "time": time.time(), "epoch": round(state.epoch, 4)}
     return {**stamp, **record}

@@ -11,6 +11,7 @@ pairs/              preference pairs made of those completions
 checkpoints/        weights, optimiser and state to resume from
 model/              the exported model, or the adapter
 merged/             with train.export_merged: the model with the adapter in it
+outcome.json        how the newest start has ended: exit status, what was said last
 log.txt             what rank 0 printed, and the errors of all ranks; a header for every start
 report.html
 """
@@ -19,16 +20,21 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from madpo.trainer.dist import Shard, raise_if_any
+from madpo.trainer.checkpoints.folders import checkpoints_in
+from madpo.trainer.dist import Shard, from_main, raise_if_any
 from madpo.trainer.errors import UserError
-from madpo.trainer.files import make_folder
+from madpo.trainer.files import make_folder, write_atomically
 
-METRICS, LOCK = "metrics.jsonl", ".lock"
+METRICS, LOCK, OWNER = "metrics.jsonl", ".lock", ".owner.json"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -62,20 +68,9 @@ def last_evaluation(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def newest_checkpoint(checkpoints: Path) -> str | None:
-    """The name of the newest committed checkpoint in that folder; None if there is none."""
-    pointer = checkpoints / "latest"
-    return pointer.read_text().strip() if pointer.is_file() else None
-
-
-def step_of(checkpoint: str) -> int:
-    """The step of the checkpoint of that name, as in step-00000100."""
-    return int(checkpoint.removeprefix("step-"))
-
-
 def check_trained(folder: Path, task: str) -> None:
     """Raise UserError if the folder holds no checkpoint that this task could work on."""
-    if newest_checkpoint(folder / "checkpoints") is not None:
+    if checkpoints_in(folder / "checkpoints"):
         return
     what = "holds no checkpoint" if folder.is_dir() else "is not there"
     other = ", or evaluate the model that training starts from: --base" if task == "evaluate" else ""
@@ -96,8 +91,13 @@ def is_training(folder: Path) -> bool:
 
 
 def set_aside(folder: Path) -> None:
-    """Rename an earlier run's folder, so that a fresh run can start and nothing is lost."""
-    if folder.exists():
+    """Rename an earlier run's folder, so that a fresh run can start and nothing is lost.
+
+    Raises UserError if a run is training into it.
+    """
+    if not folder.exists():
+        return
+    with _locked(folder):
         number = 1
         while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
             number += 1
@@ -105,19 +105,75 @@ def set_aside(folder: Path) -> None:
         print(f"earlier run moved to {target}", flush=True)
 
 
-def claim(folder: Path, shard: Shard) -> FileLock:
-    """Lock the run folder. Raises UserError on all ranks if another run has locked it or we may not write."""
-    lock = FileLock(folder / LOCK, timeout=0)
-    problem = None
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder. Raises UserError that says who else does, or why it cannot be held."""
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            yield
+    except Timeout:
+        raise UserError(
+            f"output_dir: another run {_owner(folder)}is training into {folder}; stop it, or use another "
+            "folder"
+        ) from None
+    except OSError as error:
+        reason = error.strerror
+        raise UserError(f"output_dir: {folder} cannot be locked ({reason}); name another folder") from None
+
+
+def _owner(folder: Path) -> str:
+    """The process that has claimed the folder last, as text for the user."""
+    owner = _read_owner(folder)
+    return f"(process {owner.process} on {owner.host}) " if owner else ""
+
+
+class Owner(NamedTuple):
+    """Who has claimed a run folder last."""
+
+    life: int  # the number of the start, counted from 1
+    process: int
+    host: str
+
+
+def _read_owner(folder: Path) -> Owner | None:
+    try:
+        return Owner(**json.loads((folder / OWNER).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+class Claim:
+    """The right of one start to write into a run folder, on all ranks; rank 0 holds the lock."""
+
+    def __init__(self, folder: Path, lock: ExitStack, life: int) -> None:
+        self._folder, self._lock, self.life = folder, lock, life
+
+    def lost_to(self) -> str | None:
+        """Why this start may write no more, if a later one has claimed the folder; else None.
+
+        A lock alone does not stop a process that was frozen, or cut off from shared storage.
+        """
+        owner = _read_owner(self._folder)
+        if owner is None or owner.life == self.life:
+            return None
+        return f"start {owner.life} of the run {_owner(self._folder)}has taken {self._folder} over"
+
+    def release(self) -> None:
+        self._lock.close()
+
+
+def claim(folder: Path, shard: Shard) -> Claim:
+    """Claim the run folder, on all ranks. Raises UserError if another run has it or we may not write."""
+    lock, problem, life = ExitStack(), None, 0
     if shard.is_main:
         try:
             make_folder("output_dir", folder)
-            lock.acquire()
-        except Timeout:
-            problem = f"output_dir: another run is training into {folder}; stop it, or use another folder"
-        except OSError as error:
-            problem = f"output_dir: {folder} cannot be locked ({error.strerror}); name another folder"
+            lock.enter_context(_locked(folder))
+            before = _read_owner(folder)
+            life = before.life + 1 if before else 1
+            owner = Owner(life, os.getpid(), socket.gethostname())
+            write_atomically(folder / OWNER, json.dumps(owner._asdict()) + "\n")
         except UserError as error:
-            problem = str(error)
+            problem = error
     raise_if_any(problem)
-    return lock
+    return Claim(folder, lock, from_main(life))

@@ -12,4 +12,6 @@ class TrainState:
     step: int = 0  # optimiser steps done
     consumed: int = 0  # groups trained on, over all ranks
     num_tokens: int = 0  # packed tokens trained on, over all ranks
+    epoch: float = 0.0  # passes over the training groups
+    evaluated_step: int = -1  # the step of the newest evaluation on held-out data
     memory: dict[str, list[float]] = field(default_factory=dict)  # what a global-batch objective keeps

@@ -32,7 +32,7 @@ from madpo.kernels.edge_loss import EdgeLoss
 from madpo.kernels.layout import GroupLayout
 from madpo.kernels.naive import preference_loss_from_logps_ref, token_logps_ref
 from madpo.kernels.preference_loss_from_logits import preference_loss_from_logits
-from madpo.trainer.errors import EXIT_USAGE, UserError
+from madpo.trainer.errors import UserError
 
 ROWS, SMALL_ROWS = (512, 2048, 8192), (512,)
 VARIANTS = ("frozen_head", "saturated")
@@ -342,7 +342,7 @@ def main() -> int:
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return error.status
     versions, absent = available()
 
     def log(text: str) -> None:

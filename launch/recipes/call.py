@@ -14,7 +14,7 @@ from typing import Any
 from madpo.launch.lifeline import die_with_launcher
 from madpo.trainer import user_function
 from madpo.trainer.config import strict_yaml
-from madpo.trainer.errors import EXIT_USAGE, UserError, nearest
+from madpo.trainer.errors import UserError, nearest
 
 
 def check(function: str, text: str, arguments: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ def main() -> int:
         user_function.load(request["function"])(**request["arguments"], output=Path(request["output"]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USAGE
+        return error.status
     return 0
 
 

@@ -31,6 +31,15 @@ def trained_once(tmp_path_factory, tokenizer_folder) -> Config:
     return run
 
 
+@pytest.fixture(scope="session")
+def saved_twice(tmp_path_factory, tokenizer_folder) -> Config:
+    """A run of four steps on two ranks, with checkpoints of steps 2 and 4; not to be written into."""
+    run = config_of(tmp_path_factory.mktemp("twice"), tokenizer_folder)
+    run = changed(run, train={"max_steps": 4, "save_steps": 2, "eval_steps": None, "export": False})
+    run_ranks(2, train, run)
+    return run
+
+
 @pytest.fixture
 def finished(trained_once, tmp_path) -> Config:
     """A finished run in a folder of its own."""

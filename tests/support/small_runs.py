@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from harness import make_config, save_model, write_pairs
 
+from madpo.trainer.checkpoints.folders import checkpoints_in, step_of
 from madpo.trainer.config.schema import Config
 from madpo.trainer.stages.evaluate import run_evaluation
 from madpo.trainer.stages.export import run_export
@@ -55,6 +57,13 @@ ALONE: dict[str, Any] = {"deepspeed": {"zero_optimization": {}}, "train": {"bf16
 """For one rank, which then uses ZeRO-2."""
 SHORT = {"max_steps": 4, "eval_steps": 4, "save_steps": 2}
 """Three steps are an epoch."""
+
+
+def cut_back(folder: Path, step: int) -> None:
+    """Leave a run's folder as if it had been killed after the checkpoint of that step."""
+    for checkpoint in checkpoints_in(folder / "checkpoints"):
+        if step_of(checkpoint.name) > step:
+            shutil.rmtree(checkpoint)
 
 
 def model_bytes(config: Config) -> bytes:

@@ -1,3 +1,3 @@
-from run_fixtures import config, finished, tokenizer, trained_once
+from run_fixtures import config, finished, saved_twice, tokenizer, trained_once
 
-__all__ = ["config", "finished", "tokenizer", "trained_once"]
+__all__ = ["config", "finished", "saved_twice", "tokenizer", "trained_once"]

@@ -15,11 +15,12 @@ from harness import make_config, random_groups, run_ranks, save_model, sentence,
 from kernel_cases import relative_error
 from lora_cases import changed, train
 from plain import compare, plain_steps, zero3_steps
+from small_runs import cut_back
 
-from madpo.trainer import checkpoint
 from madpo.trainer.batches.packing import pack
 from madpo.trainer.batches.sequence_slices import slice_of
 from madpo.trainer.batches.steps import StepRules, plan_step, step_rules
+from madpo.trainer.checkpoints.identity import identity, model_identity
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.training_data import load_data
 from madpo.trainer.dist import Shard
@@ -262,8 +263,7 @@ def test_metrics_and_evaluation_are_those_of_one_rank_and_a_run_resumes(config, 
 
     cut = changed(shared, output_dir=str(tmp_path / "cut"))
     shutil.copytree(shared.output_dir, cut.output_dir)
-    shutil.rmtree(Path(cut.output_dir) / "checkpoints" / "step-00000004")
-    (Path(cut.output_dir) / "checkpoints" / "latest").write_text("step-00000002")
+    cut_back(Path(cut.output_dir), 2)
     run_ranks(4, train, cut)
     assert records(cut) == got
 
@@ -275,8 +275,8 @@ def test_metrics_and_evaluation_are_those_of_one_rank_and_a_run_resumes(config, 
 
 def test_the_ranks_to_a_row_are_part_of_a_run_but_not_of_its_weights(config):
     key, shard = "train.sequence_parallel_size", Shard(0, 4)
-    assert checkpoint.identity(in_slices(config, 2), shard)[key] == 2
-    assert key not in checkpoint.model_identity(config, shard)
+    assert identity(in_slices(config, 2), shard)[key] == 2
+    assert key not in model_identity(config, shard)
 
 
 def evaluate(shard, config: Config) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from harness import make_config, run_ranks, save_model, write_pairs
+from small_runs import cut_back
 
 from madpo.trainer.config.schema import Config
 from madpo.trainer.stages.train import run_training
@@ -66,8 +67,7 @@ def cut(folder: Path, name: str) -> Path:
     """A copy of the run as it was when it had taken two steps."""
     run = folder / name
     shutil.copytree(folder / "whole", run)
-    shutil.rmtree(run / "checkpoints" / "step-00000003")
-    (run / "checkpoints" / "latest").write_text("step-00000002")
+    cut_back(run, 2)
     return run
 
 

@@ -95,14 +95,14 @@ def test_metrics_are_those_of_the_global_batch(config, tmp_path):
 def test_two_runs_cannot_share_a_folder(config):
     lock = FileLock(Path(config.output_dir) / ".lock")
     Path(config.output_dir).mkdir()
-    with lock, pytest.raises(AssertionError, match="another run is training into"):
+    with lock, pytest.raises(AssertionError, match=r"another run .*is training into"):
         run_ranks(2, train, config)
 
 
 def test_a_non_finite_gradient_stops_the_run_before_its_checkpoint(config):
     with pytest.raises(AssertionError, match=r"loss is .*, gradient norm .*; the run stops"):
         run_ranks(2, explode, changed(config, train={"save_steps": 1}))
-    assert not (Path(config.output_dir) / "checkpoints" / "latest").exists()
+    assert not any(Path(config.output_dir).glob("checkpoints/*"))
 
 
 def explode(shard, config: Config) -> None:

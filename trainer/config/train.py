@@ -69,14 +69,24 @@ class TrainConfig(Section):
         description="steps between evaluations on the held-out split; null: one at the end",
         effect=Effect.RESULT,
     )
-    save_steps: int | None = setting(
-        default=None,
-        ge=1,
-        description="steps between checkpoints; null: one at the end",
+    save_steps: int | Literal["auto"] | None = setting(
+        default="auto",
+        description="steps between checkpoints; auto: every 30 minutes; null: one at the end",
         effect=Effect.MEANS,
     )
     save_total_limit: int = setting(
         default=2, ge=1, description="number of newest checkpoints to keep", effect=Effect.MEANS
+    )
+    save_permanent_steps: int | None = setting(
+        default=None,
+        ge=1,
+        description="checkpoints of every so many steps are never deleted",
+        effect=Effect.MEANS,
+    )
+    async_save: bool = setting(
+        default=False,
+        description="write checkpoints while training goes on; needs host memory for one copy",
+        effect=Effect.MEANS,
     )
     export: bool = setting(
         default=True, description="write a Hugging Face model folder at the end", effect=Effect.RESULT
@@ -111,9 +121,9 @@ class TrainConfig(Section):
         effect=Effect.RESULT,
     )
 
-    @field_validator("logging_steps")
+    @field_validator("logging_steps", "save_steps")
     @classmethod
-    def _positive(cls, value: int | str) -> int | str:
+    def _positive(cls, value: int | str | None) -> int | str | None:
         if isinstance(value, int) and value < 1:
             raise UserError("must be at least 1, or auto")
         return value

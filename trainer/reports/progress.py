@@ -14,11 +14,11 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from madpo.trainer.checkpoints.folders import newest_checkpoint, step_of
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.report import Report, findings
 from madpo.trainer.dist import Shard
 from madpo.trainer.pair_margins import ACCURACY, STDERR, all_are_ties
-from madpo.trainer.run_folder import newest_checkpoint, step_of
 from madpo.trainer.state import TrainState
 
 SHORT = {
@@ -117,10 +117,10 @@ class Progress:
     def stopped(self, state: TrainState, checkpoints: Path) -> str:
         """The answer to a signal: how far the run is, and from where it goes on."""
         self.close()
-        tag = newest_checkpoint(checkpoints)
+        newest = newest_checkpoint(checkpoints)
         way_on = (
-            f"the last checkpoint is of step {step_of(tag)}; the same command continues from there"
-            if tag
+            f"the last checkpoint is of step {step_of(newest.name)}; the same command continues from there"
+            if newest
             else "no checkpoint yet (train.save_steps), so the same command starts from step 0"
         )
         return f"stopped at step {state.step} of {self._total}; {way_on}"

@@ -11,8 +11,11 @@ import torch
 import torch.distributed as torch_dist
 from rich.console import Console
 
-from madpo.trainer import checkpoint, dist
+from madpo.trainer import dist
 from madpo.trainer.batches.steps import evaluation_steps, step_rules
+from madpo.trainer.checkpoints.choose import choose
+from madpo.trainer.checkpoints.identity import identity, model_identity
+from madpo.trainer.checkpoints.load import load
 from madpo.trainer.config.locate import located, model_folder
 from madpo.trainer.config.schema import AnnotateConfig, Config
 from madpo.trainer.data.dataset import GroupDataset
@@ -166,11 +169,11 @@ def _score(
     """
     config = judge.config.model_copy(update={"objective": BradleyTerryParams()})
     checkpoints = Path(config.output_dir) / "checkpoints"
-    tag = None if judge.given else checkpoint.latest(checkpoints, _identity(judge, data, shard))
-    engine = start_engine(config, load_tokenizer(config.model), training=tag is not None)
+    chosen = None if judge.given else choose(checkpoints, _identity(judge, data, shard), shard)
+    engine = start_engine(config, load_tokenizer(config.model), training=chosen is not None)
     assert isinstance(engine.module, RewardModel)
-    if tag:
-        _check_finished(judge, data, checkpoint.load(engine, checkpoints, tag))
+    if chosen:
+        _check_finished(judge, data, load(engine, chosen))
     elif judge.fold is not None:
         raise UserError(
             f"{checkpoints}: no checkpoint; madpo annotate trains the folds on one machine, elsewhere run "
@@ -190,7 +193,7 @@ def _score(
         pairs = [groups[index].edges[0][:2] for index in range(len(groups))]
         scores[split] = flat[firsts[:, None] + np.array(pairs)]
     engine.release()
-    return str(checkpoints / tag) if tag else str(config.model.model_name_or_path), scores
+    return str(chosen.folder) if chosen else str(config.model.model_name_or_path), scores
 
 
 def _identity(judge: RewardCheckpoint, data: dict[str, GroupDataset], shard: Shard) -> dict[str, Any]:
@@ -200,8 +203,8 @@ def _identity(judge: RewardCheckpoint, data: dict[str, GroupDataset], shard: Sha
     trained on it.
     """
     if judge.fold is None:
-        return checkpoint.model_identity(judge.config, shard)
-    return checkpoint.identity(judge.config, shard, content_of(_training_groups(judge, data)))
+        return model_identity(judge.config, shard)
+    return identity(judge.config, shard, content_of(_training_groups(judge, data)))
 
 
 def _training_groups(judge: RewardCheckpoint, data: dict[str, GroupDataset]) -> TokenDataset:

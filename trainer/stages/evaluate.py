@@ -7,7 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from madpo.trainer import checkpoint, dist, loop
+from madpo.trainer import dist, loop
+from madpo.trainer.checkpoints.choose import choose
+from madpo.trainer.checkpoints.identity import model_identity
+from madpo.trainer.checkpoints.load import load, stored_objective
 from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.training_data import load_data, weighed
@@ -30,7 +33,7 @@ def run_evaluation(config: Config, base: bool = False) -> dict[str, Any]:
     config, folder = located(config), Path(config.output_dir)
     if not base:
         check_trained(folder, "evaluate")
-    stored = checkpoint.stored_objective(folder / "checkpoints") or {}
+    stored = stored_objective(folder / "checkpoints") or {}
     if config.objective.quantiles and stored.get("loss_type") == config.objective.loss_type:
         # The thresholds that the run was trained with, whatever data is evaluated now.
         params = type(config.objective).model_validate(stored)
@@ -44,14 +47,13 @@ def run_evaluation(config: Config, base: bool = False) -> dict[str, Any]:
     data = weighed(data, config)
     data, _ = with_reference(config, data, tokenizer, shard, training=False)
     assert data.held_out is not None
-    identity = checkpoint.model_identity(config, shard)
-    tag = None if base else checkpoint.latest(folder / "checkpoints", identity)
-    engine = start_engine(config, tokenizer, training=tag is not None)
+    chosen = None if base else choose(folder / "checkpoints", model_identity(config, shard), shard)
+    engine = start_engine(config, tokenizer, training=chosen is not None)
     check_data_fits(replace(data, train=None), config, engine)
-    state = checkpoint.load(engine, folder / "checkpoints", tag) if tag else TrainState()
+    state = load(engine, chosen) if chosen else TrainState()
     record = loop.evaluate(config, engine, data.held_out, shard, state.memory).record
     record = {name: value for name, value in record.items() if not name.startswith("eval_perf/")}
-    result = {"model": tag or config.model.model_name_or_path, **record}
+    result = {"model": chosen.folder.name if chosen else config.model.model_name_or_path, **record}
     if shard.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / "evaluation.json"

@@ -16,7 +16,10 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer import checkpoint, dist
+from madpo.trainer import dist
+from madpo.trainer.checkpoints.choose import choose
+from madpo.trainer.checkpoints.identity import model_identity
+from madpo.trainer.checkpoints.load import load
 from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config
 from madpo.trainer.dist import Shard, barrier
@@ -38,11 +41,11 @@ def run_export(config: Config) -> None:
     folder = Path(config.output_dir)
     check_trained(folder, "export")
     shard = dist.init(config.launch.timeout_minutes)
-    tag = checkpoint.latest(folder / "checkpoints", checkpoint.model_identity(config, shard))
-    assert tag is not None
+    chosen = choose(folder / "checkpoints", model_identity(config, shard), shard)
+    assert chosen is not None
     tokenizer = load_tokenizer(config.model)
     engine = start_engine(config, tokenizer, training=True)
-    state = checkpoint.load(engine, folder / "checkpoints", tag)
+    state = load(engine, chosen)
     facts = json.loads((folder / "run.json").read_text())
     stop_at(engine.module.policy, facts.get("end_of_turn"), tokenizer)
     for target in export_model(engine, tokenizer, config, folder, shard, state):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
@@ -13,7 +14,15 @@ from pathlib import Path
 
 import torch
 
-from madpo.trainer import checkpoint, dist, loop, stopping
+from madpo.trainer import dist, loop, stopping
+from madpo.trainer.agreement import Agreement
+from madpo.trainer.checkpoints.choose import choose
+from madpo.trainer.checkpoints.folders import MANIFEST, newest_checkpoint, remove_partial
+from madpo.trainer.checkpoints.identity import identity
+from madpo.trainer.checkpoints.load import load
+from madpo.trainer.checkpoints.manifest import Manifest
+from madpo.trainer.checkpoints.saver import Keep, Saver
+from madpo.trainer.config.deepspeed import zero_stage
 from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config, dump
 from madpo.trainer.data.training_data import Data, first_groups, load_data, weighed
@@ -29,7 +38,7 @@ from madpo.trainer.pair_margins import PairMargins, StoredPairs, write_pairs
 from madpo.trainer.reference.cached import check_policy_fits, reference_notes, with_reference
 from madpo.trainer.reports.progress import Progress, print_line
 from madpo.trainer.reports.remarks import remarks
-from madpo.trainer.run_folder import claim, step_of
+from madpo.trainer.run_folder import claim
 from madpo.trainer.schedule import run_length
 from madpo.trainer.stages.end_of_turn import stop_at, taught_end
 from madpo.trainer.stages.export import export_model
@@ -55,16 +64,18 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
     data = load_data(config, tokenizer, True, known_tokens(config, tokenizer))
     shard = dist.init(config.launch.timeout_minutes)
     with ExitStack() as cleanup:
-        cleanup.callback(claim(folder, shard).release)
+        owned = claim(folder, shard)
+        cleanup.callback(owned.release)
         config = resolve_quantiles(config, data, tokenizer, shard)
         first = first_groups(data)
         weights = None if first is None else weights_of(first, config.bound_objective)
         data = weighed(data, config)
         assert data.source is not None
-        identity = checkpoint.identity(config, shard, data.source.content)
-        tag = checkpoint.latest(checkpoints, identity)
+        made_with = identity(config, shard, data.source.content)
+        chosen = choose(checkpoints, made_with, shard, may_set_aside=True)
+        step = chosen.manifest.state.step if chosen else None
         total_steps = run_length(config, data.source.num_groups).total_steps
-        if tag is not None and step_of(tag) == total_steps and dist.from_main(is_exported(config, folder)):
+        if step == total_steps and dist.from_main(is_exported(config, folder)):
             if shard.is_main:
                 print_line(f"finished at step {total_steps} already; {FRESH} starts anew")
             return
@@ -76,12 +87,13 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
         end = taught_end(source, tokenizer)
         end_note = stop_at(engine.module.policy, end, tokenizer)
         check_data_fits(data, config, engine)
-        state = checkpoint.load(engine, checkpoints, tag) if tag else TrainState()
+        state = load(engine, chosen) if chosen else TrainState()
         if cached is not None:
-            check_policy_fits(config, engine, source, shard, cached, is_fresh=tag is None)
+            check_policy_fits(config, engine, source, shard, cached, is_fresh=chosen is None)
 
         sinks: list[Callback] = []
         if shard.is_main:
+            remove_partial(checkpoints)
             _describe_run(folder, config, command, shard, total_steps, end)
             _write_report(folder, data)
             metrics = MetricsFile(folder, state.step)
@@ -102,17 +114,39 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
             for sink in sinks:
                 sink(record)
 
-        def on_save() -> None:
-            keep, moves = config.train.save_total_limit, config.model.sync_ref_model
-            checkpoint.save(engine, checkpoints, state, identity, shard, keep, with_reference=moves)
+        def manifest() -> Manifest:
             if shard.is_main:
                 _write_report(folder, data)  # a stream's report grows
+            stage, now = zero_stage(config.deepspeed, shard.world_size), copy.deepcopy(state)
+            return Manifest(now, made_with, shard.world_size, stage, owned.life, versions(), files={})
+
+        saver = Saver(
+            engine,
+            checkpoints,
+            shard,
+            Keep(config.train.save_total_limit, config.train.save_permanent_steps),
+            Agreement(),
+            manifest,
+            in_background=config.train.async_save,
+            with_reference=config.model.sync_ref_model,
+            check_owner=owned.lost_to,
+            say=print_line if shard.is_main else lambda _: None,
+            last_step=step,
+        )
+        cleanup.callback(saver.close)
 
         def on_pairs(step: int, pairs: PairMargins) -> None:
             if shard.is_main and data.held_out is not None:
                 write_pairs(folder, StoredPairs(step, data.held_out.fingerprint, pairs))
 
-        loop.train(config, engine, source, data.held_out, shard, state, on_record, on_save, on_pairs)
+        with stopping.between_steps():
+            signal = loop.train(
+                config, engine, source, data.held_out, shard, state, saver, on_record, on_pairs
+            )
+        if signal:
+            if shard.is_main:
+                print_line(stopping.standing())
+            raise stopping.StoppedError
         if config.train.export:
             export_model(engine, tokenizer, config, folder, shard, state)
 
@@ -120,7 +154,9 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
 def is_exported(config: Config, folder: Path) -> bool:
     """Whether what a run exports at its end is there, and newer than the checkpoint that it is made of."""
     wanted = [(config.train.export, "model"), (config.train.export_merged, "merged")]
-    made = (folder / "checkpoints" / "latest").stat().st_mtime
+    newest = newest_checkpoint(folder / "checkpoints")
+    assert newest is not None
+    made = (newest / MANIFEST).stat().st_mtime
     paths = [folder / name for is_wanted, name in wanted if is_wanted]
     return all(path.is_dir() and path.stat().st_mtime >= made for path in paths)
 
@@ -143,11 +179,16 @@ def _describe_run(
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "host_cpus": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {
-            "madpo": version("madpo"),
-            "torch": torch.__version__,  # with its build, which a wheel's metadata may leave out
-            **{name: version(name) for name in ("deepspeed", "transformers", "datasets")},
-        },
+        "versions": versions(),
         "started": time.time(),
     }
     (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """The versions of this package and of those that decide its numbers."""
+    return {
+        "madpo": version("madpo"),
+        "torch": torch.__version__,  # with its build, which a wheel's metadata may leave out
+        **{name: version(name) for name in ("deepspeed", "transformers", "datasets")},
+    }

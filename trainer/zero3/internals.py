@@ -13,6 +13,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups
 
 from madpo.trainer.errors import UserError
@@ -22,7 +24,18 @@ NAMES = {
     partition_parameters: ("zero_wrapper_for_fp_tensor_constructor",),
     PartitionedParameterCoordinator: ("is_invalid_trace", "_clear_trace_structures", "_invalidate_trace"),
     DeepSpeedZeRoOffload: ("get_param_coordinator",),
-    DeepSpeedEngine: ("set_gradient_accumulation_boundary", "get_global_grad_norm"),
+    DeepSpeedEngine: (
+        "set_gradient_accumulation_boundary",
+        "get_global_grad_norm",
+        "_get_zero_param_shapes",
+        "_copy_recovery_script",
+    ),
+    DeepSpeedZeroOptimizer_Stage3: (
+        "_set_fp32_optimizer_param_groups",
+        "_clear_fp32_optimizer_param_groups",
+        "_rigid_load_state_dict",
+    ),
+    DeepSpeedZeroOptimizer: ("_link_all_hp_params", "update_lp_params"),
     deepspeed.ops: ("__compatible_ops__",),
 }
 """Module or class -> names that it must have."""

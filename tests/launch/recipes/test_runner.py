@@ -18,6 +18,7 @@ from harness import LLAMA
 from patience import patient
 
 from madpo.launch.recipes.runner import run
+from madpo.trainer.checkpoints.folders import newest_checkpoint, step_of
 from madpo.trainer.config import strict_yaml
 
 STEPS = '''
@@ -268,10 +269,12 @@ def test_a_training_that_was_killed_continues(folder, tokenizer_folder):
 
     process = start(path)
     try:
-        wait_for(lambda: (sft / "checkpoints" / "latest").exists())
+        wait_for(lambda: newest_checkpoint(sft / "checkpoints"))
         process.kill()
         wait_for(lambda: not processes_of(folder), 20)
-        saved = int((sft / "checkpoints" / "latest").read_text().removeprefix("step-"))
+        newest = newest_checkpoint(sft / "checkpoints")
+        assert newest is not None
+        saved = step_of(newest.name)
         assert saved < 40 and not (sft / ".done.json").exists()
         process.communicate()
 

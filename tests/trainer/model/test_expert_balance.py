@@ -15,7 +15,6 @@ from kernel_cases import relative_error
 from plain import padded_logps, zero3_steps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from madpo.trainer import checkpoint
 from madpo.trainer.batches.packing import pack
 from madpo.trainer.batches.steps import plan_step, step_rules
 from madpo.trainer.config.schema import Config
@@ -175,7 +174,7 @@ def test_the_tokens_of_a_packed_row_are_part_of_the_run_where_the_loss_is(tmp_pa
     def identity(coef: float, tokens: int) -> dict[str, Any]:
         model = {"model_name_or_path": "m", "router_aux_loss_coef": coef}
         tree = {"model": model, "data": {"dataset_name": "d"}, "train": {"micro_batch_tokens": tokens}}
-        return checkpoint.identity(make_config(tmp_path, tree), Shard(0, 1))
+        return identity(make_config(tmp_path, tree), Shard(0, 1))
 
     assert identity(0.0, 256) == identity(0.0, 512)
     assert identity(0.1, 256) != identity(0.1, 512)

@@ -10,7 +10,6 @@ import torch
 from rich.ansi import AnsiDecoder
 
 from madpo.trainer.dist import Shard
-from madpo.trainer.files import write_atomically
 from madpo.trainer.reports.progress import Progress
 from madpo.trainer.state import TrainState
 
@@ -84,7 +83,8 @@ def test_a_record_is_a_line_and_an_evaluation_says_so(capsys):
 def test_a_run_that_is_stopped_says_from_where_it_goes_on(tmp_path):
     progress, state = Progress(10), TrainState(step=7)
     assert progress.stopped(state, tmp_path).startswith("stopped at step 7 of 10; no checkpoint yet (")
-    write_atomically(tmp_path / "latest", "step-00000005")
+    (tmp_path / "step-00000005").mkdir()
+    (tmp_path / "step-00000005" / "manifest.json").touch()
     assert progress.stopped(state, tmp_path) == (
         "stopped at step 7 of 10; the last checkpoint is of step 5; the same command continues from there"
     )

@@ -9,9 +9,21 @@ from pathlib import Path
 
 import pytest
 from harness import run_ranks, without_clock, write_pairs
-from small_runs import ALONE, SHORT, changed, evaluate_only, model_bytes, records, train, with_sections
+from small_runs import (
+    ALONE,
+    SHORT,
+    changed,
+    cut_back,
+    model_bytes,
+    records,
+    train,
+    with_sections,
+)
 
+from madpo.trainer.checkpoints.folders import checkpoints_in
+from madpo.trainer.checkpoints.identity import RANKS, difference, identity, model_identity
 from madpo.trainer.config.schema import Config
+from madpo.trainer.dist import Shard
 from madpo.trainer.errors import FRESH
 from madpo.trainer.stages.train import is_exported
 
@@ -45,9 +57,8 @@ def test_resume_is_bitwise_the_run_that_was_not_cut_off(config, tmp_path, sectio
     cut = with_sections(config, output_dir=str(tmp_path / "cut"), **sections)
     shutil.copytree(whole.output_dir, cut.output_dir)
     folder = Path(cut.output_dir)
-    shutil.rmtree(folder / "checkpoints" / "step-00000004")
     shutil.rmtree(folder / "model")
-    (folder / "checkpoints" / "latest").write_text("step-00000002")
+    cut_back(folder, 2)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
     run_ranks(ranks, train, cut)
@@ -64,30 +75,12 @@ def test_metrics_resume_with_intervals_that_do_not_meet(config, tmp_path):
     cut = changed(whole, output_dir=str(tmp_path / "cut"))
     shutil.copytree(whole.output_dir, cut.output_dir)
     shutil.rmtree(Path(cut.output_dir) / "model")
-    (Path(cut.output_dir) / "checkpoints" / "latest").write_text("step-00000003")
+    cut_back(Path(cut.output_dir), 3)
     run_ranks(2, train, cut)
     want, got = ([without_clock(x) for x in records(Path(run.output_dir))] for run in (whole, cut))
     assert [line["step"] for line in want if "loss" in line] == [2, 3, 4]
     assert got == want
     assert model_bytes(cut) == model_bytes(whole)
-
-
-def test_a_leftover_of_a_later_step_never_costs_the_committed_checkpoint(config):
-    run = changed(
-        config,
-        train={"max_steps": 2, "save_steps": 1, "save_total_limit": 1, "eval_steps": None, "export": False},
-    )
-    run_ranks(1, train, run)
-    checkpoints = Path(run.output_dir) / "checkpoints"
-    shutil.copytree(checkpoints / "step-00000002", checkpoints / "step-00000009")
-    (checkpoints / "step-00000002").rename(checkpoints / "step-00000001")
-    state = json.loads((checkpoints / "step-00000001" / "train_state.json").read_text())
-    state["state"] |= {"step": 1, "consumed": 8}
-    (checkpoints / "step-00000001" / "train_state.json").write_text(json.dumps(state))
-    (checkpoints / "latest").write_text("step-00000001")
-    run_ranks(1, train, run)
-    tag = (checkpoints / "latest").read_text()
-    assert tag == "step-00000002" and (checkpoints / tag).is_dir()
 
 
 CHANGES = [
@@ -113,21 +106,25 @@ def test_a_changed_config_is_refused_and_the_run_left_alone(finished, change, me
 
 def test_a_finished_run_is_left_as_it_is(finished, capfd):
     folder = Path(finished.output_dir)
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.name not in (".lock", ".owner.json")
+    }
     run_ranks(2, train, finished)
     assert capfd.readouterr().out == f"finished at step 1 already; {FRESH} starts anew\n"
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_a_run_is_not_finished_before_its_last_checkpoint_is_exported(config, tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    pointer, model = tmp_path / "checkpoints" / "latest", tmp_path / "model"
-    pointer.touch()
+    manifest, model = tmp_path / "checkpoints" / "step-00000004" / "manifest.json", tmp_path / "model"
+    manifest.parent.mkdir(parents=True)
+    manifest.touch()
     assert not is_exported(config, tmp_path)
     model.mkdir()
     assert is_exported(config, tmp_path)
     assert not is_exported(changed(config, train={"export_merged": True}), tmp_path)
-    os.utime(model, (0, pointer.stat().st_mtime - 1))  # `madpo export` of an earlier checkpoint
+    os.utime(model, (0, manifest.stat().st_mtime - 1))  # `madpo export` of an earlier checkpoint
     assert not is_exported(config, tmp_path)
     assert is_exported(changed(config, train={"export": False}), tmp_path)
 
@@ -140,34 +137,33 @@ def test_changed_data_is_refused(finished, tmp_path):
         run_ranks(2, train, moved)
 
 
-def test_another_number_of_ranks_is_refused(finished):
-    for task in (train, evaluate_only):
-        with pytest.raises(AssertionError, match=r"number of ranks: 2 there, 1 now"):
-            run_ranks(1, task, finished)
+def test_the_number_of_ranks_is_part_of_a_run_only_where_the_loss_looks_at_packed_rows(config):
+    assert RANKS not in identity(config, Shard(0, 2))
+    with_routers = changed(config, model={"router_aux_loss_coef": 0.1})
+    assert identity(with_routers, Shard(0, 2))[RANKS] == 2
 
 
-def test_another_stage_of_zero_is_refused(config):
-    alone = changed(config, train={"max_steps": 1, "export": False}, deepspeed={"zero_optimization": {}})
-    run_ranks(1, train, alone)
-    for task in (train, evaluate_only):
-        with pytest.raises(AssertionError, match=r"deepspeed\.zero_optimization\.stage: 2 there, 3 now"):
-            run_ranks(1, task, changed(alone, deepspeed={"zero_optimization": {"stage": 3}}))
+def test_the_identity_of_a_model_is_what_decides_which_weights_fit(config):
+    found, whole = model_identity(config, Shard(0, 2)), identity(config, Shard(0, 2), "content")
+    assert found == {key: whole[key] for key in found}
+    assert {key.split(".")[0] for key in found} == {"model", "peft"}
+    assert whole["data (content)"] == "content"
+    assert json.loads(json.dumps(whole)) == whole
 
 
-def private_disk(shard, config: Config, folder: str) -> None:
-    """Every rank with an output folder of its own, as on nodes that share no storage."""
-    train(shard, changed(config, output_dir=f"{folder}/disk{shard.rank}"))
-
-
-def test_ranks_that_see_different_folders_are_refused(finished, tmp_path):
-    shutil.move(finished.output_dir, tmp_path / "disk0")
-    with pytest.raises(AssertionError, match="output_dir must be shared storage"):
-        run_ranks(2, private_disk, finished, str(tmp_path))
+def test_another_value_of_any_key_is_named():
+    stored = {"seed": 42, "objective.beta": 0.1}
+    assert difference(stored, stored) is None
+    # One that the run had and that is no longer asked for is no hindrance; one that it did not have is.
+    assert difference(stored, {"seed": 42}) is None
+    assert (
+        difference(stored, {"new": None, "seed": 1})
+        == "\n  new: None there, None now\n  seed: 42 there, 1 now"
+    )
 
 
 def test_only_the_newest_checkpoints_are_kept(config):
     short = {"max_steps": 3, "eval_steps": None, "save_steps": 1, "save_total_limit": 2, "export": False}
     run_ranks(1, train, changed(config, train=short))
-    checkpoints = Path(config.output_dir) / "checkpoints"
-    assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-00000002", "step-00000003"]
-    assert (checkpoints / "latest").read_text() == "step-00000003"
+    found = checkpoints_in(Path(config.output_dir) / "checkpoints")
+    assert [path.name for path in found] == ["step-00000003", "step-00000002"]

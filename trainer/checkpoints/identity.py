@@ -1,0 +1,46 @@
+"""The identity of a run: what must be alike for a checkpoint to be continued."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from madpo.trainer.config.effects import may_continue
+from madpo.trainer.config.schema import Config
+from madpo.trainer.dist import Shard
+
+RANKS = "number of ranks"
+
+
+def identity(config: Config, shard: Shard, content: str | None = None) -> dict[str, Any]:
+    """What must not change between a run and its continuation: dotted key -> value.
+
+    `content` is the fingerprint of the training data. The number of ranks changes no more than rounding,
+    unless the loss has a part that is one of each packed row.
+    """
+    out: dict[str, Any] = {}
+    for section, values in config.model_dump(mode="json", by_alias=True).items():
+        flat = values if isinstance(values, dict) else {"": values}
+        if section == "peft":  # that there is an adapter at all counts too
+            flat = {"": values is not None, **(values or {})}
+        out |= {f"{section}.{key}".rstrip("."): value for key, value in flat.items()}
+    router_loss = config.model.router_aux_loss_coef > 0
+    out = {key: value for key, value in out.items() if not may_continue(key, router_loss)}
+    if router_loss:
+        out[RANKS] = shard.world_size
+    if content is not None:
+        out["data (content)"] = content
+    return out
+
+
+def model_identity(config: Config, shard: Shard) -> dict[str, Any]:
+    """The part of the identity that decides which weights can be loaded."""
+    return {
+        key: value for key, value in identity(config, shard).items() if key.startswith(("model.", "peft"))
+    }
+
+
+def difference(stored: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The keys of `now` that have other values in `stored`, as lines for the user; None if there are none."""
+    changed = [key for key in now if key not in stored or stored[key] != now[key]]
+    lines = [f"\n  {key}: {stored.get(key)!r} there, {now[key]!r} now" for key in changed]
+    return "".join(lines) or None
