@@ -88,7 +88,6 @@ def train(
     work = StepWork()
     logged_at = time.perf_counter()
     logged_step = state.step
-    saved_at = time.monotonic()
     log_every = logging_steps(settings, length.total_steps)
 
     def evaluate_held_out(groups: TokenDataset) -> None:
@@ -107,6 +106,7 @@ def train(
         evaluate_held_out(held_out)
         logged_at = time.perf_counter()
     engine.train()
+    saved_at = time.monotonic()
 
     for step in prefetched(steps, engine.device):
         rate = learning_rate(config.optim, state.step, length.total_steps)

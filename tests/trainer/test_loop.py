@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from harness import make_config, run_ranks, save_model, write_pairs
 
 from madpo.trainer import loop
 from madpo.trainer import step as trainer_step
+from madpo.trainer.agreement import Told
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.training_data import load_data
 from madpo.trainer.model.tokenizer import load_tokenizer
@@ -53,15 +55,24 @@ def config(tmp_path_factory, tokenizer_folder) -> Config:
     )
 
 
-def watched(shard, config: Config) -> dict[str, Any]:
-    """A run on a clock that only steps, evaluations and checkpoints move forward."""
+def watched(
+    shard, config: Config, stop_at: int | None = None, begun: TrainState | None = None
+) -> dict[str, Any]:
+    """A run on a clock that only steps, evaluations and checkpoints move forward.
+
+    A rank is asked to stop in step `stop_at`. `begun` is the state of a run that goes on.
+    """
     clock = SimpleNamespace(now=0.0)
-    setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now, time=lambda: 0.0))  # noqa: B010
+    read = SimpleNamespace(perf_counter=lambda: clock.now, monotonic=lambda: clock.now, time=lambda: 0.0)
+    setattr(loop, "time", read)  # noqa: B010
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, training=True)
     assert data.source is not None
     engine: Any = start_engine(config, tokenizer, training=True)
-    state, seen = TrainState(), SimpleNamespace(records=[], modes=[], moves=[], trained=[], evaluated=[])
+    state, seen = (
+        begun or TrainState(),
+        SimpleNamespace(records=[], modes=[], moves=[], trained=[], evaluated=[]),
+    )
     rates = []
     originals = trainer_step.train_step, trainer_step.evaluation_step, loop.evaluate, engine.step
 
@@ -84,18 +95,28 @@ def watched(shard, config: Config) -> dict[str, Any]:
         originals[3](learning_rate)
         rates.append(engine.deepspeed.optimizer.param_groups[0]["lr"])
 
-    def on_save() -> None:
-        clock.now += SAVE
-        seen.records.append({"saved": state.step})
+    class Saves:
+        last_step = None
+
+        def agree(self, stop: int, save: bool) -> Told:
+            return Told(stop=signal.SIGTERM if state.step == stop_at else stop, save=save)
+
+        def save(self) -> None:
+            clock.now += SAVE
+            seen.records.append({"saved": state.step})
+            self.last_step = state.step
+
+        def finish(self) -> None:
+            seen.records.append({"finished": state.step})
 
     loop.train_step, loop.evaluation_step, loop.evaluate = train_step, evaluation_step, evaluate
     loop.move_reference = lambda policy, reference, alpha, seed, device: seen.moves.append(
         (state.step, alpha, seed)
     )
     engine.step = step
-    loop.train(config, engine, data.source, data.held_out, shard, state, seen.records.append, on_save)
+    ended = loop.train(config, engine, data.source, data.held_out, shard, state, Saves(), seen.records.append)
     engine.release()
-    return {**vars(seen), "rates": rates, "state": vars(state)}
+    return {**vars(seen), "rates": rates, "state": vars(state), "ended": ended}
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +127,8 @@ def run(config) -> dict[str, Any]:
 def kind(record: dict[str, Any]) -> tuple[str, int]:
     if "saved" in record:
         return "save", record["saved"]
+    if "finished" in record:
+        return "finished", record["finished"]
     return "evaluation" if "eval_loss" in record else "steps", record["step"]
 
 
@@ -116,7 +139,9 @@ def test_lines_evaluations_and_checkpoints_come_when_they_are_due(run):
         ("evaluation", 0),
         *(("steps", 2), ("evaluation", 2), ("steps", 3), ("save", 3)),
         *(("steps", 4), ("evaluation", 4), ("steps", 6), ("evaluation", 6), ("save", 6)),
+        ("finished", 6),
     ]
+    assert run["ended"] == 0
 
 
 @pytest.mark.ranks
@@ -180,7 +205,40 @@ def test_lines_say_how_far_the_run_has_come(run):
 def test_a_number_that_is_not_finite_stops_a_run(name, wrong):
     sound = {"loss": 1.0, "grad_norm": 0.0}
     loop._check_finite(sound, 3, 2)
-    with pytest.raises(ValueError, match=r"step 3: loss is .*; the run stops, its checkpoint of step 2 is"):
+    with pytest.raises(
+        ValueError, match=r"step 3: loss is .*; the run stops, its checkpoint of step 2 stays"
+    ):
         loop._check_finite({**sound, name: wrong}, 3, 2)
     with pytest.raises(ValueError, match=r"there is no checkpoint yet"):
         loop._check_finite({**sound, name: wrong}, 3, 0)
+
+
+@pytest.mark.ranks
+def test_a_run_that_is_asked_to_stop_saves_after_the_step_and_goes_on_with_the_evaluation_that_it_left_out(
+    config,
+):
+    (cut,) = run_ranks(1, watched, config, 4)
+    assert cut["ended"] == signal.SIGTERM and cut["state"]["step"] == 4
+    assert list(map(kind, cut["records"]))[-3:] == [("steps", 4), ("save", 4), ("finished", 4)]
+    (rest,) = run_ranks(1, watched, config, None, TrainState(**cut["state"]))
+    assert list(map(kind, rest["records"])) == [
+        *(("evaluation", 4), ("steps", 6), ("evaluation", 6), ("save", 6), ("finished", 6)),
+    ]
+
+
+@pytest.mark.ranks
+def test_a_checkpoint_that_is_due_by_time_waits_for_a_log_line(config, monkeypatch):
+    """A step takes 0.5 s and an evaluation 32 s on this clock."""
+    monkeypatch.setattr(loop, "MINUTES_BETWEEN_SAVES", 1.2 / 60)
+    train = {**config.train.model_dump(), "save_steps": "auto", "eval_steps": None, "max_steps": 9}
+    (run,) = run_ranks(1, watched, make_config_like(config, train))
+    kinds = [each for each in map(kind, run["records"]) if each[0] != "evaluation"]
+    # Due after step 3, and then each time three steps after a save.
+    assert kinds == [
+        *(("steps", 2), ("steps", 4), ("save", 4), ("steps", 6), ("steps", 8), ("save", 8)),
+        *(("steps", 9), ("save", 9), ("finished", 9)),
+    ]
+
+
+def make_config_like(config: Config, train: dict[str, Any]) -> Config:
+    return Config.model_validate(config.model_dump(by_alias=True) | {"train": train})

@@ -171,10 +171,10 @@ def test_reward_models_have_none(tmp_path):
 
 
 def test_the_tokens_of_a_packed_row_are_part_of_the_run_where_the_loss_is(tmp_path):
-    def identity(coef: float, tokens: int) -> dict[str, Any]:
+    def of(coef: float, tokens: int) -> dict[str, Any]:
         model = {"model_name_or_path": "m", "router_aux_loss_coef": coef}
         tree = {"model": model, "data": {"dataset_name": "d"}, "train": {"micro_batch_tokens": tokens}}
         return identity(make_config(tmp_path, tree), Shard(0, 1))
 
-    assert identity(0.0, 256) == identity(0.0, 512)
-    assert identity(0.1, 256) != identity(0.1, 512)
+    assert of(0.0, 256) == of(0.0, 512)
+    assert of(0.1, 256) != of(0.1, 512)
