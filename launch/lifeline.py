@@ -8,15 +8,20 @@ import select
 import signal
 import sys
 import threading
+import time
 
 LAUNCHER_PID = "MADPO_LAUNCHER_PID"
 
+SECONDS_TO_SAVE = 120.0
+"""How long a rank may go on after the end of its launcher: a step, and a checkpoint."""
 
-def die_with_launcher() -> None:
+
+def die_with_launcher(seconds_to_save: float = SECONDS_TO_SAVE) -> None:
     """Terminate this process when its parent or its `madpo` command dies; launchers do not see to that.
 
-    The kernel watches the parent. `madpo train` may be further up, above the deepspeed launcher; it leaves
-    its process id in LAUNCHER_PID, and a thread waits for its end. Linux only.
+    The kernel watches the parent. `madpo` may be further up; it leaves its process id in LAUNCHER_PID, and a
+    thread waits for its end. SIGTERM comes first, on which a run saves; a process that is still there after
+    `seconds_to_save`, in a collective that never returns, say, is killed. Linux only.
     """
     if sys.platform != "linux":
         return
@@ -31,9 +36,12 @@ def die_with_launcher() -> None:
     except OSError:
         return  # a kernel before 5.3, or a sandbox: go on, with only the parent watched
     else:
-        threading.Thread(target=_terminate_after, args=(launcher,), daemon=True).start()
+        wait = threading.Thread(target=_terminate_after, args=(launcher, seconds_to_save), daemon=True)
+        wait.start()
 
 
-def _terminate_after(pidfd: int) -> None:
+def _terminate_after(pidfd: int, seconds_to_save: float) -> None:
     select.select([pidfd], [], [])
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(seconds_to_save)
+    os.kill(os.getpid(), signal.SIGKILL)

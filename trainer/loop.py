@@ -157,8 +157,9 @@ def train(
             logged_at += time.perf_counter() - paused
 
         if saves:
-            paused, saved_at = time.perf_counter(), time.monotonic()
+            paused = time.perf_counter()
             saver.save()
+            saved_at = time.monotonic()
             logged_at += time.perf_counter() - paused
 
         if is_last or is_stopped:

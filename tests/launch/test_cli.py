@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -113,34 +111,20 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         count_processes(LaunchConfig(num_processes=4))
 
 
-def test_the_visible_gpus_are_the_ones_that_are_used(monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
-    line = command_line("train", "c.yaml", [], 2)
-    assert nodes_in(line) == {"localhost": ["2", "5"]}
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8a1f, GPU-07cc")
-    assert nodes_in(command_line("train", "c.yaml", [], 2)) == {"localhost": ["GPU-8a1f", "GPU-07cc"]}
-    assert environment(1)["CUDA_VISIBLE_DEVICES"] == "GPU-8a1f, GPU-07cc"  # a rank alone takes the first
+def test_a_rank_gets_the_overrides_as_they_are():
+    line = command_line("evaluate", "c.yaml", ["objective={loss_type: dpo}"], ["--base"])
+    assert line[1:] == [
+        *("-m", "madpo.launch.worker", "--task", "evaluate", "--base"),
+        *("c.yaml", "objective={loss_type: dpo}"),
+    ]
 
 
-def nodes_in(line: list[str]) -> dict[str, list[str]]:
-    """The devices of each node that the launcher is told of."""
-    return json.loads(base64.urlsafe_b64decode(line[line.index("--world_info") + 1]))
-
-
-def test_the_launcher_gets_the_overrides_as_they_are():
-    line = command_line("evaluate", "c.yaml", ["objective={loss_type: dpo}"], 3, ["--base"])
-    assert "deepspeed.launcher.launch" in line
-    assert line[-3:] == ["--base", "c.yaml", "objective={loss_type: dpo}"]
-    assert nodes_in(line) == {"localhost": ["0", "1", "2"]}
-
-
-def test_one_rank_is_started_without_a_launcher(monkeypatch):
+def test_the_ranks_meet_on_this_machine_whatever_an_outer_launcher_says(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "elsewhere")
-    line = command_line("reward", "c.yaml", ["seed=1"], 1)
-    assert line[1:] == ["-m", "madpo.launch.worker", "--task", "reward", "c.yaml", "seed=1"]
-    env = environment(1)
-    assert (env["RANK"], env["WORLD_SIZE"], env["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8a1f, GPU-07cc")
+    env = environment(2)
+    assert (env["WORLD_SIZE"], env["MASTER_ADDR"]) == ("2", "127.0.0.1")
+    assert env["CUDA_VISIBLE_DEVICES"] == "GPU-8a1f, GPU-07cc"  # rank r takes the r-th
 
 
 def test_fresh_sets_the_earlier_run_aside(tmp_path):

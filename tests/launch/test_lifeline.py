@@ -15,18 +15,20 @@ CHILD = """
 import sys, time
 {before}
 from madpo.launch.lifeline import die_with_launcher
-die_with_launcher()
+die_with_launcher({grace})
 print("alive", flush=True)
 time.sleep({seconds})
 print("done", flush=True)
 """
 
 
-def start(launcher: str | None, seconds: float, before: str = "") -> subprocess.Popen[str]:
-    """A process with such a launcher, that lives so long if it is let."""
+def start(
+    launcher: str | None, seconds: float, before: str = "", grace: float = 100
+) -> subprocess.Popen[str]:
+    """A process with such a launcher, that lives so long if it is let, and dies `grace` after SIGTERM."""
     env = {name: value for name, value in os.environ.items() if name != LAUNCHER_PID}
     env |= {"PYTHONPATH": os.pathsep.join(sys.path)} | ({} if launcher is None else {LAUNCHER_PID: launcher})
-    command = [sys.executable, "-c", CHILD.format(before=before, seconds=seconds)]
+    command = [sys.executable, "-c", CHILD.format(before=before, seconds=seconds, grace=grace)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
 
@@ -69,3 +71,14 @@ def test_where_nothing_can_be_watched_the_process_goes_on(case):
     launcher, before = WITHOUT_WATCHING[case]
     output, _ = (process := start(launcher, 0, before)).communicate()
     assert (output, process.returncode) == ("alive\ndone\n", 0)
+
+
+def test_one_that_does_not_end_by_itself_is_killed():
+    launcher = subprocess.Popen(["sleep", "100"])
+    ignoring = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    process = start(str(launcher.pid), 100, ignoring, grace=0.2)
+    assert process.stdout is not None and process.stdout.readline() == "alive\n"
+    launcher.kill()
+    launcher.wait()
+    output, _ = process.communicate()
+    assert (output, process.returncode) == ("", -signal.SIGKILL)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
+from harness import make_config
 
 from madpo.launch import local
 from madpo.launch.outer_launcher import COUNTS, check_alone, without_launcher
-from madpo.trainer.config.schema import LaunchConfig
 from madpo.trainer.errors import UserError
 
 
@@ -19,13 +19,14 @@ def _alone(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_a_command_that_is_started_several_times_is_refused_before_any_rank(monkeypatch, name):
+def test_a_command_that_is_started_several_times_is_refused_before_any_rank(monkeypatch, tmp_path, name):
+    config = make_config(tmp_path, {"model": {"model_name_or_path": "m"}, "data": {"dataset_name": "d"}})
     monkeypatch.setenv(name, "2")
     for variables in ({}, {"RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}):
         for key, value in variables.items():
             monkeypatch.setenv(key, value)
         with pytest.raises(UserError, match=rf"^{name} is 2: .*-m madpo\.launch\.worker CONFIG"):
-            local.run("train", "no such config", [], LaunchConfig())
+            local.run("train", "no such config", [], config)
 
 
 @pytest.mark.parametrize("value", ["1", "", "0"])
@@ -53,6 +54,6 @@ def test_ranks_see_nothing_of_an_outer_launcher(monkeypatch):
     for ranks in (1, 2):
         env = local.environment(ranks)
         left = {name for name in outer if env.get(name) == outer[name]}
-        assert left == ({"RANK"} if ranks == 1 else set()), "a rank alone is rank 0, by our own word"
+        assert left == {"RANK"}, "rank 0, by our own word; each rank gets its own number"
         assert env["PATH"] == os.environ["PATH"]
     assert local.environment(1)["MASTER_ADDR"] == "127.0.0.1"

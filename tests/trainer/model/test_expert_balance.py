@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from madpo.trainer.batches.packing import pack
 from madpo.trainer.batches.steps import plan_step, step_rules
+from madpo.trainer.checkpoints.identity import identity
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.tokenise import TokenGroup

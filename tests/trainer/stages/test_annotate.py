@@ -302,10 +302,7 @@ def test_the_launcher_trains_the_folds_that_the_stage_asks_for(config, tmp_path,
     path.write_text(dump(changed(config, "annotate", folds=None)))
     started: list[Config] = []
 
-    def run(task, file, overrides, launch) -> int:
-        from madpo.trainer.config.schema import load
-
-        resolved = load(file, overrides, task)
+    def run(task, file, overrides, resolved) -> int:
         Path(resolved.output_dir).mkdir(parents=True, exist_ok=True)
         started.append(resolved)
         return 7 if len(started) == 3 else 0

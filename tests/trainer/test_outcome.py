@@ -1,0 +1,37 @@
+"""How a start has ended, written and read back, or lost in a way that nobody takes for success."""
+
+from __future__ import annotations
+
+import pytest
+
+from madpo.trainer import outcome
+from madpo.trainer.errors import Exit
+
+
+def test_what_was_written_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv(outcome.START, "abc")
+    monkeypatch.setenv("RANK", "3")
+    outcome.write(tmp_path, Exit.DATA, "error: train.jsonl:7", "train")
+    found = outcome.read(tmp_path)
+    assert found is not None
+    assert (found.status, found.text, found.task, found.start, found.rank) == (
+        *(3, "error: train.jsonl:7", "train", "abc", 3),
+    )
+    outcome.remove(tmp_path)
+    assert outcome.read(tmp_path) is None
+    outcome.remove(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"status": 0}', '{"status": 0, "more": 1}', "\xff"])
+def test_what_cannot_be_read_is_no_outcome(tmp_path, content):
+    (tmp_path / outcome.NAME).write_text(content)
+    assert outcome.read(tmp_path) is None
+
+
+def test_a_folder_that_cannot_be_written_to_costs_nothing(tmp_path):
+    outcome.write(tmp_path / "nowhere", Exit.DONE, "", "train")
+    assert outcome.read(tmp_path / "nowhere") is None
+
+
+def test_starts_have_names_of_their_own():
+    assert len({outcome.new_start() for _ in range(100)}) == 100
