@@ -132,16 +132,20 @@ class Engine(Generic[ModuleT]):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(items) - 1)
             yield item
 
-    def step(self, learning_rate: float) -> None:
-        """Update the weights with the gradients accumulated so far."""
+    def step(self, learning_rate: float) -> bool:
+        """Update the weights with the gradients accumulated so far.
+
+        Returns, on all ranks, whether it did: nothing changes if the gradient is not finite on one of them.
+        """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.step()
+        return self.deepspeed.was_step_applied()
 
-    def grad_norm(self) -> float:
-        """The norm of the last step's gradient over all ranks, before clipping."""
-        norm = self.deepspeed.get_global_grad_norm()
-        return float(norm.item() if isinstance(norm, Tensor) else norm)
+    @property
+    def grad_norm(self) -> float | Tensor:
+        """The norm of the last step's gradient over all ranks, before clipping; may be on the device."""
+        return self.deepspeed.get_global_grad_norm()
 
     def own_module_order(self, kind: str) -> AbstractContextManager[None]:
         """Let ZeRO-3 follow a module order of its own for this `kind` of pass, while inside."""

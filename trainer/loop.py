@@ -18,6 +18,7 @@ from madpo.trainer.data.training_source import TrainingSource
 from madpo.trainer.dist import Shard
 from madpo.trainer.engine import Engine
 from madpo.trainer.errors import CheckpointError, NotFiniteError
+from madpo.trainer.incidents import Incidents
 from madpo.trainer.metrics import Meter
 from madpo.trainer.model.flops import step_cost
 from madpo.trainer.objectives.base import BatchState, Item
@@ -68,6 +69,7 @@ def train(
     shard: Shard,
     state: TrainState,
     saver: Saving,
+    incidents: Incidents,
     on_record: Callable[[Record], None],
     on_pairs: Callable[[int, PairMargins], None] = lambda step, pairs: None,
 ) -> int:
@@ -98,9 +100,11 @@ def train(
             on_pairs(state.step, pairs)
 
     def is_evaluation_due() -> bool:
-        is_first, is_last = state.step == 0, state.step == length.total_steps
-        is_due = (is_first and settings.eval_on_start) or is_last or _due(state.step, settings.eval_steps)
-        return is_due and state.evaluated_step != state.step
+        if state.evaluated_step == state.step:
+            return False
+        if state.step == 0:
+            return settings.eval_on_start
+        return state.step == length.total_steps or _due(state.step, settings.eval_steps)
 
     if held_out is not None and is_evaluation_due():  # the first, or one that a stop left out
         evaluate_held_out(held_out)
@@ -110,12 +114,22 @@ def train(
 
     for step in prefetched(steps, engine.device):
         rate = learning_rate(config.optim, state.step, length.total_steps)
-        batch_state = BatchState(state.memory, (config.seed, state.step))
-        state.memory, step_work = train_step(engine, step, rate, meter, batch_state)
+        batch_state, mark = BatchState(state.memory, (config.seed, state.step)), meter.mark()
+        memory, step_work, is_skipped = train_step(engine, step, rate, meter, batch_state)
         state.step += 1
         state.consumed += step.num_groups
         state.num_tokens += step.work.tokens
         work += step_work
+        if is_skipped:
+            loss = meter.mean_since(mark, "loss")
+            meter.back_to(mark)  # one NaN would make those of the whole line NaN
+            state.skipped += 1
+            state.skipped_in_a_row += 1
+            incidents.skipped(state.step, step, loss, state.skipped_in_a_row)
+            _check_skipped(state, settings.max_skipped_steps, saver.last_step)
+        else:
+            state.memory, state.skipped_in_a_row = memory, 0
+            incidents.look_at(state.step, step, engine.grad_norm)
         if config.model.sync_ref_model and _due(state.step, config.model.ref_model_sync_steps):
             seed = config.seed + state.step  # a resumed run has the same
             alpha, models = config.model.ref_model_mixup_alpha, engine.module
@@ -134,14 +148,16 @@ def train(
             is_last or is_stopped or _due_to_save(state.step, settings.save_steps) or (agreed.save and logs)
         )
         if saves or logs:
-            record = meter.reduce()
+            record = {} if meter.is_empty else meter.reduce()  # empty if all steps were skipped
             seconds = time.perf_counter() - logged_at
+            record |= {} if is_skipped else {"grad_norm": float(engine.grad_norm)}
             record |= {
-                "grad_norm": engine.grad_norm(),
                 "learning_rate": rate,
                 "num_tokens": state.num_tokens,
                 **throughput(work, state.step - logged_step, seconds, shard.world_size, peak),
             }
+            if state.skipped:
+                record["train/skipped_steps"] = state.skipped
             if work.skipped_edges:
                 record["data/skipped_edges"] = work.skipped_edges
             _check_finite(record, state.step, saver.last_step)
@@ -163,6 +179,7 @@ def train(
             logged_at += time.perf_counter() - paused
 
         if is_last or is_stopped:
+            incidents.close()
             saver.finish()
             _check_saved(saver.last_step, state.step)
             return agreed.stop if is_stopped else 0
@@ -195,17 +212,31 @@ def evaluate(
     return Evaluation({f"eval_{name}": value for name, value in record.items()}, pairs)
 
 
+def _check_skipped(state: TrainState, most: int, saved_step: int | None) -> None:
+    """Raise NotFiniteError after too many steps in a row without a finite gradient."""
+    if state.skipped_in_a_row >= most:
+        raise NotFiniteError(
+            f"step {state.step}: the gradient was not finite in {state.skipped_in_a_row} steps in a row "
+            f"(train.max_skipped_steps); {_stays(saved_step)}. incidents.jsonl has the rows; lower optim.lr, "
+            "or look at those rows"
+        )
+
+
 def _check_finite(record: Record, step: int, saved_step: int | None) -> None:
-    """Raise NotFiniteError before weights from a NaN or infinite loss reach a checkpoint.
+    """Raise NotFiniteError before weights from a loss that is NaN or infinite reach a checkpoint.
 
     Every rank has the same record, so all stop.
     """
-    if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-        kept = f"its checkpoint of step {saved_step} stays" if saved_step else "there is no checkpoint yet"
+    loss, norm = record.get("loss", 0.0), record.get("grad_norm", 0.0)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NotFiniteError(
-            f"step {step}: loss is {record['loss']}, gradient norm {record['grad_norm']}; the run stops, "
-            f"{kept}. Lower optim.lr, or look at the data of the last steps"
+            f"step {step}: loss is {loss}, gradient norm {norm}; the run stops, {_stays(saved_step)}. Lower "
+            "optim.lr, or look at the data of the last steps"
         )
+
+
+def _stays(saved_step: int | None) -> str:
+    return f"its checkpoint of step {saved_step} stays" if saved_step else "there is no checkpoint yet"
 
 
 def _check_saved(saved_step: int | None, step: int) -> None:

@@ -29,6 +29,9 @@ WITH_EXTREMA = frozenset({"madpo/weight"})
 """Metrics logged as name_mean, name_min and name_max, others as their mean."""
 
 
+Mark = dict[str, Tensor]
+
+
 class Meter:
     """Sums, counts and extrema of named values, in float64 on the device, without a host sync."""
 
@@ -60,13 +63,35 @@ class Meter:
 
     def add_count(self, name: str, count: int) -> None:
         """Add `count` zeros to the mean `name`, which must be known (negative: take them out again)."""
-        self._totals[name][1] += count
+        total = self._totals[name].clone()
+        total[1] += count
+        self._totals[name] = total
 
     def add_correlation(self, name: str, x: Tensor, y: Tensor, where: Tensor) -> None:
         """Fold in pairs of values (k,), whose correlation is logged as `name`."""
         x, y = x.double(), y.double()
         for moment, values in zip(MOMENTS, (x, y, x * x, y * y, x * y), strict=True):
             self.add(f"{name} {moment}", values, where)
+
+    def mark(self) -> Mark:
+        """What is summed up now, to come `back_to`."""
+        return dict(self._totals)
+
+    def back_to(self, mark: Mark) -> None:
+        """Forget what was added since the mark."""
+        self._totals = dict(mark)
+
+    def mean_since(self, mark: Mark, name: str) -> float:
+        """This rank's mean of what was added to `name` since the mark; NaN if nothing was. Waits."""
+        now, before = self._totals.get(name), mark.get(name)
+        if now is None:
+            return math.nan
+        total, count = (now if before is None else now - before)[:2].tolist()
+        return total / count if count else math.nan
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._totals
 
     def reduce(self) -> dict[str, float]:
         """Means (and extrema) over all ranks; then start anew. One all-gather, one copy to the host.

@@ -4,6 +4,7 @@ config.yaml         the resolved configuration
 run.json            the command, the length of the run, the versions, the hardware
 data_report.json    what was read, cut and dropped
 metrics.jsonl       one line per log step and evaluation
+incidents.jsonl     steps that were skipped or whose gradient stands out, with their rows
 held_out_pairs.json the margin of every held-out pair, at the newest evaluation during training
 evaluation.json     the result of `madpo evaluate`
 generated/          completions and their scores, from `madpo generate`
@@ -34,7 +35,8 @@ from madpo.trainer.dist import Shard, from_main, raise_if_any
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import make_folder, write_atomically
 
-METRICS, LOCK, OWNER = "metrics.jsonl", ".lock", ".owner.json"
+METRICS, INCIDENTS = "metrics.jsonl", "incidents.jsonl"
+LOCK, OWNER = ".lock", ".owner.json"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

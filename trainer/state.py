@@ -14,4 +14,6 @@ class TrainState:
     num_tokens: int = 0  # packed tokens trained on, over all ranks
     epoch: float = 0.0  # passes over the training groups
     evaluated_step: int = -1  # the step of the newest evaluation on held-out data
+    skipped: int = 0  # steps whose gradient was not finite, and that changed no weight
+    skipped_in_a_row: int = 0
     memory: dict[str, list[float]] = field(default_factory=dict)  # what a global-batch objective keeps

@@ -23,6 +23,7 @@ class StepResult(NamedTuple):
 
     memory: dict[str, list[float]]  # the objective's, for the next step's BatchState
     work: StepWork
+    is_skipped: bool = False  # on all ranks: the gradient was not finite, and no weight has changed
 
 
 def train_step(
@@ -32,8 +33,8 @@ def train_step(
     with meter.memory.phase("forward_backward"):
         result = forward_backward(engine, step, meter, state)
     with meter.memory.phase("optimizer"):
-        engine.step(learning_rate)
-    return result
+        is_updated = engine.step(learning_rate)
+    return result._replace(is_skipped=not is_updated)
 
 
 def forward_backward(engine: Engine, step: Step, meter: Meter, state: BatchState) -> StepResult:

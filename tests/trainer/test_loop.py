@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from madpo.trainer import step as trainer_step
 from madpo.trainer.agreement import Told
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.training_data import load_data
+from madpo.trainer.incidents import Incidents
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import BatchState
 from madpo.trainer.schedule import learning_rate
@@ -89,11 +91,12 @@ def watched(
         clock.now += EVALUATION
         return originals[2](*args)
 
-    def step(learning_rate: float) -> None:
+    def step(learning_rate: float) -> bool:
         clock.now += STEP
         seen.modes.append(engine.module.training)
-        originals[3](learning_rate)
+        is_updated = originals[3](learning_rate)
         rates.append(engine.deepspeed.optimizer.param_groups[0]["lr"])
+        return is_updated
 
     class Saves:
         last_step = None
@@ -114,7 +117,10 @@ def watched(
         (state.step, alpha, seed)
     )
     engine.step = step
-    ended = loop.train(config, engine, data.source, data.held_out, shard, state, Saves(), seen.records.append)
+    incidents = Incidents(Path(config.output_dir).parent, shard.is_main)
+    ended = loop.train(
+        config, engine, data.source, data.held_out, shard, state, Saves(), incidents, seen.records.append
+    )
     engine.release()
     return {**vars(seen), "rates": rates, "state": vars(state), "ended": ended}
 

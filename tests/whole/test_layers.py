@@ -43,6 +43,7 @@ LAYERS = [
     "madpo.trainer.global_batch",
     "madpo.trainer.step",
     "madpo.trainer.checkpoints",
+    "madpo.trainer.incidents",
     "madpo.trainer.reports.progress",
     "madpo.trainer.reference",
     "madpo.trainer.loop",

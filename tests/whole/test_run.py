@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 from harness import LLAMA, make_config, run_ranks, without_clock
 from small_runs import changed, records, train
 
+from madpo.trainer.checkpoints.folders import checkpoints_in
+from madpo.trainer.checkpoints.manifest import read
 from madpo.trainer.config.schema import Config
 
 pytestmark = pytest.mark.ranks
@@ -99,23 +103,62 @@ def test_two_runs_cannot_share_a_folder(config):
         run_ranks(2, train, config)
 
 
-def test_a_non_finite_gradient_stops_the_run_before_its_checkpoint(config):
-    with pytest.raises(AssertionError, match=r"loss is .*, gradient norm .*; the run stops"):
-        run_ranks(2, explode, changed(config, train={"save_steps": 1}))
-    assert not any(Path(config.output_dir).glob("checkpoints/*"))
+def test_gradients_that_stay_not_finite_end_the_run_before_its_checkpoint(config):
+    with pytest.raises(
+        AssertionError, match=r"NotFiniteError: step 2: the gradient was not fini.* in 2 steps"
+    ):
+        run_ranks(2, poisoned, changed(config, train={"save_steps": 2, "max_skipped_steps": 2}), {1, 2})
+    folder = Path(config.output_dir)
+    assert not any(folder.glob("checkpoints/*"))
+    assert [incident["in_a_row"] for incident in incidents(folder)] == [1, 2]
 
 
-def explode(shard, config: Config) -> None:
-    """The gradient of one rank becomes NaN."""
-    from madpo.trainer import engine
+NOT_FINITE: dict[str, Any] = {
+    "stage 3": (2, {}),
+    "alone, stage 2, bf16": (1, {"deepspeed": {"zero_optimization": {"stage": 2}}, "train": {"bf16": True}}),
+    "stage 1, bf16": (2, {"deepspeed": {"zero_optimization": {"stage": 1}}, "train": {"bf16": True}}),
+}
 
-    original = engine.PackedBatch.to
 
-    def poisoned(batch, device):
-        scale = math.nan if shard.rank == 1 else batch.scale
-        return dataclasses.replace(original(batch, device), scale=scale)
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_is_counted(config, tmp_path, name):
+    """In the middle of a log line: the line's numbers are those of its other steps."""
+    ranks, sections = NOT_FINITE[name]
+    train = {"logging_steps": 2, "max_steps": 4, "save_steps": 3, "eval_steps": None, "export": False}
+    run = changed(config, **{**sections, "train": {**train, **sections.get("train", {})}})
+    run_ranks(ranks, poisoned, run, {2})
+    folder = Path(run.output_dir)
+    lines = [line for line in records(folder) if "loss" in line]
+    assert [line["step"] for line in lines] == [2, 3, 4]
+    assert [line["train/skipped_steps"] for line in lines] == [1, 1, 1]
+    assert "grad_norm" not in lines[0] and all(math.isfinite(line["loss"]) for line in lines)
+    (incident,) = incidents(folder)
+    assert (incident["kind"], incident["step"], incident["in_a_row"]) == ("skipped", 2, 1)
+    assert len(incident["loss_of_ranks"]) == ranks and len(incident["rows"]) == 8
 
-    setattr(engine.PackedBatch, "to", poisoned)  # noqa: B010
+    state = read(checkpoints_in(folder / "checkpoints")[0]).state
+    assert (state.skipped, state.skipped_in_a_row, state.consumed) == (1, 0, 32)
+    first = lines[0]
+    assert first["loss"] == pytest.approx(math.log(2) * first["madpo/weight_mean"], rel=1e-2)
+
+
+def incidents(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "incidents.jsonl").read_text().splitlines()]
+
+
+def poisoned(shard, config: Config, steps: set[int]) -> None:
+    """The gradients of the last rank are NaN in these steps, as its losses are."""
+    from madpo.trainer import loop
+
+    original, count = loop.train_step, itertools.count(1)
+
+    def train_step(engine, step, *args: Any) -> Any:
+        if next(count) in steps and shard.rank == shard.world_size - 1:
+            batches = [dataclasses.replace(batch, scale=math.nan) for batch in step.batches]
+            step = dataclasses.replace(step, batches=batches)
+        return original(engine, step, *args)
+
+    loop.train_step = train_step
     train(shard, config)
 
 

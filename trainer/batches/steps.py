@@ -85,6 +85,7 @@ class Step:
     copies: int = 1  # ranks that hold these same batches, each a slice of every row
     skipped_items: int = 0  # items in the mean loss less items computed; negative if more are computed
     epoch: float = 0.0  # passes over the training groups, up to and with this step
+    rows: np.ndarray | None = None  # (B,) the examples that its groups come from, in a file or a block of it
 
     def saved_by(
         self,
@@ -213,7 +214,8 @@ def training_steps(
     while consumed < total:
         groups, indices = source.take(consumed, min(batch_size, total - consumed))
         consumed += len(indices)
-        yield replace(plan_step(groups, indices, rules, shard), epoch=source.epoch(consumed))
+        step = plan_step(groups, indices, rules, shard)
+        yield replace(step, epoch=source.epoch(consumed), rows=groups.rows[indices])
 
 
 def evaluation_steps(

@@ -103,6 +103,12 @@ class TrainConfig(Section):
         description="largest size of one exported weights file",
         effect=Effect.RESULT,
     )
+    max_skipped_steps: int = setting(
+        default=3,
+        ge=1,
+        description="steps in a row with a gradient that is not finite, each skipped, that end the run",
+        effect=Effect.MEANS,
+    )
     head_gib: float = setting(
         default=2.0,
         gt=0,

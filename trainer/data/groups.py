@@ -100,6 +100,11 @@ class TokenGroups(Protocol):
     @property
     def counts(self) -> GroupCounts: ...
 
+    @property
+    def rows(self) -> np.ndarray:
+        """(G,) the example that a group comes from: its line in a .jsonl file, else its number."""
+        ...
+
     def __getitem__(self, index: int) -> TokenGroup: ...
 
     def shapes(self, indices: np.ndarray) -> Shapes:
@@ -116,11 +121,6 @@ class TokenDataset(TokenGroups, Protocol):
     @property
     def fingerprint(self) -> str:
         """Identifies the examples, and everything that made tokens and this view of them."""
-        ...
-
-    @property
-    def rows(self) -> np.ndarray:
-        """(G,) the example that a group comes from: its line in a .jsonl file, else its number."""
         ...
 
     @property
@@ -183,6 +183,10 @@ class ConcatenatedGroups:
         self._ends = np.cumsum(self._sizes)
         self.counts = GroupCounts.concatenated(part.counts for part in parts)
         self.reference: ReferenceLogps | None = None  # a stream has none
+
+    @property
+    def rows(self) -> np.ndarray:
+        return np.concatenate([part.rows for part in self._parts])
 
     def __getitem__(self, index: int) -> TokenGroup:
         part = int(np.searchsorted(self._ends, index, side="right"))

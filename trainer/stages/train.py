@@ -29,6 +29,7 @@ from madpo.trainer.data.training_data import Data, first_groups, load_data, weig
 from madpo.trainer.data.views.weighed import weights_of
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.errors import FRESH
+from madpo.trainer.incidents import Incidents
 from madpo.trainer.metrics import MetricsFile
 from madpo.trainer.model.build import known_tokens
 from madpo.trainer.model.expert_balance import expert_notes
@@ -134,6 +135,7 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
             last_step=step,
         )
         cleanup.callback(saver.close)
+        incidents = Incidents(folder, shard.is_main)
 
         def on_pairs(step: int, pairs: PairMargins) -> None:
             if shard.is_main and data.held_out is not None:
@@ -141,7 +143,7 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
 
         with stopping.between_steps():
             signal = loop.train(
-                config, engine, source, data.held_out, shard, state, saver, on_record, on_pairs
+                config, engine, source, data.held_out, shard, state, saver, incidents, on_record, on_pairs
             )
         if signal:
             if shard.is_main:

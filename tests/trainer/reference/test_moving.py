@@ -7,7 +7,6 @@ import torch
 from harness import run_ranks
 from small_runs import changed
 
-from madpo.trainer import loop
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.training_data import load_data
 from madpo.trainer.model.tokenizer import load_tokenizer
@@ -64,6 +63,6 @@ def weights_by_step(shard, config: Config) -> list[dict[str, dict[str, torch.Ten
         models = {"policy": engine.module.policy, "reference": engine.module.reference}
         out.append({"start": start, **{name: weights(model) for name, model in models.items()}})
 
-    loop.train(config, engine, source, None, shard, TrainState(), keep, lambda: None)
+    loop_alone(config, engine, source, None, shard, TrainState(), keep)
     engine.release()
     return out
