@@ -17,7 +17,7 @@ from madpo.trainer.data.groups import TokenDataset
 from madpo.trainer.data.training_source import TrainingSource
 from madpo.trainer.dist import Shard
 from madpo.trainer.engine import Engine
-from madpo.trainer.errors import CheckpointError, NotFiniteError
+from madpo.trainer.errors import NotFiniteError
 from madpo.trainer.incidents import Incidents
 from madpo.trainer.metrics import Meter
 from madpo.trainer.model.flops import step_cost
@@ -181,7 +181,6 @@ def train(
         if is_last or is_stopped:
             incidents.close()
             saver.finish()
-            _check_saved(saver.last_step, state.step)
             return agreed.stop if is_stopped else 0
     return 0
 
@@ -237,12 +236,6 @@ def _check_finite(record: Record, step: int, saved_step: int | None) -> None:
 
 def _stays(saved_step: int | None) -> str:
     return f"its checkpoint of step {saved_step} stays" if saved_step else "there is no checkpoint yet"
-
-
-def _check_saved(saved_step: int | None, step: int) -> None:
-    """Raise CheckpointError if the last step is in no checkpoint; why not has been said."""
-    if saved_step != step:
-        raise CheckpointError(f"the run ends without a checkpoint of its last step {step}")
 
 
 def _due(step: int, every: int | None) -> bool:

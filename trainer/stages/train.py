@@ -28,7 +28,7 @@ from madpo.trainer.config.schema import Config, dump
 from madpo.trainer.data.training_data import Data, first_groups, load_data, weighed
 from madpo.trainer.data.views.weighed import weights_of
 from madpo.trainer.dist import Shard, barrier
-from madpo.trainer.errors import FRESH
+from madpo.trainer.errors import FRESH, CheckpointError
 from madpo.trainer.incidents import Incidents
 from madpo.trainer.metrics import MetricsFile
 from madpo.trainer.model.build import known_tokens
@@ -145,6 +145,8 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
             signal = loop.train(
                 config, engine, source, data.held_out, shard, state, saver, incidents, on_record, on_pairs
             )
+        if saver.last_step != state.step:  # why not has been said
+            raise CheckpointError(f"the run ends without a checkpoint of its last step {state.step}")
         if signal:
             if shard.is_main:
                 print_line(stopping.standing())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from harness import run_ranks
-from small_runs import changed
+from small_runs import changed, loop_alone
 
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.training_data import load_data
