@@ -38,12 +38,12 @@ def zero3_steps(shard, config: Config, steps: int) -> list[tuple[float, dict[str
     gradients: dict[str, torch.Tensor] = {}
     engine_step = engine.step
 
-    def step_and_keep_gradients(learning_rate: float) -> None:
+    def step_and_keep_gradients(learning_rate: float) -> bool:
         for name, parameter in names.items():
             gradient = safe_get_full_grad(parameter)
             assert gradient is not None
             gradients[name] = gradient.clone()
-        engine_step(learning_rate)
+        return engine_step(learning_rate)
 
     engine.step = step_and_keep_gradients
     out = []

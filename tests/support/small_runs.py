@@ -65,7 +65,7 @@ SHORT = {"max_steps": 4, "eval_steps": 4, "save_steps": 2}
 class Unsaved:
     """In place of a saver: nothing is written."""
 
-    last_step = None
+    last_step: int | None = None
 
     def agree(self, stop: int, save: bool) -> Told:
         return Told(stop=stop, save=save)

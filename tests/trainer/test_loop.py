@@ -99,7 +99,7 @@ def watched(
         return is_updated
 
     class Saves:
-        last_step = None
+        last_step: int | None = None
 
         def agree(self, stop: int, save: bool) -> Told:
             return Told(stop=signal.SIGTERM if state.step == stop_at else stop, save=save)

@@ -27,6 +27,7 @@ NAMES = {
     DeepSpeedEngine: (
         "set_gradient_accumulation_boundary",
         "get_global_grad_norm",
+        "was_step_applied",
         "_get_zero_param_shapes",
         "_copy_recovery_script",
     ),

@@ -22,7 +22,7 @@ from harness import make_config
 from madpo.launch.recipes import keys as recipes_keys
 from madpo.launch.recipes import read as recipe
 from madpo.launch.recipes.keys import reads
-from madpo.trainer.checkpoint import identity
+from madpo.trainer.checkpoints.identity import identity
 from madpo.trainer.config import effects
 from madpo.trainer.config.schema import Config
 from madpo.trainer.config.section import Effect

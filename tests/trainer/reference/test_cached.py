@@ -15,7 +15,7 @@ from kernel_cases import relative_error
 from lora_cases import STAGE_2, changed, stored_adapter, train
 from plain import zero3_steps
 
-from madpo.trainer.checkpoint import identity
+from madpo.trainer.checkpoints.identity import identity
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.groups import with_logps
 from madpo.trainer.data.order import permutation
