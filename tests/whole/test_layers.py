@@ -132,13 +132,13 @@ def test_files_stay_readable(path):
     assert len(path.read_text().splitlines()) <= limit
 
 
-TESTS = [path for path in (ROOT / "tests").rglob("test_*.py") if path.parent.name != "whole"]
+TESTS = [path for path in (ROOT / "tests").rglob("test_*.py") if path.parent.name not in ("whole", "faults")]
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_test_file_says_what_it_is_about(path):
     """It stands where its subject does: `tests/trainer/test_loop.py` for `trainer/loop.py`, a longer name for
-    a part of it; or has the name of the folder; or is about several files and stands in tests/whole."""
+    a part of it; or has the name of the folder; or is about several files and stands in tests/whole, or tests/faults."""
     folder = ROOT / path.parent.relative_to(ROOT / "tests")
     name, subjects = path.stem.removeprefix("test_"), {file.stem for file in folder.glob("*.py")}
     is_about_one = any(name == subject or name.startswith(f"{subject}_") for subject in subjects)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from madpo.trainer.config.deepspeed import keys_of_numbers
 from madpo.trainer.config.effects import may_continue
 from madpo.trainer.config.schema import Config
 from madpo.trainer.dist import Shard
@@ -24,7 +25,8 @@ def identity(config: Config, shard: Shard, content: str | None = None) -> dict[s
             flat = {"": values is not None, **(values or {})}
         out |= {f"{section}.{key}".rstrip("."): value for key, value in flat.items()}
     router_loss = config.model.router_aux_loss_coef > 0
-    out = {key: value for key, value in out.items() if not may_continue(key, router_loss)}
+    kept = keys_of_numbers(config.deepspeed)
+    out = {key: value for key, value in out.items() if not may_continue(key, router_loss)} | kept
     if router_loss:
         out[RANKS] = shard.world_size
     if content is not None:

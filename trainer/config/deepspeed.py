@@ -64,6 +64,21 @@ def _check_offload(where: str, offload: Any, stage: int) -> None:
             raise UserError(f"{where}.{key}: {reason}; leave it out")
 
 
+KEYS_OF_NUMBERS = (
+    *("communication_data_type", "seq_parallel_communication_data_type", "data_types", "sparse_gradients"),
+    *("compression_training", "zero_optimization.zero_quantized_weights"),
+    *("zero_optimization.zero_quantized_gradients", "zero_optimization.zero_quantized_nontrainable_weights"),
+)
+"""Keys of the block that change the trained numbers by more than another order of sums does."""
+
+
+def keys_of_numbers(block: dict[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value, of those that the block sets and that change the trained numbers."""
+    zero = block.get("zero_optimization", {})
+    flat = block | {f"zero_optimization.{key}": value for key, value in zero.items()}
+    return {f"deepspeed.{key}": flat[key] for key in KEYS_OF_NUMBERS if key in flat}
+
+
 def zero_stage(block: dict[str, Any], ranks: int) -> int:
     """The ZeRO stage that the block sets, else a default.
 
@@ -127,6 +142,7 @@ OWNED_DEEPSPEED_KEYS = {
     "sequence_parallel_size": "train.sequence_parallel_size",
     "tensor_parallel": "nothing: every rank trains on its own groups, with the whole of the output layer",
     "expert_parallel": "nothing: every rank holds its share of all experts, as of all other weights",
+    "checkpoint": "train.async_save; what DeepSpeed's own writers write cannot be resumed from",
     "datastates_ckpt": "train.save_steps: checkpoints are written and resumed from as one format",
     "pipeline": "nothing: every rank trains on its own groups",
 }

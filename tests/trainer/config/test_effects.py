@@ -116,9 +116,12 @@ train.eval_on_start                     free    again
 train.eval_steps                        free    again
 train.save_steps                        free    kept
 train.save_total_limit                  free    kept
+train.save_permanent_steps              free    kept
+train.async_save                        free    kept
 train.export                            free    again
 train.export_merged                     free    again
 train.max_shard_size                    free    again
+train.max_skipped_steps                 free    kept
 train.head_gib                          free    kept
 train.head_impl                         free    kept
 train.peak_tflops                       free    again
@@ -154,10 +157,14 @@ generate.judge.endpoint.retry_wait      free    again
 generate.judge.endpoint.concurrency     free    again
 generate.pairs                          free    again
 deepspeed                               free    again
-deepspeed.zero_optimization.stage       fixed   again
+deepspeed.zero_optimization.stage       free    again
+deepspeed.communication_data_type       fixed   again
 """
-STAGE = "deepspeed.zero_optimization.stage"
-"""Not of the schema, but a key of its own: shards of another stage of ZeRO do not fit."""
+OF_DEEPSPEED = {
+    "deepspeed.zero_optimization.stage": {"zero_optimization": {"stage": 2}},
+    "deepspeed.communication_data_type": {"communication_data_type": "bf16"},
+}
+"""Not of the schema: keys of the block with effects of their own."""
 
 EFFECTS = {line.split()[0]: line.split()[1:] for line in TABLE.split("\n") if line}
 ROUTER = {"router_aux_loss_coef": 0.5}
@@ -177,9 +184,9 @@ def with_router_loss(config: Config) -> Config:
 def changed(config: Config, key: str) -> Config:
     if key == OBJECTIVE:
         return config.model_copy(update={OBJECTIVE: OBJECTIVES["ipo"].params()})
-    if key != STAGE:
-        return other(config, key)
-    return config.model_copy(update={"deepspeed": {"zero_optimization": {"stage": 2}}})
+    if key in OF_DEEPSPEED:
+        return config.model_copy(update={"deepspeed": OF_DEEPSPEED[key]})
+    return other(config, key)
 
 
 def found(config: Config, key_of: Callable[[dict[str, Config]], dict[str, Any]], names: list[str]) -> Any:
@@ -198,7 +205,7 @@ def found(config: Config, key_of: Callable[[dict[str, Config]], dict[str, Any]],
 
 
 def test_the_table_has_every_key_of_the_schema_and_no_other():
-    assert list(EFFECTS) == [*dotted(), STAGE]
+    assert list(EFFECTS) == [*dotted(), *OF_DEEPSPEED]
 
 
 def test_what_a_continuation_of_a_run_may_change(config):
@@ -298,8 +305,8 @@ def test_every_key_says_what_its_change_means():
         effects.key_of("modle.attention")
 
 
-def test_more_or_fewer_ranks_and_other_data_are_another_run(config):
+def test_other_data_are_another_run_and_other_ranks_are_not(config):
     first = identity(config, Shard(0, 2), "rows")
-    assert first == identity(config, Shard(1, 2), "rows")
-    for shard, content in ((Shard(0, 4), "rows"), (Shard(0, 2), "other rows"), (Shard(0, 2), None)):
-        assert identity(config, shard, content) != first
+    assert first == identity(config, Shard(1, 2), "rows") == identity(config, Shard(0, 4), "rows")
+    for content in ("other rows", None):
+        assert identity(config, Shard(0, 2), content) != first
