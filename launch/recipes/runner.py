@@ -24,12 +24,12 @@ from filelock import FileLock, Timeout
 
 from madpo.launch.lifeline import LAUNCHER_PID
 from madpo.launch.recipes import call
-from madpo.launch.recipes.contents import Contents, write_json
 from madpo.launch.recipes.keys import keys
 from madpo.launch.recipes.read import CALL, Recipe, Stage, read
 from madpo.trainer import user_function
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.config.schema import from_tree
+from madpo.trainer.contents import Contents, write_json
 from madpo.trainer.errors import UserError
 from madpo.trainer.run_folder import set_aside
 

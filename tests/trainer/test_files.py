@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from madpo.launch.recipes.contents import Contents
+from madpo.trainer.contents import Contents
 from madpo.trainer.files import (
     SAMPLE_BYTES,
     SAMPLES,

@@ -14,6 +14,7 @@ LAYERS = [
     "madpo.trainer.errors",
     "madpo.trainer.field_words",
     "madpo.trainer.files",
+    "madpo.trainer.contents",
     "madpo.trainer.stopping",
     "madpo.trainer.outcome",
     "madpo.kernels",
@@ -138,7 +139,7 @@ TESTS = [path for path in (ROOT / "tests").rglob("test_*.py") if path.parent.nam
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_test_file_says_what_it_is_about(path):
     """It stands where its subject does: `tests/trainer/test_loop.py` for `trainer/loop.py`, a longer name for
-    a part of it; or has the name of the folder; or is about several files and stands in tests/whole, or tests/faults."""
+    a part of it; or has the name of the folder; or is about several files and stands in whole or faults."""
     folder = ROOT / path.parent.relative_to(ROOT / "tests")
     name, subjects = path.stem.removeprefix("test_"), {file.stem for file in folder.glob("*.py")}
     is_about_one = any(name == subject or name.startswith(f"{subject}_") for subject in subjects)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from madpo.trainer.config.deepspeed import keys_of_numbers
@@ -12,11 +13,13 @@ from madpo.trainer.dist import Shard
 RANKS = "number of ranks"
 
 
-def identity(config: Config, shard: Shard, content: str | None = None) -> dict[str, Any]:
+def identity(
+    config: Config, shard: Shard, content: str | None = None, models: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """What must not change between a run and its continuation: dotted key -> value.
 
-    `content` is the fingerprint of the training data. The number of ranks changes no more than rounding,
-    unless the loss has a part that is one of each packed row.
+    `content` is the fingerprint of the training data, `models` are those of models, by key. The number of
+    ranks changes no more than rounding, unless the loss has a part that is one of each packed row.
     """
     out: dict[str, Any] = {}
     for section, values in config.model_dump(mode="json", by_alias=True).items():
@@ -31,14 +34,13 @@ def identity(config: Config, shard: Shard, content: str | None = None) -> dict[s
         out[RANKS] = shard.world_size
     if content is not None:
         out["data (content)"] = content
-    return out
+    return out | dict(models or {})
 
 
-def model_identity(config: Config, shard: Shard) -> dict[str, Any]:
-    """The part of the identity that decides which weights can be loaded."""
-    return {
-        key: value for key, value in identity(config, shard).items() if key.startswith(("model.", "peft"))
-    }
+def model_identity(config: Config, shard: Shard, models: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The part of the identity that decides which weights can be loaded, and what they are compared with."""
+    whole = identity(config, shard, models=models)
+    return {key: value for key, value in whole.items() if key.startswith(("model.", "peft"))}
 
 
 def difference(stored: dict[str, Any], now: dict[str, Any]) -> str | None:

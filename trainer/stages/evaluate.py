@@ -15,6 +15,7 @@ from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.training_data import load_data, weighed
 from madpo.trainer.model.build import known_tokens
+from madpo.trainer.model.content import contents_of_models
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.reference.cached import with_reference
 from madpo.trainer.reports.progress import metrics_table, print_findings
@@ -47,7 +48,8 @@ def run_evaluation(config: Config, base: bool = False) -> dict[str, Any]:
     data = weighed(data, config)
     data, _ = with_reference(config, data, tokenizer, shard, training=False)
     assert data.held_out is not None
-    chosen = None if base else choose(folder / "checkpoints", model_identity(config, shard), shard)
+    made_with = model_identity(config, shard, {} if base else contents_of_models(config, shard))
+    chosen = None if base else choose(folder / "checkpoints", made_with, shard)
     engine = start_engine(config, tokenizer, training=chosen is not None)
     check_data_fits(replace(data, train=None), config, engine)
     state = load(engine, chosen) if chosen else TrainState()

@@ -32,6 +32,7 @@ from madpo.trainer.errors import FRESH, CheckpointError
 from madpo.trainer.incidents import Incidents
 from madpo.trainer.metrics import MetricsFile
 from madpo.trainer.model.build import known_tokens
+from madpo.trainer.model.content import contents_of_models
 from madpo.trainer.model.expert_balance import expert_notes
 from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.model.tokenizer import load_tokenizer
@@ -72,7 +73,7 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
         weights = None if first is None else weights_of(first, config.bound_objective)
         data = weighed(data, config)
         assert data.source is not None
-        made_with = identity(config, shard, data.source.content)
+        made_with = identity(config, shard, data.source.content, contents_of_models(config, shard))
         chosen = choose(checkpoints, made_with, shard, may_set_aside=True)
         step = chosen.manifest.state.step if chosen else None
         total_steps = run_length(config, data.source.num_groups).total_steps

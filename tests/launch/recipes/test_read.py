@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from madpo.launch.recipes import call
-from madpo.launch.recipes.contents import Contents
 from madpo.launch.recipes.keys import keys
 from madpo.launch.recipes.read import Recipe, merge, read
 from madpo.trainer import user_function
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.config.schema import DEFAULT_OBJECTIVES, from_tree
+from madpo.trainer.contents import Contents
 
 RECIPE = """
 output_dir: runs/study

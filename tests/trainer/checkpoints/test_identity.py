@@ -8,12 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from harness import run_ranks, without_clock, write_pairs
+from harness import run_ranks, save_model, without_clock, write_pairs
 from small_runs import (
     ALONE,
     SHORT,
     changed,
     cut_back,
+    evaluate_only,
     model_bytes,
     records,
     train,
@@ -135,6 +136,22 @@ def test_changed_data_is_refused(finished, tmp_path):
     write_pairs(tmp_path / "pairs" / "train.jsonl", 21, seed=5)
     with pytest.raises(AssertionError, match=r"data \(content\)"):
         run_ranks(2, train, moved)
+
+
+def test_other_weights_under_the_same_name_are_another_run(finished, tmp_path, tokenizer_folder):
+    """Of the policy's start, which is the reference too; a copy with later time stamps is no other model."""
+    model = tmp_path / "model"
+    shutil.copytree(str(finished.model.model_name_or_path), model)
+    moved = changed(finished, model={"model_name_or_path": str(model)}, output_dir=str(tmp_path / "run"))
+    run_ranks(2, train, moved)
+    for path in model.iterdir():
+        os.utime(path, (0, 0))
+    run_ranks(2, train, moved)
+    save_model(model, tokenizer_folder, seed=8)
+    message = r"model\.model_name_or_path \(content\): '\w+' there, '\w+' now"
+    for task in (train, evaluate_only):
+        with pytest.raises(AssertionError, match=message):
+            run_ranks(2, task, moved)
 
 
 def test_the_number_of_ranks_is_part_of_a_run_only_where_the_loss_looks_at_packed_rows(config):

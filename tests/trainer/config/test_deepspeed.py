@@ -134,7 +134,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimisation": {}}, r"^deepspeed\.zero_optimisation: unknown key, did you mean 'zero_opti"),
     ({"flops_profiler": {"enabledd": True}}, r"^deepspeed\.flops_profiler\.enabledd: .* 'enabled'\?$"),
     ({"aio": {"block_sise": 1}}, r"^deepspeed\.aio\.block_sise: unknown key, did you mean 'block_size'\?$"),
-    ({"checkpoint": {"writer": {"typ": "x"}}}, r"^deepspeed\.checkpoint\.writer\.typ: unknown .* 'type'\?$"),
+    (
+        {"checkpoint": {"writer": {"type": "fast"}}},
+        r"checkpoint: .* use train\.async_save; .* cannot be resumed",
+    ),
     ({"timers": {"throughput": {"enable": 1}}}, r"^deepspeed\.timers\.throughput\.enable: unknown key"),
     ({"comms_logger": {"prof_al": True}}, r"^deepspeed\.comms_logger\.prof_al: unknown .* 'prof_all'\?$"),
     ({"communication_data_type": "fp9"}, r"^deepspeed\.communication_data_type: .* cannot read 'fp9': "),
