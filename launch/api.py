@@ -207,7 +207,7 @@ def _ranks(config: Config, task: Task) -> Iterator[bool]:
                 atexit.register(dist.leave)
             else:
                 _say_that_it_runs_alone(config)
-                cleanup.enter_context(_environment(local.environment(ranks=1)))
+                cleanup.enter_context(_environment(local.environment(1, dist.free_port())))
                 cleanup.callback(dist.leave)
         check_machine(config.deepspeed)
         # The stages join the group themselves, after they have read the data.

@@ -20,6 +20,7 @@ from madpo.launch.worker import FIRST_ERROR
 from madpo.trainer import outcome
 from madpo.trainer.config.schema import Config, LaunchConfig
 from madpo.trainer.errors import Exit, UserError
+from madpo.trainer.files import make_folder
 
 Task = Literal["train", "sft", "reward", "evaluate", "export", "probe", "annotate", "generate"]
 
@@ -47,15 +48,14 @@ def command_line(task: Task, config: str, overrides: Sequence[str], flags: Seque
     return [sys.executable, "-m", "madpo.launch.worker", "--task", task, *flags, config, *overrides]
 
 
-def environment(ranks: int) -> dict[str, str]:
-    """The environment that all ranks share: this machine's cores are divided among them."""
+def environment(ranks: int, port: int) -> dict[str, str]:
+    """The environment that all ranks share: they meet at this port, and divide this machine's cores."""
     from madpo.launch.quiet import quiet_environment
-    from madpo.trainer.dist import free_port
 
     quiet_environment()
     env = without_launcher(os.environ) | {LAUNCHER_PID: str(os.getpid())}
     env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     # A build folder per Python environment: environments that share DeepSpeed's default rebuild it in turn.
     env.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
@@ -71,7 +71,10 @@ def run(
     without one this is no success. Raises UserError if a launcher has started this command several times.
     """
     check_alone()
+    folder_of_run = make_folder("output_dir", Path(resolved.output_dir))
     import torch
+
+    from madpo.trainer.dist import held_port
 
     ranks = count_processes(resolved.launch)
     plural = "" if ranks == 1 else "s"
@@ -79,8 +82,8 @@ def run(
     print(f"starting {ranks} rank{plural} on {place}", flush=True)
     start = outcome.new_start()
     command = command_line(task, config, overrides, flags)
-    with TemporaryDirectory(prefix="madpo-") as folder:
-        shared = environment(ranks) | {outcome.START: start, FIRST_ERROR: str(Path(folder) / "first")}
+    with TemporaryDirectory(prefix="madpo-") as folder, held_port() as port:
+        shared = environment(ranks, port) | {outcome.START: start, FIRST_ERROR: str(Path(folder) / "first")}
         processes = []
         with _passed_on(processes) as received:
             for rank in range(ranks):
@@ -88,7 +91,7 @@ def run(
                 # In sessions of their own: a terminal's Ctrl-C reaches them through us, once.
                 processes.append(subprocess.Popen(command, env=own, start_new_session=True))
             _wait(processes)
-    return _status(processes, Path(resolved.output_dir), start, received)
+    return _status(processes, folder_of_run, start, received)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -122,6 +124,19 @@ def leave() -> None:
 
 
 def free_port() -> int:
+    """A port that nobody uses at this moment."""
+    with held_port() as port:
+        return port
+
+
+@contextmanager
+def held_port() -> Iterator[int]:
+    """A port that no other process is given while inside.
+
+    torch's store may listen on it all the same: on Linux a port may be bound twice by sockets that allow it,
+    as long as only one of them listens.
+    """
     with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+        yield sock.getsockname()[1]

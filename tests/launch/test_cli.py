@@ -122,8 +122,8 @@ def test_a_rank_gets_the_overrides_as_they_are():
 def test_the_ranks_meet_on_this_machine_whatever_an_outer_launcher_says(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "elsewhere")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8a1f, GPU-07cc")
-    env = environment(2)
-    assert (env["WORLD_SIZE"], env["MASTER_ADDR"]) == ("2", "127.0.0.1")
+    env = environment(2, 29500)
+    assert (env["WORLD_SIZE"], env["MASTER_ADDR"], env["MASTER_PORT"]) == ("2", "127.0.0.1", "29500")
     assert env["CUDA_VISIBLE_DEVICES"] == "GPU-8a1f, GPU-07cc"  # rank r takes the r-th
 
 

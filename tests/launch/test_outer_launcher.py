@@ -52,8 +52,8 @@ def test_ranks_see_nothing_of_an_outer_launcher(monkeypatch):
         monkeypatch.setenv(name, value)
     assert without_launcher(outer | {"HOME": "h"}) == {"HOME": "h"}
     for ranks in (1, 2):
-        env = local.environment(ranks)
+        env = local.environment(ranks, 1)
         left = {name for name in outer if env.get(name) == outer[name]}
         assert left == {"RANK"}, "rank 0, by our own word; each rank gets its own number"
         assert env["PATH"] == os.environ["PATH"]
-    assert local.environment(1)["MASTER_ADDR"] == "127.0.0.1"
+    assert local.environment(1, 1)["MASTER_ADDR"] == "127.0.0.1"

@@ -100,6 +100,13 @@ class Config(Section):
     def _defaults_of_its_kind(cls, tree: Any) -> Any:
         return with_defaults(tree) if isinstance(tree, dict) else tree
 
+    @field_validator("output_dir")
+    @classmethod
+    def _names_a_folder(cls, value: str) -> str:
+        if not value.strip() or "\0" in value:
+            raise UserError("names no folder")
+        return os.path.expanduser(value)
+
     @field_validator("objective", mode="before")
     @classmethod
     def _in_the_spelling_of_other_libraries(cls, value: Any) -> Any:

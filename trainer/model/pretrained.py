@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from madpo.trainer.config.model import ModelConfig
+from madpo.trainer.dist import is_lost_peer
 from madpo.trainer.errors import UserError, nearest
 from madpo.trainer.files import sampled_content
 from madpo.trainer.model.families import NOISE_THAT_STAYS
@@ -82,7 +84,12 @@ def load_pretrained(
         model, info = make_with_attention(load, attention)
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, RuntimeError, KeyError, TypeError),
+        *(SafetensorError, pickle.UnpicklingError),
+    ) as error:
+        if is_lost_peer(error):  # ranks share out the weights as they load
+            raise
         raise _not_loaded(name, error) from error
     finally:
         logging.set_verbosity(verbosity)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -60,7 +61,8 @@ class Progress:
         """Print what a user should know before the first step; `notes` are printed a line each."""
         out = self._console.print
         ranks = f"{shard.world_size} rank{'' if shard.world_size == 1 else 's'}"
-        out(f"[bold]{config.objective.loss_type}[/] on {ranks} ({device.type}), into {config.output_dir}")
+        place = escape(config.output_dir)
+        out(f"[bold]{config.objective.loss_type}[/] on {ranks} ({device.type}), into {place}")
         trained, total = parameters
         out(f"  training {trained:,} of {total:,} parameters ({trained / total:.2%})")
         for split, facts in report.items():

@@ -253,3 +253,17 @@ def test_keys_that_decide_an_identity_are_keys():
     assert config.only("load_in_4bit", "lora_r") == {"lora_r": None, "load_in_4bit": True}
     with pytest.raises(AssertionError, match="PeftConfig has no lora_rank"):
         config.only("lora_r", "lora_rank")
+
+
+@pytest.mark.parametrize("folder", ["", "  ", "a\0b"])
+def test_a_folder_without_a_name_is_refused(tmp_path, folder):
+    tree = {"output_dir": folder, "model": {"model_name_or_path": "m"}, "data": {"dataset_name": "d"}}
+    with pytest.raises(ValueError, match="output_dir: names no folder"):
+        from_tree({**tree, "objective": {"loss_type": "dpo"}}, "c.yaml")
+
+
+def test_the_home_folder_is_where_the_shell_finds_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tree = {"output_dir": "~/run", "model": {"model_name_or_path": "m"}, "data": {"dataset_name": "d"}}
+    found = from_tree({**tree, "objective": {"loss_type": "dpo"}}, "c.yaml")
+    assert found.output_dir == str(tmp_path / "run")

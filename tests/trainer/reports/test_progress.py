@@ -31,7 +31,7 @@ FACTS = {
 def config() -> Any:
     return SimpleNamespace(
         objective=SimpleNamespace(loss_type="madpo"),
-        output_dir="runs/x",
+        output_dir="runs/x[/b]",
         data=SimpleNamespace(merge_prompts=False),
         bound_objective=SimpleNamespace(supervised=False),
     )
@@ -49,7 +49,7 @@ def test_the_counts_of_the_data_and_all_notes_are_announced(capsys):
         "    1 conversations spell out a special token, which becomes that token",
     ]
     assert announced(capsys, reports, TrainState(), 2, "attention is exact", "cached") == [
-        "madpo on 2 ranks (cpu), into runs/x",
+        "madpo on 2 ranks (cpu), into runs/x[/b]",
         "  training 1,000 of 4,000 parameters (25.00%)",
         "  train: 8 groups, 100 tokens, 25% of the tokens repeat a prompt (see data.merge_prompts)",
         "    2 dropped: unreadable (first: a[0].jsonl:7: not JSON)",
@@ -65,7 +65,7 @@ def test_the_counts_of_the_data_and_all_notes_are_announced(capsys):
 def test_merged_examples_and_the_step_to_resume_from_are_announced(capsys):
     merged = {**FACTS, "rows_merged": 4, "tokens_saved_by_merging": 40, "tokens_of_known_prompts": 0}
     lines = announced(capsys, {"train": merged}, TrainState(step=5), 1)
-    assert lines[0] == "madpo on 1 rank (cpu), into runs/x"
+    assert lines[0] == "madpo on 1 rank (cpu), into runs/x[/b]"
     assert "4 examples merged by prompt, 40 tokens saved" in lines[2]
     assert lines[-1] == "  resuming after step 5 of 10"
 
