@@ -13,6 +13,7 @@ from madpo.trainer.model.build import build_module
 from madpo.trainer.model.policy import PolicyWithReference
 from madpo.trainer.model.startup.attention import choose_attention
 from madpo.trainer.model.startup.checks import check_head, check_noise
+from madpo.trainer.model.startup.finite import check_finite
 from madpo.trainer.model.startup.interleave import interleave_reference
 from madpo.trainer.model.startup.positions import check_max_length, check_positions
 from madpo.trainer.model.startup.slices import check_slicing
@@ -50,6 +51,7 @@ def start_engine(config: Config, tokenizer: PreTrainedTokenizerBase, training: b
     notes, longest = list[str](), config.data.max_length
     for model in (module.policy, module.reference):
         if model is not None:
+            check_finite(model, str(config.model.model_name_or_path))
             notes.append(choose_attention(model, config.model.attention, engine.device, longest))
             if not config.bound_objective.is_reward_model:
                 check_head(model, engine.device)

@@ -10,7 +10,7 @@ import pytest
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.config.effects import sections_in
 from madpo.trainer.config.peft import PeftConfig
-from madpo.trainer.config.schema import Config, dump, load
+from madpo.trainer.config.schema import Config, dump, from_tree, load
 from madpo.trainer.config.section import Section
 from madpo.trainer.engine import deepspeed_config
 from madpo.trainer.objectives.registry import OBJECTIVES
