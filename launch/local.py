@@ -21,12 +21,12 @@ from madpo.trainer import outcome
 from madpo.trainer.config.schema import Config, LaunchConfig
 from madpo.trainer.errors import Exit, UserError
 from madpo.trainer.files import make_folder
+from madpo.trainer.stopping import SIGNALS
 
 Task = Literal["train", "sft", "reward", "evaluate", "export", "probe", "annotate", "generate"]
 
 SECONDS_AFTER_A_FAILURE = 20.0
 """How long the other ranks may take to notice that one has failed, before they are killed."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def count_processes(launch: LaunchConfig) -> int:

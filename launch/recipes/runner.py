@@ -30,8 +30,9 @@ from madpo.trainer import user_function
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.config.schema import from_tree
 from madpo.trainer.contents import Contents, write_json
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import Exit, UserError
 from madpo.trainer.run_folder import set_aside
+from madpo.trainer.stopping import SIGNALS
 
 State = Literal["done", "interrupted", "changed", "new"]
 HOUSEKEEPING = ".recipe"
@@ -142,6 +143,11 @@ class Runner:
             self._say(job.stage, f"done in {took}")
             return
         status = status if status > 0 else 128 - status
+        if status == Exit.AGAIN:
+            self.results[job.stage.name] = "stopped", took
+            self._say(job.stage, f"stopped after {took}; the same command continues it")
+            self.status = Exit.AGAIN
+            return
         self.results[job.stage.name] = f"failed ({status})", took
         self._say(job.stage, f"failed with status {status} after {took}")
         if self.jobs > 1:
@@ -155,7 +161,7 @@ class Runner:
 
     @contextmanager
     def _signals_passed_on(self) -> Iterator[None]:
-        """Context manager: SIGINT and SIGTERM go to the running stages, and no further one starts."""
+        """Context manager: signals that stop a run go to the running stages, and no further one starts."""
 
         def forward(number: int, _frame: object) -> None:
             self.status = self.status or 128 + number
@@ -163,7 +169,7 @@ class Runner:
                 with suppress(ProcessLookupError):
                     os.killpg(job.process.pid, number)
 
-        old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        old = {number: signal.signal(number, forward) for number in SIGNALS}
         try:
             yield
         finally:
