@@ -69,11 +69,13 @@ def train(
     callbacks: Sequence[Callback] = (),
     task: Literal["train", "sft", "reward"] = "train",
     fresh: bool = False,
+    extend: bool = False,
 ) -> TrainResult:
     """Train as `madpo train` does, or `madpo sft` or `madpo reward`; continue a run that was cut off.
 
     `train` and `evaluation` are data sets in memory, in place of those that the config names. Each callback
-    is called with every logged record, on rank 0. `fresh` renames an earlier run in `output_dir` first.
+    is called with every logged record, on rank 0. `fresh` renames an earlier run in `output_dir` first;
+    `extend` lets one go on to another length than it had.
 
     Returns the same on all ranks. Raises UserError for a config, model or data set that cannot be trained,
     and what a callback raises, which stops the run.
@@ -89,7 +91,7 @@ def train(
 
         if fresh and is_main:
             set_aside(Path(resolved.output_dir))
-        run_training(resolved, f"madpo.train in {_script()}", callbacks)
+        run_training(resolved, f"madpo.train in {_script()}", callbacks, extend)
         return _result(resolved, is_main)
 
 

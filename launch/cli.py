@@ -76,6 +76,9 @@ OfTask = Annotated[
     Literal["train", "sft", "reward"] | None,
     typer.Option("--task", help="read the config as that command does"),
 ]
+Extend = Annotated[
+    bool, typer.Option("--extend", help="continue a finished run to more train.max_steps or num_train_epochs")
+]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="move an earlier run in output_dir aside and start anew")
 ]
@@ -132,21 +135,27 @@ def demo() -> None:
 
 
 @command(TRAIN, "madpo train my.yaml optim.lr=2e-6 output_dir=runs/faster", "docs/resume.md")
-def train(config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def train(
+    config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False, extend: Extend = False
+) -> None:
     """Train on this machine; continues a run that was stopped."""
-    _train("train", config, overrides, fresh)
+    _train("train", config, overrides, fresh, extend)
 
 
 @command(TRAIN, "madpo sft my_sft.yaml", "docs/data.md")
-def sft(config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def sft(
+    config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False, extend: Extend = False
+) -> None:
     """Train on answers (supervised); loss nll by default."""
-    _train("sft", config, overrides, fresh)
+    _train("sft", config, overrides, fresh, extend)
 
 
 @command(TRAIN, "madpo reward my_reward.yaml", "docs/objectives.md")
-def reward(config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def reward(
+    config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False, extend: Extend = False
+) -> None:
     """Train a reward model; loss bradley_terry by default."""
-    _train("reward", config, overrides, fresh)
+    _train("reward", config, overrides, fresh, extend)
 
 
 @command(TRAIN, "madpo run my_recipe.yaml --dry-run", "docs/recipes.md", name="run")
@@ -315,12 +324,14 @@ def report(
     print(f"report {write_report(runs, output or runs[0] / page)}")
 
 
-def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) -> None:
+def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool, extend: bool) -> None:
     resolved = _loaded(config, overrides or [], task)
     folder = Path(resolved.output_dir)
     from madpo.launch import local
     from madpo.trainer.config.locate import located
 
+    if fresh and extend:
+        raise UserError("--fresh begins anew and --extend goes on; give one of them")
     if fresh and Path(config).resolve().is_relative_to(folder.resolve()):
         raise UserError(f"--fresh: {config} would move with {folder}; copy it out first")
     located(resolved)
@@ -328,7 +339,8 @@ def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool) ->
         from madpo.trainer.run_folder import set_aside
 
         set_aside(folder)
-    status = local.run(task, config, overrides or [], resolved)
+    flags = ["--extend"] if extend else []
+    status = local.run(task, config, overrides or [], resolved, flags)
     if status == 0:
         try:
             report([folder], None)

@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one task on this rank; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m madpo.launch.worker")
     parser.add_argument("--task", choices=TASKS, default="train")
+    parser.add_argument("--extend", action="store_true", help="continue a run to another length")
     parser.add_argument("--base", action="store_true", help="evaluate the model that training starts from")
     parser.add_argument("--local_rank", type=int, help="passed by the deepspeed launcher, not used")
     parser.add_argument("config")
@@ -137,7 +138,7 @@ def _run(config: Config, args: argparse.Namespace, command: str) -> None:
 
     module, function = TASKS[args.task]
     run = getattr(import_module(_module(args.task)), function)
-    options = {"train": {"command": command}, "evaluate": {"base": args.base}}
+    options = {"train": {"command": command, "extend": args.extend}, "evaluate": {"base": args.base}}
     with out_of_memory.explained(config, args.task):
         run(config, **options.get(module, {}))
     dist.leave()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from madpo.trainer.checkpoints import folders
-from madpo.trainer.checkpoints.identity import difference
+from madpo.trainer.checkpoints.identity import LENGTH, difference
 from madpo.trainer.checkpoints.manifest import DamagedError, Manifest, fault_in, read
 from madpo.trainer.dist import Shard, from_main, gathered, raise_if_any
 from madpo.trainer.errors import FRESH, CheckpointError
@@ -83,7 +83,9 @@ def _not_shared(root: Path, candidates: list[str], own: list[str]) -> Checkpoint
 
 
 def _of_another_run(checkpoint: Path, changed: str) -> str:
+    keys = [line.split(":")[0].strip() for line in changed.splitlines() if line]
+    extend = "train on with --extend, " if set(keys) <= set(LENGTH) else ""
     return (
-        f"{checkpoint} is a checkpoint of another run:{changed}\nset it back to continue that run; or train "
-        f"with {FRESH}, or into another output_dir"
+        f"{checkpoint} is a checkpoint of another run:{changed}\nset it back to continue that run; or "
+        f"{extend}train with {FRESH}, or into another output_dir"
     )

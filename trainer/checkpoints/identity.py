@@ -11,6 +11,8 @@ from madpo.trainer.config.schema import Config
 from madpo.trainer.dist import Shard
 
 RANKS = "number of ranks"
+LENGTH = ("train.max_steps", "train.num_train_epochs")
+"""What may be another value in a run that is extended."""
 
 
 def identity(
@@ -41,6 +43,11 @@ def model_identity(config: Config, shard: Shard, models: Mapping[str, str] | Non
     """The part of the identity that decides which weights can be loaded, and what they are compared with."""
     whole = identity(config, shard, models=models)
     return {key: value for key, value in whole.items() if key.startswith(("model.", "peft"))}
+
+
+def without_length(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity without the length of the run, for one that is extended."""
+    return {key: value for key, value in identity.items() if key not in LENGTH}
 
 
 def difference(stored: dict[str, Any], now: dict[str, Any]) -> str | None:

@@ -11,14 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from madpo.trainer import dist, loop, stopping
 from madpo.trainer.agreement import Agreement
-from madpo.trainer.checkpoints.choose import choose
+from madpo.trainer.checkpoints.choose import Chosen, choose
 from madpo.trainer.checkpoints.folders import MANIFEST, newest_checkpoint, remove_partial
-from madpo.trainer.checkpoints.identity import identity
+from madpo.trainer.checkpoints.identity import LENGTH, identity, without_length
 from madpo.trainer.checkpoints.load import load
 from madpo.trainer.checkpoints.manifest import Manifest
 from madpo.trainer.checkpoints.saver import Keep, Saver
@@ -52,8 +53,13 @@ Callback = Callable[[Mapping[str, float]], None]
 """Called with every logged record, on rank 0."""
 
 
-def run_training(config: Config, command: str, callbacks: Sequence[Callback] = ()) -> None:
+def run_training(
+    config: Config, command: str, callbacks: Sequence[Callback] = (), extend: bool = False
+) -> None:
     """Train, evaluate, checkpoint and export into `output_dir`; continue a run that is already there.
+
+    With `extend` that run may have had another length: it goes on to the length of `config`, on the schedule
+    of a run of that length, and run.json says so.
 
     Data is read before the ranks join, because tokenising may take longer than a collective's timeout, and
     may fork. Raises UserError for a config, model or data set that cannot be trained, and what a callback
@@ -74,7 +80,8 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
         data = weighed(data, config)
         assert data.source is not None
         made_with = identity(config, shard, data.source.content, contents_of_models(config, shard))
-        chosen = choose(checkpoints, made_with, shard, may_set_aside=True)
+        kept = without_length(made_with) if extend else made_with
+        chosen = choose(checkpoints, kept, shard, may_set_aside=True)
         step = chosen.manifest.state.step if chosen else None
         total_steps = run_length(config, data.source.num_groups).total_steps
         if step == total_steps and dist.from_main(is_exported(config, folder)):
@@ -96,7 +103,8 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
         sinks: list[Callback] = []
         if shard.is_main:
             remove_partial(checkpoints)
-            _describe_run(folder, config, command, shard, total_steps, end)
+            extended = _extensions(folder, chosen, made_with)
+            _describe_run(folder, config, command, shard, total_steps, end, extended)
             _write_report(folder, data)
             metrics = MetricsFile(folder, state.step)
             cleanup.callback(metrics.close)
@@ -107,6 +115,7 @@ def run_training(config: Config, command: str, callbacks: Sequence[Callback] = (
             notes = [*engine.module.notes, *reference_notes(config, engine.module, source, cached)]
             notes += expert_notes(engine.module.policy, config.model.router_aux_loss_coef)
             notes += [end_note] if end_note else []
+            notes += [f"extended after step {step}: {text}" for at, text in extended if at == step]
             notes += remarks(config, total_steps, parameters, weights)
             progress.announce(config, data.report, state, shard, engine.device, parameters, notes)
             sinks = [metrics.write, progress.show, *callbacks]
@@ -170,8 +179,32 @@ def _write_report(folder: Path, data: Data) -> None:
     (folder / "data_report.json").write_text(json.dumps(data.report, indent=2) + "\n")
 
 
+Extension = tuple[int, str]
+"""The step at which a run was extended, and what changed."""
+
+
+def _extensions(folder: Path, chosen: Chosen | None, made_with: Mapping[str, Any]) -> list[Extension]:
+    """The earlier extensions of the run, and the one of now if it is extended."""
+    path = folder / "run.json"
+    found = json.loads(path.read_text()).get("extended", []) if chosen and path.is_file() else []
+    extended: list[Extension] = [(at, text) for at, text in found]
+    if chosen is not None:
+        before = chosen.manifest.identity
+        changes = [
+            f"{key} {before[key]} -> {made_with[key]}" for key in LENGTH if before[key] != made_with[key]
+        ]
+        extended += [(chosen.manifest.state.step, ", ".join(changes))] if changes else []
+    return extended
+
+
 def _describe_run(
-    folder: Path, config: Config, command: str, shard: Shard, total_steps: int, end_of_turn: int | None
+    folder: Path,
+    config: Config,
+    command: str,
+    shard: Shard,
+    total_steps: int,
+    end_of_turn: int | None,
+    extended: Sequence[Extension],
 ) -> None:
     """Write config.yaml and run.json: the command, the length of the run, the versions, the hardware."""
     (folder / "config.yaml").write_text(dump(config))
@@ -186,6 +219,7 @@ def _describe_run(
         "python": platform.python_version(),
         "versions": versions(),
         "started": time.time(),
+        "extended": extended,
     }
     (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
 

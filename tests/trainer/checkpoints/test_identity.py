@@ -26,7 +26,8 @@ from madpo.trainer.checkpoints.identity import RANKS, difference, identity, mode
 from madpo.trainer.config.schema import Config
 from madpo.trainer.dist import Shard
 from madpo.trainer.errors import FRESH
-from madpo.trainer.stages.train import is_exported
+from madpo.trainer.schedule import learning_rate
+from madpo.trainer.stages.train import is_exported, run_training
 
 RESUMED = {
     "alone": ALONE,
@@ -136,6 +137,25 @@ def test_changed_data_is_refused(finished, tmp_path):
     write_pairs(tmp_path / "pairs" / "train.jsonl", 21, seed=5)
     with pytest.raises(AssertionError, match=r"data \(content\)"):
         run_ranks(2, train, moved)
+
+
+def extended(shard, config: Config) -> None:
+    run_training(config, "madpo train test.yaml --extend", extend=True)
+
+
+def test_a_finished_run_is_extended_on_purpose_only(finished, tmp_path):
+    longer = changed(finished, train={"max_steps": 3})
+    with pytest.raises(AssertionError, match=r"train\.max_steps: 1 there, 3 now\n.* train on with --extend"):
+        run_ranks(2, train, longer)
+    run_ranks(2, extended, longer)
+    lines = [line for line in records(Path(longer.output_dir)) if "loss" in line]
+    want = [learning_rate(longer.optim, step, 3) for step in (1, 2)]
+    assert [line["learning_rate"] for line in lines[1:]] == want
+    facts = json.loads((Path(longer.output_dir) / "run.json").read_text())
+    assert facts["extended"] == [[1, "train.max_steps 1 -> 3"]] and facts["total_steps"] == 3
+    run_ranks(2, train, longer)  # a run of that length now
+    with pytest.raises(AssertionError, match=r"optim\.lr: .* there, 0\.5 now"):
+        run_ranks(2, extended, changed(longer, train={"max_steps": 4}, optim={"lr": 0.5}))
 
 
 def test_other_weights_under_the_same_name_are_another_run(finished, tmp_path, tokenizer_folder):
