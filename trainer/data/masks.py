@@ -16,7 +16,9 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.data.chat_template import MARK, ODD, probes, translate, translated, write
+from madpo.trainer.data.chat_template import translated, write
+from madpo.trainer.data.template_shape import MARK, ODD, probes
+from madpo.trainer.data.translations import translate
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.chat_message import WEIGHT, Messages
 

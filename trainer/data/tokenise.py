@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.data.chat_template import notes_on, render
+from madpo.trainer.data.chat_template import NOW, notes_on, render
 from madpo.trainer.data.masks import TrainOn, is_whole, mask_of, scored_messages
 from madpo.trainer.data.plain_text import encode_texts, ends_with_special
+from madpo.trainer.data.template_shape import TOOLS
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.chat_message import WEIGHT, Messages, text_in
 from madpo.trainer.formats.numbers import as_weight
@@ -28,6 +30,7 @@ class TokenRules:
     supervised: bool = False  # one completion per example, and no edges
     template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)  # an example's own win
     template_may_drop: tuple[str, ...] = ()  # roles and keys of messages that are not scored
+    template_date: str = "2026-01-01"  # what templates take for the present
     train_on: TrainOn = "assistant"  # which messages of a completion are scored
     text_holds_special_tokens: bool = False  # what spells a special token in plain text is that token
     rows: RowRules = field(default_factory=RowRules)
@@ -267,7 +270,8 @@ def _masks(
 
 
 def _template_options(group: TextGroup, rules: TokenRules) -> dict[str, Any]:
-    return {"tools": group.tools or None, **rules.template_kwargs, **group.template_kwargs}
+    now = datetime.fromisoformat(rules.template_date).strftime
+    return {TOOLS: group.tools or None, NOW: now, **rules.template_kwargs, **group.template_kwargs}
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

@@ -20,7 +20,7 @@ def parse_json_line(raw: bytes) -> dict[str, Any]:
     """
     try:
         row = json.loads(
-            raw.decode("utf-8-sig").rstrip(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+            raw.decode("utf-8-sig").rstrip(), object_pairs_hook=unique_keys, parse_constant=_no_constant
         )
     except UnicodeDecodeError as error:
         hint = "; it looks like UTF-16, convert it with iconv" if raw[:2] in _UTF16 else ""
@@ -53,7 +53,8 @@ def _check_characters(row: dict[str, Any]) -> None:
         raise UserError(f"text holds half a character (a lone surrogate), in {near!r}") from None
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values, for `json.loads`. Raises UserError for a key that stands twice."""
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS, Adapter
-from madpo.trainer.formats.chat_message import says_something, unknown_keys, without_nulls, without_weights
+from madpo.trainer.formats.chat_message import not_null, says_something, unknown_keys, without_weights
+from madpo.trainer.formats.json_lines import unique_keys
 from madpo.trainer.formats.messages import one_of
 from madpo.trainer.formats.numbers import MARGIN_COLUMNS, as_weight, margin_of
 from madpo.trainer.formats.text_groups import (
@@ -27,7 +28,7 @@ Which = Literal["all", "adjacent", "best_worst"]
 OWNED_TEMPLATE_KWARGS = {
     *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "tokenize", "padding"),
     *("continue_final_message", "truncation", "max_length", "return_tensors", "return_dict"),
-    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"),
 }
 """Options of `apply_chat_template` that madpo sets itself, so that data and config may not."""
 
@@ -203,11 +204,11 @@ def _tools(row: dict[str, Any]) -> list[dict[str, Any]]:
     value = row.get("tools")
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else None
+            value = json.loads(value, object_pairs_hook=unique_keys) if value.strip() else None
+        except UserError as error:
+            raise UserError(f"tools: {error}") from None
         except ValueError:
             raise UserError(f"tools: expected JSON, got {value!r:.80}") from None
-    else:
-        value = without_nulls(value)
     if value is None:
         return []
     if not isinstance(value, list) or any(not isinstance(tool, dict) for tool in value):
@@ -216,10 +217,10 @@ def _tools(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
-    value = without_nulls(row.get("chat_template_kwargs"))
+    value = row.get("chat_template_kwargs")
     if value is not None and not isinstance(value, dict):
         raise UserError(f"chat_template_kwargs: expected an object, got {value!r:.80}")
-    return check_template_kwargs(value or {}, "chat_template_kwargs: ")
+    return check_template_kwargs(not_null(value or {}), "chat_template_kwargs: ")
 
 
 def check_template_kwargs(kwargs: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -91,7 +91,7 @@ OF_TOOLS = {
         "<|start_header_id|>assistant<|end_header_id|>\n\n[bad<|eot_id|>]",
     ),
     "deepseek": (
-        "[<|calls|><|call|>find\n{'q': 'film', 'k': 3}<|calls_end|><|eos|>]<|outputs|><|output|>a plot"
+        '[<|calls|><|call|>find\n{"q": "film", "k": 3}<|calls_end|><|eos|>]<|outputs|><|output|>a plot'
         "<|output|>assistant\n<|outputs_end|>[good<|eos|>]",
         "[<|calls|><|call|>find\n{}<|calls_end|><|eos|>]<|outputs|><|output|><|outputs_end|>[bad<|eos|>]",
     ),

@@ -1,0 +1,110 @@
+"""Translations: a conversation in the words that a chat template knows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from madpo.trainer.formats.chat_message import Messages, text_in
+from madpo.trainer.formats.json_lines import unique_keys
+
+
+def _known_roles(messages: Messages) -> Messages:
+    names = {"developer": "system", "function": "tool"}
+    return [{**message, "role": names.get(message["role"], message["role"])} for message in messages]
+
+
+def _text_of_parts(messages: Messages) -> Messages:
+    return [
+        {**message, "content": text_in(message)} if isinstance(message.get("content"), list) else message
+        for message in messages
+    ]
+
+
+def _parts_of_text(messages: Messages) -> Messages:
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]
+
+
+def _null_beside_calls(messages: Messages) -> Messages:
+    return [
+        {**message, "content": None} if message.get("tool_calls") and not message.get("content") else message
+        for message in messages
+    ]
+
+
+def _empty_beside_calls(messages: Messages) -> Messages:
+    return [
+        {**message, "content": ""} if message.get("tool_calls") and not message.get("content") else message
+        for message in messages
+    ]
+
+
+def _objects_for_arguments(messages: Messages) -> Messages:
+    def change(function: dict[str, Any]) -> dict[str, Any]:
+        arguments = object_in(function.get("arguments"))
+        return function if arguments is None else {**function, "arguments": arguments}
+
+    return _with_functions(messages, change)
+
+
+def _text_for_arguments(messages: Messages) -> Messages:
+    def change(function: dict[str, Any]) -> dict[str, Any]:
+        arguments = function.get("arguments")
+        if not isinstance(arguments, dict):
+            return function
+        return {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}
+
+    return _with_functions(messages, change)
+
+
+def _with_functions(messages: Messages, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Messages:
+    """The messages with every function that they call changed."""
+    return [
+        {**message, "tool_calls": [with_function(call, change) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def with_function(call: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """A tool call with its function changed, which may stand under `function`."""
+    return {**call, "function": change(call["function"])} if "function" in call else change(call)
+
+
+def object_in(arguments: Any) -> dict[str, Any] | None:
+    """The object that the JSON text of a call's arguments holds, an empty one for none; None for all else."""
+    if arguments is None or arguments == "":
+        return {}
+    if not isinstance(arguments, str):
+        return None
+    try:
+        value = json.loads(arguments, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError):  # UserError, for a key that stands twice, is a ValueError
+        return None
+    return value if isinstance(value, dict) else None
+
+
+TRANSLATIONS: dict[str, Callable[[Messages], Messages]] = {
+    "role developer rendered as system, function as tool": _known_roles,
+    "parts of text rendered as one text": _text_of_parts,
+    "text rendered as a part": _parts_of_text,
+    "no text beside tool calls rendered as null": _null_beside_calls,
+    "no text beside tool calls rendered as empty text": _empty_beside_calls,
+    "arguments of tool calls, a JSON text, rendered as an object": _objects_for_arguments,
+    "arguments of tool calls, an object, rendered as its JSON text": _text_for_arguments,
+}
+"""What is said of an example -> how its conversation is changed, if the template loses less that way."""
+
+
+def translate(messages: Messages, translations: Sequence[str]) -> Messages:
+    """The conversation after these TRANSLATIONS, by name."""
+    for name in translations:
+        messages = TRANSLATIONS[name](messages)
+    return messages
