@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from madpo.trainer.data.template_shape import THOUGHT, TOOLS, Lost, lost_in, marked, shape_of, trims
+from madpo.trainer.data.template_shape import NOTHING, THOUGHT, TOOLS, Lost, lost_in, marked, shape_of, trims
 from madpo.trainer.data.translations import TRANSLATIONS, translate
 from madpo.trainer.errors import UserError, on_one_line
 from madpo.trainer.formats.chat_message import NAME, THINKING, Messages, text_in
@@ -186,7 +186,8 @@ def _rendering(tokenizer: PreTrainedTokenizerBase, written: str, shape: str, var
         if not found[-1].lost:
             return found[-1]
     # The first of those that lose the fewest: the one with the fewest translations.
-    return min(found, key=lambda x: len(x.lost), default=Rendering())
+    best = min(found, key=lambda x: len(x.lost), default=Rendering())
+    return best._replace(lost=tuple(x for x in best.lost if x.part != NOTHING))
 
 
 def _translations_of(messages: Messages) -> Iterator[tuple[tuple[str, ...], Messages]]:

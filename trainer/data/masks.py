@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -112,7 +112,30 @@ class _Turns:
         shared = _common_prefix(self.text[behind:], closing)
         if closing and not shared:
             raise self._hidden(index)
+        if shared < len(closing):  # it ends a turn otherwise where another follows
+            within = self._tail_within(index)
+            shared = len(within) if within and self.text.startswith(within, behind) else shared
         return behind + shared
+
+    def _tail_within(self, index: int) -> str:
+        """What is written behind a message when the assistant is to speak next, without its header."""
+        opened = partial(self._write, add_generation_prompt=True)
+        try:
+            text = self._tail(index, opened)
+        except Exception:  # a template may raise anything, and this may be no place for an answer
+            return ""
+        header = self._header
+        return text.removesuffix(header) if header and text.endswith(header) else ""
+
+    @cached_property
+    def _header(self) -> str:
+        """What the generation prompt adds behind the words of the first one who is not the assistant."""
+        roles = [message["role"] for message in self._messages]
+        before = self._messages[: roles.index("assistant")] if "assistant" in roles else []
+        if not before:
+            return ""
+        closed, opened = self._write(before), self._write(before, add_generation_prompt=True)
+        return opened[len(closed) :] if opened.startswith(closed) else ""
 
     def _after_header(self, index: int) -> int:
         """Where the words of an answer begin: after the generation prompt behind the message before it."""
@@ -125,7 +148,10 @@ class _Turns:
             behind, expected = self._behind(index - 1), self._tail(index - 1, opened)
         shared = _common_prefix(self.text[behind:], expected)
         if shared == len(expected):
-            return behind + shared
+            # Where no header is wanted, as behind the result of a tool, the template may still write one.
+            start = behind + shared
+            is_header = self._header and self.text.startswith(self._header, start)
+            return start + len(self._header) if is_header and not expected.endswith(self._header) else start
         # The generation prompt says more than the header does here, as it may open the thinking. Another
         # answer in this place shows what the two have in common.
         other = self._with(index, {"role": "assistant", "content": MARK})

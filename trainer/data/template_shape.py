@@ -17,6 +17,12 @@ from madpo.trainer.formats.chat_message import NAME, RESULTS, SPOKEN, Messages, 
 MARK = "madpo_text"
 """What stands in place of every text of a shape, until each gets a marker with a number."""
 
+NO_ARGUMENT = f"{MARK}_"
+"""The one key in the shape of arguments that are an empty object: it shows the form in which they come out."""
+
+NOTHING = "nothing"
+"""The part that such a key stands for: a template that leaves it out loses nothing."""
+
 ODD = "\u27e7"
 THOUGHT = re.compile(r"(<think>|</think>)")
 
@@ -132,11 +138,9 @@ def _ids_in(call: dict[str, Any]) -> dict[str, Any]:
 
 def _shape_of_arguments(arguments: Any) -> Any:
     if not isinstance(arguments, str):
-        return _leaves_marked(arguments)
+        return {NO_ARGUMENT: 0} if arguments == {} else _leaves_marked(arguments)
     found = object_in(arguments)
-    if found is None:
-        return MARK
-    return json.dumps(_leaves_marked(found)) if arguments else ""
+    return MARK if found is None else json.dumps(_shape_of_arguments(found))
 
 
 def _leaves_marked(value: Any) -> Any:
@@ -170,6 +174,8 @@ def _numbered(
         first, *rest = value.split(MARK)
         for number, piece in enumerate(rest):
             marker = next(markers)
+            if piece.startswith(NO_ARGUMENT.removeprefix(MARK)):
+                key = NOTHING
             is_thought = key == "content" and any("</think>" in later for later in rest[number:])
             places[marker] = Lost(index, message["role"], "thinking" if is_thought else key)
             first += marker + piece
