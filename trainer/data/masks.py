@@ -134,7 +134,10 @@ class _Turns:
         before = self._messages[: roles.index("assistant")] if "assistant" in roles else []
         if not before:
             return ""
-        closed, opened = self._write(before), self._write(before, add_generation_prompt=True)
+        try:
+            closed, opened = self._write(before), self._write(before, add_generation_prompt=True)
+        except Exception:  # a template may raise anything
+            return ""
         return opened[len(closed) :] if opened.startswith(closed) else ""
 
     def _after_header(self, index: int) -> int:

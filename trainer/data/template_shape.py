@@ -18,7 +18,7 @@ MARK = "madpo_text"
 """What stands in place of every text of a shape, until each gets a marker with a number."""
 
 NO_ARGUMENT = f"{MARK}_"
-"""The one key in the shape of arguments that are an empty object: it shows the form in which they come out."""
+"""The one key in the shape of arguments that are an empty object: it shows in which form they come out."""
 
 NOTHING = "nothing"
 """The part that such a key stands for: a template that leaves it out loses nothing."""

@@ -166,7 +166,16 @@ def encode_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: T
         "add_generation_prompt": group.prompt[-1]["role"] != "assistant",
         "continue_final_message": _is_continued(group),
     }
-    ids, rendering = render(group.prompt, tokenizer, options)
+    try:
+        ids, rendering = render(group.prompt, tokenizer, options)
+    except UserError as error:
+        if "continue_final_message" in str(error):  # of transformers, which looks for the words in the text
+            raise UserError(
+                "the prompt ends with words of the assistant that the completion goes on with, and the chat "
+                f"template does not write them as they are, got {text_in(group.prompt[-1])!r:.80}; end the "
+                "prompt before them, and begin the completion with them"
+            ) from error
+        raise
     notes_on(rendering, len(group.prompt), rules.template_may_drop)
     return ids
 

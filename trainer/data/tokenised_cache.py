@@ -25,7 +25,7 @@ from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.dataset import GroupDataset, column_of
 from madpo.trainer.data.known_tokens import check_known_tokens
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.plain_text import foreign_marks, special_spellings, spells_special
+from madpo.trainer.data.plain_text import foreign_marks, marks_in_messages, special_spellings, spells_special
 from madpo.trainer.data.report import Report, reasons_in, report_of
 from madpo.trainer.data.source import Source, cache_folder, fields_of, open_source
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, tokenise
@@ -64,6 +64,7 @@ FEATURES = datasets.Features(
         "spells_special": datasets.Value("bool"),  # in a conversation, where it becomes the token
         "spelled_in_text": datasets.Value("bool"),  # in plain text, where it stays text
         "foreign_marks": datasets.Sequence(datasets.Value("string")),
+        "marks_in_messages": datasets.Sequence(datasets.Value("string")),
         "notes": datasets.Sequence(datasets.Value("string")),
         "unused": datasets.Sequence(datasets.Value("string")),
         "odd": datasets.Sequence(datasets.Value("string")),
@@ -190,6 +191,7 @@ UNREAD = {
     "spells_special": False,
     "spelled_in_text": False,
     "foreign_marks": [],
+    "marks_in_messages": [],
     "unused": [],
     "odd": [],
     "claims": [],
@@ -228,6 +230,7 @@ class _RowTokeniser:
                 "spells_special": spells and text.conversational,
                 "spelled_in_text": spells and stays_text,
                 "foreign_marks": foreign_marks(text, self.added_tokens),
+                "marks_in_messages": marks_in_messages(text),
                 "unused": [*text.unused, *self._unused_keys(text)],
                 "odd": oddities_of(text, has_prompt=self.adapter != "text"),
                 "claims": claims_of(text),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from madpo.trainer.formats.text_groups import (
     TextGroup,
     best_only,
     layout_of,
+    texts_of,
     with_edges,
     with_system,
 )
@@ -130,23 +132,44 @@ MEANT = {
 def _unused(
     row: dict[str, Any], used: AbstractSet[str], adapter: Adapter, group: TextGroup
 ) -> tuple[str, ...]:
-    """The columns that hold text or more and that nothing looks at. Raises UserError for one of MEANT."""
-    unused = tuple(name for name, value in row.items() if name not in used and says_something(value))
+    """The columns that hold text or more, or a rating, and that nothing looks at. One that repeats a text of
+    the example is none of them. Raises UserError for one of MEANT."""
+    beside = {name: value for name, value in row.items() if name not in used}
+    unused = [name for name, value in beside.items() if says_something(value) or _is_rating(name, value)]
+    if unused:
+        said = {text.strip() for text in texts_of(group)}
+        unused = [x for x in unused if not (isinstance(beside[x], str) and beside[x].strip() in said)]
     for name in unused:
         if name in MEANT:
-            beside = "beside conversations" if group.conversational else "beside plain text"
+            place = "beside conversations" if group.conversational else "beside plain text"
             raise UserError(
-                f"{name}: {beside}, {adapter.name} does not use this column; {_instead(name, row)}set "
+                f"{name}: {place}, {adapter.name} does not use this column; {_instead(name, row)}set "
                 f"data.ignore_columns=[{name}] to leave it out"
             )
-    return unused
+    return tuple(unused)
+
+
+_RATING = re.compile(r"(?:^|[-_ ])(?:score|rating|reward|margin)s?(?:$|[-_ ])")
+
+
+def _is_rating(name: str, value: Any) -> bool:
+    """Whether a column holds a number that could be a margin, or half of one."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and _RATING.search(name) is not None
 
 
 def _instead(name: str, row: dict[str, Any]) -> str:
     """The adapters that use this column beside the others, as the beginning of an advice."""
     given = {column for column, value in row.items() if says_something(value)}
-    fitting = [x.name for x in ADAPTERS.values() if name in x.uses and x.source and not x.missing(given)]
-    return f"data.adapter={' or '.join(fitting)} does; else " if fitting else ""
+    using = [x for x in ADAPTERS.values() if name in x.uses and x.source]
+    if fitting := [x.name for x in using if not x.missing(given)]:
+        return f"data.adapter={' or '.join(fitting)} does; else "
+    for x in using:
+        missing = x.missing(given)
+        if len(missing) == 1 and "prompt" in given - x.uses:
+            ours = missing[0].split(" or ")[0]
+            return f"data.adapter={x.name} with data.columns={{{ours}: prompt}} does; else "
+    return ""
 
 
 def _with_weight(group: TextGroup, value: Any) -> TextGroup:

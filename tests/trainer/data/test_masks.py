@@ -55,6 +55,18 @@ OF_TURNS = {
         "[good<|eos|>]<|User|>go?<|Assistant|>[great<|eos|>]",
         "[bad<|eos|>]<|User|>why?<|Assistant|>[dull<|eos|>]<|User|>so?<|Assistant|>[end<|eos|>]",
     ),
+    "channels": (
+        "[<|message|>good<|end|>]<|start|>user<|message|>go?<|end|><|start|>assistant"
+        "[<|message|>great<|return|>]",
+        "[<|message|>bad<|end|>]<|start|>user<|message|>why?<|end|><|start|>assistant"
+        "[<|message|>dull<|end|>]<|start|>user<|message|>so?<|end|><|start|>assistant"
+        "[<|message|>end<|return|>]",
+    ),
+    "generating": (
+        "[good<turn|>\n]<|turn>user\ngo?<turn|>\n<|turn>assistant\n[great<turn|>\n]",
+        "[bad<turn|>\n]<|turn>user\nwhy?<turn|>\n<|turn>assistant\n[dull<turn|>\n]"
+        "<|turn>user\nso?<turn|>\n<|turn>assistant\n[end<turn|>\n]",
+    ),
 }
 
 
@@ -95,6 +107,17 @@ OF_TOOLS = {
         "<|output|>assistant\n<|outputs_end|>[good<|eos|>]",
         "[<|calls|><|call|>find\n{}<|calls_end|><|eos|>]<|outputs|><|output|><|outputs_end|>[bad<|eos|>]",
     ),
+    "channels": (
+        '[ to=find<|message|>{"q": "film", "k": 3}<|call|>]<|start|>tool<|message|>a plot<|end|>'
+        "<|start|>tool<|message|>assistant\n<|end|><|start|>assistant[<|message|>good<|return|>]",
+        "[ to=find<|message|>{}<|call|>]<|start|>tool<|message|><|end|>"
+        "<|start|>assistant[<|message|>bad<|return|>]",
+    ),
+    "generating": (
+        '[<call>{"name": "find", "arguments": {"q": "film", "k": 3}}</call>]<result>a plot</result>'
+        "<result>assistant\n</result><|turn>assistant\n[good<turn|>\n]",
+        '[<call>{"name": "find", "arguments": {}}</call>]<result></result><|turn>assistant\n[bad<turn|>\n]',
+    ),
 }
 
 
@@ -114,6 +137,17 @@ def test_a_prompt_may_end_with_an_answer_and_the_completion_begin_with_the_next_
     for text, question, answer in zip(texts, ("go?", "so?"), ("great", "end"), strict=True):
         before, said = text.split("[")
         assert question in before and answer in said and said.endswith("]")
+
+
+def test_what_stands_between_the_channels_of_an_answer_is_scored(known):
+    """The model itself ends one channel and begins the next."""
+    row = {"prompt": [asks("on?")], "chosen": [says("a"), asks("so?"), says("good", thinking="by plot")]}
+    texts = scored_text(known["channels"], tokens(known["channels"], {**row, "rejected": [says("bad")]}))
+    assert texts == [
+        "[<|message|>a<|end|>]<|start|>user<|message|>so?<|end|><|start|>assistant"
+        "[<|think|>by plot<|end|><|start|>assistant<|message|>good<|return|>]",
+        "[<|message|>bad<|return|>]",
+    ]
 
 
 def test_thinking_that_the_template_keeps_is_scored_and_what_it_drops_makes_a_bad_row(known):
