@@ -155,13 +155,16 @@ def labels_of(edges: list[tuple[int, int, float | None]], count: int) -> list[in
     return [(x > 0) - (x < 0) for x in score]
 
 
-def encode_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> list[int]:
-    """The tokens of a group's prompt alone, with the header of the answer in a conversation.
+def encode_prompt(
+    group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules
+) -> tuple[list[int], list[str]]:
+    """The tokens of a group's prompt alone, with the header of the answer in a conversation; and what is to
+    be said of what the template made of it.
 
     Raises UserError if the chat template leaves out what the prompt says; see `chat_template.notes_on`.
     """
     if isinstance(group.prompt, str):
-        return encode_texts([group.prompt], tokenizer, rules.text_holds_special_tokens)[0]
+        return encode_texts([group.prompt], tokenizer, rules.text_holds_special_tokens)[0], []
     options = _template_options(group, rules) | {
         "add_generation_prompt": group.prompt[-1]["role"] != "assistant",
         "continue_final_message": _is_continued(group),
@@ -176,8 +179,7 @@ def encode_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: T
                 "prompt before them, and begin the completion with them"
             ) from error
         raise
-    notes_on(rendering, len(group.prompt), rules.template_may_drop)
-    return ids
+    return ids, notes_on(rendering, len(group.prompt), rules.template_may_drop)
 
 
 def _is_continued(group: TextGroup) -> bool:
@@ -200,7 +202,7 @@ def _encode(
         texts = [group.prompt, *(f"{group.prompt}{completion}" for completion in group.completions)]
         prompt, *wholes = encode_texts(texts, tokenizer, rules.text_holds_special_tokens)
     else:
-        prompt = encode_prompt(group, tokenizer, rules)
+        prompt, _ = encode_prompt(group, tokenizer, rules)
         wholes = [_encode_messages(group, x, tokenizer, rules, notes) for x in _conversations(group)]
     ended = zip(wholes, group.completions, strict=True)
     return prompt, [_with_eos(ids, completion, tokenizer, rules) for ids, completion in ended]

@@ -35,6 +35,7 @@ class Prompts:
     rows: int = 0  # examples read
     repeated: int = 0  # examples whose prompt an earlier one has
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> examples
+    notes: Counter[str] = field(default_factory=Counter)  # what the chat template made of prompts -> how many
 
     @property
     def texts(self) -> list[Text]:
@@ -47,7 +48,7 @@ class Prompts:
 
     def encode(self, member: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The tokens of prompt number `member`."""
-        return encode_prompt(self.groups[member], tokenizer, self.rules)
+        return encode_prompt(self.groups[member], tokenizer, self.rules)[0]
 
 
 def read_prompts(
@@ -83,7 +84,7 @@ def read_prompts(
         count += 1
         try:
             group = _prompt(fields_of(row, source.unit), adapter, tokenizer, rules, prompt_tokens)
-            length = len(encode_prompt(group, tokenizer, rules))
+            tokens, notes = encode_prompt(group, tokenizer, rules)
         except Exception as error:  # a chat template may raise anything
             if data.on_bad_row == "error":
                 raise UserError(
@@ -91,6 +92,7 @@ def read_prompts(
                 ) from error
             prompts.dropped["unreadable"] += 1
             continue
+        length = len(tokens)
         if not 0 < length < data.max_length:
             prompts.dropped["prompt fills max_length" if length else "prompt has no tokens"] += 1
             continue
@@ -100,6 +102,7 @@ def read_prompts(
         seen.add(key)
         prompts.groups.append(group)
         prompts.lengths.append(length)
+        prompts.notes.update(notes)
         prompts.places.append(source.where(number))
     repeated = count - len(prompts.groups) - sum(prompts.dropped.values())
     if not prompts.groups:
