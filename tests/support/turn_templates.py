@@ -107,6 +107,8 @@ DEEPSEEK = """{% set ns = namespace(tool=false, system='') %}
 CHANNELS = """{%- for m in messages %}
 {%- if m.role != 'assistant' %}{{- '<|start|>' ~ m.role ~ '<|message|>' ~ m.content ~ '<|end|>' }}
 {%- elif m.tool_calls %}
+{%- set pending = messages[-1].role == 'tool' %}
+{%- if m.thinking and pending %}{{- '<|start|>assistant<|think|>' ~ m.thinking ~ '<|end|>' }}{% endif %}
 {%- for c in m.tool_calls %}
 {{- '<|start|>assistant to=' ~ c.function.name ~ '<|message|>' }}
 {{- (c.function.arguments | tojson) ~ '<|call|>' }}
@@ -118,7 +120,8 @@ CHANNELS = """{%- for m in messages %}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start|>assistant' }}{% endif %}"""
-"""In gpt-oss's style: an answer has channels, and ends otherwise where it is the last."""
+"""In gpt-oss's style: an answer has channels, and ends otherwise where it is the last. The thinking before a
+call goes once an answer follows."""
 
 GENERATING = """{%- for m in messages %}
 {%- if m.role == 'tool' %}{{- '<result>' ~ m.content ~ '</result>' }}

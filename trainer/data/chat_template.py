@@ -61,6 +61,11 @@ def render(
     return ids, rendering
 
 
+def text_of(messages: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
+    """The text of a conversation, whose tokens `render` gives; what the template raises is raised."""
+    return write(translated(messages, tokenizer, options)[0], tokenizer, options)
+
+
 def _altered(messages: Messages, text: str, known: Collection[Lost]) -> list[Lost]:
     """Contents of messages that do not stand in the text as they are, but for blanks at their ends.
 

@@ -40,6 +40,12 @@ class Source:
             return line_of(Path(self.name), row)
         return place_of(self.files, row) if self.files else f"{self.name} row {row}"
 
+    def examples(self) -> Iterator[tuple[int, Any]]:
+        """(number, for `where`; what `fields_of` reads) for every example."""
+        row: Any
+        for index, row in enumerate(self.rows):
+            yield row["line"] if self.unit == "line" else index, row
+
 
 def fields_of(row: Mapping[str, Any], unit: str) -> dict[str, Any]:
     """The columns of an example of a source, by its `unit`. A table's have lost their padding.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.data.chat_template import NOW, notes_on, render
+from madpo.trainer.data.chat_template import NOW, notes_on, render, text_of
 from madpo.trainer.data.masks import TrainOn, is_whole, mask_of, scored_messages
 from madpo.trainer.data.plain_text import encode_texts, ends_with_special
 from madpo.trainer.data.template_shape import TOOLS
@@ -74,8 +74,9 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
     """
     notes: dict[str, None] = {}
     prompt_only, wholes = _encode(group, tokenizer, rules, notes)
-    masks = _masks(group, wholes, tokenizer, rules)
     start = min(_common_prefix(prompt_only, whole) for whole in wholes)
+    is_moved = start < len(prompt_only) and _changes_the_prompt(group, tokenizer, rules)
+    masks = _masks(group, wholes, tokenizer, rules, is_moved)
     if start == 0 and not group.prompt and len(wholes) == 1:
         start = 1  # plain text without BOS: the first token predicts the rest, as in any language model
     boundary_cut = max(len(prompt_only) - start, 0)
@@ -260,15 +261,32 @@ def _conversation(group: TextGroup, completion: Messages) -> tuple[Messages, int
     return [*prompt, joined, *completion[1:]], len(prompt)
 
 
+def _changes_the_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> bool:
+    """Whether the template writes the prompt of a conversation otherwise once a completion follows.
+
+    gpt-oss's leaves out the thinking of a call then. Where the tokens begin to differ is no boundary there.
+    """
+    if isinstance(group.prompt, str):
+        return False
+    options = _template_options(group, rules)
+    alone = text_of(group.prompt, tokenizer, options | {"continue_final_message": _is_continued(group)})
+    conversations = (_conversation(group, completion)[0] for completion in _conversations(group))
+    return not all(text_of(x, tokenizer, options).startswith(alone) for x in conversations)
+
+
 def _masks(
-    group: TextGroup, wholes: list[list[int]], tokenizer: PreTrainedTokenizerBase, rules: TokenRules
+    group: TextGroup,
+    wholes: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TokenRules,
+    is_moved: bool,  # tokens of the prompt stand behind those that all completions begin with
 ) -> list[list[bool]]:
     """Whether each token of prompt and completion is scored, for each completion; nothing if all are.
 
     A prompt has no scored tokens there.
     """
     completions = _conversations(group)
-    if all(is_whole(completion, rules.train_on) for completion in completions):
+    if all(is_whole(completion, rules.train_on) for completion in completions) and not is_moved:
         return []
     options, masks = _template_options(group, rules), list[list[bool]]()
     for completion, whole in zip(completions, wholes, strict=True):

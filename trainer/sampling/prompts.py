@@ -77,8 +77,7 @@ def read_prompts(
     adapter = adapter_in(source, rules, _choose)
     prompts, seen = Prompts(source.name, rules), set[str]()
     count = 0
-    for index, row in enumerate(source.rows):
-        number = row["line"] if source.unit == "line" else index
+    for number, row in source.examples():
         if len(prompts.groups) == limit:
             break
         count += 1

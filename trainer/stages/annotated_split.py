@@ -141,10 +141,9 @@ def margins_of(scores: np.ndarray) -> np.ndarray:
 
 def _rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, example) for every example, numbered as in the data set; unreadable lines are left out."""
-    row: Any
-    for index, row in enumerate(source.rows):
+    for number, row in source.examples():
         with contextlib.suppress(UserError):
-            yield row["line"] if source.unit == "line" else index, fields_of(row, source.unit)
+            yield number, fields_of(row, source.unit)
 
 
 def _without_margins(row: dict[str, Any], renames: dict[str, str]) -> dict[str, Any]:

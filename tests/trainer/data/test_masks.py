@@ -187,6 +187,19 @@ def test_a_later_turn_that_changes_the_prompt_moves_it_into_the_completion_unsco
     assert group.boundary_cut == 0  # nothing has merged
 
 
+def test_an_answer_that_changes_the_prompt_moves_it_into_the_completion_unscored(known):
+    """What the tool has given would be taught otherwise, since tokens differ before it."""
+    prompt = [asks("on?"), {**calls("find", q="x"), "thinking": "first"}, gives("a plot")]
+    row = {"prompt": prompt, "chosen": [says("good")], "rejected": [says("bad")]}
+    group = tokens(known["channels"], row)
+    assert known["channels"].decode(group.prompt).endswith("on?<|end|><|start|>assistant")
+    call = ' to=find<|message|>{"q": "x"}<|call|><|start|>tool<|message|>a plot<|end|><|start|>assistant'
+    assert scored_text(known["channels"], group) == [
+        f"{call}[<|message|>{word}<|return|>]" for word in ("good", "bad")
+    ]
+    assert group.boundary_cut == 0 and "thinking of earlier answers left out by the template" in group.notes
+
+
 def test_a_generation_prompt_that_says_more_than_the_header_does_not_take_the_answers_letters(known):
     row = {**AGENT, "rejected": [says("bad")]}
     group = tokens(known["qwen"], row, template_kwargs={"enable_thinking": False})
