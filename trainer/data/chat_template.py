@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from madpo.trainer.data.template_shape import NOTHING, THOUGHT, TOOLS, Lost, lost_in, marked, shape_of, trims
-from madpo.trainer.data.translations import TRANSLATIONS, translate
+from madpo.trainer.data.translations import TRANSLATIONS, Conversation, translate
 from madpo.trainer.errors import UserError, on_one_line
 from madpo.trainer.formats.chat_message import NAME, THINKING, Messages, text_in
 
@@ -45,7 +45,7 @@ def render(
 
     Raises UserError if there is no template, if it raises anything itself, or if it writes BOS twice.
     """
-    messages, rendering = translated(messages, tokenizer, options)
+    messages, options, rendering = translated(messages, tokenizer, options)
     try:
         text = write(messages, tokenizer, options)
     except Exception as error:  # a template may raise anything
@@ -63,7 +63,8 @@ def render(
 
 def text_of(messages: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
     """The text of a conversation, whose tokens `render` gives; what the template raises is raised."""
-    return write(translated(messages, tokenizer, options)[0], tokenizer, options)
+    messages, options, _ = translated(messages, tokenizer, options)
+    return write(messages, tokenizer, options)
 
 
 def _altered(messages: Messages, text: str, known: Collection[Lost]) -> list[Lost]:
@@ -91,8 +92,8 @@ def _stands_in(text: str, content: str) -> bool:
 
 def translated(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
-) -> tuple[Messages, Rendering]:
-    """A conversation in the words that the template knows, and what the template makes of its shape.
+) -> tuple[Messages, dict[str, Any], Rendering]:
+    """A conversation and its options in the words that the template knows, and what it makes of its shape.
 
     Raises UserError if there is no template.
     """
@@ -102,11 +103,13 @@ def translated(
             "use an instruction-tuned tokenizer (model.tokenizer_name_or_path) or plain text columns"
         )
     variables = {name: value for name, value in options.items() if name not in (TOOLS, NOW)}
-    shape = shape_of(messages, options.get(TOOLS) or [])
+    conversation = Conversation(messages, options.get(TOOLS) or [])
     template: Any = tokenizer.chat_template  # text, or several by name
     written = template if isinstance(template, str) else repr(template)
-    rendering = _rendering(tokenizer, written, shape, json.dumps(variables, sort_keys=True))
-    return translate(messages, rendering.translations), rendering
+    shape, given = shape_of(conversation), json.dumps(variables, sort_keys=True)
+    rendering = _rendering(tokenizer, written, shape, given)
+    messages, tools = translate(conversation, rendering.translations)
+    return messages, {**options, TOOLS: tools or None}, rendering
 
 
 def write(messages: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> str:
@@ -172,22 +175,22 @@ def _rendering(tokenizer: PreTrainedTokenizerBase, written: str, shape: str, var
 
     `written` is the tokenizer's template, which may be exchanged.
     """
-    messages, tools, places = marked(shape)
+    conversation, places = marked(shape)
     asked_for: list[str] = []
 
     def now(form: str) -> str:
         asked_for.append(form)
         return datetime.fromtimestamp(0).strftime(form)
 
-    options = {**json.loads(variables), NOW: now, TOOLS: tools or None}
+    options = {**json.loads(variables), NOW: now}
     found: list[Rendering] = []
-    for names, tried in _translations_of(messages):
+    for names, (messages, tools) in _translations_of(conversation):
         asked_for.clear()
         try:
-            text = write(tried, tokenizer, options)
+            text = write(messages, tokenizer, {**options, TOOLS: tools or None})
         except Exception:  # a template may raise anything; it will again, for the example
             continue
-        found.append(Rendering(names, lost_in(text, places), trims(text, tried), bool(asked_for)))
+        found.append(Rendering(names, lost_in(text, places), trims(text, messages), bool(asked_for)))
         if not found[-1].lost:
             return found[-1]
     # The first of those that lose the fewest: the one with the fewest translations.
@@ -195,12 +198,12 @@ def _rendering(tokenizer: PreTrainedTokenizerBase, written: str, shape: str, var
     return best._replace(lost=tuple(x for x in best.lost if x.part != NOTHING))
 
 
-def _translations_of(messages: Messages) -> Iterator[tuple[tuple[str, ...], Messages]]:
+def _translations_of(conversation: Conversation) -> Iterator[tuple[tuple[str, ...], Conversation]]:
     """The names of translations and the conversation after them, for every subset all of which change it,
     smaller ones first."""
     subsets = chain.from_iterable(combinations(TRANSLATIONS, size) for size in range(len(TRANSLATIONS) + 1))
     for names in subsets:
-        tried = messages
+        tried = conversation
         for name in names:
             before, tried = tried, TRANSLATIONS[name](tried)
             if before == tried:

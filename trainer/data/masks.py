@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.data.chat_template import translated, write
 from madpo.trainer.data.template_shape import MARK, ODD, probes
-from madpo.trainer.data.translations import translate
+from madpo.trainer.data.translations import Conversation, translate
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.chat_message import WEIGHT, Messages
 
@@ -60,8 +60,8 @@ def mask_of(
             "not; set data.train_on=all to score all of it"
         )
     parted = [_parted(messages[first], len(begun))] if begun else []
-    messages, rendering = translated(messages, tokenizer, options)
-    parted = translate(parted, rendering.translations)
+    messages, options, rendering = translated(messages, tokenizer, options)
+    parted = translate(Conversation(parted), rendering.translations).messages
     turns = _Turns(messages, first, parted, lambda x, **more: write(x, tokenizer, {**options, **more}))
     encoded: Any = tokenizer(turns.text, add_special_tokens=False, return_offsets_mapping=True)
     ends = [end for _, end in encoded["offset_mapping"]]

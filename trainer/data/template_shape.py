@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any, NamedTuple
 
-from madpo.trainer.data.translations import object_in, with_function
+from madpo.trainer.data.translations import Conversation, object_in, with_function
 from madpo.trainer.formats.chat_message import NAME, RESULTS, SPOKEN, Messages, says_something
 
 MARK = "madpo_text"
@@ -40,27 +40,20 @@ class Lost(NamedTuple):
         return f"{self.part} of message {self.message + 1} (role {self.role})"
 
 
-class Marked(NamedTuple):
-    """A conversation and its tools with markers, and what each marker stands for."""
-
-    messages: Messages
-    tools: list[dict[str, Any]]
-    places: dict[str, Lost]
-
-
-def shape_of(messages: Messages, tools: list[dict[str, Any]]) -> str:
+def shape_of(conversation: Conversation) -> str:
     """The JSON text of a shape, for `marked`; equal for conversations that a template treats alike."""
-    said = [{key: _shape_at(message, key) for key in message} for message in messages]
-    return json.dumps([said, sorted(set(map(_shape_of_tool, tools)))])
+    said = [{key: _shape_at(message, key) for key in message} for message in conversation.messages]
+    return json.dumps([said, sorted(set(map(_shape_of_tool, conversation.tools)))])
 
 
-def marked(shape: str) -> Marked:
-    """The shape with a marker of its own in place of each text."""
+def marked(shape: str) -> tuple[Conversation, dict[str, Lost]]:
+    """The shape with a marker of its own in place of each text; what each marker stands for."""
     messages, tools = json.loads(shape)
     markers = (f"madpo{number:06d}text" for number in count())
     places: dict[str, Lost] = {}
     with_markers = [_numbered(message, index, markers, places) for index, message in enumerate(messages)]
-    return Marked(with_markers, [_marked_tool(ToolShape(*x), markers, places) for x in tools], places)
+    marked_tools = [_marked_tool(ToolShape(*shape), markers, places) for shape in tools]
+    return Conversation(with_markers, marked_tools), places
 
 
 _MARKER = r"madpo\d{6}text"

@@ -79,6 +79,8 @@ TEMPLATES = {
     + template(TURN % "m.content"),
     "no parameters": "{% for t in tools or [] %}[{{ t.function.name }}: {{ t.function.description }}]"
     "{% endfor %}" + template(TURN % "m.content"),
+    "bare tools": "{% for t in tools or [] %}[{{ t.name }}: {{ t.description }}]{% endfor %}"
+    + template(TURN % "m.content"),
     "speakers": template(TURN % "(m.name ~ ': ' if m.name else '') ~ m.content"),
     "trims": template(TURN % "m.content | trim"),
     "dated": "{{ strftime_now('%d %b %Y') }}" + template(TURN % "m.content"),
@@ -330,6 +332,20 @@ def test_what_a_template_raises_is_one_line(tokenizers):
     calls = {"role": "assistant", "content": "", "tool_calls": [call("find", "no json")]}
     with pytest.raises(UserError, match="the chat template refuses the conversation: 'str object' has no"):
         texts(tokenizers["object"], row([ASK], calls))
+
+
+def test_bare_calls_and_tools_are_put_where_the_template_looks_for_them(tokenizers):
+    calls = {"role": "assistant", "content": "", "tool_calls": [call("find", {"x": "y"})["function"]]}
+    _, (chosen, _), notes = texts(tokenizers["object"], row([ASK], calls))
+    assert chosen == 'find(x="y";)</>' and notes == ("bare tool calls rendered under the key function",)
+    prompt, _, notes = texts(
+        tokenizers["no parameters"], row([ASK], tools=[tool(description="finds")["function"]])
+    )
+    assert prompt.startswith("[find: finds]")
+    assert notes == ("bare tools rendered under the key function",)
+    prompt, _, notes = texts(tokenizers["bare tools"], row([ASK], tools=[tool(description="finds")]))
+    assert prompt.startswith("[find: finds]")
+    assert notes == ("tools under the key function rendered bare",)
 
 
 def tool(**more: Any) -> dict[str, Any]:
