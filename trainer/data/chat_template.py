@@ -17,7 +17,17 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-from madpo.trainer.data.template_shape import NOTHING, THOUGHT, TOOLS, Lost, lost_in, marked, shape_of, trims
+from madpo.trainer.data.template_shape import (
+    NOTHING,
+    THOUGHT,
+    TOOLS,
+    Lost,
+    lost_in,
+    marked,
+    shape_of,
+    texts_of,
+    trims,
+)
 from madpo.trainer.data.translations import TRANSLATIONS, Conversation, translate
 from madpo.trainer.errors import UserError, on_one_line
 from madpo.trainer.formats.chat_message import NAME, THINKING, Messages, text_in
@@ -81,6 +91,7 @@ def _altered(messages: Messages, text: str, known: Collection[Lost]) -> list[Los
         for content in [text_in(message)]
         if not _stands_in(text, content)
         and not all(_stands_in(text, piece) for piece in THOUGHT.split(content))
+        and not all(_stands_in(text, part) for part in texts_of(message["content"]))
     ]
 
 

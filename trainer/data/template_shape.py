@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any, NamedTuple
 
-from madpo.trainer.data.translations import Conversation, object_in, with_function
+from madpo.trainer.data.translations import Conversation, with_function
 from madpo.trainer.formats.chat_message import NAME, RESULTS, SPOKEN, Messages, says_something
+from madpo.trainer.formats.json_lines import object_in
 
 MARK = "madpo_text"
 """What stands in place of every text of a shape, until each gets a marker with a number."""
@@ -75,12 +76,13 @@ def lost_in(text: str, places: dict[str, Lost]) -> tuple[Lost, ...]:
 
 def trims(text: str, messages: Messages) -> bool:
     """Whether the text leaves out blanks at the ends of these marked messages."""
-    said = (_texts_of(message.get("content")) for message in messages)
+    said = (texts_of(message.get("content")) for message in messages)
     ends = [end for texts in said for content in texts for end in _ENDS.findall(content)]
     return any(end not in text and json.dumps(end)[1:-1] not in text for end in ends)
 
 
-def _texts_of(content: Any) -> list[str]:
+def texts_of(content: Any) -> list[str]:
+    """The texts of a message's content, one for each part."""
     if isinstance(content, list):
         return [part["text"] for part in content]
     return [content] if isinstance(content, str) else []

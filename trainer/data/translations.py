@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from madpo.trainer.formats.chat_message import Messages, text_in
-from madpo.trainer.formats.json_lines import unique_keys
+from madpo.trainer.formats.json_lines import object_in
 
 
 class Conversation(NamedTuple):
@@ -83,19 +83,6 @@ def _with_calls(messages: Messages, change: Callable[[dict[str, Any]], dict[str,
 def with_function(call: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
     """A tool call with its function changed, which may stand under `function`."""
     return {**call, "function": change(call["function"])} if "function" in call else change(call)
-
-
-def object_in(arguments: Any) -> dict[str, Any] | None:
-    """The object that the JSON text of a call's arguments holds, an empty one for none; None for all else."""
-    if arguments is None or arguments == "":
-        return {}
-    if not isinstance(arguments, str):
-        return None
-    try:
-        value = json.loads(arguments, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError):  # UserError, for a key that stands twice, is a ValueError
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _under_function(bare: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from madpo.trainer.errors import UserError
@@ -106,6 +106,12 @@ def _function(call: Any) -> dict[str, Any]:
     """The name and the arguments of a tool call, which may stand under `function`."""
     function = call.get("function", call) if isinstance(call, dict) else {}
     return function if isinstance(function, dict) else {}
+
+
+def arguments_in(messages: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+    """The arguments of every tool call."""
+    for message in messages:
+        yield from (_function(call).get("arguments") for call in message.get("tool_calls") or ())
 
 
 def _text_part(field: str, part: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Strict reading of a line of a JSON Lines file."""
+"""Strict reading of JSON: a line of a file, and the arguments of a tool call."""
 
 from __future__ import annotations
 
@@ -64,3 +64,17 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise UserError(f"{name} is not a number that can be trained on")
+
+
+def object_in(arguments: Any) -> dict[str, Any] | None:
+    """The object that the JSON text of a call's arguments holds, an empty one for none; None for all else."""
+    if arguments is None or arguments == "":
+        return {}
+    if not isinstance(arguments, str):
+        return None
+    try:
+        value = json.loads(arguments, object_pairs_hook=unique_keys, parse_constant=_no_constant)
+        json.dumps(value, allow_nan=False)  # which fails for a number that is too large
+    except (ValueError, RecursionError):  # UserError is a ValueError
+        return None
+    return value if isinstance(value, dict) else None

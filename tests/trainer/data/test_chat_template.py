@@ -82,6 +82,7 @@ TEMPLATES = {
     "bare tools": "{% for t in tools or [] %}[{{ t.name }}: {{ t.description }}]{% endfor %}"
     + template(TURN % "m.content"),
     "speakers": template(TURN % "(m.name ~ ': ' if m.name else '') ~ m.content"),
+    "trims parts": template("<{{ m.role }}>{% for p in m.content %}{{ p.text | trim }}{% endfor %}</>"),
     "trims": template(TURN % "m.content | trim"),
     "dated": "{{ strftime_now('%d %b %Y') }}" + template(TURN % "m.content"),
     "seconds": "{{ strftime_now('%S.%f') }}" + template(TURN % "m.content"),
@@ -410,6 +411,13 @@ def test_blanks_at_the_ends_of_messages_that_the_template_trims_are_counted(toke
     assert notes == ("blanks at the ends of messages left out by the template",)
     _, (chosen, _), notes = texts(tokenizers["plain"], example)
     assert chosen == f"{content}</>" and notes == ()
+
+
+def test_blanks_between_parts_that_are_trimmed_one_by_one_are_blanks(tokenizers):
+    parts = [{"type": "text", "text": text} for text in ("two ", " and two")]
+    prompt, _, notes = texts(tokenizers["trims parts"], row([say("user", parts)]))
+    assert prompt == "<user>twoand two</><assistant>"
+    assert "blanks at the ends of messages left out by the template" in notes
 
 
 @pytest.mark.parametrize(("name", "now"), [("dated", "31 Dec 2027"), ("seconds", "00.000000")])
