@@ -36,6 +36,9 @@ NOW = "strftime_now"
 """The function of time that transformers gives templates: strftime of this moment, unless they are given
 another. madpo gives that of `data.template_date`, so that tokens do not depend on the day."""
 
+ANY_DAY = datetime(2026, 1, 1).strftime
+"""What templates get where only their form is looked at."""
+
 
 class Rendering(NamedTuple):
     """What a template makes of a shape of conversation."""
@@ -130,8 +133,8 @@ def write(messages: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[
     """
     options = dict(options)
     template = tokenizer.get_chat_template(None, options.get(TOOLS))
-    if NOW in options:  # transformers passes no functions on; the compiled template is one it keeps
-        _compile_jinja_template(template).globals[NOW] = options.pop(NOW)
+    # transformers passes no functions on; the compiled template is one that it keeps.
+    _compile_jinja_template(template).globals[NOW] = options.pop(NOW, ANY_DAY)
     if not any("content" in message and message["content"] is None for message in messages):
         text: Any = tokenizer.apply_chat_template(messages, tokenize=False, **options)
         return text
@@ -150,7 +153,7 @@ def notes_on(
     """
     notes = list(rendering.translations)
     if rendering.is_dated:
-        notes.append("the template writes a date: data.template_date")
+        notes.append("the template writes the date, that of data.template_date")
     if rendering.is_trimmed:
         notes.append("blanks at the ends of messages left out by the template")
     for lost in rendering.lost:
@@ -191,7 +194,7 @@ def _rendering(tokenizer: PreTrainedTokenizerBase, written: str, shape: str, var
 
     def now(form: str) -> str:
         asked_for.append(form)
-        return datetime.fromtimestamp(0).strftime(form)
+        return ANY_DAY(form)
 
     options = {**json.loads(variables), NOW: now}
     found: list[Rendering] = []

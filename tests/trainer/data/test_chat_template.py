@@ -426,7 +426,7 @@ def test_a_template_that_writes_the_time_gets_that_of_the_config(tokenizers, nam
     for _ in range(2):
         prompt, completions, notes = texts(tokenizers[name], row([ASK]), template_date="2027-12-31")
         assert prompt == f"{now}<user>two and two</><assistant>" and completions[0] == "is four</>"
-        assert notes == ("the template writes a date: data.template_date",)
+        assert notes == ("the template writes the date, that of data.template_date",)
 
 
 def test_a_date_is_one_in_the_config():
