@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer.data.chat_template import translated, write
 from madpo.trainer.data.template_shape import MARK, ODD, probes
 from madpo.trainer.data.translations import Conversation, translate
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import UserError, on_one_line
 from madpo.trainer.formats.chat_message import WEIGHT, Messages
 
 TrainOn = Literal["assistant", "all"]
@@ -68,7 +68,12 @@ def mask_of(
     scored = scored_messages(messages, first, train_on)
     mask = [False] * len(ends)
     for index in scored:
-        start, end = turns.span(index, with_header=train_on == "all")
+        try:
+            start, end = turns.span(index, with_header=train_on == "all")
+        except UserError:
+            raise
+        except Exception as error:  # a template may raise anything, also for the conversation's beginning
+            raise turns.hidden(index, f", as it refuses a part of them ({on_one_line(error)})") from error
         tokens = slice(bisect_left(ends, start + 1), bisect_left(ends, end + 1))
         mask[tokens] = [True] * len(mask[tokens])
     return mask
@@ -99,7 +104,7 @@ class _Turns:
         start = self._after_header(index) if is_bare and is_answer else self._end(index - 1)
         end = self._end(index)
         if start > end:
-            raise self._hidden(index)
+            raise self.hidden(index)
         return start, end
 
     def _end(self, index: int) -> int:
@@ -111,7 +116,7 @@ class _Turns:
         behind, closing = self._behind(index), self._tail(index, self._write)
         shared = _common_prefix(self.text[behind:], closing)
         if closing and not shared:
-            raise self._hidden(index)
+            raise self.hidden(index)
         if shared < len(closing):  # it ends a turn otherwise where another follows
             within = self._tail_within(index)
             shared = len(within) if within and self.text.startswith(within, behind) else shared
@@ -162,7 +167,7 @@ class _Turns:
         header = len(opening) - len(closed) if opening.startswith(closed) else 0
         shared = min(shared, _common_prefix(other[behind:], expected))
         if not other.startswith(self.text[:behind]) or shared <= len(expected) - header:
-            raise self._hidden(index)
+            raise self.hidden(index)
         return behind + shared
 
     def _behind(self, index: int) -> int:
@@ -181,7 +186,7 @@ class _Turns:
                     self._found[index] = message, len(self.text) - _common_suffix(self.text, text)
                     break
             else:
-                raise self._hidden(index)
+                raise self.hidden(index)
         return self._found[index]
 
     def _tail(self, index: int, write: Callable[[Messages], str]) -> str:
@@ -194,11 +199,12 @@ class _Turns:
         """The text with another message in this place."""
         return self._write([*self._messages[:index], message, *self._messages[index + 1 :]])
 
-    def _hidden(self, index: int) -> UserError:
+    def hidden(self, index: int, why: str = "") -> UserError:
+        """The error for a message whose place does not show."""
         return UserError(
             f"the chat template does not show which tokens are those of message {index + 1} "
-            f"(role {self._messages[index]['role']}); set data.train_on=all to score everything, or take "
-            "another template (model.tokenizer_name_or_path)"
+            f"(role {self._messages[index]['role']}){why}; set data.train_on=all to score everything, or "
+            "take another template (model.tokenizer_name_or_path)"
         )
 
 

@@ -285,6 +285,21 @@ MOVES = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}|{% endi
 MOVES += "messages %}{% if m.role == 'assistant' %}<{{ m.content }}>{% endif %}{% endfor %}"
 
 
+ENDS_WITH_ANSWERS = """{% if messages[-1].role != 'assistant' and not add_generation_prompt %}
+{{- raise_exception('no answer') }}{% endif %}
+{%- for m in messages %}{{ '<' ~ m.role ~ '>' ~ m.content ~ '</>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"""
+
+
+def test_a_template_that_refuses_a_part_of_the_conversation_is_one_line(known, monkeypatch):
+    monkeypatch.setattr(known["gemma"], "chat_template", ENDS_WITH_ANSWERS)
+    group = tokens(known["gemma"], PARTING)
+    assert scored_text(known["gemma"], group)[0] == "[good</>]<user>go?</><assistant>[great</>]"
+    row = {**PARTING, "chosen": [*PARTING["chosen"][:3], says("a", weight=0)]}
+    with pytest.raises(UserError, match=r"message 3 .*, as it refuses a part of them \(no answer\)"):
+        tokens(known["gemma"], row, train_on="all")
+
+
 def test_what_does_not_show_is_refused(known, monkeypatch):
     tokenizer = known["gemma"]
     monkeypatch.setattr(tokenizer, "chat_template", MOVES)
