@@ -12,6 +12,7 @@ from madpo.trainer.formats.oddities import (
     EMPTY_COMPLETION,
     EMPTY_PROMPT,
     NO_OBJECT,
+    NULL,
     claims_of,
     oddities_of,
 )
@@ -59,7 +60,8 @@ def test_messages(prompt, found):
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
-        ({"x": None}, []),
+        ({"x": [None]}, []),
+        ({"x": [{"y": None}]}, [NULL]),
         ('{"x": null}', []),
         ("", []),
         (None, []),
