@@ -4,7 +4,8 @@ Nothing is known of the template. What a message says is found by rendering the 
 texts in that one message: behind it, both renderings are the same. Two more renderings say what the template
 writes between messages: what follows an answer when nothing else does is the answer's own end, and the
 generation prompt behind the message before it is its header. Both are looked for where the message stands,
-so it does not matter if a template writes earlier messages otherwise once others follow.
+so it does not matter if a template writes earlier messages otherwise once others follow. Where it ends a turn
+otherwise in the middle, that end is what stands between the answer and the next generation prompt.
 """
 
 from __future__ import annotations
