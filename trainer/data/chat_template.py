@@ -8,7 +8,8 @@ in place of each text, and a marker that does not come out stands for text that 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
 from itertools import chain, combinations
@@ -133,14 +134,25 @@ def write(messages: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[
     """
     options = dict(options)
     template = tokenizer.get_chat_template(None, options.get(TOOLS))
-    # transformers passes no functions on; the compiled template is one that it keeps.
-    _compile_jinja_template(template).globals[NOW] = options.pop(NOW, ANY_DAY)
-    if not any("content" in message and message["content"] is None for message in messages):
-        text: Any = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    with _clock(template, options.pop(NOW, ANY_DAY)):
+        if not any("content" in message and message["content"] is None for message in messages):
+            text: Any = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            return text
+        variables = {**tokenizer.special_tokens_map, **options}
+        (text,), _ = render_jinja_template([messages], chat_template=template, **variables)
         return text
-    variables = {**tokenizer.special_tokens_map, **options}
-    (text,), _ = render_jinja_template([messages], chat_template=template, **variables)
-    return text
+
+
+@contextmanager
+def _clock(template: str, now: Callable[[str], str]) -> Iterator[None]:
+    """Give a template this function of time. transformers passes no functions on to templates, but it keeps
+    those that it has compiled, for others too."""
+    known: Any = _compile_jinja_template(template).globals
+    known[NOW] = now
+    try:
+        yield
+    finally:
+        del known[NOW]  # which uncovers that of transformers
 
 
 def notes_on(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -427,6 +428,13 @@ def test_a_template_that_writes_the_time_gets_that_of_the_config(tokenizers, nam
         prompt, completions, notes = texts(tokenizers[name], row([ASK]), template_date="2027-12-31")
         assert prompt == f"{now}<user>two and two</><assistant>" and completions[0] == "is four</>"
         assert notes == ("the template writes the date, that of data.template_date",)
+
+
+def test_others_who_render_the_template_get_the_present_date(tokenizers):
+    texts(tokenizers["dated"], row([ASK]), template_date="1999-12-31")
+    before = datetime.now()
+    day = tokenizers["dated"].apply_chat_template([ASK], tokenize=False)[:11]
+    assert day in {moment.strftime("%d %b %Y") for moment in (before, datetime.now())}
 
 
 def test_a_date_is_one_in_the_config():
