@@ -16,13 +16,14 @@ import pytest
 import torch.multiprocessing as mp
 from harness import own_port, run_ranks, without_clock
 from patience import patient
-from small_runs import changed, config_of, records, train
+from small_runs import changed, config_of, records, tensors_in, train
 
 from madpo.trainer.checkpoints import folders, manifest, saver
 from madpo.trainer.checkpoints.folders import MANIFEST, newest_checkpoint
 from madpo.trainer.checkpoints.manifest import read
 from madpo.trainer.config.schema import Config
 from madpo.trainer.zero3 import shard_files
+from madpo.trainer.zero3.shard_files import load_shard
 
 pytestmark = pytest.mark.ranks
 STEPS = 12
@@ -37,11 +38,12 @@ def undisturbed(tmp_path_factory, tokenizer_folder) -> Config:
 
 
 def result(run: Config) -> tuple[Any, Any]:
-    """Checksums of the last checkpoint's shards, and the metrics of every line."""
+    """The bits of the last checkpoint's masters and moments, and the metrics of every line."""
     newest = newest_checkpoint(Path(run.output_dir) / "checkpoints")
-    assert newest is not None
-    files = {name: entry for name, entry in read(newest).files.items() if "optim" in name}
-    return files, [without_clock(record) for record in records(Path(run.output_dir))]
+    assert newest is not None and newest.name == folders.name_of(STEPS)
+    names = sorted(name for name in read(newest).files if "optim" in name)
+    found = [tensor.detach().numpy().tobytes() for name in names for tensor in tensors_in(load_shard(newest / name))]
+    return found, [without_clock(record) for record in records(Path(run.output_dir))]
 
 
 def die() -> None:

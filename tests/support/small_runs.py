@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from harness import make_config, save_model, write_pairs
 
 from madpo.trainer import loop
@@ -88,6 +89,14 @@ def cut_back(folder: Path, step: int) -> None:
     for checkpoint in checkpoints_in(folder / "checkpoints"):
         if step_of(checkpoint.name) > step:
             shutil.rmtree(checkpoint)
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """All tensors in dicts, lists and tuples, in their order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for child in children for tensor in tensors_in(child)]
 
 
 def model_bytes(config: Config) -> bytes:
