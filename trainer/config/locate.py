@@ -25,9 +25,13 @@ def located(config: Config) -> Config:
 
     Raises UserError for a model, a tokenizer or a data set that is not there, or is no such thing.
     """
-    names = ("model_name_or_path", "ref_model_name_or_path", "tokenizer_name_or_path")
-    given = {name: getattr(config.model, name) for name in names}
-    found = {name: model_folder(f"model.{name}", value) for name, value in given.items() if value is not None}
+    find = {
+        "model_name_or_path": model_folder,
+        "ref_model_name_or_path": model_folder,
+        "tokenizer_name_or_path": _folder,
+    }
+    given = {name: getattr(config.model, name) for name in find}
+    found = {name: find[name](f"model.{name}", value) for name, value in given.items() if value is not None}
     update: dict[str, object] = {"model": config.model.model_copy(update=found)}
     base = None if config.peft is None else config.peft.base_model_name_or_path
     if config.peft is not None and base is not None:
@@ -46,10 +50,20 @@ def check_data(config: Config) -> None:
 
 
 def model_folder(key: str, name: str) -> str:
-    """The folder of the model, adapter or tokenizer that `key` names, or its name on the hub.
+    """The folder of the model or adapter that `key` names, or its name on the hub.
 
-    Raises UserError for a path that is not there, a file, and a run that has exported no model.
+    Raises UserError for a path that is not there, a file, a run that has exported no model, and a folder that
+    holds something else.
     """
+    folder = _folder(key, name)
+    path = Path(folder)
+    if path.is_dir() and not _holds_model(path):
+        raise UserError(f"{key}: {name} holds no model: no {' and no '.join(MODEL_FILES)}{_holds(path)}")
+    return folder
+
+
+def _folder(key: str, name: str) -> str:
+    """The folder that `key` names, of a run the one with its model, or a name on the hub."""
     path = Path(os.path.expanduser(name))
     if not os.path.exists(path):
         check_there(key, name, "model")

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from madpo.trainer.config.model import ModelConfig
+from madpo.trainer.counted import counted
 from madpo.trainer.errors import UserError, nearest
 from madpo.trainer.files import sampled_content
 from madpo.trainer.model.families import NOISE_THAT_STAYS
@@ -89,7 +90,8 @@ def load_pretrained(
     missing = sorted(set(info["missing_keys"]) - {NEW_LAYER})
     if missing:
         raise UserError(
-            f"model {name!r}: {len(missing)} weights are missing and would be random, {missing[0]} for one; "
+            f"model {name!r}: {counted(len(missing), 'weight')} missing from its files, "
+            f"{missing[0]} for one, which would be random; "
             "the files do not belong to the config beside them"
         )
     refuse_more_than_text(name, model)

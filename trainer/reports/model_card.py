@@ -12,6 +12,7 @@ from jinja2 import Template
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.schema import Config, dump
+from madpo.trainer.counted import counted
 from madpo.trainer.model import lora
 from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.pair_margins import STDERR
@@ -101,9 +102,10 @@ def _training(config: Config, run: Path, state: TrainState, policy: Any) -> str:
     values = ", ".join(f"{key} {value}" for key, value in objective.items() if key != "loss_type")
     facts = _read(run / "run.json")
     versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
+    seen = {"step": state.step, "prompt": state.consumed, "token": state.num_tokens}
     rows = {
         "objective": f"`{config.objective.loss_type}` ({values}); equation: docs/objectives.md of madpo",
-        "seen": f"{state.step} steps, {state.consumed} prompts, {state.num_tokens} tokens",
+        "seen": ", ".join(counted(number, noun) for noun, number in seen.items()),
         "trained parameters": f"{trained:,} of {total:,}",
         "precision": "bfloat16" if config.train.bf16 else "float32",
         "command": f"`{facts['command']}`" if facts else "",

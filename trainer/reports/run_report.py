@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from madpo.trainer.counted import counted
 from madpo.trainer.pair_margins import ACCURACY, MARGIN, STDERR
 from madpo.trainer.reports.drawing import PAPER, SOFT, Drawing, colour, draw, limits, running_mean
 from madpo.trainer.reports.page import PALETTE, Figure, Key, Mark, Table, object_table, render, text
@@ -112,7 +113,7 @@ def _overview(runs: Sequence[Run]) -> Table:
         rows.append([Key("solid", run.number, run.name), *numbers, wall, *values])
     titles = {ACCURACY: "held-out accuracy", MARGIN: "margin", "loss": "held-out loss"}
     counts = [run.final(True).get("eval_num_pairs") for run in runs]
-    note = f"± is one standard error, over {counts[0]:,} held-out pairs." if counts[0] else ""
+    note = f"± is one standard error, over {counted(counts[0], 'held-out pair')}." if counts[0] else ""
     head = ["run", "steps", "epochs", "tokens", "wall time", *(titles[name] for name in measured)]
     return Table(head, rows, note=note if len(set(counts)) == 1 else "± is one standard error." * any(counts))
 
