@@ -100,7 +100,7 @@ def _objective(loss_type: str, width: int | None) -> str:
 
 def _rows(entries: list[Entry], width: int | None, with_recipes: bool = False) -> str:
     def text(entry: Entry) -> str:
-        more = [f"in a recipe, with another value: {ON_A_RECIPE[entry.effect]}"] if with_recipes else []
+        more = [f"in a recipe, another value {ON_A_RECIPE[entry.effect]}"] if with_recipes else []
         between = "; " if width is None else "\n"
         return between.join([entry.description, "; ".join([entry.facts, *more])])
 
@@ -161,7 +161,7 @@ def _page() -> Iterator[str]:
     for section in sections():
         yield f"## `{section.name}`\n" if section.name else "## Outside of sections\n"
         yield f"{_cell(section.description)[:1].upper()}{_cell(section.description)[1:]}.\n"
-        yield "| key | values | default | meaning | once a run has begun |"
+        yield "| key | values | default | meaning | once a run has begun, it |"
         yield "|---|---|---|---|---|"
         for entry in section.entries:
             in_words = entry.default == REQUIRED or entry.key in BY_KIND

@@ -18,20 +18,20 @@ from madpo.trainer.objectives.base import Item, Objective
 from madpo.trainer.objectives.registry import OBJECTIVES
 
 ON_A_RUN = {
-    Effect.NUMBERS: "fixed",
+    Effect.NUMBERS: "is fixed",
     Effect.RESULT: "can be changed",
     Effect.MEANS: "can be changed",
-    Effect.PACKED_ROWS: "can be changed (fixed if model.router_aux_loss_coef is set)",
+    Effect.PACKED_ROWS: "can be changed if model.router_aux_loss_coef is 0",
 }
-"""Effect -> whether a run that has begun can go on with another value."""
+"""Effect -> what a value is once a run has begun."""
 
 ON_A_RECIPE = {
-    Effect.NUMBERS: "the stage runs again",
-    Effect.RESULT: "the stage runs again",
-    Effect.MEANS: "a finished stage stays",
-    Effect.PACKED_ROWS: "a finished stage stays (it runs again if model.router_aux_loss_coef is set)",
+    Effect.NUMBERS: "runs a finished stage again",
+    Effect.RESULT: "runs a finished stage again",
+    Effect.MEANS: "leaves a finished stage as it is",
+    Effect.PACKED_ROWS: "leaves a finished stage as it is if model.router_aux_loss_coef is 0",
 }
-"""Effect -> what another value means for a stage of a recipe."""
+"""Effect -> what another value does in a recipe."""
 
 REQUIRED = "required"
 
@@ -58,7 +58,7 @@ class Entry(NamedTuple):
     def facts(self) -> str:
         """What it takes, its default, and whether a run that has begun can go on with another value."""
         default = REQUIRED if self.default == REQUIRED else f"default {self.default}"
-        return f"{self.values}; {default}; once a run has begun: {ON_A_RUN[self.effect]}"
+        return f"{self.values}; {default}; once a run has begun, it {ON_A_RUN[self.effect]}"
 
 
 class SectionEntry(NamedTuple):

@@ -194,11 +194,11 @@ def our_key(name: str, schema: type[BaseModel]) -> str | None:
     return homes[0] if len(homes) == 1 else None
 
 
-def in_place_of(section: str, value: str) -> str | None:
-    """What to write where a text stands in place of a section; None where that is not known."""
-    if section in AS_VALUES:
+def in_place_of(section: str, value: Any) -> str | None:
+    """What to write where a value stands in place of a section; None where that is not known."""
+    if section in AS_VALUES and isinstance(value, str):
         return f"write {AS_VALUES[section]}={value}"
-    if section == "deepspeed":
+    if section == "deepspeed" and isinstance(value, str):
         return f"write the keys of {value} below it, as in deepspeed.zero_optimization.stage=2"
     return "peft={} trains an adapter" if section == "peft" else None
 

@@ -34,4 +34,7 @@ def resolve_quantiles(config: Config, data: Data, tokenizer: PreTrainedTokenizer
     except ValidationError as error:
         given = ", ".join(f"{name} quantile:{q:g}" for name, q in params.quantiles.items())
         item = error.errors()[0]
-        raise UserError(f"objective: {given} is {item['input']} here; expected {item['msg']}") from None
+        raise UserError(
+            f"objective: {given} is {item['input']:g} in this data; expected {item['msg']}"
+            f"{'' if values.any() else '; all margins are 0, so no pair has a weight of its own: use dpo'}"
+        ) from None
