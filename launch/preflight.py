@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from madpo.launch.local import Task
+from madpo.trainer.config.accelerator import choose_accelerator
 from madpo.trainer.config.deepspeed import check_machine
 from madpo.trainer.config.locate import located, model_folder
 from madpo.trainer.config.schema import Config
@@ -25,6 +26,7 @@ def check(config: Config, task: Task, base: bool = False) -> None:
 
     `base`: the task evaluates the model that training starts from.
     """
+    choose_accelerator()
     if task == "export" or (task == "evaluate" and not base):
         check_trained(Path(config.output_dir), task)
     if task == "annotate":

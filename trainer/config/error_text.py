@@ -81,7 +81,7 @@ def _of_other_objectives(location: tuple[Any, ...], name: str, known: list[str])
     """What to say of a parameter that other objectives have; None for any other key, and for a slip."""
     if location[0] != "objective" or closest(name, known):
         return None
-    owners = [loss for loss, each in OBJECTIVES.items() if name in each.params.keys()]
+    owners = [loss for loss, each in OBJECTIVES.items() if {name} & each.params.keys()]
     if not owners:
         return None
     own = ", ".join(key for key in known if key != "loss_type") or "no parameters"

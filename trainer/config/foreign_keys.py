@@ -147,6 +147,7 @@ REPLACED = {
     "finetuning_type": "a section peft trains an adapter, model.freeze leaves weights out of training",
     "adapter": "a section peft trains an adapter",
     "stage": "the command is the stage: madpo sft, madpo reward, or madpo train with objective.loss_type",
+    "stages": "a file of stages is a recipe: madpo run FILE",
     "chat_template": "the tokenizer's own chat template is used",
     "template": "the tokenizer's own chat template is used",
     "trust_remote_code": "code of a model repository is never run",
