@@ -210,7 +210,10 @@ def attach(model: PreTrainedModel, config: Any, name: str, weights: dict[str, Te
 
 
 def save_adapter(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
-    """Write the policy's adapter in peft's format; `weights` are by their names in the model."""
+    """Write the policy's adapter in peft's format; `weights` are by their names in the model.
+
+    A base model in a folder is named by its whole path, as the adapter may be loaded from anywhere.
+    """
     peft = require_peft()
     options: Any = {"adapter_name": POLICY, "save_embedding_layers": False}  # else it asks the hub
     state = peft.get_peft_model_state_dict(model, state_dict=weights, **options)
@@ -218,11 +221,17 @@ def save_adapter(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
     save_file({PREFIX + key: value for key, value in state.items()}, folder / WEIGHTS, {"format": "pt"})
     config = copy.copy(model.peft_config[POLICY])
     config.inference_mode = True
+    config.base_model_name_or_path = whole_path(config.base_model_name_or_path)
     if not isinstance(config.target_modules, str):
         config.target_modules = sorted(
             config.target_modules
         )  # a set, whose order changes from process to process
     config.save_pretrained(folder)
+
+
+def whole_path(name: str) -> str:
+    """The path of a model's folder from the root; a name on the hub as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def linear_layers(model: PreTrainedModel) -> set[str]:
