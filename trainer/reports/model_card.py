@@ -101,8 +101,8 @@ def _on_base(base: str) -> str:
     if not Path(base).is_dir():
         return f"Its base model is [{base}](https://huggingface.co/{base}), which is fetched from the hub."
     return (
-        f"Its base model is not on the hub but in the folder `{lora.whole_path(base)}`. On another machine, copy "
-        "that folder too, and name its place as `base_model_name_or_path` in `adapter_config.json`."
+        f"Its base model is not on the hub but in the folder `{lora.whole_path(base)}`. On another machine, "
+        "copy that folder too, and name its place as `base_model_name_or_path` in `adapter_config.json`."
     )
 
 
