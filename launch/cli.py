@@ -70,7 +70,8 @@ ConfigPath = Annotated[
     typer.Argument(help="YAML file, or a run folder", metavar="CONFIG", autocompletion=complete_config),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="as in optim.lr=2e-6", metavar="SECTION.KEY=VALUE")
+    list[str] | None,
+    typer.Argument(help="values in place of the config's, as in optim.lr=2e-6", metavar="SECTION.KEY=VALUE"),
 ]
 OfTask = Annotated[
     Literal["train", "sft", "reward"] | None,

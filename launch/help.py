@@ -13,7 +13,9 @@ import typer.core
 
 START, TRAIN, DATA, MODELS, LOOK = "Start", "Train", "Data", "Models", "Look and measure"
 """The groups of commands."""
-FIRST_STEPS = "First steps: madpo init my.yaml, then the commands that it prints. One command: madpo train -h"
+FIRST_STEPS = (
+    "First steps: madpo init my.yaml, then the commands that it prints. Help for one of them: madpo train -h"
+)
 NAMES = {"help_option_names": ["-h", "--help"]}
 """Settings of the app's context, for it and all its commands."""
 

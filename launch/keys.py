@@ -161,7 +161,7 @@ def _page() -> Iterator[str]:
     for section in sections():
         yield f"## `{section.name}`\n" if section.name else "## Outside of sections\n"
         yield f"{_cell(section.description)[:1].upper()}{_cell(section.description)[1:]}.\n"
-        yield "| key | values | default | meaning | once a run has begun, it |"
+        yield "| key | values | default | meaning | later |"
         yield "|---|---|---|---|---|"
         for entry in section.entries:
             in_words = entry.default == REQUIRED or entry.key in BY_KIND
