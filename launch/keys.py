@@ -161,12 +161,12 @@ def _page() -> Iterator[str]:
     for section in sections():
         yield f"## `{section.name}`\n" if section.name else "## Outside of sections\n"
         yield f"{_cell(section.description)[:1].upper()}{_cell(section.description)[1:]}.\n"
-        yield "| key | values | default | meaning | later |"
+        yield "| key | values | default | meaning | in a run |"
         yield "|---|---|---|---|---|"
         for entry in section.entries:
             in_words = entry.default == REQUIRED or entry.key in BY_KIND
             default = entry.default if in_words else f"`{entry.default}`"
-            run = ON_A_RUN[entry.effect]
+            run = "".join(ON_A_RUN[entry.effect])
             cells = f"`{entry.key}`", entry.values, default, _cell(entry.description), run
             yield f"| {' | '.join(cells)} |"
         yield ""

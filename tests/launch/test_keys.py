@@ -48,7 +48,7 @@ def test_without_a_terminal_each_key_is_one_line():
     text = explain_keys("generate.judge.endpoint", None)
     assert (
         "  generate.judge.endpoint.timeout      seconds to wait for one reply; a number above 0; "
-        "default 60.0; can be changed in a run\n"
+        "default 60.0; can be changed once a run has begun\n"
     ) in text
     assert explain_keys("lr", None) == (
         "  optim.lr  highest learning rate, which warm-up ends at; a number above 0; default 2e-05 for "

@@ -29,7 +29,10 @@ def tree(tmp_path_factory) -> dict[str, Any]:
 
 
 def config(tree: dict[str, Any], **sections: Any) -> Config:
-    merged = {name: {**tree.get(name, {}), **section} for name, section in sections.items()}
+    merged = {
+        name: {**tree.get(name, {}), **value} if isinstance(value, dict) else value
+        for name, value in sections.items()
+    }
     return Config.model_validate(tree | merged)
 
 
@@ -55,6 +58,7 @@ def test_what_can_begin_passes(tree):
         ),
         ("evaluate", {}, "run is not there; train first"),
         ("export", {}, "run is not there; train first"),
+        ("train", {"output_dir": "{folder}/pairs.csv/run"}, "pairs.csv is a file; name a folder"),
         ("annotate", {"annotate": {"models": ["{folder}/none"]}}, "annotate.models: "),
         ("generate", {"generate": {"models": ["{folder}/none"]}}, "generate.models: "),
         (

@@ -18,12 +18,12 @@ from madpo.trainer.objectives.base import Item, Objective
 from madpo.trainer.objectives.registry import OBJECTIVES
 
 ON_A_RUN = {
-    Effect.NUMBERS: "fixed once a run has begun",
-    Effect.RESULT: "can be changed in a run",
-    Effect.MEANS: "can be changed in a run",
-    Effect.PACKED_ROWS: "can be changed in a run if model.router_aux_loss_coef is 0",
+    Effect.NUMBERS: ("fixed", ""),
+    Effect.RESULT: ("can be changed", ""),
+    Effect.MEANS: ("can be changed", ""),
+    Effect.PACKED_ROWS: ("can be changed", " if model.router_aux_loss_coef is 0"),
 }
-"""Effect -> whether a run that has begun can go on with another value."""
+"""Effect -> whether a run that has begun can go on with another value, and on what condition."""
 
 ON_A_RECIPE = {
     Effect.NUMBERS: "runs a finished stage again",
@@ -58,7 +58,8 @@ class Entry(NamedTuple):
     def facts(self) -> str:
         """What it takes, its default, and whether a run that has begun can go on with another value."""
         default = REQUIRED if self.default == REQUIRED else f"default {self.default}"
-        return f"{self.values}; {default}; {ON_A_RUN[self.effect]}"
+        change, condition = ON_A_RUN[self.effect]
+        return f"{self.values}; {default}; {change} once a run has begun{condition}"
 
 
 class SectionEntry(NamedTuple):
