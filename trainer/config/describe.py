@@ -21,7 +21,7 @@ ON_A_RUN = {
     Effect.NUMBERS: ("fixed", ""),
     Effect.RESULT: ("can be changed", ""),
     Effect.MEANS: ("can be changed", ""),
-    Effect.PACKED_ROWS: ("can be changed", " if model.router_aux_loss_coef is 0"),
+    Effect.PACKED_ROWS: ("can be changed", " unless experts have a load-balancing loss"),
 }
 """Effect -> whether a run that has begun can go on with another value, and on what condition."""
 
@@ -29,7 +29,7 @@ ON_A_RECIPE = {
     Effect.NUMBERS: "runs a finished stage again",
     Effect.RESULT: "runs a finished stage again",
     Effect.MEANS: "leaves a finished stage as it is",
-    Effect.PACKED_ROWS: "leaves a finished stage as it is if model.router_aux_loss_coef is 0",
+    Effect.PACKED_ROWS: "leaves a finished stage as it is unless experts have a load-balancing loss",
 }
 """Effect -> what another value does in a recipe."""
 
