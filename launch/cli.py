@@ -279,12 +279,13 @@ def show_config(
     plain: Annotated[bool, typer.Option("--plain", help="without comments")] = False,
 ) -> None:
     """Check a config; print it with all defaults, each key explained."""
-    from madpo.trainer.config.commented import commented
+    from madpo.launch.keys import terminal_width
+    from madpo.trainer.config.commented import WIDTH, commented
     from madpo.trainer.config.locate import located
     from madpo.trainer.config.schema import dump, load
 
     resolved = load(config, overrides or [], task or "config")
-    print(dump(resolved) if plain else commented(resolved), end="")
+    print(dump(resolved) if plain else commented(resolved, terminal_width() or WIDTH), end="")
     try:
         located(resolved)
     except UserError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from madpo.launch.local import Task
 from madpo.trainer.config.accelerator import choose_accelerator
+from madpo.trainer.config.annotation import check_annotation
 from madpo.trainer.config.deepspeed import check_machine
 from madpo.trainer.config.locate import located, model_folder
 from madpo.trainer.config.schema import Config
@@ -31,6 +32,7 @@ def check(config: Config, task: Task, base: bool = False) -> None:
     if task == "export" or (task == "evaluate" and not base):
         check_trained(Path(config.output_dir), task)
     if task == "annotate":
+        check_annotation(config)
         for name in config.annotate.models or ():
             model_folder("annotate.models", name)
     else:  # the config's own model need not be there to annotate with others

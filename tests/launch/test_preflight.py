@@ -59,7 +59,12 @@ def test_what_can_begin_passes(tree):
         ("evaluate", {}, "run is not there; train first"),
         ("export", {}, "run is not there; train first"),
         ("train", {"output_dir": "{folder}/pairs.csv/run"}, "pairs.csv is a file; name a folder"),
-        ("annotate", {"annotate": {"models": ["{folder}/none"]}}, "annotate.models: "),
+        ("annotate", {}, "annotate takes the config of a reward run (bradley_terry), not of dpo"),
+        (
+            "annotate",
+            {"objective": {"loss_type": "bradley_terry"}, "annotate": {"models": ["{folder}/none"]}},
+            "annotate.models: ",
+        ),
         ("generate", {"generate": {"models": ["{folder}/none"]}}, "generate.models: "),
         (
             "generate",
