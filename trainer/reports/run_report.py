@@ -121,7 +121,7 @@ def _overview(runs: Sequence[Run]) -> Table:
         rows.append([Key("solid", run.number, run.name), *numbers, wall, *values])
     titles = {ACCURACY: "held-out accuracy", MARGIN: "margin", "loss": "held-out loss"}
     counts = [run.final(True).get("eval_num_pairs") for run in runs]
-    note = f"± is one standard error, over {counted(counts[0], 'held-out pair')}." if counts[0] else ""
+    note = f"± is one standard error, over {counted(int(counts[0]), 'held-out pair')}." if counts[0] else ""
     head = ["run", "steps", "epochs", "tokens", "wall time", *(titles[name] for name in measured)]
     return Table(head, rows, note=note if len(set(counts)) == 1 else "± is one standard error." * any(counts))
 

@@ -247,7 +247,7 @@ def _what_it_has(error: AttributeError) -> str:
     if not isinstance(error.obj, ModuleType):
         return str(error)
     defined = [name for name, value in vars(error.obj).items() if callable(value)]
-    return f"there is no such function in it{nearest(error.name, defined)}"
+    return f"there is no such function in it{nearest(str(error.name), defined)}"
 
 
 def _load_function(where: str) -> Callable[..., Any]:
