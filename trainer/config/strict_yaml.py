@@ -111,7 +111,7 @@ def read(path: str | Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: a config is a YAML file in UTF-8, and byte {error.start} is none; save it as UTF-8"
+            f"{path}: a config is a YAML file, and this is no text in UTF-8 (byte {error.start}); save it as such"
         ) from None
     value = parse(text, str(path))
     if value is None:
