@@ -13,7 +13,7 @@ from madpo.launch.local import Task
 from madpo.trainer.config.accelerator import choose_accelerator
 from madpo.trainer.config.annotation import check_annotation
 from madpo.trainer.config.deepspeed import check_machine
-from madpo.trainer.config.locate import located, model_folder
+from madpo.trainer.config.locate import check_models, located, model_folder
 from madpo.trainer.config.schema import Config
 from madpo.trainer.config.train import NOTHING_TO_EVALUATE
 from madpo.trainer.errors import UserError
@@ -37,6 +37,7 @@ def check(config: Config, task: Task, base: bool = False) -> None:
             model_folder("annotate.models", name)
     else:  # the config's own model need not be there to annotate with others
         located(config)
+        check_models(config)
     _check_writable(Path(config.output_dir).expanduser())
     check_machine(config.deepspeed)
     _check_kernels(config)

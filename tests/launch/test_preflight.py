@@ -17,6 +17,7 @@ def tree(tmp_path_factory) -> dict[str, Any]:
     """A config of a model and a single file of pairs that are there."""
     folder = tmp_path_factory.mktemp("preflight")
     (folder / "model").mkdir()
+    (folder / "empty").mkdir()
     (folder / "model" / "config.json").write_text("{}")
     (folder / "pairs.jsonl").write_text("{}\n")
     (folder / "pairs.csv").write_text("prompt,chosen,rejected\n")
@@ -51,6 +52,7 @@ def test_what_can_begin_passes(tree):
         ("train", {"data": {"dataset_name": "{folder}", "dataset_train_split": "x"}}, "no split 'x'"),
         ("train", {"data": {"dataset_name": "{folder}/none.jsonl"}}, "no such file or folder"),
         ("train", {"data": {"dataset_test_split": "test"}}, "is a single file"),
+        ("train", {"model": {"model_name_or_path": "{folder}/empty"}}, "holds no model: no config.json"),
         (
             "train",
             {"deepspeed": {"zero_optimization": {"zero_quantized_weights": True}}},

@@ -15,6 +15,8 @@ from madpo.trainer.errors import UserError, closest
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 MODEL_FILES = ("config.json", "adapter_config.json")
+MODELS = ("model_name_or_path", "ref_model_name_or_path")
+"""Keys of the section `model` that name one."""
 RUN_FILES = ("config.yaml", "checkpoints")
 MOST_SHOWN = 10
 """Names of a folder that a message lists."""
@@ -25,20 +27,24 @@ def located(config: Config) -> Config:
 
     Raises UserError for a model, a tokenizer or a data set that is not there, or is no such thing.
     """
-    find = {
-        "model_name_or_path": model_folder,
-        "ref_model_name_or_path": model_folder,
-        "tokenizer_name_or_path": _folder,
-    }
-    given = {name: getattr(config.model, name) for name in find}
-    found = {name: find[name](f"model.{name}", value) for name, value in given.items() if value is not None}
+    names = (*MODELS, "tokenizer_name_or_path")
+    given = {name: getattr(config.model, name) for name in names}
+    found = {name: _folder(f"model.{name}", value) for name, value in given.items() if value is not None}
     update: dict[str, object] = {"model": config.model.model_copy(update=found)}
     base = None if config.peft is None else config.peft.base_model_name_or_path
     if config.peft is not None and base is not None:
-        own = {"base_model_name_or_path": model_folder("peft.base_model_name_or_path", base)}
+        own = {"base_model_name_or_path": _folder("peft.base_model_name_or_path", base)}
         update["peft"] = config.peft.model_copy(update=own)
     check_data(config)
     return config.model_copy(update=update)
+
+
+def check_models(config: Config) -> None:
+    """Raise UserError if a folder that the config names as a model holds none. Data alone can be looked at
+    with a folder that holds a tokenizer."""
+    for name in MODELS:
+        if (value := getattr(config.model, name)) is not None:
+            model_folder(f"model.{name}", value)
 
 
 def check_data(config: Config) -> None:

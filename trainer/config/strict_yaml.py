@@ -111,7 +111,8 @@ def read(path: str | Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: a config is a YAML file, and this is no text in UTF-8 (byte {error.start}); save it as such"
+            f"{path}: a config is a YAML file, and this is no text in UTF-8 (byte "
+            f"{error.start}); save it as such"
         ) from None
     value = parse(text, str(path))
     if value is None:
