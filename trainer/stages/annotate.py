@@ -16,6 +16,7 @@ from madpo.trainer.batches.steps import evaluation_steps, step_rules
 from madpo.trainer.config.annotation import check_annotation
 from madpo.trainer.config.locate import located, model_folder
 from madpo.trainer.config.schema import AnnotateConfig, Config
+from madpo.trainer.counted import counted
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.folds import folds_of, without_fold
 from madpo.trainer.data.groups import TokenDataset, check_groups
@@ -141,8 +142,8 @@ def load_pairs(config: Config) -> tuple[dict[str, GroupDataset], dict[str, Repor
         check_groups(groups, plain.bound_objective, budget, shares)
         if several := int((groups.counts.edges > 1).sum()):
             raise UserError(
-                f"{groups.name}: annotate writes one margin a row, and {several} rows make several "
-                "comparisons; set data.edges=best_worst, or write the rows as pairs"
+                f"{groups.name}: annotate writes one margin a row, and there are several comparisons in "
+                f"{counted(several, 'row')}; set data.edges=best_worst, or write the rows as pairs"
             )
     return data, {split: report for split, (_, report) in loaded.items()}
 
