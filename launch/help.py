@@ -44,7 +44,8 @@ def _explain(error: Any, args: Sequence[str]) -> None:
     from madpo.trainer.config.schema import Config
 
     option = error.option_name
-    key = our_key(option.lstrip("-").replace("-", "_"), Config)
+    name = option.lstrip("-").replace("-", "_").rpartition(".")[2]
+    key = our_key(name, Config)
     if key is None and error.possibilities:
         return
     error.possibilities = None

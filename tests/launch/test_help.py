@@ -65,6 +65,7 @@ AS_OPTIONS = {
     "--lr 1e-4": "optim.lr=1e-4",
     "--learning-rate=3e-6": "optim.lr=3e-6",
     "--num_train_epochs": "train.num_train_epochs=VALUE",
+    "--optim.lr 3": "optim.lr=3",
     "--x 1": "optim.lr=2e-6",
 }
 
