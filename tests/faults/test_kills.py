@@ -42,7 +42,11 @@ def result(run: Config) -> tuple[Any, Any]:
     newest = newest_checkpoint(Path(run.output_dir) / "checkpoints")
     assert newest is not None and newest.name == folders.name_of(STEPS)
     names = sorted(name for name in read(newest).files if "optim" in name)
-    found = [tensor.detach().numpy().tobytes() for name in names for tensor in tensors_in(load_shard(newest / name))]
+    found = [
+        tensor.detach().numpy().tobytes()
+        for name in names
+        for tensor in tensors_in(load_shard(newest / name))
+    ]
     return found, [without_clock(record) for record in records(Path(run.output_dir))]
 
 
