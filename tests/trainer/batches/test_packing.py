@@ -90,7 +90,7 @@ class Held:
     """Groups in memory, with the counts that steps are planned from."""
 
     def __init__(self, groups: list[TokenGroup]) -> None:
-        self.groups = groups
+        self.groups, self.rows = groups, np.arange(len(groups))
         tokens = np.array([sum(map(len, group.completions)) for group in groups])
         edges = np.array([len(group.edges) for group in groups])
         self.counts = GroupCounts.all_computed(

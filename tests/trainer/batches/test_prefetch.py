@@ -13,7 +13,6 @@ import pytest
 import torch
 from harness import make_config, random_groups, run_ranks, save_model, write_pairs
 from patience import patient
-from small_runs import loop_alone
 
 from madpo.trainer import loop
 from madpo.trainer.batches.cost import StepWork
@@ -160,6 +159,6 @@ def watched_training(shard, config: Config) -> tuple[list[tuple[int, int]], list
 
     setattr(source, "take", take)  # noqa: B010
     with suppress(KeyboardInterrupt):
-        loop_alone(config, engine, source, None, shard, state, on_record)
+        loop.train(config, engine, source, None, shard, state, loop.Unsaved(), on_record)
     engine.release()
     return states, taken, prefetch_threads()

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from harness import make_config, run_ranks, save_model, sentence
-from small_runs import loop_alone
 
 from madpo.kernels.token_scores import TokenScores
+from madpo.trainer import loop
 from madpo.trainer.batches.steps import StepRules, plan_step
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.order import DataOrder, systematic_draws
@@ -77,7 +77,8 @@ def losses_and_gradients(shard: Shard, config: Config, skips: bool) -> list[Any]
     data = weighed(data, config) if skips else data
     engine, records = start_engine(config, tokenizer, training=True), list[Any]()
     assert data.source is not None
-    loop_alone(config, engine, data.source, data.train, shard, TrainState(), records.append)
+    saver = loop.Unsaved()
+    loop.train(config, engine, data.source, data.train, shard, TrainState(), saver, records.append)
     weights = [parameter.detach().clone() for parameter in _whole(engine.module.policy)]
     engine.release()
     return [records, weights] if shard.is_main else []
