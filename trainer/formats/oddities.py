@@ -14,6 +14,7 @@ from madpo.trainer.formats.text_groups import SPOKEN, Messages, Text, TextGroup,
 
 EMPTY_PROMPT = "the prompt is empty"
 EMPTY_COMPLETION = "a completion is empty"
+FROM_BYTES = "bytes were read as UTF-8 text"
 
 CHARACTERS = {
     "text holds a byte order mark (U+FEFF)": "\ufeff",
@@ -32,6 +33,8 @@ def oddities_of(group: TextGroup, has_prompt: bool) -> list[str]:
         found.append(EMPTY_PROMPT)
     if any(_is_blank(completion, "assistant") for completion in group.completions):
         found.append(EMPTY_COMPLETION)
+    if group.from_bytes:
+        found.append(FROM_BYTES)
     parts = (group.prompt, *group.completions)
     texts = [text for part in parts for text in ([part] if isinstance(part, str) else _texts(part))]
     suspect = [text for text in texts if not text.isascii() or not text.isprintable()]

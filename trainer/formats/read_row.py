@@ -12,7 +12,7 @@ from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS, Adapter
 from madpo.trainer.formats.chat_message import says_something, unknown_keys, without_nulls, without_weights
 from madpo.trainer.formats.messages import one_of
-from madpo.trainer.formats.numbers import MARGIN_COLUMNS, as_weight, margin_of
+from madpo.trainer.formats.numbers import LABELS, MARGIN_COLUMNS, as_weight, has_label, label_of, margin_of
 from madpo.trainer.formats.text_groups import (
     TextGroup,
     best_only,
@@ -94,10 +94,13 @@ MISLEADING = 0.5
 
 def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised: bool = False) -> TextGroup:
     """The group of an example. Raises UserError that names the field, its value and what it should hold."""
-    row = {name: value for name, value in renamed(row, rules.columns).items() if name not in rules.ignore}
+    given = {name: value for name, value in renamed(row, rules.columns).items() if name not in rules.ignore}
+    row = {name: bytes_as_text(value) for name, value in given.items()}
     group = _with_weight(adapter.read(row), row.get("weight"))
-    group = best_only(group) if supervised else _with_margin(choose_edges(group, rules.edges), margin_of(row))
     used = adapter.uses | MARGIN_COLUMNS | {"weight"}
+    if len(group.completions) == 1 and has_label(row):
+        group, used = replace(group, labels=[label_of(row)]), used | {*LABELS}
+    group = best_only(group) if supervised else _with_margin(choose_edges(group, rules.edges), margin_of(row))
     if group.conversational:
         used |= {"tools", "chat_template_kwargs"}
         group = replace(group, tools=_tools(row), template_kwargs=_template_kwargs(row))
@@ -105,7 +108,19 @@ def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised:
             used |= {*SYSTEM}
             group = with_system(group, row.get(one_of(row, *SYSTEM) or SYSTEM[0]))
         group = _with_keys_looked_at(group)
-    return replace(group, unused=_unused(row, used, adapter, group))
+    return replace(group, unused=_unused(row, used, adapter, group), from_bytes=row != given)
+
+
+def bytes_as_text(value: Any) -> Any:
+    """The value with text in place of bytes that are UTF-8, as Parquet may store text; others stay."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, list):
+        return [bytes_as_text(x) for x in value]
+    return {key: bytes_as_text(x) for key, x in value.items()} if isinstance(value, dict) else value
 
 
 def _with_keys_looked_at(group: TextGroup) -> TextGroup:
@@ -129,8 +144,12 @@ MEANT = {
 def _unused(
     row: dict[str, Any], used: AbstractSet[str], adapter: Adapter, group: TextGroup
 ) -> tuple[str, ...]:
-    """The columns that hold text or more and that nothing looks at. Raises UserError for one of MEANT."""
-    unused = tuple(name for name, value in row.items() if name not in used and says_something(value))
+    """The columns that hold text or more, or a label, and that nothing looks at. Raises UserError for one of
+    MEANT."""
+    labels = LABELS if has_label(row) else ()
+    unused = tuple(
+        name for name, value in row.items() if name not in used and (name in labels or says_something(value))
+    )
     for name in unused:
         if name in MEANT:
             beside = "beside conversations" if group.conversational else "beside plain text"
