@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.dataset import GroupDataset, column_of
-from madpo.trainer.data.known_tokens import check_known_tokens
+from madpo.trainer.data.known_tokens import with_known_tokens
 from madpo.trainer.data.order import permutation
 from madpo.trainer.data.plain_text import foreign_marks, special_spellings, spells_special
 from madpo.trainer.data.report import Report, reasons_in, report_of
@@ -103,13 +103,16 @@ def load_groups(
 ) -> tuple[GroupDataset, Report]:
     """The groups of one split, or a fraction of them, and a report of what was read, cut and dropped.
 
-    Raises UserError as `read_table` does, for an unreadable example (unless `on_bad_row: drop`), for a token
-    that is not among the `known_tokens` of the model, and for a split in which nothing can be trained on.
+    Raises UserError as `read_table` does, and for a split in which nothing can be trained on; for an example
+    that cannot be read, or has a token that is not among the `known_tokens` of the model, unless
+    `on_bad_row: drop`.
     """
-    source, table, key = read_table(data, split, tokenizer, supervised)
+    source, read, key = read_table(data, split, tokenizer, supervised)
+    table = with_known_tokens(read, tokenizer, known_tokens)
     check_readable(source.where, table, data.on_bad_row)
     usable = usable_rows(table)
-    check_known_tokens(source.where, table, usable, tokenizer, known_tokens)
+    if table is not read:
+        key = f"{key}, {known_tokens} tokens known"
     taken = usable[share(len(usable), fraction)]
     report = report_of(source.name, table, taken, source.where)
     if not len(usable):

@@ -16,6 +16,9 @@ FAR_FROM_USUAL = 20
 SMALL_MODEL = 300_000_000
 """The number of weights below which models take far higher learning rates."""
 
+FAR_FROM_ONE = 2
+"""The factor between the mean weight and 1 from which it is remarked on."""
+
 ALIKE = 0.01
 """The relative spread of weights below which they change nothing but the learning rate."""
 
@@ -62,6 +65,9 @@ def on_weights(config: Config, weights: np.ndarray | None) -> str | None:
     if not weights.any():
         return f"weights of {source}: all are 0, so nothing is learnt"
     remark = f"weights of {source}: median {middle:.3g}, nine of ten from {low:.3g} to {high:.3g}"
+    mean = float(weights.mean())
+    if not 1 / FAR_FROM_ONE < mean < FAR_FROM_ONE:
+        remark += f"; their mean is {mean:.3g}, by which gradients are multiplied as by the learning rate"
     if high - low > ALIKE * middle:
         return remark
     if source != "madpo":
