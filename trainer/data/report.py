@@ -157,7 +157,7 @@ def with_known(
     if held_out:
         rows = {HELD_OUT: np.unique(makers[same | opposite])}
     else:
-        counts[NOT_KEPT] = known.add(claims)
+        counts = {NOT_KEPT: number} if (number := known.add(claims)) else {}
         among = _repeats(claims, makers, examples)  # which are in the report already
         repeated, contradicting = examples[among.repeated != NONE], examples[among.contradicted != NONE]
         rows = {
@@ -279,8 +279,9 @@ def _by_text(
 
 def total_report(name: str, reports: Sequence[Report]) -> Report:
     """One report of several parts together."""
-    counts = [key for key, value in reports[0].items() if isinstance(value, int) and key not in SPREADS]
-    total: Report = {"source": name, **{key: sum(x[key] for x in reports) for key in counts}}
+    facts = (fact for report in reports for fact in report.items())
+    counts = dict.fromkeys(key for key, value in facts if isinstance(value, int) and key not in SPREADS)
+    total: Report = {"source": name, **{key: sum(x.get(key, 0) for x in reports) for key in counts}}
     for key in ("dropped", *LISTS):
         counted = Counter[str]()
         for report in reports:

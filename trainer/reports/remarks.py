@@ -65,11 +65,11 @@ def on_weights(config: Config, weights: np.ndarray | None) -> str | None:
     if not weights.any():
         return f"weights of {source}: all are 0, so nothing is learnt"
     remark = f"weights of {source}: median {middle:.3g}, nine of ten from {low:.3g} to {high:.3g}"
-    mean = float(weights.mean())
-    if not 1 / FAR_FROM_ONE < mean < FAR_FROM_ONE:
-        remark += f"; their mean is {mean:.3g}, by which gradients are multiplied as by the learning rate"
     if high - low > ALIKE * middle:
-        return remark
+        mean = float(weights.mean())
+        if 1 / FAR_FROM_ONE <= mean <= FAR_FROM_ONE:
+            return remark
+        return f"{remark}; their mean, {mean:.3g}, multiplies gradients as the learning rate does"
     if source != "madpo":
         return f"{remark}; all are alike, so they change nothing but the learning rate"
     rate = "" if abs(middle - 1) <= ALIKE else f" at {middle:.3g} times the learning rate"

@@ -106,7 +106,7 @@ def test_data_that_the_objective_cannot_use_are_an_error_after_the_report(config
     assert status == 2 and "none of 1 rows can be trained on" in out and report["train"]["groups"] == 0
 
 
-def test_tokens_that_the_model_does_not_have_are_an_error(config, tokenizer_folder):
+def test_an_example_with_a_token_that_the_model_does_not_have_cannot_be_read(config, tokenizer_folder):
     """Of the model nothing but its config is there."""
     _, out, _ = checked(config)
     assert "the tokens are not compared with the model's: " in out
@@ -114,8 +114,9 @@ def test_tokens_that_the_model_does_not_have_are_an_error(config, tokenizer_fold
     (model / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 290}))
     status, out, report = checked(config, f"model.model_name_or_path={model}")
     place = config.parent / "pairs" / "train.jsonl"
-    assert status == 2 and f"error: {place}:" in out and "has no row in the model's embedding" in out
-    assert report["train"]["groups"] == len(ROWS)
+    assert status == 3 and f"\n  {place}:" in out and "has no row in the model's embedding" in out
+    bad = report["train"]["dropped"]["unreadable"]
+    assert 0 < bad == len(ROWS) - report["train"]["groups"]
 
 
 def test_a_mixture_has_a_report_for_each_part_and_repeats_are_found_across_them(config):
