@@ -8,6 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from madpo.trainer.errors import UserError, nearest
+from madpo.trainer.files import check_path
 
 PACKAGE = Path(__file__).resolve().parent.parent
 FOLDER = PACKAGE / "configs" / "templates"
@@ -33,6 +34,7 @@ def write(template: str, target: Path) -> list[Path]:
     beside = BESIDE.get(template)
     paths = [target, *([target.with_name(beside.name)] if beside else [])]
     for path in paths:
+        check_path(path)
         if path.exists():
             raise UserError(f"{path}: is there already; give another NAME, or remove it")
     text = (FOLDER / f"{template}.yaml").read_text()

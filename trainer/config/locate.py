@@ -12,6 +12,7 @@ from pathlib import Path
 from madpo.trainer.config.hub import Kind, check_on_hub, download, is_cached
 from madpo.trainer.config.schema import Config
 from madpo.trainer.errors import UserError, closest
+from madpo.trainer.files import check_path
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 MODEL_FILES = ("config.json", "adapter_config.json")
@@ -50,6 +51,7 @@ def model_folder(key: str, name: str) -> str:
 
     Raises UserError for a path that is not there, a file, and a run that has exported no model.
     """
+    check_path(name, key)
     path = Path(os.path.expanduser(name))
     if not os.path.exists(path):
         check_there(key, name, "model")
@@ -70,6 +72,7 @@ def model_folder(key: str, name: str) -> str:
 def check_there(key: str, name: str, kind: Kind) -> None:
     """Raise UserError for a name that looks like a path, or like a slip for one, and is not there; and for
     one on the hub that cannot be had."""
+    check_path(name, key)
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):
         return

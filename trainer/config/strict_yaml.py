@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import yaml
 
-from madpo.trainer.errors import UserError, closest
+from madpo.trainer.errors import UserError, closest, on_one_line
+from madpo.trainer.files import check_path
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -64,7 +65,7 @@ def parse(text: str, origin: str) -> Any:
         where = f"{origin}:{mark.line + 1}" if mark else origin
         raise UserError(f"{where}: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{origin}: {error}") from None
+        raise UserError(f"{origin}: {on_one_line(error)}") from None
 
 
 DATA_FILES = (".jsonl", ".parquet", ".csv", ".arrow")
@@ -72,6 +73,7 @@ DATA_FILES = (".jsonl", ".parquet", ".csv", ".arrow")
 
 def read(path: str | Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping. UserError names the file and line."""
+    check_path(path)
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a YAML file")
@@ -87,6 +89,8 @@ def read(path: str | Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: a config is a YAML file, and this is no text: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     value = parse(text, str(path))
     if value is None:
         raise UserError(f"{path}: the file is empty")
