@@ -24,11 +24,12 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.dataset import GroupDataset, column_of
 from madpo.trainer.data.known_tokens import with_known_tokens
+from madpo.trainer.data.long_prompts import is_longer, most_characters
 from madpo.trainer.data.order import permutation
 from madpo.trainer.data.plain_text import foreign_marks, special_spellings, spells_special
 from madpo.trainer.data.report import Report, reasons_in, report_of
 from madpo.trainer.data.source import Source, cache_folder, open_source
-from madpo.trainer.data.tokenise import TokenGroup, TokenRules, tokenise
+from madpo.trainer.data.tokenise import FILLS, TokenGroup, TokenRules, tokenise
 from madpo.trainer.errors import UserError, on_one_line
 from madpo.trainer.files import discard_damaged, seal, write_folder_atomically
 from madpo.trainer.formats.adapters import ADAPTERS
@@ -211,6 +212,7 @@ class _RowTokeniser:
     rules: TokenRules
     adapter: str
     raw_lines: bool
+    most_characters: int | None  # of a prompt that may fit; None: not known
     spellings: re.Pattern[str] | None  # of special tokens
     added_tokens: frozenset[str]
 
@@ -221,6 +223,8 @@ class _RowTokeniser:
             text = read_row(fields, ADAPTERS[self.adapter], self.rules.rows, self.rules.supervised)
             if text.compared and len(text.completions) < 2 and not self.rules.supervised:
                 group = TokenGroup([], [], [], problem="fewer than two scored completions")
+            elif is_longer(text.prompt, self.most_characters):
+                group = TokenGroup([], [], [], problem=FILLS)  # megabytes would take minutes
             else:
                 group = tokenise(text, self.tokenizer, self.rules)
             if len(group.completions) > 1 and not group.edges and not group.problem:
@@ -297,6 +301,7 @@ def tokenise_all(
             rules,
             adapter,
             raw_lines,
+            None if rules.template_may_drop else most_characters(tokenizer, rules.max_length),
             special_spellings(tokenizer),
             frozenset(map(str, tokenizer.added_tokens_decoder.values())),
         ),
