@@ -31,14 +31,14 @@ LONGEST_SHOWN = 100
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 
 
-def check_path(path: str | Path, key: str = "") -> None:
+def check_path(path: str | os.PathLike[str], key: str = "") -> None:
     """Raise UserError, which begins with `key`, for a path that can lead to no file or folder."""
     fault = fault_of_path(path)
     if fault is not None:
         raise UserError(f"{_named(path, key)}: {fault}")
 
 
-def fault_of_path(path: str | Path) -> str | None:
+def fault_of_path(path: str | os.PathLike[str]) -> str | None:
     """Why a path can lead to no file or folder: it is too long, holds a NUL character, runs in circles, leads
     where nobody may look, or to a pipe, a socket or a device. None for others, also if nothing is there."""
     try:
@@ -51,8 +51,8 @@ def fault_of_path(path: str | Path) -> str | None:
     return None if is_usual else "a pipe, a socket or a device; name a file or a folder"
 
 
-def _named(path: str | Path, key: str) -> str:
-    text = str(path)
+def _named(path: str | os.PathLike[str], key: str) -> str:
+    text = os.fspath(path)
     shown = text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}... ({len(text)} characters)"
     return f"{key}: {shown}" if key else shown
 
