@@ -180,3 +180,16 @@ def test_a_label_of_a_published_format_is_read_and_one_of_several_completions_is
     assert read(row, adapter="instruction_output").labels == [-1]
     for layout in ("pairs of texts", "scored"):
         assert read({**LAYOUTS[layout], "label": 0}).unused == ("label",)
+
+
+@pytest.mark.parametrize("name", ["Prompt", "prompt ", "\ufeffprompt", " PROMPT\n"])
+def test_a_column_that_is_almost_one_that_is_used_is_refused(name):
+    others = {key: value for key, value in TEXT.items() if key != "prompt"}
+    with pytest.raises(UserError, match=r"^column .* is not prompt; set data.columns=.*ignore_columns"):
+        read({**others, name: "two and two"})
+    assert read({**others, name: "two and two"}, columns={"prompt": name}) == read(TEXT)
+    assert read({**TEXT, name: "two and two"}).unused == (name,)
+    row = LAYOUTS["supervised"]
+    with pytest.raises(UserError, match=r"^column 'Label' is not label"):
+        read({**row, "Label": 0}, supervised=True)
+    assert read({**row, "Label": 0}, supervised=True, ignore=("Label",)).labels == []
