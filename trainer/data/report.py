@@ -196,12 +196,13 @@ def held_out_in_training(
 ) -> Report:
     """How many held-out examples are trained on, themselves or their texts the other way round."""
     known = KnownClaims()
-    known.add(flat_column(train, "claims"))
+    without_room = known.add(flat_column(train, "claims"))
     lists = lists_of(held_out, "claims")
     claims = lists.flatten().to_numpy()
     makers = np.repeat(np.arange(len(held_out)), pc.call_function("list_value_length", [lists]).to_numpy())
     shared = np.unique(makers[known.holds(claims) | known.holds(claims ^ 1)])
-    return {HELD_OUT: len(shared)} if len(shared) else {}
+    counts = {HELD_OUT: len(shared), NOT_KEPT: without_room}
+    return {key: count for key, count in counts.items() if count}
 
 
 def _cut(

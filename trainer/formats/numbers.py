@@ -40,14 +40,17 @@ def has_label(row: Mapping[str, Any]) -> bool:
     return any(row.get(name) is not None for name in LABELS)
 
 
-def label_of(row: Mapping[str, Any]) -> int:
+def label_of(row: Mapping[str, Any], is_needed: bool = True) -> int:
     """1 for a desirable completion, -1 for an undesirable one. Raises UserError for any other label, for none
     and for two that disagree."""
     given = {name: row[name] for name in LABELS if row.get(name) is not None} or {LABELS[0]: None}
     for name, value in given.items():
         if value is None or value not in (True, False):  # 1 and 0 are equal to these
-            advice = "" if value is None else f"; set data.ignore_columns=[{name}] if it means something else"
-            raise UserError(f"{name}: true (or 1, desirable) or false (or 0), got {value!r:.80}{advice}")
+            advice = f"; set data.ignore_columns=[{name}] if it means something else"
+            raise UserError(
+                f"{name}: true (or 1, desirable) or false (or 0), got {value!r:.80}"
+                f"{'' if is_needed else advice}"
+            )
     if len(set(map(bool, given.values()))) > 1:
         raise UserError(f"{' and '.join(given)} disagree, got {given}")
     return 1 if next(iter(given.values())) else -1

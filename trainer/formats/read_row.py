@@ -118,7 +118,8 @@ def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised:
     group = _with_weight(adapter.read(row), row.get("weight"))
     used = adapter.uses | BESIDE_EVERY
     if len(group.completions) == 1 and has_label(row):
-        group, used = replace(group, labels=[label_of(row)]), used | {*LABELS}
+        labels = group.labels or [label_of(row, is_needed=False)]
+        group, used = replace(group, labels=labels), used | {*LABELS}
     group = best_only(group) if supervised else _with_margin(choose_edges(group, rules.edges), margin_of(row))
     if group.conversational:
         used |= {*FOR_TEMPLATES}

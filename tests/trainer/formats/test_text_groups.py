@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal
 from typing import Any
 
@@ -78,8 +79,10 @@ def test_the_layout_by_the_columns(columns, supervised, plain):
 def test_labels_are_true_or_false_in_either_spelling():
     assert [label_of({"label": x}) for x in (True, 1, 1.0, False, 0)] == [1, 1, 1, -1, -1]
     for wrong in (2, -1, "true", 0.5, []):
-        with pytest.raises(ValueError, match=r"^label: true .* data.ignore_columns=\[label\]"):
+        with pytest.raises(ValueError, match=rf"^label: true .* got {re.escape(repr(wrong))}$"):
             label_of({"label": wrong})
+        with pytest.raises(ValueError, match=r"^label: true .* data.ignore_columns=\[label\]"):
+            label_of({"label": wrong}, is_needed=False)
     with pytest.raises(ValueError, match=r"^label: true .*got None$"):
         label_of({"label": None})
     assert label_of({"label": None, "kto_tag": False}) == label_of({"label": 0, "kto_tag": False}) == -1
