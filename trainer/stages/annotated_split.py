@@ -17,6 +17,7 @@ from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_atomically
 from madpo.trainer.formats.json_lines import parse_json_line
 from madpo.trainer.formats.numbers import MARGIN_COLUMNS
+from madpo.trainer.formats.read_row import bytes_as_text
 from madpo.trainer.reports.calibration import calibration
 
 
@@ -144,7 +145,7 @@ def _rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
     row: Any
     for index, row in enumerate(source.rows):
         if source.unit != "line":
-            yield index, row
+            yield index, bytes_as_text(row)
             continue
         try:
             yield row["line"], parse_json_line(row["raw"])
