@@ -57,6 +57,16 @@ def _named(path: str | os.PathLike[str], key: str) -> str:
     return f"{key}: {shown}" if key else shown
 
 
+def write_named(path: Path, text: str) -> None:
+    """Write a file that the user has named, and make its folder. Raises UserError if that is not possible."""
+    check_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file") from None
+
+
 def make_folder(key: str, folder: Path) -> Path:
     """The folder, which is made if it is not there. Raises UserError that names `key`, a key of the config,
     if it cannot be made or written to."""

@@ -9,7 +9,7 @@ from madpo.launch.convert.convert import convert
 from madpo.launch.convert.write import list_text, next_command, summary, tree_of, yaml_text
 from madpo.trainer.config.schema import from_tree
 from madpo.trainer.errors import UserError
-from madpo.trainer.files import check_path
+from madpo.trainer.files import check_path, write_named
 
 
 def run(file: Path, output: Path | None, peer: str | None, task: str | None, gpus: int | None) -> None:
@@ -27,6 +27,6 @@ def run(file: Path, output: Path | None, peer: str | None, task: str | None, gpu
     if output is None:
         print(text, end="")
     else:
-        output.write_text(text, encoding="utf-8")
+        write_named(output, text)
     print(summary(draft, str(file)), list_text(draft), sep="\n", end="", file=sys.stderr)
     print(f"next: {next_command(draft, str(output or 'FILE'))}", file=sys.stderr)

@@ -25,6 +25,7 @@ from madpo.trainer.files import (
     seal,
     write_atomically,
     write_folder_atomically,
+    write_named,
 )
 from madpo.trainer.reports.runs import load_runs
 
@@ -220,4 +221,8 @@ def test_a_path_that_leads_nowhere_is_named_in_one_line(tmp_path, name):
     for key in ("model.model_name_or_path", "peft.base_model_name_or_path"):
         with pytest.raises(UserError, match=rf"^{key}: .*(looked at|a pipe)"):
             model_folder(key, str(path))
+    with pytest.raises(UserError, match=r"(looked at|a pipe)"):
+        write_named(path, "text")
+    with pytest.raises(UserError, match=r"cannot be written \(Is a directory\)"):
+        write_named(tmp_path, "text")
     assert fault_of_path(tmp_path / "none" / "x") is None and fault_of_path(tmp_path) is None
