@@ -156,7 +156,7 @@ def test_a_narrow_terminal_gets_the_parts_below_one_another(config, monkeypatch)
     for columns, tables in (("80", 3), ("200", 1)):
         monkeypatch.setenv("COLUMNS", columns)
         _, out, _ = checked(config, "data.dataset_name=null", parts)
-        lines = out[: out.index("tokens of: ")].splitlines()
+        lines = out[: out.index("tokens of: ")].splitlines()[1:]  # the first one names the config
         assert sum(line.startswith("  a prompt ") for line in lines) == tables
         assert max(map(len, lines)) <= int(columns) and not any(line.endswith(" /") for line in lines)
 
