@@ -1,4 +1,4 @@
-"""Chat templates in the styles of five families, written for tests of what is scored of a conversation."""
+"""Chat templates in the styles of seven families, written for tests of what is scored of a conversation."""
 
 from __future__ import annotations
 
@@ -104,14 +104,46 @@ DEEPSEEK = """{% set ns = namespace(tool=false, system='') %}
 {%- if ns.tool %}{{- '<|outputs_end|>' }}{% endif %}
 {%- if add_generation_prompt and not ns.tool %}{{- '<|Assistant|><think>\\n' }}{% endif %}"""
 
+CHANNELS = """{%- for m in messages %}
+{%- if m.role != 'assistant' %}{{- '<|start|>' ~ m.role ~ '<|message|>' ~ m.content ~ '<|end|>' }}
+{%- elif m.tool_calls %}
+{%- set pending = messages[-1].role == 'tool' %}
+{%- if m.thinking and pending %}{{- '<|start|>assistant<|think|>' ~ m.thinking ~ '<|end|>' }}{% endif %}
+{%- for c in m.tool_calls %}
+{{- '<|start|>assistant to=' ~ c.function.name ~ '<|message|>' }}
+{{- (c.function.arguments | tojson) ~ '<|call|>' }}
+{%- endfor %}
+{%- else %}
+{%- if m.thinking and loop.last %}{{- '<|start|>assistant<|think|>' ~ m.thinking ~ '<|end|>' }}{% endif %}
+{{- '<|start|>assistant<|message|>' ~ m.content }}
+{{- '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{% endif %}"""
+"""In gpt-oss's style: an answer has channels, and ends otherwise where it is the last. The thinking before a
+call goes once an answer follows."""
+
+GENERATING = """{%- for m in messages %}
+{%- if m.role == 'tool' %}{{- '<result>' ~ m.content ~ '</result>' }}
+{%- else %}
+{{- '<|turn>' ~ m.role ~ '\\n' ~ m.content }}
+{%- for c in m.tool_calls %}{{- '<call>' ~ (c.function | tojson) ~ '</call>' }}{% endfor %}
+{{- '' if m.tool_calls else '<turn|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt and messages[-1].role != 'tool' %}{{- '<|turn>assistant\\n' }}{% endif %}"""
+"""In DiffusionGemma's style: no generation prompt behind the result of a tool, and a header all the same."""
+
 TEMPLATES = {"chatml": CHATML, "qwen": QWEN, "llama": LLAMA, "gemma": GEMMA, "deepseek": DEEPSEEK}
+TEMPLATES |= {"channels": CHANNELS, "generating": GENERATING}
 
 SPECIAL = [
     *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     *("<start_of_turn>", "<end_of_turn>", "<|User|>", "<|Assistant|>", "<|eos|>", "<|calls|>", "<|call|>"),
     *("<|calls_end|>", "<|outputs|>", "<|output|>", "<|outputs_end|>"),
+    *("<|start|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>", "<|think|>", "<|turn>", "<turn|>"),
 ]
-"""The special tokens of all five."""
+"""The special tokens of all of them."""
 
 
 def tokenizers(folder: Path) -> dict[str, Any]:

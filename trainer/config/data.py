@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -90,8 +91,13 @@ class DataConfig(Section):
     )
     template_may_drop: list[str] = Field(
         default_factory=list,
-        description="roles and keys of messages that are not trained on, or tools, that the chat template "
-        "may leave out",
+        description="what the chat template may leave out of messages that are not trained on: roles and "
+        "keys of messages, tools, or of tools their description or parameters",
+    )
+    template_date: str = Field(
+        default="2026-01-01",
+        description="date that the chat template writes where it asks for the present one; the same on every "
+        "day, so that tokens are",
     )
     train_on: Literal["assistant", "all"] = Field(
         default="assistant",
@@ -166,6 +172,15 @@ class DataConfig(Section):
     @classmethod
     def _for_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
         return check_template_kwargs(value)
+
+    @field_validator("template_date")
+    @classmethod
+    def _a_date(cls, value: str) -> str:
+        try:
+            datetime.fromisoformat(value)
+        except ValueError:
+            raise UserError(f"expected a date, as 2026-01-31, got {value!r:.80}") from None
+        return value
 
     @model_validator(mode="after")
     def _a_fold_of_folds(self) -> Self:

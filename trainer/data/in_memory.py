@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,11 @@ def _line(where: str, row: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A numpy value as JSON knows it. Raises TypeError for anything else."""
+    """A number or an array as JSON knows it. Raises TypeError for anything else."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
+    if isinstance(value, Decimal):
+        return float(value)
     raise TypeError(f"{type(value).__name__} is not JSON serializable")
 
 

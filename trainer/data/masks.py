@@ -4,20 +4,23 @@ Nothing is known of the template. What a message says is found by rendering the 
 texts in that one message: behind it, both renderings are the same. Two more renderings say what the template
 writes between messages: what follows an answer when nothing else does is the answer's own end, and the
 generation prompt behind the message before it is its header. Both are looked for where the message stands,
-so it does not matter if a template writes earlier messages otherwise once others follow.
+so it does not matter if a template writes earlier messages otherwise once others follow. Where it ends a turn
+otherwise in the middle, that end is what stands between the answer and the next generation prompt.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.data.chat_template import MARK, ODD, probes, translate, translated, write
-from madpo.trainer.errors import UserError
+from madpo.trainer.data.chat_template import translated, write
+from madpo.trainer.data.template_shape import MARK, ODD, probes
+from madpo.trainer.data.translations import Conversation, translate
+from madpo.trainer.errors import UserError, on_one_line
 from madpo.trainer.formats.chat_message import WEIGHT, Messages
 
 TrainOn = Literal["assistant", "all"]
@@ -58,15 +61,20 @@ def mask_of(
             "not; set data.train_on=all to score all of it"
         )
     parted = [_parted(messages[first], len(begun))] if begun else []
-    messages, rendering = translated(messages, tokenizer, options)
-    parted = translate(parted, rendering.translations)
+    messages, options, rendering = translated(messages, tokenizer, options)
+    parted = translate(Conversation(parted), rendering.translations).messages
     turns = _Turns(messages, first, parted, lambda x, **more: write(x, tokenizer, {**options, **more}))
     encoded: Any = tokenizer(turns.text, add_special_tokens=False, return_offsets_mapping=True)
     ends = [end for _, end in encoded["offset_mapping"]]
     scored = scored_messages(messages, first, train_on)
     mask = [False] * len(ends)
     for index in scored:
-        start, end = turns.span(index, with_header=train_on == "all")
+        try:
+            start, end = turns.span(index, with_header=train_on == "all")
+        except UserError:
+            raise
+        except Exception as error:  # a template may raise anything, also for the conversation's beginning
+            raise turns.hidden(index, f", as it refuses a part of them ({on_one_line(error)})") from error
         tokens = slice(bisect_left(ends, start + 1), bisect_left(ends, end + 1))
         mask[tokens] = [True] * len(mask[tokens])
     return mask
@@ -97,7 +105,7 @@ class _Turns:
         start = self._after_header(index) if is_bare and is_answer else self._end(index - 1)
         end = self._end(index)
         if start > end:
-            raise self._hidden(index)
+            raise self.hidden(index)
         return start, end
 
     def _end(self, index: int) -> int:
@@ -109,8 +117,34 @@ class _Turns:
         behind, closing = self._behind(index), self._tail(index, self._write)
         shared = _common_prefix(self.text[behind:], closing)
         if closing and not shared:
-            raise self._hidden(index)
+            raise self.hidden(index)
+        if shared < len(closing):  # it ends a turn otherwise where another follows
+            within = self._tail_within(index)
+            shared = len(within) if within and self.text.startswith(within, behind) else shared
         return behind + shared
+
+    def _tail_within(self, index: int) -> str:
+        """What is written behind a message when the assistant is to speak next, without its header."""
+        opened = partial(self._write, add_generation_prompt=True)
+        try:
+            text = self._tail(index, opened)
+        except Exception:  # a template may raise anything, and this may be no place for an answer
+            return ""
+        header = self._header
+        return text.removesuffix(header) if header and text.endswith(header) else ""
+
+    @cached_property
+    def _header(self) -> str:
+        """What the generation prompt adds behind the words of the first one who is not the assistant."""
+        roles = [message["role"] for message in self._messages]
+        before = self._messages[: roles.index("assistant")] if "assistant" in roles else []
+        if not before:
+            return ""
+        try:
+            closed, opened = self._write(before), self._write(before, add_generation_prompt=True)
+        except Exception:  # a template may raise anything
+            return ""
+        return opened[len(closed) :] if opened.startswith(closed) else ""
 
     def _after_header(self, index: int) -> int:
         """Where the words of an answer begin: after the generation prompt behind the message before it."""
@@ -123,7 +157,10 @@ class _Turns:
             behind, expected = self._behind(index - 1), self._tail(index - 1, opened)
         shared = _common_prefix(self.text[behind:], expected)
         if shared == len(expected):
-            return behind + shared
+            # Where no header is wanted, as behind the result of a tool, the template may still write one.
+            start = behind + shared
+            is_header = self._header and self.text.startswith(self._header, start)
+            return start + len(self._header) if is_header and not expected.endswith(self._header) else start
         # The generation prompt says more than the header does here, as it may open the thinking. Another
         # answer in this place shows what the two have in common.
         other = self._with(index, {"role": "assistant", "content": MARK})
@@ -131,7 +168,7 @@ class _Turns:
         header = len(opening) - len(closed) if opening.startswith(closed) else 0
         shared = min(shared, _common_prefix(other[behind:], expected))
         if not other.startswith(self.text[:behind]) or shared <= len(expected) - header:
-            raise self._hidden(index)
+            raise self.hidden(index)
         return behind + shared
 
     def _behind(self, index: int) -> int:
@@ -150,7 +187,7 @@ class _Turns:
                     self._found[index] = message, len(self.text) - _common_suffix(self.text, text)
                     break
             else:
-                raise self._hidden(index)
+                raise self.hidden(index)
         return self._found[index]
 
     def _tail(self, index: int, write: Callable[[Messages], str]) -> str:
@@ -163,11 +200,12 @@ class _Turns:
         """The text with another message in this place."""
         return self._write([*self._messages[:index], message, *self._messages[index + 1 :]])
 
-    def _hidden(self, index: int) -> UserError:
+    def hidden(self, index: int, why: str = "") -> UserError:
+        """The error for a message whose place does not show."""
         return UserError(
             f"the chat template does not show which tokens are those of message {index + 1} "
-            f"(role {self._messages[index]['role']}); set data.train_on=all to score everything, or take "
-            "another template (model.tokenizer_name_or_path)"
+            f"(role {self._messages[index]['role']}){why}; set data.train_on=all to score everything, or "
+            "take another template (model.tokenizer_name_or_path)"
         )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.formats.chat_message import text_in
-from madpo.trainer.formats.text_groups import TextGroup
+from madpo.trainer.formats.text_groups import TextGroup, texts_of
 
 
 def encode_texts(
@@ -48,20 +48,29 @@ def ends_with_special(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 TURN_MARKS = re.compile(
-    r"<\|\w+\|>|<\uff5c[^<>\uff5c\s]+\uff5c>|<(?:start|end)_of_turn>|<\|turn>|<turn\|>|\[/?INST\]"
+    r"<\|\w+\|>|<\uff5c[^<>\uff5c\s]+\uff5c>|<(?:start|end)_of_turn>|<\|turn>|<turn\|>|\[/?INST\]|"
+    r"</s>(?=\s*(?:\Z|USER:|<s>|\[INST\]))"
 )
-"""How chat templates of many families mark turns; U+FF5C is DeepSeek's bar."""
+"""How chat templates of many families mark turns; U+FF5C is DeepSeek's bar. `</s>` is HTML too, and not so
+where a turn ends."""
 
 
 def foreign_marks(group: TextGroup, known: Collection[str]) -> list[str]:
     """Marks of turns in plain text, as of a rendered template, that are no tokens of the tokenizer."""
-    texts = [x for x in (group.prompt, *group.completions) if isinstance(x, str) and ("<" in x or "[" in x)]
-    return sorted({mark for text in texts for mark in TURN_MARKS.findall(text)} - set(known))
+    return sorted(_marks_in(x for x in (group.prompt, *group.completions) if isinstance(x, str)) - set(known))
+
+
+def marks_in_messages(group: TextGroup) -> list[str]:
+    """Marks of turns in what messages say, as of a rendered template."""
+    parts = (x for x in (group.prompt, *group.completions) if not isinstance(x, str))
+    return sorted(_marks_in(text_in(message) for messages in parts for message in messages))
+
+
+def _marks_in(texts: Iterable[str]) -> set[str]:
+    return {mark for text in texts if "<" in text or "[" in text for mark in TURN_MARKS.findall(text)}
 
 
 def spells_special(group: TextGroup, spellings: re.Pattern[str] | None) -> bool:
     """Whether a text of the group spells out a special token. In messages that text becomes the token; in
     plain text it stays text, unless `data.text_holds_special_tokens` says otherwise."""
-    parts = (group.prompt, *group.completions)
-    texts = [x for part in parts for x in ([part] if isinstance(part, str) else map(text_in, part))]
-    return spellings is not None and any(spellings.search(text) for text in texts)
+    return spellings is not None and any(spellings.search(text) for text in texts_of(group))

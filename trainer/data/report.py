@@ -57,6 +57,7 @@ LISTS = {
     "chat_template": "notes",
     "unused_columns": "unused",
     "foreign_turn_marks": "foreign_marks",
+    "turn_marks_in_messages": "marks_in_messages",
 }
 """Key of a report -> the column of the table whose texts it counts."""
 
@@ -324,7 +325,7 @@ RENDERED = 0.5
 
 
 def on_marks_in_text(report: Report) -> list[str]:
-    """What is to be said of special tokens, and of marks of turns, that plain text spells out."""
+    """What is to be said of special tokens and of marks of turns that texts and messages spell out."""
     lines = []
     number, rows = report["texts_that_spell_special_tokens"], report["rows"]
     if number > RENDERED * rows:
@@ -335,13 +336,24 @@ def on_marks_in_text(report: Report) -> list[str]:
         )
     elif number:
         lines.append(f"{number} examples spell out special tokens in plain text, where they are letters")
-    mark, number = max(report.get("foreign_turn_marks", {}).items(), key=lambda x: x[1], default=("", 0))
+    mark, number = _most_frequent(report, "foreign_turn_marks")
     if number > RENDERED * rows:
         lines.append(
             f"{number} of {rows} examples are text with {mark}, as another model's chat template writes it: "
             "no token of this tokenizer, so it is letters; render the data with the right template"
         )
+    mark, number = _most_frequent(report, "turn_marks_in_messages")
+    if number > RENDERED * rows:
+        lines.append(
+            f"{number} of {rows} examples are conversations whose messages hold {mark}: a chat template was "
+            "rendered into them before, and is written around them once more; take its marks out of the "
+            "messages, or give the whole as plain text with data.text_holds_special_tokens=true"
+        )
     return lines
+
+
+def _most_frequent(report: Report, key: str) -> tuple[str, int]:
+    return max(report.get(key, {}).items(), key=lambda x: x[1], default=("", 0))
 
 
 def reasons_in(report: Report) -> str:

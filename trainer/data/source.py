@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +18,8 @@ from madpo.trainer.data.in_memory import place_in_memory
 from madpo.trainer.data.table_files import open_table, place_of
 from madpo.trainer.errors import UserError, on_one_line
 from madpo.trainer.files import discard_damaged, hash_of_file, make_folder, seal
+from madpo.trainer.formats.chat_message import without_padding
+from madpo.trainer.formats.json_lines import parse_json_line
 
 LINES = datasets.Features({"line": datasets.Value("int64"), "raw": datasets.Value("binary")})
 
@@ -37,6 +39,22 @@ class Source:
         if self.unit == "line":
             return line_of(Path(self.name), row)
         return place_of(self.files, row) if self.files else f"{self.name} row {row}"
+
+    def examples(self) -> Iterator[tuple[int, Any]]:
+        """(number, for `where`; what `fields_of` reads) for every example."""
+        row: Any
+        for index, row in enumerate(self.rows):
+            yield row["line"] if self.unit == "line" else index, row
+
+
+def fields_of(row: Mapping[str, Any], unit: str) -> dict[str, Any]:
+    """The columns of an example of a source, by its `unit`. A table's have lost their padding.
+
+    Raises UserError for a line that is no strict JSON.
+    """
+    if unit == "line":
+        return parse_json_line(row["raw"])
+    return {name: without_padding(value) for name, value in row.items()}
 
 
 def line_of(file: Path, line: int) -> str:

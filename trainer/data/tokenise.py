@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.data.chat_template import notes_on, render
+from madpo.trainer.data.chat_template import NOW, notes_on, render, text_of
 from madpo.trainer.data.masks import TrainOn, is_whole, mask_of, scored_messages
 from madpo.trainer.data.plain_text import encode_texts, ends_with_special
+from madpo.trainer.data.template_shape import TOOLS
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.chat_message import WEIGHT, Messages, text_in
 from madpo.trainer.formats.numbers import as_weight
@@ -28,6 +30,7 @@ class TokenRules:
     supervised: bool = False  # one completion per example, and no edges
     template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)  # an example's own win
     template_may_drop: tuple[str, ...] = ()  # roles and keys of messages that are not scored
+    template_date: str = "2026-01-01"  # what templates take for the present
     train_on: TrainOn = "assistant"  # which messages of a completion are scored
     text_holds_special_tokens: bool = False  # what spells a special token in plain text is that token
     rows: RowRules = field(default_factory=RowRules)
@@ -74,8 +77,9 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
     """
     notes: dict[str, None] = {}
     prompt_only, wholes = _encode(group, tokenizer, rules, notes)
-    masks = _masks(group, wholes, tokenizer, rules)
     start = min(_common_prefix(prompt_only, whole) for whole in wholes)
+    is_moved = start < len(prompt_only) and _changes_the_prompt(group, tokenizer, rules)
+    masks = _masks(group, wholes, tokenizer, rules, is_moved)
     if start == 0 and not group.prompt and len(wholes) == 1:
         start = 1  # plain text without BOS: the first token predicts the rest, as in any language model
     boundary_cut = max(len(prompt_only) - start, 0)
@@ -155,20 +159,31 @@ def labels_of(edges: list[tuple[int, int, float | None]], count: int) -> list[in
     return [(x > 0) - (x < 0) for x in score]
 
 
-def encode_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> list[int]:
-    """The tokens of a group's prompt alone, with the header of the answer in a conversation.
+def encode_prompt(
+    group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules
+) -> tuple[list[int], list[str]]:
+    """The tokens of a group's prompt alone, with the header of the answer in a conversation; and what is to
+    be said of what the template made of it.
 
     Raises UserError if the chat template leaves out what the prompt says; see `chat_template.notes_on`.
     """
     if isinstance(group.prompt, str):
-        return encode_texts([group.prompt], tokenizer, rules.text_holds_special_tokens)[0]
+        return encode_texts([group.prompt], tokenizer, rules.text_holds_special_tokens)[0], []
     options = _template_options(group, rules) | {
         "add_generation_prompt": group.prompt[-1]["role"] != "assistant",
         "continue_final_message": _is_continued(group),
     }
-    ids, rendering = render(group.prompt, tokenizer, options)
-    notes_on(rendering, len(group.prompt), rules.template_may_drop)
-    return ids
+    try:
+        ids, rendering = render(group.prompt, tokenizer, options)
+    except UserError as error:
+        if "continue_final_message" in str(error):  # of transformers, which looks for the words in the text
+            raise UserError(
+                "the prompt ends with words of the assistant that the completion goes on with, and the chat "
+                f"template does not write them as they are, got {text_in(group.prompt[-1])!r:.80}; end the "
+                "prompt before them, and begin the completion with them"
+            ) from error
+        raise
+    return ids, notes_on(rendering, len(group.prompt), rules.template_may_drop)
 
 
 def _is_continued(group: TextGroup) -> bool:
@@ -191,7 +206,7 @@ def _encode(
         texts = [group.prompt, *(f"{group.prompt}{completion}" for completion in group.completions)]
         prompt, *wholes = encode_texts(texts, tokenizer, rules.text_holds_special_tokens)
     else:
-        prompt = encode_prompt(group, tokenizer, rules)
+        prompt, _ = encode_prompt(group, tokenizer, rules)
         wholes = [_encode_messages(group, x, tokenizer, rules, notes) for x in _conversations(group)]
     ended = zip(wholes, group.completions, strict=True)
     return prompt, [_with_eos(ids, completion, tokenizer, rules) for ids, completion in ended]
@@ -249,15 +264,32 @@ def _conversation(group: TextGroup, completion: Messages) -> tuple[Messages, int
     return [*prompt, joined, *completion[1:]], len(prompt)
 
 
+def _changes_the_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> bool:
+    """Whether the template writes the prompt of a conversation otherwise once a completion follows.
+
+    gpt-oss's leaves out the thinking of a call then. Where the tokens begin to differ is no boundary there.
+    """
+    if isinstance(group.prompt, str):
+        return False
+    options = _template_options(group, rules)
+    alone = text_of(group.prompt, tokenizer, options | {"continue_final_message": _is_continued(group)})
+    conversations = (_conversation(group, completion)[0] for completion in _conversations(group))
+    return not all(text_of(x, tokenizer, options).startswith(alone) for x in conversations)
+
+
 def _masks(
-    group: TextGroup, wholes: list[list[int]], tokenizer: PreTrainedTokenizerBase, rules: TokenRules
+    group: TextGroup,
+    wholes: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TokenRules,
+    is_moved: bool,  # tokens of the prompt stand behind those that all completions begin with
 ) -> list[list[bool]]:
     """Whether each token of prompt and completion is scored, for each completion; nothing if all are.
 
     A prompt has no scored tokens there.
     """
     completions = _conversations(group)
-    if all(is_whole(completion, rules.train_on) for completion in completions):
+    if all(is_whole(completion, rules.train_on) for completion in completions) and not is_moved:
         return []
     options, masks = _template_options(group, rules), list[list[bool]]()
     for completion, whole in zip(completions, wholes, strict=True):
@@ -270,7 +302,8 @@ def _masks(
 
 
 def _template_options(group: TextGroup, rules: TokenRules) -> dict[str, Any]:
-    return {"tools": group.tools or None, **rules.template_kwargs, **group.template_kwargs}
+    now = datetime.fromisoformat(rules.template_date).strftime
+    return {TOOLS: group.tools or None, NOW: now, **rules.template_kwargs, **group.template_kwargs}
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

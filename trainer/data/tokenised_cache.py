@@ -26,19 +26,18 @@ from madpo.trainer.data.dataset import GroupDataset, column_of
 from madpo.trainer.data.known_tokens import with_known_tokens
 from madpo.trainer.data.long_prompts import is_longer, most_characters
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.plain_text import foreign_marks, special_spellings, spells_special
+from madpo.trainer.data.plain_text import foreign_marks, marks_in_messages, special_spellings, spells_special
 from madpo.trainer.data.report import Report, reasons_in, report_of
-from madpo.trainer.data.source import Source, cache_folder, open_source
+from madpo.trainer.data.source import Source, cache_folder, fields_of, open_source
 from madpo.trainer.data.tokenise import FILLS, TokenGroup, TokenRules, tokenise
 from madpo.trainer.errors import UserError, on_one_line
 from madpo.trainer.files import discard_damaged, seal, write_folder_atomically
 from madpo.trainer.formats.adapters import ADAPTERS
-from madpo.trainer.formats.json_lines import parse_json_line
 from madpo.trainer.formats.oddities import claims_of, oddities_of
 from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row
 from madpo.trainer.formats.text_groups import TextGroup, hash_of_prompt
 
-FORMAT_VERSION = 10
+FORMAT_VERSION = 12
 """Part of the cache key; raise it when the same examples would give other tokens."""
 
 FEATURES = datasets.Features(
@@ -66,6 +65,7 @@ FEATURES = datasets.Features(
         "spells_special": datasets.Value("bool"),  # in a conversation, where it becomes the token
         "spelled_in_text": datasets.Value("bool"),  # in plain text, where it stays text
         "foreign_marks": datasets.Sequence(datasets.Value("string")),
+        "marks_in_messages": datasets.Sequence(datasets.Value("string")),
         "notes": datasets.Sequence(datasets.Value("string")),
         "unused": datasets.Sequence(datasets.Value("string")),
         "odd": datasets.Sequence(datasets.Value("string")),
@@ -88,6 +88,7 @@ def rules_of(data: DataConfig, supervised: bool = False) -> TokenRules:
         supervised,
         data.chat_template_kwargs,
         tuple(data.template_may_drop),
+        data.template_date,
         data.train_on,
         data.text_holds_special_tokens,
         rows,
@@ -194,6 +195,7 @@ UNREAD = {
     "spells_special": False,
     "spelled_in_text": False,
     "foreign_marks": [],
+    "marks_in_messages": [],
     "unused": [],
     "odd": [],
     "claims": [],
@@ -211,15 +213,15 @@ class _RowTokeniser:
     tokenizer: PreTrainedTokenizerBase
     rules: TokenRules
     adapter: str
-    raw_lines: bool
+    unit: str  # of the source
     most_characters: int | None  # of a prompt that may fit; None: not known
     spellings: re.Pattern[str] | None  # of special tokens
     added_tokens: frozenset[str]
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        number = row["line"] if self.raw_lines else index
+        number = row["line"] if self.unit == "line" else index
         try:
-            fields = parse_json_line(row["raw"]) if self.raw_lines else row
+            fields = fields_of(row, self.unit)
             text = read_row(fields, ADAPTERS[self.adapter], self.rules.rows, self.rules.supervised)
             if text.compared and len(text.completions) < 2 and not self.rules.supervised:
                 group = TokenGroup([], [], [], problem="fewer than two scored completions")
@@ -235,6 +237,7 @@ class _RowTokeniser:
                 "spells_special": spells and text.conversational,
                 "spelled_in_text": spells and stays_text,
                 "foreign_marks": foreign_marks(text, self.added_tokens),
+                "marks_in_messages": marks_in_messages(text),
                 "unused": [*text.unused, *self._unused_keys(text)],
                 "odd": oddities_of(text, has_prompt=self.adapter != "text"),
                 "claims": claims_of(text),
@@ -292,7 +295,6 @@ def tokenise_all(
     path: Path,
 ) -> None:
     """Write a table of FEATURES with a row for every example of the source, whole or not at all."""
-    raw_lines = source.unit == "line"
     scratch = path.with_name(path.name + ".scratch")  # so that no more than a batch is held in memory
     scratch.mkdir(exist_ok=True)
     table = source.rows.map(
@@ -300,7 +302,7 @@ def tokenise_all(
             tokenizer,
             rules,
             adapter,
-            raw_lines,
+            source.unit,
             None if rules.template_may_drop else most_characters(tokenizer, rules.max_length),
             special_spellings(tokenizer),
             frozenset(map(str, tokenizer.added_tokens_decoder.values())),
@@ -333,7 +335,7 @@ def adapter_in(
     row: Any
     for row in source.rows:
         try:
-            return choose(parse_json_line(row["raw"]), rules.rows, rules.supervised)
+            return choose(fields_of(row, source.unit), rules.rows, rules.supervised)
         except UserError as error:
             problem = problem or f"{source.where(row['line'])}: {error}"
     raise UserError(str(problem))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from madpo.trainer.errors import UserError
@@ -15,21 +15,28 @@ THINKING = ("thinking", "reasoning_content", "reasoning")
 SPOKEN = ("content", *THINKING, "tool_calls")
 """The keys of a message that hold what it says."""
 
+NAME = "name"
+"""The key of a message that names who speaks; of one of RESULTS, the tool."""
+
+RESULTS = ("tool", "function")
+"""The roles of messages that hold what a tool has given."""
+
 WEIGHT = "weight"
 """The key of a message that says whether its tokens are trained on, 1 or 0, once it is read."""
 
 WEIGHTS = (WEIGHT, "train", "training")
 """How data sets call it: OpenAI `weight`, Axolotl `train` or `training`."""
 
-KNOWN = frozenset({"role", *SPOKEN, *WEIGHTS, "name", "tool_call_id", "id", "type", "tool_name", "prefix"})
+KNOWN = frozenset({"role", *SPOKEN, *WEIGHTS, NAME, "tool_call_id", "id", "type", "tool_name", "prefix"})
 """Keys of messages that madpo looks at or that name things for the chat template."""
 
 
 def read_message(field: str, message: Any) -> dict[str, Any]:
     """The message without null keys, its weight under one name. It needs a role, and text or parts of text
-    unless it calls tools. Raises UserError that calls the place `field`."""
+    unless it calls tools, whose arguments are kept as they are. Raises UserError that calls the place
+    `field`."""
     if isinstance(message, dict) and isinstance(message.get("role"), str):
-        message = _with_weight(field, without_nulls(message))
+        message = _with_weight(field, _given(message))
         content, calls = message.get("content"), message.get("tool_calls")
         is_call = message["role"] == "assistant" and bool(calls) and isinstance(calls, list)
         if is_call and any(not isinstance(_function(call).get("name"), str) for call in calls or ()):
@@ -44,6 +51,21 @@ def read_message(field: str, message: Any) -> dict[str, Any]:
         f"{field}: a message needs text under role and content (or tool_calls of the assistant), "
         f"got {message!r:.80}{hint}"
     )
+
+
+def _given(message: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a message, and of its calls and their functions, that do not hold null."""
+    calls = message.get("tool_calls")
+    if isinstance(calls, list):
+        message = {**message, "tool_calls": [_given_call(call) for call in calls]}
+    return not_null(message)
+
+
+def _given_call(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    function = call.get("function")
+    return not_null({**call, "function": not_null(function)} if isinstance(function, dict) else call)
 
 
 def _with_weight(field: str, message: dict[str, Any]) -> dict[str, Any]:
@@ -86,6 +108,12 @@ def _function(call: Any) -> dict[str, Any]:
     return function if isinstance(function, dict) else {}
 
 
+def arguments_in(messages: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+    """The arguments of every tool call."""
+    for message in messages:
+        yield from (_function(call).get("arguments") for call in message.get("tool_calls") or ())
+
+
 def _text_part(field: str, part: Any) -> dict[str, Any]:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
@@ -99,8 +127,14 @@ def text_in(message: Mapping[str, Any]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def without_nulls(value: Any) -> Any:
-    """Drop keys that hold null: Parquet gives every object of a column every key."""
+def not_null(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that do not hold null. What is inside of them is left as it is."""
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def without_padding(value: Any) -> Any:
+    """The value without the keys that hold null, at any depth: Arrow and Parquet give every object of a
+    column every key. In lines of JSON a null is what somebody wrote."""
     if isinstance(value, dict):
-        return {key: without_nulls(x) for key, x in value.items() if x is not None}
-    return [without_nulls(x) for x in value] if isinstance(value, list) else value
+        return {key: without_padding(x) for key, x in value.items() if x is not None}
+    return [without_padding(x) for x in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Strict reading of a line of a JSON Lines file."""
+"""Strict reading of JSON: a line of a file, and the arguments of a tool call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def parse_json_line(raw: bytes) -> dict[str, Any]:
     """
     try:
         row = json.loads(
-            raw.decode("utf-8-sig").rstrip(), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+            raw.decode("utf-8-sig").rstrip(), object_pairs_hook=unique_keys, parse_constant=_no_constant
         )
     except UnicodeDecodeError as error:
         hint = "; it looks like UTF-16, convert it with iconv" if raw[:2] in _UTF16 else ""
@@ -53,7 +53,8 @@ def _check_characters(row: dict[str, Any]) -> None:
         raise UserError(f"text holds half a character (a lone surrogate), in {near!r}") from None
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values, for `json.loads`. Raises UserError for a key that stands twice."""
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -63,3 +64,17 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise UserError(f"{name} is not a number that can be trained on")
+
+
+def object_in(arguments: Any) -> dict[str, Any] | None:
+    """The object that the JSON text of a call's arguments holds, an empty one for none; None for all else."""
+    if arguments is None or arguments == "":
+        return {}
+    if not isinstance(arguments, str):
+        return None
+    try:
+        value = json.loads(arguments, object_pairs_hook=unique_keys, parse_constant=_no_constant)
+        json.dumps(value, allow_nan=False)  # which fails for a number that is too large
+    except (ValueError, RecursionError):  # UserError is a ValueError
+        return None
+    return value if isinstance(value, dict) else None

@@ -10,11 +10,15 @@ from collections.abc import Iterator
 
 import xxhash
 
+from madpo.trainer.formats.chat_message import arguments_in, without_padding
+from madpo.trainer.formats.json_lines import object_in
 from madpo.trainer.formats.text_groups import SPOKEN, Messages, Text, TextGroup, text_in
 
 EMPTY_PROMPT = "the prompt is empty"
 EMPTY_COMPLETION = "a completion is empty"
 FROM_BYTES = "bytes were read as UTF-8 text"
+NO_OBJECT = "arguments of a tool call are no JSON object"
+NULL = "arguments of a tool call hold null, which is kept"
 
 CHARACTERS = {
     "text holds a byte order mark (U+FEFF)": "\ufeff",
@@ -36,6 +40,11 @@ def oddities_of(group: TextGroup, has_prompt: bool) -> list[str]:
     if group.from_bytes:
         found.append(FROM_BYTES)
     parts = (group.prompt, *group.completions)
+    arguments = [x for part in parts if not isinstance(part, str) for x in arguments_in(part)]
+    if not all(isinstance(x, dict) or object_in(x) is not None for x in arguments):
+        found.append(NO_OBJECT)
+    if any(isinstance(x, dict) and x != without_padding(x) for x in arguments):
+        found.append(NULL)
     texts = [text for part in parts for text in ([part] if isinstance(part, str) else _texts(part))]
     suspect = [text for text in texts if not text.isascii() or not text.isprintable()]
     if any(_ANY.search(text) for text in suspect):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,8 @@ from typing import Any, Literal
 
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS, Adapter
-from madpo.trainer.formats.chat_message import says_something, unknown_keys, without_nulls, without_weights
+from madpo.trainer.formats.chat_message import not_null, says_something, unknown_keys, without_weights
+from madpo.trainer.formats.json_lines import unique_keys
 from madpo.trainer.formats.messages import one_of
 from madpo.trainer.formats.numbers import LABELS, MARGIN_COLUMNS, as_weight, has_label, label_of, margin_of
 from madpo.trainer.formats.text_groups import (
@@ -18,6 +20,7 @@ from madpo.trainer.formats.text_groups import (
     TextGroup,
     best_only,
     layout_of,
+    texts_of,
     with_edges,
     with_system,
 )
@@ -28,7 +31,7 @@ Which = Literal["all", "adjacent", "best_worst"]
 OWNED_TEMPLATE_KWARGS = {
     *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "tokenize", "padding"),
     *("continue_final_message", "truncation", "max_length", "return_tensors", "return_dict"),
-    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"),
 }
 """Options of `apply_chat_template` that madpo sets itself, so that data and config may not."""
 
@@ -171,27 +174,49 @@ MEANT = {
 def _unused(
     row: dict[str, Any], used: AbstractSet[str], adapter: Adapter, group: TextGroup
 ) -> tuple[str, ...]:
-    """The columns that hold text or more, or a label, and that nothing looks at. Raises UserError for one of
-    MEANT."""
+    """The columns that hold text or more, a rating or a label, and that nothing looks at. One that repeats a
+    text of the example is none of them. Raises UserError for one of MEANT."""
+    beside = {name: value for name, value in row.items() if name not in used}
     labels = LABELS if has_label(row) else ()
-    unused = tuple(
-        name for name, value in row.items() if name not in used and (name in labels or says_something(value))
-    )
+    unused = [
+        name
+        for name, value in beside.items()
+        if name in labels or says_something(value) or _is_rating(name, value)
+    ]
+    if unused:
+        said = {text.strip() for text in texts_of(group)}
+        unused = [x for x in unused if not (isinstance(beside[x], str) and beside[x].strip() in said)]
     for name in unused:
         if name in MEANT:
-            beside = "beside conversations" if group.conversational else "beside plain text"
+            place = "beside conversations" if group.conversational else "beside plain text"
             raise UserError(
-                f"{name}: {beside}, {adapter.name} does not use this column; {_instead(name, row)}set "
+                f"{name}: {place}, {adapter.name} does not use this column; {_instead(name, row)}set "
                 f"data.ignore_columns=[{name}] to leave it out"
             )
-    return unused
+    return tuple(unused)
+
+
+_RATING = re.compile(r"(?:^|[-_ ])(?:score|rating|reward|margin)s?(?:$|[-_ ])")
+
+
+def _is_rating(name: str, value: Any) -> bool:
+    """Whether a column holds a number that could be a margin, or half of one."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and _RATING.search(name) is not None
 
 
 def _instead(name: str, row: dict[str, Any]) -> str:
     """The adapters that use this column beside the others, as the beginning of an advice."""
     given = {column for column, value in row.items() if says_something(value)}
-    fitting = [x.name for x in ADAPTERS.values() if name in x.uses and x.source and not x.missing(given)]
-    return f"data.adapter={' or '.join(fitting)} does; else " if fitting else ""
+    using = [x for x in ADAPTERS.values() if name in x.uses and x.source]
+    if fitting := [x.name for x in using if not x.missing(given)]:
+        return f"data.adapter={' or '.join(fitting)} does; else "
+    for x in using:
+        missing = x.missing(given)
+        if len(missing) == 1 and "prompt" in given - x.uses:
+            ours = missing[0].split(" or ")[0]
+            return f"data.adapter={x.name} with data.columns={{{ours}: prompt}} does; else "
+    return ""
 
 
 def _with_weight(group: TextGroup, value: Any) -> TextGroup:
@@ -249,11 +274,11 @@ def _tools(row: dict[str, Any]) -> list[dict[str, Any]]:
     value = row.get("tools")
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else None
+            value = json.loads(value, object_pairs_hook=unique_keys) if value.strip() else None
+        except UserError as error:
+            raise UserError(f"tools: {error}") from None
         except ValueError:
             raise UserError(f"tools: expected JSON, got {value!r:.80}") from None
-    else:
-        value = without_nulls(value)
     if value is None:
         return []
     if not isinstance(value, list) or any(not isinstance(tool, dict) for tool in value):
@@ -262,10 +287,10 @@ def _tools(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:
-    value = without_nulls(row.get("chat_template_kwargs"))
+    value = row.get("chat_template_kwargs")
     if value is not None and not isinstance(value, dict):
         raise UserError(f"chat_template_kwargs: expected an object, got {value!r:.80}")
-    return check_template_kwargs(value or {}, "chat_template_kwargs: ")
+    return check_template_kwargs(not_null(value or {}), "chat_template_kwargs: ")
 
 
 def check_template_kwargs(kwargs: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,7 +15,7 @@ Conversations may have columns `tools` and `chat_template_kwargs` too, for the c
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -306,6 +306,12 @@ def with_edges(group: Any, edges: Sequence[tuple[int, int, float | None]]) -> An
             if (values := getattr(group, name, []))
         },
     )
+
+
+def texts_of(group: TextGroup) -> Iterator[str]:
+    """Every text of a group, or of its messages."""
+    for part in (group.prompt, *group.completions):
+        yield from [part] if isinstance(part, str) else map(text_in, part)
 
 
 def hash_of_prompt(group: TextGroup) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
@@ -13,13 +13,12 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.data import DataConfig
-from madpo.trainer.data.source import Source, cache_folder, open_source
+from madpo.trainer.data.source import cache_folder, fields_of, open_source
 from madpo.trainer.data.tokenise import TokenRules, encode_prompt
 from madpo.trainer.data.tokenised_cache import adapter_in, rules_of
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS
 from madpo.trainer.formats.chat_message import without_weights
-from madpo.trainer.formats.json_lines import parse_json_line
 from madpo.trainer.formats.numbers import LABELS
 from madpo.trainer.formats.read_row import RowRules, bytes_as_text, choose_adapter, read_row, renamed
 from madpo.trainer.formats.text_groups import Text, TextGroup
@@ -37,6 +36,7 @@ class Prompts:
     rows: int = 0  # examples read
     repeated: int = 0  # examples whose prompt an earlier one has
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> examples
+    notes: Counter[str] = field(default_factory=Counter)  # what the chat template made of prompts -> how many
 
     @property
     def texts(self) -> list[Text]:
@@ -49,7 +49,7 @@ class Prompts:
 
     def encode(self, member: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The tokens of prompt number `member`."""
-        return encode_prompt(self.groups[member], tokenizer, self.rules)
+        return encode_prompt(self.groups[member], tokenizer, self.rules)[0]
 
 
 def read_prompts(
@@ -78,13 +78,13 @@ def read_prompts(
     adapter = adapter_in(source, rules, _choose)
     prompts, seen = Prompts(source.name, rules), set[str]()
     count = 0
-    for number, row in _rows(source):
+    for number, row in source.examples():
         if len(prompts.groups) == limit:
             break
         count += 1
         try:
-            group = _prompt(row, adapter, tokenizer, rules, prompt_tokens)
-            length = len(encode_prompt(group, tokenizer, rules))
+            group = _prompt(fields_of(row, source.unit), adapter, tokenizer, rules, prompt_tokens)
+            tokens, notes = encode_prompt(group, tokenizer, rules)
         except Exception as error:  # a chat template may raise anything
             if data.on_bad_row == "error":
                 raise UserError(
@@ -92,6 +92,7 @@ def read_prompts(
                 ) from error
             prompts.dropped["unreadable"] += 1
             continue
+        length = len(tokens)
         if not 0 < length < data.max_length:
             prompts.dropped["prompt fills max_length" if length else "prompt has no tokens"] += 1
             continue
@@ -101,6 +102,7 @@ def read_prompts(
         seen.add(key)
         prompts.groups.append(group)
         prompts.lengths.append(length)
+        prompts.notes.update(notes)
         prompts.places.append(source.where(number))
     repeated = count - len(prompts.groups) - sum(prompts.dropped.values())
     if not prompts.groups:
@@ -108,17 +110,13 @@ def read_prompts(
     return replace(prompts, rows=count, repeated=repeated)
 
 
-def _rows(source: Source) -> Iterator[tuple[int, Any]]:
-    """(line or number of an example, the example as a mapping or a raw line of JSON)."""
-    row: Any
-    for index, row in enumerate(source.rows):
-        yield (row["line"], row["raw"]) if source.unit == "line" else (index, bytes_as_text(row))
-
-
 def _prompt(
-    row: Any, adapter: str, tokenizer: PreTrainedTokenizerBase, rules: TokenRules, prompt_tokens: int | None
+    fields: dict[str, Any],
+    adapter: str,
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TokenRules,
+    prompt_tokens: int | None,
 ) -> TextGroup:
-    fields = parse_json_line(row) if isinstance(row, bytes) else row
     group = _group(fields, adapter, rules.rows)
     text = group.completions[0] if group.completions else ""  # empty if no completion has a score
     asked = [] if isinstance(text, str) else list(takewhile(lambda x: x["role"] != "assistant", text))
@@ -157,7 +155,8 @@ def _group(row: dict[str, Any], adapter: str, rules: RowRules) -> TextGroup:
     """The example's group, whatever the label of its completion. One that holds nothing but a prompt gets a
     dummy completion, so that `read_row` takes it too."""
     needed = ADAPTERS[adapter].uses if adapter != PROMPT_ONLY else ()
-    row = {name: value for name, value in row.items() if name not in LABELS or name in needed}
+    given = {name: value for name, value in row.items() if name not in LABELS or name in needed}
+    row = bytes_as_text(given)
     columns = {name: value for name, value in renamed(row, rules.columns).items() if value is not None}
     if adapter != PROMPT_ONLY and not _is_prompt_only(columns, rules):
         return read_row(row, ADAPTERS[adapter], rules)

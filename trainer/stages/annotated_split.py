@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -12,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from madpo.trainer.data.source import Source
+from madpo.trainer.data.source import Source, fields_of
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_atomically
-from madpo.trainer.formats.json_lines import parse_json_line
 from madpo.trainer.formats.numbers import MARGIN_COLUMNS
 from madpo.trainer.formats.read_row import bytes_as_text
 from madpo.trainer.reports.calibration import calibration
@@ -142,15 +142,9 @@ def margins_of(scores: np.ndarray) -> np.ndarray:
 
 def _rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, example) for every example, numbered as in the data set; unreadable lines are left out."""
-    row: Any
-    for index, row in enumerate(source.rows):
-        if source.unit != "line":
-            yield index, bytes_as_text(row)
-            continue
-        try:
-            yield row["line"], parse_json_line(row["raw"])
-        except UserError:
-            continue
+    for number, row in source.examples():
+        with contextlib.suppress(UserError):
+            yield number, bytes_as_text(fields_of(row, source.unit))
 
 
 def _without_margins(row: dict[str, Any], renames: dict[str, str]) -> dict[str, Any]:

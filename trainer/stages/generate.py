@@ -105,9 +105,8 @@ def run_generation(config: Config) -> None:
             for split in splits:
                 rows = _joined(prompts[split], batches[split], writers, written, judged)
                 facts = _write(folder, split, rows, settings, config.seed)
-                _write_facts(
-                    folder, split, facts | _provenance(config, settings, backend, writers, prompts[split])
-                )
+                facts |= _provenance(config, settings, backend, writers, prompts[split])
+                _write_facts(folder, split, facts)
                 _show(folder, split, facts, rows, settings)
         dist.barrier()
 
@@ -291,6 +290,7 @@ def _provenance(
         "rows": prompts.rows,
         "repeated_prompts": prompts.repeated,
         "dropped": dict(prompts.dropped),
+        "chat_template": dict(prompts.notes),
         "models": [{"name": x.name, "loaded": x.folder, "revision": x.revision} for x in writers],
         "settings": settings.model_dump(),
         "seed": config.seed,
@@ -313,6 +313,8 @@ def _show(
     """Print the first completions of every model side by side, then what was counted."""
     print_samples(rows)
     print_line(f"{split}: {facts['completions']} completions of {facts['prompts']} prompts")
+    for note, count in facts["chat_template"].items():
+        print_line(f"  {count} prompts: {note}")
     for name, own in facts["of_model"].items():
         scores = ""
         if "score_mean" in own:

@@ -80,6 +80,7 @@ data.ignore_columns                     fixed   again
 data.edges                              fixed   again
 data.chat_template_kwargs               fixed   again
 data.template_may_drop                  fixed   again
+data.template_date                      fixed   again
 data.train_on                           fixed   again
 data.streaming                          fixed   again
 data.stream_block                       fixed   again

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import pytest
 from harness import make_tokenizer
 from transformers import AutoTokenizer
 
+from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.tokenise import TokenRules, encode_prompt, tokenise
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS
@@ -56,6 +58,35 @@ TEMPLATES = {
         "<{{ m.role }}>{% if m['content'] is none %}{% for c in m.tool_calls %}{{ c.function.name }}"
         "{{ c.function.arguments }}{% endfor %}{% else %}{{ m.content }}{% endif %}</>"
     ),
+    "object": template(
+        "<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}("
+        "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v | tojson }};{% endfor %}){% endfor %}</>"
+    ),
+    "text": template(
+        "<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+        "{{ '(' + c.function.arguments + ')' }}{% endfor %}</>"
+    ),
+    "braces": template(
+        "<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ '{' }}"
+        "{% if c.function.arguments is mapping %}{% for k, v in c.function.arguments.items() %}{{ k }}:"
+        "{{ v | tojson }};{% endfor %}{% else %}{{ c.function.arguments }}{% endif %}{{ '}' }})"
+        "{% endfor %}</>"
+    ),
+    "values": template(
+        "<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+        "({{ c.function.arguments.values() | join }}){% endfor %}</>"
+    ),
+    "names of tools": "{% for t in tools or [] %}[{{ (t.function or t).name }}]{% endfor %}"
+    + template(TURN % "m.content"),
+    "no parameters": "{% for t in tools or [] %}[{{ t.function.name }}: {{ t.function.description }}]"
+    "{% endfor %}" + template(TURN % "m.content"),
+    "bare tools": "{% for t in tools or [] %}[{{ t.name }}: {{ t.description }}]{% endfor %}"
+    + template(TURN % "m.content"),
+    "speakers": template(TURN % "(m.name ~ ': ' if m.name else '') ~ m.content"),
+    "trims parts": template("<{{ m.role }}>{% for p in m.content %}{{ p.text | trim }}{% endfor %}</>"),
+    "trims": template(TURN % "m.content | trim"),
+    "dated": "{{ strftime_now('%d %b %Y') }}" + template(TURN % "m.content"),
+    "seconds": "{{ strftime_now('%S.%f') }}" + template(TURN % "m.content"),
     "reasoning": template(
         "<{{ m.role }}>{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m.content }}</>"
     ),
@@ -252,6 +283,171 @@ def test_a_text_that_is_the_marker_itself_is_data(tokenizers):
         tokenizers["plain"], row([say("user", "madpo_text")], say("assistant", "madpo_text {x}"))
     )
     assert chosen == "madpo_text {x}</>" and notes == ()
+
+
+AS_OBJECT = "arguments of tool calls, a JSON text, rendered as an object"
+AS_TEXT = "arguments of tool calls, an object, rendered as its JSON text"
+
+
+@pytest.mark.parametrize("arguments", [{"x": "y", "n": None}, '{"x":"y","n":null}'])
+@pytest.mark.parametrize(
+    ("name", "wants", "rendered"),
+    [
+        ("object", dict, 'find(x="y";n=null;)</>'),
+        ("text", str, None),
+        ("braces", dict, 'find({x:"y";n:null;})</>'),
+        ("tools", dict, 'find({"x": "y", "n": null})</>'),
+    ],
+)
+def test_arguments_come_out_in_the_form_that_the_template_renders(
+    tokenizers, name, wants, rendered, arguments
+):
+    calls = {"role": "assistant", "content": "", "tool_calls": [call("find", arguments)]}
+    _, (chosen, _), notes = texts(tokenizers[name], row([ASK], calls))
+    as_text = arguments if isinstance(arguments, str) else '{"x": "y", "n": null}'
+    assert chosen == (rendered or f"find({as_text})</>")
+    fits = isinstance(arguments, wants)
+    assert notes == (() if fits else (AS_OBJECT if wants is dict else AS_TEXT,))
+
+
+@pytest.mark.parametrize("arguments", [{}, "{}", "", None])
+def test_no_arguments_are_an_empty_object_in_every_form(tokenizers, arguments):
+    calls = {"role": "assistant", "content": "", "tool_calls": [call("find", arguments)]}
+    for name, want in (
+        ("object", "find()</>"),
+        ("text", "find({})</>"),
+        ("braces", "find({})</>"),
+        ("tools", "find({})</>"),
+    ):
+        _, (chosen, _), _ = texts(tokenizers[name], row([ASK], calls))
+        if arguments != "" or name != "text":  # which is this text, as it is
+            assert chosen == want, name
+
+
+def test_names_of_arguments_that_do_not_come_out_are_lost(tokenizers):
+    calls = {"role": "assistant", "content": "", "tool_calls": [call("go", {"from": "a", "to": "b"})]}
+    with pytest.raises(UserError, match="leaves out tool_calls of the completion's message 1"):
+        texts(tokenizers["values"], row([ASK], calls))
+
+
+def test_what_a_template_raises_is_one_line(tokenizers):
+    calls = {"role": "assistant", "content": "", "tool_calls": [call("find", "no json")]}
+    with pytest.raises(UserError, match="the chat template refuses the conversation: 'str object' has no"):
+        texts(tokenizers["object"], row([ASK], calls))
+
+
+def test_bare_calls_and_tools_are_put_where_the_template_looks_for_them(tokenizers):
+    calls = {"role": "assistant", "content": "", "tool_calls": [call("find", {"x": "y"})["function"]]}
+    _, (chosen, _), notes = texts(tokenizers["object"], row([ASK], calls))
+    assert chosen == 'find(x="y";)</>' and notes == ("bare tool calls rendered under the key function",)
+    prompt, _, notes = texts(
+        tokenizers["no parameters"], row([ASK], tools=[tool(description="finds")["function"]])
+    )
+    assert prompt.startswith("[find: finds]")
+    assert notes == ("bare tools rendered under the key function",)
+    prompt, _, notes = texts(tokenizers["bare tools"], row([ASK], tools=[tool(description="finds")]))
+    assert prompt.startswith("[find: finds]")
+    assert notes == ("tools under the key function rendered bare",)
+
+
+def tool(**more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "find", **more}}
+
+
+TOOLS = {
+    "description": tool(description="finds"),
+    "parameters": tool(parameters={"type": "object", "properties": {"q": {"type": "string"}}}),
+}
+
+
+@pytest.mark.parametrize("part", TOOLS)
+@pytest.mark.parametrize("bare", [True, False])
+def test_each_part_of_a_tool_is_looked_for(tokenizers, part, bare):
+    given = TOOLS[part]["function"] if bare else TOOLS[part]
+    tokenizer = tokenizers["names of tools"]
+    with pytest.raises(UserError, match=rf"leaves out the {part} of tools; .*template_may_drop=\[{part}\]"):
+        texts(tokenizer, row([ASK], tools=[given]))
+    _, _, notes = texts(tokenizer, row([ASK], tools=[given]), template_may_drop=(part,))
+    assert notes == (f"left out of the prompt by the template: the {part} of tools",)
+    assert texts(tokenizers["tools"], row([ASK], tools=[given]))[2] == ()
+    assert texts(tokenizer, row([ASK], tools=[tool()]))[2] == ()
+
+
+def test_descriptions_of_parameters_are_parameters(tokenizers):
+    of_query = {"type": "string", "description": "what to look for"}
+    given = tool(description="finds", parameters={"type": "object", "properties": {"q": of_query}})
+    with pytest.raises(UserError, match="leaves out the parameters of tools"):
+        texts(tokenizers["no parameters"], row([ASK], tools=[given]))
+
+
+def test_nulls_in_the_schema_of_a_tool_are_kept(tokenizers):
+    of_query = {"type": "string", "default": None, "enum": ["a", None]}
+    given = tool(parameters={"type": "object", "properties": {"q": of_query}})
+    prompt, _, _ = texts(tokenizers["tools"], row([ASK], tools=[given]))
+    assert '"default": null, "enum": ["a", null]' in prompt
+
+
+def test_the_name_of_a_speaker_that_is_left_out_is_counted_and_of_a_tool_is_not(tokenizers):
+    example = row([say("user", "two", name="Ann"), YES, say("user", "and two", name="Bob")], NO, YES)
+    prompt, _, notes = texts(tokenizers["speakers"], example)
+    assert "Ann: two" in prompt and "Bob: and two" in prompt and notes == ()
+    assert texts(tokenizers["plain"], example)[2] == (
+        "name of a speaker left out by the template: role user",
+    )
+    result = [YES, say("tool", "a plot", name="find"), YES]
+    assert texts(tokenizers["plain"], row([ASK], result))[2] == ()
+
+
+def test_what_is_left_out_of_a_message_whose_speaker_is_left_out_too_is_seen(tokenizers):
+    long = say("user", "two and two and two", name="Ann")
+    with pytest.raises(UserError, match="content of message 1"):
+        texts(tokenizers["cuts what is long"], row([long]))
+
+
+@pytest.mark.parametrize("content", ["  return x", "pass\n", "\n\nx", "x\t", "<think>a</think>x \n"])
+def test_blanks_at_the_ends_of_messages_that_the_template_trims_are_counted(tokenizers, content):
+    example = row([ASK], say("assistant", content))
+    _, (chosen, _), notes = texts(tokenizers["trims"], example)
+    assert chosen == f"{content.strip()}</>"
+    assert notes == ("blanks at the ends of messages left out by the template",)
+    _, (chosen, _), notes = texts(tokenizers["plain"], example)
+    assert chosen == f"{content}</>" and notes == ()
+
+
+def test_blanks_between_parts_that_are_trimmed_one_by_one_are_blanks(tokenizers):
+    parts = [{"type": "text", "text": text} for text in ("two ", " and two")]
+    prompt, _, notes = texts(tokenizers["trims parts"], row([say("user", parts)]))
+    assert prompt == "<user>twoand two</><assistant>"
+    assert "blanks at the ends of messages left out by the template" in notes
+
+
+@pytest.mark.parametrize(("name", "now"), [("dated", "31 Dec 2027"), ("seconds", "00.000000")])
+def test_a_template_that_writes_the_time_gets_that_of_the_config(tokenizers, name, now):
+    """As prompt and answers are rendered one after the other, the time may differ between them otherwise."""
+    for _ in range(2):
+        prompt, completions, notes = texts(tokenizers[name], row([ASK]), template_date="2027-12-31")
+        assert prompt == f"{now}<user>two and two</><assistant>" and completions[0] == "is four</>"
+        assert notes == ("the template writes the date, that of data.template_date",)
+
+
+def test_others_who_render_the_template_get_the_present_date(tokenizers):
+    texts(tokenizers["dated"], row([ASK]), template_date="1999-12-31")
+    before = datetime.now()
+    day = tokenizers["dated"].apply_chat_template([ASK], tokenize=False)[:11]
+    assert day in {moment.strftime("%d %b %Y") for moment in (before, datetime.now())}
+
+
+def test_a_date_is_one_in_the_config():
+    assert DataConfig(dataset_name="x", template_date="2026-02-28T10:30").template_date
+    with pytest.raises(ValueError, match=r"expected a date, as 2026-01-31, got '2026-02-30'"):
+        DataConfig(dataset_name="x", template_date="2026-02-30")
+
+
+def test_thinking_that_a_prompt_begins_an_answer_with_cannot_be_continued_where_it_moves(tokenizers):
+    example = row([ASK, say("assistant", "<think>so</think>is")], say("assistant", " four"))
+    assert texts(tokenizers["plain"], example)[1][0] == " four</>"
+    with pytest.raises(UserError, match="does not write them as they are, got '<think>so</think>is'"):
+        texts(tokenizers["cuts thinking"], example)
 
 
 def test_a_result_of_a_tool_may_be_written_as_json(tokenizers):

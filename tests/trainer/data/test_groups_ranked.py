@@ -209,10 +209,10 @@ def test_tools_and_calls_reach_the_template(tokenizer, tools):
 
 
 def test_a_completion_may_be_a_call(tokenizer):
-    filled = {"name": "look", "arguments": {"day": "now", "city": None}}  # as Parquet fills columns
-    calling = {"role": "assistant", "tool_calls": [{**CALL, "function": filled}]}
-    prompt, completions = show(tokenizer, {"messages": [user("on?"), calling], "tools": None})
-    assert (prompt, completions) == ("<user>on?</user><assistant>", ['[look{"day": "now"}]</assistant>'])
+    given = {"name": "look", "arguments": {"day": "now", "city": None}, "strict": None}
+    calling = {"role": "assistant", "tool_calls": [{**CALL, "function": given}], "content": None}
+    prompt, (said,) = show(tokenizer, {"messages": [user("on?"), calling], "tools": None})
+    assert (prompt, said) == ("<user>on?</user><assistant>", '[look{"day": "now", "city": null}]</assistant>')
 
 
 def test_a_prompt_that_ends_with_a_call_is_followed_by_its_result(tokenizer):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 import datasets
 import numpy as np
 import pytest
@@ -21,6 +23,11 @@ def test_equal_content_has_one_file_and_other_content_another(tmp_path):
     assert write_splits({"train": ROWS[:1]}, tmp_path)["train"] != first
     assert [path.name for path in first.parent.iterdir()] == ["train.jsonl"]
     assert len(list(first.parents[1].iterdir())) == 2  # no drafts
+
+
+def test_decimals_are_numbers(tmp_path):
+    file = write_splits({"train": [{"margin": Decimal("1.25"), "nested": [Decimal(2)]}]}, tmp_path)["train"]
+    assert file.read_text("utf-8") == '{"margin": 1.25, "nested": [2.0]}\n'
 
 
 def test_a_dataset_becomes_parquet_with_the_rows_that_are_selected(tmp_path):

@@ -55,6 +55,18 @@ OF_TURNS = {
         "[good<|eos|>]<|User|>go?<|Assistant|>[great<|eos|>]",
         "[bad<|eos|>]<|User|>why?<|Assistant|>[dull<|eos|>]<|User|>so?<|Assistant|>[end<|eos|>]",
     ),
+    "channels": (
+        "[<|message|>good<|end|>]<|start|>user<|message|>go?<|end|><|start|>assistant"
+        "[<|message|>great<|return|>]",
+        "[<|message|>bad<|end|>]<|start|>user<|message|>why?<|end|><|start|>assistant"
+        "[<|message|>dull<|end|>]<|start|>user<|message|>so?<|end|><|start|>assistant"
+        "[<|message|>end<|return|>]",
+    ),
+    "generating": (
+        "[good<turn|>\n]<|turn>user\ngo?<turn|>\n<|turn>assistant\n[great<turn|>\n]",
+        "[bad<turn|>\n]<|turn>user\nwhy?<turn|>\n<|turn>assistant\n[dull<turn|>\n]"
+        "<|turn>user\nso?<turn|>\n<|turn>assistant\n[end<turn|>\n]",
+    ),
 }
 
 
@@ -91,9 +103,20 @@ OF_TOOLS = {
         "<|start_header_id|>assistant<|end_header_id|>\n\n[bad<|eot_id|>]",
     ),
     "deepseek": (
-        "[<|calls|><|call|>find\n{'q': 'film', 'k': 3}<|calls_end|><|eos|>]<|outputs|><|output|>a plot"
+        '[<|calls|><|call|>find\n{"q": "film", "k": 3}<|calls_end|><|eos|>]<|outputs|><|output|>a plot'
         "<|output|>assistant\n<|outputs_end|>[good<|eos|>]",
         "[<|calls|><|call|>find\n{}<|calls_end|><|eos|>]<|outputs|><|output|><|outputs_end|>[bad<|eos|>]",
+    ),
+    "channels": (
+        '[ to=find<|message|>{"q": "film", "k": 3}<|call|>]<|start|>tool<|message|>a plot<|end|>'
+        "<|start|>tool<|message|>assistant\n<|end|><|start|>assistant[<|message|>good<|return|>]",
+        "[ to=find<|message|>{}<|call|>]<|start|>tool<|message|><|end|>"
+        "<|start|>assistant[<|message|>bad<|return|>]",
+    ),
+    "generating": (
+        '[<call>{"name": "find", "arguments": {"q": "film", "k": 3}}</call>]<result>a plot</result>'
+        "<result>assistant\n</result><|turn>assistant\n[good<turn|>\n]",
+        '[<call>{"name": "find", "arguments": {}}</call>]<result></result><|turn>assistant\n[bad<turn|>\n]',
     ),
 }
 
@@ -114,6 +137,17 @@ def test_a_prompt_may_end_with_an_answer_and_the_completion_begin_with_the_next_
     for text, question, answer in zip(texts, ("go?", "so?"), ("great", "end"), strict=True):
         before, said = text.split("[")
         assert question in before and answer in said and said.endswith("]")
+
+
+def test_what_stands_between_the_channels_of_an_answer_is_scored(known):
+    """The model itself ends one channel and begins the next."""
+    row = {"prompt": [asks("on?")], "chosen": [says("a"), asks("so?"), says("good", thinking="by plot")]}
+    texts = scored_text(known["channels"], tokens(known["channels"], {**row, "rejected": [says("bad")]}))
+    assert texts == [
+        "[<|message|>a<|end|>]<|start|>user<|message|>so?<|end|><|start|>assistant"
+        "[<|think|>by plot<|end|><|start|>assistant<|message|>good<|return|>]",
+        "[<|message|>bad<|return|>]",
+    ]
 
 
 def test_thinking_that_the_template_keeps_is_scored_and_what_it_drops_makes_a_bad_row(known):
@@ -151,6 +185,19 @@ def test_a_later_turn_that_changes_the_prompt_moves_it_into_the_completion_unsco
         f"{asked}<think>\nfirst\n</think>\n\n{found}[<think>\n\n</think>\n\nbad<|im_end|>\n]",
     ]
     assert group.boundary_cut == 0  # nothing has merged
+
+
+def test_an_answer_that_changes_the_prompt_moves_it_into_the_completion_unscored(known):
+    """What the tool has given would be taught otherwise, since tokens differ before it."""
+    prompt = [asks("on?"), {**calls("find", q="x"), "thinking": "first"}, gives("a plot")]
+    row = {"prompt": prompt, "chosen": [says("good")], "rejected": [says("bad")]}
+    group = tokens(known["channels"], row)
+    assert known["channels"].decode(group.prompt).endswith("on?<|end|><|start|>assistant")
+    call = ' to=find<|message|>{"q": "x"}<|call|><|start|>tool<|message|>a plot<|end|><|start|>assistant'
+    assert scored_text(known["channels"], group) == [
+        f"{call}[<|message|>{word}<|return|>]" for word in ("good", "bad")
+    ]
+    assert group.boundary_cut == 0 and "thinking of earlier answers left out by the template" in group.notes
 
 
 def test_a_generation_prompt_that_says_more_than_the_header_does_not_take_the_answers_letters(known):
@@ -236,6 +283,21 @@ def test_an_end_that_is_appended_and_one_that_is_cut_off(known):
 
 MOVES = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}|{% endif %}{% endfor %}{% for m in "
 MOVES += "messages %}{% if m.role == 'assistant' %}<{{ m.content }}>{% endif %}{% endfor %}"
+
+
+ENDS_WITH_ANSWERS = """{% if messages[-1].role != 'assistant' and not add_generation_prompt %}
+{{- raise_exception('no answer') }}{% endif %}
+{%- for m in messages %}{{ '<' ~ m.role ~ '>' ~ m.content ~ '</>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"""
+
+
+def test_a_template_that_refuses_a_part_of_the_conversation_is_one_line(known, monkeypatch):
+    monkeypatch.setattr(known["gemma"], "chat_template", ENDS_WITH_ANSWERS)
+    group = tokens(known["gemma"], PARTING)
+    assert scored_text(known["gemma"], group)[0] == "[good</>]<user>go?</><assistant>[great</>]"
+    row = {**PARTING, "chosen": [*PARTING["chosen"][:3], says("a", weight=0)]}
+    with pytest.raises(UserError, match=r"message 3 .*, as it refuses a part of them \(no answer\)"):
+        tokens(known["gemma"], row, train_on="all")
 
 
 def test_what_does_not_show_is_refused(known, monkeypatch):

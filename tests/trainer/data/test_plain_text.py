@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from harness import make_config
 from rich.console import Console
+from text_cases import config_for
 from turn_templates import asks, says, tokenizers
 
-from madpo.trainer.data.plain_text import encode_texts, foreign_marks
-from madpo.trainer.data.report import on_marks_in_text
+from madpo.trainer.data.plain_text import encode_texts, foreign_marks, marks_in_messages
+from madpo.trainer.data.report import findings, on_marks_in_text
 from madpo.trainer.data.tokenise import TokenRules, tokenise
 from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.formats.text_groups import TextGroup
@@ -102,6 +103,7 @@ def test_marks_of_another_models_template_are_named(tokenizer):
     text = pair("<|im_start|>user\na [INST] b <|any|> <x>", "<\uff5cend\u2581of\uff5c>", "<start_of_turn>")
     assert foreign_marks(text, known) == ["<|any|>", "<\uff5cend\u2581of\uff5c>", "[INST]"]
     assert foreign_marks(TextGroup([asks("[INST]")], [], []), known) == []
+    assert marks_in_messages(TextGroup([asks("[INST] <eos>")], ["<|x|>"], [])) == ["[INST]"]
     report = {
         "rows": 10,
         "texts_that_spell_special_tokens": 0,
@@ -112,6 +114,30 @@ def test_marks_of_another_models_template_are_named(tokenizer):
         "6 of 10 examples are text with <|any|>, as another model's chat template writes it"
     )
     assert not on_marks_in_text({**report, "rows": 12})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "found"),
+    [
+        ("A chat. USER: Hi ASSISTANT:", " a</s>", ["</s>"]),
+        ("USER: Hi ASSISTANT: a</s>USER: so? ASSISTANT:", " b", ["</s>"]),
+        ("Was it <s>wrong</s> right?", " Yes", []),
+    ],
+)
+def test_the_end_of_sequence_of_llama_is_a_mark_where_a_turn_ends(prompt, completion, found):
+    assert foreign_marks(pair(prompt, completion, "no"), {}) == found
+
+
+def test_a_template_that_was_rendered_into_messages_is_said_plainly(tmp_path, tokenizer):
+    turn = [{"role": "user", "content": "<|im_start|>user\nHi<|im_end|>"}]
+    row = {"prompt": turn, "chosen": [{"role": "assistant", "content": "a"}]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({**row, "rejected": [{"role": "assistant", "content": "b"}]}) + "\n")
+    data = config_for(tmp_path, path).data
+    report = load_groups(data, "train", tokenizer)[1]
+    assert report["turn_marks_in_messages"] == {"<|im_end|>": 1, "<|im_start|>": 1}
+    (line,) = [x for x in findings(report) if "rendered into them" in x]
+    assert line.startswith("1 of 1 examples are conversations whose messages hold <|im_")
 
 
 def test_both_ways_are_cached_apart(folder, tokenizer):

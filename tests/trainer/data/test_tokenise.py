@@ -78,7 +78,7 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(tokenizer):
     closing: Any = TemplateProcessing(single="<bos> $A <eos>", special_tokens=special)
     tokenizer.backend_tokenizer.post_processor = closing
     assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
-    assert tokenizer.eos_token_id not in encode_prompt(group, tokenizer, rules)
+    assert tokenizer.eos_token_id not in encode_prompt(group, tokenizer, rules)[0]
     assert want == {append: tokenise(group, tokenizer, TokenRules(64, append)) for append in appends}
 
 

@@ -11,6 +11,8 @@ from madpo.trainer.formats.oddities import (
     CHARACTERS,
     EMPTY_COMPLETION,
     EMPTY_PROMPT,
+    NO_OBJECT,
+    NULL,
     claims_of,
     oddities_of,
 )
@@ -53,6 +55,28 @@ def test_messages(prompt, found):
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
     group = preference(prompt=prompt, chosen=[call], rejected=[assistant("c")])
     assert oddities_of(group, True) == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ({"x": [None]}, []),
+        ({"x": [{"y": None}]}, [NULL]),
+        ('{"x": null}', []),
+        ("", []),
+        (None, []),
+        ("no json", [NO_OBJECT]),
+        ('["x"]', [NO_OBJECT]),
+        (["x"], [NO_OBJECT]),
+        ('{"x": 1, "x": 2}', [NO_OBJECT]),
+        ('{"x": NaN}', [NO_OBJECT]),
+        ('{"x": 1e999}', [NO_OBJECT]),
+    ],
+)
+def test_arguments_of_calls(arguments, found):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    for prompt, chosen in (([user("a")], [call]), ([user("a"), call, user("b")], [assistant("c")])):
+        assert oddities_of(preference(prompt=prompt, chosen=chosen, rejected=[assistant("d")]), True) == found
 
 
 def test_a_layout_without_a_prompt_lacks_none():

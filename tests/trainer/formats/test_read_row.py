@@ -108,10 +108,30 @@ def test_what_is_no_weight_is_refused(row, told):
         read(row)
 
 
-def test_other_columns_with_text_are_named_and_numbers_are_not():
-    more = {"source": "here", "id": 7, "tags": ["a"], "empty": "", "score": 0.5, "nothing": None}
-    assert read({**TEXT, **more}).unused == ("source", "tags")
-    assert read({**TEXT, **more}, ignore=("tags",)).unused == ("source",)
+def test_other_columns_with_text_are_named_and_of_numbers_those_that_could_be_margins():
+    more = {"source": "here", "id": 7, "tags": ["a"], "empty": "", "chosen_rating": 0.5, "nothing": None}
+    assert read({**TEXT, **more}).unused == ("source", "tags", "chosen_rating")
+    assert read({**TEXT, **more}, ignore=("tags",)).unused == ("source", "chosen_rating")
+    assert read({**TEXT, "is_rating": True, "operating": 1}).unused == ()
+
+
+@pytest.mark.parametrize("name", ["question", "notes"])
+def test_a_column_that_repeats_a_text_of_the_example_is_not_lost(name):
+    turns = [{"role": "user", "content": "Why?"}]
+    talk = {side: [*turns, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    assert read({**talk, name: "Why? "}).unused == ()
+    with pytest.raises(UserError, match="question: beside conversations"):
+        read({**talk, "question": "Why not?"})
+
+
+def test_the_message_names_the_adapter_that_uses_the_column_also_after_a_renaming():
+    row = {"prompt": "Say it.", "chosen": "It.", "rejected": "No.", "system": "Be kind."}
+    with pytest.raises(
+        UserError, match=r"data.adapter=orca_pairs with data.columns=\{question: prompt\} does; else"
+    ):
+        read(row)
+    group = read(row, adapter="orca_pairs", columns={"question": "prompt"})
+    assert group.prompt[0] == {"role": "system", "content": "Be kind."}
 
 
 def test_the_message_names_the_adapter_that_uses_the_column():
@@ -188,7 +208,7 @@ def test_a_column_that_is_almost_one_that_is_used_is_refused(name):
     with pytest.raises(UserError, match=r"^column .* is not prompt; set data.columns=.*ignore_columns"):
         read({**others, name: "two and two"})
     assert read({**others, name: "two and two"}, columns={"prompt": name}) == read(TEXT)
-    assert read({**TEXT, name: "two and two"}).unused == (name,)
+    assert read({**TEXT, name: "three"}).unused == (name,)
     row = LAYOUTS["supervised"]
     with pytest.raises(UserError, match=r"^column 'Label' is not label"):
         read({**row, "Label": 0}, supervised=True)

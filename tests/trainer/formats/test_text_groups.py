@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from madpo.trainer.formats.chat_message import without_nulls
+from madpo.trainer.formats.chat_message import without_padding
 from madpo.trainer.formats.numbers import finite, label_of, margin_of
 from madpo.trainer.formats.text_groups import (
     TextGroup,
@@ -183,7 +183,7 @@ def test_completions_go_on_where_the_prompt_ends_and_end_with_the_assistant():
 
 
 def test_nulls_are_taken_out_at_any_depth():
-    assert without_nulls({"a": None, "b": [{"c": None, "d": 0}], "e": ""}) == {"b": [{"d": 0}], "e": ""}
+    assert without_padding({"a": None, "b": [{"c": None, "d": 0}], "e": ""}) == {"b": [{"d": 0}], "e": ""}
 
 
 def test_a_tool_call_needs_no_text_and_a_message_of_another_does():

@@ -125,6 +125,12 @@ def test_what_is_dropped_is_counted(tmp_path, tokenizer):
         read(tmp_path, rows[1:2], tokenizer, max_length=20)
 
 
+def test_what_the_template_makes_of_prompts_is_counted(tmp_path, tokenizer):
+    named = [{"role": "user", "content": "why ", "name": "Ann"}]
+    found = read(tmp_path, [{"prompt": named}, {"prompt": ASK}], tokenizer)
+    assert found.notes == {"name of a speaker left out by the template: role user": 1}
+
+
 def test_folds_are_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"data\.folds: generate takes the prompts of all folds"):
         read(tmp_path, [{"prompt": "the"}], tokenizer, folds=2, fold=0)

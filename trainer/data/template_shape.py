@@ -1,0 +1,244 @@
+"""The shape of a conversation: its messages and tools with a marker of its own in place of each text.
+
+A marker that does not come out of a chat template stands for text that is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import count
+from typing import Any, NamedTuple
+
+from madpo.trainer.data.translations import Conversation, with_function
+from madpo.trainer.formats.chat_message import NAME, RESULTS, SPOKEN, Messages, says_something
+from madpo.trainer.formats.json_lines import object_in
+
+MARK = "madpo_text"
+"""What stands in place of every text of a shape, until each gets a marker with a number."""
+
+NO_ARGUMENT = f"{MARK}_"
+"""The one key in the shape of arguments that are an empty object: it shows in which form they come out."""
+
+NOTHING = "nothing"
+"""The part that such a key stands for: a template that leaves it out loses nothing."""
+
+ODD = "\u27e7"
+THOUGHT = re.compile(r"(<think>|</think>)")
+
+
+class Lost(NamedTuple):
+    """A text that the template leaves out."""
+
+    message: int  # index in the conversation; -1: tools, which stand beside it
+    role: str  # of the message, or "tools"
+    part: str  # a key of the message; `thinking` also for content before `</think>`; or a part of tools
+
+    def __str__(self) -> str:
+        if self.message < 0:
+            return self.part if self.part == self.role else f"the {self.part} of tools"
+        return f"{self.part} of message {self.message + 1} (role {self.role})"
+
+
+def shape_of(conversation: Conversation) -> str:
+    """The JSON text of a shape, for `marked`; equal for conversations that a template treats alike."""
+    said = [{key: _shape_at(message, key) for key in message} for message in conversation.messages]
+    return json.dumps([said, sorted(set(map(_shape_of_tool, conversation.tools)))])
+
+
+def marked(shape: str) -> tuple[Conversation, dict[str, Lost]]:
+    """The shape with a marker of its own in place of each text; what each marker stands for."""
+    messages, tools = json.loads(shape)
+    markers = (f"madpo{number:06d}text" for number in count())
+    places: dict[str, Lost] = {}
+    with_markers = [_numbered(message, index, markers, places) for index, message in enumerate(messages)]
+    marked_tools = [_marked_tool(ToolShape(*shape), markers, places) for shape in tools]
+    return Conversation(with_markers, marked_tools), places
+
+
+_MARKER = r"madpo\d{6}text"
+
+MISSHAPEN = re.compile(
+    r"""(?:\{'|\\"|\{\{"|'type': 'text', 'text': '|"type": "text", "text": ")(""" + _MARKER + ")"
+)
+"""A marker in an object or a list of parts that is printed as Python does, in JSON text that is escaped once
+more, or in an object within the braces of another."""
+
+
+def lost_in(text: str, places: dict[str, Lost]) -> tuple[Lost, ...]:
+    """What does not come out of a template that writes this text, or comes out in another form."""
+    misshapen = set(MISSHAPEN.findall(text))
+    lost = [place for marker, place in places.items() if marker not in text or marker in misshapen]
+    whole_tools = Lost(-1, TOOLS, TOOLS)
+    return tuple(x for x in lost if x == whole_tools or x.message >= 0 or whole_tools not in lost)
+
+
+def trims(text: str, messages: Messages) -> bool:
+    """Whether the text leaves out blanks at the ends of these marked messages."""
+    said = (texts_of(message.get("content")) for message in messages)
+    ends = [end for texts in said for content in texts for end in _ENDS.findall(content)]
+    return any(end not in text and json.dumps(end)[1:-1] not in text for end in ends)
+
+
+def texts_of(content: Any) -> list[str]:
+    """The texts of a message's content, one for each part."""
+    if isinstance(content, list):
+        return [part["text"] for part in content]
+    return [content] if isinstance(content, str) else []
+
+
+_ENDS = re.compile(rf"\A\s+{_MARKER}|{_MARKER}\s+\Z")
+
+
+def _shape_at(message: dict[str, Any], key: str) -> Any:
+    value = message[key]
+    if key == "role":
+        return value
+    if key == "content" and isinstance(value, list):
+        return [{"type": "text", "text": _shape_of_content(part["text"])} for part in value]
+    if key == "content" and isinstance(value, str):
+        return _shape_of_content(value)
+    if key == "tool_calls":
+        return [with_function(call, _shape_of_function) | _ids_in(call) for call in value]
+    is_said = key in SPOKEN or (key == NAME and message["role"] not in RESULTS)
+    if is_said and isinstance(value, str):
+        return MARK if value.strip() else ""
+    return _constant(value)
+
+
+def _shape_of_content(content: str) -> str:
+    pieces = [piece for piece in THOUGHT.split(content) if piece.strip()]
+    text = "\n".join(piece if THOUGHT.fullmatch(piece) else MARK for piece in pieces)
+    return _between_blanks(text, content) if pieces else ""
+
+
+def _between_blanks(text: str, content: str) -> str:
+    """The text between the blanks of a content, three of each kind: more than templates write themselves."""
+    before, after = content[: -len(content.lstrip())], content[len(content.rstrip()) :]
+    return "".join(sorted(set(before)) * 3) + text + "".join(sorted(set(after)) * 3)
+
+
+def _shape_of_function(function: dict[str, Any]) -> dict[str, Any]:
+    shape: dict[str, Any] = {"name": MARK}
+    if "arguments" in function:
+        shape["arguments"] = _shape_of_arguments(function["arguments"])
+    return shape
+
+
+def _ids_in(call: dict[str, Any]) -> dict[str, Any]:
+    """What a call holds beside its function."""
+    return {key: _constant(x) for key, x in call.items() if key != "function"} if "function" in call else {}
+
+
+def _shape_of_arguments(arguments: Any) -> Any:
+    if not isinstance(arguments, str):
+        return {NO_ARGUMENT: 0} if arguments == {} else _leaves_marked(arguments)
+    found = object_in(arguments)
+    return MARK if found is None else json.dumps(_shape_of_arguments(found))
+
+
+def _leaves_marked(value: Any) -> Any:
+    """The value with a mark in place of each text and of each key, which a number tells apart."""
+    if isinstance(value, dict):
+        return {f"{MARK}{number}": _leaves_marked(x) for number, x in enumerate(value.values())}
+    if isinstance(value, list):
+        return [_leaves_marked(x) for x in value]
+    if isinstance(value, str):
+        return MARK if value.strip() else ""
+    return value if isinstance(value, bool) or value is None else 0
+
+
+def _constant(value: Any) -> Any:
+    """A stand-in for what is no text: templates may look at the length of an id, and no further."""
+    return "x" * len(value) if isinstance(value, str) else None
+
+
+def _numbered(
+    message: dict[str, Any], index: int, markers: Iterator[str], places: dict[str, Lost]
+) -> dict[str, Any]:
+    """The message with a marker of its own for each MARK, which is entered in `places`."""
+
+    def fill(value: Any, key: str) -> Any:
+        if isinstance(value, dict):
+            return {fill(name, key): fill(x, key) for name, x in value.items()}
+        if isinstance(value, list):
+            return [fill(x, key) for x in value]
+        if not isinstance(value, str):
+            return value
+        first, *rest = value.split(MARK)
+        for number, piece in enumerate(rest):
+            marker = next(markers)
+            if piece.startswith(NO_ARGUMENT.removeprefix(MARK)):
+                key = NOTHING
+            is_thought = key == "content" and any("</think>" in later for later in rest[number:])
+            places[marker] = Lost(index, message["role"], "thinking" if is_thought else key)
+            first += marker + piece
+        return first
+
+    return {key: value if key == "role" else fill(value, key) for key, value in message.items()}
+
+
+def probes(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The message with other texts and arguments in place of its own; and with other content, for a message
+    that says nothing else, as an empty result of a tool. Names of tools stay, which results repeat."""
+    said = {key: _shape_at(message, key) for key in SPOKEN if key in message and key != "tool_calls"}
+    if message.get("tool_calls"):
+        said["tool_calls"] = [with_function(call, _with_other_arguments) for call in message["tool_calls"]]
+    text = f"{MARK}{ODD}"  # ends otherwise than what stands before a message's content
+    content: Any = [{"type": "text", "text": text}] if isinstance(message.get("content"), list) else text
+    return [{**message, **said}, {**message, "content": content}]
+
+
+def _with_other_arguments(function: dict[str, Any]) -> dict[str, Any]:
+    other = {MARK: MARK}
+    is_text = isinstance(function.get("arguments"), str)
+    return {**function, "arguments": json.dumps(other) if is_text else other}
+
+
+# Tools: JSON schemas of functions, bare or under `function`.
+
+TOOLS = "tools"
+
+
+class ToolShape(NamedTuple):
+    """What a tool says beside its name."""
+
+    under_function: bool
+    description: bool
+    parameters: bool
+    descriptions: bool  # of parameters
+
+
+def _shape_of_tool(tool: dict[str, Any]) -> ToolShape:
+    function: Any = tool.get("function", tool)
+    schema: Any = function.get("parameters") if isinstance(function, dict) else None
+    properties: Any = schema.get("properties") if isinstance(schema, dict) else None
+    described = properties.values() if isinstance(properties, dict) else []
+    return ToolShape(
+        "function" in tool,
+        isinstance(function, dict) and says_something(function.get("description")),
+        says_something(properties),
+        any(isinstance(x, dict) and says_something(x.get("description")) for x in described),
+    )
+
+
+def _marked_tool(shape: ToolShape, markers: Iterator[str], places: dict[str, Lost]) -> dict[str, Any]:
+    """A tool of this shape with markers, which are entered in `places`."""
+
+    def mark(part: str) -> str:
+        marker = next(markers)
+        places[marker] = Lost(-1, TOOLS, part)
+        return marker
+
+    function: dict[str, Any] = {"name": mark(TOOLS)}
+    if shape.description:
+        function["description"] = mark("description")
+    properties: dict[str, Any] = {}
+    if shape.parameters:
+        name = mark("parameters")
+        properties[name] = {"type": "string"}
+        if shape.descriptions:
+            properties[name]["description"] = mark("parameters")
+    function["parameters"] = {"type": "object", "properties": properties}
+    return {"type": "function", "function": function} if shape.under_function else function
