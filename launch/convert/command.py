@@ -28,5 +28,7 @@ def run(file: Path, output: Path | None, peer: str | None, task: str | None, gpu
         print(text, end="")
     else:
         write_named(output, text)
-    print(summary(draft, str(file)), list_text(draft), sep="\n", end="", file=sys.stderr)
+    print(summary(draft, str(file)), file=sys.stderr)
+    if output is not None or not sys.stdout.isatty():  # else it is above, at the end of the config
+        print(list_text(draft), end="", file=sys.stderr)
     print(f"next: {next_command(draft, str(output or 'FILE'))}", file=sys.stderr)

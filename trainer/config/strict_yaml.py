@@ -61,11 +61,35 @@ def parse(text: str, origin: str) -> Any:
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{origin}:{mark.line + 1}" if mark else origin
-        raise UserError(f"{where}: {error.problem}") from None
+        raise UserError(f"{origin}{_explain(error)}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{origin}: {on_one_line(error)}") from None
+
+
+_IN_OTHER_WORDS = {
+    r"found character '\\t' .*": "a tab; indent with spaces",
+    r"found character ('.') that .*": r"a value that begins with \1; quote it",
+    r"found undefined alias .*|expected alphabetic .*": "a value that begins with * or &; quote it",
+    r"expected '?<(document start|block end)>.*": "a line that is indented otherwise than those beside it",
+    r"mapping values are not allowed here": "a second colon in a line, or a line that is indented too far",
+    r"could not find expected ':'": "a key without a colon behind it",
+    r"found unexpected end of stream": "a quote that is not closed",
+    r"expected ',' or '.'.*|expected the node content.*": "a bracket that is not closed, or a comma missing",
+}
+"""What yaml says of a text -> what is wrong with it."""
+_FROM_ITS_BEGINNING = tuple(_IN_OTHER_WORDS)[-3:]
+"""Those of which yaml notices only further down that something is missing."""
+
+
+def _explain(error: yaml.MarkedYAMLError) -> str:
+    """The place and the fault, in our words for what people do."""
+    mark, said = error.problem_mark, error.problem or ""
+    for pattern, words in _IN_OTHER_WORDS.items():
+        if match := re.fullmatch(pattern, said):
+            said = match.expand(words)
+            mark = error.context_mark if pattern in _FROM_ITS_BEGINNING and error.context_mark else mark
+            break
+    return f":{mark.line + 1}: {said}" if mark else f": {said}"
 
 
 DATA_FILES = (".jsonl", ".parquet", ".csv", ".arrow")
@@ -88,7 +112,10 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: a config is a YAML file, and this is no text: {error}") from None
+        raise UserError(
+            f"{path}: a config is a YAML file, and this is no text in UTF-8 (byte "
+            f"{error.start}); save it as such"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     value = parse(text, str(path))

@@ -6,6 +6,7 @@ import numpy as np
 
 from madpo.trainer.config.defaults import kind_of, usual_rate
 from madpo.trainer.config.schema import Config
+from madpo.trainer.counted import counted
 
 SHORT_RUN = 20
 """The number of steps below which a run is called short."""
@@ -37,10 +38,11 @@ def remarks(
 def _on_length(config: Config, total_steps: int) -> str | None:
     if total_steps >= SHORT_RUN:
         return None
-    return (
-        f"a short run: {total_steps} steps of {config.train.global_batch_size} groups; a smaller "
-        "train.global_batch_size or more train.num_train_epochs make it longer"
-    )
+    steps, groups = counted(total_steps, "step"), counted(config.train.global_batch_size, "group")
+    longer = "a smaller train.global_batch_size or more train.num_train_epochs make it longer"
+    if config.train.max_steps is not None:
+        longer = f"train.max_steps={config.train.max_steps} ends it"
+    return f"a short run: {steps} of {groups}; {longer}"
 
 
 def _on_rate(config: Config, parameters: tuple[int, int]) -> str | None:

@@ -158,7 +158,8 @@ def what_happened(run: Run) -> str:
     steps, values = run.series(metric)
     if values:
         name = metric.replace(EVAL, "held-out ").replace(ACCURACY, "accuracy")
-        course = f"{form(values[0])} → {form(values[-1])}" if len(values) > 1 else form(values[-1])
+        first = f"{form(values[0])} (step {int(steps[0])}) → " if len(values) > 1 else ""
+        course = f"{first}{form(values[-1])}"
         error = run.final(True).get(metric + STDERR)
         course += f" ± {100 * error:.1f}" if error is not None else ""
         of = f" of {run.total_steps}" if run.total_steps else ""

@@ -13,6 +13,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.data import DataConfig
+from madpo.trainer.counted import counted
 from madpo.trainer.data.source import cache_folder, fields_of, open_source
 from madpo.trainer.data.tokenise import TokenRules, encode_prompt
 from madpo.trainer.data.tokenised_cache import adapter_in, rules_of
@@ -106,7 +107,8 @@ def read_prompts(
         prompts.places.append(source.where(number))
     repeated = count - len(prompts.groups) - sum(prompts.dropped.values())
     if not prompts.groups:
-        raise UserError(f"{source.name}: no prompt in {count} rows: {dict(prompts.dropped)}")
+        reasons = ", ".join(f"{number}: {reason}" for reason, number in prompts.dropped.items())
+        raise UserError(f"{source.name}: no prompt in {counted(count, 'row')} ({reasons})")
     return replace(prompts, rows=count, repeated=repeated)
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config
+from madpo.trainer.counted import counted
 from madpo.trainer.data.groups import check_groups
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.plain_text import special_spellings
@@ -169,15 +170,15 @@ def _standing(group: TokenGroup, index: int, borrows: bool) -> str:
 
 def render_totals(report: dict[str, Any], tokens: int, trained: int, coloured: bool) -> Iterator[Text]:
     """What became of all examples, as lines; zeros are left out. A prompt counts once per group."""
-    totals = f"{report['rows']:,} examples, {report['groups']:,} groups"
+    totals = f"{counted(report['rows'], 'example')}, {counted(report['groups'], 'group')}"
     yield Text(f"── {report['source']}: {totals}", style="bold")
     if "without_fold" in report:
         yield Text(f"fold {report['without_fold']} is left out", style="bold")
     if report.get("rows_merged"):
-        saved = report["tokens_saved_by_merging"]
-        yield Text(f"{report['rows_merged']:,} examples merged by prompt, {saved:,} tokens saved")
+        rows, saved = counted(report["rows_merged"], "example"), report["tokens_saved_by_merging"]
+        yield Text(f"{rows} merged by prompt, {counted(saved, 'token')} saved")
     shown = "coloured" if coloured else "in [[ ]]"
-    yield Text(f"{tokens:,} tokens, {trained / tokens:.1%} of them trained on, {shown}")
+    yield Text(f"{counted(tokens, 'token')}, {trained / tokens:.1%} of them trained on, {shown}")
     yield from map(Text, findings(report))
     if report["texts_that_spell_special_tokens"]:
         yield Text(r"what spells a special token as letters has a \ before it")

@@ -121,7 +121,7 @@ def test_what_is_dropped_is_counted(tmp_path, tokenizer):
     found = read(tmp_path, rows, tokenizer, on_bad_row="drop", max_length=20)
     assert found.texts == ["the"] and found.rows == 3
     assert found.dropped == {"unreadable": 1, "prompt fills max_length": 1}
-    with pytest.raises(ValueError, match=r"no prompt in 1 rows: {'prompt fills max_length': 1}"):
+    with pytest.raises(ValueError, match=r"no prompt in 1 row \(1: prompt fills max_length\)"):
         read(tmp_path, rows[1:2], tokenizer, max_length=20)
 
 

@@ -230,7 +230,7 @@ def test_rows_of_several_comparisons_have_no_one_margin(config, tmp_path):
     path = tmp_path / "ranked.jsonl"
     path.write_text(json.dumps(row) + "\n")
     ranked = changed(config, "data", dataset_name=str(path), dataset_test_split=None)
-    with pytest.raises(ValueError, match=r"1 rows make several comparisons; set data.edges=best_worst"):
+    with pytest.raises(ValueError, match=r"several comparisons in 1 row; set data.edges=best_worst"):
         run_annotation(ranked)
     data, _ = load_pairs(changed(ranked, "data", edges="best_worst"))
     (groups,) = data.values()
