@@ -91,8 +91,7 @@ def train(
     """Train from `state` to the end of the run, or to the end of the step in which a rank is asked to stop.
 
     `on_record` gets every logged record, on all ranks; `on_pairs` gets the step of an evaluation and its
-    margins; `incidents` looks at every step. Returns 0, or the number of the signal that stopped the run, with
-    a checkpoint of its last step.
+    margins; `incidents` looks at every step. Returns 0, or the number of the signal that stopped the run.
     """
     settings = config.train
     length = run_length(config, source.num_groups)

@@ -12,6 +12,7 @@ from pathlib import Path
 from madpo.trainer.config.hub import Kind, check_on_hub, download, is_cached
 from madpo.trainer.config.schema import Config
 from madpo.trainer.errors import UserError, closest
+from madpo.trainer.files import check_path
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 MODEL_FILES = ("config.json", "adapter_config.json")
@@ -70,6 +71,7 @@ def model_folder(key: str, name: str) -> str:
 
 def _folder(key: str, name: str) -> str:
     """The folder that `key` names, of a run the one with its model, or a name on the hub."""
+    check_path(name, key)
     path = Path(os.path.expanduser(name))
     if not os.path.exists(path):
         check_there(key, name, "model")
@@ -90,6 +92,7 @@ def _folder(key: str, name: str) -> str:
 def check_there(key: str, name: str, kind: Kind) -> None:
     """Raise UserError for a name that looks like a path, or like a slip for one, and is not there; and for
     one on the hub that cannot be had."""
+    check_path(name, key)
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):
         return

@@ -22,7 +22,7 @@ from madpo.trainer.config.generate import GenerateConfig
 from madpo.trainer.config.model import ModelConfig
 from madpo.trainer.config.peft import PeftConfig
 from madpo.trainer.config.run_config import as_block, read_tree, with_objective_of_run
-from madpo.trainer.config.section import Effect, Section, setting
+from madpo.trainer.config.section import Effect, FolderName, Section, setting
 from madpo.trainer.config.train import NOTHING_TO_EVALUATE, OptimConfig, TrainConfig
 from madpo.trainer.counted import counted
 from madpo.trainer.errors import UserError
@@ -66,7 +66,7 @@ class LaunchConfig(Section):
 
 
 class Config(Section):
-    output_dir: str = setting(
+    output_dir: FolderName = setting(
         description="folder of the run: checkpoints, metrics, report, model", effect=Effect.MEANS
     )
     seed: int = Field(

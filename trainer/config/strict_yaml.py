@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import yaml
 
 from madpo.trainer.errors import UserError, closest, on_one_line
+from madpo.trainer.files import check_path
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -96,6 +97,7 @@ DATA_FILES = (".jsonl", ".parquet", ".csv", ".arrow")
 
 def read(path: str | Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping. UserError names the file and line."""
+    check_path(path)
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a YAML file")
@@ -114,6 +116,8 @@ def read(path: str | Path) -> dict[str, Any]:
             f"{path}: a config is a YAML file, and this is no text in UTF-8 (byte "
             f"{error.start}); save it as such"
         ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     value = parse(text, str(path))
     if value is None:
         raise UserError(f"{path}: the file is empty")

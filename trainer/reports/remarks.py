@@ -17,6 +17,9 @@ FAR_FROM_USUAL = 20
 SMALL_MODEL = 300_000_000
 """The number of weights below which models take far higher learning rates."""
 
+FAR_FROM_ONE = 2
+"""The factor between the mean weight and 1 from which it is remarked on."""
+
 ALIKE = 0.01
 """The relative spread of weights below which they change nothing but the learning rate."""
 
@@ -65,7 +68,10 @@ def on_weights(config: Config, weights: np.ndarray | None) -> str | None:
         return f"weights of {source}: all are 0, so nothing is learnt"
     remark = f"weights of {source}: median {middle:.3g}, nine of ten from {low:.3g} to {high:.3g}"
     if high - low > ALIKE * middle:
-        return remark
+        mean = float(weights.mean())
+        if 1 / FAR_FROM_ONE <= mean <= FAR_FROM_ONE:
+            return remark
+        return f"{remark}; their mean, {mean:.3g}, multiplies gradients as the learning rate does"
     if source != "madpo":
         return f"{remark}; all are alike, so they change nothing but the learning rate"
     rate = "" if abs(middle - 1) <= ALIKE else f" at {middle:.3g} times the learning rate"

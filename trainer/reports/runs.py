@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from madpo.trainer.errors import UserError, nearest
+from madpo.trainer.files import check_path
 from madpo.trainer.pair_margins import (
     ACCURACY,
     STDERR,
@@ -76,6 +77,8 @@ class Run:
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:
     """Read run folders. Raises UserError for one without metrics or with a broken file."""
+    for folder in folders:
+        check_path(folder)
     return [
         _load_run(name, number, folder)
         for number, (name, folder) in enumerate(zip(short_names(folders), folders, strict=True))

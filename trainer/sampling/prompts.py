@@ -20,7 +20,8 @@ from madpo.trainer.data.tokenised_cache import adapter_in, rules_of
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS
 from madpo.trainer.formats.chat_message import without_weights
-from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row, renamed
+from madpo.trainer.formats.numbers import LABELS
+from madpo.trainer.formats.read_row import RowRules, bytes_as_text, choose_adapter, read_row, renamed
 from madpo.trainer.formats.text_groups import Text, TextGroup
 
 
@@ -153,8 +154,11 @@ def _is_prompt_only(names: Iterable[str], rules: RowRules) -> bool:
 
 
 def _group(row: dict[str, Any], adapter: str, rules: RowRules) -> TextGroup:
-    """The example's group. One that holds nothing but a prompt gets a dummy completion, so that `read_row`
-    takes it too."""
+    """The example's group, whatever the label of its completion. One that holds nothing but a prompt gets a
+    dummy completion, so that `read_row` takes it too."""
+    needed = ADAPTERS[adapter].uses if adapter != PROMPT_ONLY else ()
+    given = {name: value for name, value in row.items() if name not in LABELS or name in needed}
+    row = bytes_as_text(given)
     columns = {name: value for name, value in renamed(row, rules.columns).items() if value is not None}
     if adapter != PROMPT_ONLY and not _is_prompt_only(columns, rules):
         return read_row(row, ADAPTERS[adapter], rules)

@@ -19,7 +19,7 @@ from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.plain_text import special_spellings
 from madpo.trainer.data.report import COUNTS, findings
 from madpo.trainer.data.tokenise import TokenGroup
-from madpo.trainer.data.training_data import merged, report_of_merged, training_groups
+from madpo.trainer.data.training_data import merged, report_of_merged, told, training_groups
 from madpo.trainer.data.views.mismatched import MismatchedDataset
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.tokenizer import load_tokenizer
@@ -50,7 +50,8 @@ def show_data(config: Config, count: int, console: Console) -> None:
     if borrows:
         groups = MismatchedDataset(groups, config.seed, config.data.max_length)
     groups = merged(groups, config)
-    report = next(iter(report_of_merged(groups, reports).values()))  # the report of all parts together
+    reports = told(report_of_merged(groups, reports), objective)
+    report = next(iter(reports.values()))  # the report of all parts together
     order = DataOrder(len(groups), config.seed, groups.ease(config.data.order))
     decode, coloured = decoder(tokenizer), console.is_terminal and not console.no_color
     lines: list[Text] = []

@@ -37,7 +37,7 @@ def made(numbers: list[int], log: list[tuple[int, str]], fail_at: int | None = N
             raise UserError(f"row {number} is bad")
         log.append((number, threading.current_thread().name))
         batches, rules = [pack(random_groups(1, seed=number))], StepRules(Item.EDGE, 64)
-        yield Step(batches, 2, 1, number, StepWork(), shapes_of([]), rules)
+        yield Step(batches, 2, 1, number, StepWork(), shapes_of([]), np.empty(0), rules)
 
 
 def prefetch_threads() -> list[str]:

@@ -59,6 +59,8 @@ def test_the_weights_of_the_pairs_are_said_and_also_that_they_are_all_alike():
     config = config_with(1e-6, "madpo")
     spread = np.linspace(0.5, 2.5, 101)
     assert remarks(config, 100, BIG, spread) == ["weights of madpo: median 1.5, nine of ten from 0.6 to 2.4"]
+    (remark,) = remarks(config, 100, BIG, 4 * spread)
+    assert remark.endswith("from 2.4 to 9.6; their mean, 6, multiplies gradients as the learning rate does")
     for weight, rate in ((1.0, ""), (2.0, " at 2 times the learning rate")):
         (remark,) = remarks(config, 100, BIG, np.full(50, weight))
         assert remark == (
