@@ -43,7 +43,7 @@ from madpo.trainer.data.tokenised_cache import (
     tokenise_all,
     usable_rows,
 )
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import DataError
 from madpo.trainer.files import discard_damaged, make_folder, write_atomically
 
 
@@ -172,7 +172,7 @@ class Stream:
             if self._record(block - 1).following is None:
                 if not any(map(self._size, range(block))):
                     report = self.report()[self._split]
-                    raise UserError(f"{self._reader.name}: {nothing_left(report, self._data)}")
+                    raise DataError(f"{self._reader.name}: {nothing_left(report, self._data)}")
                 epoch, block = epoch + 1, 0
         self._reached = BlockOfEpoch(epoch, block, first)
         return self._reached
@@ -236,7 +236,7 @@ class Stream:
             source, following = self._reader.read(cursor, self._data.stream_block)
             shutil.rmtree(path, ignore_errors=True)
             if not len(source.rows):
-                raise UserError(f"{source.name}: the file has no rows")
+                raise DataError(f"{source.name}: the file has no rows")
             tokenise_all(source, self._tokenizer, self._rules, self._adapter, None, path)
             if record_path.is_file():
                 return

@@ -30,7 +30,7 @@ from madpo.trainer.data.plain_text import foreign_marks, marks_in_messages, spec
 from madpo.trainer.data.report import Report, reasons_in, report_of
 from madpo.trainer.data.source import Source, cache_folder, fields_of, open_source
 from madpo.trainer.data.tokenise import FILLS, TokenGroup, TokenRules, tokenise
-from madpo.trainer.errors import UserError, on_one_line
+from madpo.trainer.errors import DataError, UserError, on_one_line
 from madpo.trainer.files import discard_damaged, seal, write_folder_atomically
 from madpo.trainer.formats.adapters import ADAPTERS
 from madpo.trainer.formats.oddities import claims_of, oddities_of
@@ -118,7 +118,7 @@ def load_groups(
     taken = usable[share(len(usable), fraction)]
     report = report_of(source.name, table, taken, source.where)
     if not len(usable):
-        raise UserError(f"{source.name}: {nothing_left(report, data)}")
+        raise DataError(f"{source.name}: {nothing_left(report, data)}")
     if not len(taken):
         raise UserError(f"{source.name}: fraction {fraction:g} of {len(usable)} groups is none; raise it")
     return GroupDataset(table.select(taken), source.name, key), report
@@ -338,7 +338,7 @@ def adapter_in(
             return choose(fields_of(row, source.unit), rules.rows, rules.supervised)
         except UserError as error:
             problem = problem or f"{source.where(row['line'])}: {error}"
-    raise UserError(str(problem))
+    raise DataError(str(problem))
 
 
 def check_readable(where: Callable[[int], str], table: datasets.Dataset, on_bad_row: str) -> None:
@@ -348,4 +348,4 @@ def check_readable(where: Callable[[int], str], table: datasets.Dataset, on_bad_
         first = table[int(bad[0])]
         more = f" ({len(bad)} such rows of {len(table)})" if len(bad) > 1 else ""
         drop = ", or set data.on_bad_row=drop to train without it" if len(bad) < len(table) else ""
-        raise UserError(f"{where(first['row'])}: {first['problem']}{more}; mend the row{drop}")
+        raise DataError(f"{where(first['row'])}: {first['problem']}{more}; mend the row{drop}")
