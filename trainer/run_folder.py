@@ -76,7 +76,7 @@ def check_trained(folder: Path, task: str) -> None:
         return
     what = "holds no checkpoint" if folder.is_dir() else "is not there"
     other = ", or evaluate the model that training starts from: --base" if task == "evaluate" else ""
-    raise UserError(f"output_dir: {folder} {what}; train first, name the folder of a run{other}")
+    raise UserError(f"output_dir: {folder} {what}; train first, or name the folder of a run{other}")
 
 
 def is_training(folder: Path) -> bool:

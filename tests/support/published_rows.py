@@ -347,7 +347,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "chosen and rejected: the transcr",
     ),
     ("hh_rlhf_text", {"rejected": TALK}, "rejected: the transcript does not end with"),
-    ("hh_rlhf_text", {"chosen": None}, "chosen: expected text, got None"),
+    ("hh_rlhf_text", {"chosen": None}, "chosen: is null"),
     ("ultrafeedback_binarized", {"score_rejected": "low"}, "score_rejected: expected a finite number"),
     (
         "ultrafeedback_binarized",
@@ -399,7 +399,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("sharegpt", {"tools": "look"}, "tools: expected JSON, got 'look'"),
     ("alpaca", {"input": 5}, "input: expected text, got 5"),
-    ("instruction_output", {"response": None}, "output: expected text, got None"),
+    ("instruction_output", {"response": None}, "output: is (null|missing)"),
     ("instruction_pairs", {"history": [["One?"]]}, "history: expected pairs of a question and its answer"),
 ]
 """(adapter, what is changed in its first good row, the message)."""

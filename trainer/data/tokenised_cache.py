@@ -126,10 +126,9 @@ def load_groups(
 
 def nothing_left(report: Report, data: DataConfig) -> str:
     """What to say of examples none of which can be trained on."""
-    return (
-        f"none of {report['rows']} rows can be trained on ({reasons_in(report)}); data.max_length is "
-        f"{data.max_length}"
-    )
+    rows = report["rows"]
+    none = "its only row cannot" if rows == 1 else f"none of {rows} rows can"
+    return f"{none} be trained on ({reasons_in(report)}); data.max_length is {data.max_length}"
 
 
 def read_table(
@@ -347,5 +346,9 @@ def check_readable(where: Callable[[int], str], table: datasets.Dataset, on_bad_
     if len(bad) and on_bad_row == "error":
         first = table[int(bad[0])]
         more = f" ({len(bad)} such rows of {len(table)})" if len(bad) > 1 else ""
-        drop = ", or set data.on_bad_row=drop to train without it" if len(bad) < len(table) else ""
-        raise DataError(f"{where(first['row'])}: {first['problem']}{more}; mend the row{drop}")
+        way_out = "; mend the row, or set data.on_bad_row=drop to train without it"
+        if len(bad) == len(
+            table
+        ):  # what is wrong with all rows is not for the rows to mend, unless it is one
+            way_out = "; mend the row" if len(bad) == 1 else ""
+        raise DataError(f"{where(first['row'])}: {first['problem']}{more}{way_out}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.chat_message import Messages, read_message
-from madpo.trainer.formats.text_groups import Text, TextGroup, objects, same_kind
+from madpo.trainer.formats.text_groups import Text, TextGroup, objects, present, same_kind
 
 Row = Mapping[str, Any]
 
@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 def text_of(row: Row, *names: str) -> str:
     """The text in the one of these columns that holds any. Raises UserError, also if two hold others."""
     name = one_of(row, *names) or next((x for x in names if row.get(x) is not None), names[0])
-    value = row.get(name)
+    value = present(row, name)
     if not isinstance(value, str) or not value:
         raise UserError(f"{name}: expected text, got {value!r:.80}")
     return value

@@ -262,7 +262,14 @@ def _answers(message: dict[str, Any]) -> bool:
 
 def text_or_messages(row: Mapping[str, Any], field: str, may_be_empty: bool = False) -> Text:
     """The text or the messages in a column. Raises UserError for anything else."""
-    return as_text(row.get(field), field, may_be_empty)
+    return as_text(present(row, field), field, may_be_empty)
+
+
+def present(row: Mapping[str, Any], field: str) -> Any:
+    """What a row has in a column. Raises UserError if it has nothing there."""
+    if row.get(field) is None:
+        raise UserError(f"{field}: is {'null' if field in row else 'missing'}")
+    return row[field]
 
 
 def as_text(value: Any, field: str, may_be_empty: bool = False) -> Text:

@@ -61,7 +61,7 @@ def test_supervised_rows_are_refused_by_pairwise_objectives(tmp_path, tokenizer)
 def test_nothing_left_to_train_on_is_an_error_with_numbers(tmp_path, tokenizer):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "a:", "chosen": " b", "rejected": " b"}\n')
-    with pytest.raises(ValueError, match=r"none of 1 rows can be trained on \(1: chosen and rejected are"):
+    with pytest.raises(ValueError, match=r"its only row cannot be trained on \(1: chosen and rejected are"):
         load_groups(config_for(tmp_path, path).data, "train", tokenizer)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="no rows"):

@@ -177,7 +177,7 @@ def test_a_group_without_scores_is_known_as_one_of_comparisons():
         ({"completions": ["a", 1, "c"]}, r"completions\[1\]: expected text"),
         ({"completions": ["a"]}, "completions: expected a list of at least 2"),
         ({"completions": ["a", answer("b"), "c"]}, "all be text or all be lists"),
-        ({"prompt": None}, "prompt: expected text or a list of messages"),
+        ({"prompt": None}, "prompt: is null"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

@@ -79,7 +79,7 @@ BAD_FIELDS = [
         {"prompt": "a", "chosen": 7, "rejected": "b"},
         "chosen: expected text or a list of messages, got 7",
     ),
-    ({"prompt": "a", "chosen": "b", "rejected": None}, "rejected: expected text"),
+    ({"prompt": "a", "chosen": "b", "rejected": None}, "rejected: is null"),
     ({"chosen": "b", "rejected": "c"}, "prompt is missing"),
     ({"prompt": "a", "chosen": [], "rejected": "c"}, "chosen: expected text or a list"),
     (

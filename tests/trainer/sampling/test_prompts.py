@@ -152,7 +152,7 @@ def test_a_row_is_read_by_the_columns_of_its_source(tmp_path, tokenizer):
     assert read(tmp_path, [scored], tokenizer).texts == ["the"]
     only = [{"prompt": "the", "id": 1}, {"prompt": "a", "id": None}, {"prompt": None, "id": 2}]
     assert read(tmp_path, only[:2], tokenizer, columns={"margin": "id"}).texts == ["the", "a"]
-    with pytest.raises(ValueError, match=r"rows.jsonl:3: prompt: expected text or a list of messages"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:3: prompt: is null"):
         read(tmp_path, only, tokenizer)
 
 

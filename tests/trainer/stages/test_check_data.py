@@ -105,7 +105,7 @@ def test_data_that_the_objective_cannot_use_are_an_error_after_the_report(config
     assert status == 2 and "6 of 6 rows have no margin" in out and report["train"]["groups"] == len(ROWS)
     path.write_text(json.dumps({**GOOD, "rejected": GOOD["chosen"]}) + "\n")
     status, out, report = checked(config)
-    assert status == 2 and "none of 1 rows can be trained on" in out and report["train"]["groups"] == 0
+    assert status == 3 and "its only row cannot be trained on" in out and report["train"]["groups"] == 0
 
 
 def test_an_example_with_a_token_that_the_model_does_not_have_cannot_be_read(config, tokenizer_folder):
@@ -153,7 +153,7 @@ def test_what_is_not_scored_is_not_told_of_rewards(config, tokenizer_folder, str
 def test_a_narrow_terminal_gets_the_parts_below_one_another(config, monkeypatch):
     pairs = config.parent / "pairs"
     parts = f"data.datasets=[{{path: {pairs}, test_split: test}}, {{path: {pairs / 'test.jsonl'}}}]"
-    for columns, tables in (("80", 3), ("200", 1)):
+    for columns, tables in (("80", 3), ("400", 1)):
         monkeypatch.setenv("COLUMNS", columns)
         _, out, _ = checked(config, "data.dataset_name=null", parts)
         starts = ("rows ", "groups ", "tokens ", "  a ", "  both ")
