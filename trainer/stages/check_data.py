@@ -34,7 +34,7 @@ from madpo.trainer.data.stream import ReadTable, Stream
 from madpo.trainer.data.tokenised_cache import nothing_left, read_table, share, usable_rows
 from madpo.trainer.data.training_data import fitted, told
 from madpo.trainer.data.views.weighed import weights_of
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import DataError, UserError
 from madpo.trainer.files import make_folder, write_atomically
 from madpo.trainer.model.build import known_tokens
 from madpo.trainer.model.tokenizer import load_tokenizer
@@ -62,7 +62,7 @@ def check_data(config: Config, console: Console) -> int:
     tokenizer = load_tokenizer(config.model)
     lenient = config.model_copy(update={"data": config.data.model_copy(update={"on_bad_row": "drop"})})
     reports: dict[str, Report] = {}
-    problems: list[str] = []
+    problems: list[UserError] = []
     remarks: list[str] = []
     claims, embedded = KnownClaims(), _embedded_tokens(config, tokenizer, remarks)
     for held_out in (False, True) if has_held_out(config.data) else (False,):
@@ -81,7 +81,7 @@ def check_data(config: Config, console: Console) -> int:
         console.print(line, soft_wrap=True, markup=False)
     bad = sum(report["dropped"].get(UNREADABLE, 0) for report in reports.values())
     if problems and not bad:
-        raise UserError(problems[0])
+        raise problems[0]
     for problem in problems:
         console.print(f"error: {problem}", soft_wrap=True, markup=False)
     return BAD_ROWS if bad else 0
@@ -137,7 +137,7 @@ class _PartCheck:
         self._config, self._part, self._held_out, self._known = config, part, held_out, known
         names, longest = ("a prompt", "a completion", "both together"), config.data.max_length
         self._lengths = {name: np.zeros(longest + 1, np.int64) for name in names}
-        self.problem: str | None = None  # why the objective cannot be trained on the part
+        self.problem: UserError | None = None  # why the objective cannot be trained on the part
         self.remark: str | None = None  # on the weights that the objective gives the pairs
 
     def report(self, tables: Iterator[ReadTable]) -> Report:
@@ -157,7 +157,7 @@ class _PartCheck:
                     self._weigh(fitted(groups, self._config))
         total = reports[0] if len(reports) == 1 else total_report(reports[0]["source"], reports)
         if not total["groups"]:
-            self.problem = f"{total['source']}: {nothing_left(total, self._part.data)}"
+            self.problem = DataError(f"{total['source']}: {nothing_left(total, self._part.data)}")
         lengths = {name: _quantiles(counts) for name, counts in self._lengths.items() if counts.any()}
         return {**total, "lengths": lengths}
 
@@ -174,7 +174,7 @@ class _PartCheck:
         try:
             yield
         except UserError as error:
-            self.problem = self.problem or str(error)
+            self.problem = self.problem or error
 
     def _weigh(self, groups: TabledGroups) -> None:
         """Keep what is to be said of the weights in the first table, as training does of a stream."""
