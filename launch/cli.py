@@ -313,6 +313,14 @@ def show_keys(
     print(explain_keys(name, terminal_width()), end="")
 
 
+@command(LOOK, "madpo status runs/mine", "docs/resume.md")
+def status(run: Annotated[Path, typer.Argument(help="folder of a run, also of a running one")]) -> None:
+    """Show whether a run lives, where its ranks are, how it ended."""
+    from madpo.launch.status import show
+
+    raise typer.Exit(show(run))
+
+
 @command(LOOK, "madpo report runs/madpo runs/dpo", "docs/metrics.md")
 def report(
     runs: Annotated[list[Path], typer.Argument(help="run folders; several are overlaid")],

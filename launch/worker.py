@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 
 from madpo.launch import console_log
 from madpo.launch.lifeline import die_with_launcher, end
-from madpo.trainer import outcome, stopping
+from madpo.trainer import heartbeat, outcome, stopping
 from madpo.trainer.errors import Exit, UserError, on_one_line
+from madpo.trainer.heartbeat import missing_ranks
 
 if TYPE_CHECKING:
     from madpo.trainer.config.schema import Config
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         if rank == 0:
             console_log.keep(folder, command)
             outcome.remove(folder)
+            heartbeat.forget(folder)
         _run(config, args, command)
         status, text = Exit.DONE, ""
     except stopping.StoppedError:
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if stopping.is_ending(seconds=1):  # the signal ended another rank first, and so broke a collective
             threading.Event().wait()
-        status, text = _explained(error, rank)
+        status, text = _explained(error, rank, folder)
     if not text:
         if rank == 0 and folder is not None:
             outcome.write(folder, status, text, args.task)
@@ -86,14 +88,15 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def _explained(error: Exception, rank: int) -> tuple[Exit, str]:
+def _explained(error: Exception, rank: int, folder: Path | None) -> tuple[Exit, str]:
     """The exit status for an error, and what to print."""
     if isinstance(error, UserError):
         return error.status, f"error: {error}"
     from madpo.trainer.dist import is_lost_peer
 
     if is_lost_peer(error):
-        return Exit.LOST_PEER, f"error: rank {rank} has lost another rank: {on_one_line(error)}"
+        missing = missing_ranks(folder, rank) if folder is not None else ""
+        return Exit.LOST_PEER, (f"error: rank {rank} has lost another rank: {missing or on_one_line(error)}")
     return Exit.BUG, "".join(traceback.format_exception(error))
 
 
@@ -139,7 +142,10 @@ def _run(config: Config, args: argparse.Namespace, command: str) -> None:
     module, function = TASKS[args.task]
     run = getattr(import_module(_module(args.task)), function)
     options = {"train": {"command": command, "extend": args.extend}, "evaluate": {"base": args.base}}
-    with out_of_memory.explained(config, args.task):
+    rank, folder = int(os.environ.get("RANK", "0")), Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    beat = heartbeat.Heartbeat(folder, rank, config.launch.timeout_minutes)
+    with beat, out_of_memory.explained(config, args.task):
         run(config, **options.get(module, {}))
     dist.leave()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -19,10 +20,10 @@ class Told(NamedTuple):
 class Agreement:
     """The group in which ranks agree. Every rank must make it, and call it at the same places."""
 
-    def __init__(self) -> None:
-        self._is_alone = dist.get_world_size() == 1
+    def __init__(self, timeout_minutes: float = 30.0) -> None:
+        self._is_alone, timeout = dist.get_world_size() == 1, timedelta(minutes=timeout_minutes)
         # On the host, so that there is no kernel to wait for.
-        self.group = None if self._is_alone else dist.new_group(backend="gloo")
+        self.group = None if self._is_alone else dist.new_group(backend="gloo", timeout=timeout)
 
     def on(self, told: Told) -> Told:
         """The largest value of each field over all ranks, which waits for the slowest of them."""

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as torch_dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import LostPeerError, UserError, on_one_line
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,11 @@ class Shard:
         return self.rank == 0
 
 
-def init(timeout_minutes: float) -> Shard:
+def init(timeout_minutes: float, start_timeout_minutes: float | None = None) -> Shard:
     """Join the process group that the launcher's environment variables describe; without them, run alone.
 
-    Does nothing in a process that has joined already.
+    Ranks wait `start_timeout_minutes` for each other, and then `timeout_minutes` in every collective. Does
+    nothing in a process that has joined already. Raises LostPeerError if some rank does not come.
     """
     import deepspeed
 
@@ -46,7 +48,15 @@ def init(timeout_minutes: float) -> Shard:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    minutes = start_timeout_minutes or timeout_minutes
+    try:
+        deepspeed.init_distributed(timeout=timedelta(minutes=minutes), verbose=False)
+    except torch_dist.DistError as error:
+        raise LostPeerError(
+            f"launch.start_timeout_minutes: the ranks did not all come within {minutes:g} minutes "
+            f"({on_one_line(error)})"
+        ) from error
+    _set_pg_timeout(timedelta(minutes=timeout_minutes), torch_dist.group.WORLD)
     return Shard(torch_dist.get_rank(), torch_dist.get_world_size())
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, Protocol
 
-from madpo.trainer import stopping
+from madpo.trainer import heartbeat, stopping
 from madpo.trainer.agreement import Told
 from madpo.trainer.batches.cost import StepWork
 from madpo.trainer.batches.prefetch import prefetched
@@ -128,6 +128,7 @@ def train(
     saved_at = time.monotonic()
 
     for step in prefetched(steps, engine.device):
+        heartbeat.at(f"step {state.step + 1}")
         rate = learning_rate(config.optim, state.step, length.total_steps)
         batch_state, mark = BatchState(state.memory, (config.seed, state.step)), meter.mark()
         memory, step_work, is_skipped = train_step(engine, step, rate, meter, batch_state)
@@ -190,6 +191,7 @@ def train(
             logged_at += time.perf_counter() - paused
 
         if saves:
+            heartbeat.at(f"checkpoint of step {state.step}")
             paused = time.perf_counter()
             saver.save()
             saved_at = time.monotonic()
@@ -221,6 +223,7 @@ def evaluate(
     rules = step_rules(config, engine.module, step_cost(engine.module, training=False))
     steps = evaluation_steps(groups, rules, config.train.global_batch_size, shard)
     for number, step in enumerate(prefetched(steps, engine.device)):
+        heartbeat.at(f"evaluation, chunk {number + 1}")
         evaluation_step(engine, step, meter, BatchState(memory, (config.seed, number)))
         if collector is not None:
             collector.close_step(step)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,27 @@ def test_a_killed_command_leaves_no_rank_and_a_checkpoint(tmp_path, tokenizer_fo
     assert run.gone()
     process.communicate(timeout=patient(10))
     assert step_of_newest(run) >= 2
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_is_named_and_the_others_leave_their_stacks(tmp_path, tokenizer_folder):
+    run = real_run(tmp_path, tokenizer_folder, max_steps=100_000, num_train_epochs=1e6)
+    process = run.train("launch.timeout_minutes=0.3")
+    run.wait_for(lambda: len(run.losses()) >= 2, process)
+    frozen = run.ranks()[1]
+    frozen.suspend()
+    ((status, text),) = run.finish(process)
+    assert status == Exit.LOST_PEER
+    silent = (
+        rf"error: rank 0 has lost another rank: rank 1 \(\S+, process {frozen.pid}\) has been silent for "
+    )
+    assert re.search(silent + r"\d+ s, last in step \d+", text), text
+    stacks = (run.folder / "hangs" / "rank-00000.txt").read_text()
+    assert stacks.startswith("rank 0 has been in step ") and "train_step" in stacks
+    ((status, text),) = run.finish(
+        run.start(sys.executable, "-m", "madpo.launch.cli", "status", str(run.folder))
+    )
+    assert status == Exit.LOST_PEER and text.startswith("failed with status 6")
 
 
 @pytest.mark.slow

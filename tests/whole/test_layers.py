@@ -19,6 +19,7 @@ LAYERS = [
     "madpo.trainer.contents",
     "madpo.trainer.stopping",
     "madpo.trainer.outcome",
+    "madpo.trainer.heartbeat",
     "madpo.kernels",
     "madpo.trainer.objectives",
     "madpo.trainer.formats",

@@ -60,6 +60,9 @@ class LaunchConfig(Section):
         description="ranks on this machine; auto: one per GPU, or two without a GPU",
         effect=Effect.RESULT,
     )
+    start_timeout_minutes: float = setting(
+        default=5.0, gt=0, description="minutes that ranks wait for each other to start", effect=Effect.MEANS
+    )
     timeout_minutes: float = setting(
         default=30.0, gt=0, description="minutes after which a hanging collective fails", effect=Effect.MEANS
     )

@@ -75,7 +75,7 @@ def run_annotation(config: Config) -> None:
     judges = [replace(judge, config=located(judge.config)) for judge in judges_of(config)]
     loaded = [load_pairs(x.config) for x in judges]  # before the ranks join, as tokenising may take long
     data = [groups for groups, _ in loaded]
-    shard = dist.init(config.launch.timeout_minutes)
+    shard = dist.init(config.launch.timeout_minutes, config.launch.start_timeout_minutes)
     if shard.is_main:
         print_findings(loaded[0][1])
     judged = [_score(judge, groups, shard) for judge, groups in zip(judges, data, strict=True)]

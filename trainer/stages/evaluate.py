@@ -41,7 +41,7 @@ def run_evaluation(config: Config, base: bool = False) -> dict[str, Any]:
         config = config.model_copy(update={"objective": params})
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, False, known_tokens(config, tokenizer))
-    shard = dist.init(config.launch.timeout_minutes)
+    shard = dist.init(config.launch.timeout_minutes, config.launch.start_timeout_minutes)
     if shard.is_main:
         print_findings(data.held_out_report)
     config = resolve_quantiles(config, data, tokenizer, shard)

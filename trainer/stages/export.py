@@ -40,7 +40,7 @@ def run_export(config: Config) -> None:
     config = located(config)
     folder = Path(config.output_dir)
     check_trained(folder, "export")
-    shard = dist.init(config.launch.timeout_minutes)
+    shard = dist.init(config.launch.timeout_minutes, config.launch.start_timeout_minutes)
     chosen = choose(folder / "checkpoints", model_identity(config, shard), shard)
     assert chosen is not None
     tokenizer = load_tokenizer(config.model)

@@ -94,7 +94,7 @@ def run_generation(config: Config) -> None:
     for writer in writers:
         _check_prompts(config, prompts.values(), writer)
     batches = {split: batches_of(split, prompts[split].lengths, settings.batch_size) for split in splits}
-    shard = dist.init(config.launch.timeout_minutes)
+    shard = dist.init(config.launch.timeout_minutes, config.launch.start_timeout_minutes)
     with ExitStack() as cleanup:
         cleanup.callback(claim(folder, shard).release)
         all_batches = list(chain(*batches.values()))

@@ -83,7 +83,7 @@ def run_probe(config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, True, known_tokens(config, tokenizer))
     assert data.train is not None
-    shard = dist.init(config.launch.timeout_minutes)
+    shard = dist.init(config.launch.timeout_minutes, config.launch.start_timeout_minutes)
     if shard.is_main:
         print_findings(data.report)
     probe = stored_probe(config, data.train, tokenizer, shard)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from madpo.trainer import dist, loop, stopping
+from madpo.trainer import dist, heartbeat, loop, stopping
 from madpo.trainer.agreement import Agreement
 from madpo.trainer.checkpoints.choose import Chosen, choose
 from madpo.trainer.checkpoints.folders import MANIFEST, newest_checkpoint, remove_partial
@@ -68,9 +68,10 @@ def run_training(
     folder = Path(config.output_dir)
     checkpoints = folder / "checkpoints"
     config = located(config)
+    heartbeat.at("data")
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, True, known_tokens(config, tokenizer))
-    shard = dist.init(config.launch.timeout_minutes)
+    shard = dist.init(config.launch.timeout_minutes, config.launch.start_timeout_minutes)
     with ExitStack() as cleanup:
         owned = claim(folder, shard)
         cleanup.callback(owned.release)
@@ -91,6 +92,7 @@ def run_training(
         data, cached = with_reference(config, data, tokenizer, shard, training=True)
         source = data.source
         assert source is not None
+        heartbeat.at("models")
         engine = start_engine(config, tokenizer, training=True)
         cleanup.callback(engine.release)
         end = taught_end(source, tokenizer)
@@ -136,7 +138,7 @@ def run_training(
             checkpoints,
             shard,
             Keep(config.train.save_total_limit, config.train.save_permanent_steps),
-            Agreement(),
+            Agreement(config.launch.timeout_minutes),
             manifest,
             in_background=config.train.async_save,
             with_reference=config.model.sync_ref_model,
@@ -162,6 +164,7 @@ def run_training(
                 print_line(stopping.standing())
             raise stopping.StoppedError
         if config.train.export:
+            heartbeat.at("export")
             export_model(engine, tokenizer, config, folder, shard, state)
 
 

@@ -129,6 +129,7 @@ train.peak_tflops                       free    again
 annotate.folds                          free    again
 annotate.models                         free    again   path
 launch.num_processes                    free    again
+launch.start_timeout_minutes            free    kept
 launch.timeout_minutes                  free    kept
 generate                                free    again
 generate.models                         free    again   path

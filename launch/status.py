@@ -1,0 +1,102 @@
+"""`madpo status RUN`: what a run does, or how it has ended, from the files in its folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+from madpo.trainer import heartbeat, outcome
+from madpo.trainer.checkpoints.folders import MANIFEST, damaged_in, newest_checkpoint, step_of
+from madpo.trainer.counted import counted
+from madpo.trainer.errors import Exit, UserError
+from madpo.trainer.run_folder import INCIDENTS, is_training, read_metrics
+
+
+def show(folder: Path) -> int:
+    """Print the status of a run. The exit status is 0 if it lives or is done, else that of its end."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name the folder of a run")
+    beats, ended = heartbeat.beats_in(folder), outcome.read(folder)
+    is_alive = any(not beat.silent_for and not beat.is_gone for beat in beats)
+    is_alive = is_alive and (ended is None or is_training(folder))
+    for line in (
+        *_life(beats, ended, is_alive),
+        *_progress(folder),
+        *_checkpoints(folder),
+        *_incidents(folder),
+    ):
+        print(line)
+    if is_alive or not (beats or ended):
+        return Exit.DONE
+    return Exit.LOST_PEER if ended is None else ended.status
+
+
+def _life(beats: list[heartbeat.Beat], ended: outcome.Outcome | None, is_alive: bool) -> Iterator[str]:
+    if is_alive:
+        yield f"alive: {counted(len(beats), 'rank')}, {_places(beats)}"
+        for beat in beats:
+            if beat.is_gone or beat.silent_for:
+                silent = "gone" if beat.is_gone else f"silent for {beat.silent_for:.0f} s"
+                yield f"  {beat.who}: {silent}, last in {beat.place}"
+    elif ended is not None:
+        name = {Exit.DONE: "done", Exit.AGAIN: "stopped; the same command continues"}
+        yield f"{name.get(Exit(ended.status), f'failed with status {ended.status}')}, {_ago(ended.time)}"
+        yield from (f"  {line}" for line in ended.text.splitlines()[-3:])
+    elif beats:
+        newest = max(beat.time for beat in beats)
+        yield f"ended without a word, {_ago(newest)}; last in {_places(beats)}"
+    else:
+        yield "nothing has run here"
+
+
+def _places(beats: list[heartbeat.Beat]) -> str:
+    """Where the ranks are; those that lag behind are the interesting ones."""
+    places = dict.fromkeys(beat.place for beat in beats)
+    if len(places) == 1:
+        return next(iter(places))
+    return "; ".join(
+        f"{place}: rank {', '.join(str(beat.rank) for beat in beats if beat.place == place)}"
+        for place in places
+    )
+
+
+def _progress(folder: Path) -> Iterator[str]:
+    path = folder / "run.json"
+    lines = [record for record in read_metrics(folder) if "loss" in record]
+    total = json.loads(path.read_text()).get("total_steps") if path.is_file() else None
+    if not lines or not total:
+        return
+    last = lines[-1]
+    left = (total - last["step"]) * last.get("perf/step_time", 0.0)
+    speed = f"{last['perf/step_time']:.2f} s a step" if "perf/step_time" in last else ""
+    ahead = f", {timedelta(seconds=round(left))} left at {speed}" if left else ""
+    yield f"step {last['step']:,} of {total:,}{ahead}, loss {last['loss']:.4f} (logged {_ago(last['time'])})"
+
+
+def _checkpoints(folder: Path) -> Iterator[str]:
+    root = folder / "checkpoints"
+    newest = newest_checkpoint(root)
+    if newest is None:
+        yield "no checkpoint yet"
+    else:
+        yield f"checkpoint of step {step_of(newest.name):,}, {_ago((newest / MANIFEST).stat().st_mtime)}"
+    if damaged := damaged_in(root):
+        yield f"  damaged: {', '.join(path.name for path in damaged)}"
+
+
+def _incidents(folder: Path) -> Iterator[str]:
+    path = folder / INCIDENTS
+    kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()] if path.is_file() else []
+    for kind in dict.fromkeys(kinds):
+        yield f"{kinds.count(kind)} x {kind} ({INCIDENTS})"
+    stacks = sorted((folder / heartbeat.STACKS).glob("rank-*.txt"))
+    if stacks:
+        ranks, place = counted(len(stacks), "rank"), folder / heartbeat.STACKS
+        yield f"stacks of {ranks} that stayed in one place: {place}"
+
+
+def _ago(moment: float) -> str:
+    return f"{timedelta(seconds=round(max(0.0, time.time() - moment)))} ago"
