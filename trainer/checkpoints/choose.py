@@ -34,12 +34,15 @@ def choose(
     raise_if_any(None if is_shared else _not_shared(root, candidates, own))
     rejected: list[tuple[Path, str]] = []
     for name in candidates:
-        found = _verified(root / name, shard)
+        found = _manifest_of(root / name, shard)
+        if isinstance(found, Manifest):
+            # Looked at first, as it is free; the files of a large model take a while.
+            changed = difference(found.identity, identity)
+            raise_if_any(None if changed is None else _of_another_run(root / name, changed))
+            found = _fault_in(root / name, found, shard) or found
         if isinstance(found, Manifest):
             if shard.is_main:
                 _report(rejected, may_set_aside)
-            changed = difference(found.identity, identity)
-            raise_if_any(None if changed is None else _of_another_run(root / name, changed))
             return Chosen(root / name, found)
         rejected.append((root / name, found))
     aside = from_main([str(path.name) for path in folders.damaged_in(root)])
@@ -53,20 +56,22 @@ def choose(
     )
 
 
-def _verified(checkpoint: Path, shard: Shard) -> Manifest | str:
-    """The manifest of a checkpoint whose files are as they were written, each looked at by one rank; else
-    what is wrong with it. Equal on all ranks."""
+def _manifest_of(checkpoint: Path, shard: Shard) -> Manifest | str:
+    """The manifest of a checkpoint, or what is wrong with it. Equal on all ranks."""
     found: Manifest | str = ""
     if shard.is_main:
         try:
             found = read(checkpoint)
         except DamagedError as error:
             found = str(error)
-    found = from_main(found)
-    if isinstance(found, str):
-        return found
-    faults = gathered(fault_in(checkpoint, found.files, sorted(found.files)[shard.rank :: shard.world_size]))
-    return next((fault for fault in faults if fault is not None), found)
+    return from_main(found)
+
+
+def _fault_in(checkpoint: Path, manifest: Manifest, shard: Shard) -> str | None:
+    """What is wrong with the files of a checkpoint, each looked at by one rank. Equal on all ranks."""
+    own = sorted(manifest.files)[shard.rank :: shard.world_size]
+    faults = gathered(fault_in(checkpoint, manifest.files, own))
+    return next((fault for fault in faults if fault is not None), None)
 
 
 def _report(rejected: list[tuple[Path, str]], may_set_aside: bool) -> None:

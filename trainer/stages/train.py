@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from madpo.trainer import dist, heartbeat, loop, stopping
 from madpo.trainer.agreement import Agreement
-from madpo.trainer.checkpoints.choose import Chosen, choose
-from madpo.trainer.checkpoints.folders import MANIFEST, newest_checkpoint, remove_partial
-from madpo.trainer.checkpoints.identity import LENGTH, identity, without_length
+from madpo.trainer.checkpoints.choose import choose
+from madpo.trainer.checkpoints.folders import remove_partial
+from madpo.trainer.checkpoints.identity import identity, without_length
 from madpo.trainer.checkpoints.load import load
 from madpo.trainer.checkpoints.manifest import Manifest
 from madpo.trainer.checkpoints.saver import Keep, Saver
 from madpo.trainer.config.deepspeed import zero_stage
 from madpo.trainer.config.locate import located
-from madpo.trainer.config.schema import Config, dump
-from madpo.trainer.data.training_data import Data, first_groups, load_data, weighed
+from madpo.trainer.config.schema import Config
+from madpo.trainer.data.training_data import first_groups, load_data, weighed
 from madpo.trainer.data.views.weighed import weights_of
-from madpo.trainer.dist import Shard, barrier
+from madpo.trainer.dist import barrier
 from madpo.trainer.errors import FRESH, CheckpointError
 from madpo.trainer.incidents import Incidents
 from madpo.trainer.metrics import MetricsFile
@@ -46,6 +38,7 @@ from madpo.trainer.schedule import run_length
 from madpo.trainer.stages.end_of_turn import stop_at, taught_end
 from madpo.trainer.stages.export import export_model
 from madpo.trainer.stages.quantiles import resolve_quantiles
+from madpo.trainer.stages.run_facts import describe_run, extensions, is_exported, versions, write_report
 from madpo.trainer.stages.start_engine import check_data_fits, start_engine
 from madpo.trainer.state import TrainState
 
@@ -105,9 +98,9 @@ def run_training(
         sinks: list[Callback] = []
         if shard.is_main:
             remove_partial(checkpoints)
-            extended = _extensions(folder, chosen, made_with)
-            _describe_run(folder, config, command, shard, total_steps, end, extended)
-            _write_report(folder, data)
+            extended = extensions(folder, chosen, made_with)
+            describe_run(folder, config, command, shard, total_steps, end, extended)
+            write_report(folder, data)
             metrics = MetricsFile(folder, state.step)
             cleanup.callback(metrics.close)
             progress = Progress(total_steps)
@@ -129,7 +122,7 @@ def run_training(
 
         def manifest() -> Manifest:
             if shard.is_main:
-                _write_report(folder, data)  # a stream's report grows
+                write_report(folder, data)  # a stream's report grows
             stage, now = zero_stage(config.deepspeed, shard.world_size), copy.deepcopy(state)
             return Manifest(now, made_with, shard.world_size, stage, owned.life, versions(), files={})
 
@@ -166,71 +159,3 @@ def run_training(
         if config.train.export:
             heartbeat.at("export")
             export_model(engine, tokenizer, config, folder, shard, state)
-
-
-def is_exported(config: Config, folder: Path) -> bool:
-    """Whether what a run exports at its end is there, and newer than the checkpoint that it is made of."""
-    wanted = [(config.train.export, "model"), (config.train.export_merged, "merged")]
-    newest = newest_checkpoint(folder / "checkpoints")
-    assert newest is not None
-    made = (newest / MANIFEST).stat().st_mtime
-    paths = [folder / name for is_wanted, name in wanted if is_wanted]
-    return all(path.is_dir() and path.stat().st_mtime >= made for path in paths)
-
-
-def _write_report(folder: Path, data: Data) -> None:
-    (folder / "data_report.json").write_text(json.dumps(data.report, indent=2) + "\n")
-
-
-Extension = tuple[int, str]
-"""The step at which a run was extended, and what changed."""
-
-
-def _extensions(folder: Path, chosen: Chosen | None, made_with: Mapping[str, Any]) -> list[Extension]:
-    """The earlier extensions of the run, and the one of now if it is extended."""
-    path = folder / "run.json"
-    found = json.loads(path.read_text()).get("extended", []) if chosen and path.is_file() else []
-    extended: list[Extension] = [(at, text) for at, text in found]
-    if chosen is not None:
-        before = chosen.manifest.identity
-        changes = [
-            f"{key} {before[key]} -> {made_with[key]}" for key in LENGTH if before[key] != made_with[key]
-        ]
-        extended += [(chosen.manifest.state.step, ", ".join(changes))] if changes else []
-    return extended
-
-
-def _describe_run(
-    folder: Path,
-    config: Config,
-    command: str,
-    shard: Shard,
-    total_steps: int,
-    end_of_turn: int | None,
-    extended: Sequence[Extension],
-) -> None:
-    """Write config.yaml and run.json: the command, the length of the run, the versions, the hardware."""
-    (folder / "config.yaml").write_text(dump(config))
-    on_gpu = torch.cuda.is_available()
-    run = {
-        "command": command,
-        "total_steps": total_steps,
-        "end_of_turn": end_of_turn,
-        "world_size": shard.world_size,
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "host_cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": versions(),
-        "started": time.time(),
-        "extended": extended,
-    }
-    (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
-
-
-def versions() -> dict[str, str]:
-    """The versions of this package and of those that decide its numbers."""
-    return {
-        "madpo": version("madpo"),
-        "torch": torch.__version__,  # with its build, which a wheel's metadata may leave out
-        **{name: version(name) for name in ("deepspeed", "transformers", "datasets")},
-    }

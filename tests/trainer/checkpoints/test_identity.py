@@ -27,7 +27,8 @@ from madpo.trainer.config.schema import Config
 from madpo.trainer.dist import Shard
 from madpo.trainer.errors import FRESH
 from madpo.trainer.schedule import learning_rate
-from madpo.trainer.stages.train import is_exported, run_training
+from madpo.trainer.stages.run_facts import is_exported
+from madpo.trainer.stages.train import run_training
 
 RESUMED = {
     "alone": ALONE,
