@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 app = typer.Typer(
-    help="Train language models on preferences: MADPO, DPO and their relatives, with ZeRO-3.",
+    help="Train language models on preferences with ZeRO-3: MADPO, DPO and more.",
     epilog=FIRST_STEPS,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

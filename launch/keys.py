@@ -41,6 +41,8 @@ def explain_keys(name: str | None, width: int | None) -> str:
     if name is None:
         return _overview(width)
     known = {section.name: section for section in sections()}
+    if name in ("objective", "objective.loss_type", "loss_type"):
+        return _losses(width)
     if name in known and name:
         inside = [section for section in known.values() if f"{section.name}.".startswith(f"{name}.")]
         return "\n".join(_section(section, width) for section in inside)
@@ -83,6 +85,12 @@ def _overview(width: int | None) -> str:
         ],
     }
     return "\n".join(f"{_filled(title, width)}\n\n{_columns(rows, width)}" for title, rows in parts.items())
+
+
+def _losses(width: int | None) -> str:
+    title = "objective.loss_type names what is learnt; `madpo keys LOSS` lists the parameters of one."
+    rows = [(kind, ", ".join(names)) for kind, names in kinds_of_objectives().items()]
+    return f"{_filled(title, width)}\n\n{_columns(rows, width)}"
 
 
 def _section(section: SectionEntry, width: int | None) -> str:

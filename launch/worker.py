@@ -67,13 +67,13 @@ def main(argv: list[str] | None = None) -> int:
             heartbeat.forget(folder)
         _run(config, args, command)
         status, text = Exit.DONE, ""
-    except stopping.StoppedError:
-        status, text = Exit.AGAIN, ""
+    except stopping.StoppedError as stopped:
+        status, text = Exit.AGAIN, str(stopped)
     except Exception as error:
         if stopping.is_ending(seconds=1):  # the signal ended another rank first, and so broke a collective
             threading.Event().wait()
         status, text = _explained(error, rank, folder)
-    if not text:
+    if status in (Exit.DONE, Exit.AGAIN):  # which has been said
         if rank == 0 and folder is not None:
             outcome.write(folder, status, text, args.task)
         return status

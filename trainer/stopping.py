@@ -95,7 +95,7 @@ def _answer(reader: int, numbers: set[signal.Signals], say: Callable[[str], None
             continue
         if _steps.is_set() and not _asked:
             _asked = number
-            say(f"{signal.Signals(number).name}: stopping after this step; Ctrl-C again stops at once")
+            say("stopping after this step; Ctrl-C again stops at once")
         elif not _asked or number == signal.SIGINT:
             _end(number, say)
 

@@ -24,7 +24,7 @@ def batch(draft: Draft, per_device: str, accumulation: str, max_length: str) -> 
     if draft.gpus is None:
         raise UserError(
             f"--gpus: train.global_batch_size is {per_device} {rows} x {accumulation} {steps} x the number "
-            "of GPUs, which the file does not say; give it, as in --gpus 8"
+            "of GPUs, which the file does not say; give it with the option --gpus, as in --gpus 8"
         )
     share = int(draft.config.get("train.sequence_parallel_size", 1))
     draft.take(

@@ -47,17 +47,17 @@ def shards(run: RealRun) -> dict[str, Entry]:
 STOPPED = r"stopped at step (\d+) of \d+; the last checkpoint is of step (\d+); the same command continues .*"
 
 
-def check_stopped(run: RealRun, status: int, text: str, name: str = "SIGTERM") -> None:
+def check_stopped(run: RealRun, status: int, text: str) -> None:
     """The run has ended in good order, with a checkpoint of the step that it says."""
     assert status == Exit.AGAIN, text
     *lines, last = text.splitlines()
-    assert f"{name}: stopping after this step; Ctrl-C again stops at once" in lines
+    assert "stopping after this step; Ctrl-C again stops at once" in lines
     found = re.fullmatch(STOPPED, last)
     assert found and found[1] == found[2] == str(step_of_newest(run))
     assert (run.folder / "log.txt").read_text().splitlines()[-1] == last
     assert not [word for word in NOISE if word in text], text
     said = outcome.read(run.folder)
-    assert said is not None and (said.status, said.task) == (Exit.AGAIN, "train")
+    assert said is not None and (said.status, said.text, said.task) == (Exit.AGAIN, last, "train")
     assert not run.survivors()
 
 

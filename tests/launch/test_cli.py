@@ -85,7 +85,11 @@ MISTAKE = "optim.lrr: unknown key, did you mean 'lr'?"
 @pytest.mark.parametrize("name", ["config", "train", "evaluate", "export"])
 def test_a_mistake_ends_in_one_line_and_status_2(path, name):
     said = "" if name == "config" else f"reading {path}\n"
-    assert command(name, str(path), "optim.lrr=1") == (2, said, f"error: {path}: {MISTAKE}\n")
+    assert command(name, str(path), "optim.lrr=1") == (
+        2,
+        said,
+        f"error: {path} and the command line: {MISTAKE}\n",
+    )
 
 
 def test_a_mistake_is_one_line_of_the_process_too(path):

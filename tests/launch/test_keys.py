@@ -54,7 +54,7 @@ def test_without_a_terminal_each_key_is_one_line():
         "  optim.lr  highest learning rate, which warm-up ends at; a number above 0; default 2e-05 for "
         "supervised training (0.0002 for an adapter), 1e-05 for reward models (0.0001 for an adapter), 1e-06 "
         "for preferences (1e-05 for an adapter); fixed once a run has begun; in a recipe, "
-        "another value runs a finished stage again\n"
+        "another value makes a finished stage run again\n"
     )
 
 

@@ -85,7 +85,7 @@ def test_between_steps_the_first_signal_only_asks(number):
         assert process.returncode == 0
         assert sorted(output.splitlines()) == sorted(
             [
-                f"{number.name}: stopping after this step; Ctrl-C again stops at once",
+                "stopping after this step; Ctrl-C again stops at once",
                 f"asked {number:d}",
                 "saved",
             ]

@@ -89,8 +89,11 @@ def _not_shared(root: Path, candidates: list[str], own: list[str]) -> Checkpoint
 
 def _of_another_run(checkpoint: Path, changed: str) -> str:
     keys = [line.split(":")[0].strip() for line in changed.splitlines() if line]
-    extend = "train on with --extend, " if set(keys) <= set(LENGTH) else ""
-    return (
-        f"{checkpoint} is a checkpoint of another run:{changed}\nset it back to continue that run; or "
-        f"{extend}train with {FRESH}, or into another output_dir"
-    )
+    if set(keys) <= set(LENGTH):
+        other = "give the length that is there, in the config too; or add --extend for that of now"
+    else:
+        other = (
+            "set them back to continue; or train on from these weights in another output_dir, with "
+            "model.model_name_or_path naming this run"
+        )
+    return f"{checkpoint} was made with other settings:{changed}\n{other}; or begin anew with {FRESH}"

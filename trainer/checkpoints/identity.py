@@ -53,5 +53,10 @@ def without_length(identity: Mapping[str, Any]) -> dict[str, Any]:
 def difference(stored: dict[str, Any], now: dict[str, Any]) -> str | None:
     """The keys of `now` that have other values in `stored`, as lines for the user; None if there are none."""
     changed = [key for key in now if key not in stored or stored[key] != now[key]]
-    lines = [f"\n  {key}: {stored.get(key)!r} there, {now[key]!r} now" for key in changed]
+    lines = [f"\n  {key}: {shown(stored.get(key))} there, {shown(now[key])} now" for key in changed]
     return "".join(lines) or None
+
+
+def shown(value: Any) -> str:
+    """A value as a user would write it in YAML."""
+    return "null" if value is None else repr(value)

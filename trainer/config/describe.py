@@ -26,8 +26,8 @@ ON_A_RUN = {
 """Effect -> whether a run that has begun can go on with another value, and on what condition."""
 
 ON_A_RECIPE = {
-    Effect.NUMBERS: "runs a finished stage again",
-    Effect.RESULT: "runs a finished stage again",
+    Effect.NUMBERS: "makes a finished stage run again",
+    Effect.RESULT: "makes a finished stage run again",
     Effect.MEANS: "leaves a finished stage as it is",
     Effect.PACKED_ROWS: "leaves a finished stage as it is unless experts have a load-balancing loss",
 }

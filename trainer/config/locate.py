@@ -96,6 +96,8 @@ def check_there(key: str, name: str, kind: Kind) -> None:
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):
         return
+    if path.name == "model" and any((path.parent / file).exists() for file in RUN_FILES):
+        raise UserError(f"{key}: {name}: the run in {path.parent} has exported no model yet; finish it first")
     near = _nearest_path(path)
     hint = f"; did you mean {near}?" if near else _holds(path.parent)
     if _looks_local(name):

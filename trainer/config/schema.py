@@ -343,10 +343,11 @@ def load(path: str | Path, overrides: Iterable[str] = (), task: str = "train") -
     `path` is a YAML file, or the folder of a run, which stands for its config.yaml. `task` is a command; it
     decides the objective of a config that names none.
     """
+    overrides = list(overrides)
     tree = strict_yaml.override(read_tree(path), overrides)
     if task in OF_ANY_TASK:
         tree = with_objective_of_run(tree)
-    return from_tree(tree, str(path), task)
+    return from_tree(tree, f"{path} and the command line" if overrides else str(path), task)
 
 
 def from_tree(tree: dict[str, Any], origin: str, task: str = "train") -> Config:

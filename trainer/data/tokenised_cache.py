@@ -345,7 +345,7 @@ def check_readable(where: Callable[[int], str], table: datasets.Dataset, on_bad_
     bad = np.flatnonzero(column_of(table, "unreadable"))
     if len(bad) and on_bad_row == "error":
         first = table[int(bad[0])]
-        more = f" ({len(bad)} such rows of {len(table)})" if len(bad) > 1 else ""
+        more = f" ({len(bad)} bad rows of {len(table)})" if len(bad) > 1 else ""
         way_out = "; mend the row, or set data.on_bad_row=drop to train without it"
         if len(bad) == len(
             table

@@ -344,5 +344,5 @@ def reference_notes(
     can_be_cached = not config.model.sync_ref_model and Need.KL not in config.bound_objective.needs
     if source.num_groups is not None and can_be_cached and length.total_groups > source.num_groups:
         times = length.total_groups / source.num_groups
-        note += f"; model.reference=cached would score every completion once in place of {times:.3g} times"
+        note += f"; model.reference=cached would compute it once for every completion, not {times:.3g} times"
     return [note]

@@ -79,7 +79,7 @@ class Progress:
             repeated = facts.get("tokens_of_known_prompts", 0) / max(facts["tokens"], 1)
             could_merge = not (config.data.merge_prompts or config.bound_objective.supervised)
             if could_merge and repeated > MERGE_HINT:
-                counts.append(f"{repeated:.0%} of the tokens repeat a prompt (see data.merge_prompts)")
+                counts.append(f"{repeated:.0%} of the tokens are repeated prompts (see data.merge_prompts)")
             out(f"  {split}: {', '.join(counts)}")
             for finding in findings(facts):
                 out(f"    {finding}", markup=False)

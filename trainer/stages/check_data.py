@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config
+from madpo.trainer.counted import counted
 from madpo.trainer.data.block_reader import open_reader
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.groups import TabledGroups
@@ -200,10 +201,22 @@ def _show(reports: dict[str, Report], console: Console, stops: bool) -> None:
         for finding in findings(report):
             console.print(f"{label}: {finding}", soft_wrap=True, markup=False)
         unreadable = report.get("where", {}).get(UNREADABLE, [])
-        for place in unreadable[:MOST_SHOWN] if label != TOTAL else ():
+        for place in _each_reason_once(unreadable)[:MOST_SHOWN] if label != TOTAL else ():
             console.print(f"  {place}", soft_wrap=True, markup=False)
         if stops and unreadable:
             console.print(f"{label}: training would stop there (data.on_bad_row)", markup=False)
+
+
+def _each_reason_once(places: list[str]) -> list[str]:
+    """The places of unreadable examples, each with its reason: those of a further reason, and how many more
+    have the same one."""
+    by_reason: dict[str, list[str]] = {}
+    for place in places:
+        by_reason.setdefault(place.partition(": ")[2], []).append(place)
+    return [
+        first if not more else f"{first} (and {counted(len(more), 'more row', 'more rows')} alike)"
+        for first, *more in by_reason.values()
+    ]
 
 
 LABEL, CELL = 20, 28

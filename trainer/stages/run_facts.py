@@ -15,7 +15,7 @@ import torch
 
 from madpo.trainer.checkpoints.choose import Chosen
 from madpo.trainer.checkpoints.folders import MANIFEST, newest_checkpoint
-from madpo.trainer.checkpoints.identity import LENGTH
+from madpo.trainer.checkpoints.identity import LENGTH, shown
 from madpo.trainer.config.schema import Config, dump
 from madpo.trainer.data.training_data import Data
 from madpo.trainer.dist import Shard
@@ -46,9 +46,8 @@ def extensions(folder: Path, chosen: Chosen | None, made_with: Mapping[str, Any]
     extended: list[Extension] = [(at, text) for at, text in found]
     if chosen is not None:
         before = chosen.manifest.identity
-        changes = [
-            f"{key} {before[key]} -> {made_with[key]}" for key in LENGTH if before[key] != made_with[key]
-        ]
+        keys = [key for key in LENGTH if before[key] != made_with[key]]
+        changes = [f"{key} {shown(before[key])} -> {shown(made_with[key])}" for key in keys]
         extended += [(chosen.manifest.state.step, ", ".join(changes))] if changes else []
     return extended
 

@@ -80,7 +80,10 @@ def run_training(
         total_steps = run_length(config, data.source.num_groups).total_steps
         if step == total_steps and dist.from_main(is_exported(config, folder)):
             if shard.is_main:
-                print_line(f"finished at step {total_steps} already; {FRESH} starts anew")
+                print_line(
+                    f"finished at step {total_steps} already; --extend train.max_steps=N trains on, "
+                    f"{FRESH} starts anew"
+                )
             return
         data, cached = with_reference(config, data, tokenizer, shard, training=True)
         source = data.source
@@ -153,9 +156,10 @@ def run_training(
         if saver.last_step != state.step:  # why not has been said
             raise CheckpointError(f"the run ends without a checkpoint of its last step {state.step}")
         if signal:
+            text = stopping.standing()
             if shard.is_main:
-                print_line(stopping.standing())
-            raise stopping.StoppedError
+                print_line(text)
+            raise stopping.StoppedError(text)
         if config.train.export:
             heartbeat.at("export")
             export_model(engine, tokenizer, config, folder, shard, state)

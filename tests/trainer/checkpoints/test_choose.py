@@ -128,9 +128,7 @@ def test_without_a_whole_one_nothing_is_begun_anew(saved_twice, tmp_path):
 def test_a_checkpoint_of_another_run_is_refused_and_stays(saved_twice, tmp_path):
     root = copy_of(saved_twice, tmp_path, "run")
     ((found,), _) = run_ranks(2, choices, [str(root)], {"seed": 1})
-    assert found.startswith(
-        f"UserError: {root / SECOND} is a checkpoint of another run:\n  seed: 42 there, 1"
-    )
+    assert found.startswith(f"UserError: {root / SECOND} was made with other settings:\n  seed: 42 there, 1")
     assert len(checkpoints_in(root)) == 2
 
 

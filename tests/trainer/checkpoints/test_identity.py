@@ -115,7 +115,9 @@ def test_a_finished_run_is_left_as_it_is(finished, capfd):
         if path.name not in (".lock", ".owner.json")
     }
     run_ranks(2, train, finished)
-    assert capfd.readouterr().out == f"finished at step 1 already; {FRESH} starts anew\n"
+    assert capfd.readouterr().out == (
+        f"finished at step 1 already; --extend train.max_steps=N trains on, {FRESH} starts anew\n"
+    )
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -146,7 +148,7 @@ def extended(shard, config: Config) -> None:
 
 def test_a_finished_run_is_extended_on_purpose_only(finished, tmp_path):
     longer = changed(finished, train={"max_steps": 3})
-    with pytest.raises(AssertionError, match=r"train\.max_steps: 1 there, 3 now\n.* train on with --extend"):
+    with pytest.raises(AssertionError, match=r"train\.max_steps: 1 there, 3 now\ngive .* --extend"):
         run_ranks(2, train, longer)
     run_ranks(2, extended, longer)
     lines = [line for line in records(Path(longer.output_dir)) if "loss" in line]
@@ -196,7 +198,7 @@ def test_another_value_of_any_key_is_named():
     assert difference(stored, {"seed": 42}) is None
     assert (
         difference(stored, {"new": None, "seed": 1})
-        == "\n  new: None there, None now\n  seed: 42 there, 1 now"
+        == "\n  new: null there, null now\n  seed: 42 there, 1 now"
     )
 
 

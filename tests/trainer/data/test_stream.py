@@ -205,7 +205,7 @@ def test_a_block_without_a_group_is_passed_over_but_never_its_bad_rows(tmp_path,
     path = write_pairs(tmp_path / "pairs.jsonl", ROWS)
     spoil(path, 6, 7, 8, 9, 10)
     config = config_for(tmp_path, path)
-    with pytest.raises(ValueError, match=r"pairs\.jsonl:6: chosen: expected text .* \(5 such rows of 5\)"):
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:6: chosen: expected text .* \(5 bad rows of 5\)"):
         stream_of(config, tokenizer).take(0, 6)
     config = config_for(tmp_path, path, data={"on_bad_row": "drop"})
     assert sorted(taken(stream_of(config, tokenizer), 0, 18)) == sorted(whole(config, tokenizer))

@@ -51,7 +51,7 @@ def test_the_counts_of_the_data_and_all_notes_are_announced(capsys):
     assert announced(capsys, reports, TrainState(), 2, "attention is exact", "cached") == [
         "madpo on 2 ranks (cpu), into runs/x[/b]",
         "  training 1,000 of 4,000 parameters (25.00%)",
-        "  train: 8 groups, 100 tokens, 25% of the tokens repeat a prompt (see data.merge_prompts)",
+        "  train: 8 groups, 100 tokens, 25% of the tokens are repeated prompts (see data.merge_prompts)",
         "    2 dropped: unreadable (first: a[0].jsonl:7: not JSON)",
         "    1 dropped: prompt fills max_length",
         *cut,
