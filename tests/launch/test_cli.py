@@ -95,7 +95,7 @@ def test_a_mistake_ends_in_one_line_and_status_2(path, name):
 def test_a_mistake_is_one_line_of_the_process_too(path):
     done = madpo("train", str(path), "optim.lrr=1")
     assert (done.returncode, done.stdout) == (2, f"reading {path}\n")
-    assert done.stderr.strip() == f"error: {path}: {MISTAKE}"
+    assert done.stderr.strip() == f"error: {path} and the command line: {MISTAKE}"
 
 
 @pytest.mark.parametrize("name", ["evaluate", "export"])

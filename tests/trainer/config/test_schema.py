@@ -272,7 +272,7 @@ def test_keys_that_decide_an_identity_are_keys():
 @pytest.mark.parametrize("folder", ["", "  ", "a\0b"])
 def test_a_folder_without_a_name_is_refused(tmp_path, folder):
     tree = {"output_dir": folder, "model": {"model_name_or_path": "m"}, "data": {"dataset_name": "d"}}
-    with pytest.raises(ValueError, match="output_dir: (names no folder|cannot be looked at)"):
+    with pytest.raises(ValueError, match=r"output_dir: (names no folder|cannot be looked at)"):
         from_tree({**tree, "objective": {"loss_type": "dpo"}}, "c.yaml")
 
 
