@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING
 from madpo.launch import console_log
 from madpo.launch.lifeline import die_with_launcher
 from madpo.trainer import outcome, stopping
+from madpo.trainer.config.strict_yaml import masked_override
 from madpo.trainer.errors import Exit, UserError, on_one_line
+from madpo.trainer.masking import masked_text
 
 if TYPE_CHECKING:
     from madpo.trainer.config.schema import Config
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = _load(args)
         folder = Path(config.output_dir)
-        command = shlex.join(["madpo", args.task, args.config, *args.overrides])
+        command = shlex.join(["madpo", args.task, args.config, *map(masked_override, args.overrides)])
         if rank == 0:
             console_log.keep(folder, command)
             outcome.remove(folder)
@@ -94,7 +96,7 @@ def _explained(error: Exception, rank: int) -> tuple[Exit, str]:
 
     if is_lost_peer(error):
         return Exit.LOST_PEER, f"error: rank {rank} has lost another rank: {on_one_line(error)}"
-    return Exit.BUG, "".join(traceback.format_exception(error))
+    return Exit.BUG, masked_text("".join(traceback.format_exception(error)))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = [
+    "madpo.trainer.masking",
     "madpo.trainer.errors",
     "madpo.trainer.field_words",
     "madpo.trainer.files",

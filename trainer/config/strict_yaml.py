@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
 
 from madpo.trainer.errors import UserError, closest
+from madpo.trainer.masking import masked, masked_text
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -119,6 +123,17 @@ def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]
             node = node[key]
         node[keys[-1]] = parse(text, f"override {assignment!r}")
     return tree
+
+
+def masked_override(assignment: str) -> str:
+    """An `a.b=value` assignment with its secrets masked."""
+    path = assignment.partition("=")[0]
+    try:
+        tree = override({}, [assignment])
+    except UserError:
+        return masked_text(assignment)
+    value, shown = (reduce(getitem, path.split("."), found) for found in (tree, masked(tree)))
+    return assignment if shown == value else f"{path}={json.dumps(shown)}"
 
 
 def named_texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

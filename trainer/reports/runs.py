@@ -11,7 +11,9 @@ from typing import Any
 
 import yaml
 
+from madpo.trainer.config import strict_yaml
 from madpo.trainer.errors import UserError, nearest
+from madpo.trainer.masking import masked, masked_text
 from madpo.trainer.pair_margins import (
     ACCURACY,
     STDERR,
@@ -95,7 +97,7 @@ def _load_run(name: str, number: int, folder: Path) -> Run:
             raise UserError(f"{folder}: no such folder{nearest(folder.name, _folders_beside(folder))}")
         raise UserError(f"{where}: no metrics; name the folder of a run that has logged a step")
     path = folder / "config.yaml"
-    config = path.read_text(encoding="utf-8") if path.is_file() else ""
+    config = _masked_config(path.read_text(encoding="utf-8")) if path.is_file() else ""
     data, facts = (_read_object(folder / file) for file in ("data_report.json", "run.json"))
     supervised = _loss_type(config) == "nll"
     records = [_as_shown(record, supervised) for record in records]
@@ -127,6 +129,15 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object; mend or remove it")
     return content
+
+
+def _masked_config(text: str) -> str:
+    """The text of a config without secrets, which runs of earlier versions have kept."""
+    try:
+        tree = strict_yaml.parse(text, "")
+    except UserError:
+        return masked_text(text)
+    return text if masked(tree) == tree else strict_yaml.dump(masked(tree))
 
 
 def _loss_type(config: str) -> str | None:
