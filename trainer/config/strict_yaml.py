@@ -8,19 +8,30 @@ from collections.abc import Iterable, Iterator
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import yaml
 
 from madpo.trainer.errors import UserError, closest
 from madpo.trainer.masking import masked, masked_text
 
+MOST_VALUES, MOST_LEVELS = 100_000, 50
+"""Values of a file, with every alias written out, and levels of them."""
+
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that rejects duplicate keys, and reads scalars as YAML 1.2: `no` and `1:30` are text,
-    `010` is ten, `1e-6` is a float."""
+    """SafeLoader that rejects duplicate keys, and files that their aliases let grow without bounds.
+
+    It reads scalars as YAML 1.2: `no` and `1:30` are text, `010` is ten, `1e-6` is a float.
+    """
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # pyright: ignore
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _size_of(node, 1, {})
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = True) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -36,6 +47,33 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+class _Size(NamedTuple):
+    """What is below a node with every alias written out."""
+
+    values: int
+    levels: int
+
+
+def _size_of(node: yaml.Node, level: int, known: dict[yaml.Node, _Size]) -> _Size:
+    """The size of a node at this level. Raises ComposerError if it is more than a config may have."""
+    if node in known:
+        return known[node]
+    children: list[yaml.Node] = []
+    if level <= MOST_LEVELS and isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+    elif level <= MOST_LEVELS and isinstance(node, yaml.SequenceNode):
+        children = node.value
+    below = [_size_of(child, level + 1, known) for child in children]
+    size = _Size(1 + sum(child.values for child in below), 1 + max((x.levels for x in below), default=0))
+    if max(level, size.levels) > MOST_LEVELS or size.values > MOST_VALUES:
+        problem = (
+            f"more than {MOST_VALUES:,} values or {MOST_LEVELS} levels, with every alias (*name) written out"
+        )
+        raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+    known[node] = size
+    return size
 
 
 class _StrictDumper(yaml.SafeDumper):
@@ -68,6 +106,10 @@ def parse(text: str, origin: str) -> Any:
         where = f"{origin}:{mark.line + 1}" if mark else origin
         raise UserError(f"{where}: {error.problem}") from None
     except yaml.YAMLError as error:
+        raise UserError(f"{origin}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{origin}: nested too deeply") from None
+    except ValueError as error:  # Python reads no whole number of thousands of digits
         raise UserError(f"{origin}: {error}") from None
 
 
