@@ -110,9 +110,7 @@ def test_secrets_in_url_and_parameters_reach_the_server_and_no_message(server):
 
 def test_a_masked_key_is_asked_for_before_the_work():
     judge = JudgeConfig(endpoint=EndpointConfig(url="http://x/v1", model="m", parameters={"api_key": "***"}))
-    with pytest.raises(
-        ValueError, match=r"endpoint.parameters.api_key: was masked .*; give it again, or put"
-    ):
+    with pytest.raises(ValueError, match=r"endpoint.parameters.api_key: was masked .*; give it again"):
         check_judge(judge)
 
 
@@ -139,7 +137,7 @@ def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(before):
         thread = threading.Thread(target=drip, daemon=True)
         thread.start()
         judge = Endpoint(EndpointConfig(url=url, model="m", timeout=0.2, max_retries=0))
-        with pytest.raises(ValueError, match=r"TimeoutError: the reply did not|answers 401 No"):
+        with pytest.raises(ValueError, match=r"TimeoutError: (timed out|the reply did)|answers 401 No"):
             judge(["p"], [["a"]])
         thread.join(patient(5))
         assert not thread.is_alive()
