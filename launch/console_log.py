@@ -66,7 +66,8 @@ def _let_loggers_print_to(kept: Kept, stream: TextIO) -> None:
     """Turn the handlers that libraries made for the stream to the one that is kept."""
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     for handler in (each for logger in loggers for each in getattr(logger, "handlers", [])):
-        if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
+        # One that looks `sys.stderr` up each time has no stream of its own, and needs no turning.
+        if isinstance(handler, logging.StreamHandler) and vars(handler).get("stream") is stream:
             handler.setStream(kept)
 
 

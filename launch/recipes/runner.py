@@ -220,7 +220,8 @@ def _path_of_request(stage: Stage, recipe: Recipe) -> Path:
 def _mask_request(stage: Stage, recipe: Recipe) -> None:
     """Take the secrets out of the file that a stage was started with."""
     path = _path_of_request(stage, recipe)
-    write_private(path, strict_yaml.dump(masked(strict_yaml.read(path))))
+    if path.is_file():
+        write_private(path, strict_yaml.dump(masked(strict_yaml.read(path))))
 
 
 def _states(recipe: Recipe, stage_keys: Mapping[str, str]) -> dict[str, State]:
