@@ -6,13 +6,14 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
+from torch.distributed.rendezvous import register_rendezvous_handler
 
 from madpo.trainer.errors import UserError
 
@@ -46,8 +47,43 @@ def init(timeout_minutes: float) -> Shard:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    place = f"{LOOPBACK}://" if _is_on_one_machine() else None
+    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False, init_method=place)
     return Shard(torch_dist.get_rank(), torch_dist.get_world_size())
+
+
+def _is_on_one_machine() -> bool:
+    """Whether the ranks meet at this machine's own address, and not at a store of torchrun's."""
+    has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost") and not has_store
+
+
+def _meet_on_loopback(
+    _url: str, timeout: timedelta, **_options: Any
+) -> Iterator[tuple[torch_dist.Store, int, int]]:
+    """Where the ranks of one machine meet: yields the store, this rank and the number of ranks, for torch.
+
+    torch's own store would listen on all interfaces, and asks nobody who they are.
+    """
+    rank, ranks, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    listening = None
+    if rank == 0:
+        # A port that is in use is this process's own from before, whose store torch shares; or torch says so.
+        with suppress(OSError), socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(("127.0.0.1", port))
+            sock.listen()
+            listening = sock.detach()  # the store closes it
+    store = torch_dist.TCPStore(
+        "127.0.0.1", port, ranks, rank == 0, timeout, multi_tenant=True, master_listen_fd=listening
+    )
+    yield store, rank, ranks
+
+
+LOOPBACK = "madpo-loopback"
+"""The name of that meeting place."""
+
+register_rendezvous_handler(LOOPBACK, _meet_on_loopback)
 
 
 def check_launcher() -> None:
