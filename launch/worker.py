@@ -136,12 +136,12 @@ def _module(task: str) -> str:
 
 
 def _run(config: Config, args: argparse.Namespace, command: str) -> None:
-    from madpo.trainer import dist, out_of_memory
+    from madpo.trainer import disk_faults, dist, out_of_memory
 
     module, function = TASKS[args.task]
     run = getattr(import_module(_module(args.task)), function)
     options = {"train": {"command": command, "extend": args.extend}, "evaluate": {"base": args.base}}
-    with out_of_memory.explained(config, args.task):
+    with out_of_memory.explained(config, args.task), disk_faults.explained(config):
         run(config, **options.get(module, {}))
     dist.leave()
 

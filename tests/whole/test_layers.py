@@ -23,6 +23,7 @@ LAYERS = [
     "madpo.trainer.formats",
     "madpo.trainer.config",
     "madpo.trainer.out_of_memory",
+    "madpo.trainer.disk_faults",
     "madpo.trainer.dist",
     "madpo.trainer.user_function",
     "madpo.trainer.sequence_parallel",
