@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from madpo.trainer.config.schema import Config
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import UserError, system_error
 
 REMEDIES = {
     errno.ENOSPC: "make room there, or use another folder",
@@ -50,7 +50,7 @@ def _explain(error: Exception, config: Config) -> str | None:
             f"data.dataset_num_proc: one of the {config.data.dataset_num_proc} processes that tokenise was "
             "killed, often by the kernel, out of memory (see dmesg); set fewer, and give the command again"
         )
-    named = getattr(error, "filename", None)
+    named = getattr(system_error(error), "filename", None)
     is_missing = isinstance(error, FileNotFoundError) and not run.exists()
     if is_missing and named is not None and Path(str(named)).is_relative_to(run):
         return f"output_dir: {run} was removed while the run was writing into it; start it again"
@@ -64,7 +64,8 @@ def _explain(error: Exception, config: Config) -> str | None:
 
 def number_of(error: BaseException) -> int | None:
     """The number of an error that a disk gives to those who write; None for another error."""
-    number = error.errno if isinstance(error, OSError) else None
+    cause = system_error(error)
+    number = None if cause is None else cause.errno
     if number is None and (found := IN_WORDS.search(str(error))):
         number = int(found[1] or found[2])
     return number if number in REMEDIES else None

@@ -75,6 +75,13 @@ def on_one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def system_error(error: BaseException | None) -> OSError | None:
+    """The error of the operating system in whose handling this one was raised, or that it is."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """`, did you mean 'x'?` if `word` looks like a slip for an allowed word, else the list of those."""
     allowed = sorted(allowed)
