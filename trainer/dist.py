@@ -58,9 +58,7 @@ def _is_on_one_machine() -> bool:
     return os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost") and not has_store
 
 
-def _meet_on_loopback(
-    _url: str, timeout: timedelta, **_options: Any
-) -> Iterator[tuple[torch_dist.Store, int, int]]:
+def _meet_on_loopback(_url: str, timeout: timedelta, **_options: Any) -> Iterator[tuple[Any, int, int]]:
     """Where the ranks of one machine meet: yields the store, this rank and the number of ranks, for torch.
 
     torch's own store would listen on all interfaces, and asks nobody who they are.
@@ -74,7 +72,7 @@ def _meet_on_loopback(
             sock.bind(("127.0.0.1", port))
             sock.listen()
             listening = sock.detach()  # the store closes it
-    store = torch_dist.TCPStore(
+    store = torch_dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
         "127.0.0.1", port, ranks, rank == 0, timeout, multi_tenant=True, master_listen_fd=listening
     )
     yield store, rank, ranks

@@ -128,8 +128,8 @@ def test_a_config_that_is_shown_has_no_secret(run, options):
 
 def test_names_are_no_markup_in_the_card(run):
     card = ModelCard.load(run.folder / "model" / "README.md")
-    text = card.text
-    assert card.data.library_name == "transformers" and card.data.base_model is None
+    text, front = card.text, card.data.to_dict()
+    assert front["library_name"] == "transformers" and "base_model" not in front
     title, summary = text.strip().splitlines()[0], text.strip().splitlines()[2]
     assert title == r"# run &lt;script&gt;alert(1)&lt;!-- # head \`code\` \`\`\` \[link\](x) | \_e\_ \[1m"
     assert re.search(r"trained from ``/\S+/start `x` <b>``, by madpo", summary)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import yaml
+from yaml.composer import ComposerError
 
 from madpo.trainer.errors import UserError, closest
 from madpo.trainer.masking import masked, masked_text
@@ -71,7 +72,7 @@ def _size_of(node: yaml.Node, level: int, known: dict[yaml.Node, _Size]) -> _Siz
         problem = (
             f"more than {MOST_VALUES:,} values or {MOST_LEVELS} levels, with every alias (*name) written out"
         )
-        raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+        raise ComposerError(None, None, problem, node.start_mark)
     known[node] = size
     return size
 

@@ -124,7 +124,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return wrapped
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        return _WithTicks().visit(super()._parse(source, name, filename))
+        return _WithTicks().visit(super()._parse(source, name, filename)).set_environment(self)
 
     def _bounded_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
@@ -141,8 +141,7 @@ class _WithTicks(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
-        tick = nodes.ExprStmt(_call("tick", [], node), lineno=node.lineno)
-        node.body.insert(0, tick.set_environment(node.environment))
+        node.body.insert(0, nodes.ExprStmt(_call("tick", [], node), lineno=node.lineno))
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
@@ -156,9 +155,7 @@ class _WithTicks(NodeTransformer):
 
 def _call(method: str, arguments: list[Any], beside: nodes.Node) -> nodes.Call:
     function = nodes.EnvironmentAttribute(method, lineno=beside.lineno)
-    call = nodes.Call(function, arguments, [], None, None, lineno=beside.lineno)
-    call.set_environment(beside.environment)
-    return call
+    return nodes.Call(function, arguments, [], None, None, lineno=beside.lineno)
 
 
 def _check_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from chat_server import Server, chat_server
 from patience import patient
+from pydantic import ValidationError
 
 from madpo.trainer.config.generate import EndpointConfig, JudgeConfig
 from madpo.trainer.sampling import judge_server
@@ -115,7 +116,7 @@ def test_a_masked_key_is_asked_for_before_the_work():
 
 
 def test_a_key_in_place_of_the_name_of_its_variable_is_not_repeated():
-    with pytest.raises(ValueError, match="api_key_env: names an environment variable") as caught:
+    with pytest.raises(ValidationError, match="api_key_env: names an environment variable") as caught:
         EndpointConfig(url="http://x/v1", model="m", api_key_env="sk-very-secret")
     assert "very-secret" not in caught.value.errors()[0]["msg"]
 
