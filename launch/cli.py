@@ -70,7 +70,8 @@ ConfigPath = Annotated[
     typer.Argument(help="YAML file, or a run folder", metavar="CONFIG", autocompletion=complete_config),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="as in optim.lr=2e-6", metavar="SECTION.KEY=VALUE")
+    list[str] | None,
+    typer.Argument(help="values in place of the config's, as in optim.lr=2e-6", metavar="SECTION.KEY=VALUE"),
 ]
 OfTask = Annotated[
     Literal["train", "sft", "reward"] | None,
@@ -198,7 +199,9 @@ def annotate(
     overrides += [f"annotate.models={json.dumps(model)}"] if model else []
     resolved = _loaded(config, overrides, "annotate")
     from madpo.launch import fold_models, local
+    from madpo.launch.preflight import check
 
+    check(resolved, "annotate")
     status = fold_models.train_folds(resolved, config, overrides)
     status = status or local.run("annotate", config, overrides, resolved)
     if status:
@@ -285,12 +288,13 @@ def show_config(
     plain: Annotated[bool, typer.Option("--plain", help="without comments")] = False,
 ) -> None:
     """Check a config; print it with all defaults, each key explained."""
-    from madpo.trainer.config.commented import commented
+    from madpo.launch.keys import terminal_width
+    from madpo.trainer.config.commented import WIDTH, commented
     from madpo.trainer.config.locate import located
     from madpo.trainer.config.schema import dump, load
 
     resolved = load(config, overrides or [], task or "config")
-    print(dump(resolved) if plain else commented(resolved), end="")
+    print(dump(resolved) if plain else commented(resolved, terminal_width() or WIDTH), end="")
     try:
         located(resolved)
     except UserError as error:
@@ -328,13 +332,13 @@ def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool, ex
     resolved = _loaded(config, overrides or [], task)
     folder = Path(resolved.output_dir)
     from madpo.launch import local
-    from madpo.trainer.config.locate import located
+    from madpo.launch.preflight import check
 
     if fresh and extend:
         raise UserError("--fresh begins anew and --extend goes on; give one of them")
     if fresh and Path(config).resolve().is_relative_to(folder.resolve()):
         raise UserError(f"--fresh: {config} would move with {folder}; copy it out first")
-    located(resolved)
+    check(resolved, task)
     if fresh:
         from madpo.trainer.run_folder import set_aside
 
@@ -354,14 +358,9 @@ def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool, ex
 def _run_task(task: Task, config: str, overrides: list[str] | None, flags: Sequence[str] = ()) -> None:
     resolved = _loaded(config, overrides or [], task)
     from madpo.launch import local
-    from madpo.trainer.config.locate import located
+    from madpo.launch.preflight import check
 
-    if task in ("evaluate", "export") and not flags:
-        from madpo.trainer.run_folder import check_trained
-
-        check_trained(Path(resolved.output_dir), task)
-    if task != "annotate":  # which may score with other models than the config's
-        located(resolved)
+    check(resolved, task, base=bool(flags))
     raise typer.Exit(local.run(task, config, overrides or [], resolved, flags))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import typer.core
 
 START, TRAIN, DATA, MODELS, LOOK = "Start", "Train", "Data", "Models", "Look and measure"
 """The groups of commands."""
-FIRST_STEPS = "First steps: madpo init my.yaml, then the commands that it prints. One command: madpo train -h"
+FIRST_STEPS = (
+    "First steps: madpo init my.yaml, then the commands that it prints. Help for one of them: madpo train -h"
+)
 NAMES = {"help_option_names": ["-h", "--help"]}
 """Settings of the app's context, for it and all its commands."""
 
@@ -26,22 +29,38 @@ class ConfigCommand(typer.core.TyperCommand):
     """A command that knows how keys of the config are given, where somebody gives one as an option."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)  # parsing takes them out
         try:
             return super().parse_args(ctx, args)
         except Exception as error:  # click's NoSuchOption; some versions of typer have a click of their own
             if type(error).__name__ == "NoSuchOption":
-                error.message += f". {as_override(error.option_name)}"  # type: ignore[attr-defined]
+                _explain(error, given)
             raise
 
 
-def as_override(option: str) -> str:
-    """How to give an option that is a key of the config, or any key."""
+def _explain(error: Any, args: Sequence[str]) -> None:
+    """Say how to give an option that is a key of the config; any other, if no option of ours is near it."""
     from madpo.trainer.config.foreign_keys import our_key
     from madpo.trainer.config.schema import Config
 
-    key = our_key(option.lstrip("-").replace("-", "_"), Config)
-    example = f"{key}=VALUE" if key else "optim.lr=2e-6"
-    return f"Keys of the config are given without dashes, as in {example}"
+    option = error.option_name
+    name = option.lstrip("-").replace("-", "_").rpartition(".")[2]
+    key = our_key(name, Config)
+    if key is None and error.possibilities:
+        return
+    error.possibilities = None
+    example = f"{key}={_value_of(option, args)}" if key else "optim.lr=2e-6"
+    error.message += f". Keys of the config are given without dashes, as in {example}"
+
+
+def _value_of(option: str, args: Sequence[str]) -> str:
+    """What stands behind the option, or behind its equals sign."""
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        if arg.startswith(f"{option}="):
+            return arg.partition("=")[2]
+        if arg == option and following and not following.startswith("-"):
+            return following
+    return "VALUE"
 
 
 def complete_config(incomplete: str) -> list[str]:

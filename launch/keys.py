@@ -100,9 +100,9 @@ def _objective(loss_type: str, width: int | None) -> str:
 
 def _rows(entries: list[Entry], width: int | None, with_recipes: bool = False) -> str:
     def text(entry: Entry) -> str:
-        more = f", and a recipe {ON_A_RECIPE[entry.effect]}" if with_recipes else ""
+        more = [f"in a recipe, another value {ON_A_RECIPE[entry.effect]}"] if with_recipes else []
         between = "; " if width is None else "\n"
-        return between.join([entry.description, entry.facts + more])
+        return between.join([entry.description, "; ".join([entry.facts, *more])])
 
     return _columns(((entry.key, text(entry)) for entry in entries), width)
 
@@ -146,8 +146,9 @@ def page() -> str:
 def _page() -> Iterator[str]:
     yield "# Keys of a config\n"
     yield (
-        "Every key, with the values it takes, its default, and whether a run continues with another value: "
-        "where it does not, the run is refused, and `--fresh` or another `output_dir` starts it anew. "
+        "Every key, with the values it takes, its default, and whether a run that has begun can go on with "
+        "another value. Where the value is fixed, a start with another one is refused; `--fresh` or another "
+        "`output_dir` begins a new run. "
         "`madpo keys` prints the same in a terminal (`madpo keys optim`, `madpo keys lr`), and `madpo config "
         "my.yaml` prints your config with every key filled in and explained. This page is generated: "
         "`python -m madpo.launch.keys docs/config.md`.\n"
@@ -160,12 +161,12 @@ def _page() -> Iterator[str]:
     for section in sections():
         yield f"## `{section.name}`\n" if section.name else "## Outside of sections\n"
         yield f"{_cell(section.description)[:1].upper()}{_cell(section.description)[1:]}.\n"
-        yield "| key | values | default | meaning | with another value a run |"
+        yield "| key | values | default | meaning | in a run |"
         yield "|---|---|---|---|---|"
         for entry in section.entries:
             in_words = entry.default == REQUIRED or entry.key in BY_KIND
             default = entry.default if in_words else f"`{entry.default}`"
-            run = ON_A_RUN[entry.effect]
+            run = "".join(ON_A_RUN[entry.effect])
             cells = f"`{entry.key}`", entry.values, default, _cell(entry.description), run
             yield f"| {' | '.join(cells)} |"
         yield ""

@@ -1,7 +1,8 @@
-"""End a process when the command that started it ends. This module imports nothing heavy."""
+"""How a process ends: with the command that started it, and at its own end. Imports nothing heavy."""
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import select
@@ -9,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from typing import NoReturn
 
 LAUNCHER_PID = "MADPO_LAUNCHER_PID"
 
@@ -45,3 +47,17 @@ def _terminate_after(pidfd: int, seconds_to_save: float) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(seconds_to_save)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end(status: int) -> NoReturn:
+    """End this process with the status, as soon as what Python does at its exit is done.
+
+    The interpreter itself is not taken down: threads of a process group that still waits for other ranks
+    would abort it, and turn the status of an error into that of SIGABRT.
+    """
+    try:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    finally:
+        os._exit(status)

@@ -7,6 +7,8 @@ import os
 import sys
 import warnings
 
+from madpo.trainer.config.accelerator import choose_accelerator
+
 
 def quiet_environment() -> None:
     """Set what libraries read from the environment, for this process and those that it starts.
@@ -14,10 +16,7 @@ def quiet_environment() -> None:
     DeepSpeed says that it found no GPU unless it is told to use the CPU; tokenizers says that its threads
     do not outlive a fork.
     """
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_accelerator()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

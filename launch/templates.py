@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from itertools import takewhile
 from pathlib import Path
 
 from madpo.trainer.errors import UserError, nearest
+from madpo.trainer.files import check_path, write_named
 
 PACKAGE = Path(__file__).resolve().parent.parent
 FOLDER = PACKAGE / "configs" / "templates"
@@ -33,16 +33,16 @@ def write(template: str, target: Path) -> list[Path]:
     beside = BESIDE.get(template)
     paths = [target, *([target.with_name(beside.name)] if beside else [])]
     for path in paths:
+        check_path(path)
         if path.exists():
             raise UserError(f"{path}: is there already; give another NAME, or remove it")
     text = (FOLDER / f"{template}.yaml").read_text()
     text = text.replace(f"{template}.yaml", shlex.quote(str(target)))
     text = text.replace(f"runs/{template}", f"runs/{target.stem}")
-    target.parent.mkdir(parents=True, exist_ok=True)
     if beside:
-        shutil.copyfile(beside, paths[1])
         text = text.replace(beside.name, shlex.quote(str(paths[1])))
-    target.write_text(text)
+        write_named(paths[1], beside.read_text(encoding="utf-8"))
+    write_named(target, text)
     return paths
 
 

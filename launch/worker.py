@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from madpo.launch import console_log
-from madpo.launch.lifeline import die_with_launcher
+from madpo.launch.lifeline import die_with_launcher, end
 from madpo.trainer import outcome, stopping
 from madpo.trainer.config.strict_yaml import masked_override
 from madpo.trainer.errors import Exit, UserError, on_one_line
@@ -171,4 +171,4 @@ def _shows_its_error() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -26,6 +27,9 @@ BLOCK = 1 << 22
 SECONDS_UNTIL_LEFT = 3600.0
 """A temporary file that nobody has written to for so long is a killed process's."""
 
+LONGEST_SHOWN = 100
+"""The characters of a path that a message shows."""
+
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 
 
@@ -35,6 +39,42 @@ class Entry:
 
     size: int
     checksum: str
+
+
+def check_path(path: str | os.PathLike[str], key: str = "") -> None:
+    """Raise UserError, which begins with `key`, for a path that can lead to no file or folder."""
+    fault = fault_of_path(path)
+    if fault is not None:
+        raise UserError(f"{_named(path, key)}: {fault}")
+
+
+def fault_of_path(path: str | os.PathLike[str]) -> str | None:
+    """Why a path can lead to no file or folder: it is too long, holds a NUL character, runs in circles, leads
+    where nobody may look, or to a pipe, a socket or a device. None for others, also if nothing is there."""
+    try:
+        mode = os.stat(os.path.expanduser(path)).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        return f"cannot be looked at ({getattr(error, 'strerror', None) or error})"
+    is_usual = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+    return None if is_usual else "a pipe, a socket or a device; name a file or a folder"
+
+
+def _named(path: str | os.PathLike[str], key: str) -> str:
+    text = os.fspath(path)
+    shown = text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}... ({len(text)} characters)"
+    return f"{key}: {shown}" if key else shown
+
+
+def write_named(path: Path, text: str) -> None:
+    """Write a file that the user has named, and make its folder. Raises UserError if that is not possible."""
+    check_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file") from None
 
 
 def make_folder(key: str, folder: Path) -> Path:
@@ -47,7 +87,9 @@ def make_folder(key: str, folder: Path) -> Path:
             return folder
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{key}: {folder} cannot be written to ({reason}); name another folder") from None
+        raise UserError(
+            f"{_named(folder, key)} cannot be written to ({reason}); name another folder"
+        ) from None
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[Path], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,11 +18,19 @@ from madpo.kernels.primitives import Impl
 from madpo.kernels.token_scores import TokenScores
 from madpo.kernels.transform import IDENTITY, LogitTransform
 from madpo.trainer.batches.packing import PackedBatch
+from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Need
 from madpo.trainer.objectives.build import BoundObjective
 from madpo.trainer.scoring_module import Gradients, Mode, ScoredLoss
 
 __all__ = ["Impl", "LogitTransform", "OutputHead", "OutputLayers", "PreferenceHead"]
+
+
+def check_impl(impl: Impl) -> None:
+    """Raise UserError, before a model is loaded, for kernels that this machine cannot run."""
+    on_gpu = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+    if impl == "triton" and not on_gpu:
+        raise UserError("train.head_impl: triton runs on GPUs only, and there is none here; set auto")
 
 
 @dataclass(frozen=True)

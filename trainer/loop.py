@@ -61,6 +61,21 @@ class Saving(Protocol):
         ...
 
 
+class Unsaved:
+    """In place of a saver: nothing is written, for measurements and tests."""
+
+    last_step: int | None = None
+
+    def agree(self, stop: int, save: bool) -> Told:
+        return Told(stop=stop, save=save)
+
+    def save(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
 def train(
     config: Config,
     engine: Engine,
@@ -69,14 +84,14 @@ def train(
     shard: Shard,
     state: TrainState,
     saver: Saving,
-    incidents: Incidents,
     on_record: Callable[[Record], None],
     on_pairs: Callable[[int, PairMargins], None] = lambda step, pairs: None,
+    incidents: Incidents | None = None,
 ) -> int:
     """Train from `state` to the end of the run, or to the end of the step in which a rank is asked to stop.
 
     `on_record` gets every logged record, on all ranks; `on_pairs` gets the step of an evaluation and its
-    margins. Returns 0, or the number of the signal that stopped the run, with a checkpoint of its last step.
+    margins; `incidents` looks at every step. Returns 0, or the number of the signal that stopped the run.
     """
     settings = config.train
     length = run_length(config, source.num_groups)
@@ -125,11 +140,13 @@ def train(
             meter.back_to(mark)  # one NaN would make those of the whole line NaN
             state.skipped += 1
             state.skipped_in_a_row += 1
-            incidents.skipped(state.step, step, loss, state.skipped_in_a_row)
+            if incidents is not None:
+                incidents.skipped(state.step, step, loss, state.skipped_in_a_row)
             _check_skipped(state, settings.max_skipped_steps, saver.last_step)
         else:
             state.memory, state.skipped_in_a_row = memory, 0
-            incidents.look_at(state.step, step, engine.grad_norm)
+            if incidents is not None:
+                incidents.look_at(state.step, step, engine.grad_norm)
         if config.model.sync_ref_model and _due(state.step, config.model.ref_model_sync_steps):
             seed = config.seed + state.step  # a resumed run has the same
             alpha, models = config.model.ref_model_mixup_alpha, engine.module
@@ -179,7 +196,8 @@ def train(
             logged_at += time.perf_counter() - paused
 
         if is_last or is_stopped:
-            incidents.close()
+            if incidents is not None:
+                incidents.close()
             saver.finish()
             return agreed.stop if is_stopped else 0
     return 0

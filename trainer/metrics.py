@@ -125,7 +125,15 @@ class Meter:
                 }
             else:
                 out[name] = maximum if name.startswith(MEMORY) else total / count
-        return _with_correlations(out)
+        return _with_margins(_with_correlations(out))
+
+
+def _with_margins(record: dict[str, float]) -> dict[str, float]:
+    """The record with the margin of labelled completions, which no pair has: that of their mean rewards."""
+    chosen, rejected = record.get("rewards/chosen"), record.get("rewards/rejected")
+    if chosen is not None and rejected is not None:
+        record.setdefault("rewards/margins", chosen - rejected)
+    return record
 
 
 def _with_correlations(record: dict[str, float]) -> dict[str, float]:

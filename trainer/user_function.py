@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from madpo.trainer.errors import UserError
+from madpo.trainer.files import check_path
 
 
 def find(function: str, beside: Path) -> tuple[str, str]:
@@ -33,7 +34,9 @@ def file_of(function: str, beside: Path) -> Path | None:
     """The file of the function's module, None if there is none; arguments as in `find`."""
     module = function.rpartition(":")[0]
     if module.endswith(".py"):
-        path = (beside / Path(module).expanduser()).resolve()
+        path = beside / Path(module).expanduser()
+        check_path(path)
+        path = path.resolve()
         return path if path.is_file() else None
     _search_working_directory()
     spec = _spec_of(module)

@@ -16,6 +16,7 @@ import numpy as np
 
 from madpo.trainer.data import rated_sentences
 from madpo.trainer.errors import UserError
+from madpo.trainer.packages import install
 
 SCALE = 3.0
 
@@ -27,7 +28,7 @@ def _analyser() -> Any:
             SentimentIntensityAnalyzer,
         )
     except ImportError:
-        raise UserError("the oracle is vaderSentiment: pip install 'madpo[sentiment]'") from None
+        raise UserError(f"the oracle is vaderSentiment: {install('madpo[sentiment]')}") from None
     return SentimentIntensityAnalyzer()
 
 

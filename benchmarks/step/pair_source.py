@@ -37,6 +37,7 @@ class PairGroups:
             labelled=2 * ones,
         )
         self.reference: ReferenceLogps | None = None
+        self.rows = np.arange(len(pairs))
         self._completions = np.array([tails if claimed is None else [0, 0] for _, *tails in counts])
 
     def __getitem__(self, index: int) -> TokenGroup:

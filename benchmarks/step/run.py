@@ -26,6 +26,7 @@ from madpo.benchmarks.step.workload import Workload, make_workload, real_tokens,
 from madpo.trainer.dist import device as this_device
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.lora import require_peft
+from madpo.trainer.packages import install
 from madpo.trainer.throughput import peak_flops
 
 TRL, MADPO = "TRL", "madpo"
@@ -146,7 +147,7 @@ def make_settings(
         require_peft()
     wanted = [name for name in contenders if "=" not in name] or known
     if TRL in contenders and find_spec("trl") is None:
-        raise UserError("--contender TRL: it is not installed: pip install trl==1.16.0")
+        raise UserError(f"--contender TRL: it is not installed: {install('trl==1.16.0')}")
     sizes = [n for n in range(1, pairs // ranks + 1) if pairs // ranks % n == 0 and n & (n - 1) == 0]
     return Settings(
         model,

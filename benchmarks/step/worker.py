@@ -196,7 +196,7 @@ def run_madpo(job: Job, pipe: Connection) -> None:
     from madpo.trainer.config.schema import from_tree
     from madpo.trainer.config.strict_yaml import override
     from madpo.trainer.data.groups import with_logps
-    from madpo.trainer.loop import train
+    from madpo.trainer.loop import Unsaved, train
     from madpo.trainer.model.tokenizer import load_tokenizer
     from madpo.trainer.reference.cached import score_once
     from madpo.trainer.stages.start_engine import start_engine
@@ -240,8 +240,8 @@ def run_madpo(job: Job, pipe: Connection) -> None:
         None,
         shard,
         TrainState(),
+        Unsaved(),
         on_record=lambda record: gate.close_block(lambda: record["loss"], record[MEMORY] * 2**30),
-        on_save=lambda: None,
     )
 
 

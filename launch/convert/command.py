@@ -9,12 +9,15 @@ from madpo.launch.convert.convert import convert
 from madpo.launch.convert.write import list_text, next_command, summary, tree_of, yaml_text
 from madpo.trainer.config.schema import from_tree
 from madpo.trainer.errors import UserError
+from madpo.trainer.files import check_path, write_named
 
 
 def run(file: Path, output: Path | None, peer: str | None, task: str | None, gpus: int | None) -> None:
     """Convert, check by the schema, write. Raises UserError for an output that is there already."""
-    if output is not None and output.exists():
-        raise UserError(f"{output}: is there already; name another file")
+    if output is not None:
+        check_path(output)
+        if output.exists():
+            raise UserError(f"{output}: is there already; name another file")
     draft = convert(file, peer, task, gpus)
     try:
         from_tree(tree_of(draft), "madpo config")
@@ -24,6 +27,8 @@ def run(file: Path, output: Path | None, peer: str | None, task: str | None, gpu
     if output is None:
         print(text, end="")
     else:
-        output.write_text(text, encoding="utf-8")
-    print(summary(draft, str(file)), list_text(draft), sep="\n", end="", file=sys.stderr)
+        write_named(output, text)
+    print(summary(draft, str(file)), file=sys.stderr)
+    if output is not None or not sys.stdout.isatty():  # else it is above, at the end of the config
+        print(list_text(draft), end="", file=sys.stderr)
     print(f"next: {next_command(draft, str(output or 'FILE'))}", file=sys.stderr)

@@ -92,11 +92,15 @@ def no_such_loss(draft: Draft, loss: str) -> dict[str, Any]:
     return {"loss_type": FILL_IN}
 
 
+OF_THE_LOSS = ("loss_type", "terms")
+"""Parameters that name losses."""
+
+
 def set_objective(draft: Draft, loss: dict[str, Any], *names: str) -> None:
     """Set the loss and its parameters to what the file's keys `names` say together."""
     for key, value in loss.items():
         draft.take(f"objective.{key}", value, *names)
-        word = "loss" if key == "loss_type" else key
+        word = "loss" if key in OF_THE_LOSS else key
         named = [draft.spelling.get(name, name) for name in names if word in name and name in draft.given]
-        otherwise = f"task {draft.task}" if key == "loss_type" else f"default of {draft.peer}"
+        otherwise = f"task {draft.task}" if key in OF_THE_LOSS else f"default of {draft.peer}"
         draft.origins[f"objective.{key}"] = ", ".join(named) or otherwise

@@ -12,6 +12,7 @@ from typing import Any
 from madpo.launch.convert import python_script
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.errors import UserError
+from madpo.trainer.files import check_path
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Source:
 
 def read(path: Path) -> Source:
     """The keys that a file sets. Raises UserError for a file that is none of a trainer's configs."""
+    check_path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     text = path.read_text(encoding="utf-8")

@@ -22,6 +22,11 @@ from madpo.trainer.errors import UserError, nearest
 
 CALL = "call"
 RECIPE_KEYS = ("output_dir", "vars", "defaults", "stages")
+REQUIRED = {
+    "output_dir": (str, "a folder for the runs of all stages, as in runs/recipe"),
+    "stages": (dict, "a mapping from names to stages"),
+}
+"""Key -> its type, and what it is."""
 KEYS_OF_A_CALL = ("task", "for", "after", "function", "arguments")
 KEYS_OF_A_TASK = ("task", "for", "after", "file", "config")
 KINDS = {"loss_type", "model_type"}
@@ -71,10 +76,12 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     own = [text for text in overrides if re.split("[.=]", text, maxsplit=1)[0] in RECIPE_KEYS]
     written = strict_yaml.read(path)
     tree = strict_yaml.override(written, own)
+    if "stages" not in tree and tree.keys() & {"model", "data"}:
+        raise UserError(f"{path}: this is the config of one run; madpo train {path} trains it")
     _check_keys(tree, RECIPE_KEYS, str(path))
-    for key, kind in (("output_dir", str), ("stages", dict)):
+    for key, (kind, words) in REQUIRED.items():
         if not isinstance(tree.get(key), kind) or not tree[key]:
-            raise UserError(f"{path}: {key}: is required, {'text' if kind is str else 'a mapping by name'}")
+            raise UserError(f"{path}: {key}: is required, {words}")
     variables = _mapping(tree, "vars", str(path))
     _check_keys(variables, list(_mapping(written, "vars", str(path))), f"{path}: vars")
     if any("${" in text for _, text in named_texts(variables)):

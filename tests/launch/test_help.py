@@ -61,8 +61,27 @@ def completed(monkeypatch, line: str) -> list[str]:
     return command()[1].split()
 
 
-@pytest.mark.parametrize(("option", "key"), [("--learning-rate", "optim.lr=VALUE"), ("--x", "optim.lr=2e-6")])
-def test_a_key_that_is_given_as_an_option_is_told_how_keys_are_given(option, key):
-    result = CliRunner().invoke(app, ["train", "my.yaml", option, "1"])
-    said = " ".join(result.output.replace("│", " ").split())
-    assert result.exit_code == 2 and f"Keys of the config are given without dashes, as in {key}" in said
+AS_OPTIONS = {
+    "--lr 1e-4": "optim.lr=1e-4",
+    "--learning-rate=3e-6": "optim.lr=3e-6",
+    "--num_train_epochs": "train.num_train_epochs=VALUE",
+    "--optim.lr 3": "optim.lr=3",
+    "--x 1": "optim.lr=2e-6",
+}
+
+
+@pytest.mark.parametrize("options", AS_OPTIONS)
+def test_a_key_that_is_given_as_an_option_is_told_how_keys_are_given(options):
+    status, said = refused(options)
+    assert status == 2
+    assert said.endswith(f"Keys of the config are given without dashes, as in {AS_OPTIONS[options]}")
+
+
+def test_a_slip_for_an_option_of_ours_is_told_which():
+    assert refused("--frsh")[1].endswith("No such option: --frsh (Possible options: --fresh)")
+
+
+def refused(options: str) -> tuple[int, str]:
+    """Exit status and words of `madpo train` with the options."""
+    result = CliRunner().invoke(app, ["train", "my.yaml", *options.split()])
+    return result.exit_code, " ".join(re.sub("[│╰╯─]", " ", result.output).split())

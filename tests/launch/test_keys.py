@@ -48,14 +48,13 @@ def test_without_a_terminal_each_key_is_one_line():
     text = explain_keys("generate.judge.endpoint", None)
     assert (
         "  generate.judge.endpoint.timeout      seconds to wait for one reply; a number above 0; "
-        "default 60.0; another value: continues\n"
+        "default 60.0; can be changed once a run has begun\n"
     ) in text
     assert explain_keys("lr", None) == (
         "  optim.lr  highest learning rate, which warm-up ends at; a number above 0; default 2e-05 for "
         "supervised training (0.0002 for an adapter), 1e-05 for reward models (0.0001 for an adapter), 1e-06 "
-        "for preferences (1e-05 for an adapter); another value: is refused, unless "
-        "--fresh begins it anew, and a recipe runs a finished "
-        "stage again\n"
+        "for preferences (1e-05 for an adapter); fixed once a run has begun; in a recipe, "
+        "another value runs a finished stage again\n"
     )
 
 

@@ -7,13 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from harness import make_config, save_model, write_pairs
 
-from madpo.trainer import loop
-from madpo.trainer.agreement import Told
 from madpo.trainer.checkpoints.folders import checkpoints_in, step_of
 from madpo.trainer.config.schema import Config
-from madpo.trainer.incidents import Incidents
 from madpo.trainer.stages.evaluate import run_evaluation
 from madpo.trainer.stages.export import run_export
 from madpo.trainer.stages.train import run_training
@@ -62,32 +60,19 @@ SHORT = {"max_steps": 4, "eval_steps": 4, "save_steps": 2}
 """Three steps are an epoch."""
 
 
-class Unsaved:
-    """In place of a saver: nothing is written."""
-
-    last_step: int | None = None
-
-    def agree(self, stop: int, save: bool) -> Told:
-        return Told(stop=stop, save=save)
-
-    def save(self) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-
-def loop_alone(config: Config, engine, source, held_out, shard, state, on_record) -> None:
-    """The training loop, without checkpoints."""
-    incidents = Incidents(Path(config.output_dir).parent, shard.is_main)
-    loop.train(config, engine, source, held_out, shard, state, Unsaved(), incidents, on_record)
-
-
 def cut_back(folder: Path, step: int) -> None:
     """Leave a run's folder as if it had been killed after the checkpoint of that step."""
     for checkpoint in checkpoints_in(folder / "checkpoints"):
         if step_of(checkpoint.name) > step:
             shutil.rmtree(checkpoint)
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """All tensors in dicts, lists and tuples, in their order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for child in children for tensor in tensors_in(child)]
 
 
 def model_bytes(config: Config) -> bytes:

@@ -9,13 +9,14 @@ import psutil
 import pytest
 import torch.distributed as torch_dist
 from harness import run_ranks
+from torch._C._distributed_c10d import TCPStore
 
 from madpo.trainer.dist import held_port, is_lost_peer
 
 
 def test_a_held_port_is_for_the_store_and_for_nobody_else():
     with held_port() as port:
-        store = torch_dist.TCPStore("127.0.0.1", port, 1, is_master=True)
+        store = TCPStore("127.0.0.1", port, 1, is_master=True)
         store.set("key", "value")
         assert store.get("key") == b"value"
         with socket.socket() as other, pytest.raises(OSError, match="in use"):

@@ -1,23 +1,33 @@
 """What is written appears whole or not at all, and is on the disk before it has its name."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xxhash
 
+from madpo.trainer.config import strict_yaml
+from madpo.trainer.config.locate import model_folder
+from madpo.trainer.config.run_config import read_tree
+from madpo.trainer.config.schema import from_tree
 from madpo.trainer.contents import Contents
+from madpo.trainer.errors import UserError
 from madpo.trainer.files import (
     SAMPLE_BYTES,
     SAMPLES,
+    check_path,
     fault_in,
+    fault_of_path,
     hash_of_file,
     sampled_content,
     seal,
     write_atomically,
     write_folder_atomically,
+    write_named,
 )
+from madpo.trainer.reports.runs import load_runs
 
 
 @pytest.fixture
@@ -190,3 +200,29 @@ def test_a_recipe_reads_a_file_again_that_was_replaced_under_its_time_stamp(tmp_
         os.utime(file, ns=(1, 1))
         hashes.append(contents(file, without=tmp_path / "none"))
     assert hashes[0] != hashes[1]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000 + ".jsonl", "a\0b", "loop", "pipe.yaml", "file/loop"])
+def test_a_path_that_leads_nowhere_is_named_in_one_line(tmp_path, name):
+    """Wherever a config or a command line names it; one that is not there is left to who looks for it."""
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    path = tmp_path / name
+    for read in (check_path, strict_yaml.read, read_tree, lambda x: load_runs([x])):
+        with pytest.raises(UserError, match=rf"^{re.escape(str(path)[:100])}.*(looked at|a pipe)") as refused:
+            read(path)
+        assert len(str(refused.value)) < 300
+    for key, section in (("output_dir", {"output_dir": str(path)}), ("data.cache_dir", {})):
+        tree = {"model": {"model_name_or_path": str(path)}, "data": {"dataset_name": "x"}, **section}
+        tree["data"] |= {} if section else {"cache_dir": str(path)}
+        with pytest.raises(UserError, match=rf"{key}: .*(looked at|a pipe)"):
+            from_tree({"output_dir": "run", **tree}, "c.yaml")
+    for key in ("model.model_name_or_path", "peft.base_model_name_or_path"):
+        with pytest.raises(UserError, match=rf"^{key}: .*(looked at|a pipe)"):
+            model_folder(key, str(path))
+    with pytest.raises(UserError, match=r"(looked at|a pipe)"):
+        write_named(path, "text")
+    with pytest.raises(UserError, match=r"cannot be written \(Is a directory\)"):
+        write_named(tmp_path, "text")
+    assert fault_of_path(tmp_path / "none" / "x") is None and fault_of_path(tmp_path) is None

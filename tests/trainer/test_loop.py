@@ -119,7 +119,15 @@ def watched(
     engine.step = step
     incidents = Incidents(Path(config.output_dir).parent, shard.is_main)
     ended = loop.train(
-        config, engine, data.source, data.held_out, shard, state, Saves(), incidents, seen.records.append
+        config,
+        engine,
+        data.source,
+        data.held_out,
+        shard,
+        state,
+        Saves(),
+        seen.records.append,
+        incidents=incidents,
     )
     engine.release()
     return {**vars(seen), "rates": rates, "state": vars(state), "ended": ended}

@@ -22,6 +22,8 @@ def halves(shard) -> dict[str, float]:
         meter.add("some", values, taken)
         meter.add("madpo/weight", values, taken)
         meter.add("none", values[:0])
+        meter.add("rewards/chosen", values, taken)
+        meter.add("rewards/rejected", values, ~taken)
         meter.add_correlation("correlation", values, 3 * values + other, taken)
         meter.add_correlation("constant", values, torch.ones_like(values), taken)
     return meter.reduce()
@@ -40,8 +42,10 @@ def test_values_of_two_ranks():
     assert (first["madpo/weight_min"], first["madpo/weight_max"]) == (some.min(), some.max())
     correlation = np.corrcoef(some, (3 * x + y)[taken])[0, 1]
     assert first["correlation"] == pytest.approx(correlation) and 0.5 < correlation < 1
+    assert first["rewards/margins"] == pytest.approx(some.mean() - x[~taken].mean())
     assert first.keys() == {"all", "some", "correlation"} | {
-        f"madpo/weight_{x}" for x in ("mean", "min", "max")
+        *(f"madpo/weight_{x}" for x in ("mean", "min", "max")),
+        *(f"rewards/{x}" for x in ("chosen", "rejected", "margins")),
     }
 
 

@@ -12,8 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = [
     "madpo.trainer.masking",
+    "madpo.trainer.counted",
     "madpo.trainer.errors",
     "madpo.trainer.field_words",
+    "madpo.trainer.packages",
     "madpo.trainer.files",
     "madpo.trainer.contents",
     "madpo.trainer.stopping",

@@ -16,7 +16,7 @@ class Cost:
     where only proportions count."""
 
     per_token: float = 0.0
-    per_row: float = 0.0  # per completion token: the output head scores those that no mask leaves out
+    per_row: float = 0.0  # per scored token: the output head computes no others
     per_attention_pair: Mapping[int | None, float] = field(default_factory=dict)  # window -> cost of a pair
 
     def __add__(self, other: Cost) -> Cost:
@@ -30,9 +30,16 @@ class Cost:
         pairs = {window: factor * each for window, each in self.per_attention_pair.items()}
         return Cost(factor * self.per_token, factor * self.per_row, pairs)
 
-    def of(self, shapes: Shapes, shared: Shared = True) -> np.ndarray:
-        """(B,) cost of each group; `shared`: its prompt is computed once, else with every completion."""
-        total = self.per_token * shapes.tokens(shared) + self.per_row * shapes.totals(shapes.completions)
+    def of(
+        self,
+        shapes: Shapes,
+        shared: Shared = True,
+        scored: np.ndarray | float = 1.0,  # (B,)
+    ) -> np.ndarray:
+        """(B,) cost of each group. `shared`: its prompt is computed once, else with every completion.
+        `scored`: the share of its completions' tokens that masks do not leave out."""
+        rows = shapes.totals(shapes.completions) * scored
+        total = self.per_token * shapes.tokens(shared) + self.per_row * rows
         for window, each in self.per_attention_pair.items():
             total = total + each * shapes.attention_pairs(window, shared)
         return total
@@ -80,10 +87,11 @@ def work_of(
     cost: StepCost,
     plan: list[list[list[int]]],  # [rank][micro-batch] -> groups
     shared: Shared = True,
+    scored: np.ndarray | float = 1.0,  # (B,) the share of completion tokens that are scored
     skipped_edges: int = 0,
 ) -> StepWork:
     """The work of a step whose groups `plan` spreads over ranks and micro-batches."""
-    flops = cost.model.of(shapes, shared)
+    flops = cost.model.of(shapes, shared, scored)
     loads = np.array([[flops[groups].sum() for groups in rank] for rank in plan])  # (ranks, micro-batches)
     again = cost.again + cost.again_in_parts if loads.shape[1] > 1 else cost.again
     return StepWork(
@@ -91,7 +99,7 @@ def work_of(
         unshared_tokens=int(shapes.tokens(shared=False).sum()),
         padded_tokens=shapes.padded_tokens(loads.size),
         flops=float(flops.sum()),
-        flops_again=float(again.of(shapes, shared).sum()),
+        flops_again=float(again.of(shapes, shared, scored).sum()),
         busiest=float(loads.max(0).sum()),
         mean=float(loads.sum() / len(plan)),
         skipped_edges=skipped_edges,
@@ -103,12 +111,13 @@ def saved_by(
     skipped: np.ndarray,  # (S,) bool
     cost: StepCost,
     shared: Shared = True,
+    scored: np.ndarray | float = 1.0,  # (B,) the share of completion tokens that are scored
 ) -> StepWork:
     """The (negative) change in FLOPs if the second of two passes skips these completions; to be added to the
-    step's work."""
+    step's work. It takes the same share of each completion of a group to be scored."""
     remaining = shapes.without(skipped)
 
     def change(part: Cost) -> float:
-        return float(part.of(remaining, shared).sum() - part.of(shapes, shared).sum())
+        return float((part.of(remaining, shared, scored) - part.of(shapes, shared, scored)).sum())
 
     return StepWork(flops=change(cost.backward), flops_again=change(cost.again + cost.again_in_parts))

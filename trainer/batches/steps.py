@@ -81,6 +81,7 @@ class Step:
     num_groups: int
     work: StepWork
     shapes: Shapes  # lengths of the computed groups; completions in the order of `sequence_positions`
+    scored: np.ndarray  # (B,) the share of each computed group's completion tokens that is scored
     rules: StepRules
     copies: int = 1  # ranks that hold these same batches, each a slice of every row
     skipped_items: int = 0  # items in the mean loss less items computed; negative if more are computed
@@ -92,7 +93,7 @@ class Step:
         skipped: np.ndarray,  # (S,) bool, of all completions of the step
     ) -> StepWork:
         """The (negative) change in `work` if the second pass of a global-batch objective skips these."""
-        return saved_by(self.shapes, skipped, self.rules.cost, self.rules.shared(self.shapes))
+        return saved_by(self.shapes, skipped, self.rules.cost, self.rules.shared(self.shapes), self.scored)
 
     def pin_memory(self) -> Step:
         return replace(self, batches=[batch.pin_memory() for batch in self.batches])
@@ -113,14 +114,17 @@ def plan_step(
     counts, shapes = groups.counts.at(computed), groups.shapes(computed)
     weights = _weights_of_step(all_counts, shapes, rules, shard)
     assignment = _assignment(shapes, rules, shard)
+    scored = counts.scored_tokens / np.maximum(counts.completion_tokens, 1)
+    shared = rules.shared(shapes)
     own = assignment[shard.rank // rules.ranks_per_row]
     return Step(
         batches=_packed(groups, computed, own, shapes, weights, rules, shard),
         num_sequences=int(counts.sequences.sum()),
         num_edges=int(counts.edges.sum()),
         num_groups=len(indices),
-        work=work_of(shapes, rules.cost, assignment, rules.shared(shapes), weights.skipped_edges),
+        work=work_of(shapes, rules.cost, assignment, shared, scored, weights.skipped_edges),
         shapes=shapes,
+        scored=scored,
         rules=rules,
         copies=rules.ranks_per_row,
         skipped_items=weights.skipped_items,

@@ -74,10 +74,10 @@ def remove_old(root: Path, newest: int, keep: int, keep_every: int | None) -> No
     """Delete the checkpoints up to step `newest`, but the last `keep` and those of every `keep_every` steps.
 
     Only whole folders of ours are counted and deleted: later ones are of a run that was cut off, and one
-    without a manifest is somebody else's.
+    without a manifest is somebody else's. One that a kill leaves half deleted is called as half-written ones.
     """
     ours = [path for path in checkpoints_in(root) if (path / MANIFEST).is_file()]
     ours = [path for path in ours if step_of(path.name) <= newest]
     for path in ours[keep:]:
         if keep_every is None or step_of(path.name) % keep_every:
-            shutil.rmtree(path)
+            shutil.rmtree(path.rename(path.with_name(path.name + PARTIAL)))

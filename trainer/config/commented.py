@@ -21,12 +21,12 @@ MOST_BEFORE_COMMENTS = 44
 """Characters of a key and its value that comments stand beside; over a longer one."""
 
 
-def commented(config: Config) -> str:
-    """The config as YAML with comments, and what `schema.dump` says."""
+def commented(config: Config, width: int = WIDTH) -> str:
+    """The config as YAML with comments, wrapped to the width, and what `schema.dump` says."""
     lines = list(_lines(config, masked(config.model_dump(mode="json", by_alias=True)), ""))
     short = [len(line.text) for line in lines if len(line.text) <= MOST_BEFORE_COMMENTS]
     column = max(short) + 2
-    return "".join(f"{text}\n" for line in lines for text in line.shown(column))
+    return "".join(f"{text}\n" for line in lines for text in line.shown(column, width))
 
 
 class _Line(NamedTuple):
@@ -36,11 +36,11 @@ class _Line(NamedTuple):
     comment: str = ""
     is_part: bool = False  # the value goes on in the next line, and a comment beside it could fall into it
 
-    def shown(self, column: int) -> Iterator[str]:
+    def shown(self, column: int, width: int) -> Iterator[str]:
         """The line with its comment, which begins at the column, or stands above a line that reaches it."""
         beside = len(self.text) < column - 1 and not self.is_part
         indent = column if beside else len(self.text) - len(self.text.lstrip())
-        comments = [f"# {part}" for part in wrap(self.comment, WIDTH - indent - 2)]
+        comments = [f"# {part}" for part in wrap(self.comment, width - indent - 2, break_on_hyphens=False)]
         if beside:
             first, *more = comments or [""]
             yield f"{self.text:<{column}}{first}".rstrip()

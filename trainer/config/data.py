@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from madpo.trainer.config.section import Effect, Section, setting
+from madpo.trainer.config.section import Effect, FolderName, Section, setting
 from madpo.trainer.errors import UserError, nearest
 from madpo.trainer.formats.adapters import ADAPTERS
 from madpo.trainer.formats.read_row import check_template_kwargs
@@ -159,7 +159,7 @@ class DataConfig(Section):
         description="processes that tokenise; null: one, the main process",
         effect=Effect.MEANS,
     )
-    cache_dir: str = setting(
+    cache_dir: FolderName = setting(
         default="~/.cache/madpo", description="folder of the tokenised data", effect=Effect.MEANS
     )
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
+from madpo.trainer.config.accelerator import choose_accelerator
 from madpo.trainer.config.error_text import explain
 from madpo.trainer.errors import UserError, nearest, on_one_line
 
@@ -61,6 +62,7 @@ def check_keys(block: dict[str, Any], owned: Collection[str] = ()) -> None:
 
     Also for a value that its schema refuses. `owned` keys are not suggested in place of an unknown one.
     """
+    choose_accelerator()
     for key, value in block.items():
         noted = _asked_of(key, value)
         for where, name, known in noted.unknown(WHERE):
@@ -119,6 +121,7 @@ def _silent() -> Iterator[None]:
 @cache
 def known_keys() -> frozenset[str]:
     """Every key that DeepSpeed looks for at the top, without those that it looks for to refuse them."""
+    choose_accelerator()
     noted = _Noted(NEEDED)
     _read(noted)
     return frozenset(key for key in noted.asked if not _is_refused(key))

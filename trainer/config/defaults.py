@@ -62,7 +62,9 @@ def trains_adapter(tree: dict[str, Any]) -> bool:
     name = model.get("model_name_or_path") if isinstance(model, dict) else None
     folder = Path(os.path.expanduser(name)) if isinstance(name, str) else None
     places = () if folder is None else (folder, folder / "model")  # of a run, the exported model
-    return tree.get("peft") is not None or any((place / "adapter_config.json").is_file() for place in places)
+    return tree.get("peft") is not None or any(
+        os.path.isfile(place / "adapter_config.json") for place in places
+    )
 
 
 def _kind_in(objective: Any) -> Kind | None:

@@ -18,20 +18,20 @@ from madpo.trainer.objectives.base import Item, Objective
 from madpo.trainer.objectives.registry import OBJECTIVES
 
 ON_A_RUN = {
-    Effect.NUMBERS: "is refused, unless --fresh begins it anew",
-    Effect.RESULT: "continues",
-    Effect.MEANS: "continues",
-    Effect.PACKED_ROWS: "continues (is refused if model.router_aux_loss_coef is set)",
+    Effect.NUMBERS: ("fixed", ""),
+    Effect.RESULT: ("can be changed", ""),
+    Effect.MEANS: ("can be changed", ""),
+    Effect.PACKED_ROWS: ("can be changed", " unless experts have a load-balancing loss"),
 }
-"""Effect -> what a run does with another value."""
+"""Effect -> whether a run that has begun can go on with another value, and on what condition."""
 
 ON_A_RECIPE = {
     Effect.NUMBERS: "runs a finished stage again",
     Effect.RESULT: "runs a finished stage again",
-    Effect.MEANS: "keeps a finished stage",
-    Effect.PACKED_ROWS: "keeps a finished stage (runs it again if model.router_aux_loss_coef is set)",
+    Effect.MEANS: "leaves a finished stage as it is",
+    Effect.PACKED_ROWS: "leaves a finished stage as it is unless experts have a load-balancing loss",
 }
-"""Effect -> what a recipe does with another value."""
+"""Effect -> what another value does in a recipe."""
 
 REQUIRED = "required"
 
@@ -56,9 +56,10 @@ class Entry(NamedTuple):
 
     @property
     def facts(self) -> str:
-        """What it takes, its default, and what a change means for a run."""
+        """What it takes, its default, and whether a run that has begun can go on with another value."""
         default = REQUIRED if self.default == REQUIRED else f"default {self.default}"
-        return f"{self.values}; {default}; another value: {ON_A_RUN[self.effect]}"
+        change, condition = ON_A_RUN[self.effect]
+        return f"{self.values}; {default}; {change} once a run has begun{condition}"
 
 
 class SectionEntry(NamedTuple):

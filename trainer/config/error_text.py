@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from madpo.trainer.config.foreign_keys import counterpart, in_place_of, other_trainer
-from madpo.trainer.errors import nearest
+from madpo.trainer.errors import closest, nearest
 from madpo.trainer.field_words import problem_of
 from madpo.trainer.objectives.base import Params
 from madpo.trainer.objectives.registry import OBJECTIVES
@@ -26,6 +26,17 @@ ON_POLICY = {
     "xpo",
 }
 """Algorithms that sample from the model while they train it."""
+
+
+MOST_NAMED = 6
+"""Objectives that a message names."""
+
+TO_START_WITH = {
+    "output_dir": "name a folder for the run, as in output_dir=runs/first",
+    "model": "name the model to start from in model.model_name_or_path",
+    "data": "name the data set in data.dataset_name",
+}
+"""Key without a default -> what to do."""
 
 
 def explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -> str:
@@ -46,8 +57,9 @@ def _explain_one(item: Any, schema: type[BaseModel]) -> str:
     kind = item["type"]
     prefix = f"{place.key}: " if place.key else ""
     if kind == "extra_forbidden":
-        instead = counterpart(place.key, schema)
-        hint = f"; {instead}" if instead else nearest(str(item["loc"][-1]), place.known)
+        name = str(item["loc"][-1])
+        instead = counterpart(place.key, schema) or _of_other_objectives(item["loc"], name, place.known)
+        hint = f"; {instead}" if instead else nearest(name, place.known)
         return f"{prefix}unknown key{hint}"
     if kind == "missing" and place.key == "objective":
         return (
@@ -55,12 +67,26 @@ def _explain_one(item: Any, schema: type[BaseModel]) -> str:
             "madpo reward set it themselves; madpo config, show-data and check-data take --task sft or "
             "reward)"
         )
+    if place.key in TO_START_WITH and (kind == "missing" or item["input"] is None):
+        return f"{place.key}: is required; {TO_START_WITH[place.key]}"
     if kind == "union_tag_not_found":
         return f"{prefix}loss_type is required; one of {', '.join(OBJECTIVES)}"
     if kind == "union_tag_invalid":
         return f"objective.loss_type: {unknown_objective(str(item['ctx']['tag']))}"
-    advice = in_place_of(place.key, item["input"]) if isinstance(item["input"], str) else None
+    advice = in_place_of(place.key, item["input"])
     return prefix + problem_of(item, place.field) + (f"; {advice}" if advice else "")
+
+
+def _of_other_objectives(location: tuple[Any, ...], name: str, known: list[str]) -> str | None:
+    """What to say of a parameter that other objectives have; None for any other key, and for a slip."""
+    if location[0] != "objective" or closest(name, known):
+        return None
+    owners = [loss for loss, each in OBJECTIVES.items() if {name} & each.params.keys()]
+    if not owners:
+        return None
+    own = ", ".join(key for key in known if key != "loss_type") or "no parameters"
+    more = f" and {len(owners) - MOST_NAMED} others (madpo keys {name})" if len(owners) > MOST_NAMED else ""
+    return f"{location[1]} has {own}; {name} is a parameter of {', '.join(owners[:MOST_NAMED])}{more}"
 
 
 def unknown_objective(name: str) -> str:

@@ -147,6 +147,7 @@ REPLACED = {
     "finetuning_type": "a section peft trains an adapter, model.freeze leaves weights out of training",
     "adapter": "a section peft trains an adapter",
     "stage": "the command is the stage: madpo sft, madpo reward, or madpo train with objective.loss_type",
+    "stages": "a file of stages is a recipe: madpo run FILE",
     "chat_template": "the tokenizer's own chat template is used",
     "template": "the tokenizer's own chat template is used",
     "trust_remote_code": "code of a model repository is never run",
@@ -194,11 +195,11 @@ def our_key(name: str, schema: type[BaseModel]) -> str | None:
     return homes[0] if len(homes) == 1 else None
 
 
-def in_place_of(section: str, value: str) -> str | None:
-    """What to write where a text stands in place of a section; None where that is not known."""
-    if section in AS_VALUES:
+def in_place_of(section: str, value: Any) -> str | None:
+    """What to write where a value stands in place of a section; None where that is not known."""
+    if section in AS_VALUES and isinstance(value, str):
         return f"write {AS_VALUES[section]}={value}"
-    if section == "deepspeed":
+    if section == "deepspeed" and isinstance(value, str):
         return f"write the keys of {value} below it, as in deepspeed.zero_optimization.stage=2"
     return "peft={} trains an adapter" if section == "peft" else None
 

@@ -12,9 +12,12 @@ from pathlib import Path
 from madpo.trainer.config.hub import Kind, check_on_hub, download, is_cached
 from madpo.trainer.config.schema import Config
 from madpo.trainer.errors import UserError, closest
+from madpo.trainer.files import check_path
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 MODEL_FILES = ("config.json", "adapter_config.json")
+MODELS = ("model_name_or_path", "ref_model_name_or_path")
+"""Keys of the section `model` that name one."""
 RUN_FILES = ("config.yaml", "checkpoints")
 MOST_SHOWN = 10
 """Names of a folder that a message lists."""
@@ -25,16 +28,24 @@ def located(config: Config) -> Config:
 
     Raises UserError for a model, a tokenizer or a data set that is not there, or is no such thing.
     """
-    names = ("model_name_or_path", "ref_model_name_or_path", "tokenizer_name_or_path")
+    names = (*MODELS, "tokenizer_name_or_path")
     given = {name: getattr(config.model, name) for name in names}
-    found = {name: model_folder(f"model.{name}", value) for name, value in given.items() if value is not None}
+    found = {name: _folder(f"model.{name}", value) for name, value in given.items() if value is not None}
     update: dict[str, object] = {"model": config.model.model_copy(update=found)}
     base = None if config.peft is None else config.peft.base_model_name_or_path
     if config.peft is not None and base is not None:
-        own = {"base_model_name_or_path": model_folder("peft.base_model_name_or_path", base)}
+        own = {"base_model_name_or_path": _folder("peft.base_model_name_or_path", base)}
         update["peft"] = config.peft.model_copy(update=own)
     check_data(config)
     return config.model_copy(update=update)
+
+
+def check_models(config: Config) -> None:
+    """Raise UserError if a folder that the config names as a model holds none. Data alone can be looked at
+    with a folder that holds a tokenizer."""
+    for name in MODELS:
+        if (value := getattr(config.model, name)) is not None:
+            model_folder(f"model.{name}", value)
 
 
 def check_data(config: Config) -> None:
@@ -46,10 +57,21 @@ def check_data(config: Config) -> None:
 
 
 def model_folder(key: str, name: str) -> str:
-    """The folder of the model, adapter or tokenizer that `key` names, or its name on the hub.
+    """The folder of the model or adapter that `key` names, or its name on the hub.
 
-    Raises UserError for a path that is not there, a file, and a run that has exported no model.
+    Raises UserError for a path that is not there, a file, a run that has exported no model, and a folder that
+    holds something else.
     """
+    folder = _folder(key, name)
+    path = Path(folder)
+    if path.is_dir() and not _holds_model(path):
+        raise UserError(f"{key}: {name} holds no model: no {' and no '.join(MODEL_FILES)}{_holds(path)}")
+    return folder
+
+
+def _folder(key: str, name: str) -> str:
+    """The folder that `key` names, of a run the one with its model, or a name on the hub."""
+    check_path(name, key)
     path = Path(os.path.expanduser(name))
     if not os.path.exists(path):
         check_there(key, name, "model")
@@ -70,6 +92,7 @@ def model_folder(key: str, name: str) -> str:
 def check_there(key: str, name: str, kind: Kind) -> None:
     """Raise UserError for a name that looks like a path, or like a slip for one, and is not there; and for
     one on the hub that cannot be had."""
+    check_path(name, key)
     path = Path(os.path.expanduser(name))
     if os.path.exists(path):
         return

@@ -8,6 +8,7 @@ from typing import Any
 
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.errors import UserError
+from madpo.trainer.files import check_path
 
 FILE = "config.yaml"
 """A run's resolved config, in its folder."""
@@ -18,6 +19,7 @@ def read_tree(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises UserError for a folder without one, and for a file that holds no sections.
     """
+    check_path(path)
     folder = Path(path)
     if not folder.is_dir():
         return strict_yaml.read(folder)
@@ -32,7 +34,7 @@ def with_objective_of_run(tree: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(objective, dict) or "loss_type" in objective or not isinstance(folder, str):
         return tree
     file = Path(folder) / FILE
-    if not file.is_file():
+    if not os.path.isfile(file):
         return tree
     return {**tree, "objective": {**as_block(strict_yaml.read(file).get("objective")), **objective}}
 

@@ -22,8 +22,9 @@ from madpo.trainer.config.generate import GenerateConfig
 from madpo.trainer.config.model import ModelConfig
 from madpo.trainer.config.peft import PeftConfig
 from madpo.trainer.config.run_config import as_block, read_tree, with_objective_of_run
-from madpo.trainer.config.section import Effect, Section, setting
-from madpo.trainer.config.train import OptimConfig, TrainConfig
+from madpo.trainer.config.section import Effect, FolderName, Section, setting
+from madpo.trainer.config.train import NOTHING_TO_EVALUATE, OptimConfig, TrainConfig
+from madpo.trainer.counted import counted
 from madpo.trainer.errors import UserError
 from madpo.trainer.masking import masked, masked_keys
 from madpo.trainer.objectives.base import Need
@@ -66,7 +67,7 @@ class LaunchConfig(Section):
 
 
 class Config(Section):
-    output_dir: str = setting(
+    output_dir: FolderName = setting(
         description="folder of the run: checkpoints, metrics, report, model", effect=Effect.MEANS
     )
     seed: int = Field(
@@ -159,17 +160,15 @@ def validate(config: Config) -> None:
     if config.annotate.folds is not None and config.data.folds is not None:
         raise UserError("data.folds: annotate.folds sets it for every model; remove it")
     if train.eval_steps is not None and not config.data.may_hold_out:
-        raise UserError(
-            "train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split, or null"
-        )
+        raise UserError(NOTHING_TO_EVALUATE)
     if optim.warmup_steps and optim.warmup_ratio:
         raise UserError("optim: set warmup_steps or warmup_ratio, not both")
     completions = 1 if config.bound_objective.supervised else 2
     if train.row_tokens < completions * config.data.max_length:
         sharing = train.sequence_parallel_size
         raise UserError(
-            f"train.micro_batch_tokens: {train.micro_batch_tokens} cannot hold one group of {completions} "
-            f"completion(s) of data.max_length {config.data.max_length}"
+            f"train.micro_batch_tokens: {train.micro_batch_tokens} cannot hold one group of "
+            f"{counted(completions, 'completion')} of data.max_length {config.data.max_length}"
             f"{f', with {sharing} ranks to a row' if sharing > 1 else ''}; set it to at least "
             f"{-(-completions * config.data.max_length // sharing)}"
         )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from madpo.trainer.errors import UserError
+from madpo.trainer.files import fault_of_path
 
 
 class Section(BaseModel):
@@ -20,6 +23,16 @@ class Section(BaseModel):
         unknown = set(names) - type(self).model_fields.keys()
         assert not unknown, f"{type(self).__name__} has no {', '.join(sorted(unknown))}"
         return self.model_dump(include=set(names))
+
+
+def _reachable(folder: str) -> str:
+    if fault := fault_of_path(folder):
+        raise UserError(fault)
+    return folder
+
+
+FolderName = Annotated[str, AfterValidator(_reachable)]
+"""A folder that is there, or can be made."""
 
 
 class Effect(Enum):

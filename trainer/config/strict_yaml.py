@@ -13,7 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 import yaml
 from yaml.composer import ComposerError
 
-from madpo.trainer.errors import UserError, closest
+from madpo.trainer.errors import UserError, closest, on_one_line
+from madpo.trainer.files import check_path
 from madpo.trainer.masking import masked, masked_text
 
 MOST_VALUES, MOST_LEVELS = 100_000, 50
@@ -103,15 +104,39 @@ def parse(text: str, origin: str) -> Any:
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{origin}:{mark.line + 1}" if mark else origin
-        raise UserError(f"{where}: {error.problem}") from None
+        raise UserError(f"{origin}{_explain(error)}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{origin}: {error}") from None
+        raise UserError(f"{origin}: {on_one_line(error)}") from None
     except RecursionError:
         raise UserError(f"{origin}: nested too deeply") from None
     except ValueError as error:  # Python reads no whole number of thousands of digits
         raise UserError(f"{origin}: {error}") from None
+
+
+_IN_OTHER_WORDS = {
+    r"found character '\\t' .*": "a tab; indent with spaces",
+    r"found character ('.') that .*": r"a value that begins with \1; quote it",
+    r"found undefined alias .*|expected alphabetic .*": "a value that begins with * or &; quote it",
+    r"expected '?<(document start|block end)>.*": "a line that is indented otherwise than those beside it",
+    r"mapping values are not allowed here": "a second colon in a line, or a line that is indented too far",
+    r"could not find expected ':'": "a key without a colon behind it",
+    r"found unexpected end of stream": "a quote that is not closed",
+    r"expected ',' or '.'.*|expected the node content.*": "a bracket that is not closed, or a comma missing",
+}
+"""What yaml says of a text -> what is wrong with it."""
+_FROM_ITS_BEGINNING = tuple(_IN_OTHER_WORDS)[-3:]
+"""Those of which yaml notices only further down that something is missing."""
+
+
+def _explain(error: yaml.MarkedYAMLError) -> str:
+    """The place and the fault, in our words for what people do."""
+    mark, said = error.problem_mark, error.problem or ""
+    for pattern, words in _IN_OTHER_WORDS.items():
+        if match := re.fullmatch(pattern, said):
+            said = match.expand(words)
+            mark = error.context_mark if pattern in _FROM_ITS_BEGINNING and error.context_mark else mark
+            break
+    return f":{mark.line + 1}: {said}" if mark else f": {said}"
 
 
 DATA_FILES = (".jsonl", ".parquet", ".csv", ".arrow")
@@ -119,6 +144,7 @@ DATA_FILES = (".jsonl", ".parquet", ".csv", ".arrow")
 
 def read(path: str | Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping. UserError names the file and line."""
+    check_path(path)
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a YAML file")
@@ -133,7 +159,12 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: a config is a YAML file, and this is no text: {error}") from None
+        raise UserError(
+            f"{path}: a config is a YAML file, and this is no text in UTF-8 (byte "
+            f"{error.start}); save it as such"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     value = parse(text, str(path))
     if value is None:
         raise UserError(f"{path}: the file is empty")

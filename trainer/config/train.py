@@ -9,6 +9,10 @@ from pydantic import Field, field_validator
 from madpo.trainer.config.section import Effect, Section, setting
 from madpo.trainer.errors import UserError
 
+NOTHING_TO_EVALUATE = (
+    "train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split, or leave eval_steps out"
+)
+
 
 class OptimConfig(Section):
     lr: float = Field(default=1e-6, gt=0, description="highest learning rate, which warm-up ends at")

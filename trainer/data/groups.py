@@ -12,7 +12,7 @@ import numpy as np
 
 from madpo.trainer.data.lengths import Shapes, check_budget, joined
 from madpo.trainer.data.tokenise import TokenGroup
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import DataError, UserError
 from madpo.trainer.objectives.base import Item, Need
 from madpo.trainer.objectives.build import BoundObjective
 
@@ -244,7 +244,7 @@ def check_groups(
     owners = np.repeat(np.arange(len(groups)), counts.edges)
     missing = len(np.unique(owners[np.isnan(groups.margins)]))
     if missing:
-        raise UserError(
+        raise DataError(
             f"{groups.name}: {missing} of {len(groups)} rows have no margin, which objective "
             f"{loss_type} needs; score the pairs with a reward model (madpo reward, then madpo annotate), or "
             "give a `margin` column (score of chosen minus score of rejected), or use loss_type dpo"

@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import datasets
 import numpy as np
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.errors import UserError
+
+def lacks_tokens(tokenizer: PreTrainedTokenizerBase, known: int | None) -> bool:
+    """Whether a model of `known` tokens (None: not known) lacks embeddings for some of the tokenizer's."""
+    return known is not None and known <= largest_id(tokenizer)
 
 
-def check_known_tokens(
-    where: Callable[[int], str],  # how messages name a row
+def with_known_tokens(
     table: datasets.Dataset,  # a row for each example, as tokenised
-    usable: np.ndarray,  # (n,) rows that can be trained on
     tokenizer: PreTrainedTokenizerBase,
     known: int | None,  # ids below it have an embedding; None: not known
-) -> None:
-    """Raise UserError for the first example with a token that the model has no embedding for.
+) -> datasets.Dataset:
+    """The table, in which an example with a token that the model has no embedding for cannot be read.
 
     A tokenizer that is larger than its model is no fault as long as no example has the tokens: Gemma 3's
     names an image that its text models do not know.
     """
-    if known is None or known > largest_id(tokenizer):
-        return
+    if known is None or not lacks_tokens(tokenizer, known):
+        return table
     unknown = _first_unknown(table, known)  # (rows of the table,) -1 where all are known
-    rows = usable[unknown[usable] >= 0]
-    if len(rows):
-        more = f" ({len(rows)} such rows of {len(table)})" if len(rows) > 1 else ""
-        first = table[int(rows[0])]
-        raise UserError(
-            f"{where(first['row'])}: {unknown_token(int(unknown[rows[0]]), tokenizer, known)}{more}; set "
-            "model.resize_embeddings=true if tokens were added to the model's own tokenizer; if not, they do "
-            "not belong together (model.tokenizer_name_or_path)"
+    problems, unreadable = table["problem"][:], table["unreadable"][:]
+    rows = [int(row) for row in np.flatnonzero(unknown >= 0) if not problems[row]]
+    if not rows:
+        return table
+    for row in rows:
+        unreadable[row] = True
+        problems[row] = (
+            f"{unknown_token(int(unknown[row]), tokenizer, known)}; set model.resize_embeddings=true if "
+            "tokens were added to the model's own tokenizer; if not, they do not belong together "
+            "(model.tokenizer_name_or_path)"
         )
+    marked = table.remove_columns(["problem", "unreadable"])
+    marked = marked.add_column("problem", problems).add_column("unreadable", unreadable)  # pyright: ignore[reportCallIssue]
+    return marked.select_columns(table.column_names)
 
 
 def unknown_token(token: int, tokenizer: PreTrainedTokenizerBase, known: int) -> str:

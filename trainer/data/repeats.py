@@ -44,14 +44,24 @@ class KnownClaims:
     """The claims of tables that are gone, the first MOST_CLAIMS of them."""
 
     def __init__(self, most: int = MOST_CLAIMS) -> None:
-        self._most, self._known = most, np.empty(0, np.int64)
+        self._room = most
+        self._runs: list[np.ndarray] = []  # each sorted, and longer than the next: 2^k tables make k runs
 
-    def add(self, claims: np.ndarray) -> None:  # (C,)
-        room = self._most - len(self._known)
-        self._known = np.union1d(self._known, np.unique(claims)[: max(room, 0)])
+    def add(self, claims: np.ndarray) -> int:  # (C,)
+        """Keep those of the claims that are new. Returns the number of new ones that there is no room for."""
+        new = np.unique(claims[~self.holds(claims)])
+        kept = new[: self._room]
+        self._room -= len(kept)
+        without_room = len(new) - len(kept)
+        while self._runs and len(self._runs[-1]) <= len(kept):
+            kept = np.union1d(self._runs.pop(), kept)
+        if len(kept):
+            self._runs.append(kept)
+        return without_room
 
     def holds(self, claims: np.ndarray) -> np.ndarray:  # (C,)
         """(C,) which of these claims are known."""
-        if not len(self._known):
-            return np.zeros(len(claims), bool)
-        return self._known[np.minimum(np.searchsorted(self._known, claims), len(self._known) - 1)] == claims
+        found = np.zeros(len(claims), bool)
+        for run in self._runs:
+            found |= run[np.minimum(np.searchsorted(run, claims), len(run) - 1)] == claims
+        return found

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from madpo.trainer.data.dataset import column_of, flat_column, lists_of
-from madpo.trainer.data.repeats import NONE, KnownClaims, Repeats, find_repeats
+from madpo.trainer.data.repeats import MOST_CLAIMS, NONE, KnownClaims, Repeats, find_repeats
 
 Report = dict[str, Any]
 """What was read, cut and dropped of a split or of one part of it."""
@@ -31,17 +31,23 @@ UNREADABLE = "unreadable"
 
 HELD_OUT = "held_out_examples_in_training"
 
+NOT_KEPT = "claims_not_kept"
+
+UNSCORED = "unscored_completion_tokens"
+
 COUNTS = {
     "truncated_completions": "completions cut at max_length",
     "groups_with_moved_boundary": "prompts whose last tokens merge with the completion",
     "comparisons_of_equal_tokens": "pairs left out: both completions are the same tokens",
     "rows_that_spell_special_tokens": "conversations spell out a special token, which becomes that token",
-    "unscored_completion_tokens": "tokens of completions are not trained on (data.train_on, or weight 0)",
+    UNSCORED: "tokens of completions are not trained on (data.train_on, or weight 0)",
     "repeated_examples": "examples repeat an earlier one",
     "contradicting_examples": "examples contradict another: same texts, the opposite preference or label",
     HELD_OUT: "held-out examples, or their texts the other way round, are trained on",
+    NOT_KEPT: f"statements are not kept for the comparison with later examples: {MOST_CLAIMS:,} are",
     "examples_of_the_rarer_kind": "examples differ in kind: conversations and plain text are mixed",
     "rows_without_weight": "examples without a weight count with 1",
+    "rows_of_weight_0": "examples have weight 0: their losses are 0 in the mean",
     "margins_far_from_the_rest": f"margins are more than {FAR} times as large as the median",
 }
 """Counts of a report -> what is printed after the number."""
@@ -64,7 +70,7 @@ class _Found(NamedTuple):
     others: np.ndarray | None = None  # (n,) the row that each of them repeats or contradicts
 
 
-SPREADS = {"margins", "weights", "weights_of_0", "rows_without_weight"}
+SPREADS = {"margins", "rows_with_weight", "rows_of_weight_0", "rows_without_weight"}
 """Counts that a part may lack, because its rows have no margins or no weights."""
 
 
@@ -104,15 +110,7 @@ def report_of(
         named[UNREADABLE] = places(rows, [f": {table[int(row)]['problem']}" for row in rows[:MOST_PLACES]])
     for key, (_, rows, others) in found.items():
         named[key] = places(rows, others if others is None else [f" (as {x})" for x in places(others)])
-    weights = flat_column(table.select(taken), "completion_weights")
-    if len(weights):
-        without = int((column_of(table, "num_weights")[taken] == 0).sum())
-        report |= {
-            "weights": len(weights),
-            "weights_of_0": int((weights == 0).sum()),
-            "rows_without_weight": without,
-            **_spread("weight", weights),
-        }
+    report |= _weights(table.select(taken))
     for key, column in LISTS.items():
         if by_text := _by_text(*_flattened(table, column, examples)):
             report[key] = {text: len(rows) for text, rows in by_text.items()}
@@ -122,6 +120,23 @@ def report_of(
     if len(margins):
         report |= {"margins": len(margins), **_spread("margin", margins)}
     return {**report, "where": {key: rows for key, rows in named.items() if rows}}
+
+
+def _weights(groups: datasets.Dataset) -> Report:
+    """How many examples have a weight or weight 0, and how the weights spread; nothing if none has any. An
+    example with a weight for each completion counts with their mean."""
+    counts, weights = column_of(groups, "num_weights"), flat_column(groups, "completion_weights")
+    if not len(weights):
+        return {}
+    given = counts[counts > 0]
+    of_rows = np.add.reduceat(weights, np.cumsum(given) - given) / given
+    return {
+        "rows_with_weight": len(given),
+        "rows_of_weight_0": int((of_rows == 0).sum()),
+        "rows_without_weight": len(counts) - len(given),
+        **_spread("weight", weights),
+        "weight_mean": float(of_rows.mean()),
+    }
 
 
 def with_known(
@@ -137,13 +152,13 @@ def with_known(
     Of a held-out table either makes it an example that is trained on. The claims of others become known.
     """
     examples = np.unique(taken)
-    claims, makers = _flattened(table, "claims", examples)
-    claims = claims.to_numpy()
+    claims, makers = claims_in(table, examples)
     same, opposite = known.holds(claims), known.holds(claims ^ 1)
+    counts: Report = {}
     if held_out:
         rows = {HELD_OUT: np.unique(makers[same | opposite])}
     else:
-        known.add(claims)
+        counts = {NOT_KEPT: number} if (number := known.add(claims)) else {}
         among = _repeats(claims, makers, examples)  # which are in the report already
         repeated, contradicting = examples[among.repeated != NONE], examples[among.contradicted != NONE]
         rows = {
@@ -154,8 +169,17 @@ def with_known(
     for key, found in rows.items():
         places = [where(int(numbers[row])) for row in found[:MOST_PLACES]]
         named |= {key: [*named.get(key, []), *places][:MOST_PLACES]} if places else {}
-    counts = {key: report.get(key, 0) + len(found) for key, found in rows.items()}
+    counts |= {key: report.get(key, 0) + len(found) for key, found in rows.items()}
     return {**report, **counts, "where": named}
+
+
+def claims_in(
+    table: datasets.Dataset,
+    examples: np.ndarray,  # (n,) rows of the table
+) -> tuple[np.ndarray, np.ndarray]:
+    """(C,) the claims of these examples, and (C,) the row that makes each of them."""
+    claims, makers = _flattened(table, "claims", examples)
+    return claims.to_numpy(), makers
 
 
 def _spread(name: str, values: np.ndarray) -> dict[str, float]:
@@ -173,12 +197,13 @@ def held_out_in_training(
 ) -> Report:
     """How many held-out examples are trained on, themselves or their texts the other way round."""
     known = KnownClaims()
-    known.add(flat_column(train, "claims"))
+    without_room = known.add(flat_column(train, "claims"))
     lists = lists_of(held_out, "claims")
     claims = lists.flatten().to_numpy()
     makers = np.repeat(np.arange(len(held_out)), pc.call_function("list_value_length", [lists]).to_numpy())
     shared = np.unique(makers[known.holds(claims) | known.holds(claims ^ 1)])
-    return {HELD_OUT: len(shared)} if len(shared) else {}
+    counts = {HELD_OUT: len(shared), NOT_KEPT: without_room}
+    return {key: count for key, count in counts.items() if count}
 
 
 def _cut(
@@ -190,8 +215,7 @@ def _cut(
         "truncated_completions": column_of(table, "truncated"),
         "groups_with_moved_boundary": column_of(table, "boundary_cut") > 0,
         "comparisons_of_equal_tokens": column_of(table, "equal"),
-        "unscored_completion_tokens": column_of(table, "num_completion_tokens")
-        - column_of(table, "num_scored_tokens"),
+        UNSCORED: column_of(table, "num_completion_tokens") - column_of(table, "num_scored_tokens"),
     }
     spells = np.flatnonzero(column_of(table, "spells_special"))
     spelled = np.flatnonzero(column_of(table, "spelled_in_text"))
@@ -207,8 +231,7 @@ def _odd(
     examples: np.ndarray,  # (n,) rows, each once
 ) -> dict[str, _Found]:
     """What is odd about an example beside the others."""
-    claims, makers = _flattened(table, "claims", examples)
-    repeats = _repeats(claims.to_numpy(), makers, examples)
+    repeats = _repeats(*claims_in(table, examples), examples)
     margins, owners = _flattened(table, "margins", examples)
     sizes = np.abs(margins.to_numpy())
     median = np.median(sizes[sizes > 0]) if (sizes > 0).any() else np.inf
@@ -258,8 +281,9 @@ def _by_text(
 
 def total_report(name: str, reports: Sequence[Report]) -> Report:
     """One report of several parts together."""
-    counts = [key for key, value in reports[0].items() if isinstance(value, int) and key not in SPREADS]
-    total: Report = {"source": name, **{key: sum(x[key] for x in reports) for key in counts}}
+    facts = (fact for report in reports for fact in report.items())
+    counts = dict.fromkeys(key for key, value in facts if isinstance(value, int) and key not in SPREADS)
+    total: Report = {"source": name, **{key: sum(x.get(key, 0) for x in reports) for key in counts}}
     for key in ("dropped", *LISTS):
         counted = Counter[str]()
         for report in reports:
@@ -270,29 +294,29 @@ def total_report(name: str, reports: Sequence[Report]) -> Report:
     for report in reports:
         for key, places in report["where"].items():
             where[key] = [*where.get(key, []), *places][:MOST_PLACES]
-    return {**total, **_total_spread("margin", reports), **_total_weights(reports), "where": where}
+    return {**total, **_total_spread("margin", "margins", reports), **_total_weights(reports), "where": where}
 
 
 def _total_weights(reports: Sequence[Report]) -> Report:
     """The numbers on weights of all parts together; groups of a part without weights have none."""
-    spread = _total_spread("weight", reports)
+    spread = _total_spread("weight", "rows_with_weight", reports)
     if spread:
-        spread["weights_of_0"] = sum(x.get("weights_of_0", 0) for x in reports)
+        spread["rows_of_weight_0"] = sum(x.get("rows_of_weight_0", 0) for x in reports)
         spread["rows_without_weight"] = sum(x.get("rows_without_weight", x["groups"]) for x in reports)
     return spread
 
 
-def _total_spread(name: str, reports: Sequence[Report]) -> Report:
-    """Number, extrema and mean of margins or weights over all parts that have any."""
-    having = [report for report in reports if f"{name}s" in report]
+def _total_spread(name: str, count: str, reports: Sequence[Report]) -> Report:
+    """Number, under the key `count`, extrema and mean of margins or weights over all parts that have any."""
+    having = [report for report in reports if count in report]
     if not having:
         return {}
-    number = sum(x[f"{name}s"] for x in having)
+    number = sum(x[count] for x in having)
     return {
-        f"{name}s": number,
+        count: number,
         f"{name}_min": min(x[f"{name}_min"] for x in having),
         f"{name}_max": max(x[f"{name}_max"] for x in having),
-        f"{name}_mean": sum(x[f"{name}_mean"] * x[f"{name}s"] for x in having) / number,
+        f"{name}_mean": sum(x[f"{name}_mean"] * x[count] for x in having) / number,
     }
 
 

@@ -17,7 +17,7 @@ from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.in_memory import place_in_memory
 from madpo.trainer.data.table_files import open_table, place_of
 from madpo.trainer.disk_faults import number_of
-from madpo.trainer.errors import UserError, on_one_line
+from madpo.trainer.errors import DataError, UserError, on_one_line
 from madpo.trainer.files import discard_damaged, hash_of_file, make_folder, seal
 from madpo.trainer.formats.chat_message import without_padding
 from madpo.trainer.formats.json_lines import parse_json_line
@@ -79,7 +79,7 @@ def reading(name: str) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         if number_of(cause) is not None:  # what was read could not be kept
             raise cause from None
-        raise UserError(f"{name}: cannot be read: {type(cause).__name__}: {on_one_line(cause)}") from error
+        raise DataError(f"{name}: cannot be read: {type(cause).__name__}: {on_one_line(cause)}") from error
 
 
 def open_source(data: DataConfig, split: str, cache: Path) -> Source:
@@ -97,7 +97,7 @@ def _open(data: DataConfig, split: str, cache: Path) -> Source:
     fingerprint = hash_of_file(*files)
     if files[0].suffix == ".jsonl":
         if next(_lines(str(files[0])), None) is None:
-            raise UserError(f"{files[0]}: the file has no rows")
+            raise DataError(f"{files[0]}: the file has no rows")
         folder = cache / "lines" / fingerprint
         rows = _kept(folder, lambda: _lines_of(files[0], folder, fingerprint))
         return Source(str(files[0]), rows, fingerprint, "line")

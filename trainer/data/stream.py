@@ -4,11 +4,15 @@ The groups of a block are shuffled among themselves by (seed, epoch, block), and
 other as in the source. So the order is a function of the number of groups consumed, given how many groups
 each block has. That number is kept on disk, in a small record of each block, with the cursor of the next. A
 continued run walks over these records to find its position, and reads and tokenises only missing blocks.
+
+Examples are compared with those of all blocks before: what each says, 8 bytes for a comparison or a label, is
+kept beside the record of its block, and in memory up to `repeats.MOST_CLAIMS`.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -26,9 +30,10 @@ from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.block_reader import FIRST_ROWS, Reader
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.groups import ConcatenatedGroups, TokenDataset, TokenGroups
-from madpo.trainer.data.known_tokens import check_known_tokens
+from madpo.trainer.data.known_tokens import lacks_tokens, with_known_tokens
 from madpo.trainer.data.order import permutation
-from madpo.trainer.data.report import Report, report_of, total_report
+from madpo.trainer.data.repeats import KnownClaims
+from madpo.trainer.data.report import Report, claims_in, report_of, total_report, with_known
 from madpo.trainer.data.tokenised_cache import (
     adapter_in,
     check_readable,
@@ -38,7 +43,7 @@ from madpo.trainer.data.tokenised_cache import (
     tokenise_all,
     usable_rows,
 )
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import DataError
 from madpo.trainer.files import discard_damaged, make_folder, write_atomically
 
 
@@ -94,8 +99,11 @@ class Stream:
         self._rules = rules_of(data, supervised)
         self.content = f"stream {groups_key(reader.content, tokenizer, self._rules)}"
         key = groups_key(reader.content + reader.version, tokenizer, self._rules)
+        if lacks_tokens(tokenizer, known_tokens):  # some examples may be dropped
+            key += f"-{known_tokens}"
         cache = Path(data.cache_dir) / f"stream-{key}-{data.stream_block}"
         self._folder = make_folder("data.cache_dir", cache)
+        self._claims, self._blocks_compared = KnownClaims(), 0
         self.num_groups: int | None = None
         self._records: list[BlockRecord] = []
         self._reached = BlockOfEpoch(0, 0, 0)
@@ -164,7 +172,7 @@ class Stream:
             if self._record(block - 1).following is None:
                 if not any(map(self._size, range(block))):
                     report = self.report()[self._split]
-                    raise UserError(f"{self._reader.name}: {nothing_left(report, self._data)}")
+                    raise DataError(f"{self._reader.name}: {nothing_left(report, self._data)}")
                 epoch, block = epoch + 1, 0
         self._reached = BlockOfEpoch(epoch, block, first)
         return self._reached
@@ -194,20 +202,23 @@ class Stream:
     def _table(self, block: int) -> datasets.Dataset:
         """The tokenised rows of a block.
 
-        Raises UserError for an unreadable one, unless those are dropped, and for a token that the model does
-        not know.
+        Raises UserError for an unreadable one, as one with a token that the model does not know, unless those
+        are dropped.
         """
         path, record = self._path(block), self._record(block)
         with FileLock(self._folder / "lock"):
             discard_damaged(path, "tokenising anew")
         if not path.is_dir():
             self._make(block, record.cursor)
-        table = datasets.load_from_disk(str(path))
-        assert isinstance(table, datasets.Dataset)
+        table = self._read(path)
         where = functools.partial(self._reader.where, record.cursor)
         check_readable(where, table, self._data.on_bad_row)
-        check_known_tokens(where, table, usable_rows(table), self._tokenizer, self._known_tokens)
         return table
+
+    def _read(self, path: Path) -> datasets.Dataset:
+        table = datasets.load_from_disk(str(path))
+        assert isinstance(table, datasets.Dataset)
+        return with_known_tokens(table, self._tokenizer, self._known_tokens)
 
     def _prepare_after(self, block: int) -> None:
         """Make the next block in the background. An error in it is raised when its turn comes."""
@@ -216,7 +227,8 @@ class Stream:
             self._background.submit(self._make, block + 1, following)
 
     def _make(self, block: int, cursor: Any) -> None:
-        """Read and tokenise a block, unless another rank has: write its table, then its record."""
+        """Read and tokenise a block, unless another rank has: write its table, then its claims and its record
+        if they are not there."""
         path, record_path = self._path(block), self._path(block, ".json")
         with FileLock(self._folder / "lock"):
             if path.is_dir() and record_path.is_file():
@@ -224,16 +236,29 @@ class Stream:
             source, following = self._reader.read(cursor, self._data.stream_block)
             shutil.rmtree(path, ignore_errors=True)
             if not len(source.rows):
-                raise UserError(f"{source.name}: the file has no rows")
+                raise DataError(f"{source.name}: the file has no rows")
             tokenise_all(source, self._tokenizer, self._rules, self._adapter, None, path)
-            table = datasets.load_from_disk(str(path))
-            assert isinstance(table, datasets.Dataset)
+            if record_path.is_file():
+                return
             full = len(source.rows) == self._data.stream_block
             more = full and len(self._reader.read(following, 1)[0].rows) > 0
             where = functools.partial(self._reader.where, cursor)
-            report = report_of(source.name, table, usable_rows(table), where)
+            report = self._report(block, source.name, self._read(path), where)
             record = BlockRecord(cursor, following if more else None, report)
             write_atomically(record_path, json.dumps(asdict(record)))
+
+    def _report(self, block: int, name: str, table: datasets.Dataset, where: Callable[[int], str]) -> Report:
+        """The report of a block, compared with all blocks before, whose claims may be another rank's work."""
+        usable = usable_rows(table)
+        for earlier in range(self._blocks_compared, block):
+            self._claims.add(np.load(self._path(earlier, ".npy")))
+        self._blocks_compared = block + 1
+        own = report_of(name, table, usable, where)
+        report = with_known(own, table, usable, where, self._claims, held_out=False)
+        claims = io.BytesIO()
+        np.save(claims, claims_in(table, usable)[0])
+        write_atomically(self._path(block, ".npy"), claims.getvalue())
+        return report
 
     @functools.cached_property
     def _adapter(self) -> str:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 
 from madpo.trainer.data.in_memory import place_in_memory
-from madpo.trainer.errors import UserError, on_one_line
+from madpo.trainer.errors import DataError, UserError, on_one_line
 
 
 def open_table(files: Sequence[Path], cache: Path) -> datasets.Dataset:
@@ -29,7 +29,7 @@ def open_table(files: Sequence[Path], cache: Path) -> datasets.Dataset:
         else:
             rows = datasets.Dataset.from_parquet(names, cache_dir=str(cache), features=features)
     except (pa.ArrowException, DatasetGenerationError) as error:
-        raise UserError(f"{_unlike(files)}: {on_one_line(error.__cause__ or error)}") from None
+        raise DataError(f"{_unlike(files)}: {on_one_line(error.__cause__ or error)}") from None
     assert isinstance(rows, datasets.Dataset)
     return rows
 
@@ -54,11 +54,11 @@ def features_of(files: Sequence[Path]) -> datasets.Features:
     """
     schemas = [_schema(file) for file in files]
     if not sum(sizes_of(files)):
-        raise UserError(f"{files[0]}: the file has no rows")
+        raise DataError(f"{files[0]}: the file has no rows")
     try:
         common = pa.unify_schemas(schemas, promote_options="permissive")
     except pa.ArrowException as error:
-        raise UserError(f"{_unlike(files)}: {on_one_line(error)}") from None
+        raise DataError(f"{_unlike(files)}: {on_one_line(error)}") from None
     for column in common:
         try:
             datasets.Features.from_arrow_schema(pa.schema([column]))
@@ -96,7 +96,7 @@ def _schema(file: Path) -> pa.Schema:
         return pq.ParquetFile(file).schema_arrow
     except (pa.ArrowException, OSError) as error:
         kind = "Arrow" if is_arrow else "Parquet"
-        raise UserError(f"{file}: cannot be read as {kind}: {on_one_line(error)}") from None
+        raise DataError(f"{file}: cannot be read as {kind}: {on_one_line(error)}") from None
 
 
 def _unlike(files: Sequence[Path]) -> str:

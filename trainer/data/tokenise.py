@@ -64,6 +64,9 @@ class TokenGroup:
         return self.masks or [[True] * len(completion) for completion in self.completions]
 
 
+FILLS = "prompt fills max_length"
+
+
 def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> TokenGroup:
     """Tokenise one group.
 
@@ -95,7 +98,7 @@ def tokenise(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenR
     elif any(len(whole) == start for whole in wholes):
         problem = "a completion has no tokens"
     elif room < 1:
-        problem = "prompt fills max_length"
+        problem = FILLS
     elif group.edges and not edges:
         problem = "chosen and rejected are the same tokens"
     elif not all(map(any, masks)):

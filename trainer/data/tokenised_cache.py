@@ -23,20 +23,21 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.dataset import GroupDataset, column_of
-from madpo.trainer.data.known_tokens import check_known_tokens
+from madpo.trainer.data.known_tokens import with_known_tokens
+from madpo.trainer.data.long_prompts import is_longer, most_characters
 from madpo.trainer.data.order import permutation
 from madpo.trainer.data.plain_text import foreign_marks, marks_in_messages, special_spellings, spells_special
 from madpo.trainer.data.report import Report, reasons_in, report_of
 from madpo.trainer.data.source import Source, cache_folder, fields_of, open_source
-from madpo.trainer.data.tokenise import TokenGroup, TokenRules, tokenise
-from madpo.trainer.errors import UserError, on_one_line
+from madpo.trainer.data.tokenise import FILLS, TokenGroup, TokenRules, tokenise
+from madpo.trainer.errors import DataError, UserError, on_one_line
 from madpo.trainer.files import discard_damaged, seal, write_folder_atomically
 from madpo.trainer.formats.adapters import ADAPTERS
 from madpo.trainer.formats.oddities import claims_of, oddities_of
 from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row
 from madpo.trainer.formats.text_groups import TextGroup, hash_of_prompt
 
-FORMAT_VERSION = 11
+FORMAT_VERSION = 12
 """Part of the cache key; raise it when the same examples would give other tokens."""
 
 FEATURES = datasets.Features(
@@ -104,17 +105,20 @@ def load_groups(
 ) -> tuple[GroupDataset, Report]:
     """The groups of one split, or a fraction of them, and a report of what was read, cut and dropped.
 
-    Raises UserError as `read_table` does, for an unreadable example (unless `on_bad_row: drop`), for a token
-    that is not among the `known_tokens` of the model, and for a split in which nothing can be trained on.
+    Raises UserError as `read_table` does, and for a split in which nothing can be trained on; for an example
+    that cannot be read, or has a token that is not among the `known_tokens` of the model, unless
+    `on_bad_row: drop`.
     """
-    source, table, key = read_table(data, split, tokenizer, supervised)
+    source, read, key = read_table(data, split, tokenizer, supervised)
+    table = with_known_tokens(read, tokenizer, known_tokens)
     check_readable(source.where, table, data.on_bad_row)
     usable = usable_rows(table)
-    check_known_tokens(source.where, table, usable, tokenizer, known_tokens)
+    if table is not read:
+        key = f"{key}, {known_tokens} tokens known"
     taken = usable[share(len(usable), fraction)]
     report = report_of(source.name, table, taken, source.where)
     if not len(usable):
-        raise UserError(f"{source.name}: {nothing_left(report, data)}")
+        raise DataError(f"{source.name}: {nothing_left(report, data)}")
     if not len(taken):
         raise UserError(f"{source.name}: fraction {fraction:g} of {len(usable)} groups is none; raise it")
     return GroupDataset(table.select(taken), source.name, key), report
@@ -210,6 +214,7 @@ class _RowTokeniser:
     rules: TokenRules
     adapter: str
     unit: str  # of the source
+    most_characters: int | None  # of a prompt that may fit; None: not known
     spellings: re.Pattern[str] | None  # of special tokens
     added_tokens: frozenset[str]
 
@@ -220,6 +225,8 @@ class _RowTokeniser:
             text = read_row(fields, ADAPTERS[self.adapter], self.rules.rows, self.rules.supervised)
             if text.compared and len(text.completions) < 2 and not self.rules.supervised:
                 group = TokenGroup([], [], [], problem="fewer than two scored completions")
+            elif is_longer(text.prompt, self.most_characters):
+                group = TokenGroup([], [], [], problem=FILLS)  # megabytes would take minutes
             else:
                 group = tokenise(text, self.tokenizer, self.rules)
             if len(group.completions) > 1 and not group.edges and not group.problem:
@@ -296,6 +303,7 @@ def tokenise_all(
             rules,
             adapter,
             source.unit,
+            None if rules.template_may_drop else most_characters(tokenizer, rules.max_length),
             special_spellings(tokenizer),
             frozenset(map(str, tokenizer.added_tokens_decoder.values())),
         ),
@@ -330,7 +338,7 @@ def adapter_in(
             return choose(fields_of(row, source.unit), rules.rows, rules.supervised)
         except UserError as error:
             problem = problem or f"{source.where(row['line'])}: {error}"
-    raise UserError(str(problem))
+    raise DataError(str(problem))
 
 
 def check_readable(where: Callable[[int], str], table: datasets.Dataset, on_bad_row: str) -> None:
@@ -340,4 +348,4 @@ def check_readable(where: Callable[[int], str], table: datasets.Dataset, on_bad_
         first = table[int(bad[0])]
         more = f" ({len(bad)} such rows of {len(table)})" if len(bad) > 1 else ""
         drop = ", or set data.on_bad_row=drop to train without it" if len(bad) < len(table) else ""
-        raise UserError(f"{where(first['row'])}: {first['problem']}{more}; mend the row{drop}")
+        raise DataError(f"{where(first['row'])}: {first['problem']}{more}; mend the row{drop}")

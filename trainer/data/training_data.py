@@ -31,7 +31,7 @@ from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.folds import without_fold
 from madpo.trainer.data.groups import TabledGroups, TokenDataset, check_groups
 from madpo.trainer.data.mixture import has_held_out, load_split
-from madpo.trainer.data.report import Report, held_out_in_training
+from madpo.trainer.data.report import UNSCORED, Report, held_out_in_training
 from madpo.trainer.data.stream import Stream
 from madpo.trainer.data.training_source import DatasetSource, TrainingSource
 from madpo.trainer.data.views.merged_prompts import MergedDataset, merge_prompts, repeated_prompts
@@ -39,6 +39,7 @@ from madpo.trainer.data.views.mismatched import MismatchedDataset
 from madpo.trainer.data.views.weighed import draw_by_weight, drop_light, skip_weightless
 from madpo.trainer.errors import UserError
 from madpo.trainer.objectives.base import Need
+from madpo.trainer.objectives.build import BoundObjective
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,13 @@ class Data:
     held_out: TokenDataset | None
     source: TrainingSource | None  # of the training groups
     held_out_report: dict[str, Report]
+    objective: BoundObjective
 
     @property
     def report(self) -> dict[str, Report]:
         """split -> what was read, cut and dropped; of a stream, so far."""
-        return {**(self.source.report() if self.source else {}), **self.held_out_report}
+        read = {**(self.source.report() if self.source else {}), **self.held_out_report}
+        return told(read, self.objective)
 
 
 def load_data(
@@ -82,7 +85,7 @@ def load_data(
         raise UserError(
             "train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split, or null"
         )
-    return Data(train, held_out, source, held_out_report)
+    return Data(train, held_out, source, held_out_report, config.bound_objective)
 
 
 def weighed(data: Data, config: Config) -> Data:
@@ -106,7 +109,7 @@ def weighed(data: Data, config: Config) -> Data:
     else:
         train = skip_weightless(train, objective)
     source = DatasetSource(train, config.seed, config.data.order, report, draws)
-    return Data(train, held_out, source, data.held_out_report)
+    return Data(train, held_out, source, data.held_out_report, objective)
 
 
 def training_groups(
@@ -159,6 +162,20 @@ def _with_totals(report: dict[str, Report], numbers: Report) -> dict[str, Report
     """The report with these numbers in its first entry, which is of all parts together."""
     total = next(iter(report))
     return report | {total: report[total] | numbers}
+
+
+def told(reports: dict[str, Report], objective: BoundObjective) -> dict[str, Report]:
+    """The reports without what means nothing to the objective: a reward model reads its score off the last
+    token of a completion, so that no token is left out of training."""
+    if not objective.is_reward_model:
+        return reports
+    return {
+        name: {
+            **{key: value for key, value in report.items() if key != UNSCORED},
+            "where": {key: value for key, value in report["where"].items() if key != UNSCORED},
+        }
+        for name, report in reports.items()
+    }
 
 
 def first_groups(data: Data) -> TokenDataset | None:

@@ -27,35 +27,52 @@ def as_weight(value: Any, field: str) -> float:
     """The value as the weight of an example. Raises UserError for what is no number that losses can have as
     a factor."""
     weight = finite(value, field)
-    if not 0 <= weight <= LARGEST_WEIGHT:
-        raise UserError(f"{field}: expected a number from 0 to {LARGEST_WEIGHT:g}, got {value!r}")
+    if weight < 0:
+        raise UserError(f"{field}: expected a number from 0 to {LARGEST:g}, got {value!r:.80}")
     return weight
 
 
-LARGEST_WEIGHT = 1e30
-"""Losses are float32, whose largest number is 3.4e38."""
+LABELS = ("label", "kto_tag")
+"""Columns that say whether a single completion is desirable: TRL's name, and LLaMA-Factory's."""
 
 
-def label_of(row: Mapping[str, Any]) -> int:
-    value = row.get("label")
-    if value is None or value not in (True, False):  # 1 and 0 are equal to these
-        raise UserError(f"label: true (or 1, desirable) or false (or 0), got {value!r}")
-    return 1 if value else -1
+def has_label(row: Mapping[str, Any]) -> bool:
+    return any(row.get(name) is not None for name in LABELS)
 
 
-LARGEST = 3.4028234663852886e38
-"""The largest number of float32, in which losses are computed."""
+def label_of(row: Mapping[str, Any], is_needed: bool = True) -> int:
+    """1 for a desirable completion, -1 for an undesirable one. Raises UserError for any other label, for none
+    and for two that disagree."""
+    given = {name: row[name] for name in LABELS if row.get(name) is not None} or {LABELS[0]: None}
+    for name, value in given.items():
+        if value is None or value not in (True, False):  # 1 and 0 are equal to these
+            advice = f"; set data.ignore_columns=[{name}] if it means something else"
+            raise UserError(
+                f"{name}: true (or 1, desirable) or false (or 0), got {value!r:.80}"
+                f"{'' if is_needed else advice}"
+            )
+    if len(set(map(bool, given.values()))) > 1:
+        raise UserError(f"{' and '.join(given)} disagree, got {given}")
+    return 1 if next(iter(given.values())) else -1
+
+
+LARGEST = 1e12
+"""The largest number that an example may bring, in size.
+
+Losses, gradients and the squares of gradients are float32, which ends at 3.4e38. A gradient as long as 1e6,
+times a weight of 1e12, has a square of 1e36.
+"""
 
 
 def finite(value: Any, field: str) -> float:
-    """The value as a float. Raises UserError for what is no finite number, or too large for float32."""
+    """The value as a float. Raises UserError for what is no finite number, or larger than LARGEST."""
     is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     number = _float(value) if is_number else math.nan
     if not abs(number) <= LARGEST:
         is_large = is_number and value == value and abs(value) != math.inf
         raise UserError(
             f"{field}: expected a finite number, got {value!r:.80}"
-            f"{', which is too large for float32' if is_large else ''}"
+            f"{f', which is too large: {LARGEST:g} is the most' if is_large else ''}"
         )
     return number
 

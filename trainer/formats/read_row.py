@@ -14,8 +14,9 @@ from madpo.trainer.formats.adapters import ADAPTERS, Adapter
 from madpo.trainer.formats.chat_message import not_null, says_something, unknown_keys, without_weights
 from madpo.trainer.formats.json_lines import unique_keys
 from madpo.trainer.formats.messages import one_of
-from madpo.trainer.formats.numbers import MARGIN_COLUMNS, as_weight, margin_of
+from madpo.trainer.formats.numbers import LABELS, MARGIN_COLUMNS, as_weight, has_label, label_of, margin_of
 from madpo.trainer.formats.text_groups import (
+    LAYOUTS,
     TextGroup,
     best_only,
     layout_of,
@@ -48,8 +49,9 @@ class RowRules:
 def choose_adapter(columns: Iterable[str], rules: RowRules, supervised: bool = False) -> str:
     """The name of the adapter for a source with these columns.
 
-    Raises UserError for a renamed column that is not there, for an adapter that lacks a column, and for
-    columns that `auto` does not recognise; the last says which adapter comes nearest.
+    Raises UserError for a renamed column that is not there, for an adapter that lacks a column, for columns
+    that `auto` does not recognise, which says which adapter comes nearest, and for a column that is spelled
+    almost as one that would be used.
     """
     columns = set(columns)
     for ours, theirs in rules.columns.items():
@@ -58,9 +60,13 @@ def choose_adapter(columns: Iterable[str], rules: RowRules, supervised: bool = F
     names = columns - set(rules.columns.values()) | rules.columns.keys()
     if rules.adapter == "auto":
         try:
-            return layout_of(names, supervised)
+            layout = layout_of(names, supervised)
         except UserError as error:
+            _check_spelling(names, rules, frozenset().union(*(needed for _, needed in LAYOUTS)))
             raise UserError(f"{error}{_nearest(names)}") from None
+        _check_spelling(names, rules, ADAPTERS[layout].uses)
+        return layout
+    _check_spelling(names, rules, ADAPTERS[rules.adapter].uses)
     missing = ADAPTERS[rules.adapter].missing(names)
     if missing:
         raise UserError(
@@ -68,6 +74,19 @@ def choose_adapter(columns: Iterable[str], rules: RowRules, supervised: bool = F
             f"{sorted(columns)}; rename with data.columns"
         )
     return rules.adapter
+
+
+def _check_spelling(names: set[str], rules: RowRules, used: frozenset[str]) -> None:
+    """Raise UserError for a column that is one of those used but for capitals, or blanks or a byte order mark
+    at its ends, if that one is not there."""
+    known = used | BESIDE_ALL
+    for name in sorted(names - known - set(rules.ignore)):
+        plain = name.strip("\ufeff \t\r\n").lower()
+        if plain in known - names:
+            raise UserError(
+                f"column {name!r} is not {plain}; set data.columns={{{plain}: {name!r}}} to use it, or "
+                f"data.ignore_columns=[{name!r}] to leave it out"
+            )
 
 
 def _nearest(names: set[str]) -> str:
@@ -97,18 +116,34 @@ MISLEADING = 0.5
 
 def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised: bool = False) -> TextGroup:
     """The group of an example. Raises UserError that names the field, its value and what it should hold."""
-    row = {name: value for name, value in renamed(row, rules.columns).items() if name not in rules.ignore}
+    given = {name: value for name, value in renamed(row, rules.columns).items() if name not in rules.ignore}
+    row = {name: bytes_as_text(value) for name, value in given.items()}
     group = _with_weight(adapter.read(row), row.get("weight"))
+    used = adapter.uses | BESIDE_EVERY
+    if len(group.completions) == 1 and has_label(row):
+        labels = group.labels or [label_of(row, is_needed=False)]
+        group, used = replace(group, labels=labels), used | {*LABELS}
     group = best_only(group) if supervised else _with_margin(choose_edges(group, rules.edges), margin_of(row))
-    used = adapter.uses | MARGIN_COLUMNS | {"weight"}
     if group.conversational:
-        used |= {"tools", "chat_template_kwargs"}
+        used |= {*FOR_TEMPLATES}
         group = replace(group, tools=_tools(row), template_kwargs=_template_kwargs(row))
         if not adapter.source:
             used |= {*SYSTEM}
             group = with_system(group, row.get(one_of(row, *SYSTEM) or SYSTEM[0]))
         group = _with_keys_looked_at(group)
-    return replace(group, unused=_unused(row, used, adapter, group))
+    return replace(group, unused=_unused(row, used, adapter, group), from_bytes=row != given)
+
+
+def bytes_as_text(value: Any) -> Any:
+    """The value with text in place of bytes that are UTF-8, as Parquet may store text; others stay."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, list):
+        return [bytes_as_text(x) for x in value]
+    return {key: bytes_as_text(x) for key, x in value.items()} if isinstance(value, dict) else value
 
 
 def _with_keys_looked_at(group: TextGroup) -> TextGroup:
@@ -120,6 +155,13 @@ def _with_keys_looked_at(group: TextGroup) -> TextGroup:
 
 
 SYSTEM = ("system", "system_prompt")
+FOR_TEMPLATES = ("tools", "chat_template_kwargs")
+
+BESIDE_EVERY = MARGIN_COLUMNS | {"weight"}
+"""Columns that are used beside those of every layout and format."""
+
+BESIDE_ALL = BESIDE_EVERY | {*LABELS, *SYSTEM, *FOR_TEMPLATES}
+"""Columns that are used beside those of some: single completions, conversations."""
 
 MEANT = {
     *SYSTEM,
@@ -132,10 +174,15 @@ MEANT = {
 def _unused(
     row: dict[str, Any], used: AbstractSet[str], adapter: Adapter, group: TextGroup
 ) -> tuple[str, ...]:
-    """The columns that hold text or more, or a rating, and that nothing looks at. One that repeats a text of
-    the example is none of them. Raises UserError for one of MEANT."""
+    """The columns that hold text or more, a rating or a label, and that nothing looks at. One that repeats a
+    text of the example is none of them. Raises UserError for one of MEANT."""
     beside = {name: value for name, value in row.items() if name not in used}
-    unused = [name for name, value in beside.items() if says_something(value) or _is_rating(name, value)]
+    labels = LABELS if has_label(row) else ()
+    unused = [
+        name
+        for name, value in beside.items()
+        if name in labels or says_something(value) or _is_rating(name, value)
+    ]
     if unused:
         said = {text.strip() for text in texts_of(group)}
         unused = [x for x in unused if not (isinstance(beside[x], str) and beside[x].strip() in said)]

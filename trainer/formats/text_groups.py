@@ -7,6 +7,7 @@ Accepted columns, under TRL's names:
                  weight, in every layout: a factor on the losses of the example
     unpaired     prompt, completion, label     true (or 1) is desirable
     supervised   prompt, completion   or   messages   or   text
+                 label, as for unpaired; what is undesirable is not imitated
     scored       prompt, completions, scores   a list of texts or of lists of messages, and its numbers
 Conversations may have columns `tools` and `chat_template_kwargs` too, for the chat template.
 """
@@ -41,6 +42,7 @@ class TextGroup:
     completion_weights: list[float] = field(default_factory=list)  # further factors; all completions or none
     unused: tuple[str, ...] = field(default=(), compare=False)  # columns with text that nothing looks at
     unknown_keys: tuple[str, ...] = field(default=(), compare=False)  # of messages, with text
+    from_bytes: bool = field(default=False, compare=False)  # a column held bytes, which were read as UTF-8
     compared: bool = field(default=False, compare=False)  # from `ranked`, maybe with fewer than two scores
 
     @property
@@ -58,10 +60,7 @@ LAYOUTS = (
 )
 
 
-BESIDE = {
-    "preference": frozenset({"prompt"}),
-    "prompt-completion": frozenset({"label"}),
-}
+BESIDE = {"preference": frozenset({"prompt"})}
 """Layout -> columns that it looks at besides those it needs."""
 
 
@@ -93,16 +92,14 @@ def to_group(row: Mapping[str, Any], layout: str, supervised: bool = False) -> T
     if layout in ("prompt-completion", "unpaired"):
         prompt = text_or_messages(row, "prompt", may_be_empty=True)
         completion = text_or_messages(row, "completion")
-        labels = [label_of(row)] if layout == "unpaired" else _undesirable(row)
+        labels = [label_of(row)] if layout == "unpaired" else []
         return TextGroup(prompt, same_kind(prompt, completion), [], labels)
     if layout == "messages":
         messages = text_or_messages(row, "messages")
         if isinstance(messages, str) or len(messages) < 2:
             raise UserError("messages: a list of at least two messages, the last one the assistant's")
         first = _first_trained_on(messages)
-        return TextGroup(
-            messages[:first], same_kind(messages[:first], messages[first:]), [], _undesirable(row)
-        )
+        return TextGroup(messages[:first], same_kind(messages[:first], messages[first:]), [])
     text = text_or_messages(row, "text")
     if not isinstance(text, str):
         raise UserError("text: expected text; put conversations in a `messages` column")
@@ -117,12 +114,6 @@ def _first_trained_on(messages: Messages) -> int:
         return last
     answers = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
     return next((i for i in answers if messages[i].get(WEIGHT) != 0), last)
-
-
-def _undesirable(row: Mapping[str, Any]) -> list[int]:
-    """The label of a supervised example that says false; nothing for any other, as most have none."""
-    labels = (row.get(name) for name in ("label", "kto_tag"))
-    return [-1] if any(isinstance(x, bool | int | float) and x == 0 for x in labels) else []
 
 
 def best_only(group: TextGroup) -> TextGroup:
@@ -282,7 +273,8 @@ def as_text(value: Any, field: str, may_be_empty: bool = False) -> Text:
         return value
     if isinstance(value, list) and value:
         return [read_message(field, message) for message in value]
-    raise UserError(f"{field}: expected text or a list of messages, got {value!r:.80}")
+    kind = ", bytes that are no UTF-8" if isinstance(value, bytes) else ""
+    raise UserError(f"{field}: expected text or a list of messages, got {value!r:.80}{kind}")
 
 
 def with_system(group: TextGroup, system: Any) -> TextGroup:

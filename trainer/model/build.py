@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +18,7 @@ from transformers import (
 from madpo.trainer.config.peft import PeftConfig
 from madpo.trainer.config.schema import Config, validate_peft
 from madpo.trainer.errors import UserError
+from madpo.trainer.head import check_impl
 from madpo.trainer.model import liger, lora
 from madpo.trainer.model.attention import prefix_sharing
 from madpo.trainer.model.attention.choice import check_available
@@ -137,9 +137,7 @@ def _prepare_kernels(config: Config) -> None:
     """Make our attention known to transformers. Raises UserError for a kernel that cannot run here."""
     prefix_sharing.register()
     check_available(config.model.attention)
-    on_gpu = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-    if config.train.head_impl == "triton" and not on_gpu:
-        raise UserError("train.head_impl: triton runs on GPUs only, and there is none here; set auto")
+    check_impl(config.train.head_impl)
 
 
 def _loading_options(config: Config) -> dict[str, Any]:

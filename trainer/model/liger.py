@@ -15,6 +15,15 @@ import torch
 from transformers import PreTrainedModel
 
 from madpo.trainer.errors import UserError
+from madpo.trainer.packages import install
+
+
+def check_liger() -> None:
+    """Raise UserError, before a model is loaded, without the package, and without a GPU."""
+    if find_spec("liger_kernel") is None:
+        raise UserError(f"model.use_liger_kernel: needs liger-kernel: {install('madpo[liger]')}")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError("model.use_liger_kernel: its kernels run on GPUs only, and there is none; set false")
 
 
 def use_kernels(model: PreTrainedModel, rotate: bool) -> None:
@@ -23,12 +32,9 @@ def use_kernels(model: PreTrainedModel, rotate: bool) -> None:
     With `rotate`, rotary embeddings too, in all models of the family in this process. That kernel overwrites
     its queries and keys unseen by autograd, so it is not for selective checkpointing, which keeps them.
 
-    Raises UserError without the package, without a GPU, and for a family that Liger does not know.
+    Raises UserError as `check_liger`, and for a family that Liger does not know.
     """
-    if find_spec("liger_kernel") is None:
-        raise UserError("model.use_liger_kernel: needs liger-kernel: pip install 'madpo[liger]'")
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        raise UserError("model.use_liger_kernel: its kernels run on GPUs only, and there is none; set false")
+    check_liger()
     from liger_kernel.transformers import monkey_patch  # pyright: ignore[reportMissingImports]
 
     family = model.config.model_type

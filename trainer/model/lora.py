@@ -26,7 +26,9 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from madpo.trainer.config.peft import PeftConfig
+from madpo.trainer.counted import counted
 from madpo.trainer.errors import UserError, nearest
+from madpo.trainer.packages import install
 
 POLICY, REFERENCE = "default", "reference"
 WEIGHTS = "adapter_model.safetensors"
@@ -146,7 +148,7 @@ def require_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise UserError("LoRA adapters need the peft package: pip install 'madpo[peft]'") from error
+        raise UserError(f"LoRA adapters need the peft package: {install('madpo[peft]')}") from error
     return peft
 
 
@@ -156,7 +158,7 @@ def quantisation(settings: PeftConfig | None) -> Any:
     if settings is None or not settings.quantised:
         return None
     if find_spec("bitsandbytes") is None:
-        raise UserError("a quantised base needs the bitsandbytes package: pip install 'madpo[qlora]'")
+        raise UserError(f"a quantised base needs the bitsandbytes package: {install('madpo[qlora]')}")
     return BitsAndBytesConfig(
         load_in_4bit=settings.load_in_4bit,
         load_in_8bit=settings.load_in_8bit,
@@ -195,7 +197,7 @@ def attach(model: PreTrainedModel, config: Any, name: str, weights: dict[str, Te
         missing = [key for key in result.missing_keys if f".{name}." in f"{key}."]
         if missing or result.unexpected_keys:
             raise UserError(
-                f"the adapter does not fit its base model: {len(missing)} weights are missing, "
+                f"the adapter does not fit its base model: {counted(len(missing), 'weight')} missing, "
                 f"{len(result.unexpected_keys)} have no place, "
                 f"{[*missing, *result.unexpected_keys][0]} for one"
             )
@@ -208,7 +210,10 @@ def attach(model: PreTrainedModel, config: Any, name: str, weights: dict[str, Te
 
 
 def save_adapter(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
-    """Write the policy's adapter in peft's format; `weights` are by their names in the model."""
+    """Write the policy's adapter in peft's format; `weights` are by their names in the model.
+
+    A base model in a folder is named by its whole path, as the adapter may be loaded from anywhere.
+    """
     peft = require_peft()
     options: Any = {"adapter_name": POLICY, "save_embedding_layers": False}  # else it asks the hub
     state = peft.get_peft_model_state_dict(model, state_dict=weights, **options)
@@ -216,11 +221,17 @@ def save_adapter(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
     save_file({PREFIX + key: value for key, value in state.items()}, folder / WEIGHTS, {"format": "pt"})
     config = copy.copy(model.peft_config[POLICY])
     config.inference_mode = True
+    config.base_model_name_or_path = whole_path(config.base_model_name_or_path)
     if not isinstance(config.target_modules, str):
         config.target_modules = sorted(
             config.target_modules
         )  # a set, whose order changes from process to process
     config.save_pretrained(folder)
+
+
+def whole_path(name: str) -> str:
+    """The path of a model's folder from the root; a name on the hub as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def linear_layers(model: PreTrainedModel) -> set[str]:

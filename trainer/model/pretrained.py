@@ -18,10 +18,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from madpo.trainer.config.model import ModelConfig
+from madpo.trainer.counted import counted
 from madpo.trainer.dist import is_lost_peer
 from madpo.trainer.errors import UserError, nearest, on_one_line
 from madpo.trainer.files import sampled_content
@@ -70,12 +75,8 @@ def load_pretrained(
     try:
         config = without_dropout(read_config(name, revision, **options))
         _check_indexes(name, revision)
-        classifier = classifier_of(config)
-        if kind == AutoModelForCausalLM and classifier is not None:
-            raise UserError(
-                f"model {name!r} is a reward model ({classifier}), which writes no text; name a "
-                "language model"
-            )
+        if kind == AutoModelForCausalLM:
+            _refuse_other_kinds(name, config)
         load = partial(
             kind.from_pretrained,
             name,
@@ -101,7 +102,8 @@ def load_pretrained(
     missing = sorted(set(info["missing_keys"]) - {NEW_LAYER})
     if missing:
         raise UserError(
-            f"model {name!r}: {len(missing)} weights are missing and would be random, {missing[0]} for one; "
+            f"model {name!r}: {counted(len(missing), 'weight')} missing from its files, "
+            f"{missing[0]} for one, which would be random; "
             "the files do not belong to the config beside them"
         )
     refuse_more_than_text(name, model)
@@ -140,6 +142,22 @@ def read_config(name: str, revision: str | None, **options: Any) -> PreTrainedCo
 def _not_loaded(name: str, error: Exception) -> UserError:
     hint = "" if Path(name).exists() else " (no such folder, and no model of that name on the hub)"
     return UserError(f"model {name!r} could not be loaded{hint}: {reason_of(error)}")
+
+
+def _refuse_other_kinds(name: str, config: PreTrainedConfig) -> None:
+    """Raise UserError for a model that does not write text token by token, by the names in its config."""
+    made = (config.architectures or [type(config).__name__])[0]
+    if made in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return
+    if classifier_of(config) is not None:
+        what = f"a reward model ({made}), which writes no text"
+    elif getattr(config, "is_encoder_decoder", False):
+        what = f"an encoder-decoder model ({made}), whose prompts have layers of their own"
+    elif made in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        what = f"a masked language model ({made}), whose tokens see those behind them"
+    else:
+        return
+    raise UserError(f"model {name!r} is {what}; name a causal language model")
 
 
 def refuse_more_than_text(name: str, model: PreTrainedModel) -> None:

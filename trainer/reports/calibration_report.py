@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from madpo.trainer.counted import counted
 from madpo.trainer.objectives.madpo import MADPOParams
 from madpo.trainer.reports.calibration import Calibration, calibration
 from madpo.trainer.reports.drawing import GRID, INK, PAPER, SOFT, colour, draw
@@ -78,7 +79,8 @@ def _verdict(view: View) -> str:
     found = view.calibration
     scale = "above 100" if found.best_scale is None else f"{found.best_scale:.2f}"
     accuracy = f"{found.accuracy:.1%} ± {100 * found.accuracy_standard_error:.1f}"
-    return f"chosen above rejected in {accuracy} of {found.pairs:,} pairs, best scale of the margins {scale}."
+    pairs = counted(found.pairs, "pair")
+    return f"chosen above rejected in {accuracy} of {pairs}, best scale of the margins {scale}."
 
 
 def _numbers(views: Sequence[View]) -> Table:

@@ -8,12 +8,14 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.schema import Config, dump
+from madpo.trainer.counted import counted
 from madpo.trainer.masking import masked, masked_text
 from madpo.trainer.model import lora
 from madpo.trainer.model.freeze import count_parameters
@@ -34,7 +36,7 @@ def model_card(
 ) -> ModelCard:
     """The README.md of an exported adapter or of exported weights in a folder of the run.
 
-    It says only what the run knows: no license, and no paths except those in the config.
+    It says only what the run knows, and so no license.
     """
     run, base, names = folder.parent, masked(_base(config, policy)), masked(config.data.names)
     is_reward_model = config.bound_objective.is_reward_model
@@ -52,9 +54,7 @@ def model_card(
         chat=tokenizer.chat_template is not None,
         ends_with_eos=config.data.append_eos != "never" and tokenizer.eos_token is not None,
     )
-    needs = (
-        f"\n\nIts base model is {_code(str(base))}, and must be available under that name." if adapter else ""
-    )
+    needs = f"\n\n{_on_base(base)}" if adapter and base else ""
     kind = "reward model" if is_reward_model else "language model"
     what = f"LoRA adapter that makes a {kind} of" if adapter else f"{kind} trained from"
     start = _code(base) if base else "random weights"
@@ -86,7 +86,7 @@ def usage(folder: Path, is_reward_model: bool, adapter: bool, chat: bool, ends_w
         keep_trailing_newline=True,
     )
     return template.render(
-        folder=json.dumps(str(folder)),
+        folder=json.dumps(str(folder.resolve())),
         is_reward_model=is_reward_model,
         adapter=adapter,
         chat=chat,
@@ -100,15 +100,28 @@ def _base(config: Config, policy: Any) -> str | None:
     return config.model.model_name_or_path
 
 
+def _on_base(base: str) -> str:
+    """Where the base model of an adapter is to be had."""
+    if not Path(base).is_dir():
+        place = f"https://huggingface.co/{quote(base)}"
+        return f"Its base model is [{_text(base)}]({place}), which is fetched from the hub."
+    return (
+        f"Its base model is not on the hub but in the folder {_code(lora.whole_path(base))}. On another "
+        "machine, copy that folder too, and name its place as `base_model_name_or_path` in "
+        "`adapter_config.json`."
+    )
+
+
 def _training(config: Config, run: Path, state: TrainState, policy: Any) -> str:
     trained, total = count_parameters(policy)
     objective = config.objective.model_dump(mode="json", by_alias=True)
     values = ", ".join(f"{key} {value}" for key, value in objective.items() if key != "loss_type")
     facts = _read(run / "run.json")
     versions = _text(", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items()))
+    seen = {"step": state.step, "prompt": state.consumed, "token": state.num_tokens}
     rows = {
         "objective": f"`{config.objective.loss_type}` ({values}); equation: docs/objectives.md of madpo",
-        "seen": f"{state.step} steps, {state.consumed} prompts, {state.num_tokens} tokens",
+        "seen": ", ".join(counted(number, noun) for noun, number in seen.items()),
         "trained parameters": f"{trained:,} of {total:,}",
         "precision": "bfloat16" if config.train.bf16 else "float32",
         "command": _code(masked_text(facts["command"])) if facts else "",

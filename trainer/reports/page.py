@@ -14,6 +14,8 @@ from typing import Any, Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from madpo.trainer.files import write_named
+
 TEMPLATES = Path(__file__).parent / "templates"
 PALETTE = (
     ("#2f6db5", "#6ea8ee"),
@@ -74,10 +76,9 @@ class Figure:
 
 
 def render(template: str, output: Path, **values: Any) -> Path:
-    """Write a page, making its folder, and return its path."""
+    """Write a page, making its folder, and return its path. Raises UserError as `write_named`."""
     page = _environment().get_template(template).render(palette=PALETTE, **values)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8")
+    write_named(output, page)
     return output
 
 

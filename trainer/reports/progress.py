@@ -17,6 +17,7 @@ from rich.table import Table
 
 from madpo.trainer.checkpoints.folders import newest_checkpoint, step_of
 from madpo.trainer.config.schema import Config
+from madpo.trainer.counted import counted
 from madpo.trainer.data.report import Report, findings
 from madpo.trainer.dist import Shard
 from madpo.trainer.pair_margins import ACCURACY, STDERR, all_are_ties
@@ -25,6 +26,8 @@ from madpo.trainer.state import TrainState
 SHORT = {
     "loss": ("loss", ".4f"),
     "rewards/accuracies": ("acc", ".3f"),
+    "rewards/chosen": ("chosen", ".3f"),
+    "rewards/rejected": ("rejected", ".3f"),
     "rewards/margins": ("margin", ".3f"),
     "madpo/weight_mean": ("weight", ".3f"),
     "kl": ("kl", ".4f"),
@@ -33,6 +36,9 @@ SHORT = {
     "perf/mfu": ("mfu", ".1%"),
 }
 """Metrics on the progress line: name -> (label, format)."""
+
+OF_LABELLED = ("rewards/chosen", "rewards/rejected")
+"""Metrics that the line has of labelled completions alone, which have no accuracy; pairs have margins."""
 
 
 MERGE_HINT = 0.1
@@ -60,16 +66,16 @@ class Progress:
     ) -> None:
         """Print what a user should know before the first step; `notes` are printed a line each."""
         out = self._console.print
-        ranks = f"{shard.world_size} rank{'' if shard.world_size == 1 else 's'}"
-        place = escape(config.output_dir)
+        ranks, place = counted(shard.world_size, "rank"), escape(config.output_dir)
         out(f"[bold]{config.objective.loss_type}[/] on {ranks} ({device.type}), into {place}")
         trained, total = parameters
         out(f"  training {trained:,} of {total:,} parameters ({trained / total:.2%})")
         for split, facts in report.items():
-            counts = [f"{facts['groups']} groups, {facts['tokens']} tokens"]
+            counts = [f"{counted(facts['groups'], 'group')}, {counted(facts['tokens'], 'token')}"]
             if "rows_merged" in facts:
-                saved = facts["tokens_saved_by_merging"]
-                counts.append(f"{facts['rows_merged']} examples merged by prompt, {saved} tokens saved")
+                rows = counted(facts["rows_merged"], "example")
+                saved = counted(facts["tokens_saved_by_merging"], "token")
+                counts.append(f"{rows} merged by prompt, {saved} saved")
             repeated = facts.get("tokens_of_known_prompts", 0) / max(facts["tokens"], 1)
             could_merge = not (config.data.merge_prompts or config.bound_objective.supervised)
             if could_merge and repeated > MERGE_HINT:
@@ -133,9 +139,9 @@ class Progress:
 
 
 def _short(record: Mapping[str, float], prefix: str = "") -> list[str]:
-    parts = []
+    parts, has_accuracy = [], prefix + ACCURACY in record
     for name, (label, form) in SHORT.items():
-        if (value := record.get(prefix + name)) is None:
+        if (value := record.get(prefix + name)) is None or (name in OF_LABELLED and has_accuracy):
             continue
         if name == ACCURACY and all_are_ties(record, prefix):
             parts.append(f"{label} -")

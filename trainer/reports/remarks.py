@@ -6,6 +6,7 @@ import numpy as np
 
 from madpo.trainer.config.defaults import kind_of, usual_rate
 from madpo.trainer.config.schema import Config
+from madpo.trainer.counted import counted
 
 SHORT_RUN = 20
 """The number of steps below which a run is called short."""
@@ -15,6 +16,9 @@ FAR_FROM_USUAL = 20
 
 SMALL_MODEL = 300_000_000
 """The number of weights below which models take far higher learning rates."""
+
+FAR_FROM_ONE = 2
+"""The factor between the mean weight and 1 from which it is remarked on."""
 
 ALIKE = 0.01
 """The relative spread of weights below which they change nothing but the learning rate."""
@@ -34,10 +38,11 @@ def remarks(
 def _on_length(config: Config, total_steps: int) -> str | None:
     if total_steps >= SHORT_RUN:
         return None
-    return (
-        f"a short run: {total_steps} steps of {config.train.global_batch_size} groups; a smaller "
-        "train.global_batch_size or more train.num_train_epochs make it longer"
-    )
+    steps, groups = counted(total_steps, "step"), counted(config.train.global_batch_size, "group")
+    longer = "a smaller train.global_batch_size or more train.num_train_epochs make it longer"
+    if config.train.max_steps is not None:
+        longer = f"train.max_steps={config.train.max_steps} ends it"
+    return f"a short run: {steps} of {groups}; {longer}"
 
 
 def _on_rate(config: Config, parameters: tuple[int, int]) -> str | None:
@@ -63,7 +68,10 @@ def on_weights(config: Config, weights: np.ndarray | None) -> str | None:
         return f"weights of {source}: all are 0, so nothing is learnt"
     remark = f"weights of {source}: median {middle:.3g}, nine of ten from {low:.3g} to {high:.3g}"
     if high - low > ALIKE * middle:
-        return remark
+        mean = float(weights.mean())
+        if 1 / FAR_FROM_ONE <= mean <= FAR_FROM_ONE:
+            return remark
+        return f"{remark}; their mean, {mean:.3g}, multiplies gradients as the learning rate does"
     if source != "madpo":
         return f"{remark}; all are alike, so they change nothing but the learning rate"
     rate = "" if abs(middle - 1) <= ALIKE else f" at {middle:.3g} times the learning rate"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from madpo.trainer.counted import counted
 from madpo.trainer.masking import masked_text
 from madpo.trainer.pair_margins import ACCURACY, MARGIN, STDERR
 from madpo.trainer.reports.drawing import PAPER, SOFT, Drawing, colour, draw, limits, running_mean
@@ -36,7 +37,7 @@ MARKS: tuple[tuple[Mark, Mark], ...] = (("solid", "dashed"), ("dashdot", "dotted
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of the report; it is left out if no run has one of its metrics."""
+    """A chart of the report; it is left out where no run has anything to show in it."""
 
     title: str
     note: str
@@ -46,6 +47,7 @@ class Chart:
     least_span: float = 0.0  # of the axis; what varies less looks flat
     band: tuple[str, str] | None = None  # metrics of the shaded range
     smoothed: bool = True
+    idle: frozenset[float] = frozenset()  # the values of a metric that has nothing to show
 
 
 REWARDS, WEIGHTS = ("rewards/chosen", "rewards/rejected"), ("madpo/weight_min", "madpo/weight_max")
@@ -65,7 +67,14 @@ CHARTS = (
         "Throughput", "tokens per second on all devices together", ("perf/tokens_per_second",), shown=(0.0,)
     ),
     Chart("Utilisation", "model FLOPs as a share of the devices' peak", ("perf/mfu",), shown=(0.0,)),
-    Chart("Imbalance", "busiest rank's work over the mean; 1 is none", ("perf/imbalance",), 1.0, (1.0, 1.2)),
+    Chart(
+        "Imbalance",
+        "busiest rank's work over the mean; 1 is none",
+        ("perf/imbalance",),
+        1.0,
+        (1.0, 1.2),
+        idle=frozenset({1.0}),  # a rank alone
+    ),
     Chart("Learning rate", "by the schedule", ("learning_rate",), shown=(0.0,), smoothed=False),
     Chart("Gradient norm", "before clipping", ("grad_norm",), shown=(0.0,)),
 )
@@ -113,7 +122,7 @@ def _overview(runs: Sequence[Run]) -> Table:
         rows.append([Key("solid", run.number, run.name), *numbers, wall, *values])
     titles = {ACCURACY: "held-out accuracy", MARGIN: "margin", "loss": "held-out loss"}
     counts = [run.final(True).get("eval_num_pairs") for run in runs]
-    note = f"± is one standard error, over {counts[0]:,} held-out pairs." if counts[0] else ""
+    note = f"± is one standard error, over {counted(int(counts[0]), 'held-out pair')}." if counts[0] else ""
     head = ["run", "steps", "epochs", "tokens", "wall time", *(titles[name] for name in measured)]
     return Table(head, rows, note=note if len(set(counts)) == 1 else "± is one standard error." * any(counts))
 
@@ -157,7 +166,7 @@ def _differences(runs: Sequence[Run]) -> list[Table]:
 
 def _details(run: Run) -> dict[str, Any]:
     """A run's command, hardware, data and configuration."""
-    facts = {"command": "", **run.facts}
+    facts = {"command": "", **{name: value for name, value in run.facts.items() if value is not None}}
     command = masked_text(str(facts.pop("command")))
     if "started" in facts:
         facts["started"] = f"{datetime.fromtimestamp(facts['started'], UTC):%Y-%m-%d %H:%M} UTC"
@@ -170,10 +179,10 @@ def _details(run: Run) -> dict[str, Any]:
 
 
 def _figure(chart: Chart, runs: Sequence[Run]) -> Figure | None:
-    """The chart; None if no run has its metrics."""
+    """The chart; None if no run has its metrics, or none has anything to show."""
     names = [*chart.metrics, *(EVAL + metric for metric in chart.metrics)]
     having = [run for run in runs if any(run.series(metric)[0] for metric in names)]
-    if not having:
+    if not having or all(chart.idle == {*run.series(chart.metrics[0])[1]} for run in having):
         return None
     with draw(chart.title) as drawing:
         _draw_axes(drawing.axes, chart, having)

@@ -13,6 +13,7 @@ import yaml
 
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.errors import UserError, nearest
+from madpo.trainer.files import check_path
 from madpo.trainer.masking import masked, masked_text
 from madpo.trainer.pair_margins import (
     ACCURACY,
@@ -78,6 +79,8 @@ class Run:
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:
     """Read run folders. Raises UserError for one without metrics or with a broken file."""
+    for folder in folders:
+        check_path(folder)
     return [
         _load_run(name, number, folder)
         for number, (name, folder) in enumerate(zip(short_names(folders), folders, strict=True))
@@ -186,7 +189,8 @@ def what_happened(run: Run) -> str:
     steps, values = run.series(metric)
     if values:
         name = metric.replace(EVAL, "held-out ").replace(ACCURACY, "accuracy")
-        course = f"{form(values[0])} → {form(values[-1])}" if len(values) > 1 else form(values[-1])
+        first = f"{form(values[0])} (step {int(steps[0])}) → " if len(values) > 1 else ""
+        course = f"{first}{form(values[-1])}"
         error = run.final(True).get(metric + STDERR)
         course += f" ± {100 * error:.1f}" if error is not None else ""
         of = f" of {run.total_steps}" if run.total_steps else ""

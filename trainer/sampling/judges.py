@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from madpo.trainer.data.known_tokens import unknown_token
 from madpo.trainer.data.lengths import shapes_of
 from madpo.trainer.data.tokenise import TokenGroup, tokenise
 from madpo.trainer.data.tokenised_cache import rules_of
-from madpo.trainer.errors import UserError
+from madpo.trainer.errors import UserError, nearest
 from madpo.trainer.files import hash_of_file
 from madpo.trainer.formats.numbers import LARGEST
 from madpo.trainer.formats.text_groups import Text, TextGroup
@@ -242,10 +243,20 @@ class FunctionJudge:
         )
 
 
+def _what_it_has(error: AttributeError) -> str:
+    """The functions in a module that lacks the one that is asked for; else what Python says."""
+    if not isinstance(error.obj, ModuleType):
+        return str(error)
+    defined = [name for name, value in vars(error.obj).items() if callable(value)]
+    return f"there is no such function in it{nearest(str(error.name), defined)}"
+
+
 def _load_function(where: str) -> Callable[..., Any]:
     try:
         function = user_function.load(where)
-    except (ImportError, FileNotFoundError, AttributeError) as error:
+    except AttributeError as error:
+        raise UserError(f"generate.judge.function: {where}: {_what_it_has(error)}") from error
+    except (ImportError, FileNotFoundError) as error:
         raise UserError(f"generate.judge.function: {where}: {error}") from error
     if not callable(function):
         raise UserError(f"generate.judge.function: {where} is a {type(function).__name__}, no function")

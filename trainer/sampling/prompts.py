@@ -13,13 +13,15 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.data import DataConfig
+from madpo.trainer.counted import counted
 from madpo.trainer.data.source import cache_folder, fields_of, open_source
 from madpo.trainer.data.tokenise import TokenRules, encode_prompt
 from madpo.trainer.data.tokenised_cache import adapter_in, rules_of
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS
 from madpo.trainer.formats.chat_message import without_weights
-from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row, renamed
+from madpo.trainer.formats.numbers import LABELS
+from madpo.trainer.formats.read_row import RowRules, bytes_as_text, choose_adapter, read_row, renamed
 from madpo.trainer.formats.text_groups import Text, TextGroup
 
 
@@ -105,7 +107,8 @@ def read_prompts(
         prompts.places.append(source.where(number))
     repeated = count - len(prompts.groups) - sum(prompts.dropped.values())
     if not prompts.groups:
-        raise UserError(f"{source.name}: no prompt in {count} rows: {dict(prompts.dropped)}")
+        reasons = ", ".join(f"{number}: {reason}" for reason, number in prompts.dropped.items())
+        raise UserError(f"{source.name}: no prompt in {counted(count, 'row')} ({reasons})")
     return replace(prompts, rows=count, repeated=repeated)
 
 
@@ -151,8 +154,11 @@ def _is_prompt_only(names: Iterable[str], rules: RowRules) -> bool:
 
 
 def _group(row: dict[str, Any], adapter: str, rules: RowRules) -> TextGroup:
-    """The example's group. One that holds nothing but a prompt gets a dummy completion, so that `read_row`
-    takes it too."""
+    """The example's group, whatever the label of its completion. One that holds nothing but a prompt gets a
+    dummy completion, so that `read_row` takes it too."""
+    needed = ADAPTERS[adapter].uses if adapter != PROMPT_ONLY else ()
+    given = {name: value for name, value in row.items() if name not in LABELS or name in needed}
+    row = bytes_as_text(given)
     columns = {name: value for name, value in renamed(row, rules.columns).items() if value is not None}
     if adapter != PROMPT_ONLY and not _is_prompt_only(columns, rules):
         return read_row(row, ADAPTERS[adapter], rules)

@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 
 from madpo.trainer import dist
+from madpo.trainer.counted import counted
 from madpo.trainer.dist import Shard
 from madpo.trainer.files import write_atomically
 from madpo.trainer.reports.progress import SECONDS_BETWEEN_LINES, print_line
@@ -78,8 +79,8 @@ class ResumableBatches:
         missing: list[Batch] = dist.from_main([b for b in batches if not self.path(b).exists()])
         if shard.is_main:
             finished = len(batches) - len(missing)
-            line = f"{name}: {len(missing)} batches"
-            print_line(f"{line}, {finished} are there already" if finished else line)
+            line = f"{name}: {counted(len(missing), 'batch', 'batches')}"
+            print_line(f"{line}, {finished} more there already" if finished else line)
         if missing:
             self.folder.mkdir(parents=True, exist_ok=True)
             compute, close = open_job()

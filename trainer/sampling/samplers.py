@@ -22,6 +22,7 @@ from madpo.trainer.engine import Engine, deepspeed_config
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.build import load_sampler
 from madpo.trainer.model.foreign_code import NO_CODE
+from madpo.trainer.packages import install
 from madpo.trainer.zero3.loading import partitioned_loading
 
 Ids = list[int]
@@ -68,7 +69,7 @@ def backend_of(settings: GenerateConfig) -> Literal["hf", "vllm"]:
     if settings.backend == "auto":
         return "vllm" if installed and torch.cuda.is_available() and not settings.partitioned else "hf"
     if settings.backend == "vllm" and not installed:
-        raise UserError("generate.backend: vllm is not installed; pip install vllm, or set backend=hf")
+        raise UserError(f"generate.backend: vllm is not installed; {install('vllm')}, or set backend=hf")
     return settings.backend
 
 

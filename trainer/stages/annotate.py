@@ -16,8 +16,10 @@ from madpo.trainer.batches.steps import evaluation_steps, step_rules
 from madpo.trainer.checkpoints.choose import choose
 from madpo.trainer.checkpoints.identity import identity, model_identity
 from madpo.trainer.checkpoints.load import load
+from madpo.trainer.config.annotation import check_annotation
 from madpo.trainer.config.locate import located, model_folder
 from madpo.trainer.config.schema import AnnotateConfig, Config
+from madpo.trainer.counted import counted
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.folds import folds_of, without_fold
 from madpo.trainer.data.groups import TokenDataset, check_groups
@@ -69,18 +71,7 @@ def run_annotation(config: Config) -> None:
     could be scored. Margins and scores of the source are renamed to `..._given`, so that only one scale is
     left. Raises UserError.
     """
-    if not config.bound_objective.is_reward_model:
-        raise UserError(
-            f"objective.loss_type: annotate takes the config of a reward run (bradley_terry), not of "
-            f"{config.objective.loss_type}"
-        )
-    if config.data.datasets is not None:
-        raise UserError(
-            "data.datasets: annotate takes one data set at a time, and writes it out whole; set "
-            "data.datasets=null and data.dataset_name to each of its parts"
-        )
-    if config.data.streaming:
-        raise UserError("data.streaming: annotate writes the whole data set; set data.streaming=false")
+    check_annotation(config)
     judges = [replace(judge, config=located(judge.config)) for judge in judges_of(config)]
     loaded = [load_pairs(x.config) for x in judges]  # before the ranks join, as tokenising may take long
     data = [groups for groups, _ in loaded]
@@ -154,8 +145,8 @@ def load_pairs(config: Config) -> tuple[dict[str, GroupDataset], dict[str, Repor
         check_groups(groups, plain.bound_objective, budget, shares)
         if several := int((groups.counts.edges > 1).sum()):
             raise UserError(
-                f"{groups.name}: annotate writes one margin a row, and {several} rows make several "
-                "comparisons; set data.edges=best_worst, or write the rows as pairs"
+                f"{groups.name}: annotate writes one margin a row, and there are several comparisons in "
+                f"{counted(several, 'row')}; set data.edges=best_worst, or write the rows as pairs"
             )
     return data, {split: report for split, (_, report) in loaded.items()}
 

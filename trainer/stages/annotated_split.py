@@ -17,6 +17,7 @@ from madpo.trainer.data.source import Source, fields_of
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_atomically
 from madpo.trainer.formats.numbers import MARGIN_COLUMNS
+from madpo.trainer.formats.read_row import bytes_as_text
 from madpo.trainer.reports.calibration import calibration
 
 
@@ -143,7 +144,7 @@ def _rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, example) for every example, numbered as in the data set; unreadable lines are left out."""
     for number, row in source.examples():
         with contextlib.suppress(UserError):
-            yield number, fields_of(row, source.unit)
+            yield number, bytes_as_text(fields_of(row, source.unit))
 
 
 def _without_margins(row: dict[str, Any], renames: dict[str, str]) -> dict[str, Any]:

@@ -18,13 +18,21 @@ from madpo.trainer.config.schema import Config
 from madpo.trainer.data.block_reader import open_reader
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.groups import TabledGroups
-from madpo.trainer.data.known_tokens import check_known_tokens
+from madpo.trainer.data.known_tokens import with_known_tokens
 from madpo.trainer.data.mixture import Part, has_held_out, parts_of, with_total
 from madpo.trainer.data.repeats import KnownClaims
-from madpo.trainer.data.report import UNREADABLE, Report, findings, report_of, total_report, with_known
+from madpo.trainer.data.report import (
+    UNREADABLE,
+    Report,
+    claims_in,
+    findings,
+    report_of,
+    total_report,
+    with_known,
+)
 from madpo.trainer.data.stream import ReadTable, Stream
 from madpo.trainer.data.tokenised_cache import nothing_left, read_table, share, usable_rows
-from madpo.trainer.data.training_data import fitted
+from madpo.trainer.data.training_data import fitted, told
 from madpo.trainer.data.views.weighed import weights_of
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import make_folder, write_atomically
@@ -62,10 +70,11 @@ def check_data(config: Config, console: Console) -> int:
         own = {}
         for part in parts:
             check = _PartCheck(lenient, part, held_out, claims)
-            own[part.label] = check.report(_tables(lenient, part, held_out, tokenizer), tokenizer, embedded)
+            own[part.label] = check.report(_tables(lenient, part, held_out, tokenizer, embedded))
             problems += [check.problem] if check.problem else []
             remarks += [f"{part.label}: {check.remark}"] if check.remark else []
         reports |= own if config.data.datasets is None else with_total(TOTAL, parts, own)
+    reports = told(reports, config.bound_objective)
     _show(reports, console, stops=config.data.on_bad_row == "error")
     path = _write(Path(config.output_dir), reports)
     for line in (*remarks, f"report {path}"):
@@ -88,19 +97,31 @@ def _embedded_tokens(config: Config, tokenizer: PreTrainedTokenizerBase, remarks
 
 
 def _tables(
-    config: Config, part: Part, held_out: bool, tokenizer: PreTrainedTokenizerBase
+    config: Config, part: Part, held_out: bool, tokenizer: PreTrainedTokenizerBase, embedded: int | None
 ) -> Iterator[ReadTable]:
-    """What was read of a part, of a stream block by block."""
+    """What was read of a part, of a stream block by block. `embedded`: tokens of the model."""
     supervised = config.bound_objective.supervised
-    if config.data.streaming and not held_out:
+    if _is_stream(config, held_out):
         reader, seed = open_reader(part.data, part.split), config.seed
         yield from Stream(
-            reader, part.data, part.split, tokenizer, seed, end=0, supervised=supervised
+            reader,
+            part.data,
+            part.split,
+            tokenizer,
+            seed,
+            end=0,
+            supervised=supervised,
+            known_tokens=embedded,
         ).tables()
         return
     source, table, _ = read_table(part.data, part.split, tokenizer, supervised)
+    table = with_known_tokens(table, tokenizer, embedded)
     taken = _taken(table, part)
     yield ReadTable(table, report_of(source.name, table, taken, source.where), source.where)
+
+
+def _is_stream(config: Config, held_out: bool) -> bool:
+    return config.data.streaming and not held_out
 
 
 def _taken(table: datasets.Dataset, part: Part) -> np.ndarray:
@@ -119,19 +140,20 @@ class _PartCheck:
         self.problem: str | None = None  # why the objective cannot be trained on the part
         self.remark: str | None = None  # on the weights that the objective gives the pairs
 
-    def report(
-        self, tables: Iterator[ReadTable], tokenizer: PreTrainedTokenizerBase, embedded: int | None
-    ) -> Report:
-        """The report of all tables together, with quantiles of lengths. `embedded`: tokens of the model."""
+    def report(self, tables: Iterator[ReadTable]) -> Report:
+        """The report of all tables together, with quantiles of lengths."""
         reports = []
         for table, report, where in tables:
             taken = _taken(table, self._part)
-            reports.append(with_known(report, table, taken, where, self._known, self._held_out))
+            if _is_stream(self._config, self._held_out):  # which has compared its blocks
+                self._known.add(claims_in(table, taken)[0])
+                reports.append(report)
+            else:
+                reports.append(with_known(report, table, taken, where, self._known, self._held_out))
             if len(taken):
                 groups = GroupDataset(table.select(taken), report["source"], "")
                 self._measure(groups)
                 with self._problems_kept():
-                    check_known_tokens(where, table, taken, tokenizer, embedded)
                     self._weigh(fitted(groups, self._config))
         total = reports[0] if len(reports) == 1 else total_report(reports[0]["source"], reports)
         if not total["groups"]:
@@ -170,14 +192,10 @@ def _quantiles(counts: np.ndarray) -> dict[str, int]:
 def _show(reports: dict[str, Report], console: Console, stops: bool) -> None:
     """Print a column for each part, and below it a line for each thing that was dropped, cut, or is odd, and
     for the first examples that cannot be read; `stops`: training ends at these."""
-    table = Table("", *reports, box=None, pad_edge=False)
-    for name in ("rows", "groups", "tokens"):
-        table.add_row(name, *(f"{report[name]:,}" for report in reports.values()))
-    table.add_row(f"tokens, {' / '.join(QUANTILES)}, of")
-    for name in dict.fromkeys(name for report in reports.values() for name in report.get("lengths", {})):
-        lengths = (report.get("lengths", {}).get(name, {}).values() for report in reports.values())
-        table.add_row(f"  {name}", *(" / ".join(map(str, own)) for own in lengths))
-    console.print(table)
+    fitting, columns = max(1, (console.width - LABEL) // CELL), list(reports.items())
+    for first in range(0, len(columns), fitting):
+        console.print(_table(dict(columns[first : first + fitting])))
+    console.print(f"tokens of: {' / '.join(QUANTILES)}", markup=False)
     for label, report in reports.items():
         for finding in findings(report):
             console.print(f"{label}: {finding}", soft_wrap=True, markup=False)
@@ -186,6 +204,25 @@ def _show(reports: dict[str, Report], console: Console, stops: bool) -> None:
             console.print(f"  {place}", soft_wrap=True, markup=False)
         if stops and unreadable:
             console.print(f"{label}: training would stop there (data.on_bad_row)", markup=False)
+
+
+LABEL, CELL = 20, 28
+"""Columns of the terminal for the name of a line, and for the lengths of a part."""
+
+
+def _table(reports: dict[str, Report]) -> Table:
+    """A column for each part."""
+    table = Table("", box=None, pad_edge=False)
+    for label in reports:
+        table.add_column(label, justify="right", no_wrap=True)
+    for name in ("rows", "groups", "tokens"):
+        table.add_row(name, *(f"{report[name]:,}" for report in reports.values()))
+    table.add_row("tokens of")
+    own_lengths = [report.get("lengths", {}) for report in reports.values()]
+    for name in dict.fromkeys(name for lengths in own_lengths for name in lengths):
+        lengths = (lengths.get(name, {}).values() for lengths in own_lengths)
+        table.add_row(f"  {name}", *(" / ".join(map(str, own)) for own in lengths))
+    return table
 
 
 def _write(folder: Path, reports: dict[str, Report]) -> Path:

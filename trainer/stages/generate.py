@@ -25,6 +25,7 @@ from madpo.trainer import dist
 from madpo.trainer.config.generate import GenerateConfig, JudgeConfig
 from madpo.trainer.config.locate import located, model_folder
 from madpo.trainer.config.schema import Config
+from madpo.trainer.counted import counted
 from madpo.trainer.data.known_tokens import largest_id, unknown_token
 from madpo.trainer.data.source import test_split
 from madpo.trainer.data.tokenised_cache import tokenizer_identity
@@ -312,9 +313,10 @@ def _show(
 ) -> None:
     """Print the first completions of every model side by side, then what was counted."""
     print_samples(rows)
-    print_line(f"{split}: {facts['completions']} completions of {facts['prompts']} prompts")
+    sampled, prompts = counted(facts["completions"], "completion"), counted(facts["prompts"], "prompt")
+    print_line(f"{split}: {sampled} of {prompts}")
     for note, count in facts["chat_template"].items():
-        print_line(f"  {count} prompts: {note}")
+        print_line(f"  {counted(count, 'prompt')}: {note}")
     for name, own in facts["of_model"].items():
         scores = ""
         if "score_mean" in own:
@@ -329,6 +331,6 @@ def _show(
     if settings.pairs != "none":
         pairs = facts["pairs"]
         dropped = "".join(f", {count} dropped ({reason})" for reason, count in pairs["dropped"].items())
-        print_line(f"  {pairs['rows']} pairs{dropped}")
+        print_line(f"  {counted(pairs['rows'], 'pair')}{dropped}")
         print_line(f"  next stage: data.dataset_name={folder / 'pairs'}")
     print_line(f"  completions: {folder / 'generated' / f'{split}.jsonl'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
@@ -34,4 +35,7 @@ def resolve_quantiles(config: Config, data: Data, tokenizer: PreTrainedTokenizer
     except ValidationError as error:
         given = ", ".join(f"{name} quantile:{q:g}" for name, q in params.quantiles.items())
         item = error.errors()[0]
-        raise UserError(f"objective: {given} is {item['input']} here; expected {item['msg']}") from None
+        raise UserError(
+            f"objective: {given} is {item['input']:g} in this data; expected {item['msg']}"
+            f"{'' if np.any(values) else '; all margins are 0, so no pair has a weight of its own: use dpo'}"
+        ) from None

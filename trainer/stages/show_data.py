@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config
+from madpo.trainer.counted import counted
 from madpo.trainer.data.groups import check_groups
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.plain_text import special_spellings
 from madpo.trainer.data.report import COUNTS, findings
 from madpo.trainer.data.tokenise import TokenGroup
-from madpo.trainer.data.training_data import merged, report_of_merged, training_groups
+from madpo.trainer.data.training_data import merged, report_of_merged, told, training_groups
 from madpo.trainer.data.views.mismatched import MismatchedDataset
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.tokenizer import load_tokenizer
@@ -49,7 +50,8 @@ def show_data(config: Config, count: int, console: Console) -> None:
     if borrows:
         groups = MismatchedDataset(groups, config.seed, config.data.max_length)
     groups = merged(groups, config)
-    report = next(iter(report_of_merged(groups, reports).values()))  # the report of all parts together
+    reports = told(report_of_merged(groups, reports), objective)
+    report = next(iter(reports.values()))  # the report of all parts together
     order = DataOrder(len(groups), config.seed, groups.ease(config.data.order))
     decode, coloured = decoder(tokenizer), console.is_terminal and not console.no_color
     lines: list[Text] = []
@@ -168,15 +170,15 @@ def _standing(group: TokenGroup, index: int, borrows: bool) -> str:
 
 def render_totals(report: dict[str, Any], tokens: int, trained: int, coloured: bool) -> Iterator[Text]:
     """What became of all examples, as lines; zeros are left out. A prompt counts once per group."""
-    totals = f"{report['rows']:,} examples, {report['groups']:,} groups"
+    totals = f"{counted(report['rows'], 'example')}, {counted(report['groups'], 'group')}"
     yield Text(f"── {report['source']}: {totals}", style="bold")
     if "without_fold" in report:
         yield Text(f"fold {report['without_fold']} is left out", style="bold")
     if report.get("rows_merged"):
-        saved = report["tokens_saved_by_merging"]
-        yield Text(f"{report['rows_merged']:,} examples merged by prompt, {saved:,} tokens saved")
+        rows, saved = counted(report["rows_merged"], "example"), report["tokens_saved_by_merging"]
+        yield Text(f"{rows} merged by prompt, {counted(saved, 'token')} saved")
     shown = "coloured" if coloured else "in [[ ]]"
-    yield Text(f"{tokens:,} tokens, {trained / tokens:.1%} of them trained on, {shown}")
+    yield Text(f"{counted(tokens, 'token')}, {trained / tokens:.1%} of them trained on, {shown}")
     yield from map(Text, findings(report))
     if report["texts_that_spell_special_tokens"]:
         yield Text(r"what spells a special token as letters has a \ before it")

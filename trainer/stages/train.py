@@ -153,7 +153,7 @@ def run_training(
 
         with stopping.between_steps():
             signal = loop.train(
-                config, engine, source, data.held_out, shard, state, saver, incidents, on_record, on_pairs
+                config, engine, source, data.held_out, shard, state, saver, on_record, on_pairs, incidents
             )
         if saver.last_step != state.step:  # why not has been said
             raise CheckpointError(f"the run ends without a checkpoint of its last step {state.step}")

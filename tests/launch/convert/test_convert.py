@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import yaml
 from commands import command
 
+from madpo.launch.convert.command import run
 from madpo.launch.convert.convert import PEERS, convert
 from madpo.launch.convert.draft import FILL_IN, Draft, Fate
 from madpo.launch.convert.write import tree_of, yaml_text
@@ -285,5 +288,14 @@ def test_the_command_writes_a_config_and_lists_the_rest(tmp_path):
     assert said.endswith(f"next: madpo train {ours}\n")
     assert strict_yaml.read(ours)["train"]["global_batch_size"] == 8 * 1 * 4
     assert command("convert", str(theirs), "-o", str(ours), "--gpus", "4")[0] == 2, "nothing is overwritten"
-    status, out, _ = command("convert", str(theirs), "--gpus", "4")
-    assert status == 0 and out == ours.read_text()
+    status, out, said = command("convert", str(theirs), "--gpus", "4")
+    assert status == 0 and out == ours.read_text() and 'weather: "fine"' in said
+    screen = Terminal()
+    with redirect_stdout(screen), redirect_stderr(screen):
+        run(theirs, None, None, None, 4)
+    assert screen.getvalue().count('weather: "fine"') == 1, "the list is on the screen once"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True

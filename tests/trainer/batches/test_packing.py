@@ -90,7 +90,7 @@ class Held:
     """Groups in memory, with the counts that steps are planned from."""
 
     def __init__(self, groups: list[TokenGroup]) -> None:
-        self.groups = groups
+        self.groups, self.rows = groups, np.arange(len(groups))
         tokens = np.array([sum(map(len, group.completions)) for group in groups])
         edges = np.array([len(group.edges) for group in groups])
         self.counts = GroupCounts.all_computed(
@@ -121,6 +121,22 @@ def test_a_step_keeps_to_the_budget_of_what_it_computes(prefix_sharing):
     assert sum(len(batch.lengths) for batch in batches if not batch.is_dummy) == 60
     scale = next(batch.token_scale for batch in batches if not batch.is_dummy)
     assert scale * sum(tokens) == pytest.approx(2)
+
+
+def test_the_work_of_a_step_has_the_head_on_scored_tokens_only():
+    groups = Held(
+        [
+            replace(x, masks=[[i % 3 > 0 for i in range(len(c))] for c in x.completions])
+            for x in random_groups(6)
+        ]
+    )
+    rules = StepRules(Item.EDGE, 100, cost=StepCost(Cost(per_row=2.0), again=Cost(per_row=1.0)))
+    step = plan_step(groups, np.arange(6), rules, Shard(0, 1))
+    scored = sum(len(batch.targets) for batch in step.batches)
+    assert scored < groups.counts.completion_tokens.sum()
+    assert (step.work.flops, step.work.flops_again) == pytest.approx((2 * scored, scored))
+    whole = step.work + step.saved_by(np.ones(step.num_sequences, bool))
+    assert (whole.flops, whole.flops_again) == pytest.approx((2 * scored, 0))
 
 
 def test_a_group_is_measured_as_it_is_computed():

@@ -13,7 +13,6 @@ import pytest
 import torch
 from harness import make_config, random_groups, run_ranks, save_model, write_pairs
 from patience import patient
-from small_runs import loop_alone
 
 from madpo.trainer import loop
 from madpo.trainer.batches.cost import StepWork
@@ -38,7 +37,7 @@ def made(numbers: list[int], log: list[tuple[int, str]], fail_at: int | None = N
             raise UserError(f"row {number} is bad")
         log.append((number, threading.current_thread().name))
         batches, rules = [pack(random_groups(1, seed=number))], StepRules(Item.EDGE, 64)
-        yield Step(batches, 2, 1, number, StepWork(), shapes_of([]), rules)
+        yield Step(batches, 2, 1, number, StepWork(), shapes_of([]), np.empty(0), rules)
 
 
 def prefetch_threads() -> list[str]:
@@ -160,6 +159,6 @@ def watched_training(shard, config: Config) -> tuple[list[tuple[int, int]], list
 
     setattr(source, "take", take)  # noqa: B010
     with suppress(KeyboardInterrupt):
-        loop_alone(config, engine, source, None, shard, state, on_record)
+        loop.train(config, engine, source, None, shard, state, loop.Unsaved(), on_record)
     engine.release()
     return states, taken, prefetch_threads()

@@ -70,12 +70,16 @@ MISSING = "no such file or folder"
             "is the folder of a run that has exported no model; write one with `madpo export runs/reward`",
         ),
         ("data/train.jsonl", "is a file; name the folder that it is in"),
+        (
+            "data",
+            "holds no model: no config.json and no adapter_config.json; {here}/data holds pairs, train.jsonl",
+        ),
     ],
 )
 def test_a_slip_is_refused_with_the_key_and_the_nearest_name(here, name, message):
     with pytest.raises(ValueError) as caught:
         model_folder(KEY, name)
-    text = str(caught.value).replace(f"{name}: no such", "no such").replace(f"{name} is", "is")
+    text = str(caught.value).replace(f"{name}: no such", "no such").replace(f"{name} ", "", 1)
     assert text == f"{KEY}: {message.format(here=here)}"
 
 

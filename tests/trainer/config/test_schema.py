@@ -109,7 +109,21 @@ ERRORS = [
         r"objective\.tau: expected a number above 0, or quantile:q .*got 'quantile:2'$",
     ),
     (["objective.c_min=1"], r"objective\.c_min: expected a number above 0 and below 1 or null, got 1$"),
+    (
+        ["objective={loss_type: dpo, tau: 1}"],
+        r"tau: unknown key; dpo has beta; tau is a parameter of .*madpo",
+    ),
+    (
+        ["objective={loss_type: nll, beta: 1}"],
+        r"nll has no parameters; beta is .* others \(madpo keys beta\)",
+    ),
     (["data={}"], r"data\.dataset_name: is required"),
+    (["data=null"], r"data: is required; name the data set in data\.dataset_name$"),
+    (
+        ["output_dir=null"],
+        r"output_dir: is required; name a folder for the run, as in output_dir=runs/first$",
+    ),
+    (["peft=true"], r"peft: expected a section or null, got true; peft=\{\} trains an adapter$"),
     (["optim.warmup_steps=3", "optim.warmup_ratio=0.1"], r"warmup_steps or warmup_ratio, not both"),
     (["train.micro_batch_tokens=100"], r"set it to at least 2048$"),
     (["model.model_name_or_path=null"], r"set one of model_name_or_path"),

@@ -27,6 +27,10 @@ def test_repeats_are_those_of_two_loops():
 def test_no_more_claims_are_kept_than_fit():
     known = KnownClaims(most=3)
     assert not known.holds(np.array([4])).any()
-    known.add(np.array([6, 2, 2]))
-    known.add(np.array([8, 4]))
+    assert known.add(np.array([6, 2, 2])) == 0
+    assert known.add(np.array([8, 2, 4, 9])) == 2
     assert known.holds(np.array([2, 4, 6, 8, 9])).tolist() == [True, True, True, False, False]
+    many = KnownClaims()
+    claims = np.random.default_rng(0).integers(0, 10**6, (40, 50))
+    assert sum(map(many.add, claims)) == 0 and many.holds(claims.ravel()).all()
+    assert not many.holds(claims.ravel() + 10**6).any()

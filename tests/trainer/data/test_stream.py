@@ -435,3 +435,21 @@ def test_a_bad_row_in_a_later_block_leaves_the_checkpoint_before_it(run, tmp_pat
     write_pairs(tmp_path / "set" / "train.jsonl", ROWS)
     with pytest.raises(AssertionError, match=r"data \(content\)"):
         run_ranks(2, train, run)
+
+
+def test_examples_are_compared_with_those_of_all_blocks_before(tmp_path, tokenizer):
+    """Also by a run that goes on, whose earlier blocks another one has read."""
+    path = write_pairs(tmp_path / "pairs.jsonl", ROWS)
+    lines = path.read_text().splitlines()
+    first, second = map(json.loads, lines[:2])
+    opposite = {**second, "chosen": second["rejected"], "rejected": second["chosen"]}
+    path.write_text("\n".join([*lines, json.dumps(first), json.dumps(opposite)]) + "\n")
+    config = config_for(tmp_path, path)
+    found = []
+    for consumed in (0, BLOCK, 0):  # the first one stops there, and another one reads the rest
+        stream = stream_of(config, tokenizer)
+        stream.take(consumed, BLOCK if not found else ROWS + 2 - consumed)
+        report = stream.report()["train"]
+        found.append((report["rows"], report["repeated_examples"], report["contradicting_examples"]))
+    assert found[0][1:] == (0, 0) and found[1] == found[2] == (ROWS + 2, 1, 1)
+    assert report["where"]["repeated_examples"] == [f"{path}:{ROWS + 1}"]

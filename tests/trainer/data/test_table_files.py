@@ -79,7 +79,11 @@ CASES: dict[str, tuple[Callable[[Path], Path], str | None]] = {
     "categories": (table(chosen=pa.array([" c", " d"]).dictionary_encode()), None),
     "date": (table(margin=[date(2026, 1, 1)] * 2), r"pairs\.parquet row 0: margin: .* got datetime\.date"),
     "NaN": (table(margin=[1.0, float("nan")]), r"pairs\.parquet row 1: margin: .* finite number, got nan"),
-    "bytes": (table(chosen=[b" c", b"\xff"]), r"pairs\.parquet row 0: chosen: expected text .* got b' c'"),
+    "bytes": (table(chosen=[b" c", "\u00e9 d".encode()]), None),
+    "other bytes": (
+        table(chosen=[b" c", b"\xff"]),
+        r"pairs\.parquet row 1: chosen: .* bytes that are no UTF-8",
+    ),
     "not UTF-8": (table(chosen=not_utf8()), r"pairs\.parquet row 1: UnicodeDecodeError: "),
     "nulls": (table(rejected=pa.nulls(2)), r"pairs\.parquet row 0: rejected: .* got None"),
     "map": (table(x=pa.array([[("a", 1)]] * 2, pa.map_(pa.string(), pa.int8()))), r"\.parquet: column x is"),
@@ -116,6 +120,9 @@ def test_a_file_is_read_or_refused_in_one_line(tmp_path, tokenizer, name, stream
     if message is None:
         report = reports(tmp_path, tokenizer, data)["train"]
         assert report["groups"] == 2 and not report["dropped"]
+        assert report.get("odd_texts", {}) == (
+            {"bytes were read as UTF-8 text": 2} if name == "bytes" else {}
+        )
         return
     with pytest.raises(UserError, match=message) as refused:
         reports(tmp_path, tokenizer, data)

@@ -94,7 +94,8 @@ def test_a_weight_is_the_rows_or_one_for_each_completion():
 @pytest.mark.parametrize(
     "row, told",
     [
-        ({**TEXT, "weight": -0.5}, "from 0 to 1e+30, got -0.5"),
+        ({**TEXT, "weight": -0.5}, "from 0 to 1e+12, got -0.5"),
+        ({**TEXT, "weight": 1e30}, "got 1e+30, which is too large"),
         ({**TEXT, "weight": "2"}, "expected a finite number, got '2'"),
         ({**TEXT, "weight": True}, "expected a finite number, got True"),
         ({**TEXT, "weight": [1, 2]}, "expected one number"),
@@ -179,3 +180,36 @@ def test_two_columns_of_which_one_is_read_must_say_alike(example, rules):
         read(example, **rules)
     two = ["context", "system_prompt", *(["question"] if "prompt" in example else [])]
     assert read(example, ignore=tuple(two), **rules)
+
+
+@pytest.mark.parametrize("layout", ["supervised", "messages", "plain text"])
+@pytest.mark.parametrize("name", ["label", "kto_tag"])
+def test_a_label_means_the_same_beside_every_single_completion(layout, name):
+    row = LAYOUTS[layout]
+    for label, want in ((False, [-1]), (0.0, [-1]), (1, [1]), (None, [])):
+        group = read({**row, name: label}, supervised=True)
+        assert group.labels == want and group.unused == ()
+    for wrong in ("false", "0", -1, 2):
+        with pytest.raises(UserError, match=rf"^{name}: true .* got {wrong!r}; .*ignore_columns=\[{name}\]"):
+            read({**row, name: wrong}, supervised=True)
+        assert read({**row, name: wrong}, supervised=True, ignore=(name,)) == read(row, supervised=True)
+
+
+def test_a_label_of_a_published_format_is_read_and_one_of_several_completions_is_named():
+    row = {"instruction": "two and two", "output": "four", "kto_tag": False}
+    assert read(row, adapter="instruction_output").labels == [-1]
+    for layout in ("pairs of texts", "scored"):
+        assert read({**LAYOUTS[layout], "label": 0}).unused == ("label",)
+
+
+@pytest.mark.parametrize("name", ["Prompt", "prompt ", "\ufeffprompt", " PROMPT\n"])
+def test_a_column_that_is_almost_one_that_is_used_is_refused(name):
+    others = {key: value for key, value in TEXT.items() if key != "prompt"}
+    with pytest.raises(UserError, match=r"^column .* is not prompt; set data.columns=.*ignore_columns"):
+        read({**others, name: "two and two"})
+    assert read({**others, name: "two and two"}, columns={"prompt": name}) == read(TEXT)
+    assert read({**TEXT, name: "three"}).unused == (name,)
+    row = LAYOUTS["supervised"]
+    with pytest.raises(UserError, match=r"^column 'Label' is not label"):
+        read({**row, "Label": 0}, supervised=True)
+    assert read({**row, "Label": 0}, supervised=True, ignore=("Label",)).labels == []

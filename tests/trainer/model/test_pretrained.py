@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from harness import save_classifier, save_model
 from transformers import AutoModelForCausalLM
 
@@ -18,14 +19,41 @@ from madpo.trainer.model.pretrained import load_pretrained
 from madpo.trainer.model.tokenizer import load_tokenizer
 
 
+def refusal(folder: Path) -> str:
+    """What a policy from the folder is refused with."""
+    with pytest.raises(UserError) as caught:
+        load_pretrained(str(folder), None, torch.float32, "eager", AutoModelForCausalLM, None)
+    return str(caught.value)
+
+
 def test_a_reward_model_is_no_policy(tmp_path, tokenizer_folder):
-    folder = str(save_classifier(tmp_path / "reward", tokenizer_folder))
-    with pytest.raises(ValueError) as caught:
-        load_pretrained(folder, None, torch.float32, "eager", AutoModelForCausalLM, None)
-    assert str(caught.value) == (
-        f"model {folder!r} is a reward model (LlamaForSequenceClassification), which writes no text; name a "
-        "language model"
+    folder = save_classifier(tmp_path / "reward", tokenizer_folder)
+    assert refusal(folder) == (
+        f"model {str(folder)!r} is a reward model (LlamaForSequenceClassification), which writes no text; "
+        "name a causal language model"
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("BertForMaskedLM", "a masked language model (BertForMaskedLM), whose tokens see those behind them"),
+        (
+            "T5ForConditionalGeneration",
+            "an encoder-decoder model (T5ForConditionalGeneration), whose prompts have layers of their own",
+        ),
+    ],
+)
+def test_a_model_that_does_not_write_token_by_token_is_no_policy(tmp_path, family, kind):
+    config = getattr(transformers, family).config_class(architectures=[family])
+    config.save_pretrained(tmp_path)  # refused before its weights are looked for
+    assert refusal(tmp_path) == f"model {str(tmp_path)!r} is {kind}; name a causal language model"
+
+
+def test_families_that_could_be_loaded_are_not_listed(tmp_path):
+    transformers.CLIPConfig(architectures=["CLIPModel"]).save_pretrained(tmp_path)
+    text = refusal(tmp_path)
+    assert "CLIPConfig" in text and "LlamaConfig" not in text and len(text) < 400
 
 
 @pytest.mark.parametrize("key", ["model_name_or_path", "tokenizer_name_or_path"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,20 @@ def test_a_token_of_the_data_without_a_row_is_refused(tmp_path, tokenizer_folder
     generating = updated(config, {"data": {"dataset_test_split": None}})
     with pytest.raises(UserError, match=r"train\.jsonl:1: .* token \d+ \('.+'\) has no row"):
         run_generation(updated(generating, {"model": {"model_name_or_path": str(small(tmp_path, config))}}))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_with_a_token_without_an_embedding_is_a_bad_row(streaming, tmp_path, tokenizer_folder):
+    """Dropped, counted and named where bad rows are; the tokens in the cache are those of any model."""
+    config = with_new_token(config_of(tmp_path, tokenizer_folder, resize=False, vocab_size=TOKENS), in_row=3)
+    config = updated(config, {"data": {"on_bad_row": "drop", "streaming": streaming}})
+    tokenizer = load_tokenizer(config.model)
+    all_known, dropped = (
+        load_data(config, tokenizer, True, known).report["train"] for known in (TOKENS + 1, TOKENS)
+    )
+    assert dropped["groups"] == all_known["groups"] - 1 and not all_known["dropped"]
+    assert dropped["dropped"] == {"unreadable": 1}
+    assert re.search(MISSING, dropped["where"]["unreadable"][0])
 
 
 def small(folder: Path, config: Config) -> Path:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from harness import run_ranks
-from small_runs import changed, loop_alone
+from small_runs import changed
 
+from madpo.trainer import loop
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.training_data import load_data
 from madpo.trainer.model.tokenizer import load_tokenizer
@@ -63,6 +64,6 @@ def weights_by_step(shard, config: Config) -> list[dict[str, dict[str, torch.Ten
         models = {"policy": engine.module.policy, "reference": engine.module.reference}
         out.append({"start": start, **{name: weights(model) for name, model in models.items()}})
 
-    loop_alone(config, engine, source, None, shard, TrainState(), keep)
+    loop.train(config, engine, source, None, shard, TrainState(), loop.Unsaved(), keep)
     engine.release()
     return out

@@ -39,8 +39,13 @@ def run(code: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["model", "adapter"])
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "text"])
-def test_a_language_model_answers(exported, capsys, name, chat):
-    names = run(usage(exported / name, False, name == "adapter", chat, ends_with_eos=True))
+def test_a_language_model_answers_wherever_the_code_is_run(
+    exported, tmp_path, monkeypatch, capsys, name, chat
+):
+    monkeypatch.chdir(exported)  # where the run was started, with a relative output_dir
+    code = usage(Path(name), False, name == "adapter", chat, ends_with_eos=True)
+    monkeypatch.chdir(tmp_path)
+    names = run(code)
     tokenizer, prompt = names["tokenizer"], tokenizer_text(names)
     assert prompt == ("user: How do I boil an egg?\n" if chat else "The best way to boil an egg is")
     answer = names["output"][0, names["prompt"].shape[1] :]

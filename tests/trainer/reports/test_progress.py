@@ -103,3 +103,17 @@ def test_on_a_terminal_records_stay_above_the_bar(monkeypatch):
     assert [line for line in lines if line.startswith("step")] == [
         f"step {n}/10  loss 0.5000" for n in (2, 4)
     ]
+
+
+PAIRS = {"step": 1, "loss": 0.5, "rewards/accuracies": 0.75, "rewards/margins": 0.5, "kl": 0.25}
+LABELLED = {"step": 1, "loss": 0.5, "rewards/margins": 0.5, "kl": 0.25}
+SIDES = {"rewards/chosen": 0.25, "rewards/rejected": -0.25}
+
+
+def test_a_line_has_the_rewards_of_labelled_completions_which_have_no_accuracy(capsys):
+    for record in (PAIRS, LABELLED):
+        Progress(10).show(record | SIDES)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/10  loss 0.5000  acc 0.750  margin 0.500  kl 0.2500",
+        "step 1/10  loss 0.5000  chosen 0.250  rejected -0.250  margin 0.500  kl 0.2500",
+    ]

@@ -17,12 +17,13 @@ BIG = (8_000_000_000, 8_000_000_000)
 ADAPTER = (40_000_000, 8_000_000_000)
 
 
-def config_with(rate: float, loss_type: str = "dpo") -> Config:
+def config_with(rate: float, loss_type: str = "dpo", **train: Any) -> Config:
     tree: dict[str, Any] = {
         "model": {"model_name_or_path": "m"},
         "data": {"dataset_name": "d", "max_length": 64},
         "objective": {"loss_type": loss_type},
         "optim": {"lr": rate},
+        "train": train,
     }
     return make_config(Path("there"), tree)
 
@@ -48,7 +49,9 @@ def test_a_rate_far_from_the_usual_one_is_remarked_on(rate, loss_type, parameter
 def test_a_run_of_few_steps_is_remarked_on():
     assert remarks(config_with(1e-6), 20, BIG, None) == []
     (remark,) = remarks(config_with(1e-6), 4, BIG, None)
-    assert remark.startswith("a short run: 4 steps of 8 groups")
+    assert remark.startswith("a short run: 4 steps of 8 groups; a smaller train.global_batch_size")
+    (remark,) = remarks(config_with(1e-6, max_steps=1), 1, BIG, None)
+    assert remark == "a short run: 1 step of 8 groups; train.max_steps=1 ends it"
 
 
 def test_the_weights_of_the_pairs_are_said_and_also_that_they_are_all_alike():
@@ -56,6 +59,8 @@ def test_the_weights_of_the_pairs_are_said_and_also_that_they_are_all_alike():
     config = config_with(1e-6, "madpo")
     spread = np.linspace(0.5, 2.5, 101)
     assert remarks(config, 100, BIG, spread) == ["weights of madpo: median 1.5, nine of ten from 0.6 to 2.4"]
+    (remark,) = remarks(config, 100, BIG, 4 * spread)
+    assert remark.endswith("from 2.4 to 9.6; their mean, 6, multiplies gradients as the learning rate does")
     for weight, rate in ((1.0, ""), (2.0, " at 2 times the learning rate")):
         (remark,) = remarks(config, 100, BIG, np.full(50, weight))
         assert remark == (

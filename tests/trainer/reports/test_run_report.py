@@ -257,7 +257,8 @@ def test_the_first_line_says_what_happened_and_the_table_has_the_errors(tmp_path
     last |= {"eval_num_pairs": 1218, "eval_rewards/accuracies_stderr": 0.014}
     write_lines(run / "metrics.jsonl", first, last, {"step": 12, "loss": 0.6})
     page = page_of(run)
-    sentence = "Held-out accuracy 50.0% → 61.2% ± 1.4 at step 8 of 12; held-out loss 0.690 → 0.650; finished."
+    sentence = "Held-out accuracy 50.0% (step 4) → 61.2% ± 1.4 at step 8 of 12; "
+    sentence += "held-out loss 0.690 → 0.650; finished."
     assert f'<p class="happened">{sentence}</p>' in page
     assert cells_of(page, "demo")[-3:] == ["0.6120 ± 0.0140", "0.2100", "0.6500"]
     assert "over 1,218 held-out pairs" in page

@@ -87,7 +87,7 @@ def test_what_happened_names_start_end_best_and_state(tmp_path):
     course = [0.5, 0.64, 0.62]
     records = [{"step": 10 * i, "eval_loss": 0.7 - i / 10, ACC: x, MAR: 1.0} for i, x in enumerate(course)]
     folder = write_run(tmp_path / "run", *records, {"step": 30, "loss": 0.4}, run={"total_steps": 40})
-    told = "held-out accuracy 50.0% → 62.0% at step 20 of 40 (best 64.0% at step 10); "
+    told = "held-out accuracy 50.0% (step 0) → 62.0% at step 20 of 40 (best 64.0% at step 10); "
     told += "held-out loss 0.700 → 0.500"
     assert what_happened(load_runs([folder])[0]) == f"{told}; stopped at step 30 of 40"
     with FileLock(folder / ".lock"):
@@ -106,7 +106,7 @@ def test_supervised_training_has_a_perplexity(tmp_path):
     records = [{"step": step, "eval_loss": loss} for step, loss in ((1, 2.0), (2, 1.0))]
     run = load_runs([write_run(tmp_path / "run", *records, loss_type="nll")])[0]
     assert run.series("eval_perplexity")[1] == pytest.approx([math.e**2, math.e])
-    assert what_happened(run).startswith("held-out perplexity 7.39 → 2.72 at step 2")
+    assert what_happened(run).startswith("held-out perplexity 7.39 (step 1) → 2.72 at step 2")
 
 
 def test_other_data_is_warned_of(tmp_path):

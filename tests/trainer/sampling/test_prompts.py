@@ -51,6 +51,8 @@ def read(folder: Path, rows: list[Any], tokenizer: Any, options: Any = None, **d
         ({"messages": ASK + ANSWER}, ASK),
         ({"chosen": ASK + ANSWER + ASK + OTHER, "rejected": ASK + OTHER + ASK + ANSWER}, ASK),
         ({"prompt": "the"}, "the"),
+        ({"prompt": "the", "label": "article"}, "the"),  # of answers that are not used
+        ({"messages": ASK + ANSWER, "label": "doubt"}, ASK),
         ({"prompt": ASK, "completions": [ANSWER, OTHER], "scores": [1, 2]}, ASK),
     ],
 )
@@ -58,6 +60,13 @@ def test_every_layout_gives_its_prompt(tmp_path, tokenizer, row, prompt):
     found = read(tmp_path, [row], tokenizer)
     assert found.texts == [prompt]
     assert found.lengths == [len(tokenizer("the")["input_ids"]) if prompt == "the" else 5]
+
+
+def test_a_prompt_that_is_stored_as_bytes(tmp_path, tokenizer):
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_dict({"prompt": [b"the"]}).to_parquet(str(path))
+    config = DataConfig(dataset_name=str(path), cache_dir=str(tmp_path / "cache"))
+    assert read_prompts(config, "train", tokenizer).texts == ["the"]
 
 
 def test_a_question_that_the_completion_begins_with_belongs_to_the_prompt(tmp_path, tokenizer):
@@ -112,7 +121,7 @@ def test_what_is_dropped_is_counted(tmp_path, tokenizer):
     found = read(tmp_path, rows, tokenizer, on_bad_row="drop", max_length=20)
     assert found.texts == ["the"] and found.rows == 3
     assert found.dropped == {"unreadable": 1, "prompt fills max_length": 1}
-    with pytest.raises(ValueError, match=r"no prompt in 1 rows: {'prompt fills max_length': 1}"):
+    with pytest.raises(ValueError, match=r"no prompt in 1 row \(1: prompt fills max_length\)"):
         read(tmp_path, rows[1:2], tokenizer, max_length=20)
 
 

@@ -230,7 +230,7 @@ def test_rows_of_several_comparisons_have_no_one_margin(config, tmp_path):
     path = tmp_path / "ranked.jsonl"
     path.write_text(json.dumps(row) + "\n")
     ranked = changed(config, "data", dataset_name=str(path), dataset_test_split=None)
-    with pytest.raises(ValueError, match=r"1 rows make several comparisons; set data.edges=best_worst"):
+    with pytest.raises(ValueError, match=r"several comparisons in 1 row; set data.edges=best_worst"):
         run_annotation(ranked)
     data, _ = load_pairs(changed(ranked, "data", edges="best_worst"))
     (groups,) = data.values()
@@ -238,10 +238,10 @@ def test_rows_of_several_comparisons_have_no_one_margin(config, tmp_path):
 
 
 def test_what_is_written_is_read_by_the_same_config(tmp_path):
-    """A renamed margin stands under its own name; earlier margins are kept; NaN, which JSON has not, is null;
-    rows that were not scored are not there."""
-    row = {"prompt": "p", "chosen": "a", "rejected": "b", "gap": 0.5, "other": math.nan}
-    given = [row, {**row, "gap": 9.0}, {**row, "prompt": "q", "gap": -1.0}]
+    """A renamed margin stands under its own name; earlier margins are kept; NaN, which JSON has not, is null,
+    and bytes are text; rows that were not scored are not there."""
+    row = {"prompt": b"p", "chosen": "a", "rejected": "b", "gap": 0.5, "other": math.nan}
+    given = [row, {**row, "gap": 9.0}, {**row, "prompt": b"q", "gap": -1.0}]
     scored = JudgedSplit(np.array([0, 2]), np.array([[[7.0, 1.0], [2.0, 4.0]]]), None)
     renames = {"margin": "gap"}
     for rounds in ("first", "second"):
@@ -250,7 +250,7 @@ def test_what_is_written_is_read_by_the_same_config(tmp_path):
         rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
         read = [read_row(row, ADAPTERS["preference"], RowRules(columns=renames)).edges for row in rows]
         assert read == [[(0, 1, 6.0)], [(0, 1, -2.0)]]
-        assert rows[0]["other"] is None and rows[0]["score_chosen"] == 7.0
+        assert rows[0]["prompt"] == "p" and rows[0]["other"] is None and rows[0]["score_chosen"] == 7.0
         scored = JudgedSplit(np.array([0, 1]), scored.scores, None)
         given = rows
     assert rows[0]["gap_given"] == 0.5 and rows[0]["gap_given_before"] == 6.0

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from commands import command
 from harness import make_config
+from transformers import AutoTokenizer
+from turn_templates import CHATML
 
 from madpo.trainer.config.schema import dump, load
 from madpo.trainer.data.training_data import load_data
@@ -106,7 +108,7 @@ def test_data_that_the_objective_cannot_use_are_an_error_after_the_report(config
     assert status == 2 and "none of 1 rows can be trained on" in out and report["train"]["groups"] == 0
 
 
-def test_tokens_that_the_model_does_not_have_are_an_error(config, tokenizer_folder):
+def test_an_example_with_a_token_that_the_model_does_not_have_cannot_be_read(config, tokenizer_folder):
     """Of the model nothing but its config is there."""
     _, out, _ = checked(config)
     assert "the tokens are not compared with the model's: " in out
@@ -114,8 +116,9 @@ def test_tokens_that_the_model_does_not_have_are_an_error(config, tokenizer_fold
     (model / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 290}))
     status, out, report = checked(config, f"model.model_name_or_path={model}")
     place = config.parent / "pairs" / "train.jsonl"
-    assert status == 2 and f"error: {place}:" in out and "has no row in the model's embedding" in out
-    assert report["train"]["groups"] == len(ROWS)
+    assert status == 3 and f"\n  {place}:" in out and "has no row in the model's embedding" in out
+    bad = report["train"]["dropped"]["unreadable"]
+    assert 0 < bad == len(ROWS) - report["train"]["groups"]
 
 
 def test_a_mixture_has_a_report_for_each_part_and_repeats_are_found_across_them(config):
@@ -125,6 +128,38 @@ def test_a_mixture_has_a_report_for_each_part_and_repeats_are_found_across_them(
     assert status == 0 and list(report) == ["train", "train 1", "train 2", "test", "test 1"]
     assert report["train 2"]["repeated_examples"] == report["train 2"]["contradicting_examples"] == 1
     assert report["test"]["held_out_examples_in_training"] == 2
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_what_is_not_scored_is_not_told_of_rewards(config, tokenizer_folder, streaming):
+    """Which are read off the last token of a completion."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(config.parent / "chat")
+    user, answer = ({"role": role, "content": "x"} for role in ("user", "assistant"))
+    row = {"prompt": [user], "chosen": [answer, user, answer], "rejected": [{**answer, "content": "y"}]}
+    (config.parent / "pairs" / "train.jsonl").write_text(json.dumps(row) + "\n")
+    for objective in ("dpo", "bradley_terry"):
+        _, out, report = checked(
+            config,
+            f"objective={{loss_type: {objective}}}",
+            f"data.streaming={streaming}",
+            f"model.model_name_or_path={config.parent / 'chat'}",
+        )
+        told = "not trained on" in out, "unscored_completion_tokens" in report["train"]
+        assert told == ((objective == "dpo",) * 2) and report["train"]["groups"] == 1
+
+
+def test_a_narrow_terminal_gets_the_parts_below_one_another(config, monkeypatch):
+    pairs = config.parent / "pairs"
+    parts = f"data.datasets=[{{path: {pairs}, test_split: test}}, {{path: {pairs / 'test.jsonl'}}}]"
+    for columns, tables in (("80", 3), ("200", 1)):
+        monkeypatch.setenv("COLUMNS", columns)
+        _, out, _ = checked(config, "data.dataset_name=null", parts)
+        starts = ("rows ", "groups ", "tokens ", "  a ", "  both ")
+        lines = [line for line in out.splitlines() if line.startswith(starts) and "5 %" not in line]
+        assert sum(line.startswith("  a prompt ") for line in lines) == tables
+        assert max(map(len, lines)) <= int(columns) and not any(line.endswith(" /") for line in lines)
 
 
 def test_the_report_of_a_run_stays_as_it_is(config):

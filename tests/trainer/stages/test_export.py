@@ -203,6 +203,8 @@ def test_the_card(trained):
         assert "| train | 21 | 21 |" in text and "| rewards/accuracies | " in text
         assert "`madpo train test.yaml`" in text and "4,096 of " in text and "2 x cpu" in text
         assert f"torch {torch.__version__}" in text
+        base = f"Its base model is not on the hub but in the folder `{base_of(trained)}`."
+        assert (base in text) is (library == "peft")
         (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
         names: dict[str, Any] = {}
         exec(compile(code, "README.md", "exec"), names)

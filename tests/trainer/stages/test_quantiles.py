@@ -17,12 +17,15 @@ from plain import padded_logps
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.tokenised_cache import load_groups
+from madpo.trainer.data.training_data import load_data
+from madpo.trainer.dist import Shard
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives import build
 from madpo.trainer.objectives.madpo import MADPOParams
 from madpo.trainer.objectives.sft import ThresholdedParams
 from madpo.trainer.stages.evaluate import run_evaluation
 from madpo.trainer.stages.probe import Probe, run_probe, show
+from madpo.trainer.stages.quantiles import resolve_quantiles
 from madpo.trainer.stages.train import run_training
 
 
@@ -58,6 +61,30 @@ def test_of_tied_margins_all_are_difficult():
     margins = np.array([0.5] * 5 + list(range(1, 16)), dtype=float)
     params: Any = build("mixdpo", threshold="quantile:0.1").params.resolve(margins)
     assert (margins < params.threshold).sum() == 5
+
+
+def test_margins_that_are_all_0_have_no_quantile_above_0(tmp_path, tokenizer_folder):
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "good", "chosen": f" x {n}", "rejected": f" y {n}", "margin": 0} for n in range(4)]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    model = {"init_config": {"model_type": "llama"}, "tokenizer_name_or_path": str(tokenizer_folder)}
+    objective = {"loss_type": "madpo", "tau": "quantile:0.8"}
+    config = make_config(
+        tmp_path,
+        {
+            "model": {**model, "ref_model_name_or_path": "unread"},
+            "data": {"dataset_name": str(file), "max_length": 32, "cache_dir": str(tmp_path / "cache")},
+            "objective": objective,
+        },
+    )
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config, tokenizer, True)
+    with pytest.raises(ValueError) as caught:
+        resolve_quantiles(config, data, tokenizer, Shard(0, 1))
+    assert str(caught.value).startswith(
+        "objective: tau quantile:0.8 is 0 in this data; expected a number above 0"
+    )
+    assert str(caught.value).endswith("all margins are 0, so no pair has a weight of its own: use dpo")
 
 
 def test_outside_a_run_a_quantile_has_no_meaning():

@@ -17,6 +17,7 @@ from patience import patient
 from rich.console import Console
 
 from madpo.trainer.config.schema import Config, dump
+from madpo.trainer.counted import counted
 from madpo.trainer.data.order import DataOrder
 from madpo.trainer.data.tokenise import TokenGroup
 from madpo.trainer.data.tokenised_cache import load_groups
@@ -238,4 +239,4 @@ def test_the_fold_that_is_left_out_is_not_shown(tmp_path, tokenizer_folder):
     counts = [part.count(", row ") for part in parts]
     assert sum(counts) == whole.count(", row ") == 5 and all(counts)
     for fold, (part, count) in enumerate(zip(parts, counts, strict=True)):
-        assert f"5 examples, {count} groups\nfold {fold} is left out\n" in part
+        assert f"5 examples, {counted(count, 'group')}\nfold {fold} is left out\n" in part

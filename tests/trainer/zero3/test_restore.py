@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks, save_classifier, save_model
-from small_runs import changed, cut_back, evaluate_only, records, train, with_sections
+from small_runs import changed, cut_back, evaluate_only, records, tensors_in, train, with_sections
 
 from madpo.trainer.checkpoints.choose import choose
 from madpo.trainer.checkpoints.folders import newest_checkpoint
@@ -115,13 +115,6 @@ def saved_again(shard, run: Config, into: str) -> None:
         replace(chosen.manifest, files=entries, world_size=shard.world_size, state=state).write(folder)
 
 
-def tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [tensor for child in children for tensor in tensors(child)]
-
-
 @pytest.mark.parametrize("kind", [*KINDS, "tied", "bf16", "reward"])
 def test_back_on_as_many_ranks_the_state_has_the_bits_that_it_had(config, tokenizer_folder, tmp_path, kind):
     """From two ranks to three and back, nothing trained in between."""
@@ -149,8 +142,8 @@ def test_back_on_as_many_ranks_the_state_has_the_bits_that_it_had(config, tokeni
         before, after = (
             torch.load(folder / name, weights_only=False) for folder in (first, checkpoint_of(run))
         )
-        assert len(tensors(before)) > 3 or "model_states" in name
-        for one, two in zip(tensors(before), tensors(after), strict=True):
+        assert len(tensors_in(before)) > 3 or "model_states" in name
+        for one, two in zip(tensors_in(before), tensors_in(after), strict=True):
             assert one.dtype == two.dtype and torch.equal(one, two), name
 
 

@@ -16,7 +16,63 @@ from madpo.trainer.data.views.ragged import ranges, sums
 from madpo.trainer.formats.text_groups import with_edges
 
 
-class SelectedDataset:
+class _View:
+    """What the views of some groups have in common: what they know without looking into a group."""
+
+    counts: GroupCounts
+
+    def __init__(
+        self,
+        groups: TokenDataset,
+        kept: np.ndarray,  # bool, for the fingerprint: what the view computes
+        selected: np.ndarray,  # (n,) indices of groups
+        factors: np.ndarray | None,  # (n,) on the losses of each selected group
+    ) -> None:
+        self.name, self.fingerprint = groups.name, f"{groups.fingerprint}, {_digest(kept, selected)}"
+        self.reference: ReferenceLogps | None = None
+        self._groups, self._selected, self._factors = groups, selected, factors
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self._groups.rows[self._selected]
+
+    @property
+    def prompt_hashes(self) -> np.ndarray:
+        return self._groups.prompt_hashes[self._selected]
+
+    @property
+    def margins(self) -> np.ndarray:
+        """(E,) margins of the view's edges."""
+        return self._groups.margins[self._edges]
+
+    @property
+    def edge_weights(self) -> np.ndarray | None:
+        """(E,) factors on the losses of the view's edges, without those of the groups."""
+        weights = self._groups.edge_weights
+        return None if weights is None else weights[self._edges]
+
+    @property
+    def _edges(self) -> np.ndarray:
+        """(E,) the view's edges, as indices into those of the groups underneath."""
+        return ranges(self._groups.counts.edges, self._selected)
+
+    def ease(self, order: str) -> np.ndarray | None:
+        ease = self._groups.ease(order)
+        return None if ease is None else ease[self._selected]
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, index: int) -> TokenGroup:
+        group = self._group(int(self._selected[index]))
+        return group if self._factors is None else scaled(group, self._factors[index])
+
+    def _group(self, index: int) -> TokenGroup:
+        """What the view has of the group at `index` of the groups underneath."""
+        return self._groups[index]
+
+
+class SelectedDataset(_View):
     """A view of some groups. One that is not computed still counts in the mean loss."""
 
     def __init__(
@@ -26,9 +82,7 @@ class SelectedDataset:
         is_computed: np.ndarray,  # (n,) bool
         factors: np.ndarray | None = None,  # (n,) on the losses of each group, which counts as one item then
     ) -> None:
-        self.name, self.fingerprint = groups.name, f"{groups.fingerprint}, {_digest(is_computed, selected)}"
-        self.reference: ReferenceLogps | None = None
-        self._groups, self._selected, self._factors = groups, selected, factors
+        super().__init__(groups, is_computed, selected, factors)
         counts = groups.counts.at(selected)
         ones = np.ones_like(counts.edges)
         self.counts = GroupCounts(
@@ -44,49 +98,16 @@ class SelectedDataset:
         )
 
     @property
-    def rows(self) -> np.ndarray:
-        return self._groups.rows[self._selected]
-
-    @property
-    def prompt_hashes(self) -> np.ndarray:
-        return self._groups.prompt_hashes[self._selected]
-
-    @property
-    def margins(self) -> np.ndarray:
-        return self._groups.margins[ranges(self._groups.counts.edges, self._selected)]
-
-    @property
-    def edge_weights(self) -> np.ndarray | None:
-        return self._weights(self._groups.edge_weights, self._groups.counts.edges)
-
-    @property
     def completion_weights(self) -> np.ndarray | None:
-        return self._weights(self._groups.completion_weights, self._groups.counts.sequences)
-
-    def _weights(
-        self,
-        weights: np.ndarray | None,  # (K,) of all groups underneath
-        counts: np.ndarray,  # (G,)
-    ) -> np.ndarray | None:
-        """The weights of the selected groups, without their factors."""
-        return None if weights is None else weights[ranges(counts, self._selected)]
-
-    def ease(self, order: str) -> np.ndarray | None:
-        ease = self._groups.ease(order)
-        return None if ease is None else ease[self._selected]
+        """(S,) factors on the losses of the completions, without those of the groups."""
+        weights = self._groups.completion_weights
+        return None if weights is None else weights[ranges(self._groups.counts.sequences, self._selected)]
 
     def shapes(self, indices: np.ndarray) -> Shapes:
         return self._groups.shapes(self._selected[indices])
 
-    def __len__(self) -> int:
-        return len(self.counts)
 
-    def __getitem__(self, index: int) -> TokenGroup:
-        group = self._groups[int(self._selected[index])]
-        return group if self._factors is None else scaled(group, self._factors[index])
-
-
-class TrimmedDataset:
+class TrimmedDataset(_View):
     """A view of some groups with some of their edges, and the completions that these compare.
 
     A group that has no edge left has no tokens either, and is not computed.
@@ -100,11 +121,10 @@ class TrimmedDataset:
         counted: np.ndarray,  # (n,) edges that each selected group counts as in the mean loss
         factors: np.ndarray | None = None,  # (n,) on the losses of each selected group
     ) -> None:
+        super().__init__(groups, keep, selected, factors)
         all_counts = groups.counts
         assert all_counts.edges.all()
-        self.name, self.fingerprint = groups.name, f"{groups.fingerprint}, {_digest(keep, selected)}"
-        self.reference: ReferenceLogps | None = None
-        self._groups, self._keep, self._selected, self._factors = groups, keep, selected, factors
+        self._keep = keep
         self._firsts = np.cumsum(all_counts.edges) - all_counts.edges
         edges = sums(keep.astype(np.int64), all_counts.edges)
         self._is_whole = edges == all_counts.edges
@@ -115,7 +135,7 @@ class TrimmedDataset:
         sequences = all_counts.sequences * has_edges
         labelled = all_counts.labelled * has_edges
         for index in np.flatnonzero(has_edges & ~self._is_whole):
-            group = self._trimmed(index)
+            group = self._group(int(index))
             completion_tokens[index] = sum(map(len, group.completions))
             scored_tokens[index] = sum(group.scored)
             lengths[index] = len(group.prompt) + completion_tokens[index]
@@ -134,37 +154,14 @@ class TrimmedDataset:
         )
 
     @property
-    def rows(self) -> np.ndarray:
-        return self._groups.rows[self._selected]
-
-    @property
-    def prompt_hashes(self) -> np.ndarray:
-        return self._groups.prompt_hashes[self._selected]
-
-    @property
-    def margins(self) -> np.ndarray:
-        """(E,) margins of the edges that remain."""
-        return self._groups.margins[self._positions]
-
-    @property
-    def edge_weights(self) -> np.ndarray | None:
-        """(E,) factors on the losses of the edges that remain, without those of the groups."""
-        weights = self._groups.edge_weights
-        return None if weights is None else weights[self._positions]
-
-    @property
     def completion_weights(self) -> np.ndarray | None:
         raise AssertionError("edges are trimmed for objectives of edges only")
 
     @property
-    def _positions(self) -> np.ndarray:
+    def _edges(self) -> np.ndarray:
         """(E,) the edges that remain, as indices into those of the groups underneath."""
-        positions = ranges(self._groups.counts.edges, self._selected)
+        positions = super()._edges
         return positions[self._keep[positions]]
-
-    def ease(self, order: str) -> np.ndarray | None:
-        ease = self._groups.ease(order)
-        return None if ease is None else ease[self._selected]
 
     def shapes(self, indices: np.ndarray) -> Shapes:
         selected = self._selected[indices]
@@ -174,16 +171,9 @@ class TrimmedDataset:
             lambda at: shapes_of([self[int(index)] for index in indices[at]]),
         )
 
-    def __len__(self) -> int:
-        return len(self.counts)
-
-    def __getitem__(self, index: int) -> TokenGroup:
-        group = self._trimmed(self._selected[index])
-        return group if self._factors is None else scaled(group, self._factors[index])
-
-    def _trimmed(self, index: int) -> TokenGroup:
-        """The group at `index` of the groups underneath, with the edges that remain."""
-        group, first = self._groups[int(index)], self._firsts[index]
+    def _group(self, index: int) -> TokenGroup:
+        """The group with the edges that remain."""
+        group, first = self._groups[index], self._firsts[index]
         if self._is_whole[index]:
             return group
         return trimmed(group, self._keep[first : first + self._groups.counts.edges[index]].tolist())

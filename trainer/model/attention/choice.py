@@ -20,6 +20,7 @@ from madpo.trainer.model.attention.backends import BACKENDS, Backend
 from madpo.trainer.model.attention.inputs import AttentionInputs
 from madpo.trainer.model.attention.segments import SegmentTable
 from madpo.trainer.model.attention.varlen import FLASH, flash_versions
+from madpo.trainer.packages import install
 
 FLASHES = tuple(f"flash{version}" for version in FLASH)
 CANDIDATES = {"auto": tuple(BACKENDS), "flash": FLASHES, "torch": ("torch",), "flex": ("flex",)}
@@ -136,5 +137,5 @@ def check_available(attention: str) -> None:
     if attention == "flash" and not flash_versions():
         raise UserError(
             "model.attention: flash needs the flash-attn package; set model.attention=auto, which takes the "
-            "fastest that is there, or pip install 'madpo[flash-attn]'"
+            f"fastest that is there, or {install('madpo[flash-attn]')}"
         )

@@ -1,0 +1,3 @@
+from run_fixtures import config
+
+__all__ = ["config"]
