@@ -86,7 +86,9 @@ def limited(shard, size: int, output: Path, *arguments: str) -> int:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("size", [4_000, 30_000], ids=["cache", "checkpoint"])
+@pytest.mark.parametrize(
+    "size", [pytest.param(4_000, id="cache"), pytest.param(30_000, id="checkpoint", marks=pytest.mark.slow)]
+)
 def test_a_limit_on_the_size_of_files_is_one_line(config, tmp_path, size):
     path = tmp_path / "config.yaml"
     path.write_text(dump(config))
