@@ -196,13 +196,14 @@ def _ranks(config: Config, task: Task) -> Iterator[bool]:
     from torch import distributed
 
     from madpo.launch.quiet import quiet_environment
-    from madpo.trainer import dist, out_of_memory
+    from madpo.trainer import disk_faults, dist, out_of_memory
     from madpo.trainer.config.deepspeed import check_machine
 
     quiet_environment()
     dist.check_launcher()
     with ExitStack() as cleanup:
         cleanup.enter_context(out_of_memory.explained(config, task))
+        cleanup.enter_context(disk_faults.explained(config))
         cleanup.enter_context(warnings.catch_warnings())
         # torch 2.13 warns at every collective about a renamed argument that DeepSpeed still uses.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

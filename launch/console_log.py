@@ -50,13 +50,23 @@ class Kept:
         self._stream, self._file = stream, file
         self._decoder = AnsiDecoder()
         self._line = ""
+        self._is_full = False
 
     def write(self, text: str) -> int:
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
             # Of a line that was overwritten, as progress bars do, the last state stays.
-            self._file.write(f"{self._decoder.decode_line(line.rstrip(chr(13))).plain}\n".encode())
+            self._keep(self._decoder.decode_line(line.rstrip(chr(13))).plain)
         return self._stream.write(text)
+
+    def _keep(self, line: str) -> None:
+        """Write a line into the file; that this cannot be done is said once, and no reason to end a run."""
+        try:
+            self._file.write(f"{line}\n".encode())
+        except OSError as error:
+            if not self._is_full:
+                self._is_full = True
+                self._stream.write(f"{NAME} cannot be written to ({error.strerror}); it lacks lines\n")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -66,7 +76,8 @@ def _let_loggers_print_to(kept: Kept, stream: TextIO) -> None:
     """Turn the handlers that libraries made for the stream to the one that is kept."""
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     for handler in (each for logger in loggers for each in getattr(logger, "handlers", [])):
-        if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
+        # One that looks `sys.stderr` up each time has no stream of its own, and needs no turning.
+        if isinstance(handler, logging.StreamHandler) and vars(handler).get("stream") is stream:
             handler.setStream(kept)
 
 

@@ -56,6 +56,8 @@ def environment(ranks: int, port: int) -> dict[str, str]:
     env = without_launcher(os.environ) | {LAUNCHER_PID: str(os.getpid())}
     env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # where gloo listens, too
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     # A build folder per Python environment: environments that share DeepSpeed's default rebuild it in turn.
     env.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))

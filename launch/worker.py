@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING
 from madpo.launch import console_log
 from madpo.launch.lifeline import die_with_launcher, end
 from madpo.trainer import heartbeat, outcome, stopping
+from madpo.trainer.config.strict_yaml import masked_override
 from madpo.trainer.errors import Exit, UserError, on_one_line
 from madpo.trainer.heartbeat import missing_ranks
+from madpo.trainer.masking import masked_text
 
 if TYPE_CHECKING:
     from madpo.trainer.config.schema import Config
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = _load(args)
         folder = Path(config.output_dir)
-        command = shlex.join(["madpo", args.task, args.config, *args.overrides])
+        command = shlex.join(["madpo", args.task, args.config, *map(masked_override, args.overrides)])
         if rank == 0:
             console_log.keep(folder, command)
             outcome.remove(folder)
@@ -97,7 +99,7 @@ def _explained(error: Exception, rank: int, folder: Path | None) -> tuple[Exit, 
     if is_lost_peer(error):
         missing = missing_ranks(folder, rank) if folder is not None else ""
         return Exit.LOST_PEER, (f"error: rank {rank} has lost another rank: {missing or on_one_line(error)}")
-    return Exit.BUG, "".join(traceback.format_exception(error))
+    return Exit.BUG, masked_text("".join(traceback.format_exception(error)))
 
 
 @contextmanager
@@ -137,7 +139,7 @@ def _module(task: str) -> str:
 
 
 def _run(config: Config, args: argparse.Namespace, command: str) -> None:
-    from madpo.trainer import dist, out_of_memory
+    from madpo.trainer import disk_faults, dist, out_of_memory
 
     module, function = TASKS[args.task]
     run = getattr(import_module(_module(args.task)), function)
@@ -145,7 +147,7 @@ def _run(config: Config, args: argparse.Namespace, command: str) -> None:
     rank, folder = int(os.environ.get("RANK", "0")), Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     beat = heartbeat.Heartbeat(folder, rank, config.launch.timeout_minutes)
-    with beat, out_of_memory.explained(config, args.task):
+    with beat, out_of_memory.explained(config, args.task), disk_faults.explained(config):
         run(config, **options.get(module, {}))
     dist.leave()
 

@@ -6,7 +6,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.rendezvous import register_rendezvous_handler
 
 from madpo.trainer.errors import LostPeerError, UserError, on_one_line
 
@@ -49,8 +50,9 @@ def init(timeout_minutes: float, start_timeout_minutes: float | None = None) -> 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     minutes = start_timeout_minutes or timeout_minutes
+    place = f"{LOOPBACK}://" if _is_on_one_machine() else None
     try:
-        deepspeed.init_distributed(timeout=timedelta(minutes=minutes), verbose=False)
+        deepspeed.init_distributed(timeout=timedelta(minutes=minutes), verbose=False, init_method=place)
     except torch_dist.DistError as error:
         raise LostPeerError(
             f"launch.start_timeout_minutes: the ranks did not all come within {minutes:g} minutes "
@@ -58,6 +60,38 @@ def init(timeout_minutes: float, start_timeout_minutes: float | None = None) -> 
         ) from error
     _set_pg_timeout(timedelta(minutes=timeout_minutes), torch_dist.group.WORLD)
     return Shard(torch_dist.get_rank(), torch_dist.get_world_size())
+
+
+def _is_on_one_machine() -> bool:
+    """Whether the ranks meet at this machine's own address, and not at a store of torchrun's."""
+    has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost") and not has_store
+
+
+def _meet_on_loopback(_url: str, timeout: timedelta, **_options: Any) -> Iterator[tuple[Any, int, int]]:
+    """Where the ranks of one machine meet: yields the store, this rank and the number of ranks, for torch.
+
+    torch's own store would listen on all interfaces, and asks nobody who they are.
+    """
+    rank, ranks, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    listening = None
+    if rank == 0:
+        # A port that is in use is this process's own from before, whose store torch shares; or torch says so.
+        with suppress(OSError), socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(("127.0.0.1", port))
+            sock.listen()
+            listening = sock.detach()  # the store closes it
+    store = torch_dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        "127.0.0.1", port, ranks, rank == 0, timeout, multi_tenant=True, master_listen_fd=listening
+    )
+    yield store, rank, ranks
+
+
+LOOPBACK = "madpo-loopback"
+"""The name of that meeting place."""
+
+register_rendezvous_handler(LOOPBACK, _meet_on_loopback)
 
 
 def check_launcher() -> None:

@@ -20,6 +20,7 @@ from madpo.trainer.config.deepspeed import zero_stage
 from madpo.trainer.config.schema import Config
 from madpo.trainer.config.train import OptimConfig
 from madpo.trainer.errors import CheckpointError
+from madpo.trainer.masking import masked
 from madpo.trainer.scoring_module import Gradients, Mode, ScoredLoss, ScoringModule
 from madpo.trainer.zero3.module_order import own_module_order
 from madpo.trainer.zero3.parameters import real_shape, real_size
@@ -40,7 +41,7 @@ def deepspeed_config(config: Config, training: bool = True) -> dict[str, Any]:
         "contiguous_gradients": True,
         "stage3_gather_16bit_weights_on_model_save": True,
     }
-    user = dict(config.deepspeed)
+    user = masked(config.deepspeed)  # DeepSpeed writes it into every shard, and needs no secret
     zero |= user.pop("zero_optimization", {})
     # A single rank has no communication to overlap; but stage 3 also overlaps copies from and to the host.
     zero.setdefault("overlap_comm", torch.cuda.is_available() and (ranks > 1 or zero["stage"] == 3))

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable
 from enum import IntEnum
 
+from madpo.trainer.masking import masked_text
+
 
 class Exit(IntEnum):
     """What an exit status means to a script or a scheduler; docs/resume.md has them for users.
@@ -34,10 +36,14 @@ SHORT = 6
 class UserError(ValueError):
     """Something in the config, the data or the machine that the user can mend.
 
-    Shown as one line without a traceback. Any other exception, other ValueErrors included, is our fault.
+    Shown as one line without a traceback, in which secrets are masked. Any other exception, other
+    ValueErrors included, is our fault.
     """
 
     status = Exit.USAGE
+
+    def __str__(self) -> str:
+        return masked_text(super().__str__())
 
 
 class DataError(UserError):
@@ -67,6 +73,13 @@ class LostPeerError(UserError):
 def on_one_line(error: BaseException) -> str:
     """The message of another library's error, without its line breaks."""
     return " ".join(str(error).split())
+
+
+def system_error(error: BaseException | None) -> OSError | None:
+    """The error of the operating system in whose handling this one was raised, or that it is."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import xxhash
@@ -114,6 +115,13 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], None]) 
         partial.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner may read."""
+    path.unlink(missing_ok=True)
+    with open(path, "x", encoding="utf-8", opener=partial(os.open, mode=0o600)) as file:
+        file.write(text)
 
 
 def write_folder_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
@@ -218,8 +220,12 @@ class MetricsFile:
         earlier = [record for record in read_metrics(folder) if record["step"] <= resume_step]
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in earlier))
         self._file: IO[str] = path.open("a")
+        self._is_gone = False  # removed by somebody, which is said once
 
     def write(self, record: Mapping[str, float]) -> None:
+        if os.fstat(self._file.fileno()).st_nlink == 0 and not self._is_gone:
+            self._is_gone = True
+            print(f"{self._file.name} was removed: its lines are lost", file=sys.stderr, flush=True)
         self._file.write(json.dumps(dict(record)) + "\n")
         self._file.flush()
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -55,10 +56,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise UserError(f"{path}:{number}: {error}; mend or remove the line") from error
-        if not isinstance(record, dict) or "step" not in record:
+        if not isinstance(record, dict) or not _is_step(record.get("step")):
             raise UserError(f"{path}:{number}: not an object with a step; mend or remove the line")
         records.append(record)
     return records
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def last_evaluation(folder: Path) -> dict[str, Any]:

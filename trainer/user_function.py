@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import pkgutil
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +39,25 @@ def file_of(function: str, beside: Path) -> Path | None:
         path = path.resolve()
         return path if path.is_file() else None
     _search_working_directory()
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        return None
+    spec = _spec_of(module)
     return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
+
+
+def _spec_of(module: str) -> ModuleSpec | None:
+    """Where a module is, without running anything: `importlib.util.find_spec` imports the packages that it
+    is in. None if there is none."""
+    name, *rest = module.split(".")
+    if not all(part.isidentifier() for part in (name, *rest)):
+        return None
+    spec = next((spec for finder in sys.meta_path if (spec := finder.find_spec(name, None))), None)
+    for part in rest:
+        name = f"{name}.{part}"
+        folders = (spec and spec.submodule_search_locations) or []
+        finders = [finder for folder in folders if (finder := pkgutil.get_importer(folder))]
+        found = [spec for finder in finders if (spec := finder.find_spec(name, None))]
+        # A folder without `__init__.py` counts if nothing else has the name.
+        spec = next((spec for spec in found if spec.loader), None) or next(iter(found), None)
+    return spec
 
 
 def load(function: str) -> Any:

@@ -10,6 +10,7 @@ from madpo.launch.convert.draft import Draft, Fate
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.config.effects import sections_in
 from madpo.trainer.config.schema import Config
+from madpo.trainer.masking import masked
 
 HEADINGS = {
     Fate.CHANGED: "done in another way",
@@ -82,7 +83,7 @@ def list_text(draft: Draft) -> str:
 
 
 def _line(draft: Draft, name: str, why: str) -> str:
-    value = json.dumps(draft.given[name], ensure_ascii=False)
+    value = json.dumps(masked(draft.given)[name], ensure_ascii=False)
     short = value if len(value) <= WIDTH else f"{value[:WIDTH]}..."
     return f"  {draft.spelling.get(name, name)}: {short}" + (f"  ({why})" if why else "")
 

@@ -31,6 +31,8 @@ from madpo.trainer.config import strict_yaml
 from madpo.trainer.config.schema import from_tree
 from madpo.trainer.contents import Contents, write_json
 from madpo.trainer.errors import Exit, UserError
+from madpo.trainer.files import write_private
+from madpo.trainer.masking import masked
 from madpo.trainer.run_folder import set_aside
 from madpo.trainer.stopping import SIGNALS
 
@@ -135,6 +137,7 @@ class Runner:
         self.running.remove(job)
         seconds, status = time.monotonic() - job.started, job.process.returncode
         folder, took = self.recipe.folder / job.stage.name, str(timedelta(seconds=round(seconds)))
+        _mask_request(job.stage, self.recipe)
         if status == 0:
             write_json(
                 folder / ".done.json", {"key": self.keys[job.stage.name], "seconds": round(seconds, 1)}
@@ -178,6 +181,7 @@ class Runner:
             for job in self.running:  # some are left only after an error of ours
                 job.process.terminate()
                 job.process.wait()
+                _mask_request(job.stage, self.recipe)
 
 
 def checked(stage: Stage, recipe: Recipe) -> str:
@@ -195,15 +199,29 @@ def checked(stage: Stage, recipe: Recipe) -> str:
 
 
 def _request(stage: Stage, recipe: Recipe) -> str:
-    """Write the file that a stage is started with, its config or its call; returns the path."""
-    path, folder = recipe.folder / HOUSEKEEPING / f"{stage.name}.yaml", str(recipe.folder / stage.name)
+    """Write the file that a stage is started with, its config or its call; returns the path.
+
+    Only its owner may read it, as it holds the secrets of a stage while that runs.
+    """
+    path, folder = _path_of_request(stage, recipe), str(recipe.folder / stage.name)
     if stage.function is None:
         tree = {"output_dir": folder, **stage.given}
     else:
         function, _ = user_function.find(stage.function, recipe.path.parent)
         tree = {"function": function, "arguments": stage.given, "output": folder}
-    path.write_text(strict_yaml.dump(tree), encoding="utf-8")
+    write_private(path, strict_yaml.dump(tree))
     return str(path)
+
+
+def _path_of_request(stage: Stage, recipe: Recipe) -> Path:
+    return recipe.folder / HOUSEKEEPING / f"{stage.name}.yaml"
+
+
+def _mask_request(stage: Stage, recipe: Recipe) -> None:
+    """Take the secrets out of the file that a stage was started with."""
+    path = _path_of_request(stage, recipe)
+    if path.is_file():
+        write_private(path, strict_yaml.dump(masked(strict_yaml.read(path))))
 
 
 def _states(recipe: Recipe, stage_keys: Mapping[str, str]) -> dict[str, State]:

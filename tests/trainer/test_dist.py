@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
+import psutil
 import pytest
 import torch.distributed as torch_dist
+from harness import run_ranks
 from torch._C._distributed_c10d import TCPStore
 
 from madpo.trainer.dist import held_port, is_lost_peer
@@ -39,3 +42,14 @@ def test_what_collectives_say_of_a_lost_rank_is_told_from_other_errors(text):
     assert is_lost_peer(RuntimeError(text)) is LOST[text]
     assert is_lost_peer(torch_dist.DistNetworkError(text))
     assert not is_lost_peer(ValueError(text))
+
+
+def listening(shard) -> list[str]:
+    """The addresses that this rank listens on at the port where the ranks meet."""
+    found = [x for x in psutil.Process().net_connections("tcp") if x.status == psutil.CONN_LISTEN]
+    return [x.laddr.ip for x in found if x.laddr.port == int(os.environ["MASTER_PORT"])]
+
+
+@pytest.mark.ranks
+def test_ranks_of_one_machine_meet_where_no_other_machine_can_come():
+    assert run_ranks(2, listening) == [["127.0.0.1"], []]

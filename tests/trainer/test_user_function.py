@@ -1,11 +1,12 @@
 """A function that a config or a recipe names, as a judge and as a step of a recipe."""
 
+import json.decoder
 import sys
 from pathlib import Path
 
 import pytest
 
-from madpo.trainer import user_function
+from madpo.trainer import errors, user_function
 from madpo.trainer.config.generate import JudgeConfig
 from madpo.trainer.errors import UserError
 from madpo.trainer.sampling.judges import FunctionJudge, check_judge
@@ -78,3 +79,33 @@ def test_a_file_is_looked_for_beside_the_recipe(judge_file, tmp_path, monkeypatc
     found, text = user_function.find("rules.py:score", judge_file.parent)
     assert found == f"{judge_file}:score" and text == JUDGE
     assert user_function.load(found)([], [["good"]]) == [[1.0]]
+
+
+RAISES = "raise SystemExit('was imported')\n"
+
+
+@pytest.mark.parametrize("inner", ["__init__.py", None], ids=["package", "namespace"])
+def test_the_file_of_a_module_is_found_without_importing_the_packages_it_is_in(tmp_path, monkeypatch, inner):
+    folder = tmp_path / "outer_of_this_test" / "inner"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text(RAISES)
+    (folder / "steps.py").write_text(f"{RAISES}def f(): ...\n")
+    if inner:
+        (folder / inner).write_text(RAISES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert user_function.file_of("outer_of_this_test.inner.steps:f", Path()) == folder / "steps.py"
+    assert user_function.file_of("outer_of_this_test.inner.other:f", Path()) is None
+    assert user_function.file_of("outer_of_this_test.other.steps:f", Path()) is None
+    assert user_function.find("outer_of_this_test.inner.steps:f", tmp_path)[1].startswith(RAISES)
+    assert not [name for name in sys.modules if name.startswith("outer_of_this_test")]
+
+
+@pytest.mark.parametrize("module", ["", ".", "a..b", "json.decoder.x", "sys", "no such"])
+def test_what_is_no_module_has_no_file(module):
+    assert user_function.file_of(f"{module}:f", Path()) is None
+
+
+def test_modules_of_installed_packages_are_found():
+    assert user_function.file_of("json.decoder:f", Path()) == Path(json.decoder.__file__)
+    assert user_function.file_of("madpo.trainer.errors:f", Path()) == Path(errors.__file__)

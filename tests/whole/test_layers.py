@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = [
+    "madpo.trainer.masking",
     "madpo.trainer.counted",
     "madpo.trainer.errors",
     "madpo.trainer.field_words",
@@ -25,6 +26,7 @@ LAYERS = [
     "madpo.trainer.formats",
     "madpo.trainer.config",
     "madpo.trainer.out_of_memory",
+    "madpo.trainer.disk_faults",
     "madpo.trainer.dist",
     "madpo.trainer.user_function",
     "madpo.trainer.sequence_parallel",

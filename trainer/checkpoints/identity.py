@@ -9,6 +9,7 @@ from madpo.trainer.config.deepspeed import keys_of_numbers
 from madpo.trainer.config.effects import may_continue
 from madpo.trainer.config.schema import Config
 from madpo.trainer.dist import Shard
+from madpo.trainer.masking import masked
 
 RANKS = "number of ranks"
 LENGTH = ("train.max_steps", "train.num_train_epochs")
@@ -22,15 +23,16 @@ def identity(
 
     `content` is the fingerprint of the training data, `models` are those of models, by key. The number of
     ranks changes no more than rounding, unless the loss has a part that is one of each packed row.
+    Secrets are masked.
     """
     out: dict[str, Any] = {}
-    for section, values in config.model_dump(mode="json", by_alias=True).items():
+    for section, values in masked(config.model_dump(mode="json", by_alias=True)).items():
         flat = values if isinstance(values, dict) else {"": values}
         if section == "peft":  # that there is an adapter at all counts too
             flat = {"": values is not None, **(values or {})}
         out |= {f"{section}.{key}".rstrip("."): value for key, value in flat.items()}
     router_loss = config.model.router_aux_loss_coef > 0
-    kept = keys_of_numbers(config.deepspeed)
+    kept = masked(keys_of_numbers(config.deepspeed))
     out = {key: value for key, value in out.items() if not may_continue(key, router_loss)} | kept
     if router_loss:
         out[RANKS] = shard.world_size

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.config.schema import Config
 from madpo.trainer.field_words import choices_of
+from madpo.trainer.masking import masked
 from madpo.trainer.objectives.base import Params
 from madpo.trainer.objectives.registry import OBJECTIVES
 
@@ -21,8 +22,8 @@ MOST_BEFORE_COMMENTS = 44
 
 
 def commented(config: Config, width: int = WIDTH) -> str:
-    """The config as YAML with comments, wrapped to the width; `load` reads it back as an equal config."""
-    lines = list(_lines(config, config.model_dump(mode="json", by_alias=True), ""))
+    """The config as YAML with comments, wrapped to the width, and what `schema.dump` says."""
+    lines = list(_lines(config, masked(config.model_dump(mode="json", by_alias=True)), ""))
     short = [len(line.text) for line in lines if len(line.text) <= MOST_BEFORE_COMMENTS]
     column = max(short) + 2
     return "".join(f"{text}\n" for line in lines for text in line.shown(column, width))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -16,7 +17,9 @@ class EndpointConfig(Section):
     )
     model: str = Field(description="name of the judge's model on the server")
     api_key_env: str | None = Field(
-        default=None, description="environment variable that holds the server's key"
+        default=None,
+        description="environment variable that holds the server's key; keys in url or parameters "
+        "are masked in what is written",
     )
     mode: Literal["score", "pairwise"] = Field(
         default="score",
@@ -30,7 +33,7 @@ class EndpointConfig(Section):
     parameters: dict[str, Any] = Field(
         default_factory=lambda: {"temperature": 0}, description="further fields of the request's body"
     )
-    timeout: float = Field(default=60.0, gt=0, description="seconds to wait for one reply")
+    timeout: float = Field(default=60.0, gt=0, description="seconds in which a whole reply must be there")
     max_retries: int = Field(
         default=5, ge=0, description="retries of a request after failures that may be temporary"
     )
@@ -43,6 +46,8 @@ class EndpointConfig(Section):
     def _validate(self) -> Self:
         if not self.url.startswith(("http://", "https://")):
             raise UserError(f"url: expected http:// or https://, got {self.url!r}")
+        if self.api_key_env is not None and not re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env):
+            raise UserError("api_key_env: names an environment variable, and this is no such name")
         needed = ("{prompt}", "{completion}") if self.mode == "score" else ("{prompt}", "{first}", "{second}")
         missing = [name for name in needed if self.template is not None and name not in self.template]
         if missing:

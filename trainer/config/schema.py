@@ -26,6 +26,7 @@ from madpo.trainer.config.section import Effect, FolderName, Section, setting
 from madpo.trainer.config.train import NOTHING_TO_EVALUATE, OptimConfig, TrainConfig
 from madpo.trainer.counted import counted
 from madpo.trainer.errors import UserError
+from madpo.trainer.masking import masked, masked_keys
 from madpo.trainer.objectives.base import Need
 from madpo.trainer.objectives.build import BoundObjective, as_one_objective, bind
 from madpo.trainer.objectives.registry import ObjectiveParams
@@ -337,6 +338,10 @@ OF_ANY_TASK = {"config", "show-data", "check-data", "evaluate", "export"}
 """Commands that take the config of any run. Where it names no loss_type, it is the run's."""
 
 
+MAY_BE_MASKED = ("generate.", "deepspeed.")
+"""Where a masked value does no harm: a judge asks for its own before it is used, and DeepSpeed needs none."""
+
+
 def load(path: str | Path, overrides: Iterable[str] = (), task: str = "train") -> Config:
     """Read a config, apply `section.key=value` overrides, check it. Raises UserError.
 
@@ -352,6 +357,8 @@ def load(path: str | Path, overrides: Iterable[str] = (), task: str = "train") -
 
 def from_tree(tree: dict[str, Any], origin: str, task: str = "train") -> Config:
     """Build and check a task's config from a mapping. UserError names `origin` and every problem."""
+    if lost := [key for key in masked_keys(tree) if not key.startswith(MAY_BE_MASKED)]:
+        raise UserError(f"{origin}: {lost[0]}: was masked when this file was written; give it again")
     objective = as_block(tree.get("objective"))
     if task in DEFAULT_OBJECTIVES and isinstance(objective, dict):
         tree = {**tree, "objective": {"loss_type": DEFAULT_OBJECTIVES[task], **objective}}
@@ -369,5 +376,6 @@ def from_tree(tree: dict[str, Any], origin: str, task: str = "train") -> Config:
 
 
 def dump(config: Config) -> str:
-    """The resolved config as YAML, which `load` reads back as an equal config."""
-    return strict_yaml.dump(config.model_dump(mode="json", by_alias=True))
+    """The resolved config as YAML, with secrets masked. `load` reads it back as an equal config, but for
+    those."""
+    return strict_yaml.dump(masked(config.model_dump(mode="json", by_alias=True)))

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import yaml
+from yaml.composer import ComposerError
 
 from madpo.trainer.errors import UserError, closest, on_one_line
 from madpo.trainer.files import check_path
+from madpo.trainer.masking import masked, masked_text
+
+MOST_VALUES, MOST_LEVELS = 100_000, 50
+"""Values of a file, with every alias written out, and levels of them."""
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that rejects duplicate keys, and reads scalars as YAML 1.2: `no` and `1:30` are text,
-    `010` is ten, `1e-6` is a float."""
+    """SafeLoader that rejects duplicate keys, and files that their aliases let grow without bounds.
+
+    It reads scalars as YAML 1.2: `no` and `1:30` are text, `010` is ten, `1e-6` is a float.
+    """
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # pyright: ignore
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            _size_of(node, 1, {})
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = True) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -33,6 +49,33 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+class _Size(NamedTuple):
+    """What is below a node with every alias written out."""
+
+    values: int
+    levels: int
+
+
+def _size_of(node: yaml.Node, level: int, known: dict[yaml.Node, _Size]) -> _Size:
+    """The size of a node at this level. Raises ComposerError if it is more than a config may have."""
+    if node in known:
+        return known[node]
+    children: list[yaml.Node] = []
+    if level <= MOST_LEVELS and isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+    elif level <= MOST_LEVELS and isinstance(node, yaml.SequenceNode):
+        children = node.value
+    below = [_size_of(child, level + 1, known) for child in children]
+    size = _Size(1 + sum(child.values for child in below), 1 + max((x.levels for x in below), default=0))
+    if max(level, size.levels) > MOST_LEVELS or size.values > MOST_VALUES:
+        problem = (
+            f"more than {MOST_VALUES:,} values or {MOST_LEVELS} levels, with every alias (*name) written out"
+        )
+        raise ComposerError(None, None, problem, node.start_mark)
+    known[node] = size
+    return size
 
 
 class _StrictDumper(yaml.SafeDumper):
@@ -64,6 +107,10 @@ def parse(text: str, origin: str) -> Any:
         raise UserError(f"{origin}{_explain(error)}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{origin}: {on_one_line(error)}") from None
+    except RecursionError:
+        raise UserError(f"{origin}: nested too deeply") from None
+    except ValueError as error:  # Python reads no whole number of thousands of digits
+        raise UserError(f"{origin}: {error}") from None
 
 
 _IN_OTHER_WORDS = {
@@ -150,6 +197,17 @@ def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]
             node = node[key]
         node[keys[-1]] = parse(text, f"override {assignment!r}")
     return tree
+
+
+def masked_override(assignment: str) -> str:
+    """An `a.b=value` assignment with its secrets masked."""
+    path = assignment.partition("=")[0]
+    try:
+        tree = override({}, [assignment])
+    except UserError:
+        return masked_text(assignment)
+    value, shown = (reduce(getitem, path.split("."), found) for found in (tree, masked(tree)))
+    return assignment if shown == value else f"{path}={json.dumps(shown)}"
 
 
 def named_texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -16,8 +16,9 @@ from itertools import chain, combinations
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from madpo.trainer.data.bounded_template import TemplateLimitError, bounded, within_bounds
 from madpo.trainer.data.template_shape import (
     NOTHING,
     THOUGHT,
@@ -62,6 +63,8 @@ def render(
     messages, options, rendering = translated(messages, tokenizer, options)
     try:
         text = write(messages, tokenizer, options)
+    except TemplateLimitError:
+        raise
     except Exception as error:  # a template may raise anything
         raise UserError(f"the chat template refuses the conversation: {on_one_line(error)}") from error
     rendering = rendering._replace(lost=(*rendering.lost, *_altered(messages, text, rendering.lost)))
@@ -134,7 +137,8 @@ def write(messages: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[
     """
     options = dict(options)
     template = tokenizer.get_chat_template(None, options.get(TOOLS))
-    with _clock(template, options.pop(NOW, ANY_DAY)):
+    now = options.pop(NOW, ANY_DAY)
+    with within_bounds(template, repr(tokenizer.name_or_path)), _clock(template, now):
         if not any("content" in message and message["content"] is None for message in messages):
             text: Any = tokenizer.apply_chat_template(messages, tokenize=False, **options)
             return text
@@ -147,7 +151,7 @@ def write(messages: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[
 def _clock(template: str, now: Callable[[str], str]) -> Iterator[None]:
     """Give a template this function of time. transformers passes no functions on to templates, but it keeps
     those that it has compiled, for others too."""
-    known: Any = _compile_jinja_template(template).globals
+    known: Any = bounded(template).globals
     known[NOW] = now
     try:
         yield
@@ -214,6 +218,8 @@ def _rendering(tokenizer: PreTrainedTokenizerBase, written: str, shape: str, var
         asked_for.clear()
         try:
             text = write(messages, tokenizer, {**options, TOOLS: tools or None})
+        except TemplateLimitError:
+            raise
         except Exception:  # a template may raise anything; it will again, for the example
             continue
         found.append(Rendering(names, lost_in(text, places), trims(text, messages), bool(asked_for)))

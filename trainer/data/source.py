@@ -16,6 +16,7 @@ from filelock import FileLock
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.in_memory import place_in_memory
 from madpo.trainer.data.table_files import open_table, place_of
+from madpo.trainer.disk_faults import number_of
 from madpo.trainer.errors import DataError, UserError, on_one_line
 from madpo.trainer.files import discard_damaged, hash_of_file, make_folder, seal
 from madpo.trainer.formats.chat_message import without_padding
@@ -76,6 +77,8 @@ def reading(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        if number_of(cause) is not None:  # what was read could not be kept
+            raise cause from None
         raise DataError(f"{name}: cannot be read: {type(cause).__name__}: {on_one_line(cause)}") from error
 
 
@@ -232,6 +235,8 @@ def _loading_by_name(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if number_of(error) is not None:  # what was read could not be kept
+            raise
         raise UserError(
             f"data.dataset_name: {name!r} is no local file or folder, and loading it by "
             f"name failed: {type(error).__name__}: {on_one_line(error)}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import torch
@@ -22,16 +23,19 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from madpo.trainer.config.model import ModelConfig
 from madpo.trainer.counted import counted
 from madpo.trainer.dist import is_lost_peer
-from madpo.trainer.errors import UserError, nearest
+from madpo.trainer.errors import UserError, nearest, on_one_line
 from madpo.trainer.files import sampled_content
 from madpo.trainer.model.families import NOISE_THAT_STAYS
 from madpo.trainer.model.foreign_code import NO_CODE, reason_of
 from madpo.trainer.model.positions import encode_by_sequence
 
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""Files that say which file each weight is in."""
 NEW_LAYER = "score.weight"
 """The weight that a reward model has and the language model it starts from has not."""
 
@@ -70,6 +74,7 @@ def load_pretrained(
     logging.set_verbosity_error()  # its report of missing weights: they are an error here
     try:
         config = without_dropout(read_config(name, revision, **options))
+        _check_indexes(name, revision)
         if kind == AutoModelForCausalLM:
             _refuse_other_kinds(name, config)
         load = partial(
@@ -104,6 +109,26 @@ def load_pretrained(
     refuse_more_than_text(name, model)
     encode_by_sequence(model)
     return Pretrained(model, has_new_layer=NEW_LAYER in info["missing_keys"])
+
+
+def _check_indexes(name: str, revision: str | None) -> None:
+    """Raise UserError if an index of the model's weights names a file outside the model's folder.
+
+    What is inside may be a link, as all files are that the hub's cache holds.
+    """
+    for index in INDEXES:
+        options: Any = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+        if (file := cached_file(name, index, **options)) is None:
+            continue
+        try:
+            places = {PurePath(place) for place in json.loads(Path(file).read_bytes())["weight_map"].values()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"model {name!r}: its {index} cannot be read: {on_one_line(error)}") from None
+        for path in places:
+            if path.is_absolute() or ".." in path.parts:
+                raise UserError(
+                    f"model {name!r}: its {index} names {str(path)!r}, which is outside its folder"
+                )
 
 
 def read_config(name: str, revision: str | None, **options: Any) -> PreTrainedConfig:

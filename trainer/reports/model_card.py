@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
@@ -13,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.schema import Config, dump
 from madpo.trainer.counted import counted
+from madpo.trainer.masking import masked, masked_text
 from madpo.trainer.model import lora
 from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.pair_margins import STDERR
@@ -34,7 +38,7 @@ def model_card(
 
     It says only what the run knows, and so no license.
     """
-    run, base, names = folder.parent, _base(config, policy), config.data.names
+    run, base, names = folder.parent, masked(_base(config, policy)), masked(config.data.names)
     is_reward_model = config.bound_objective.is_reward_model
     data = ModelCardData(
         library_name="peft" if adapter else "transformers",
@@ -53,19 +57,19 @@ def model_card(
     needs = f"\n\n{_on_base(base)}" if adapter and base else ""
     kind = "reward model" if is_reward_model else "language model"
     what = f"LoRA adapter that makes a {kind} of" if adapter else f"{kind} trained from"
-    start = f"`{base}`" if base else "random weights"
+    start = _code(base) if base else "random weights"
     return ModelCard.from_template(
         data,
         template_str=(TEMPLATES / "model_card.md.jinja").read_text(encoding="utf-8"),
-        title=run.name,
+        title=_text(run.name),
         summary=f"A {what} {start}, by madpo with the objective `{config.objective.loss_type}` on "
-        f"{', '.join(f'`{name}`' for name in names)}.",
+        f"{', '.join(map(_code, names))}.",
         sections={
-            "Use": f"```python\n{code}```{needs}",
+            "Use": f"{_block('python', code)}{needs}",
             "Training": _training(config, run, state, policy),
             "Data": _data(run),
             "Held-out metrics": _held_out(run),
-            "Configuration": f"```yaml\n{dump(config)}```",
+            "Configuration": _block("yaml", dump(config)),
         },
     )
 
@@ -99,10 +103,12 @@ def _base(config: Config, policy: Any) -> str | None:
 def _on_base(base: str) -> str:
     """Where the base model of an adapter is to be had."""
     if not Path(base).is_dir():
-        return f"Its base model is [{base}](https://huggingface.co/{base}), which is fetched from the hub."
+        place = f"https://huggingface.co/{quote(base)}"
+        return f"Its base model is [{_text(base)}]({place}), which is fetched from the hub."
     return (
-        f"Its base model is not on the hub but in the folder `{lora.whole_path(base)}`. On another machine, "
-        "copy that folder too, and name its place as `base_model_name_or_path` in `adapter_config.json`."
+        f"Its base model is not on the hub but in the folder {_code(lora.whole_path(base))}. On another "
+        "machine, copy that folder too, and name its place as `base_model_name_or_path` in "
+        "`adapter_config.json`."
     )
 
 
@@ -111,15 +117,15 @@ def _training(config: Config, run: Path, state: TrainState, policy: Any) -> str:
     objective = config.objective.model_dump(mode="json", by_alias=True)
     values = ", ".join(f"{key} {value}" for key, value in objective.items() if key != "loss_type")
     facts = _read(run / "run.json")
-    versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
+    versions = _text(", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items()))
     seen = {"step": state.step, "prompt": state.consumed, "token": state.num_tokens}
     rows = {
         "objective": f"`{config.objective.loss_type}` ({values}); equation: docs/objectives.md of madpo",
         "seen": ", ".join(counted(number, noun) for noun, number in seen.items()),
         "trained parameters": f"{trained:,} of {total:,}",
         "precision": "bfloat16" if config.train.bf16 else "float32",
-        "command": f"`{facts['command']}`" if facts else "",
-        "hardware": f"{facts['world_size']} x {facts['device']}" if facts else "",
+        "command": _code(masked_text(facts["command"])) if facts else "",
+        "hardware": _text(f"{facts['world_size']} x {facts['device']}") if facts else "",
         "versions": versions,
     }
     return _table(("", ""), ((key, value) for key, value in rows.items() if value))
@@ -130,11 +136,11 @@ def _data(run: Path) -> str:
     report = _read(run / "data_report.json")
     rows = [
         (
-            split,
+            _text(split),
             facts["rows"],
             facts["groups"],
             facts["tokens"],
-            "; ".join(f"{count} {reason}" for reason, count in facts["dropped"].items()) or "none",
+            _text("; ".join(f"{count} {reason}" for reason, count in facts["dropped"].items())) or "none",
         )
         for split, facts in report.items()
     ]
@@ -144,8 +150,36 @@ def _data(run: Path) -> str:
 def _held_out(run: Path) -> str:
     record = last_evaluation(run)
     names = [name for name in record if name.startswith("eval_") and not name.endswith(STDERR)]
-    rows = [(name.removeprefix("eval_"), metric_cell(record, name)) for name in names]
+    rows = [(_text(name.removeprefix("eval_")), metric_cell(record, name)) for name in names]
     return _table(("metric", "value"), rows) if rows else ""
+
+
+def _text(words: str) -> str:
+    """Words on one line in which nothing is markup."""
+    escaped = html.escape(_on_one_line(words), quote=False)
+    return re.sub(r"[\\`*\[\]]|(?<!\w)_|_(?!\w)", r"\\\g<0>", escaped)
+
+
+def _code(words: str) -> str:
+    """Words as inline code on one line, behind more backticks than stand together in them."""
+    words = _on_one_line(words)
+    fence = "`" * (_longest_row_of_backticks(words) + 1)
+    space = " " if words.startswith("`") or words.endswith("`") else ""
+    return f"{fence}{space}{words}{space}{fence}"
+
+
+def _on_one_line(words: str) -> str:
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in words).split())
+
+
+def _block(language: str, code: str) -> str:
+    """A block of code, behind more backticks than stand together in it."""
+    fence = "`" * max(3, _longest_row_of_backticks(code) + 1)
+    return f"{fence}{language}\n{code}{fence}"
+
+
+def _longest_row_of_backticks(words: str) -> int:
+    return max(map(len, re.findall("`+", words)), default=0)
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from madpo.trainer.counted import counted
+from madpo.trainer.masking import masked_text
 from madpo.trainer.pair_margins import ACCURACY, MARGIN, STDERR
 from madpo.trainer.reports.drawing import PAPER, SOFT, Drawing, colour, draw, limits, running_mean
 from madpo.trainer.reports.page import PALETTE, Figure, Key, Mark, Table, object_table, render, text
@@ -166,7 +167,7 @@ def _differences(runs: Sequence[Run]) -> list[Table]:
 def _details(run: Run) -> dict[str, Any]:
     """A run's command, hardware, data and configuration."""
     facts = {"command": "", **{name: value for name, value in run.facts.items() if value is not None}}
-    command = str(facts.pop("command"))
+    command = masked_text(str(facts.pop("command")))
     if "started" in facts:
         facts["started"] = f"{datetime.fromtimestamp(facts['started'], UTC):%Y-%m-%d %H:%M} UTC"
     by_split = all(isinstance(value, dict) for value in run.data.values())

@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
+from madpo.trainer.config import strict_yaml
 from madpo.trainer.errors import UserError, nearest
 from madpo.trainer.files import check_path
+from madpo.trainer.masking import masked, masked_text
 from madpo.trainer.pair_margins import (
     ACCURACY,
     STDERR,
@@ -98,8 +100,11 @@ def _load_run(name: str, number: int, folder: Path) -> Run:
             raise UserError(f"{folder}: no such folder{nearest(folder.name, _folders_beside(folder))}")
         raise UserError(f"{where}: no metrics; name the folder of a run that has logged a step")
     path = folder / "config.yaml"
-    config = path.read_text(encoding="utf-8") if path.is_file() else ""
+    config = _masked_config(path.read_text(encoding="utf-8")) if path.is_file() else ""
     data, facts = (_read_object(folder / file) for file in ("data_report.json", "run.json"))
+    _check_numbers(folder / "run.json", {key: facts[key] for key in NUMBERS if facts.get(key) is not None})
+    for record in records:
+        _check_numbers(folder / METRICS, record)
     supervised = _loss_type(config) == "nll"
     records = [_as_shown(record, supervised) for record in records]
     return Run(name, number, records, config, data, facts, read_pairs(folder), is_training(folder))
@@ -130,6 +135,32 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object; mend or remove it")
     return content
+
+
+def _masked_config(text: str) -> str:
+    """The text of a config without secrets, which runs of earlier versions have kept."""
+    try:
+        tree = strict_yaml.parse(text, "")
+    except UserError:
+        return masked_text(text)
+    return text if masked(tree) == tree else strict_yaml.dump(masked(tree))
+
+
+NUMBERS = ("total_steps", "started")
+"""The numbers in run.json."""
+LATEST = 1e11
+"""No time of a run is later, in seconds since 1970."""
+
+
+def _check_numbers(path: Path, values: dict[str, Any]) -> None:
+    """Raise UserError for a value that is no number, or for a time that is none."""
+    for name, value in values.items():
+        is_number = isinstance(value, int | float)
+        is_time = name in ("time", "started")
+        if not is_number or (is_time and not 0 <= value < LATEST):
+            what = "seconds since 1970" if is_time else "a number"
+            step = f" at step {values['step']}" if "step" in values and name != "step" else ""
+            raise UserError(f"{path}: {name}{step}: expected {what}, got {value!r:.80}; mend or remove it")
 
 
 def _loss_type(config: str) -> str | None:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from io import BufferedReader, RawIOBase
 from typing import Any, TypeVar
 from urllib.error import HTTPError
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
 from madpo.trainer.config.generate import EndpointConfig
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.numbers import LARGEST
 from madpo.trainer.formats.text_groups import Text
+from madpo.trainer.masking import MASK, masked_keys, secrets_in
 
 SCORE_QUESTION = """\
 Rate the response to the prompt below for helpfulness, correctness and style, from 1 (useless) to 10 \
@@ -44,8 +49,60 @@ order must not matter. Answer with A, B or tie, and nothing else.
 {second}
 """
 LONGEST_WAIT = 60.0  # seconds between two attempts
+MOST_BYTES = 10_000_000
+"""The largest reply that is read."""
 
 Answer = TypeVar("Answer")
+
+
+class _Patient(RawIOBase):
+    """What a server sends, until the time for the whole reply is over: a socket's own timeout is one of each
+    read, and a server that sends a byte now and then would never meet it."""
+
+    def __init__(self, sock: socket.socket, raw: RawIOBase, end: float) -> None:
+        self._socket, self._raw, self._end = sock, raw, end
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if (left := self._end - time.monotonic()) <= 0:
+            raise TimeoutError("the reply did not end in time")
+        self._socket.settimeout(left)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Connection(HTTPConnection):
+    """A connection whose timeout is one of the whole reply."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        end = time.monotonic() + (self.timeout or 0.0)
+
+        def reply(sock: socket.socket, *args: Any, **options: Any) -> HTTPResponse:
+            response: Any = HTTPResponse(sock, *args, **options)
+            response.fp = BufferedReader(_Patient(sock, response.fp.detach(), end))
+            return response
+
+        self.response_class: Any = reply
+
+
+class _SecureConnection(_Connection, HTTPSConnection):
+    """Such a connection over TLS."""
+
+
+class _Http(HTTPHandler):
+    def http_open(self, req: Request) -> HTTPResponse:
+        return self.do_open(_Connection, req)
+
+
+class _Https(HTTPSHandler):
+    def https_open(self, req: Request) -> HTTPResponse:
+        return self.do_open(_SecureConnection, req)
 
 
 class _NoRedirect(HTTPRedirectHandler):
@@ -138,24 +195,27 @@ class Endpoint:
             "model": settings.model,
             "messages": [{"role": "user", "content": question}],
         }
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        request = Request(
-            settings.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers, method="POST"
-        )
+        address, authorization = _address(settings.url, key)
+        headers = {"Content-Type": "application/json", **authorization}
+        request = Request(address, json.dumps(body).encode(), headers, method="POST")
         try:
-            with build_opener(_NoRedirect).open(request, timeout=settings.timeout) as response:
-                raw = response.read()
+            opener = build_opener(_Http, _Https, _NoRedirect)
+            with opener.open(request, timeout=settings.timeout) as response:
+                raw = response.read(MOST_BYTES + 1)
         except HTTPError as error:
-            said = error.read(500).decode("utf-8", "replace")
-            said = f"{error.code} {error.reason}: {said.replace(key, '***') if key else said}"
+            said = f"{error.code} {error.reason}: {_said(error)}"
+            for secret in sorted({key or "", *secrets_in(settings.model_dump())}, key=len, reverse=True):
+                said = said.replace(secret, MASK) if len(secret) > 3 else said
             if error.code in (408, 409, 425, 429) or error.code >= 500:
                 raise _Transient(said) from None
             raise UserError(f"generate.judge.endpoint: {settings.url} answers {said}") from None
         except (OSError, HTTPException) as error:
             raise _Transient(f"{type(error).__name__}: {error}") from None
+        if len(raw) > MOST_BYTES:
+            raise _Transient(f"a reply of more than {MOST_BYTES:,} bytes")
         try:
             content = json.loads(raw)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise _Transient(f"a reply that is no chat completion: {raw[:200]!r}") from None
         return content if isinstance(content, str) else ""
 
@@ -164,8 +224,37 @@ class _Transient(Exception):
     """A failure that may be over at the next attempt."""
 
 
+def _address(url: str, key: str | None) -> tuple[str, dict[str, str]]:
+    """The address that questions go to, and the header that says who asks: with the key, or else with the
+    user and the password in the URL."""
+    parts = urlsplit(url)
+    user, _, host = parts.netloc.rpartition("@")
+    path = parts.path.rstrip("/") + "/chat/completions"
+    address = urlunsplit(parts._replace(netloc=host, path=path, fragment=""))
+    if key:
+        return address, {"Authorization": f"Bearer {key}"}
+    login = base64.b64encode(unquote(user).encode()).decode()
+    return address, {"Authorization": f"Basic {login}"} if user else {}
+
+
+def _said(error: HTTPError) -> str:
+    """The beginning of a refusal, on one line."""
+    try:
+        with error:
+            text = error.read(500).decode("utf-8", "replace")
+    except (OSError, HTTPException):  # it did not end in time
+        return ""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
 def api_key(settings: EndpointConfig) -> str | None:
-    """The key, if one is configured. Raises UserError if its environment variable is not set."""
+    """The key, if one is configured. Raises UserError if its environment variable is not set, and for a
+    secret that was masked when the config was written."""
+    if lost := next(masked_keys(settings.model_dump()), None):
+        raise UserError(
+            f"generate.judge.endpoint.{lost}: was masked when this config was written; give it again, or put "
+            "the key into an environment variable and name that in api_key_env"
+        )
     if settings.api_key_env is None:
         return None
     if not (key := os.environ.get(settings.api_key_env)):

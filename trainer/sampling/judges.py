@@ -29,6 +29,7 @@ from madpo.trainer.errors import UserError, nearest
 from madpo.trainer.files import hash_of_file
 from madpo.trainer.formats.numbers import LARGEST
 from madpo.trainer.formats.text_groups import Text, TextGroup
+from madpo.trainer.masking import masked
 from madpo.trainer.model import lora
 from madpo.trainer.model.attention.prefix_sharing import SegmentTable
 from madpo.trainer.model.backbone import last_hidden
@@ -112,7 +113,7 @@ def judge_identity(config: Config, judge: JudgeConfig) -> list[Any]:
     """Everything that the scores are known to depend on; the key of judged batches."""
     without_effect = {"timeout", "max_retries", "retry_wait", "concurrency"}
     assert without_effect <= EndpointConfig.model_fields.keys()
-    identity: list[Any] = [judge.model_dump(exclude={"endpoint": without_effect})]
+    identity: list[Any] = [masked(judge.model_dump(exclude={"endpoint": without_effect}))]
     if judge.reward_model is not None:
         data, files = config.data, state_of_files(_folder(judge.reward_model))
         identity += [files, data.max_length, data.append_eos, data.chat_template_kwargs, config.train.bf16]

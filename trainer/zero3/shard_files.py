@@ -17,7 +17,7 @@ import xxhash
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor
 
-from madpo.trainer.errors import CheckpointError, on_one_line
+from madpo.trainer.errors import CheckpointError, on_one_line, system_error
 from madpo.trainer.files import Entry
 
 
@@ -122,7 +122,8 @@ class ShardFiles(TorchCheckpointEngine):
                 torch.save(tree, cast(IO[bytes], file))  # it only writes
             self.entries[path.name] = file.entry
         except Exception as error:  # whatever it is, the other ranks must hear of it
-            self.error = f"{path}: {getattr(error, 'strerror', None) or error}"
+            cause = system_error(error)  # which torch's own error hides
+            self.error = f"{path}: {on_one_line(error) if cause is None else cause.strerror}"
 
 
 class _Hashed:

@@ -47,6 +47,10 @@ def meet(output, other):
         assert time.monotonic() < deadline, f"{other} did not run at the same time"
         time.sleep(0.02)
 
+def ask(output, api_key):
+    request = output.parent / ".recipe" / f"{output.name}.yaml"
+    note(output, f"{len(api_key)} {request.stat().st_mode & 0o777:o}")
+
 def sentences(output):
     rows = ['{"prompt": "p", "completion": " %d is good"}\\n' % i for i in range(30)]
     (output / "train.jsonl").write_text("".join(rows))
@@ -123,6 +127,15 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(folder, capfd):
         ["d", "call", "new"],
     ]
     assert calls(folder) == []
+
+
+def test_a_secret_reaches_its_stage_and_stays_in_no_file(folder, capfd):
+    text = 'stages: {a: {task: call, function: "steps.py:ask", arguments: {api_key: 5entinel}}}'
+    assert go(written(folder, text)) == 0
+    assert (folder / "out" / "a" / "text").read_text() == "8 600"
+    files = [file for file in (folder / "out").rglob("*") if file.is_file()]
+    assert files and not [file for file in files if b"5entinel" in file.read_bytes()]
+    assert "5entinel" not in capfd.readouterr().out
 
 
 def test_data_from_outside_counts_by_content(folder):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -69,3 +71,66 @@ def test_a_folder_without_a_tokenizer_says_so(tmp_path, tokenizer_folder, key):
     )
     named = ModelConfig(model_name_or_path=str(bare), tokenizer_name_or_path=str(folder))
     assert load_tokenizer(named).eos_token_id == 2
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory, tokenizer_folder) -> Path:
+    """A model in several files with an index; not to be written into."""
+    folder = save_model(tmp_path_factory.mktemp("sharded") / "model", tokenizer_folder, seed=1)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    return folder
+
+
+def load_folder(folder: Path | str):
+    return load_pretrained(str(folder), None, torch.float32, "eager", AutoModelForCausalLM, None).model
+
+
+def with_shard_at(folder: Path, copy: Path, place: str) -> Path:
+    """A copy of the model whose index has its first file at another place."""
+    shutil.copytree(folder, copy)
+    file = copy / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    first = min(index["weight_map"].values())
+    target = copy / place
+    (copy / "part").mkdir()
+    (copy / first).rename(target)
+    weights = {name: place if own == first else own for name, own in index["weight_map"].items()}
+    file.write_text(json.dumps({**index, "weight_map": weights}))
+    return copy
+
+
+@pytest.mark.parametrize("place", ["../outside.safetensors", "part/../../outside.safetensors", "{}/outside"])
+def test_an_index_that_names_a_file_outside_is_refused(sharded, tmp_path, place):
+    place = place.format(tmp_path)
+    copy = with_shard_at(sharded, tmp_path / "copy", place)
+    with pytest.raises(ValueError) as caught:
+        load_folder(copy)
+    assert str(caught.value) == (
+        f"model {str(copy)!r}: its model.safetensors.index.json names {place!r}, which is outside its folder"
+    )
+
+
+@pytest.mark.parametrize("text", ["[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', "{"])
+def test_an_index_that_is_none_is_refused(sharded, tmp_path, text):
+    copy = shutil.copytree(sharded, tmp_path / "copy")
+    (copy / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"model.safetensors.index.json"):
+        load_folder(copy)
+
+
+def test_files_of_a_subfolder_and_links_of_the_cache_are_inside(sharded, tmp_path):
+    """The hub's cache holds links to files in another folder."""
+    whole = load_folder(sharded).state_dict()
+    deeper = with_shard_at(sharded, tmp_path / "deeper", "part/first.safetensors")
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sharded.iterdir()):
+        shutil.copy(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(os.path.relpath(blobs / str(number), snapshot))
+    for folder in (deeper, snapshot):
+        same = load_folder(folder).state_dict()
+        assert all(torch.equal(same[name], weight) for name, weight in whole.items())

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from madpo.trainer.errors import UserError
 from madpo.trainer.pair_margins import PairMargins, StoredPairs, write_pairs
 from madpo.trainer.reports.run_report import write_report
 from madpo.trainer.run_folder import read_metrics
@@ -109,7 +110,7 @@ def test_read_metrics_skips_a_torn_last_line(tmp_path):
     assert read_metrics(tmp_path) == lines
 
 
-@pytest.mark.parametrize("broken", ['{"step": 2, "lo', "", "[1, 2]", '{"loss": 1.0}', "7"])
+@pytest.mark.parametrize("broken", ['{"step": 2, "lo', "", "[1, 2]", '{"loss": 1.0}', '{"step": "1"}', "7"])
 def test_read_metrics_names_a_broken_line(tmp_path, broken):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 3}}\n')
@@ -126,7 +127,28 @@ def test_without_metrics_the_error_says_what_to_do(tmp_path, content):
         write_report([tmp_path], tmp_path / "report.html")
 
 
-@pytest.mark.parametrize("content", ["{", "[]"])
+@pytest.mark.parametrize("value", ['"soon"', "[]", "NaN", "1e300", "-1", "null"])
+def test_a_time_that_is_none_is_named(tmp_path, value):
+    run = make_run(tmp_path / "run", run=f'{{"started": {value if value != "null" else "{}"}}}')
+    with pytest.raises(UserError, match=rf"^{run}/run.json: started: expected seconds since 1970, got "):
+        page_of(run)
+    other = make_run(tmp_path / "other")
+    with (other / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": 13, "time": {value}, "loss": 1.0}}\n')
+    with pytest.raises(UserError, match=rf"^{other}/metrics.jsonl: time at step 13: expected seconds since "):
+        page_of(other)
+
+
+@pytest.mark.parametrize("record", ['{"step": 13, "loss": "low"}', '{"step": 13, "eval_loss": [1]}'])
+def test_a_metric_that_is_no_number_is_named(tmp_path, record):
+    run = make_run(tmp_path / "run", run='{"total_steps": null}')
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f"{record}\n")
+    with pytest.raises(UserError, match=rf"^{run}/metrics.jsonl: \w+ at step 13: expected a number, got "):
+        page_of(run)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"total_steps": "all"}'])
 def test_an_unreadable_run_json_is_named(tmp_path, content):
     run = make_run(tmp_path / "run", run=content)
     with pytest.raises(ValueError, match=re.escape(f"{run / 'run.json'}: ")):

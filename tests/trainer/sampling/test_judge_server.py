@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from chat_server import Server, chat_server
 from patience import patient
+from pydantic import ValidationError
 
 from madpo.trainer.config.generate import EndpointConfig, JudgeConfig
+from madpo.trainer.sampling import judge_server
 from madpo.trainer.sampling.judge_server import Endpoint, fill, read_number, read_verdict, win_rates
 from madpo.trainer.sampling.judges import check_judge
 
@@ -89,6 +94,67 @@ def test_a_refusal_ends_at_once_and_does_not_tell_the_key(server, monkeypatch):
     assert len(server.questions) == 1
     assert server.headers[0]["Authorization"] == "Bearer sk-very-secret"
     assert "very-secret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_secrets_in_url_and_parameters_reach_the_server_and_no_message(server):
+    server.answer = lambda question, before: (401, "who is sk-very-secret, pa/ss?\n\x1b[1mno")
+    url = server.url.replace("://", "://user:pa%2Fss@") + "?api-version=sk-very-secret"
+    judge = endpoint(server, url=url, parameters={"api_key": "sk-very-secret"})
+    with pytest.raises(ValueError, match=r"answers 401 ") as caught:
+        judge(["p"], [["a"]])
+    assert server.headers[0]["Authorization"] == "Basic dXNlcjpwYS9zcw=="
+    assert server.paths == ["/v1/chat/completions?api-version=sk-very-secret"]
+    assert server.requests[0]["api_key"] == "sk-very-secret"
+    text = str(caught.value)
+    assert "very-secret" not in text and "pa%2Fss" not in text and text.isprintable()
+
+
+def test_a_masked_key_is_asked_for_before_the_work():
+    judge = JudgeConfig(endpoint=EndpointConfig(url="http://x/v1", model="m", parameters={"api_key": "***"}))
+    with pytest.raises(ValueError, match=r"endpoint.parameters.api_key: was masked .*; give it again"):
+        check_judge(judge)
+
+
+def test_a_key_in_place_of_the_name_of_its_variable_is_not_repeated():
+    with pytest.raises(ValidationError, match="api_key_env: names an environment variable") as caught:
+        EndpointConfig(url="http://x/v1", model="m", api_key_env="sk-very-secret")
+    assert "very-secret" not in caught.value.errors()[0]["msg"]
+
+
+@pytest.mark.parametrize("before", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 401 No\r\n\r\n"])
+def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(before):
+    """Each read is in time, and the reply never ends."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+
+        def drip() -> None:
+            connection, _ = listening.accept()
+            with connection, suppress(OSError):
+                connection.sendall(before)
+                while True:
+                    connection.sendall(b"x")
+                    time.sleep(0.02)
+
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        judge = Endpoint(EndpointConfig(url=url, model="m", timeout=0.2, max_retries=0))
+        with pytest.raises(ValueError, match=r"TimeoutError: (timed out|the reply did)|answers 401 No"):
+            judge(["p"], [["a"]])
+        thread.join(patient(5))
+        assert not thread.is_alive()
+
+
+def test_a_reply_without_an_end_is_not_read(server, monkeypatch):
+    monkeypatch.setattr(judge_server, "MOST_BYTES", 1000)
+    server.answer = lambda question, before: "x" * 1000
+    with pytest.raises(ValueError, match=r"last with: a reply of more than 1,000 bytes"):
+        endpoint(server, max_retries=0)(["p"], [["a"]])
+
+
+def test_a_reply_that_is_nested_without_an_end_is_no_completion(server):
+    server.answer = lambda question, before: (200, "[" * 100_000)
+    with pytest.raises(ValueError, match=r"a reply that is no chat completion"):
+        endpoint(server, max_retries=0)(["p"], [["a"]])
 
 
 def test_the_key_follows_no_redirect(server, monkeypatch):
