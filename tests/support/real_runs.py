@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -47,6 +48,8 @@ class RealRun(NamedTuple):
             text=True,
             env=env,
             start_new_session=True,
+            # Which nohup, around the tests, would have ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
 
     def train(self, *overrides: str, task: str = "train") -> subprocess.Popen[str]:

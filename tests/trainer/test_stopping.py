@@ -52,7 +52,12 @@ with stopping.stands(lambda: "at step 3"):
 @contextmanager
 def started(script: str, ignored: int | None = None) -> Iterator[subprocess.Popen[str]]:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    before = None if ignored is None else lambda: signal.signal(ignored, signal.SIG_IGN)
+
+    def before() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup, around the tests, would have ignored
+        if ignored is not None:
+            signal.signal(ignored, signal.SIG_IGN)
+
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, preexec_fn=before) as process:
         try:
