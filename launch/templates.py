@@ -7,7 +7,6 @@ from itertools import takewhile
 from pathlib import Path
 
 from madpo.trainer.errors import UserError, nearest
-from madpo.trainer.files import check_path, write_named
 
 PACKAGE = Path(__file__).resolve().parent.parent
 FOLDER = PACKAGE / "configs" / "templates"
@@ -28,6 +27,8 @@ def write(template: str, target: Path) -> list[Path]:
 
     Raises UserError for an unknown template, and for a file that is there already.
     """
+    from madpo.trainer.files import check_path, write_named  # whose hashes want a package
+
     if template not in templates():
         raise UserError(f"--template: {template}: no such template{nearest(template, templates())}")
     beside = BESIDE.get(template)

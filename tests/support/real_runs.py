@@ -48,8 +48,7 @@ class RealRun(NamedTuple):
             text=True,
             env=env,
             start_new_session=True,
-            # Which nohup, around the tests, would have ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+            preexec_fn=_ignore_no_signal,
         )
 
     def train(self, *overrides: str, task: str = "train") -> subprocess.Popen[str]:
@@ -89,6 +88,12 @@ class RealRun(NamedTuple):
         while self.survivors() and time.monotonic() < deadline:
             time.sleep(0.1)
         return not self.survivors()
+
+
+def _ignore_no_signal() -> None:
+    """A shell around the tests may ignore two of them, and its children would."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def real_run(folder: Path, tokenizer: Path, **train: Any) -> RealRun:

@@ -87,7 +87,7 @@ def test_the_message_says_what_each_phase_left_and_which_keys_a_run_may_continue
 def out_of_memory(shard, path: Path, first: Path) -> int:
     """The worker's own function in a rank whose training raises what torch raises on a full GPU."""
 
-    def run_training(config: Config, command: str) -> None:
+    def run_training(config: Config, command: str, extend: bool) -> None:
         raise torch.OutOfMemoryError(TORCH)
 
     training.run_training = run_training

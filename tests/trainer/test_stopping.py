@@ -54,7 +54,8 @@ def started(script: str, ignored: int | None = None) -> Iterator[subprocess.Pope
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
     def before() -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup, around the tests, would have ignored
+        for number in (signal.SIGHUP, signal.SIGINT):  # which a shell around the tests may have ignored
+            signal.signal(number, signal.SIG_DFL)
         if ignored is not None:
             signal.signal(ignored, signal.SIG_IGN)
 

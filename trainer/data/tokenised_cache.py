@@ -337,7 +337,7 @@ def adapter_in(
             return choose(fields_of(row, source.unit), rules.rows, rules.supervised)
         except UserError as error:
             problem = problem or f"{source.where(row['line'])}: {error}"
-    raise DataError(str(problem))
+    raise UserError(str(problem))
 
 
 def check_readable(where: Callable[[int], str], table: datasets.Dataset, on_bad_row: str) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 InUse = set[Any]
@@ -25,6 +26,19 @@ def real_shape(parameter: nn.Parameter) -> torch.Size:
 def real_size(parameter: nn.Parameter) -> int:
     """How many numbers the whole parameter has."""
     return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def own_share(parameter: nn.Parameter) -> torch.Tensor:
+    """This rank's elements (k,) of a partitioned parameter; all elements of another one, in its shape.
+
+    Left out is the padding of the last share, which holds whatever was in memory.
+    """
+    partition: Any = getattr(parameter, "ds_tensor", None)
+    if partition is None:
+        return parameter.data
+    size, weight = partition.numel(), cast(Any, parameter)
+    before = dist.get_rank(weight.ds_process_group) * size
+    return partition.data.reshape(-1)[: max(0, min(size, weight.ds_numel - before))]
 
 
 def in_use_sets(parameters: Iterable[nn.Parameter]) -> list[InUse]:

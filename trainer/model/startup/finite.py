@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from transformers import PreTrainedModel
 
 from madpo.trainer.dist import gathered
 from madpo.trainer.errors import NotFiniteError
+from madpo.trainer.zero3.parameters import own_share
 
 
 @torch.no_grad()
@@ -19,8 +18,7 @@ def check_finite(model: PreTrainedModel, what: str) -> None:
     """
     bad = []
     for name, parameter in model.named_parameters():
-        partition: Any = getattr(parameter, "ds_tensor", None)
-        own = parameter.data if partition is None else partition.data
+        own = own_share(parameter)
         if own.is_floating_point() and own.numel() and not bool(torch.isfinite(own).all()):
             bad.append(name)
     names = sorted({name for part in gathered(bad) for name in part})
