@@ -14,6 +14,7 @@ import datasets
 from filelock import FileLock
 
 from madpo.trainer.config.data import DataConfig
+from madpo.trainer.data.class_labels import classes_in, with_class_names
 from madpo.trainer.data.in_memory import place_in_memory
 from madpo.trainer.data.table_files import open_table, place_of
 from madpo.trainer.errors import DataError, UserError, on_one_line
@@ -34,6 +35,11 @@ class Source:
     unit: str  # "line" or "row": messages say "{name}:{line}" or "{name} row {index}"
     files: tuple[Path, ...] = ()  # of a table, where it is one in files
 
+    @property
+    def classes(self) -> dict[str, Any]:
+        """The columns that hold class labels, with their features; for `fields_of`."""
+        return classes_in(self.rows.features)
+
     def where(self, row: int) -> str:
         """How messages name an example by its line, or by its number in all files."""
         if self.unit == "line":
@@ -47,14 +53,16 @@ class Source:
             yield row["line"] if self.unit == "line" else index, row
 
 
-def fields_of(row: Mapping[str, Any], unit: str) -> dict[str, Any]:
-    """The columns of an example of a source, by its `unit`. A table's have lost their padding.
+def fields_of(row: Mapping[str, Any], unit: str, classes: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of an example of a source, by its `unit`. A table's have lost their padding, and those of
+    `classes` hold names of classes.
 
     Raises UserError for a line that is no strict JSON.
     """
     if unit == "line":
         return parse_json_line(row["raw"])
-    return {name: without_padding(value) for name, value in row.items()}
+    named = {name: with_class_names(row[name], feature) for name, feature in classes.items()}
+    return {name: without_padding(value) for name, value in {**row, **named}.items()}
 
 
 def line_of(file: Path, line: int) -> str:

@@ -32,6 +32,14 @@ def as_weight(value: Any, field: str) -> float:
     return weight
 
 
+class ClassName(str):
+    """The name of a class, where a data set holds the number of one (`datasets.ClassLabel`)."""
+
+
+DESIRABLE = frozenset("desirable true yes good positive pos chosen accepted".split())
+UNDESIRABLE = frozenset("undesirable false no bad negative neg rejected".split())
+"""Names of classes that say which completions are desirable."""
+
 LABELS = ("label", "kto_tag")
 """Columns that say whether a single completion is desirable: TRL's name, and LLaMA-Factory's."""
 
@@ -43,17 +51,26 @@ def has_label(row: Mapping[str, Any]) -> bool:
 def label_of(row: Mapping[str, Any], is_needed: bool = True) -> int:
     """1 for a desirable completion, -1 for an undesirable one. Raises UserError for any other label, for none
     and for two that disagree."""
-    given = {name: row[name] for name in LABELS if row.get(name) is not None} or {LABELS[0]: None}
+    held = {name: row[name] for name in LABELS if row.get(name) is not None} or {LABELS[0]: None}
+    given = {name: _meaning(value) if isinstance(value, ClassName) else value for name, value in held.items()}
     for name, value in given.items():
         if value is None or value not in (True, False):  # 1 and 0 are equal to these
+            is_class = isinstance(value, ClassName)
+            hint = "; name the two classes desirable and undesirable" if is_class else ""
             advice = f"; set data.ignore_columns=[{name}] if it means something else"
             raise UserError(
-                f"{name}: true (or 1, desirable) or false (or 0), got {value!r:.80}"
-                f"{'' if is_needed else advice}"
+                f"{name}: true (or 1, desirable) or false (or 0), got {'the class ' if is_class else ''}"
+                f"{value!r:.80}{hint}{'' if is_needed else advice}"
             )
     if len(set(map(bool, given.values()))) > 1:
         raise UserError(f"{' and '.join(given)} disagree, got {given}")
     return 1 if next(iter(given.values())) else -1
+
+
+def _meaning(name: ClassName) -> bool | ClassName:
+    """Whether a class of this name is desirable; the name itself if it does not say so."""
+    plain = name.strip().lower()
+    return plain in DESIRABLE if plain in DESIRABLE | UNDESIRABLE else name
 
 
 LARGEST = 1e12

@@ -78,13 +78,13 @@ def read_prompts(
     rules = rules_of(data)
     adapter = adapter_in(source, rules, _choose)
     prompts, seen = Prompts(source.name, rules), set[str]()
-    count = 0
+    count, classes = 0, source.classes
     for number, row in source.examples():
         if len(prompts.groups) == limit:
             break
         count += 1
         try:
-            group = _prompt(fields_of(row, source.unit), adapter, tokenizer, rules, prompt_tokens)
+            group = _prompt(fields_of(row, source.unit, classes), adapter, tokenizer, rules, prompt_tokens)
             tokens, notes = encode_prompt(group, tokenizer, rules)
         except Exception as error:  # a chat template may raise anything
             if data.on_bad_row == "error":
