@@ -16,7 +16,8 @@ import pyarrow as pa
 import xxhash
 
 from madpo.trainer.config.data import DataConfig
-from madpo.trainer.data.source import LINES, Source, line_of, load_by_name, reading, split_files
+from madpo.trainer.data.source import LINES, Source, line_of, load_by_name, reading
+from madpo.trainer.data.split_files import split_files
 from madpo.trainer.data.table_files import place_of, stream_table
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import sampled_content

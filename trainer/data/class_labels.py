@@ -1,4 +1,4 @@
-"""Columns of `datasets.ClassLabel`: files hold the number of a class, and its name is what the data set says."""
+"""Columns of `datasets.ClassLabel`: files hold the number of a class, and its name says what it means."""
 
 from __future__ import annotations
 

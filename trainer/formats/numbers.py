@@ -36,8 +36,8 @@ class ClassName(str):
     """The name of a class, where a data set holds the number of one (`datasets.ClassLabel`)."""
 
 
-DESIRABLE = frozenset("desirable true yes good positive pos chosen accepted".split())
-UNDESIRABLE = frozenset("undesirable false no bad negative neg rejected".split())
+DESIRABLE = {"desirable", "true", "yes", "good", "positive", "pos", "chosen", "accepted"}
+UNDESIRABLE = {"undesirable", "false", "no", "bad", "negative", "neg", "rejected"}
 """Names of classes that say which completions are desirable."""
 
 LABELS = ("label", "kto_tag")

@@ -59,16 +59,14 @@ def test_a_renamed_label_too(tmp_path, tokenizer):
 
 def test_classes_whose_names_do_not_say_it_are_refused(tmp_path, tokenizer):
     labelled(["sports", "world"]).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(UserError, match="row 0: label: .* got the class 'sports'; name the two classes"):
+    with pytest.raises(UserError, match=r"row 0: label: .* got the class 'sports'; name the two classes"):
         labels(tmp_path, tokenizer)
 
 
 def test_files_that_number_their_classes_otherwise_are_refused(tmp_path, tokenizer):
     for number, names in enumerate((["good", "bad"], ["bad", "good"])):
         labelled(names).to_parquet(tmp_path / f"train-{number}.parquet")
-    with pytest.raises(
-        UserError, match=r"train-0.parquet: column label is .*'good', 'bad'.* in another file"
-    ):
+    with pytest.raises(UserError, match=r"train-0\.parquet: column label is .*'good'.* in another"):
         labels(tmp_path, tokenizer)
 
 

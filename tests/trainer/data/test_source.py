@@ -23,7 +23,7 @@ from madpo.trainer.errors import UserError
     [
         (["train.jsonl", "test.jsonl"], "test"),
         (["train.jsonl", "validation.parquet"], "validation"),
-        (["train.jsonl", "validation.jsonl", "test-00000-of-00002.parquet"], "test"),
+        (["train.jsonl", "validation.jsonl", "test-00000-of-00001.parquet"], "test"),
         (["train.jsonl", "tests.jsonl", "test.txt"], None),
     ],
 )
