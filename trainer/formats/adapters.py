@@ -30,7 +30,7 @@ from madpo.trainer.formats.messages import (
     transcript,
 )
 from madpo.trainer.formats.numbers import finite
-from madpo.trainer.formats.text_groups import TextGroup, objects, ranked, same_kind
+from madpo.trainer.formats.text_groups import TextGroup, after_system, objects, ranked, same_kind
 
 
 @dataclass(frozen=True)
@@ -268,8 +268,7 @@ def _kto(row: dict[str, Any]) -> TextGroup:
 def _sharegpt(row: dict[str, Any]) -> TextGroup:
     turns = objects(row, "conversations")
     messages = [shared_turn(turn, f"conversations[{i}]") for i, turn in enumerate(turns)]
-    if row.get("system") and messages[0]["role"] != "system":
-        messages.insert(0, say("system", text_of(row, "system")))
+    messages = after_system(messages, row.get("system") or None)
     if row.get("chosen") is None and row.get("rejected") is None:
         return text_groups.to_group({"messages": messages}, "messages")
     chosen, rejected = ([shared_turn(row.get(name), name)] for name in ("chosen", "rejected"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
@@ -13,14 +15,53 @@ SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")
 MARGIN_COLUMNS = frozenset({"margin", *SCORES[0], *SCORES[1]})
 
 
+MARGINS_DIFFER = "margin and scores, or scores under two names, disagree: the first of them is used"
+
+
 def margin_of(row: Mapping[str, Any]) -> float | None:
     """The column `margin`, else the difference of two score columns, else None."""
-    if row.get("margin") is not None:
-        return finite(row["margin"], "margin")
-    for chosen, rejected in SCORES:
-        if row.get(chosen) is not None and row.get(rejected) is not None:
-            return finite(finite(row[chosen], chosen) - finite(row[rejected], rejected), "margin")
-    return None
+    return next((_margin(row, columns) for columns in _margins_in(row)), None)
+
+
+def margins_differ(row: Mapping[str, Any]) -> bool:
+    """Whether an example has its margin twice, by a column and by scores or by two pairs of scores, and the
+    two differ by more than by rounding."""
+    first, *others = _margins_in(row) or [()]
+    for columns in others:
+        with suppress(UserError):  # for what is no number, since it is not used
+            if not math.isclose(_margin(row, first), _margin(row, columns), rel_tol=0.01, abs_tol=1e-6):
+                return True
+    return False
+
+
+def lone_scores(row: Mapping[str, Any]) -> set[str]:
+    """The columns that hold one of two scores, and so make no margin."""
+    given = {name for pair in SCORES for name in pair if row.get(name) is not None}
+    return given.difference(*_margins_in(row))
+
+
+def _margins_in(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The columns that make a margin of this example, those that are used first."""
+    pairs = [*SCORES, *((one[0], other[1]) for one in SCORES for other in SCORES if one != other)]
+    full = [pair for pair in pairs if all(row.get(name) is not None for name in pair)]
+    crossed = [pair for pair in full if pair not in SCORES]
+    alone = [("margin",)] if row.get("margin") is not None else []
+    return alone + ([pair for pair in full if pair in SCORES] or crossed)
+
+
+def _margin(row: Mapping[str, Any], columns: Sequence[str]) -> float:
+    first, *second = (finite(row[name], name) for name in columns)
+    return finite(first - second[0], "margin") if second else first
+
+
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+RATINGS = {"score", "rating", "reward", "margin", "weight", "importance", "gap", "strength", "preference"}
+
+
+def is_rating(name: str, value: Any) -> bool:
+    """Whether a column or a key holds a number that could be a margin or half of one, or a weight."""
+    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    return is_number and not RATINGS.isdisjoint(x.lower().removesuffix("s") for x in _WORD.findall(name))
 
 
 def as_weight(value: Any, field: str) -> float:

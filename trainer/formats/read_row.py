@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,18 @@ from madpo.trainer.formats.adapters import ADAPTERS, Adapter
 from madpo.trainer.formats.chat_message import not_null, says_something, unknown_keys, without_weights
 from madpo.trainer.formats.json_lines import unique_keys
 from madpo.trainer.formats.messages import one_of
-from madpo.trainer.formats.numbers import LABELS, MARGIN_COLUMNS, as_weight, has_label, label_of, margin_of
+from madpo.trainer.formats.numbers import (
+    LABELS,
+    MARGIN_COLUMNS,
+    MARGINS_DIFFER,
+    as_weight,
+    has_label,
+    is_rating,
+    label_of,
+    lone_scores,
+    margin_of,
+    margins_differ,
+)
 from madpo.trainer.formats.text_groups import (
     LAYOUTS,
     TextGroup,
@@ -118,8 +128,11 @@ def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised:
     """The group of an example. Raises UserError that names the field, its value and what it should hold."""
     given = {name: value for name, value in renamed(row, rules.columns).items() if name not in rules.ignore}
     row = {name: bytes_as_text(value) for name, value in given.items()}
+    _check_spelling(set(row), rules, adapter.uses)
     group = _with_weight(adapter.read(row), row.get("weight"))
-    used = adapter.uses | BESIDE_EVERY
+    used = (adapter.uses | BESIDE_EVERY) - lone_scores(row)
+    if len(group.completions) == 1:
+        used -= MARGIN_COLUMNS
     if len(group.completions) == 1 and has_label(row):
         labels = group.labels or [label_of(row, is_needed=False)]
         group, used = replace(group, labels=labels), used | {*LABELS}
@@ -131,7 +144,15 @@ def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised:
             used |= {*SYSTEM}
             group = with_system(group, row.get(one_of(row, *SYSTEM) or SYSTEM[0]))
         group = _with_keys_looked_at(group)
-    return replace(group, unused=_unused(row, used, adapter, group), from_bytes=row != given)
+    odd = [
+        *group.odd,
+        *([FROM_BYTES] if row != given else []),
+        *([MARGINS_DIFFER] if margins_differ(row) else []),
+    ]
+    return replace(group, unused=_unused(row, used, adapter, group), odd=tuple(odd))
+
+
+FROM_BYTES = "bytes were read as UTF-8 text"
 
 
 def bytes_as_text(value: Any) -> Any:
@@ -158,7 +179,7 @@ SYSTEM = ("system", "system_prompt")
 FOR_TEMPLATES = ("tools", "chat_template_kwargs")
 
 BESIDE_EVERY = MARGIN_COLUMNS | {"weight"}
-"""Columns that are used beside those of every layout and format."""
+"""Columns that are used beside those of every layout and format, margins where completions are compared."""
 
 BESIDE_ALL = BESIDE_EVERY | {*LABELS, *SYSTEM, *FOR_TEMPLATES}
 """Columns that are used beside those of some: single completions, conversations."""
@@ -181,7 +202,7 @@ def _unused(
     unused = [
         name
         for name, value in beside.items()
-        if name in labels or says_something(value) or _is_rating(name, value)
+        if name in labels or says_something(value) or is_rating(name, value)
     ]
     if unused:
         said = {text.strip() for text in texts_of(group)}
@@ -194,15 +215,6 @@ def _unused(
                 f"data.ignore_columns=[{name}] to leave it out"
             )
     return tuple(unused)
-
-
-_RATING = re.compile(r"(?:^|[-_ ])(?:score|rating|reward|margin)s?(?:$|[-_ ])")
-
-
-def _is_rating(name: str, value: Any) -> bool:
-    """Whether a column holds a number that could be a margin, or half of one."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and _RATING.search(name) is not None
 
 
 def _instead(name: str, row: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ class TextGroup:
     completion_weights: list[float] = field(default_factory=list)  # further factors; all completions or none
     unused: tuple[str, ...] = field(default=(), compare=False)  # columns with text that nothing looks at
     unknown_keys: tuple[str, ...] = field(default=(), compare=False)  # of messages, with text
-    from_bytes: bool = field(default=False, compare=False)  # a column held bytes, which were read as UTF-8
+    odd: tuple[str, ...] = field(default=(), compare=False)  # what is odd in columns, for the user
     compared: bool = field(default=False, compare=False)  # from `ranked`, maybe with fewer than two scores
 
     @property
@@ -286,17 +286,23 @@ def as_text(value: Any, field: str, may_be_empty: bool = False) -> Text:
 
 def with_system(group: TextGroup, system: Any) -> TextGroup:
     """The conversation after a system message of this text, if there is text. Raises UserError."""
+    assert not isinstance(group.prompt, str)
+    return replace(group, prompt=after_system(group.prompt, system))
+
+
+def after_system(messages: Messages, system: Any) -> Messages:
+    """The messages after a system message of this text, if there is text. Raises UserError if they begin with
+    another one."""
     if system is None:
-        return group
+        return messages
     if not isinstance(system, str):
         raise UserError(f"system: expected text, got {system!r:.80}")
-    assert not isinstance(group.prompt, str)
-    first = group.prompt[0]
+    first = messages[0]
     if first["role"] != "system":
-        return replace(group, prompt=[{"role": "system", "content": system}, *group.prompt])
+        return [{"role": "system", "content": system}, *messages]
     if text_in(first) != system:
         raise UserError(f"system: the conversation begins with another system message, got {system!r:.80}")
-    return group
+    return messages
 
 
 def with_edges(group: Any, edges: Sequence[tuple[int, int, float | None]]) -> Any:

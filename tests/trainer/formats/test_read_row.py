@@ -9,6 +9,7 @@ import pytest
 
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS
+from madpo.trainer.formats.numbers import MARGINS_DIFFER
 from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row
 from madpo.trainer.formats.text_groups import TextGroup
 
@@ -112,7 +113,81 @@ def test_other_columns_with_text_are_named_and_of_numbers_those_that_could_be_ma
     more = {"source": "here", "id": 7, "tags": ["a"], "empty": "", "chosen_rating": 0.5, "nothing": None}
     assert read({**TEXT, **more}).unused == ("source", "tags", "chosen_rating")
     assert read({**TEXT, **more}, ignore=("tags",)).unused == ("source", "chosen_rating")
-    assert read({**TEXT, "is_rating": True, "operating": 1}).unused == ()
+    assert read({**TEXT, "is_rating": True, "operating": 1, "tokens": 9}).unused == ()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["weights", "sample_weight", "loss-weight", "importance", "chosenScore", "preference_gap", "Strength"],
+)
+def test_numbers_under_other_names_of_a_margin_or_a_weight_are_named(name):
+    assert read({**TEXT, name: 0.5}).unused == (name,)
+
+
+def test_a_margin_beside_a_single_completion_is_named():
+    row = LAYOUTS["supervised"]
+    assert read({**row, "margin": 1.5, "score_chosen": 2}).unused == ("margin", "score_chosen")
+    assert read({**TEXT, "margin": 1.5}, supervised=True).unused == ()  # the better one is trained on
+
+
+def test_a_score_whose_other_half_is_not_there_is_named():
+    assert read({**TEXT, "score_chosen": 3, "score_rejected": None}).unused == ("score_chosen",)
+    assert read({**TEXT, "rejected_score": 3, "margin": 1}).unused == ("rejected_score",)
+    crossed = read({**TEXT, "score_chosen": 3, "rejected_score": 1})
+    assert crossed.edges == [(0, 1, 2.0)] and crossed.unused == ()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "differ"),
+    [
+        ({"margin": 3, "score_chosen": 1, "score_rejected": 5}, True),
+        ({"score_chosen": 3, "score_rejected": 1, "chosen_score": 1, "rejected_score": 3}, True),
+        ({"margin": 0.667, "score_chosen": 1, "score_rejected": 1 / 3}, False),
+        ({"margin": 1, "score_chosen": float("nan"), "score_rejected": 1}, False),
+        ({"margin": 3}, False),
+        ({}, False),
+    ],
+)
+def test_margins_that_disagree_are_said(numbers, differ):
+    assert read({**TEXT, **numbers}).odd == ((MARGINS_DIFFER,) if differ else ())
+
+
+def test_a_later_row_with_a_column_that_is_spelled_otherwise_is_refused():
+    rules = RowRules()
+    adapter = ADAPTERS[choose_adapter(TEXT, rules)]
+    with pytest.raises(UserError, match=r"^column 'Margin' is not margin; set data.columns"):
+        read_row({**TEXT, "Margin": 3}, adapter, rules)
+    assert read_row({**TEXT, "Margin": 3}, adapter, RowRules(ignore=("Margin",))).unused == ()
+
+
+@pytest.mark.parametrize("name", ["loss", "loss_mask", "trainable", "loss_scale", "train"])
+def test_every_name_of_a_messages_weight_is_read(name):
+    turns = [say("user", "a"), {**say("assistant", "b"), name: True}, say("user", "c"), say("assistant", "d")]
+    assert len(read({"messages": turns}).prompt) == 1
+    shared = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", name: True}]
+    group = read({"conversations": [*shared, *shared]}, adapter="sharegpt")
+    assert len(group.completions[0]) == 3
+    with pytest.raises(UserError, match=rf"^messages: {name} of a message is 1 or true .* got 0.5"):
+        read({"messages": [turns[0], {**turns[1], name: 0.5}]})
+
+
+@pytest.mark.parametrize("name", ["mask", "Weight", " train", "LOSS_MASK"])
+def test_a_key_that_may_be_a_messages_weight_is_refused(name):
+    with pytest.raises(UserError, match=rf"^messages: '{name}' of a message is not read; name it weight"):
+        read({"messages": [say("user", "a"), {**say("assistant", "b"), name: 0}]})
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {side: {"from": "gpt", "value": side} for side in ("chosen", "rejected")}]
+)
+def test_a_system_column_beside_another_system_turn_of_sharegpt_is_refused(more):
+    answer = [] if more else [{"from": "gpt", "value": "b"}]
+    turns = [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "a"}, *answer]
+    row = {"conversations": turns, **more}
+    with pytest.raises(UserError, match=r"^system: the conversation begins with another system message"):
+        read({**row, "system": "Be short."}, adapter="sharegpt")
+    same = read({**row, "system": "Be kind."}, adapter="sharegpt")
+    assert same == read(row, adapter="sharegpt") == read({**row, "system": ""}, adapter="sharegpt")
 
 
 @pytest.mark.parametrize("name", ["question", "notes"])
