@@ -38,6 +38,7 @@ class Prompts:
     repeated: int = 0  # examples whose prompt an earlier one has
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> examples
     notes: Counter[str] = field(default_factory=Counter)  # what the chat template made of prompts -> how many
+    unused: Counter[str] = field(default_factory=Counter)  # columns that nothing looks at -> examples
 
     @property
     def texts(self) -> list[Text]:
@@ -97,6 +98,7 @@ def read_prompts(
         if not 0 < length < data.max_length:
             prompts.dropped["prompt fills max_length" if length else "prompt has no tokens"] += 1
             continue
+        prompts.unused.update(group.unused)
         key = _key(group)
         if key in seen:
             continue

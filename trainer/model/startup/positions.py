@@ -63,7 +63,8 @@ def within_positions(model: PreTrainedModel, tokens: int) -> int:
 
 
 def _are_all(model: PreTrainedModel, positions: int) -> bool:
-    """Whether the model has no more positions: it has a table of them, or of their biases. OPT's has two more rows than it has positions."""
+    """Whether the model has a table of its positions, or of biases for them. OPT's has two more rows than
+    positions."""
     if model.config.get_text_config().model_type in FIXED_BIAS:
         return True
     words = model.get_input_embeddings()
