@@ -20,10 +20,10 @@ def run(tmp_path, tokenizer_folder) -> RealRun:
 def test_madpo_train_starts_two_ranks_and_reports(run):
     ((status, text),) = run.finish(run.start(str(BIN / "madpo"), "train", run.path))
     assert status == 0, text
-    assert text.startswith(f"reading {run['path']}\nstarting 2 ranks on the CPU\ndpo on 2 ranks")
+    assert text.startswith(f"reading {run.path}\nstarting 2 ranks on the CPU\ndpo on 2 ranks")
     assert not [word for word in NOISE if word in text], text
     header, *lines = (run.folder / "log.txt").read_text().splitlines()
-    assert f"  madpo train {run['path']}  (madpo " in header
+    assert f"  madpo train {run.path}  (madpo " in header
     assert len(lines) > 4 and "\n".join(lines) in text
     assert json.loads((run.folder / "run.json").read_text())["world_size"] == 2
     assert len(run.losses()) == 2

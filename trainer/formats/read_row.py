@@ -126,6 +126,7 @@ MISLEADING = 0.5
 
 def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised: bool = False) -> TextGroup:
     """The group of an example. Raises UserError that names the field, its value and what it should hold."""
+    replaced = _replaced(row, rules)
     given = {name: value for name, value in renamed(row, rules.columns).items() if name not in rules.ignore}
     row = {name: bytes_as_text(value) for name, value in given.items()}
     _check_spelling(set(row), rules, adapter.uses)
@@ -149,7 +150,8 @@ def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised:
         *([FROM_BYTES] if row != given else []),
         *([MARGINS_DIFFER] if margins_differ(row) else []),
     ]
-    return replace(group, unused=_unused(row, used, adapter, group), odd=tuple(odd))
+    unused = (*group.unused, *replaced, *_unused(row, used, adapter, group))
+    return replace(group, unused=unused, odd=tuple(odd))
 
 
 FROM_BYTES = "bytes were read as UTF-8 text"
@@ -260,6 +262,16 @@ def renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     old_names = set(columns.values())
     others = {name: value for name, value in row.items() if name not in old_names}
     return {**others, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
+
+
+def _replaced(row: dict[str, Any], rules: RowRules) -> list[str]:
+    """The columns with something in them whose name `data.columns` gives to another one."""
+    renames, kept = rules.columns.items(), {*rules.columns.values(), *rules.ignore}
+    return [
+        f"{ours} (data.columns reads {theirs} in its place)"
+        for ours, theirs in renames
+        if ours not in kept and row.get(ours) not in (None, "", [], {}, row.get(theirs))
+    ]
 
 
 def choose_edges(group: TextGroup, which: Which) -> TextGroup:

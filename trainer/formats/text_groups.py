@@ -15,6 +15,7 @@ Conversations may have columns `tools` and `chat_template_kwargs` too, for the c
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,7 +23,17 @@ from typing import Any
 import xxhash
 
 from madpo.trainer.errors import UserError
-from madpo.trainer.formats.chat_message import SPOKEN, WEIGHT, Messages, read_message, text_in
+from madpo.trainer.formats.chat_message import (
+    SPOKEN,
+    THINKING,
+    WEIGHT,
+    Messages,
+    arguments_in,
+    read_message,
+    text_in,
+    unknown_keys,
+)
+from madpo.trainer.formats.json_lines import object_in
 from madpo.trainer.formats.numbers import as_weight, finite, label_of, margin_of
 
 Text = str | Messages
@@ -178,6 +189,7 @@ def preference(row: Mapping[str, Any]) -> TextGroup:
     """The group of the layout `preference`: chosen and rejected, perhaps a prompt. Raises UserError."""
     chosen, rejected = text_or_messages(row, "chosen"), text_or_messages(row, "rejected")
     prompt = text_or_messages(row, "prompt", may_be_empty=True) if row.get("prompt") is not None else None
+    unused: Sequence[str] = ()
     if (
         isinstance(chosen, list)
         and isinstance(rejected, list)
@@ -186,32 +198,52 @@ def preference(row: Mapping[str, Any]) -> TextGroup:
         # Two whole conversations: a prompt column only repeats how they begin.
         given = prompt
         prompt, chosen, rejected = _split_conversations(chosen, rejected)
-        if given and not _holds(prompt, given):
+        if given and not holds(prompt, given):
             raise UserError(
                 f"prompt: says more than the two conversations begin with, got {given!r:.80}; write it into "
                 "chosen and rejected too, or leave these without their beginning"
             )
+        unused = _keys_beside(prompt, given) if isinstance(given, list) else ()
     if prompt is None:
         raise UserError(
             "prompt is missing; only conversations (lists of messages) may leave it out; transcripts in one "
             "text are read by data.adapter=hh_rlhf or hh_rlhf_text"
         )
-    return TextGroup(prompt, same_kind(prompt, chosen, rejected), [(0, 1, margin_of(row))])
+    return TextGroup(
+        prompt, same_kind(prompt, chosen, rejected), [(0, 1, margin_of(row))], unused=tuple(unused)
+    )
+
+
+def _keys_beside(prompt: Messages, given: Messages) -> list[str]:
+    """The keys of a prompt that is not read, where the prompt that is read has none of them."""
+    lost = set(unknown_keys(given)).difference(unknown_keys(prompt))
+    return [f"{key} (of messages of prompt)" for key in sorted(lost)]
 
 
 def _goes_on(prompt: Messages, chosen: Messages, rejected: Messages) -> bool:
     """Whether chosen and rejected begin where a prompt ends: with an answer, or after one."""
     if chosen[0]["role"] == "assistant":
         return True
-    return prompt[-1]["role"] == "assistant" and not any(_holds(side, prompt) for side in (chosen, rejected))
+    return prompt[-1]["role"] == "assistant" and not any(holds(side, prompt) for side in (chosen, rejected))
 
 
-def _holds(conversation: Messages, prompt: Text) -> bool:
-    """Whether a conversation says all that a prompt says: its text in a message, or its messages in order."""
+def holds(conversation: Messages, prompt: Text) -> bool:
+    """Whether a conversation says all that a prompt says: its text, in whole words, in a message; or its
+    messages in order."""
     if isinstance(prompt, str):
-        return any(prompt.strip() in text_in(message) for message in conversation)
+        words = re.compile(rf"(?<!\w){re.escape(prompt.strip())}(?!\w)", re.ASCII)
+        return any(words.search(text_in(message)) for message in conversation)
     rest = iter(conversation)
-    return all(any(_say_alike(message, x) for x in rest) for message in prompt)
+    return all(any(_words_of(message) == _words_of(x) for x in rest) for message in prompt)
+
+
+def _words_of(message: dict[str, Any]) -> dict[str, Any]:
+    """What a message says, alike for text in parts or as one, and for arguments as an object or as its JSON."""
+    calls = message.get("tool_calls") or []
+    names = [call.get("function", call).get("name") for call in calls]
+    arguments = [object_in(x) if isinstance(x, str) else x for x in arguments_in([message])]
+    others = {key: message[key] for key in ("role", *THINKING) if message.get(key)}
+    return {**others, "content": text_in(message), "tool_calls": list(zip(names, arguments, strict=True))}
 
 
 def _split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:

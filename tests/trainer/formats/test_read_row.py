@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from madpo.trainer.errors import UserError
-from madpo.trainer.formats.adapters import ADAPTERS
+from madpo.trainer.formats.adapters import ADAPTERS, OTHER_PROMPT
 from madpo.trainer.formats.numbers import MARGINS_DIFFER
 from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row
 from madpo.trainer.formats.text_groups import TextGroup
@@ -229,6 +229,65 @@ def test_a_prompt_that_says_more_than_the_conversations_is_refused(prompt):
         read({"prompt": prompt, **talk})
     for same in ([say("user", "A fruit?")], "A fruit? ", "fruit"):
         assert read({"prompt": same, **talk}) == read(talk)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "is_held"),
+    [("no", False), ("know", True), ("KNOW", False), ("you know? ", True), ("u know", False), ("了", True)],
+)
+def test_a_prompt_in_text_is_held_in_whole_words(prompt, is_held):
+    asked = say("user", "Do you know? 你好了吗")
+    row = {side: [asked, say("assistant", side)] for side in ("chosen", "rejected")}
+    if is_held:
+        assert len(read({"prompt": prompt, **row}).prompt) == 1
+    else:
+        with pytest.raises(UserError, match=r"^prompt: says more"):
+            read({"prompt": prompt, **row})
+
+
+def test_a_prompt_says_alike_in_parts_and_with_arguments_in_another_form():
+    def turns(content: Any, arguments: Any) -> list[dict[str, Any]]:
+        call = {"type": "function", "function": {"name": "find", "arguments": arguments}}
+        calling = {"role": "assistant", "tool_calls": [call]}
+        return [{"role": "user", "content": content}, calling, say("tool", "found")]
+
+    sides = {side: [*turns("Where?", {"q": 1}), say("assistant", side)] for side in ("chosen", "rejected")}
+    parts = [{"type": "text", "text": "Where?"}]
+    assert read({"prompt": turns(parts, '{"q": 1}'), **sides}) == read(sides)
+    with pytest.raises(UserError, match=r"^prompt: says more"):
+        read({"prompt": turns(parts, '{"q": 2}'), **sides})
+
+
+def test_a_key_that_only_the_prompt_that_is_not_read_has_is_named():
+    sides = {side: [*TALK["prompt"], *TALK[side]] for side in ("chosen", "rejected")}
+    prompt = [{**TALK["prompt"][0], "documents": "a text"}]
+    assert read({"prompt": prompt, **sides}).unused == ("documents (of messages of prompt)",)
+
+
+def test_a_prompt_of_tulu_that_says_something_else_is_told():
+    sides = {side: [*TALK["prompt"], *TALK[side]] for side in ("chosen", "rejected")}
+    assert read({"prompt": "two and two", **sides}, adapter="tulu_preferences").odd == ()
+    assert read({"prompt": "a river", **sides}, adapter="tulu_preferences").odd == (OTHER_PROMPT,)
+
+
+def test_a_system_prompt_of_a_completion_of_ultrafeedback_is_named():
+    completions = [{"response": text, "fine-grained_score": len(text)} for text in ("a", "bc")]
+    row = {"instruction": "q", "completions": completions}
+    assert read(row, adapter="ultrafeedback").unused == ()
+    completions[1]["custom_system_prompt"] = "Be kind."
+    named = read(row, adapter="ultrafeedback").unused
+    assert named == ("custom_system_prompt (of completions)",)
+
+
+def test_a_column_whose_name_another_one_gets_is_named():
+    row = {**TEXT, "question": "three and one"}
+    group = read(row, columns={"prompt": "question"})
+    assert group.prompt == "three and one"
+    assert group.unused == ("prompt (data.columns reads question in its place)",)
+    for same in ("", None, "three and one"):
+        assert read({**row, "prompt": same}, columns={"prompt": "question"}).unused == ()
+    swapped = {"chosen": "rejected", "rejected": "chosen"}
+    assert read(TEXT, columns=swapped).unused == ()
 
 
 def test_messages_that_differ_in_an_id_begin_alike():
