@@ -16,7 +16,7 @@ from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.class_labels import classes_in, with_class_names
 from madpo.trainer.data.in_memory import place_in_memory
 from madpo.trainer.data.split_files import files_in, saved_in, split_files
-from madpo.trainer.data.table_files import open_table, place_of
+from madpo.trainer.data.table_files import name_of, open_table, place_of
 from madpo.trainer.errors import DataError, UserError, on_one_line
 from madpo.trainer.files import discard_damaged, hash_of_file, make_folder, seal
 from madpo.trainer.formats.chat_message import without_padding
@@ -108,7 +108,7 @@ def _open(data: DataConfig, split: str, cache: Path) -> Source:
         return Source(str(files[0]), rows, fingerprint, "line")
     folder = cache / "rows" / fingerprint
     rows = _kept(folder, lambda: open_table(files, folder))
-    return Source(str(files[0]), rows, fingerprint, "row", tuple(files))
+    return Source(name_of(files), rows, fingerprint, "row", tuple(files))
 
 
 def _lines_of(file: Path, cache: Path, fingerprint: str) -> datasets.Dataset:

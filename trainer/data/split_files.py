@@ -19,6 +19,11 @@ def split_files(data: DataConfig, split: str) -> list[Path] | None:
     type.
     """
     assert data.dataset_name is not None
+    if "://" in data.dataset_name:
+        raise UserError(
+            f"data.dataset_name: {data.dataset_name}: a URL is not read; download the file, or give the data "
+            "set's name on the hub"
+        )
     path = Path(data.dataset_name).expanduser()
     if path.is_dir():
         if saved := saved_in(path):

@@ -94,6 +94,11 @@ def sizes_of(files: Sequence[Path]) -> list[int]:
     return [pq.read_metadata(file).num_rows for file in files]
 
 
+def name_of(files: Sequence[Path]) -> str:
+    """How messages name all files of a table together, whose rows are counted on from file to file."""
+    return f"{files[0]} and {len(files) - 1} more" if len(files) > 1 else str(files[0])
+
+
 def place_of(files: Sequence[Path], row: int) -> str:
     """How messages name row number `row` of all files together: the file, and the row's number in it."""
     for file, size in zip(files, sizes_of(files), strict=True):

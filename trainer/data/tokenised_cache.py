@@ -246,6 +246,8 @@ class _RowTokeniser:
                 "unreadable": False,
             }
         except Exception as error:  # a chat template may raise anything
+            if isinstance(error, RecursionError):
+                error = UserError("it holds lists or objects that are nested too deeply to be read")
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             group = TokenGroup([], [], [], problem=f"{kind}{on_one_line(error)}")
             of_text = UNREAD

@@ -212,22 +212,25 @@ def _unused(
     for name in unused:
         if name in MEANT:
             place = "beside conversations" if group.conversational else "beside plain text"
+            advice = _instead(name, row, adapter)
             raise UserError(
-                f"{name}: {place}, {adapter.name} does not use this column; {_instead(name, row)}set "
+                f"{name}: {place}, {adapter.name} does not use this column; {advice}set "
                 f"data.ignore_columns=[{name}] to leave it out"
             )
     return tuple(unused)
 
 
-def _instead(name: str, row: dict[str, Any]) -> str:
-    """The adapters that use this column beside the others, as the beginning of an advice."""
+def _instead(name: str, row: dict[str, Any], adapter: Adapter) -> str:
+    """The adapters that use this column beside the others, which one reads now, as the beginning of an
+    advice."""
     given = {column for column, value in row.items() if says_something(value)}
     using = [x for x in ADAPTERS.values() if name in x.uses and x.source]
+    read = (given & adapter.uses) - {"prompt"}
     if fitting := [x.name for x in using if not x.missing(given)]:
         return f"data.adapter={' or '.join(fitting)} does; else "
     for x in using:
         missing = x.missing(given)
-        if len(missing) == 1 and "prompt" in given - x.uses:
+        if len(missing) == 1 and "prompt" in given - x.uses and read <= x.uses:
             ours = missing[0].split(" or ")[0]
             return f"data.adapter={x.name} with data.columns={{{ours}: prompt}} does; else "
     return ""

@@ -24,6 +24,7 @@ import xxhash
 
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.chat_message import (
+    RESULTS,
     SPOKEN,
     THINKING,
     WEIGHT,
@@ -238,7 +239,7 @@ def holds(conversation: Messages, prompt: Text) -> bool:
 
 
 def _words_of(message: dict[str, Any]) -> dict[str, Any]:
-    """What a message says, alike for text in parts or as one, and for arguments as an object or as its JSON."""
+    """What a message says, alike for text in parts or as one and for arguments as an object or as JSON."""
     calls = message.get("tool_calls") or []
     names = [call.get("function", call).get("name") for call in calls]
     arguments = [object_in(x) if isinstance(x, str) else x for x in arguments_in([message])]
@@ -253,8 +254,14 @@ def _split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages
         shared += 1
     shared = min(shared, len(chosen) - 1, len(rejected) - 1)
     if shared == 0:
-        raise UserError("chosen and rejected do not start with the same message, and no prompt fits")
+        role = chosen[0]["role"]
+        hint = "" if role in ROLES else f"; the one who answers has the role assistant here, not {role}"
+        raise UserError(f"chosen and rejected do not start with the same message, and no prompt fits{hint}")
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+ROLES = {"system", "developer", "user", "assistant", *RESULTS}
+"""The roles that messages usually have."""
 
 
 def _say_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:

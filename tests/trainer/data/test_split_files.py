@@ -80,6 +80,12 @@ def test_what_is_not_one_whole_split_is_refused(tmp_path, names, told):
     assert told in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["https://example.com/train.jsonl", "s3://bucket/set"])
+def test_a_url_is_told_from_a_file_that_is_not_there(name):
+    with pytest.raises(UserError, match=rf"^data.dataset_name: {name}: a URL is not read; download"):
+        split_files(DataConfig(dataset_name=name), "train")
+
+
 @pytest.mark.parametrize("other", ["train_small.jsonl", "train-v1.jsonl", "train.csv", "training-0.jsonl"])
 def test_files_of_other_names_are_no_part_of_it(tmp_path, other):
     assert read(tmp_path, ("train.jsonl", other)) == ["train.jsonl"]

@@ -209,6 +209,26 @@ def test_the_message_names_the_adapter_that_uses_the_column_also_after_a_renamin
     assert group.prompt[0] == {"role": "system", "content": "Be kind."}
 
 
+def test_no_adapter_is_advised_that_would_not_read_the_other_columns():
+    row = {
+        "prompt": "q",
+        "response_1": "a",
+        "response_2": "b",
+        "preference_strength": 1,
+        "system": "Be kind.",
+    }
+    with pytest.raises(UserError, match=r"does not use this column; set data.ignore_columns=\[system\]"):
+        read(row, adapter="helpsteer2_preference")
+
+
+def test_an_unknown_role_of_the_one_who_answers_is_named():
+    row = {**TALK, **{side: [say("model", side)] for side in ("chosen", "rejected")}}
+    with pytest.raises(
+        UserError, match="no prompt fits; the one who answers has the role assistant here, not model"
+    ):
+        read(row)
+
+
 def test_the_message_names_the_adapter_that_uses_the_column():
     row = {"instruction": "Say it.", "output": "It.", "system": "Be kind."}
     with pytest.raises(UserError, match=r"system: .* data.adapter=instruction_output does; else set"):
