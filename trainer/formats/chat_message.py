@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from madpo.trainer.errors import UserError
-from madpo.trainer.formats.numbers import is_rating
+from madpo.trainer.formats.numbers import is_mask, is_rating
 
 Messages = list[dict[str, Any]]
 
@@ -73,8 +73,8 @@ def _given_call(call: Any) -> Any:
 def _with_weight(field: str, message: dict[str, Any]) -> dict[str, Any]:
     """The message with what its WEIGHTS say under WEIGHT. Raises UserError for a value that is no weight, and
     for a key that is one of these but for its spelling, or a mask of unknown meaning."""
-    for key in message:
-        if key not in WEIGHTS and key.strip().lower() in (*WEIGHTS, "mask"):
+    for key, value in message.items():
+        if key not in WEIGHTS and (key.strip().lower() in WEIGHTS or is_mask(key, value)):
             raise UserError(
                 f"{field}: {key!r} of a message is not read; name it weight, 1 (trained on) or 0, or take it "
                 "out"

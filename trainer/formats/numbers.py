@@ -55,13 +55,31 @@ def _margin(row: Mapping[str, Any], columns: Sequence[str]) -> float:
 
 
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
-RATINGS = {"score", "rating", "reward", "margin", "weight", "importance", "gap", "strength", "preference"}
+RATINGS = {
+    *("score", "rating", "reward", "margin", "weight", "importance", "gap", "strength", "preference"),
+    *("delta", "difference", "diff", "quality", "confidence", "advantage", "logprob", "logp", "rank", "elo"),
+}
+MASKS = {"loss", "mask", "masked", "train", "trained", "trainable", "weight", "ignore", "ignored", "learn"}
+"""Words in the names of numbers that say how good an example is or how much it counts, and of those that say
+whether it counts."""
 
 
 def is_rating(name: str, value: Any) -> bool:
     """Whether a column or a key holds a number that could be a margin or half of one, or a weight."""
     is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    return is_number and not RATINGS.isdisjoint(x.lower().removesuffix("s") for x in _WORD.findall(name))
+    return is_number and not RATINGS.isdisjoint(_words(name))
+
+
+def is_mask(name: str, value: Any) -> bool:
+    """Whether a key holds 0 or 1, or false or true, which could say whether something is trained on."""
+    is_number = isinstance(value, int | float)
+    return is_number and value in (0, 1) and not MASKS.isdisjoint(_words(name))
+
+
+def _words(name: str) -> set[str]:
+    """The words of a name, in snake case or camel case, as they are and without a plural's s."""
+    words = {word.lower() for word in _WORD.findall(name)}
+    return words | {word.removesuffix("s") for word in words}
 
 
 def as_weight(value: Any, field: str) -> float:

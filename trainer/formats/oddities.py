@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import xxhash
 
-from madpo.trainer.formats.chat_message import arguments_in, without_padding
+from madpo.trainer.formats.chat_message import SPOKEN, Messages, arguments_in, text_in, without_padding
 from madpo.trainer.formats.json_lines import object_in
-from madpo.trainer.formats.text_groups import SPOKEN, Messages, Text, TextGroup, text_in
+from madpo.trainer.formats.text_groups import Text, TextGroup
 
 EMPTY_PROMPT = "the prompt is empty"
 EMPTY_COMPLETION = "a completion is empty"

@@ -25,7 +25,6 @@ import xxhash
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.chat_message import (
     RESULTS,
-    SPOKEN,
     THINKING,
     WEIGHT,
     Messages,
@@ -235,16 +234,22 @@ def holds(conversation: Messages, prompt: Text) -> bool:
         words = re.compile(rf"(?<!\w){re.escape(prompt.strip())}(?!\w)", re.ASCII)
         return any(words.search(text_in(message)) for message in conversation)
     rest = iter(conversation)
-    return all(any(_words_of(message) == _words_of(x) for x in rest) for message in prompt)
+    return all(any(_say_alike(message, x) for x in rest) for message in prompt)
 
 
 def _words_of(message: dict[str, Any]) -> dict[str, Any]:
     """What a message says, alike for text in parts or as one and for arguments as an object or as JSON."""
     calls = message.get("tool_calls") or []
     names = [call.get("function", call).get("name") for call in calls]
-    arguments = [object_in(x) if isinstance(x, str) else x for x in arguments_in([message])]
+    arguments = map(_arguments_as_text, arguments_in([message]))
     others = {key: message[key] for key in ("role", *THINKING) if message.get(key)}
     return {**others, "content": text_in(message), "tool_calls": list(zip(names, arguments, strict=True))}
+
+
+def _arguments_as_text(arguments: Any) -> str:
+    """Arguments as JSON text, alike for an object and for its text in any spacing."""
+    parsed = object_in(arguments)
+    return json.dumps(arguments if parsed is None else parsed)
 
 
 def _split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
@@ -265,8 +270,9 @@ ROLES = {"system", "developer", "user", "assistant", *RESULTS}
 
 
 def _say_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two messages agree in role and words; ids and other keys may differ."""
-    return all(one.get(key) == other.get(key) for key in ("role", *SPOKEN))
+    """Whether two messages agree in role and words; ids and other keys may differ, and so may the form of
+    text and arguments."""
+    return _words_of(one) == _words_of(other)
 
 
 def same_kind(prompt: Text, *completions: Text, may_be_empty: bool = False) -> list[Text]:

@@ -26,6 +26,7 @@ def labels(folder, tokenizer, streaming: bool = False, **data: Any) -> list[int]
         "train": {"max_steps": 1},
     }
     source = load_data(make_config(folder, tree), tokenizer, training=True).source
+    assert source is not None
     groups, indices = source.take(0, 2)
     return sorted(int(groups[int(i)].labels[0]) * (1 + len(groups[int(i)].prompt)) for i in indices)
 

@@ -118,7 +118,16 @@ def test_other_columns_with_text_are_named_and_of_numbers_those_that_could_be_ma
 
 @pytest.mark.parametrize(
     "name",
-    ["weights", "sample_weight", "loss-weight", "importance", "chosenScore", "preference_gap", "Strength"],
+    [
+        "weights",
+        "sample_weight",
+        "loss-weight",
+        "importance",
+        "chosenScore",
+        "preference_gap",
+        "Strength",
+        "delta",
+    ],
 )
 def test_numbers_under_other_names_of_a_margin_or_a_weight_are_named(name):
     assert read({**TEXT, name: 0.5}).unused == (name,)
@@ -171,7 +180,9 @@ def test_every_name_of_a_messages_weight_is_read(name):
         read({"messages": [turns[0], {**turns[1], name: 0.5}]})
 
 
-@pytest.mark.parametrize("name", ["mask", "Weight", " train", "LOSS_MASK"])
+@pytest.mark.parametrize(
+    "name", ["mask", "Weight", " train", "LOSS_MASK", "calculate_loss", "ignore", "trainOn", "masks"]
+)
 def test_a_key_that_may_be_a_messages_weight_is_refused(name):
     with pytest.raises(UserError, match=rf"^messages: '{name}' of a message is not read; name it weight"):
         read({"messages": [say("user", "a"), {**say("assistant", "b"), name: 0}]})
@@ -274,6 +285,11 @@ def test_a_prompt_says_alike_in_parts_and_with_arguments_in_another_form():
     sides = {side: [*turns("Where?", {"q": 1}), say("assistant", side)] for side in ("chosen", "rejected")}
     parts = [{"type": "text", "text": "Where?"}]
     assert read({"prompt": turns(parts, '{"q": 1}'), **sides}) == read(sides)
+    mixed = {**sides, "rejected": [*turns(parts, '{"q":1}'), say("assistant", "rejected")]}
+    assert read({"prompt": turns("Where?", {"q": 1}), **mixed}) == read(sides)
+    for other in ({"q": True}, {"q": 1.0}, '{"q": 1', '{"q": 2'):
+        unlike = {**sides, "rejected": [*turns(parts, other), say("assistant", "rejected")]}
+        assert len(read(unlike).prompt) == 1
     with pytest.raises(UserError, match=r"^prompt: says more"):
         read({"prompt": turns(parts, '{"q": 2}'), **sides})
 
