@@ -8,10 +8,18 @@ from collections.abc import Mapping
 from madpo.trainer.errors import UserError
 
 COUNTS = (
-    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "PET_NNODES", "NNODES", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"),
-    *("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_NRANKS", "JSM_NAMESPACE_SIZE"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "PET_NNODES", "NNODES", "NUM_NODES", "SLURM_NTASKS", "SLURM_NPROCS"),
+    *("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_NRANKS"),
+    *("JSM_NAMESPACE_SIZE", "FLUX_JOB_SIZE"),
 )
 """Variables in which launchers say how many processes or nodes they start."""
+
+NUMBERS = (
+    *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "PET_NODE_RANK", "SLURM_PROCID", "SLURM_NODEID"),
+    *("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID"),
+    *("JSM_NAMESPACE_RANK", "FLUX_TASK_RANK"),
+)
+"""Variables in which launchers say which of their processes or nodes this one is, from 0."""
 
 PREFIXES = ("TORCHELASTIC_", "PET_", "GROUP_", "ROLE_")
 NAMES = {"RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -20,15 +28,17 @@ NAMES = {"RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "M
 
 def check_alone() -> None:
     """Raise UserError if a launcher has started this command several times."""
-    for name in COUNTS:
-        value = os.environ.get(name, "")
-        if value.isdigit() and int(value) > 1:
-            raise UserError(
-                f"{name} is {value}: a launcher starts this command {value} times, and each would train "
-                "alone, as madpo starts its ranks itself. Let torchrun start `-m madpo.launch.worker CONFIG` "
-                f"on every node instead, as slurm/train.sbatch does (docs/clusters.md); if this is the only "
-                f"process, unset {name}"
-            )
+    for names, least in ((COUNTS, 2), (NUMBERS, 1)):
+        for name in names:
+            value = os.environ.get(name, "")
+            if value.isdecimal() and int(value) >= least:
+                times = value if names is COUNTS else "several"
+                raise UserError(
+                    f"{name} is {value}: a launcher starts this command {times} times, and each would train "
+                    "alone, as madpo starts its ranks itself. Let torchrun start `-m madpo.launch.worker "
+                    "CONFIG` on every node instead, as slurm/train.sbatch does (docs/clusters.md); if this "
+                    f"is the only process, unset {name}"
+                )
 
 
 def without_launcher(variables: Mapping[str, str]) -> dict[str, str]:

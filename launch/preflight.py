@@ -59,7 +59,7 @@ def _check_writable(folder: Path) -> None:
 def _check_files(config: Config, task: Task) -> None:
     """Raise UserError for splits that are not there, or in files that cannot be read."""
     from madpo.trainer.data.mixture import has_held_out, parts_of
-    from madpo.trainer.data.source import split_files
+    from madpo.trainer.data.split_files import split_files
 
     has_test = has_held_out(config.data)
     if task != "evaluate" and config.train.eval_steps is not None and not has_test:

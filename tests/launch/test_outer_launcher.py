@@ -8,13 +8,13 @@ import pytest
 from harness import make_config
 
 from madpo.launch import local
-from madpo.launch.outer_launcher import COUNTS, check_alone, without_launcher
+from madpo.launch.outer_launcher import COUNTS, NUMBERS, check_alone, without_launcher
 from madpo.trainer.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch) -> None:
-    for name in COUNTS:
+    for name in (*COUNTS, *NUMBERS):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -27,6 +27,15 @@ def test_a_command_that_is_started_several_times_is_refused_before_any_rank(monk
             monkeypatch.setenv(key, value)
         with pytest.raises(UserError, match=rf"^{name} is 2: .*-m madpo\.launch\.worker CONFIG"):
             local.run("train", "no such config", [], config)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_one_that_is_not_the_first_of_several_is_refused(monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(UserError, match=rf"^{name} is 1: a launcher starts this command several times"):
+        check_alone()
+    monkeypatch.setenv(name, "0")
+    check_alone()
 
 
 @pytest.mark.parametrize("value", ["1", "", "0"])

@@ -16,8 +16,9 @@ import pyarrow as pa
 import xxhash
 
 from madpo.trainer.config.data import DataConfig
-from madpo.trainer.data.source import LINES, Source, line_of, load_by_name, reading, split_files
-from madpo.trainer.data.table_files import place_of, stream_table
+from madpo.trainer.data.source import LINES, Source, line_of, load_by_name, reading
+from madpo.trainer.data.split_files import split_files
+from madpo.trainer.data.table_files import name_of, place_of, stream_table
 from madpo.trainer.errors import UserError
 from madpo.trainer.files import sampled_content
 
@@ -47,7 +48,7 @@ def open_reader(data: DataConfig, split: str) -> Reader:
             return RowReader(f"{data.dataset_name}[{split}]", load_by_name(data, split, streaming=True))
         if files[0].suffix == ".jsonl":
             return LineReader(files[0])
-        return RowReader(str(files[0]), stream_table(files), files)
+        return RowReader(name_of(files), stream_table(files), files)
 
 
 class LineReader:

@@ -235,9 +235,11 @@ def check_groups(
             f"and rejected, or use loss_type {other}"
         )
     if Need.LABELS in objective.needs and not counts.labelled.all():
+        bare = groups.rows[counts.labelled == 0]
+        which = f"{len(bare)} of {len(groups)} rows have no label, the first is row {bare[0]}, and "
         raise UserError(
-            f"{groups.name}: objective {loss_type} needs labels; give columns prompt, completion and label "
-            "(true or false), or prompt, chosen and rejected"
+            f"{groups.name}: {which if counts.labelled.any() else ''}objective {loss_type} needs labels; "
+            "give columns prompt, completion and label (true or false), or prompt, chosen and rejected"
         )
     if not objective.needs_margin:
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ import datasets
 from filelock import FileLock
 
 from madpo.trainer.config.data import DataConfig
+from madpo.trainer.data.class_labels import classes_in, with_class_names
 from madpo.trainer.data.in_memory import place_in_memory
-from madpo.trainer.data.table_files import open_table, place_of
+from madpo.trainer.data.split_files import files_in, saved_in, split_files
+from madpo.trainer.data.table_files import name_of, open_table, place_of
 from madpo.trainer.disk_faults import number_of
 from madpo.trainer.errors import DataError, UserError, on_one_line
 from madpo.trainer.files import discard_damaged, hash_of_file, make_folder, seal
@@ -35,6 +36,11 @@ class Source:
     unit: str  # "line" or "row": messages say "{name}:{line}" or "{name} row {index}"
     files: tuple[Path, ...] = ()  # of a table, where it is one in files
 
+    @property
+    def classes(self) -> dict[str, Any]:
+        """The columns that hold class labels, with their features; for `fields_of`."""
+        return classes_in(self.rows.features)
+
     def where(self, row: int) -> str:
         """How messages name an example by its line, or by its number in all files."""
         if self.unit == "line":
@@ -48,14 +54,16 @@ class Source:
             yield row["line"] if self.unit == "line" else index, row
 
 
-def fields_of(row: Mapping[str, Any], unit: str) -> dict[str, Any]:
-    """The columns of an example of a source, by its `unit`. A table's have lost their padding.
+def fields_of(row: Mapping[str, Any], unit: str, classes: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of an example of a source, by its `unit`. A table's have lost their padding, and those of
+    `classes` hold names of classes.
 
     Raises UserError for a line that is no strict JSON.
     """
     if unit == "line":
         return parse_json_line(row["raw"])
-    return {name: without_padding(value) for name, value in row.items()}
+    named = {name: with_class_names(row[name], feature) for name, feature in classes.items()}
+    return {name: without_padding(value) for name, value in {**row, **named}.items()}
 
 
 def line_of(file: Path, line: int) -> str:
@@ -103,7 +111,7 @@ def _open(data: DataConfig, split: str, cache: Path) -> Source:
         return Source(str(files[0]), rows, fingerprint, "line")
     folder = cache / "rows" / fingerprint
     rows = _kept(folder, lambda: open_table(files, folder))
-    return Source(str(files[0]), rows, fingerprint, "row", tuple(files))
+    return Source(name_of(files), rows, fingerprint, "row", tuple(files))
 
 
 def _lines_of(file: Path, cache: Path, fingerprint: str) -> datasets.Dataset:
@@ -149,7 +157,7 @@ def test_split(data: DataConfig) -> str | None:
 def _held_out_in(name: str, config: str | None) -> list[str]:
     path = Path(name).expanduser()
     if path.is_dir():
-        return [] if _saved_in(path) else [split for split in HELD_OUT if _files_in(path, split)]
+        return [] if saved_in(path) else [split for split in HELD_OUT if files_in(path, split)]
     is_file = path.is_file() or path.suffix in (".jsonl", ".parquet")
     return [] if is_file else _splits_on_hub(name, config)
 
@@ -158,65 +166,6 @@ def _held_out_in(name: str, config: str | None) -> list[str]:
 def _splits_on_hub(name: str, config: str | None) -> list[str]:
     with _loading_by_name(name):
         return datasets.get_dataset_split_names(name, config)
-
-
-def _files_in(folder: Path, split: str) -> list[Path]:
-    named = [folder / f"{split}{suffix}" for suffix in (".jsonl", ".parquet")]
-    there = [file for file in named if file.is_file()] + sorted(folder.glob(f"{split}-*.parquet"))
-    return there or _saved_in(folder / split)
-
-
-def _saved_in(folder: Path) -> list[Path]:
-    """The files of a data set that `datasets` saved into a folder, in order; [] if it is no such folder."""
-    note = folder / "state.json"
-    if not note.is_file():
-        return []
-    state = json.loads(note.read_text())
-    if state.get("_indices_data_files"):
-        raise UserError(f"{folder}: saved with a selection of its rows; save flatten_indices() of it")
-    return [folder / part["filename"] for part in state["_data_files"]]
-
-
-def split_files(data: DataConfig, split: str) -> list[Path] | None:
-    """The files of a split: one .jsonl, or .parquet or .arrow files in order; None for a name on the hub.
-
-    Raises UserError for a missing file or split, a split that is there twice, and another file type.
-    """
-    assert data.dataset_name is not None
-    path = Path(data.dataset_name).expanduser()
-    if path.is_dir() and (saved := _saved_in(path)):
-        _check_single(path, split, data)
-        return saved
-    if path.is_dir():
-        files = _files_in(path, split)
-        whole = [file.name for file in files if file.stem == split]
-        if whole and len(files) > 1:
-            raise UserError(f"{path}: split {split!r} stands there twice: {[file.name for file in files]}")
-        if not files:
-            raise UserError(
-                f"{path}: no split {split!r}; expected {split}.jsonl, {split}.parquet, {split}-*.parquet or "
-                f"a folder {split} of save_to_disk, found {sorted(file.name for file in path.iterdir())[:20]}"
-            )
-        return files
-    if path.suffix in (".jsonl", ".parquet"):
-        if not path.is_file():
-            raise UserError(f"data.dataset_name: {path}: no such file")
-        _check_single(path, split, data)
-        return [path]
-    if path.is_file():
-        raise UserError(f"data.dataset_name: {path}: a file must be .jsonl or .parquet")
-    return None
-
-
-def _check_single(path: Path, split: str, data: DataConfig) -> None:
-    """Raise UserError if a single set of rows is asked for another split than the training's."""
-    train = data.dataset_train_split
-    if split != train:
-        kind = "split" if path.is_dir() else "file"
-        raise UserError(
-            f"data.dataset_test_split: {path} is a single {kind}, so {split!r} would be its training rows; "
-            f"put {train}.jsonl and {split}.jsonl (or .parquet) into a folder"
-        )
 
 
 def load_by_name(

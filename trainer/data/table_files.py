@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 
+from madpo.trainer.data.class_labels import classes_in
 from madpo.trainer.data.in_memory import place_in_memory
 from madpo.trainer.errors import DataError, UserError, on_one_line
 
@@ -68,7 +69,22 @@ def features_of(files: Sequence[Path]) -> datasets.Features:
                 f"{file}: column {column.name} is of type {column.type}, which is not read "
                 f"({on_one_line(error)}); leave it out, or write it as text or numbers"
             ) from None
-    return datasets.Features.from_arrow_schema(common)
+    return datasets.Features({**datasets.Features.from_arrow_schema(common), **_classes(files, schemas)})
+
+
+def _classes(files: Sequence[Path], schemas: Sequence[pa.Schema]) -> dict[str, Any]:
+    """The columns that hold class labels in any file. Raises UserError unless all files that have such a
+    column name its classes alike: their numbers would mean different things."""
+    features = [datasets.Features.from_arrow_schema(schema) for schema in schemas]
+    found = {name: feature for of_file in features for name, feature in classes_in(of_file).items()}
+    for name, feature in found.items():
+        for file, of_file in zip(files, features, strict=True):
+            if of_file.get(name, feature) != feature:
+                raise UserError(
+                    f"{file}: column {name} is {of_file[name]}, and {feature} in another file; "
+                    "write its classes as text"
+                )
+    return found
 
 
 def sizes_of(files: Sequence[Path]) -> list[int]:
@@ -76,6 +92,11 @@ def sizes_of(files: Sequence[Path]) -> list[int]:
     if files[0].suffix == ".arrow":
         return [len(datasets.Dataset.from_file(str(file))) for file in files]
     return [pq.read_metadata(file).num_rows for file in files]
+
+
+def name_of(files: Sequence[Path]) -> str:
+    """How messages name all files of a table together, whose rows are counted on from file to file."""
+    return f"{files[0]} and {len(files) - 1} more" if len(files) > 1 else str(files[0])
 
 
 def place_of(files: Sequence[Path], row: int) -> str:

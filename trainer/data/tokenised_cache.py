@@ -37,7 +37,7 @@ from madpo.trainer.formats.oddities import claims_of, oddities_of
 from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row
 from madpo.trainer.formats.text_groups import TextGroup, hash_of_prompt
 
-FORMAT_VERSION = 12
+FORMAT_VERSION = 13
 """Part of the cache key; raise it when the same examples would give other tokens."""
 
 FEATURES = datasets.Features(
@@ -213,6 +213,7 @@ class _RowTokeniser:
     rules: TokenRules
     adapter: str
     unit: str  # of the source
+    classes: dict[str, Any]  # of the source
     most_characters: int | None  # of a prompt that may fit; None: not known
     spellings: re.Pattern[str] | None  # of special tokens
     added_tokens: frozenset[str]
@@ -220,7 +221,7 @@ class _RowTokeniser:
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         number = row["line"] if self.unit == "line" else index
         try:
-            fields = fields_of(row, self.unit)
+            fields = fields_of(row, self.unit, self.classes)
             text = read_row(fields, ADAPTERS[self.adapter], self.rules.rows, self.rules.supervised)
             if text.compared and len(text.completions) < 2 and not self.rules.supervised:
                 group = TokenGroup([], [], [], problem="fewer than two scored completions")
@@ -245,6 +246,8 @@ class _RowTokeniser:
                 "unreadable": False,
             }
         except Exception as error:  # a chat template may raise anything
+            if isinstance(error, RecursionError):
+                error = UserError("it holds lists or objects that are nested too deeply to be read")
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             group = TokenGroup([], [], [], problem=f"{kind}{on_one_line(error)}")
             of_text = UNREAD
@@ -302,6 +305,7 @@ def tokenise_all(
             rules,
             adapter,
             source.unit,
+            source.classes,
             None if rules.template_may_drop else most_characters(tokenizer, rules.max_length),
             special_spellings(tokenizer),
             frozenset(map(str, tokenizer.added_tokens_decoder.values())),
@@ -334,7 +338,7 @@ def adapter_in(
     row: Any
     for row in source.rows:
         try:
-            return choose(fields_of(row, source.unit), rules.rows, rules.supervised)
+            return choose(fields_of(row, source.unit, source.classes), rules.rows, rules.supervised)
         except UserError as error:
             problem = problem or f"{source.where(row['line'])}: {error}"
     raise UserError(str(problem))

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
 
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats import text_groups
-from madpo.trainer.formats.chat_message import Messages
+from madpo.trainer.formats.chat_message import Messages, says_something
 from madpo.trainer.formats.messages import (
     Row,
     answer,
@@ -30,7 +30,7 @@ from madpo.trainer.formats.messages import (
     transcript,
 )
 from madpo.trainer.formats.numbers import finite
-from madpo.trainer.formats.text_groups import TextGroup, objects, ranked, same_kind
+from madpo.trainer.formats.text_groups import TextGroup, after_system, holds, objects, ranked, same_kind
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,9 @@ def _ultrafeedback(row: dict[str, Any]) -> TextGroup:
     rated = each(row, "completions", lambda x: (answer(text_of(x, "response")), _fine_grained(x)))
     scored = [(reply, score) for reply, score in rated if score is not None]
     prompt = question(text_of(row, "instruction"))
-    return ranked(prompt, [reply for reply, _ in scored], [score for _, score in scored])
+    group = ranked(prompt, [reply for reply, _ in scored], [score for _, score in scored])
+    has_system = any(says_something(x.get("custom_system_prompt")) for x in row["completions"])
+    return replace(group, unused=("custom_system_prompt (of completions)",)) if has_system else group
 
 
 def _fine_grained(completion: Row) -> float | None:
@@ -209,7 +211,13 @@ def _tulu(row: dict[str, Any]) -> TextGroup:
     for name in ("chosen", "rejected"):
         if not isinstance(row.get(name), list):
             raise UserError(f"{name}: expected a list of messages, got {row.get(name)!r:.80}")
-    return text_groups.preference({**row, "prompt": None})
+    group = text_groups.preference({**row, "prompt": None})
+    asked = row.get("prompt")
+    is_other = isinstance(asked, str) and not isinstance(group.prompt, str) and not holds(group.prompt, asked)
+    return replace(group, odd=(OTHER_PROMPT,)) if is_other else group
+
+
+OTHER_PROMPT = "prompt is not used, and says something else than the conversations begin with"
 
 
 @adapter(
@@ -268,8 +276,7 @@ def _kto(row: dict[str, Any]) -> TextGroup:
 def _sharegpt(row: dict[str, Any]) -> TextGroup:
     turns = objects(row, "conversations")
     messages = [shared_turn(turn, f"conversations[{i}]") for i, turn in enumerate(turns)]
-    if row.get("system") and messages[0]["role"] != "system":
-        messages.insert(0, say("system", text_of(row, "system")))
+    messages = after_system(messages, row.get("system") or None)
     if row.get("chosen") is None and row.get("rejected") is None:
         return text_groups.to_group({"messages": messages}, "messages")
     chosen, rejected = ([shared_turn(row.get(name), name)] for name in ("chosen", "rejected"))

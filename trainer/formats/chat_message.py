@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from madpo.trainer.errors import UserError
+from madpo.trainer.formats.numbers import is_mask, is_rating
 
 Messages = list[dict[str, Any]]
 
@@ -24,8 +25,9 @@ RESULTS = ("tool", "function")
 WEIGHT = "weight"
 """The key of a message that says whether its tokens are trained on, 1 or 0, once it is read."""
 
-WEIGHTS = (WEIGHT, "train", "training")
-"""How data sets call it: OpenAI `weight`, Axolotl `train` or `training`."""
+WEIGHTS = (WEIGHT, "train", "training", "loss", "loss_mask", "loss_scale", "loss_weight", "trainable")
+"""How data sets call it: OpenAI `weight`, Axolotl `train` or `training`, ms-swift `loss`; and names that can
+mean nothing else."""
 
 KNOWN = frozenset({"role", *SPOKEN, *WEIGHTS, NAME, "tool_call_id", "id", "type", "tool_name", "prefix"})
 """Keys of messages that madpo looks at or that name things for the chat template."""
@@ -69,7 +71,14 @@ def _given_call(call: Any) -> Any:
 
 
 def _with_weight(field: str, message: dict[str, Any]) -> dict[str, Any]:
-    """The message with what its WEIGHTS say under WEIGHT."""
+    """The message with what its WEIGHTS say under WEIGHT. Raises UserError for a value that is no weight, and
+    for a key that is one of these but for its spelling, or a mask of unknown meaning."""
+    for key, value in message.items():
+        if key not in WEIGHTS and (key.strip().lower() in WEIGHTS or is_mask(key, value)):
+            raise UserError(
+                f"{field}: {key!r} of a message is not read; name it weight, 1 (trained on) or 0, or take it "
+                "out"
+            )
     given = {key: message[key] for key in WEIGHTS if key in message}
     for key, value in given.items():
         if not isinstance(value, int | float) or value not in (0, 1):
@@ -90,9 +99,16 @@ def without_weights(messages: Messages) -> Messages:
 
 
 def unknown_keys(messages: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Keys of messages that hold text or more, and that only a template of its own would look at."""
+    """Keys of messages that hold text or more, or a rating, and that only a template of its own would look
+    at."""
     fields = (field for message in messages for field in message.items())
-    return sorted({key for key, value in fields if key not in KNOWN and says_something(value)})
+    return sorted(
+        {
+            key
+            for key, value in fields
+            if key not in KNOWN and (says_something(value) or is_rating(key, value))
+        }
+    )
 
 
 def says_something(value: Any) -> bool:

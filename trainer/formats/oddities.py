@@ -10,13 +10,12 @@ from collections.abc import Iterator
 
 import xxhash
 
-from madpo.trainer.formats.chat_message import arguments_in, without_padding
+from madpo.trainer.formats.chat_message import SPOKEN, Messages, arguments_in, text_in, without_padding
 from madpo.trainer.formats.json_lines import object_in
-from madpo.trainer.formats.text_groups import SPOKEN, Messages, Text, TextGroup, text_in
+from madpo.trainer.formats.text_groups import Text, TextGroup
 
 EMPTY_PROMPT = "the prompt is empty"
 EMPTY_COMPLETION = "a completion is empty"
-FROM_BYTES = "bytes were read as UTF-8 text"
 NO_OBJECT = "arguments of a tool call are no JSON object"
 NULL = "arguments of a tool call hold null, which is kept"
 
@@ -37,8 +36,7 @@ def oddities_of(group: TextGroup, has_prompt: bool) -> list[str]:
         found.append(EMPTY_PROMPT)
     if any(_is_blank(completion, "assistant") for completion in group.completions):
         found.append(EMPTY_COMPLETION)
-    if group.from_bytes:
-        found.append(FROM_BYTES)
+    found += group.odd
     parts = (group.prompt, *group.completions)
     arguments = [x for part in parts if not isinstance(part, str) for x in arguments_in(part)]
     if not all(isinstance(x, dict) or object_in(x) is not None for x in arguments):

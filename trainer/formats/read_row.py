@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,18 @@ from madpo.trainer.formats.adapters import ADAPTERS, Adapter
 from madpo.trainer.formats.chat_message import not_null, says_something, unknown_keys, without_weights
 from madpo.trainer.formats.json_lines import unique_keys
 from madpo.trainer.formats.messages import one_of
-from madpo.trainer.formats.numbers import LABELS, MARGIN_COLUMNS, as_weight, has_label, label_of, margin_of
+from madpo.trainer.formats.numbers import (
+    LABELS,
+    MARGIN_COLUMNS,
+    MARGINS_DIFFER,
+    as_weight,
+    has_label,
+    is_rating,
+    label_of,
+    lone_scores,
+    margin_of,
+    margins_differ,
+)
 from madpo.trainer.formats.text_groups import (
     LAYOUTS,
     TextGroup,
@@ -116,10 +126,14 @@ MISLEADING = 0.5
 
 def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised: bool = False) -> TextGroup:
     """The group of an example. Raises UserError that names the field, its value and what it should hold."""
+    replaced = _replaced(row, rules)
     given = {name: value for name, value in renamed(row, rules.columns).items() if name not in rules.ignore}
     row = {name: bytes_as_text(value) for name, value in given.items()}
+    _check_spelling(set(row), rules, adapter.uses)
     group = _with_weight(adapter.read(row), row.get("weight"))
-    used = adapter.uses | BESIDE_EVERY
+    used = (adapter.uses | BESIDE_EVERY) - lone_scores(row)
+    if len(group.completions) == 1:
+        used -= MARGIN_COLUMNS
     if len(group.completions) == 1 and has_label(row):
         labels = group.labels or [label_of(row, is_needed=False)]
         group, used = replace(group, labels=labels), used | {*LABELS}
@@ -131,7 +145,16 @@ def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised:
             used |= {*SYSTEM}
             group = with_system(group, row.get(one_of(row, *SYSTEM) or SYSTEM[0]))
         group = _with_keys_looked_at(group)
-    return replace(group, unused=_unused(row, used, adapter, group), from_bytes=row != given)
+    odd = [
+        *group.odd,
+        *([FROM_BYTES] if row != given else []),
+        *([MARGINS_DIFFER] if margins_differ(row) else []),
+    ]
+    unused = (*group.unused, *replaced, *_unused(row, used, adapter, group))
+    return replace(group, unused=unused, odd=tuple(odd))
+
+
+FROM_BYTES = "bytes were read as UTF-8 text"
 
 
 def bytes_as_text(value: Any) -> Any:
@@ -158,7 +181,7 @@ SYSTEM = ("system", "system_prompt")
 FOR_TEMPLATES = ("tools", "chat_template_kwargs")
 
 BESIDE_EVERY = MARGIN_COLUMNS | {"weight"}
-"""Columns that are used beside those of every layout and format."""
+"""Columns that are used beside those of every layout and format, margins where completions are compared."""
 
 BESIDE_ALL = BESIDE_EVERY | {*LABELS, *SYSTEM, *FOR_TEMPLATES}
 """Columns that are used beside those of some: single completions, conversations."""
@@ -181,7 +204,7 @@ def _unused(
     unused = [
         name
         for name, value in beside.items()
-        if name in labels or says_something(value) or _is_rating(name, value)
+        if name in labels or says_something(value) or is_rating(name, value)
     ]
     if unused:
         said = {text.strip() for text in texts_of(group)}
@@ -189,31 +212,25 @@ def _unused(
     for name in unused:
         if name in MEANT:
             place = "beside conversations" if group.conversational else "beside plain text"
+            advice = _instead(name, row, adapter)
             raise UserError(
-                f"{name}: {place}, {adapter.name} does not use this column; {_instead(name, row)}set "
+                f"{name}: {place}, {adapter.name} does not use this column; {advice}set "
                 f"data.ignore_columns=[{name}] to leave it out"
             )
     return tuple(unused)
 
 
-_RATING = re.compile(r"(?:^|[-_ ])(?:score|rating|reward|margin)s?(?:$|[-_ ])")
-
-
-def _is_rating(name: str, value: Any) -> bool:
-    """Whether a column holds a number that could be a margin, or half of one."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and _RATING.search(name) is not None
-
-
-def _instead(name: str, row: dict[str, Any]) -> str:
-    """The adapters that use this column beside the others, as the beginning of an advice."""
+def _instead(name: str, row: dict[str, Any], adapter: Adapter) -> str:
+    """The adapters that use this column beside the others, which one reads now, as the beginning of an
+    advice."""
     given = {column for column, value in row.items() if says_something(value)}
     using = [x for x in ADAPTERS.values() if name in x.uses and x.source]
+    read = (given & adapter.uses) - {"prompt"}
     if fitting := [x.name for x in using if not x.missing(given)]:
         return f"data.adapter={' or '.join(fitting)} does; else "
     for x in using:
         missing = x.missing(given)
-        if len(missing) == 1 and "prompt" in given - x.uses:
+        if len(missing) == 1 and "prompt" in given - x.uses and read <= x.uses:
             ours = missing[0].split(" or ")[0]
             return f"data.adapter={x.name} with data.columns={{{ours}: prompt}} does; else "
     return ""
@@ -248,6 +265,16 @@ def renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     old_names = set(columns.values())
     others = {name: value for name, value in row.items() if name not in old_names}
     return {**others, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
+
+
+def _replaced(row: dict[str, Any], rules: RowRules) -> list[str]:
+    """The columns with something in them whose name `data.columns` gives to another one."""
+    renames, kept = rules.columns.items(), {*rules.columns.values(), *rules.ignore}
+    return [
+        f"{ours} (data.columns reads {theirs} in its place)"
+        for ours, theirs in renames
+        if ours not in kept and row.get(ours) not in (None, "", [], {}, row.get(theirs))
+    ]
 
 
 def choose_edges(group: TextGroup, which: Which) -> TextGroup:

@@ -15,6 +15,7 @@ Conversations may have columns `tools` and `chat_template_kwargs` too, for the c
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,7 +23,17 @@ from typing import Any
 import xxhash
 
 from madpo.trainer.errors import UserError
-from madpo.trainer.formats.chat_message import SPOKEN, WEIGHT, Messages, read_message, text_in
+from madpo.trainer.formats.chat_message import (
+    RESULTS,
+    THINKING,
+    WEIGHT,
+    Messages,
+    arguments_in,
+    read_message,
+    text_in,
+    unknown_keys,
+)
+from madpo.trainer.formats.json_lines import object_in
 from madpo.trainer.formats.numbers import as_weight, finite, label_of, margin_of
 
 Text = str | Messages
@@ -42,7 +53,7 @@ class TextGroup:
     completion_weights: list[float] = field(default_factory=list)  # further factors; all completions or none
     unused: tuple[str, ...] = field(default=(), compare=False)  # columns with text that nothing looks at
     unknown_keys: tuple[str, ...] = field(default=(), compare=False)  # of messages, with text
-    from_bytes: bool = field(default=False, compare=False)  # a column held bytes, which were read as UTF-8
+    odd: tuple[str, ...] = field(default=(), compare=False)  # what is odd in columns, for the user
     compared: bool = field(default=False, compare=False)  # from `ranked`, maybe with fewer than two scores
 
     @property
@@ -178,6 +189,7 @@ def preference(row: Mapping[str, Any]) -> TextGroup:
     """The group of the layout `preference`: chosen and rejected, perhaps a prompt. Raises UserError."""
     chosen, rejected = text_or_messages(row, "chosen"), text_or_messages(row, "rejected")
     prompt = text_or_messages(row, "prompt", may_be_empty=True) if row.get("prompt") is not None else None
+    unused: Sequence[str] = ()
     if (
         isinstance(chosen, list)
         and isinstance(rejected, list)
@@ -186,32 +198,58 @@ def preference(row: Mapping[str, Any]) -> TextGroup:
         # Two whole conversations: a prompt column only repeats how they begin.
         given = prompt
         prompt, chosen, rejected = _split_conversations(chosen, rejected)
-        if given and not _holds(prompt, given):
+        if given and not holds(prompt, given):
             raise UserError(
                 f"prompt: says more than the two conversations begin with, got {given!r:.80}; write it into "
                 "chosen and rejected too, or leave these without their beginning"
             )
+        unused = _keys_beside(prompt, given) if isinstance(given, list) else ()
     if prompt is None:
         raise UserError(
             "prompt is missing; only conversations (lists of messages) may leave it out; transcripts in one "
             "text are read by data.adapter=hh_rlhf or hh_rlhf_text"
         )
-    return TextGroup(prompt, same_kind(prompt, chosen, rejected), [(0, 1, margin_of(row))])
+    return TextGroup(
+        prompt, same_kind(prompt, chosen, rejected), [(0, 1, margin_of(row))], unused=tuple(unused)
+    )
+
+
+def _keys_beside(prompt: Messages, given: Messages) -> list[str]:
+    """The keys of a prompt that is not read, where the prompt that is read has none of them."""
+    lost = set(unknown_keys(given)).difference(unknown_keys(prompt))
+    return [f"{key} (of messages of prompt)" for key in sorted(lost)]
 
 
 def _goes_on(prompt: Messages, chosen: Messages, rejected: Messages) -> bool:
     """Whether chosen and rejected begin where a prompt ends: with an answer, or after one."""
     if chosen[0]["role"] == "assistant":
         return True
-    return prompt[-1]["role"] == "assistant" and not any(_holds(side, prompt) for side in (chosen, rejected))
+    return prompt[-1]["role"] == "assistant" and not any(holds(side, prompt) for side in (chosen, rejected))
 
 
-def _holds(conversation: Messages, prompt: Text) -> bool:
-    """Whether a conversation says all that a prompt says: its text in a message, or its messages in order."""
+def holds(conversation: Messages, prompt: Text) -> bool:
+    """Whether a conversation says all that a prompt says: its text, in whole words, in a message; or its
+    messages in order."""
     if isinstance(prompt, str):
-        return any(prompt.strip() in text_in(message) for message in conversation)
+        words = re.compile(rf"(?<!\w){re.escape(prompt.strip())}(?!\w)", re.ASCII)
+        return any(words.search(text_in(message)) for message in conversation)
     rest = iter(conversation)
     return all(any(_say_alike(message, x) for x in rest) for message in prompt)
+
+
+def _words_of(message: dict[str, Any]) -> dict[str, Any]:
+    """What a message says, alike for text in parts or as one and for arguments as an object or as JSON."""
+    calls = message.get("tool_calls") or []
+    names = [call.get("function", call).get("name") for call in calls]
+    arguments = map(_arguments_as_text, arguments_in([message]))
+    others = {key: message[key] for key in ("role", *THINKING) if message.get(key)}
+    return {**others, "content": text_in(message), "tool_calls": list(zip(names, arguments, strict=True))}
+
+
+def _arguments_as_text(arguments: Any) -> str:
+    """Arguments as JSON text, alike for an object and for its text in any spacing."""
+    parsed = object_in(arguments)
+    return json.dumps(arguments if parsed is None else parsed)
 
 
 def _split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
@@ -221,13 +259,20 @@ def _split_conversations(chosen: Messages, rejected: Messages) -> tuple[Messages
         shared += 1
     shared = min(shared, len(chosen) - 1, len(rejected) - 1)
     if shared == 0:
-        raise UserError("chosen and rejected do not start with the same message, and no prompt fits")
+        role = chosen[0]["role"]
+        hint = "" if role in ROLES else f"; the one who answers has the role assistant here, not {role}"
+        raise UserError(f"chosen and rejected do not start with the same message, and no prompt fits{hint}")
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
+ROLES = {"system", "developer", "user", "assistant", *RESULTS}
+"""The roles that messages usually have."""
+
+
 def _say_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two messages agree in role and words; ids and other keys may differ."""
-    return all(one.get(key) == other.get(key) for key in ("role", *SPOKEN))
+    """Whether two messages agree in role and words; ids and other keys may differ, and so may the form of
+    text and arguments."""
+    return _words_of(one) == _words_of(other)
 
 
 def same_kind(prompt: Text, *completions: Text, may_be_empty: bool = False) -> list[Text]:
@@ -286,17 +331,23 @@ def as_text(value: Any, field: str, may_be_empty: bool = False) -> Text:
 
 def with_system(group: TextGroup, system: Any) -> TextGroup:
     """The conversation after a system message of this text, if there is text. Raises UserError."""
+    assert not isinstance(group.prompt, str)
+    return replace(group, prompt=after_system(group.prompt, system))
+
+
+def after_system(messages: Messages, system: Any) -> Messages:
+    """The messages after a system message of this text, if there is text. Raises UserError if they begin with
+    another one."""
     if system is None:
-        return group
+        return messages
     if not isinstance(system, str):
         raise UserError(f"system: expected text, got {system!r:.80}")
-    assert not isinstance(group.prompt, str)
-    first = group.prompt[0]
+    first = messages[0]
     if first["role"] != "system":
-        return replace(group, prompt=[{"role": "system", "content": system}, *group.prompt])
+        return [{"role": "system", "content": system}, *messages]
     if text_in(first) != system:
         raise UserError(f"system: the conversation begins with another system message, got {system!r:.80}")
-    return group
+    return messages
 
 
 def with_edges(group: Any, edges: Sequence[tuple[int, int, float | None]]) -> Any:

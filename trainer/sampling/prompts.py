@@ -38,6 +38,7 @@ class Prompts:
     repeated: int = 0  # examples whose prompt an earlier one has
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> examples
     notes: Counter[str] = field(default_factory=Counter)  # what the chat template made of prompts -> how many
+    unused: Counter[str] = field(default_factory=Counter)  # columns that nothing looks at -> examples
 
     @property
     def texts(self) -> list[Text]:
@@ -78,13 +79,13 @@ def read_prompts(
     rules = rules_of(data)
     adapter = adapter_in(source, rules, _choose)
     prompts, seen = Prompts(source.name, rules), set[str]()
-    count = 0
+    count, classes = 0, source.classes
     for number, row in source.examples():
         if len(prompts.groups) == limit:
             break
         count += 1
         try:
-            group = _prompt(fields_of(row, source.unit), adapter, tokenizer, rules, prompt_tokens)
+            group = _prompt(fields_of(row, source.unit, classes), adapter, tokenizer, rules, prompt_tokens)
             tokens, notes = encode_prompt(group, tokenizer, rules)
         except Exception as error:  # a chat template may raise anything
             if data.on_bad_row == "error":
@@ -97,6 +98,7 @@ def read_prompts(
         if not 0 < length < data.max_length:
             prompts.dropped["prompt fills max_length" if length else "prompt has no tokens"] += 1
             continue
+        prompts.unused.update(group.unused)
         key = _key(group)
         if key in seen:
             continue

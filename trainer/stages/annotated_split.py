@@ -142,9 +142,10 @@ def margins_of(scores: np.ndarray) -> np.ndarray:
 
 def _rows(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, example) for every example, numbered as in the data set; unreadable lines are left out."""
+    classes = source.classes
     for number, row in source.examples():
         with contextlib.suppress(UserError):
-            yield number, bytes_as_text(fields_of(row, source.unit))
+            yield number, bytes_as_text(fields_of(row, source.unit, classes))
 
 
 def _without_margins(row: dict[str, Any], renames: dict[str, str]) -> dict[str, Any]:

@@ -292,6 +292,7 @@ def _provenance(
         "repeated_prompts": prompts.repeated,
         "dropped": dict(prompts.dropped),
         "chat_template": dict(prompts.notes),
+        "unused_columns": dict(prompts.unused),
         "models": [{"name": x.name, "loaded": x.folder, "revision": x.revision} for x in writers],
         "settings": settings.model_dump(),
         "seed": config.seed,
@@ -315,6 +316,12 @@ def _show(
     print_samples(rows)
     sampled, prompts = counted(facts["completions"], "completion"), counted(facts["prompts"], "prompt")
     print_line(f"{split}: {sampled} of {prompts}")
+    if repeated := facts["repeated_prompts"]:
+        print_line(f"  {counted(repeated, 'row')} left out: an earlier row has the same prompt")
+    for reason, count in facts["dropped"].items():
+        print_line(f"  {counted(count, 'row')} dropped: {reason}")
+    if unused := facts["unused_columns"]:
+        print_line(f"  columns that are not used: {', '.join(unused)}")
     for note, count in facts["chat_template"].items():
         print_line(f"  {counted(count, 'prompt')}: {note}")
     for name, own in facts["of_model"].items():

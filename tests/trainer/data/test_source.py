@@ -23,7 +23,7 @@ from madpo.trainer.errors import UserError
     [
         (["train.jsonl", "test.jsonl"], "test"),
         (["train.jsonl", "validation.parquet"], "validation"),
-        (["train.jsonl", "validation.jsonl", "test-00000-of-00002.parquet"], "test"),
+        (["train.jsonl", "validation.jsonl", "test-00000-of-00001.parquet"], "test"),
         (["train.jsonl", "tests.jsonl", "test.txt"], None),
     ],
 )
@@ -85,6 +85,9 @@ def test_shards_of_whole_and_broken_numbers_are_one_set(tmp_path):
         tmp_path / "d", {**PAIR, "margin": pa.array([2], pa.int64())}, {**PAIR, "margin": pa.array([1.5])}
     )
     assert [row["margin"] for row in rows(data, tmp_path / "cache")] == [2.0, 1.5]
+    opened = source.open_source(data, "train", tmp_path / "cache")
+    assert opened.name.endswith("train-00000-of-00002.parquet and 1 more")
+    assert opened.where(1).endswith("train-00001-of-00002.parquet row 0")
 
 
 @pytest.mark.parametrize(

@@ -96,20 +96,22 @@ ODD_ROWS = [
     '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1' + "0" * 400 + "}",
     '{"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1e308, "score_rejected": -1e308}',
     '{"prompt": ' + "[" * 100_000,
+    '{"prompt": "a", "chosen": "b", "rejected": "c", "x": ' + "[" * 990 + "]" * 990 + "}",
     '{"prompt": [{"role": "tool", "content": "x"}], "chosen": [{"role": "assistant", "content": "x"}], '
     '"rejected": [{"role": "assistant", "content": "y"}]}',
 ]
 
 
 @pytest.mark.parametrize(
-    "line", ODD_ROWS, ids=["surrogate", "huge", "infinite-difference", "deep", "template"]
+    "line", ODD_ROWS, ids=["surrogate", "huge", "infinite-difference", "deep", "too-deep", "template"]
 )
 def test_odd_rows_end_with_file_and_line_and_can_be_dropped(tmp_path, tokenizer, line):
     tokenizer.chat_template = CHAT + "{% if messages[0]['role'] == 'tool' %}{{ 1 / 0 }}{% endif %}"
     path = write_pairs(tmp_path / "pairs.jsonl", 3)
     path.write_text(line + "\n" + path.read_text())
-    with pytest.raises(ValueError, match=r"pairs\.jsonl:1: "):
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:1: ") as refused:
         load_groups(config_for(tmp_path, path).data, "train", tokenizer)
+    assert ("nested too deeply" in str(refused.value)) == ("[[[" in line)
     groups, _ = load_groups(config_for(tmp_path, path, on_bad_row="drop").data, "train", tokenizer)
     assert len(groups) == 3
 

@@ -59,7 +59,7 @@ def test_keys_of_messages_that_hold_text_are_found_unless_templates_use_them():
     used = {"name": "a", "tool_call_id": "b", "id": "c", "reasoning_content": "d", "weight": 1}
     odd = {"citations": ["x"], "mood": "glad", "score": 3, "empty": " ", "none": None, "nothing": []}
     read = group("preference", {"prompt": [ASK], "chosen": [{**ANSWER, **used, **odd}], "rejected": [ANSWER]})
-    assert read.unknown_keys == ("citations", "mood")
+    assert read.unknown_keys == ("citations", "mood", "score")
     read = group(
         "preference", {"prompt": [{**ASK, "mood": "glad"}], "chosen": [ANSWER], "rejected": [ANSWER]}
     )

@@ -98,7 +98,9 @@ def test_margins_come_from_the_first_columns_that_hold_some():
     assert margin_of({**scores, "score_chosen": None}) == 8.0
     assert margin_of({**scores, "score_rejected": None}) == 8.0
     assert margin_of({"score_chosen": 0, "score_rejected": 0}) == 0.0
-    assert margin_of({"score_chosen": 3, "rejected_score": 1}) is None
+    assert margin_of({"score_chosen": 3, "rejected_score": 1}) == 2.0
+    assert margin_of({"score_rejected": 3, "chosen_score": 1}) == -2.0
+    assert margin_of({"score_chosen": 3, "chosen_score": 1}) is None
 
 
 def test_numbers_are_finite_and_no_truth_values():

@@ -111,6 +111,11 @@ def test_labels_are_needed(tmp_path, tokenizer_folder):
     config = config_for(tmp_path, tokenizer_folder, rows)
     with pytest.raises(ValueError, match="kto needs labels; give columns prompt, completion and label"):
         load_data(config, load_tokenizer(config.model), training=True)
+    config = config_for(tmp_path, tokenizer_folder, [rows[0], *ROWS[1:3]])
+    with pytest.raises(
+        ValueError, match=r": 1 of 3 rows have no label, the first is row 1, and objective kto"
+    ):
+        load_data(config, load_tokenizer(config.model), training=True)
 
 
 def test_every_completion_serves_another_prompt_once(tmp_path, tokenizer_folder):

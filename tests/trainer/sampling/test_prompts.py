@@ -131,6 +131,14 @@ def test_what_the_template_makes_of_prompts_is_counted(tmp_path, tokenizer):
     assert found.notes == {"name of a speaker left out by the template: role user": 1}
 
 
+def test_columns_that_are_not_used_are_counted(tmp_path, tokenizer):
+    rows = [{"prompt": ASK, "system_message": text, "id": 3} for text in ("in French", "in German", "")]
+    found = read(tmp_path, rows, tokenizer)
+    assert found.unused == {"system_message": 2} and found.repeated == 2
+    pairs = [{"prompt": "the", "chosen": " a", "rejected": " b", "note": "c"}]
+    assert read(tmp_path, pairs, tokenizer).unused == {"note": 1}
+
+
 def test_folds_are_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"data\.folds: generate takes the prompts of all folds"):
         read(tmp_path, [{"prompt": "the"}], tokenizer, folds=2, fold=0)
