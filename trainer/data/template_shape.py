@@ -12,7 +12,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 from madpo.trainer.data.translations import Conversation, with_function
-from madpo.trainer.formats.chat_message import NAME, RESULTS, SPOKEN, Messages, says_something
+from madpo.trainer.formats.chat_message import ARGUMENTS, NAME, RESULTS, SPOKEN, Messages, says_something
 from madpo.trainer.formats.json_lines import object_in
 
 MARK = "madpo_text"
@@ -100,7 +100,7 @@ def _shape_at(message: dict[str, Any], key: str) -> Any:
     if key == "content" and isinstance(value, str):
         return _shape_of_content(value)
     if key == "tool_calls":
-        return [with_function(call, _shape_of_function) | _ids_in(call) for call in value]
+        return [with_function(call, _shape_of_function) | _beside_function(call) for call in value]
     is_said = key in SPOKEN or (key == NAME and message["role"] not in RESULTS)
     if is_said and isinstance(value, str):
         return MARK if value.strip() else ""
@@ -120,15 +120,24 @@ def _between_blanks(text: str, content: str) -> str:
 
 
 def _shape_of_function(function: dict[str, Any]) -> dict[str, Any]:
-    shape: dict[str, Any] = {"name": MARK}
-    if "arguments" in function:
-        shape["arguments"] = _shape_of_arguments(function["arguments"])
-    return shape
+    arguments = {key: _shape_of_arguments(x) for key, x in function.items() if key in ARGUMENTS}
+    others = {key: x for key, x in function.items() if key not in ("name", *ARGUMENTS)}
+    return {"name": MARK, **arguments, **_said_in(others)}
 
 
-def _ids_in(call: dict[str, Any]) -> dict[str, Any]:
-    """What a call holds beside its function."""
-    return {key: _constant(x) for key, x in call.items() if key != "function"} if "function" in call else {}
+def _beside_function(call: dict[str, Any]) -> dict[str, Any]:
+    """What a call holds beside its function: ids, and perhaps more that is said."""
+    beside = {key: x for key, x in call.items() if key != "function"} if "function" in call else {}
+    return {key: _constant(x) for key, x in beside.items()} | _said_in(beside)
+
+
+def _said_in(fields: dict[str, Any]) -> dict[str, Any]:
+    """What a call or its function says beside its name and arguments. Ids and types name things."""
+    said = {key: x for key, x in fields.items() if says_something(x)}
+    return {key: _leaves_marked(x) for key, x in said.items() if not _NAMES_A_THING.search(key)}
+
+
+_NAMES_A_THING = re.compile(r"(^|_)(id|type)$|[a-z]Id$")
 
 
 def _shape_of_arguments(arguments: Any) -> Any:
