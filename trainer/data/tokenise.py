@@ -294,16 +294,24 @@ def _joined(begun: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changes_the_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> bool:
-    """Whether the template writes the prompt of a conversation otherwise once a completion follows.
+    """Whether the template writes the prompt of a conversation otherwise once a completion follows, or more
+    before the header of the answer.
 
-    gpt-oss's leaves out the thinking of a call then. Where the tokens begin to differ is no boundary there.
+    gpt-oss's leaves out the thinking of a call then, others end a turn only then. Where the tokens begin to
+    differ is no boundary there.
     """
     if isinstance(group.prompt, str):
         return False
     options = _template_options(group, rules)
     alone = text_of(group.prompt, tokenizer, options | {"continue_final_message": _is_continued(group)})
-    conversations = (_conversation(group, completion)[0] for completion in _conversations(group))
-    return not all(text_of(x, tokenizer, options).startswith(alone) for x in conversations)
+    opening = {"add_generation_prompt": True} if _opens_an_answer(group) else {}
+    header = text_of(group.prompt, tokenizer, options | opening).removeprefix(alone) if opening else ""
+    for completion in _conversations(group):
+        whole = text_of(_conversation(group, completion)[0], tokenizer, options)
+        rest = whole.removeprefix(alone)
+        if not whole.startswith(alone) or (header in rest and not rest.startswith(header)):
+            return True
+    return False
 
 
 def _masks(
