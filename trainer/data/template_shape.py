@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ def marked(shape: str) -> tuple[Conversation, dict[str, Lost]]:
     markers = (f"madpo{number:06d}text" for number in count())
     places: dict[str, Lost] = {}
     with_markers = [_numbered(message, index, markers, places) for index, message in enumerate(messages)]
-    marked_tools = [_marked_tool(ToolShape(*shape), markers, places) for shape in tools]
+    marked_tools = [_marked_tool(shape, markers, places) for shape in tools]
     return Conversation(with_markers, marked_tools), places
 
 
@@ -168,24 +168,32 @@ def _numbered(
 ) -> dict[str, Any]:
     """The message with a marker of its own for each MARK, which is entered in `places`."""
 
-    def fill(value: Any, key: str) -> Any:
-        if isinstance(value, dict):
-            return {fill(name, key): fill(x, key) for name, x in value.items()}
-        if isinstance(value, list):
-            return [fill(x, key) for x in value]
-        if not isinstance(value, str):
-            return value
-        first, *rest = value.split(MARK)
-        for number, piece in enumerate(rest):
-            marker = next(markers)
-            if piece.startswith(NO_ARGUMENT.removeprefix(MARK)):
-                key = NOTHING
-            is_thought = key == "content" and any("</think>" in later for later in rest[number:])
-            places[marker] = Lost(index, message["role"], "thinking" if is_thought else key)
-            first += marker + piece
-        return first
+    def filled(key: str, value: Any) -> Any:
+        def enter(marker: str, behind: list[str]) -> None:
+            part = "thinking" if key == "content" and any("</think>" in x for x in behind) else key
+            is_sign = behind[0].startswith(NO_ARGUMENT.removeprefix(MARK))
+            places[marker] = Lost(index, message["role"], NOTHING if is_sign else part)
 
-    return {key: value if key == "role" else fill(value, key) for key, value in message.items()}
+        return _filled(value, markers, enter)
+
+    return {key: value if key == "role" else filled(key, value) for key, value in message.items()}
+
+
+def _filled(value: Any, markers: Iterator[str], enter: Callable[[str, list[str]], None]) -> Any:
+    """The value with a marker for each MARK in its texts and keys. `enter` gets each marker and what stands
+    behind it in its text, in the pieces between MARKs."""
+    if isinstance(value, dict):
+        return {_filled(name, markers, enter): _filled(x, markers, enter) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_filled(x, markers, enter) for x in value]
+    if not isinstance(value, str):
+        return value
+    text, *rest = value.split(MARK)
+    for number, piece in enumerate(rest):
+        marker = next(markers)
+        enter(marker, rest[number:])
+        text += marker + piece
+    return text
 
 
 def probes(message: dict[str, Any]) -> list[dict[str, Any]]:
@@ -208,46 +216,80 @@ def _with_other_arguments(function: dict[str, Any]) -> dict[str, Any]:
 # Tools: JSON schemas of functions, bare or under `function`.
 
 TOOLS = "tools"
+DESCRIPTION, PARAMETERS = "description", "parameters"
+
+_PARAMETERS = (PARAMETERS, "input_schema", "inputSchema")
+"""Keys that hold the parameters of a tool: OpenAI's, Anthropic's and that of the Model Context Protocol."""
+
+_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items", "additionalProperties")
+"""Keys of a schema that hold schemas, one or a list."""
+
+_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+"""Keys of a schema that hold schemas by name."""
 
 
-class ToolShape(NamedTuple):
-    """What a tool says beside its name."""
-
-    under_function: bool
-    description: bool
-    parameters: bool
-    descriptions: bool  # of parameters
-
-
-def _shape_of_tool(tool: dict[str, Any]) -> ToolShape:
-    function: Any = tool.get("function", tool)
-    schema: Any = function.get("parameters") if isinstance(function, dict) else None
-    properties: Any = schema.get("properties") if isinstance(schema, dict) else None
-    described = properties.values() if isinstance(properties, dict) else []
-    return ToolShape(
-        "function" in tool,
-        isinstance(function, dict) and says_something(function.get("description")),
-        says_something(properties),
-        any(isinstance(x, dict) and says_something(x.get("description")) for x in described),
-    )
+def _shape_of_tool(tool: dict[str, Any]) -> str:
+    """The JSON text of a tool with marks in place of its name, description and what its parameters say."""
+    function = tool.get("function", tool)
+    shape: dict[str, Any] = {"name": MARK}
+    if isinstance(function, dict):
+        if says_something(function.get(DESCRIPTION)):
+            shape[DESCRIPTION] = MARK
+        shape[PARAMETERS] = _NO_PARAMETERS
+        shape |= {key: _shape_of_parameters(function[key]) for key in _PARAMETERS if key in function}
+    return json.dumps({"type": "function", "function": shape} if "function" in tool else shape)
 
 
-def _marked_tool(shape: ToolShape, markers: Iterator[str], places: dict[str, Lost]) -> dict[str, Any]:
-    """A tool of this shape with markers, which are entered in `places`."""
+def _shape_of_parameters(given: Any) -> Any:
+    """The shape of a schema, of its JSON text, or of parameters by name without one."""
+    if isinstance(given, str) and (found := object_in(given)) is not None:
+        return json.dumps(_shape_of_parameters(found))
+    if not isinstance(given, dict):
+        return _leaves_marked(given) if says_something(given) else _NO_PARAMETERS
+    if given and "properties" not in given and all(isinstance(x, dict) for x in given.values()):
+        return _shape_of_named(given)
+    return _NO_PARAMETERS | _shape_of_schema(given)
 
-    def mark(part: str) -> str:
-        marker = next(markers)
-        places[marker] = Lost(-1, TOOLS, part)
-        return marker
 
-    function: dict[str, Any] = {"name": mark(TOOLS)}
-    if shape.description:
-        function["description"] = mark("description")
-    properties: dict[str, Any] = {}
-    if shape.parameters:
-        name = mark("parameters")
-        properties[name] = {"type": "string"}
-        if shape.descriptions:
-            properties[name]["description"] = mark("parameters")
-    function["parameters"] = {"type": "object", "properties": properties}
-    return {"type": "function", "function": function} if shape.under_function else function
+_NO_PARAMETERS = {"type": "object", "properties": {}}
+
+
+def _shape_of_schema(schema: Any) -> Any:
+    """The schema with a mark in place of each description, name and text to choose from; the rest of it may
+    be left out, as templates write types in their own words."""
+    if not isinstance(schema, dict):
+        return schema if isinstance(schema, bool) else {}
+    shape: dict[str, Any] = {"type": schema["type"]} if "type" in schema else {}
+    if says_something(schema.get(DESCRIPTION)):
+        shape[DESCRIPTION] = MARK
+    if isinstance(schema.get("enum"), list) and any(map(says_something, schema["enum"])):
+        shape["enum"] = [MARK]
+    for key, value in schema.items():
+        if key in _SCHEMAS:
+            several = isinstance(value, list)
+            shape[key] = _distinct(map(_shape_of_schema, value)) if several else _shape_of_schema(value)
+        elif key in _NAMED_SCHEMAS and isinstance(value, dict):
+            shape[key] = _shape_of_named(value)
+    return shape
+
+
+def _shape_of_named(schemas: dict[str, Any]) -> dict[str, Any]:
+    """Schemas by name, each kind once, with marks that a number tells apart in place of names."""
+    shapes = _distinct(map(_shape_of_schema, schemas.values()))
+    return {f"{MARK}{number}": shape for number, shape in enumerate(shapes)}
+
+
+def _distinct(shapes: Iterable[Any]) -> list[Any]:
+    texts = sorted({json.dumps(shape, sort_keys=True) for shape in shapes})
+    return [json.loads(text) for text in texts]
+
+
+def _marked_tool(shape: str, markers: Iterator[str], places: dict[str, Lost]) -> dict[str, Any]:
+    """A tool of this shape with a marker of its own for each MARK, which is entered in `places`."""
+
+    def filled(key: str, value: Any) -> Any:
+        place = Lost(-1, TOOLS, TOOLS if key == "name" else key)
+        return _filled(value, markers, lambda marker, behind: places.__setitem__(marker, place))
+
+    tool: dict[str, Any] = json.loads(shape)
+    return with_function(tool, lambda function: {key: filled(key, x) for key, x in function.items()})

@@ -95,6 +95,15 @@ def with_function(call: dict[str, Any], change: Callable[[dict[str, Any]], dict[
     return {**call, "function": change(call["function"])} if "function" in call else change(call)
 
 
+def _object_for_parameters(tool: dict[str, Any]) -> dict[str, Any]:
+    def change(function: Any) -> Any:
+        text = function.get("parameters") if isinstance(function, dict) else None
+        parameters = object_in(text) if isinstance(text, str) else None
+        return function if parameters is None else {**function, "parameters": parameters}
+
+    return with_function(tool, change)
+
+
 def _in_messages(change: Callable[[Messages], Messages]) -> Callable[[Conversation], Conversation]:
     return lambda conversation: conversation._replace(messages=change(conversation.messages))
 
@@ -115,6 +124,7 @@ TRANSLATIONS: dict[str, Callable[[Conversation], Conversation]] = {
     "bare tool calls rendered under the key function": _in_messages(
         lambda messages: _with_calls(messages, under_function)
     ),
+    "parameters of tools, a JSON text, rendered as an object": _in_tools(_object_for_parameters),
     "bare tools rendered under the key function": _in_tools(under_function),
     "tools under the key function rendered bare": _in_tools(lambda tool: tool.get("function", tool)),
 }

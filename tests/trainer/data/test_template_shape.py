@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -70,3 +71,60 @@ def test_what_a_call_says_beside_its_arguments_is_rendered_or_makes_a_bad_row(to
 def test_what_names_a_call_need_not_come_out(tokenizer):
     ids = {"index": 0, "call_id": "abc", "toolCallId": "def"}
     assert tokens(tokenizer, TURNS.replace("CALLS", CALLS["named"]), calling(ids, arguments={})).notes == ()
+
+
+TYPES = """{% for t in tools or [] %}{{ t.name ~ ': ' ~ t.description }}(
+{%- for name, x in (t.parameters.properties or {}).items() %}
+{{- name ~ ': ' ~ x.type ~ ' ' ~ x.description }}{% endfor %}){% endfor %}"""
+"""The top of the schema alone, as templates in the style of TypeScript write it."""
+
+
+def with_tool(tokenizer: Any, head: str, parameters: Any, **rules: Any) -> TokenGroup:
+    tool = {"name": "find", "description": "finds", "parameters": parameters}
+    return tokens(tokenizer, head + TURNS.replace("CALLS", ""), says("good"), tools=[tool], **rules)
+
+
+def schema(**of_query: Any) -> dict[str, Any]:
+    query = {"type": "string", "description": "what to look for", **of_query}
+    return {"type": "object", "properties": {"q": query}, "required": ["q"]}
+
+
+DUMPED = "{{ tools | tojson if tools else '' }}"
+DEEP = {
+    "choices": schema(enum=["plot", "cast"]),
+    "a nested name": schema(properties={"deep": {"type": "string"}}),
+    "a nested description": schema(items={"type": "string", "description": "one of them"}),
+    "one of several": schema(anyOf=[{"type": "string"}, {"type": "string", "description": "a title"}]),
+    "a definition": {**schema(), "$defs": {"title": {"type": "string", "description": "a title"}}},
+    "by name without a schema": {"q": {"type": "str", "description": "what to look for"}},
+    "a list": [{"name": "q", "description": "what to look for"}],
+    "no schema": "q: what to look for",
+}
+
+
+@pytest.mark.parametrize("parameters", DEEP.values(), ids=DEEP)
+def test_what_the_schema_of_a_tool_says_is_looked_for_at_every_depth(tokenizer, parameters):
+    with pytest.raises(UserError, match=r"leaves out the parameters of tools; .*template_may_drop=\[param"):
+        with_tool(tokenizer, TYPES, parameters)
+    assert with_tool(tokenizer, DUMPED, parameters).notes == ()
+
+
+@pytest.mark.parametrize("parameters", [schema(), {"type": "object"}, {}, None, "", "{}"])
+def test_a_schema_that_comes_out_is_no_fault(tokenizer, parameters):
+    head = tokenizer.decode(with_tool(tokenizer, TYPES, parameters).prompt).split("<user>")[0]
+    said = "q: string what to look for" if parameters == schema() else ""
+    assert head == f"find: finds({said})"
+
+
+@pytest.mark.parametrize("key", ["input_schema", "inputSchema"])
+def test_a_schema_under_another_key_is_looked_for_too(tokenizer, key):
+    tool = {"name": "find", "description": "finds", "parameters": {}, key: schema()}
+    with pytest.raises(UserError, match=rf"leaves out the {key} of tools; .*template_may_drop=\[{key}\]"):
+        tokens(tokenizer, TYPES + TURNS.replace("CALLS", ""), says("good"), tools=[tool])
+
+
+def test_a_schema_in_json_text_is_an_object(tokenizer):
+    for head in (TYPES, DUMPED):
+        want, got = with_tool(tokenizer, head, schema()), with_tool(tokenizer, head, json.dumps(schema()))
+        assert got.prompt == want.prompt
+        assert got.notes == ("parameters of tools, a JSON text, rendered as an object",)
