@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from itertools import count
+from itertools import count, pairwise
 from typing import Any, NamedTuple
 
 from madpo.trainer.data.translations import Conversation, with_function
@@ -79,6 +79,19 @@ def trims(text: str, messages: Messages) -> bool:
     said = (texts_of(message.get("content")) for message in messages)
     ends = [end for texts in said for content in texts for end in _ENDS.findall(content)]
     return any(end not in text and json.dumps(end)[1:-1] not in text for end in ends)
+
+
+def glued_in(text: str, messages: Messages) -> list[Lost]:
+    """The marked messages whose parts stand together without the blanks between them, as a loss that another
+    form of the message may not have."""
+    lost: list[Lost] = []
+    for index, message in enumerate(messages):
+        for one, other in pairwise(texts_of(message.get("content"))):
+            has_blanks = one != one.rstrip() or other != other.lstrip()
+            ends = re.findall(rf"{_MARKER}\Z", one.rstrip()) + re.findall(rf"\A{_MARKER}", other.lstrip())
+            if has_blanks and len(ends) == 2 and "".join(ends) in text:
+                lost.append(Lost(index, message["role"], NOTHING))
+    return lost
 
 
 def texts_of(content: Any) -> list[str]:

@@ -138,6 +138,15 @@ def unknown_keys(messages: Iterable[Mapping[str, Any]]) -> list[str]:
     return sorted({key for key, value in fields if key not in KNOWN and says_something(value)})
 
 
+def keys_beside_text(value: Any) -> set[str]:
+    """Keys of parts of text, at any depth of a value, that hold text or more beside it."""
+    if isinstance(value, dict):
+        if value.get("type") == "text" and isinstance(value.get("text"), str):
+            return {key for key, x in value.items() if key not in ("type", "text") and says_something(x)}
+        value = list(value.values())
+    return set[str]().union(*map(keys_beside_text, value)) if isinstance(value, list) else set()
+
+
 def says_something(value: Any) -> bool:
     """Whether a value holds text, or anything but nothing in a list or an object."""
     if isinstance(value, str):

@@ -11,7 +11,13 @@ from typing import Any, Literal
 
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS, Adapter
-from madpo.trainer.formats.chat_message import not_null, says_something, unknown_keys, without_weights
+from madpo.trainer.formats.chat_message import (
+    keys_beside_text,
+    not_null,
+    says_something,
+    unknown_keys,
+    without_weights,
+)
 from madpo.trainer.formats.json_lines import unique_keys
 from madpo.trainer.formats.messages import one_of
 from madpo.trainer.formats.numbers import LABELS, MARGIN_COLUMNS, as_weight, has_label, label_of, margin_of
@@ -131,7 +137,11 @@ def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised:
             used |= {*SYSTEM}
             group = with_system(group, row.get(one_of(row, *SYSTEM) or SYSTEM[0]))
         group = _with_keys_looked_at(group)
-    return replace(group, unused=_unused(row, used, adapter, group), from_bytes=row != given)
+    unused = _unused(row, used, adapter, group)
+    if group.conversational:
+        looked_at = [value for name, value in row.items() if name in adapter.uses]
+        unused += tuple(f"{key} (of parts of text)" for key in sorted(keys_beside_text(looked_at)))
+    return replace(group, unused=unused, from_bytes=row != given)
 
 
 def bytes_as_text(value: Any) -> Any:

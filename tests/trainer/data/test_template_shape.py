@@ -128,3 +128,59 @@ def test_a_schema_in_json_text_is_an_object(tokenizer):
         want, got = with_tool(tokenizer, head, schema()), with_tool(tokenizer, head, json.dumps(schema()))
         assert got.prompt == want.prompt
         assert got.notes == ("parameters of tools, a JSON text, rendered as an object",)
+
+
+LONG = "a film in which nothing at all happens for hours"
+CUT = {
+    "calls": (
+        TURNS.replace("CALLS", CALLS["named"].replace("| tojson", "| tojson | truncate(42, true, '', 0)")),
+        calling,
+    ),
+    "thinking": (
+        TURNS.replace("{{ m.content }}CALLS", "{{ (m.reasoning or '')[:20] }}{{ m.content }}"),
+        lambda arguments: says("good", reasoning=arguments["q"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_what_a_template_cuts_by_length_makes_a_bad_row(tokenizer, name):
+    template, answer = CUT[name]
+    assert not tokens(tokenizer, template, answer(arguments={"q": "film"})).problem
+    part = {"calls": "tool_calls", "thinking": "reasoning"}[name]
+    with pytest.raises(UserError, match=f"leaves out {part} of the completion's message 1"):
+        tokens(tokenizer, template, answer(arguments={"q": LONG}))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"q": 'says "größer"\nand', "of": ["it's", {"n": "\t"}]}, "no json", ""]
+)
+def test_arguments_that_are_escaped_stand_there(tokenizer, arguments):
+    dumped = TURNS.replace("CALLS", CALLS["dumped"])
+    for given in (arguments, arguments if isinstance(arguments, str) else json.dumps(arguments)):
+        assert not tokens(tokenizer, dumped, calling(arguments=given)).problem
+
+
+RESPELLED = "numbers in arguments of tool calls, a JSON text, written otherwise by the template"
+
+
+@pytest.mark.parametrize(
+    ("number", "is_said"),
+    [
+        ("3.14159265358979323846", True),
+        ("1e5", True),
+        ("-0", True),
+        ("0.10", True),
+        ("0.1", False),
+        ("7", False),
+    ],
+)
+def test_numbers_that_a_template_writes_otherwise_are_told_of(tokenizer, number, is_said):
+    named = TURNS.replace("CALLS", CALLS["named"])
+    as_is = TURNS.replace(
+        "CALLS", CALLS["named"].replace("(c.function.arguments | tojson)", "c.function.arguments")
+    )
+    answer = calling(arguments=f'{{"x": {number}}}')
+    assert (RESPELLED in tokens(tokenizer, named, answer).notes) == is_said
+    kept = tokens(tokenizer, as_is, answer)
+    assert RESPELLED not in kept.notes and number in tokenizer.decode(kept.completions[0])

@@ -125,3 +125,9 @@ def test_thinking_is_text(key, value):
 def test_parts_that_are_all_blank_are_one_text(texts, said):
     parts = [{"type": "text", "text": text} for text in texts]
     assert read_message("prompt", {**ASK, "content": parts})["content"] == (parts if said is None else said)
+
+
+def test_other_keys_of_parts_are_found():
+    part = {"type": "text", "text": "on?", "citations": ["x"], "logprobs": [], "index": 0}
+    row = {"prompt": [{**ASK, "content": [part]}], "chosen": [ANSWER], "rejected": [ANSWER]}
+    assert group("preference", row).unused == ("citations (of parts of text)",)
