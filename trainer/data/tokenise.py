@@ -309,7 +309,8 @@ def _changes_the_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, ru
     for completion in _conversations(group):
         whole = text_of(_conversation(group, completion)[0], tokenizer, options)
         rest = whole.removeprefix(alone)
-        if not whole.startswith(alone) or (header in rest and not rest.startswith(header)):
+        is_later = len(completion) == 1 and header in rest and not rest.startswith(header)
+        if is_later or not whole.startswith(alone):
             return True
     return False
 
