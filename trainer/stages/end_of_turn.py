@@ -40,8 +40,9 @@ def endless(
 ) -> str | None:
     """What to tell the user if no completion ends with a special token, so that a model trained to write them
     does not learn to stop."""
+    decode: Any = tokenizer.decode
     ends, tails = _ends(tokenizer), list(_tails(groups, indices))
-    last = (next((x for x in reversed(tail) if tokenizer.decode([x]).strip()), None) for tail in tails)
+    last = (next((x for x in reversed(tail) if decode([x]).strip()), None) for tail in tails)
     if not tails or not ends.isdisjoint(last):
         return None
     return (
