@@ -389,7 +389,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (
         "sharegpt",
         {"conversations": [{"from": "function_call", "value": "look()"}]},
-        r"conversations\[0\]: a function call is JSON",
+        r"conversations\[0\]: expected tool calls, got no JSON",
     ),
     ("sharegpt", {"conversations": SHAREGPT["conversations"][:3]}, "a completion has the roles tool"),
     (

@@ -24,15 +24,17 @@ from madpo.trainer.data.template_shape import (
     THOUGHT,
     TOOLS,
     Lost,
+    glued_in,
     lost_in,
     marked,
     shape_of,
     texts_of,
     trims,
 )
-from madpo.trainer.data.translations import TRANSLATIONS, Conversation, translate
+from madpo.trainer.data.translations import AS_OBJECT, TRANSLATIONS, Conversation, translate
 from madpo.trainer.errors import UserError, on_one_line
-from madpo.trainer.formats.chat_message import NAME, THINKING, Messages, text_in
+from madpo.trainer.formats.chat_message import NAME, THINKING, Messages, arguments_in, text_in
+from madpo.trainer.formats.json_lines import object_in, respelled
 
 NOW = "strftime_now"
 """The function of time that transformers gives templates: strftime of this moment, unless they are given
@@ -49,6 +51,7 @@ class Rendering(NamedTuple):
     lost: tuple[Lost, ...] = ()  # even so
     is_trimmed: bool = False  # blanks at the ends of messages are left out
     is_dated: bool = False  # it asks for the time
+    respells: bool = False  # numbers in arguments that are JSON text come out otherwise
 
 
 def render(
@@ -60,6 +63,7 @@ def render(
 
     Raises UserError if there is no template, if it raises anything itself, or if it writes BOS twice.
     """
+    given = messages
     messages, options, rendering = translated(messages, tokenizer, options)
     try:
         text = write(messages, tokenizer, options)
@@ -67,7 +71,10 @@ def render(
         raise
     except Exception as error:  # a template may raise anything
         raise UserError(f"the chat template refuses the conversation: {on_one_line(error)}") from error
-    rendering = rendering._replace(lost=(*rendering.lost, *_altered(messages, text, rendering.lost)))
+    rendering = rendering._replace(
+        lost=(*rendering.lost, *_altered(messages, text, rendering.lost)),
+        respells=AS_OBJECT in rendering.translations and any(map(respelled, arguments_in(given))),
+    )
     ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
@@ -91,7 +98,14 @@ def _altered(messages: Messages, text: str, known: Collection[Lost]) -> list[Los
     alone. Pieces beside `<think>` count apart, since templates put thinking in other places.
     """
     told = {lost.message for lost in known if lost.part in ("content", *THINKING)}
-    return [
+    cut = [
+        Lost(index, message["role"], key)
+        for index, message in enumerate(messages)
+        for key in (*THINKING, "tool_calls")
+        if message.get(key) and all((x.message, x.part) != (index, key) for x in known)
+        if not (_calls_stand_in(text, message) if key == "tool_calls" else _stands_in(text, message[key]))
+    ]
+    return cut + [
         Lost(index, message["role"], "content")
         for index, message in enumerate(messages)
         if index not in told
@@ -100,6 +114,24 @@ def _altered(messages: Messages, text: str, known: Collection[Lost]) -> list[Los
         and not all(_stands_in(text, piece) for piece in THOUGHT.split(content))
         and not all(_stands_in(text, part) for part in texts_of(message["content"]))
     ]
+
+
+def _calls_stand_in(text: str, message: dict[str, Any]) -> bool:
+    """Whether a text holds the arguments of a message's calls: as they are, or every text in them."""
+    return all(
+        any(_stands_in(text, x) for x in [given] if isinstance(x, str))
+        or all(_stands_in(text, x) for x in _leaves(given))
+        for given in arguments_in([message])
+    )
+
+
+def _leaves(arguments: Any) -> Iterator[str]:
+    """Every text in arguments, or in those that their JSON text holds."""
+    value = object_in(arguments) or arguments if isinstance(arguments, str) else arguments
+    for x in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from [x] if isinstance(x, str) else _leaves(x)
+    if isinstance(value, str):
+        yield value
 
 
 def _stands_in(text: str, content: str) -> bool:
@@ -170,6 +202,8 @@ def notes_on(
     notes = list(rendering.translations)
     if rendering.is_dated:
         notes.append("the template writes the date, that of data.template_date")
+    if rendering.respells:
+        notes.append("numbers in arguments of tool calls, a JSON text, written otherwise by the template")
     if rendering.is_trimmed:
         notes.append("blanks at the ends of messages left out by the template")
     for lost in rendering.lost:
@@ -222,7 +256,8 @@ def _rendering(tokenizer: PreTrainedTokenizerBase, written: str, shape: str, var
             raise
         except Exception:  # a template may raise anything; it will again, for the example
             continue
-        found.append(Rendering(names, lost_in(text, places), trims(text, messages), bool(asked_for)))
+        lost = (*lost_in(text, places), *glued_in(text, messages))
+        found.append(Rendering(names, lost, trims(text, messages), bool(asked_for)))
         if not found[-1].lost:
             return found[-1]
     # The first of those that lose the fewest: the one with the fewest translations.

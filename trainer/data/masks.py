@@ -18,7 +18,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.data.chat_template import translated, write
-from madpo.trainer.data.template_shape import MARK, ODD, probes
+from madpo.trainer.data.template_shape import MARK, ODD, THOUGHT, probes
 from madpo.trainer.data.translations import Conversation, translate
 from madpo.trainer.errors import UserError, on_one_line
 from madpo.trainer.formats.chat_message import WEIGHT, Messages
@@ -118,10 +118,30 @@ class _Turns:
         shared = _common_prefix(self.text[behind:], closing)
         if closing and not shared:
             raise self.hidden(index)
+        if not closing:  # it ends a turn only where another follows
+            return behind + self._before_next(index)
         if shared < len(closing):  # it ends a turn otherwise where another follows
             within = self._tail_within(index)
             shared = len(within) if within and self.text.startswith(within, behind) else shared
         return behind + shared
+
+    def _before_next(self, index: int) -> int:
+        """The number of characters between a message and the header of the next one, which is what stands
+        before its words where it is alone; 0 for blanks, which belong to neither."""
+        behind, following = self._behind(index), self._messages[index + 1]
+        try:
+            alone = [self._write([message], bos_token="") for message in _plain(following["role"])]
+        except Exception:  # a template may raise anything, and this may be no message to begin with
+            return 0
+        header = alone[0][: _common_prefix(*alone)]
+        between = self._before_words(index + 1)[behind:]
+        closing = between[: len(between) - _common_suffix(between, header)]
+        return len(closing) if closing.strip() and self.text.startswith(between, behind) else 0
+
+    def _before_words(self, index: int) -> str:
+        """The text up to the words of a plain message in this place."""
+        one, other = (self._with(index, message) for message in _plain(self._messages[index]["role"]))
+        return one[: _common_prefix(one, other)]
 
     def _tail_within(self, index: int) -> str:
         """What is written behind a message when the assistant is to speak next, without its header."""
@@ -161,13 +181,16 @@ class _Turns:
             start = behind + shared
             is_header = self._header and self.text.startswith(self._header, start)
             return start + len(self._header) if is_header and not expected.endswith(self._header) else start
-        # The generation prompt says more than the header does here, as it may open the thinking. Another
-        # answer in this place shows what the two have in common.
-        other = self._with(index, {"role": "assistant", "content": MARK})
+        # Another answer in this place shows what stands before the words of any.
+        until = self._before_words(index)
+        if self._header and until.endswith(self._header) and self.text.startswith(until):
+            return len(until)  # more stands before the header here than the generation prompt has there
+        # The generation prompt says more than the header does here, as it may open the thinking.
         closed, opening = self._write(before), opened(before)
         header = len(opening) - len(closed) if opening.startswith(closed) else 0
-        shared = min(shared, _common_prefix(other[behind:], expected))
-        if not other.startswith(self.text[:behind]) or shared <= len(expected) - header:
+        shared = min(shared, _common_prefix(until[behind:], expected))
+        is_header = shared in (len(until) - behind, len(expected)) or THOUGHT.search(expected[:shared])
+        if not is_header or not until.startswith(self.text[:behind]) or shared <= len(expected) - header:
             raise self.hidden(index)
         return behind + shared
 
@@ -207,6 +230,11 @@ class _Turns:
             f"(role {self._messages[index]['role']}){why}; set data.train_on=all to score everything, or "
             "take another template (model.tokenizer_name_or_path)"
         )
+
+
+def _plain(role: str) -> list[dict[str, Any]]:
+    """Two messages of a role whose words have nothing in common."""
+    return [{"role": role, "content": content} for content in (MARK, ODD)]
 
 
 def _common_prefix(one: str, other: str) -> int:

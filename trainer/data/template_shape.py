@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from itertools import count
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count, pairwise
 from typing import Any, NamedTuple
 
 from madpo.trainer.data.translations import Conversation, with_function
-from madpo.trainer.formats.chat_message import NAME, RESULTS, SPOKEN, Messages, says_something
+from madpo.trainer.formats.chat_message import ARGUMENTS, NAME, RESULTS, SPOKEN, Messages, says_something
 from madpo.trainer.formats.json_lines import object_in
 
 MARK = "madpo_text"
@@ -53,7 +53,7 @@ def marked(shape: str) -> tuple[Conversation, dict[str, Lost]]:
     markers = (f"madpo{number:06d}text" for number in count())
     places: dict[str, Lost] = {}
     with_markers = [_numbered(message, index, markers, places) for index, message in enumerate(messages)]
-    marked_tools = [_marked_tool(ToolShape(*shape), markers, places) for shape in tools]
+    marked_tools = [_marked_tool(shape, markers, places) for shape in tools]
     return Conversation(with_markers, marked_tools), places
 
 
@@ -81,6 +81,19 @@ def trims(text: str, messages: Messages) -> bool:
     return any(end not in text and json.dumps(end)[1:-1] not in text for end in ends)
 
 
+def glued_in(text: str, messages: Messages) -> list[Lost]:
+    """The marked messages whose parts stand together without the blanks between them, as a loss that another
+    form of the message may not have."""
+    lost: list[Lost] = []
+    for index, message in enumerate(messages):
+        for one, other in pairwise(texts_of(message.get("content"))):
+            has_blanks = one != one.rstrip() or other != other.lstrip()
+            ends = re.findall(rf"{_MARKER}\Z", one.rstrip()) + re.findall(rf"\A{_MARKER}", other.lstrip())
+            if has_blanks and len(ends) == 2 and "".join(ends) in text:
+                lost.append(Lost(index, message["role"], NOTHING))
+    return lost
+
+
 def texts_of(content: Any) -> list[str]:
     """The texts of a message's content, one for each part."""
     if isinstance(content, list):
@@ -100,7 +113,7 @@ def _shape_at(message: dict[str, Any], key: str) -> Any:
     if key == "content" and isinstance(value, str):
         return _shape_of_content(value)
     if key == "tool_calls":
-        return [with_function(call, _shape_of_function) | _ids_in(call) for call in value]
+        return [with_function(call, _shape_of_function) | _beside_function(call) for call in value]
     is_said = key in SPOKEN or (key == NAME and message["role"] not in RESULTS)
     if is_said and isinstance(value, str):
         return MARK if value.strip() else ""
@@ -120,15 +133,24 @@ def _between_blanks(text: str, content: str) -> str:
 
 
 def _shape_of_function(function: dict[str, Any]) -> dict[str, Any]:
-    shape: dict[str, Any] = {"name": MARK}
-    if "arguments" in function:
-        shape["arguments"] = _shape_of_arguments(function["arguments"])
-    return shape
+    arguments = {key: _shape_of_arguments(x) for key, x in function.items() if key in ARGUMENTS}
+    others = {key: x for key, x in function.items() if key not in ("name", *ARGUMENTS)}
+    return {"name": MARK, **arguments, **_said_in(others)}
 
 
-def _ids_in(call: dict[str, Any]) -> dict[str, Any]:
-    """What a call holds beside its function."""
-    return {key: _constant(x) for key, x in call.items() if key != "function"} if "function" in call else {}
+def _beside_function(call: dict[str, Any]) -> dict[str, Any]:
+    """What a call holds beside its function: ids, and perhaps more that is said."""
+    beside = {key: x for key, x in call.items() if key != "function"} if "function" in call else {}
+    return {key: _constant(x) for key, x in beside.items()} | _said_in(beside)
+
+
+def _said_in(fields: dict[str, Any]) -> dict[str, Any]:
+    """What a call or its function says beside its name and arguments. Ids and types name things."""
+    said = {key: x for key, x in fields.items() if says_something(x)}
+    return {key: _leaves_marked(x) for key, x in said.items() if not _NAMES_A_THING.search(key)}
+
+
+_NAMES_A_THING = re.compile(r"(^|_)(id|type)$|[a-z]Id$")
 
 
 def _shape_of_arguments(arguments: Any) -> Any:
@@ -159,24 +181,32 @@ def _numbered(
 ) -> dict[str, Any]:
     """The message with a marker of its own for each MARK, which is entered in `places`."""
 
-    def fill(value: Any, key: str) -> Any:
-        if isinstance(value, dict):
-            return {fill(name, key): fill(x, key) for name, x in value.items()}
-        if isinstance(value, list):
-            return [fill(x, key) for x in value]
-        if not isinstance(value, str):
-            return value
-        first, *rest = value.split(MARK)
-        for number, piece in enumerate(rest):
-            marker = next(markers)
-            if piece.startswith(NO_ARGUMENT.removeprefix(MARK)):
-                key = NOTHING
-            is_thought = key == "content" and any("</think>" in later for later in rest[number:])
-            places[marker] = Lost(index, message["role"], "thinking" if is_thought else key)
-            first += marker + piece
-        return first
+    def filled(key: str, value: Any) -> Any:
+        def enter(marker: str, behind: list[str]) -> None:
+            part = "thinking" if key == "content" and any("</think>" in x for x in behind) else key
+            is_sign = behind[0].startswith(NO_ARGUMENT.removeprefix(MARK))
+            places[marker] = Lost(index, message["role"], NOTHING if is_sign else part)
 
-    return {key: value if key == "role" else fill(value, key) for key, value in message.items()}
+        return _filled(value, markers, enter)
+
+    return {key: value if key == "role" else filled(key, value) for key, value in message.items()}
+
+
+def _filled(value: Any, markers: Iterator[str], enter: Callable[[str, list[str]], None]) -> Any:
+    """The value with a marker for each MARK in its texts and keys. `enter` gets each marker and what stands
+    behind it in its text, in the pieces between MARKs."""
+    if isinstance(value, dict):
+        return {_filled(name, markers, enter): _filled(x, markers, enter) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_filled(x, markers, enter) for x in value]
+    if not isinstance(value, str):
+        return value
+    text, *rest = value.split(MARK)
+    for number, piece in enumerate(rest):
+        marker = next(markers)
+        enter(marker, rest[number:])
+        text += marker + piece
+    return text
 
 
 def probes(message: dict[str, Any]) -> list[dict[str, Any]]:
@@ -199,46 +229,80 @@ def _with_other_arguments(function: dict[str, Any]) -> dict[str, Any]:
 # Tools: JSON schemas of functions, bare or under `function`.
 
 TOOLS = "tools"
+DESCRIPTION, PARAMETERS = "description", "parameters"
+
+_PARAMETERS = (PARAMETERS, "input_schema", "inputSchema")
+"""Keys that hold the parameters of a tool: OpenAI's, Anthropic's and that of the Model Context Protocol."""
+
+_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items", "additionalProperties")
+"""Keys of a schema that hold schemas, one or a list."""
+
+_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+"""Keys of a schema that hold schemas by name."""
 
 
-class ToolShape(NamedTuple):
-    """What a tool says beside its name."""
-
-    under_function: bool
-    description: bool
-    parameters: bool
-    descriptions: bool  # of parameters
-
-
-def _shape_of_tool(tool: dict[str, Any]) -> ToolShape:
-    function: Any = tool.get("function", tool)
-    schema: Any = function.get("parameters") if isinstance(function, dict) else None
-    properties: Any = schema.get("properties") if isinstance(schema, dict) else None
-    described = properties.values() if isinstance(properties, dict) else []
-    return ToolShape(
-        "function" in tool,
-        isinstance(function, dict) and says_something(function.get("description")),
-        says_something(properties),
-        any(isinstance(x, dict) and says_something(x.get("description")) for x in described),
-    )
+def _shape_of_tool(tool: dict[str, Any]) -> str:
+    """The JSON text of a tool with marks in place of its name, description and what its parameters say."""
+    function = tool.get("function", tool)
+    shape: dict[str, Any] = {"name": MARK}
+    if isinstance(function, dict):
+        if says_something(function.get(DESCRIPTION)):
+            shape[DESCRIPTION] = MARK
+        shape[PARAMETERS] = _NO_PARAMETERS
+        shape |= {key: _shape_of_parameters(function[key]) for key in _PARAMETERS if key in function}
+    return json.dumps({"type": "function", "function": shape} if "function" in tool else shape)
 
 
-def _marked_tool(shape: ToolShape, markers: Iterator[str], places: dict[str, Lost]) -> dict[str, Any]:
-    """A tool of this shape with markers, which are entered in `places`."""
+def _shape_of_parameters(given: Any) -> Any:
+    """The shape of a schema, of its JSON text, or of parameters by name without one."""
+    if isinstance(given, str) and (found := object_in(given)) is not None:
+        return json.dumps(_shape_of_parameters(found))
+    if not isinstance(given, dict):
+        return _leaves_marked(given) if says_something(given) else _NO_PARAMETERS
+    if given and "properties" not in given and all(isinstance(x, dict) for x in given.values()):
+        return _shape_of_named(given)
+    return _NO_PARAMETERS | _shape_of_schema(given)
 
-    def mark(part: str) -> str:
-        marker = next(markers)
-        places[marker] = Lost(-1, TOOLS, part)
-        return marker
 
-    function: dict[str, Any] = {"name": mark(TOOLS)}
-    if shape.description:
-        function["description"] = mark("description")
-    properties: dict[str, Any] = {}
-    if shape.parameters:
-        name = mark("parameters")
-        properties[name] = {"type": "string"}
-        if shape.descriptions:
-            properties[name]["description"] = mark("parameters")
-    function["parameters"] = {"type": "object", "properties": properties}
-    return {"type": "function", "function": function} if shape.under_function else function
+_NO_PARAMETERS = {"type": "object", "properties": {}}
+
+
+def _shape_of_schema(schema: Any) -> Any:
+    """The schema with a mark in place of each description, name and text to choose from; the rest of it may
+    be left out, as templates write types in their own words."""
+    if not isinstance(schema, dict):
+        return schema if isinstance(schema, bool) else {}
+    shape: dict[str, Any] = {"type": schema["type"]} if "type" in schema else {}
+    if says_something(schema.get(DESCRIPTION)):
+        shape[DESCRIPTION] = MARK
+    if isinstance(schema.get("enum"), list) and any(map(says_something, schema["enum"])):
+        shape["enum"] = [MARK]
+    for key, value in schema.items():
+        if key in _SCHEMAS:
+            several = isinstance(value, list)
+            shape[key] = _distinct(map(_shape_of_schema, value)) if several else _shape_of_schema(value)
+        elif key in _NAMED_SCHEMAS and isinstance(value, dict):
+            shape[key] = _shape_of_named(value)
+    return shape
+
+
+def _shape_of_named(schemas: dict[str, Any]) -> dict[str, Any]:
+    """Schemas by name, each kind once, with marks that a number tells apart in place of names."""
+    shapes = _distinct(map(_shape_of_schema, schemas.values()))
+    return {f"{MARK}{number}": shape for number, shape in enumerate(shapes)}
+
+
+def _distinct(shapes: Iterable[Any]) -> list[Any]:
+    texts = sorted({json.dumps(shape, sort_keys=True) for shape in shapes})
+    return [json.loads(text) for text in texts]
+
+
+def _marked_tool(shape: str, markers: Iterator[str], places: dict[str, Lost]) -> dict[str, Any]:
+    """A tool of this shape with a marker of its own for each MARK, which is entered in `places`."""
+
+    def filled(key: str, value: Any) -> Any:
+        place = Lost(-1, TOOLS, TOOLS if key == "name" else key)
+        return _filled(value, markers, lambda marker, behind: places.__setitem__(marker, place))
+
+    tool: dict[str, Any] = json.loads(shape)
+    return with_function(tool, lambda function: {key: filled(key, x) for key, x in function.items()})

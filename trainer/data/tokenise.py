@@ -15,7 +15,7 @@ from madpo.trainer.data.masks import TrainOn, is_whole, mask_of, scored_messages
 from madpo.trainer.data.plain_text import encode_texts, ends_with_special
 from madpo.trainer.data.template_shape import TOOLS
 from madpo.trainer.errors import UserError
-from madpo.trainer.formats.chat_message import WEIGHT, Messages, text_in
+from madpo.trainer.formats.chat_message import KNOWN, PREFIX, THINKING, WEIGHT, Messages, text_in
 from madpo.trainer.formats.numbers import as_weight
 from madpo.trainer.formats.read_row import RowRules
 from madpo.trainer.formats.text_groups import Text, TextGroup
@@ -170,7 +170,7 @@ def encode_prompt(
     if isinstance(group.prompt, str):
         return encode_texts([group.prompt], tokenizer, rules.text_holds_special_tokens)[0], []
     options = _template_options(group, rules) | {
-        "add_generation_prompt": group.prompt[-1]["role"] != "assistant",
+        "add_generation_prompt": _opens_an_answer(group),
         "continue_final_message": _is_continued(group),
     }
     try:
@@ -186,14 +186,24 @@ def encode_prompt(
     return ids, notes_on(rendering, len(group.prompt), rules.template_may_drop)
 
 
+def _opens_an_answer(group: TextGroup) -> bool:
+    """Whether an answer of its own follows the prompt."""
+    assert not isinstance(group.prompt, str)
+    others_spoke = group.prompt[-1]["role"] != "assistant"
+    return others_spoke or (_first_speakers(group) <= {"assistant"} and not _is_continued(group))
+
+
 def _is_continued(group: TextGroup) -> bool:
     """Whether completions continue the prompt's last message: the assistant's own words, but no tool call, if
-    a completion begins with the assistant too."""
+    a completion begins with the assistant too. In a whole conversation those are two messages."""
     last: Any = group.prompt[-1]
-    if last["role"] != "assistant" or "tool_calls" in last:
+    if group.whole or last["role"] != "assistant" or "tool_calls" in last:
         return False
-    first: list[Any] = [completion[0] for completion in group.completions]
-    return not first or any(message["role"] == "assistant" for message in first)
+    return not group.completions or "assistant" in _first_speakers(group)
+
+
+def _first_speakers(group: TextGroup) -> set[str]:
+    return {completion[0]["role"] for completion in _conversations(group)}
 
 
 def _encode(
@@ -260,21 +270,49 @@ def _conversation(group: TextGroup, completion: Messages) -> tuple[Messages, int
     *prompt, begun = group.prompt
     if completion[0]["role"] != "assistant":
         raise UserError("the prompt ends with words of the assistant, so the completion goes on with them")
-    joined = {**completion[0], "content": text_in(begun) + text_in(completion[0])}
-    return [*prompt, joined, *completion[1:]], len(prompt)
+    return [*prompt, _joined(begun, completion[0]), *completion[1:]], len(prompt)
+
+
+def _joined(begun: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+    """The message that these two are parts of. Raises UserError for thinking of the second, which would come
+    before the words of the first, and for another key in which they disagree."""
+    beside = {key: value for key, value in begun.items() if key != PREFIX}
+    for key, value in rest.items():
+        if (key in KNOWN and key not in THINKING) or value == beside.get(key):
+            continue
+        if key in beside:
+            raise UserError(
+                f"{key}: the completion goes on with the prompt's last message, and the two disagree, got "
+                f"{beside[key]!r:.60} and {value!r:.60}"
+            )
+        if key in THINKING and value:
+            raise UserError(
+                f"{key}: the completion goes on with the prompt's last message, and thinking comes before "
+                f"its words, got {value!r:.60}; end the prompt before that message"
+            )
+    return {**beside, **rest, "content": text_in(begun) + text_in(rest)}
 
 
 def _changes_the_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> bool:
-    """Whether the template writes the prompt of a conversation otherwise once a completion follows.
+    """Whether the template writes the prompt of a conversation otherwise once a completion follows, or more
+    before the header of the answer.
 
-    gpt-oss's leaves out the thinking of a call then. Where the tokens begin to differ is no boundary there.
+    gpt-oss's leaves out the thinking of a call then, others end a turn only then. Where the tokens begin to
+    differ is no boundary there.
     """
     if isinstance(group.prompt, str):
         return False
     options = _template_options(group, rules)
     alone = text_of(group.prompt, tokenizer, options | {"continue_final_message": _is_continued(group)})
-    conversations = (_conversation(group, completion)[0] for completion in _conversations(group))
-    return not all(text_of(x, tokenizer, options).startswith(alone) for x in conversations)
+    opening = {"add_generation_prompt": True} if _opens_an_answer(group) else {}
+    header = text_of(group.prompt, tokenizer, options | opening).removeprefix(alone) if opening else ""
+    for completion in _conversations(group):
+        whole = text_of(_conversation(group, completion)[0], tokenizer, options)
+        rest = whole.removeprefix(alone)
+        is_later = len(completion) == 1 and header in rest and not rest.startswith(header)
+        if is_later or not whole.startswith(alone):
+            return True
+    return False
 
 
 def _masks(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from madpo.trainer.formats.chat_message import Messages, text_in
+from madpo.trainer.formats.chat_message import ARGUMENTS, Messages, text_in, under_function
 from madpo.trainer.formats.json_lines import object_in
 
 
@@ -52,6 +52,16 @@ def _empty_beside_calls(messages: Messages) -> Messages:
     ]
 
 
+def _under_arguments(messages: Messages) -> Messages:
+    def change(function: dict[str, Any]) -> dict[str, Any]:
+        given = [key for key in ARGUMENTS if key in function]
+        if len(given) != 1:
+            return function
+        return {"arguments" if key in given else key: x for key, x in function.items()}
+
+    return _with_calls(messages, lambda call: with_function(call, change))
+
+
 def _objects_for_arguments(messages: Messages) -> Messages:
     def change(function: dict[str, Any]) -> dict[str, Any]:
         arguments = object_in(function.get("arguments"))
@@ -85,8 +95,13 @@ def with_function(call: dict[str, Any], change: Callable[[dict[str, Any]], dict[
     return {**call, "function": change(call["function"])} if "function" in call else change(call)
 
 
-def _under_function(bare: dict[str, Any]) -> dict[str, Any]:
-    return bare if "function" in bare else {"type": "function", "function": bare}
+def _object_for_parameters(tool: dict[str, Any]) -> dict[str, Any]:
+    def change(function: Any) -> Any:
+        text = function.get("parameters") if isinstance(function, dict) else None
+        parameters = object_in(text) if isinstance(text, str) else None
+        return function if parameters is None else {**function, "parameters": parameters}
+
+    return with_function(tool, change)
 
 
 def _in_messages(change: Callable[[Messages], Messages]) -> Callable[[Conversation], Conversation]:
@@ -97,18 +112,22 @@ def _in_tools(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[C
     return lambda conversation: conversation._replace(tools=[change(tool) for tool in conversation.tools])
 
 
+AS_OBJECT = "arguments of tool calls, a JSON text, rendered as an object"
+
 TRANSLATIONS: dict[str, Callable[[Conversation], Conversation]] = {
     "role developer rendered as system, function as tool": _in_messages(_known_roles),
     "parts of text rendered as one text": _in_messages(_text_of_parts),
     "text rendered as a part": _in_messages(_parts_of_text),
     "no text beside tool calls rendered as null": _in_messages(_null_beside_calls),
     "no text beside tool calls rendered as empty text": _in_messages(_empty_beside_calls),
-    "arguments of tool calls, a JSON text, rendered as an object": _in_messages(_objects_for_arguments),
+    "parameters, input or args of tool calls rendered as arguments": _in_messages(_under_arguments),
+    AS_OBJECT: _in_messages(_objects_for_arguments),
     "arguments of tool calls, an object, rendered as its JSON text": _in_messages(_text_for_arguments),
     "bare tool calls rendered under the key function": _in_messages(
-        lambda messages: _with_calls(messages, _under_function)
+        lambda messages: _with_calls(messages, under_function)
     ),
-    "bare tools rendered under the key function": _in_tools(_under_function),
+    "parameters of tools, a JSON text, rendered as an object": _in_tools(_object_for_parameters),
+    "bare tools rendered under the key function": _in_tools(under_function),
     "tools under the key function rendered bare": _in_tools(lambda tool: tool.get("function", tool)),
 }
 """What is said of an example -> how its conversation is changed, if the template loses less that way."""

@@ -30,7 +30,7 @@ from madpo.trainer.formats.messages import (
     transcript,
 )
 from madpo.trainer.formats.numbers import finite
-from madpo.trainer.formats.text_groups import TextGroup, after_system, holds, objects, ranked, same_kind
+from madpo.trainer.formats.text_groups import TextGroup, after_system, holds, objects, ranked
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def _plain_text(row: dict[str, Any]) -> TextGroup:
         messages.pop()
     if len(messages) < 2:
         raise UserError("transcript: no words of the assistant after words of the user")
-    return TextGroup(messages[:-1], same_kind(messages[:-1], messages[-1:]), [])
+    return text_groups.to_group({"messages": messages}, "messages")
 
 
 @adapter(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from madpo.trainer.errors import UserError
+from madpo.trainer.formats.json_lines import unique_keys
 from madpo.trainer.formats.numbers import is_mask, is_rating
 
 Messages = list[dict[str, Any]]
@@ -15,6 +17,9 @@ THINKING = ("thinking", "reasoning_content", "reasoning")
 
 SPOKEN = ("content", *THINKING, "tool_calls")
 """The keys of a message that hold what it says."""
+
+ARGUMENTS = ("arguments", "parameters", "input", "args")
+"""Keys that hold the arguments of a tool call: OpenAI's, and those of Llama 3, Anthropic and LangChain."""
 
 NAME = "name"
 """The key of a message that names who speaks; of one of RESULTS, the tool."""
@@ -29,23 +34,27 @@ WEIGHTS = (WEIGHT, "train", "training", "loss", "loss_mask", "loss_scale", "loss
 """How data sets call it: OpenAI `weight`, Axolotl `train` or `training`, ms-swift `loss`; and names that can
 mean nothing else."""
 
-KNOWN = frozenset({"role", *SPOKEN, *WEIGHTS, NAME, "tool_call_id", "id", "type", "tool_name", "prefix"})
+PREFIX = "prefix"
+"""The key of a message that says that the next one goes on with it, as in DeepSeek's and Mistral's APIs."""
+
+KNOWN = frozenset({"role", *SPOKEN, *WEIGHTS, NAME, "tool_call_id", "id", "type", "tool_name", PREFIX})
 """Keys of messages that madpo looks at or that name things for the chat template."""
 
 
 def read_message(field: str, message: Any) -> dict[str, Any]:
-    """The message without null keys, its weight under one name. It needs a role, and text or parts of text
-    unless it calls tools, whose arguments are kept as they are. Raises UserError that calls the place
-    `field`."""
+    """The message without null keys, with its calls as a list and its weight under one name. It needs a role,
+    and text or parts of text unless it calls tools, whose arguments are kept as they are. Parts that are all
+    blank become one text. Raises UserError that calls the place `field`."""
     if isinstance(message, dict) and isinstance(message.get("role"), str):
-        message = _with_weight(field, _given(message))
-        content, calls = message.get("content"), message.get("tool_calls")
-        is_call = message["role"] == "assistant" and bool(calls) and isinstance(calls, list)
-        if is_call and any(not isinstance(_function(call).get("name"), str) for call in calls or ()):
-            raise UserError(f"{field}: a tool call has a function with a name, got {calls!r:.80}")
+        message = _with_weight(field, _with_calls(field, not_null(message)))
+        for key in THINKING:
+            if message.get(key) and not isinstance(message[key], str):
+                raise UserError(f"{field}: {key} of a message is text, got {message[key]!r:.80}")
+        content = message.get("content")
         if isinstance(content, list) and content:
-            return {**message, "content": [_text_part(field, part) for part in content]}
-        if isinstance(content, str) or (is_call and content is None):
+            message = {**message, "content": [_text_part(field, part) for part in content]}
+            return message if text_in(message).strip() else {**message, "content": text_in(message)}
+        if isinstance(content, str) or (content is None and message.get("tool_calls")):
             return message
     is_shared = isinstance(message, dict) and message.keys() >= {"from", "value"}
     hint = "; data.adapter=sharegpt reads from and value in a column conversations" if is_shared else ""
@@ -55,17 +64,51 @@ def read_message(field: str, message: Any) -> dict[str, Any]:
     )
 
 
-def _given(message: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a message, and of its calls and their functions, that do not hold null."""
-    calls = message.get("tool_calls")
-    if isinstance(calls, list):
-        message = {**message, "tool_calls": [_given_call(call) for call in calls]}
-    return not_null(message)
+def _with_calls(field: str, message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its calls under `tool_calls`, where OpenAI's older `function_call` holds a single one.
+
+    Raises UserError for what is no call, and for calls of another than the assistant.
+    """
+    given = {key: message[key] for key in ("tool_calls", "function_call") if message.get(key)}
+    calls = [call for key, value in given.items() for call in calls_in(value, f"{field}: {key}")]
+    if "function_call" in given:
+        calls = list(map(under_function, calls))
+    if not calls:
+        return {key: value for key, value in message.items() if key not in given}
+    names = " and ".join(given)
+    if len(given) > 1:
+        raise UserError(f"{field}: {names} of a message both hold calls, and one of them is read; keep one")
+    if message["role"] != "assistant":
+        raise UserError(
+            f"{field}: {names}: only the assistant calls tools, got {given[names]!r:.80} of role "
+            f"{message['role']}"
+        )
+    others = {key: value for key, value in message.items() if key not in given}
+    return {**others, "tool_calls": calls}
 
 
-def _given_call(call: Any) -> Any:
-    if not isinstance(call, dict):
-        return call
+def calls_in(value: Any, where: str) -> list[dict[str, Any]]:
+    """Tool calls without null keys: one call, a list of them, or the JSON text of either. Raises UserError
+    that calls the place `where`."""
+    found = value
+    if isinstance(value, str):
+        try:
+            found = json.loads(value, object_pairs_hook=unique_keys) if value.strip() else []
+        except (ValueError, RecursionError) as error:  # UserError is a ValueError
+            raise UserError(f"{where}: expected tool calls, got no JSON, {value!r:.80}") from error
+    calls = found if isinstance(found, list) else [found]
+    if any(not isinstance(_function(call).get("name"), str) for call in calls):
+        raise UserError(f"{where}: a tool call has a function with a name, got {value!r:.80}")
+    return [_given_call(call) for call in calls]
+
+
+def under_function(call: dict[str, Any]) -> dict[str, Any]:
+    """The call, or the tool, in OpenAI's form, with its name under the key `function`."""
+    return call if "function" in call else {"type": "function", "function": call}
+
+
+def _given_call(call: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a call, and of its function, that do not hold null."""
     function = call.get("function")
     return not_null({**call, "function": not_null(function)} if isinstance(function, dict) else call)
 
@@ -111,6 +154,15 @@ def unknown_keys(messages: Iterable[Mapping[str, Any]]) -> list[str]:
     )
 
 
+def keys_beside_text(value: Any) -> set[str]:
+    """Keys of parts of text, at any depth of a value, that hold text or more beside it."""
+    if isinstance(value, dict):
+        if value.get("type") == "text" and isinstance(value.get("text"), str):
+            return {key for key, x in value.items() if key not in ("type", "text") and says_something(x)}
+        value = list(value.values())
+    return set[str]().union(*map(keys_beside_text, value)) if isinstance(value, list) else set()
+
+
 def says_something(value: Any) -> bool:
     """Whether a value holds text, or anything but nothing in a list or an object."""
     if isinstance(value, str):
@@ -127,7 +179,8 @@ def _function(call: Any) -> dict[str, Any]:
 def arguments_in(messages: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
     """The arguments of every tool call."""
     for message in messages:
-        yield from (_function(call).get("arguments") for call in message.get("tool_calls") or ())
+        for function in map(_function, message.get("tool_calls") or ()):
+            yield next((function[key] for key in ARGUMENTS if key in function), None)
 
 
 def _text_part(field: str, part: Any) -> dict[str, Any]:

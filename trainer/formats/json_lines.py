@@ -78,3 +78,13 @@ def object_in(arguments: Any) -> dict[str, Any] | None:
     except (ValueError, RecursionError):  # UserError is a ValueError
         return None
     return value if isinstance(value, dict) else None
+
+
+def respelled(arguments: Any) -> bool:
+    """Whether the JSON text of an object has a number that is written otherwise once it is read, as 1e5, or
+    one of more digits than a float keeps."""
+    spelled: list[str] = []
+    if not isinstance(arguments, str) or not object_in(arguments):
+        return False
+    json.loads(arguments, parse_float=spelled.append, parse_int=spelled.append)
+    return any(json.dumps(json.loads(number)) != number for number in spelled)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from madpo.trainer.errors import UserError
-from madpo.trainer.formats.chat_message import Messages, read_message
+from madpo.trainer.formats.chat_message import Messages, calls_in, read_message, under_function
 from madpo.trainer.formats.text_groups import Text, TextGroup, objects, present, same_kind
 
 Row = Mapping[str, Any]
@@ -114,7 +113,7 @@ def shared_turn(turn: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: expected an object with from and value, got {turn!r:.80}")
     others = {key: value for key, value in turn.items() if key not in ("from", "value")}
     if turn.get("from") == "function_call":
-        message = {"role": "assistant", "tool_calls": _calls(turn["value"], where)}
+        message = {"role": "assistant", "tool_calls": _called(turn["value"], where)}
     elif turn.get("from") in _SPEAKERS:
         message = say(_SPEAKERS[turn["from"]], turn["value"])
     else:
@@ -123,13 +122,9 @@ def shared_turn(turn: Any, where: str) -> dict[str, Any]:
     return read_message(where, {**others, **message})
 
 
-def _calls(text: str, where: str) -> list[dict[str, Any]]:
-    """Tool calls from JSON text: one call or a list of them, each with name and arguments."""
-    try:
-        parsed = json.loads(text)
-    except ValueError:
-        parsed = None
-    calls = parsed if isinstance(parsed, list) else [parsed]
-    if not calls or any(not isinstance(call, dict) or "name" not in call for call in calls):
-        raise UserError(f"{where}: a function call is JSON with name and arguments, got {text!r:.80}")
-    return [{"type": "function", "function": call} for call in calls]
+def _called(text: str, where: str) -> list[dict[str, Any]]:
+    """The calls in the text of a turn, each under the key `function`."""
+    calls = calls_in(text, where)
+    if not calls:
+        raise UserError(f"{where}: expected tool calls, got {text!r:.80}")
+    return list(map(under_function, calls))

@@ -10,7 +10,13 @@ from typing import Any, Literal
 
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS, Adapter
-from madpo.trainer.formats.chat_message import not_null, says_something, unknown_keys, without_weights
+from madpo.trainer.formats.chat_message import (
+    keys_beside_text,
+    not_null,
+    says_something,
+    unknown_keys,
+    without_weights,
+)
 from madpo.trainer.formats.json_lines import unique_keys
 from madpo.trainer.formats.messages import one_of
 from madpo.trainer.formats.numbers import (
@@ -151,6 +157,9 @@ def read_row(row: dict[str, Any], adapter: Adapter, rules: RowRules, supervised:
         *([MARGINS_DIFFER] if margins_differ(row) else []),
     ]
     unused = (*group.unused, *replaced, *_unused(row, used, adapter, group))
+    if group.conversational:
+        looked_at = [value for name, value in row.items() if name in adapter.uses]
+        unused += tuple(f"{key} (of parts of text)" for key in sorted(keys_beside_text(looked_at)))
     return replace(group, unused=unused, odd=tuple(odd))
 
 

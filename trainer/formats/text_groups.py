@@ -51,6 +51,7 @@ class TextGroup:
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # more variables of the chat template
     weight: float | None = None  # factor on the losses of all edges or completions; None: the row has none
     completion_weights: list[float] = field(default_factory=list)  # further factors; all completions or none
+    whole: bool = field(default=False, compare=False)  # cut out of conversations, between two messages
     unused: tuple[str, ...] = field(default=(), compare=False)  # columns with text that nothing looks at
     unknown_keys: tuple[str, ...] = field(default=(), compare=False)  # of messages, with text
     odd: tuple[str, ...] = field(default=(), compare=False)  # what is odd in columns, for the user
@@ -110,7 +111,7 @@ def to_group(row: Mapping[str, Any], layout: str, supervised: bool = False) -> T
         if isinstance(messages, str) or len(messages) < 2:
             raise UserError("messages: a list of at least two messages, the last one the assistant's")
         first = _first_trained_on(messages)
-        return TextGroup(messages[:first], same_kind(messages[:first], messages[first:]), [])
+        return TextGroup(messages[:first], same_kind(messages[:first], messages[first:]), [], whole=True)
     text = text_or_messages(row, "text")
     if not isinstance(text, str):
         raise UserError("text: expected text; put conversations in a `messages` column")
@@ -190,13 +191,14 @@ def preference(row: Mapping[str, Any]) -> TextGroup:
     chosen, rejected = text_or_messages(row, "chosen"), text_or_messages(row, "rejected")
     prompt = text_or_messages(row, "prompt", may_be_empty=True) if row.get("prompt") is not None else None
     unused: Sequence[str] = ()
+    is_whole = False
     if (
         isinstance(chosen, list)
         and isinstance(rejected, list)
         and not (isinstance(prompt, list) and _goes_on(prompt, chosen, rejected))
     ):
         # Two whole conversations: a prompt column only repeats how they begin.
-        given = prompt
+        given, is_whole = prompt, True
         prompt, chosen, rejected = _split_conversations(chosen, rejected)
         if given and not holds(prompt, given):
             raise UserError(
@@ -209,9 +211,8 @@ def preference(row: Mapping[str, Any]) -> TextGroup:
             "prompt is missing; only conversations (lists of messages) may leave it out; transcripts in one "
             "text are read by data.adapter=hh_rlhf or hh_rlhf_text"
         )
-    return TextGroup(
-        prompt, same_kind(prompt, chosen, rejected), [(0, 1, margin_of(row))], unused=tuple(unused)
-    )
+    completions, edges = same_kind(prompt, chosen, rejected), [(0, 1, margin_of(row))]
+    return TextGroup(prompt, completions, edges, unused=tuple(unused), whole=is_whole)
 
 
 def _keys_beside(prompt: Messages, given: Messages) -> list[str]:

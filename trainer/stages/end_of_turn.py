@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from madpo.trainer.counted import counted
 from madpo.trainer.data.chat_template import render
+from madpo.trainer.data.groups import TokenGroups
 from madpo.trainer.data.training_source import TrainingSource
 from madpo.trainer.model.lora import is_adapted
 from madpo.trainer.sampling.samplers import ends_of
@@ -26,13 +30,37 @@ def taught_end(source: TrainingSource, tokenizer: PreTrainedTokenizerBase) -> in
     end = end_of_turn(tokenizer)
     if end is None:
         return None
-    groups, indices = source.take(0, LOOKED_AT)
-    tails = [
-        [token for token, is_scored in zip(completion, mask, strict=True) if is_scored][-TAIL:]
-        for group in (groups[int(index)] for index in indices)
-        for completion, mask in zip(group.completions, group.whole_masks, strict=True)
-    ]
-    return end if any(end in tail for tail in tails) else None
+    return end if any(end in tail for tail in _tails(*source.take(0, LOOKED_AT))) else None
+
+
+def endless(
+    groups: TokenGroups,
+    indices: np.ndarray,  # (n,) of the groups to look at
+    tokenizer: PreTrainedTokenizerBase,
+) -> str | None:
+    """What to tell the user if no completion ends with a special token, so that a model trained to write them
+    does not learn to stop."""
+    decode: Any = tokenizer.decode
+    ends, tails = _ends(tokenizer), list(_tails(groups, indices))
+    last = (next((x for x in reversed(tail) if decode([x]).strip()), None) for tail in tails)
+    if not tails or not ends.isdisjoint(last):
+        return None
+    return (
+        f"none of the first {counted(len(tails), 'completion')} ends with a special token, so the model does "
+        "not learn to stop; data.append_eos=always writes the end of sequence behind each"
+    )
+
+
+def _tails(groups: TokenGroups, indices: np.ndarray) -> Iterator[list[int]]:
+    """The last scored tokens of each completion of the groups with these (n,) indices."""
+    for group in (groups[int(index)] for index in indices):
+        for completion, mask in zip(group.completions, group.whole_masks, strict=True):
+            yield [token for token, is_scored in zip(completion, mask, strict=True) if is_scored][-TAIL:]
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that may end an answer. Gemma's line breaks are added tokens too."""
+    return {token for token, added in tokenizer.added_tokens_decoder.items() if added.content.strip()}
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -45,8 +73,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         answered, _ = render([ask, answer], tokenizer, {})
     except Exception:  # a template may raise anything, and this one may want other messages
         return None
-    # Gemma's line breaks are added tokens too.
-    ends = {token for token, added in tokenizer.added_tokens_decoder.items() if added.content.strip()}
+    ends = _ends(tokenizer)
     return next((token for token in reversed(answered[len(asked) :]) if token in ends), None)
 
 

@@ -24,6 +24,7 @@ from madpo.trainer.data.views.mismatched import MismatchedDataset
 from madpo.trainer.errors import UserError
 from madpo.trainer.model.tokenizer import load_tokenizer
 from madpo.trainer.objectives.base import Need
+from madpo.trainer.stages.end_of_turn import LOOKED_AT, endless
 
 Decode = Callable[[Sequence[int]], str]
 PROMPT = "dim"
@@ -60,6 +61,9 @@ def show_data(config: Config, count: int, console: Console) -> None:
         lines += render_group(groups[index], decode, title, coloured, borrows)
     tokens, trained = int(groups.counts.lengths.sum()), int(groups.counts.scored_tokens.sum())
     console.print(*lines, *render_totals(report, tokens, trained, coloured), sep="\n", soft_wrap=True)
+    no_end = endless(groups, order.take(0, min(LOOKED_AT, len(groups))), tokenizer)
+    if no_end and not objective.is_reward_model:
+        console.print(no_end, style="yellow", soft_wrap=True)
     if config.data.min_weight is not None or config.data.sampling != "uniform":
         console.print("data.min_weight and data.sampling are not applied here", style="yellow")
     budget, shares = config.train.row_tokens, config.model.prefix_sharing

@@ -35,7 +35,7 @@ from madpo.trainer.reports.progress import Progress, print_line
 from madpo.trainer.reports.remarks import remarks
 from madpo.trainer.run_folder import claim
 from madpo.trainer.schedule import run_length
-from madpo.trainer.stages.end_of_turn import stop_at, taught_end
+from madpo.trainer.stages.end_of_turn import LOOKED_AT, endless, stop_at, taught_end
 from madpo.trainer.stages.export import export_model
 from madpo.trainer.stages.quantiles import resolve_quantiles
 from madpo.trainer.stages.run_facts import describe_run, extensions, is_exported, versions, write_report
@@ -91,7 +91,7 @@ def run_training(
         heartbeat.at("models")
         engine = start_engine(config, tokenizer, training=True)
         cleanup.callback(engine.release)
-        end = taught_end(source, tokenizer)
+        end, no_end = taught_end(source, tokenizer), endless(*source.take(0, LOOKED_AT), tokenizer)
         end_note = stop_at(engine.module.policy, end, tokenizer)
         check_data_fits(data, config, engine)
         state = load(engine, chosen) if chosen else TrainState()
@@ -113,6 +113,7 @@ def run_training(
             notes = [*engine.module.notes, *reference_notes(config, engine.module, source, cached)]
             notes += expert_notes(engine.module.policy, config.model.router_aux_loss_coef)
             notes += [end_note] if end_note else []
+            notes += [no_end] if no_end and not config.bound_objective.is_reward_model else []
             notes += [f"extended after step {step}: {text}" for at, text in extended if at == step]
             notes += remarks(config, total_steps, parameters, weights)
             progress.announce(config, data.report, state, shard, engine.device, parameters, notes)

@@ -414,11 +414,11 @@ def test_blanks_at_the_ends_of_messages_that_the_template_trims_are_counted(toke
     assert chosen == f"{content}</>" and notes == ()
 
 
-def test_blanks_between_parts_that_are_trimmed_one_by_one_are_blanks(tokenizers):
+def test_blanks_between_parts_that_are_trimmed_one_by_one_stay(tokenizers):
     parts = [{"type": "text", "text": text} for text in ("two ", " and two")]
     prompt, _, notes = texts(tokenizers["trims parts"], row([say("user", parts)]))
-    assert prompt == "<user>twoand two</><assistant>"
-    assert "blanks at the ends of messages left out by the template" in notes
+    assert prompt == "<user>two  and two</><assistant>"
+    assert notes == ("parts of text rendered as one text", "text rendered as a part")
 
 
 @pytest.mark.parametrize(("name", "now"), [("dated", "31 Dec 2027"), ("seconds", "00.000000")])

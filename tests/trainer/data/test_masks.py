@@ -350,3 +350,29 @@ def test_masks_are_those_of_trls_templates_that_mark_what_is_generated(known, na
             )
             assert encoded["input_ids"] == group.prompt + completion
             assert list(map(bool, encoded["assistant_masks"])) == [False] * len(group.prompt) + mask
+
+
+ENDS_BETWEEN = """{% for m in messages %}{{ '[' ~ m.role ~ ']' ~ m.content }}
+{%- if not loop.last %}{{ 'END' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ 'OPEN[assistant]' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "[end]", "<eos>"])
+@pytest.mark.parametrize("opening", ["", "END"])
+def test_an_end_that_is_written_only_where_another_turn_follows(known, monkeypatch, end, opening):
+    tokenizer = known["chatml"]
+    template = ENDS_BETWEEN.replace("OPEN", opening).replace("END", end)
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    one = {"prompt": [asks("on?")], "chosen": [says("good")], "rejected": [says("bad")]}
+    group, several = tokens(tokenizer, one), tokens(tokenizer, PARTING)
+    read = [tokenizer.decode(group.prompt) + text for text in scored_text(tokenizer, group)]
+    assert read[0] == f"[user]on?{end}[assistant][good]"
+    read = [tokenizer.decode(several.prompt) + text for text in scored_text(tokenizer, several)]
+    assert read[0] == f"[user]on?{end}[assistant][good{end}][user]go?{end}[assistant][great]"
+
+
+def test_blanks_between_turns_belong_to_none(known, monkeypatch):
+    template = ENDS_BETWEEN.replace("OPEN", "\\n\\n").replace("END", "\\n\\n")
+    monkeypatch.setattr(known["chatml"], "chat_template", template)
+    (text, _) = scored_text(known["chatml"], tokens(known["chatml"], PARTING))
+    assert text == "[good]\n\n[user]go?\n\n[assistant][great]"

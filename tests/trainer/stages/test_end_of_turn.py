@@ -8,15 +8,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from harness import make_config, make_tokenizer, run_ranks, save_model
+from text_cases import preference
 from transformers import AutoTokenizer, GenerationConfig
 
 from madpo.trainer.config.schema import Config
-from madpo.trainer.data.tokenise import TokenGroup
+from madpo.trainer.data.tokenise import TokenGroup, TokenRules, tokenise
 from madpo.trainer.data.training_data import load_data
 from madpo.trainer.model.tokenizer import load_tokenizer
-from madpo.trainer.stages.end_of_turn import end_of_turn, stop_at, taught_end
+from madpo.trainer.stages.end_of_turn import end_of_turn, endless, stop_at, taught_end
 from madpo.trainer.stages.export import run_export
 from madpo.trainer.stages.train import run_training
 
@@ -81,6 +83,40 @@ def test_what_is_not_scored_teaches_no_end(tmp_path):
         groups: Any = [TokenGroup([5], [[6, end, 7, end]], [], masks=[mask])]
         source: Any = SimpleNamespace(take=lambda consumed, count, groups=groups: (groups, [0]))
         assert taught_end(source, tokenizer) == taught
+
+
+ENDLESS = "none of the first 2 completions ends with a special token, so the model does not learn to stop"
+
+
+@pytest.mark.parametrize(
+    ("end", "rules", "is_said"),
+    [
+        ("<|end|>", {}, False),
+        ("<eos>\n", {}, False),
+        ("END", {}, True),
+        ("", {}, True),
+        ("{{ '<|end|>' if not loop.last }}", {}, True),
+        ("", {"append_eos": "always"}, False),
+    ],
+)
+def test_completions_without_an_end_are_told_of(tmp_path, end, rules, is_said):
+    tokenizer = with_template(tmp_path, end)
+    ask, yes, no = (
+        {"role": role, "content": text}
+        for role, text in (("user", "on?"), ("assistant", "good"), ("assistant", "bad"))
+    )
+    group = preference(prompt=[ask], chosen=[yes], rejected=[no])
+    groups: Any = [tokenise(group, tokenizer, TokenRules(200, **rules))]
+    said = endless(groups, np.arange(1), tokenizer)
+    assert (said or "").startswith(ENDLESS if is_said else "") and (said is not None) == is_said
+
+
+@pytest.mark.parametrize(("append_eos", "is_said"), [("auto", False), ("never", True)])
+def test_texts_without_an_end_are_told_of(tmp_path, append_eos, is_said):
+    tokenizer = with_template(tmp_path, "")
+    group = preference(prompt="on?", chosen=" good", rejected=" bad")
+    groups: Any = [tokenise(group, tokenizer, TokenRules(200, append_eos))]
+    assert (endless(groups, np.arange(1), tokenizer) is not None) == is_said
 
 
 @pytest.fixture
