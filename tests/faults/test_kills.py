@@ -131,7 +131,7 @@ POINTS: dict[str, tuple[int, Callable[[], None]]] = {
     "rank 1 when all is written": (1, lambda: before(saver.dist, "all_gather_object", second_of_shards())),
 }
 """Where a rank is killed: the rank, and how it is prepared."""
-FAST = ("rank 1 within its optimiser", "rank 0 before the rename")
+FAST = ("rank 1 within its optimiser",)
 
 
 def killed(run: Config, rank: int, prepare: Callable[[], None] | None, seconds: float | None = None) -> bool:

@@ -61,6 +61,7 @@ def check_stopped(run: RealRun, status: int, text: str) -> None:
     assert not run.survivors()
 
 
+@pytest.mark.slow
 def test_faults_one_after_another_and_the_run_ends_with_the_bits_of_an_undisturbed_one(run):
     """SIGTERM to the command; kill -9 of a rank; then to the end."""
     process = run.train()
@@ -90,6 +91,17 @@ def test_faults_one_after_another_and_the_run_ends_with_the_bits_of_an_undisturb
     whole = run._replace(folder=run.folder.parent / "whole")
     run_ranks(2, train, load(run.path, [f"output_dir={whole.folder}"]))
     assert shards(run) == shards(whole)
+
+
+def test_sigterm_stops_a_run_in_good_order_and_the_same_command_ends_it(tmp_path, tokenizer_folder):
+    run = real_run(tmp_path, tokenizer_folder, max_steps=STEPS, num_train_epochs=1e6, global_batch_size=4)
+    process = run.train()
+    run.wait_for(lambda: len(run.losses()) >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    ((status, text),) = run.finish(process)
+    check_stopped(run, status, text)
+    run_ranks(2, train, load(run.path))
+    assert shards(run)
 
 
 SIGNALS = [signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import meta, nodes
+from jinja2 import Environment, meta, nodes
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 MESSAGES = "messages"
@@ -74,8 +74,9 @@ def _keys_of_messages(template: str) -> frozenset[str] | None:
 
 
 def _tree(template: str) -> nodes.Template:
-    tree: Any = _compile_jinja_template(template).environment.parse(template)
-    return tree
+    environment: Any = _compile_jinja_template(template).environment
+    # As jinja2 parses: the bounds on templates are put into the tree, in place of some of its nodes.
+    return Environment._parse(environment, template, None, None)
 
 
 def _names_of_messages(tree: nodes.Template) -> frozenset[str]:

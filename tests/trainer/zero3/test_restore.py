@@ -60,7 +60,9 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "full" else [pytest.mark.slow]) for kind in KINDS]
+)
 def test_other_ranks_and_stages_go_on_with_the_losses_of_the_run_that_was_not_cut_off(config, kind):
     whole = with_peft(config, train=FOUR, **KINDS[kind])
     run_ranks(2, train, whole)
@@ -115,7 +117,17 @@ def saved_again(shard, run: Config, into: str) -> None:
         replace(chosen.manifest, files=entries, world_size=shard.world_size, state=state).write(folder)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "tied", "bf16", "reward"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("full", "bf16"),
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in (*KINDS, "tied", "reward")
+            if kind != "full"
+        ),
+    ],
+)
 def test_back_on_as_many_ranks_the_state_has_the_bits_that_it_had(config, tokenizer_folder, tmp_path, kind):
     """From two ranks to three and back, nothing trained in between."""
     sections = KINDS.get(kind, {})
