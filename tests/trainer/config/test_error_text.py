@@ -51,7 +51,7 @@ def path(tmp_path) -> Path:
 def message_of(path: Path, override: str) -> str:
     with pytest.raises(ValueError) as caught:
         load(path, [override])
-    return str(caught.value).removeprefix(f"{path}: ")
+    return str(caught.value).removeprefix(f"{path} and the command line: ")
 
 
 @pytest.mark.parametrize("override", MISTAKES)

@@ -130,7 +130,7 @@ def test_whole_runs_log_the_same_and_say_what_the_reference_costs(config, tmp_pa
     assert f"train.jsonl in {files_of(config)[0].parent}" in said
     assert "scored in" in said and "a sample scored again" in said
     assert "reference: joint, a frozen model of 38,496 parameters beside the policy" in said.replace("\n", "")
-    assert "model.reference=cached would score every completion once in place of 2 times" in said
+    assert "model.reference=cached would compute it once for every completion, not 2 times" in said
     assert records(config) == records(again)  # from the file that was there: bit for bit
     got, want = records(config), records(joint)
     assert len(got) == len(want) == 7 and "eval_loss" in got[-1] and got[0].keys() == want[0].keys()
