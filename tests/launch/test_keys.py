@@ -47,7 +47,8 @@ def test_nothing_is_wider_than_the_terminal(width):
 def test_without_a_terminal_each_key_is_one_line():
     text = explain_keys("generate.judge.endpoint", None)
     assert (
-        "  generate.judge.endpoint.timeout      seconds in which a whole reply must be there; a number above 0; "
+        "  generate.judge.endpoint.timeout      seconds in which a whole reply must be there; "
+        "a number above 0; "
         "default 60.0; can be changed once a run has begun\n"
     ) in text
     assert explain_keys("lr", None) == (
