@@ -432,6 +432,8 @@ def test_a_bad_row_in_a_later_block_leaves_the_checkpoint_before_it(run, tmp_pat
         run_ranks(2, train, run)
     saved = checkpoints_in(Path(run.output_dir) / "checkpoints")
     assert [path.name for path in saved][:1] in ([], ["step-00000002"])  # none if it was read ahead
+    if not saved:
+        return
     write_pairs(tmp_path / "set" / "train.jsonl", ROWS)
     with pytest.raises(AssertionError, match=r"data \(content\)"):
         run_ranks(2, train, run)
