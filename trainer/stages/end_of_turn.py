@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer.counted import counted
 from madpo.trainer.data.chat_template import render
 from madpo.trainer.data.groups import TokenGroups
-from madpo.trainer.data.training_source import TrainingSource
 from madpo.trainer.model.lora import is_adapted
 from madpo.trainer.sampling.samplers import ends_of
 
@@ -22,15 +21,17 @@ TAIL = 4
 """The last scored tokens of a completion that are looked at: templates write a line break behind the end."""
 
 
-def taught_end(source: TrainingSource, tokenizer: PreTrainedTokenizerBase) -> int | None:
+def taught_end(
+    groups: TokenGroups,
+    indices: np.ndarray,  # (n,) of the groups to look at
+    tokenizer: PreTrainedTokenizerBase,
+) -> int | None:
     """The special token that the chat template writes behind an answer, if completions of the data end so.
 
     None without a template, and for plain text.
     """
     end = end_of_turn(tokenizer)
-    if end is None:
-        return None
-    return end if any(end in tail for tail in _tails(*source.take(0, LOOKED_AT))) else None
+    return end if end is not None and any(end in tail for tail in _tails(groups, indices)) else None
 
 
 def endless(

@@ -91,7 +91,9 @@ def run_training(
         heartbeat.at("models")
         engine = start_engine(config, tokenizer, training=True)
         cleanup.callback(engine.release)
-        end, no_end = taught_end(source, tokenizer), endless(*source.take(0, LOOKED_AT), tokenizer)
+        # Of a stream no more than its first block: a bad row of a later one is for a later step.
+        looked_at = source.take(0, LOOKED_AT if first is None else min(LOOKED_AT, len(first)))
+        end, no_end = taught_end(*looked_at, tokenizer), endless(*looked_at, tokenizer)
         end_note = stop_at(engine.module.policy, end, tokenizer)
         check_data_fits(data, config, engine)
         state = load(engine, chosen) if chosen else TrainState()

@@ -18,7 +18,7 @@ from madpo.trainer.config.schema import Config
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, tokenise
 from madpo.trainer.data.training_data import load_data
 from madpo.trainer.model.tokenizer import load_tokenizer
-from madpo.trainer.stages.end_of_turn import end_of_turn, endless, stop_at, taught_end
+from madpo.trainer.stages.end_of_turn import LOOKED_AT, end_of_turn, endless, stop_at, taught_end
 from madpo.trainer.stages.export import run_export
 from madpo.trainer.stages.train import run_training
 
@@ -75,6 +75,12 @@ def test_an_end_that_is_known_changes_nothing(tmp_path):
     assert Model.generation_config.eos_token_id == [2, end]
 
 
+def taken(source: Any) -> tuple[Any, Any]:
+    """The groups that a run looks at."""
+    groups, indices = source.take(0, LOOKED_AT)
+    return groups, indices
+
+
 def test_what_is_not_scored_teaches_no_end(tmp_path):
     """A message of weight 0 at the end: the answer before it is what the model learns to end."""
     tokenizer = with_template(tmp_path, "<|end|>")
@@ -82,7 +88,7 @@ def test_what_is_not_scored_teaches_no_end(tmp_path):
     for mask, taught in (([True, True, False, False], end), ([True, False, False, False], None)):
         groups: Any = [TokenGroup([5], [[6, end, 7, end]], [], masks=[mask])]
         source: Any = SimpleNamespace(take=lambda consumed, count, groups=groups: (groups, [0]))
-        assert taught_end(source, tokenizer) == taught
+        assert taught_end(*taken(source), tokenizer) == taught
 
 
 ENDLESS = "none of the first 2 completions ends with a special token, so the model does not learn to stop"
@@ -144,11 +150,11 @@ def test_plain_text_does_not_end_so(config, tmp_path):
     streaming = config.model_copy(update={"data": config.data.model_copy(update={"streaming": True})})
     for either in (config, streaming):
         source: Any = load_data(either, tokenizer, True).source
-        assert taught_end(source, tokenizer) == end_of_turn(tokenizer) is not None
+        assert taught_end(*taken(source), tokenizer) == end_of_turn(tokenizer) is not None
     (tmp_path / "chat.jsonl").write_text('{"text": "the film was good"}\n')
     for either in (config, streaming):
         source = load_data(either, tokenizer, True).source
-        assert taught_end(source, tokenizer) is None
+        assert taught_end(*taken(source), tokenizer) is None
 
 
 def train_then_export(shard, config: Config) -> None:
