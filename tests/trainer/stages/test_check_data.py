@@ -153,7 +153,7 @@ def test_what_is_not_scored_is_not_told_of_rewards(config, tokenizer_folder, str
 def test_a_narrow_terminal_gets_the_parts_below_one_another(config, monkeypatch):
     pairs = config.parent / "pairs"
     parts = f"data.datasets=[{{path: {pairs}, test_split: test}}, {{path: {pairs / 'test.jsonl'}}}]"
-    for columns, tables in (("80", 3), ("400", 1)):
+    for columns, tables in (("80", 3), ("4000", 1)):
         monkeypatch.setenv("COLUMNS", columns)
         _, out, _ = checked(config, "data.dataset_name=null", parts)
         starts = ("rows ", "groups ", "tokens ", "  a ", "  both ")
