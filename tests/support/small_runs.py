@@ -67,6 +67,14 @@ def cut_back(folder: Path, step: int) -> None:
             shutil.rmtree(checkpoint)
 
 
+def cut_off(run: Config, folder: Path, step: int) -> Config:
+    """A copy of a finished run in `folder`, as if it had been killed after the checkpoint of that step."""
+    shutil.copytree(run.output_dir, folder)
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    cut_back(folder, step)
+    return run.model_copy(update={"output_dir": str(folder)})
+
+
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """All tensors in dicts, lists and tuples, in their order."""
     if isinstance(value, torch.Tensor):

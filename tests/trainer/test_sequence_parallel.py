@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from harness import make_config, random_groups, run_ranks, save_model, sentence,
 from kernel_cases import relative_error
 from lora_cases import changed, train
 from plain import compare, plain_steps, zero3_steps
-from small_runs import cut_back
+from small_runs import cut_off
 
 from madpo.trainer.batches.packing import pack
 from madpo.trainer.batches.sequence_slices import slice_of
@@ -261,9 +260,7 @@ def test_metrics_and_evaluation_are_those_of_one_rank_and_a_run_resumes(config, 
         for name in one:
             assert two[name] == pytest.approx(one[name], rel=2e-5, abs=1e-6), name
 
-    cut = changed(shared, output_dir=str(tmp_path / "cut"))
-    shutil.copytree(shared.output_dir, cut.output_dir)
-    cut_back(Path(cut.output_dir), 2)
+    cut = cut_off(shared, tmp_path / "cut", 2)
     run_ranks(4, train, cut)
     assert records(cut) == got
 

@@ -13,7 +13,7 @@ from small_runs import (
     ALONE,
     SHORT,
     changed,
-    cut_back,
+    cut_off,
     evaluate_only,
     model_bytes,
     records,
@@ -57,12 +57,8 @@ def test_resume_is_bitwise_the_run_that_was_not_cut_off(config, tmp_path, sectio
     run_ranks(ranks, train, whole)
 
     # The same run, cut off after the checkpoint of step 2: later files and metrics are gone or torn.
-    cut = with_sections(config, output_dir=str(tmp_path / "cut"), **sections)
-    shutil.copytree(whole.output_dir, cut.output_dir)
-    folder = Path(cut.output_dir)
-    shutil.rmtree(folder / "model")
-    cut_back(folder, 2)
-    with (folder / "metrics.jsonl").open("a") as file:
+    cut = cut_off(whole, tmp_path / "cut", 2)
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
     run_ranks(ranks, train, cut)
 
@@ -75,10 +71,7 @@ def test_metrics_resume_with_intervals_that_do_not_meet(config, tmp_path):
     """A checkpoint at step 3 between log lines at 2 and 4."""
     whole = changed(config, output_dir=str(tmp_path / "whole"), train={"logging_steps": 2, "max_steps": 4})
     run_ranks(2, train, whole)
-    cut = changed(whole, output_dir=str(tmp_path / "cut"))
-    shutil.copytree(whole.output_dir, cut.output_dir)
-    shutil.rmtree(Path(cut.output_dir) / "model")
-    cut_back(Path(cut.output_dir), 3)
+    cut = cut_off(whole, tmp_path / "cut", 3)
     run_ranks(2, train, cut)
     want, got = ([without_clock(x) for x in records(Path(run.output_dir))] for run in (whole, cut))
     assert [line["step"] for line in want if "loss" in line] == [2, 3, 4]

@@ -13,7 +13,7 @@ import datasets
 import pytest
 from harness import make_config, run_ranks, save_model, without_clock, write_pairs
 from patience import patient
-from small_runs import cut_back
+from small_runs import cut_off
 from transformers import AutoTokenizer
 
 from madpo.trainer.checkpoints.folders import checkpoints_in
@@ -375,11 +375,7 @@ def test_resume_is_bitwise_the_run_that_was_not_cut_off(run, tmp_path, loss_type
     want = results(whole)
     assert [line["epoch"] for line in want[0] if "loss" in line] == [0, 0, 1, 1, 1, 2, 2]
     for step in steps:
-        cut = changed(whole, output_dir=str(tmp_path / f"cut{step}"))
-        shutil.copytree(whole.output_dir, cut.output_dir)
-        folder = Path(cut.output_dir)
-        shutil.rmtree(folder / "model")
-        cut_back(folder, step)
+        cut = cut_off(whole, tmp_path / f"cut{step}", step)
         if step != 1:
             shutil.rmtree(cut.data.cache_dir)
         run_ranks(2, train, cut)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from kernel_cases import relative_error
 from lora_cases import changed, train
 from plain import zero3_steps
 from safetensors.torch import load_file
-from small_runs import cut_back
+from small_runs import cut_off
 from transformers import AutoModelForCausalLM
 
 from madpo.kernels import preference_loss as kernels
@@ -64,10 +63,7 @@ def test_resume_of_a_partly_frozen_run_is_bitwise(config, tmp_path):
         config, output_dir=str(tmp_path / "whole"), model={"freeze": FROZEN}, train={"save_steps": 1}
     )
     run_ranks(2, train, whole)
-    cut = changed(whole, output_dir=str(tmp_path / "cut"))
-    shutil.copytree(whole.output_dir, cut.output_dir)
-    shutil.rmtree(Path(cut.output_dir) / "model")
-    cut_back(Path(cut.output_dir), 1)
+    cut = cut_off(whole, tmp_path / "cut", 1)
     run_ranks(2, train, cut)
     got, want = (Path(run.output_dir) / "model" / "model.safetensors" for run in (cut, whole))
     assert got.read_bytes() == want.read_bytes()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from harness import run_ranks
 from kernel_cases import relative_error
 from lora_cases import STAGE_2, adapter_config, changed, stored_adapter, train
 from plain import padded_logps, plain_optimizer, zero3_steps
-from small_runs import cut_back
+from small_runs import cut_off
 
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.order import DataOrder
@@ -249,10 +248,7 @@ def test_resume_is_bitwise_the_run_that_was_not_cut_off(config, continued, tmp_p
     run = changed(config if kind == "fresh" else continued, train={"max_steps": 4, "save_steps": 2})
     whole = changed(run, output_dir=str(tmp_path / "whole"))
     run_ranks(2, train, whole)
-    cut = changed(run, output_dir=str(tmp_path / "cut"))
-    shutil.copytree(whole.output_dir, cut.output_dir)
-    shutil.rmtree(Path(cut.output_dir) / "model")
-    cut_back(Path(cut.output_dir), 2)
+    cut = cut_off(whole, tmp_path / "cut", 2)
     run_ranks(2, train, cut)
     got, want = ((Path(one.output_dir) / "model" / "adapter_model.safetensors") for one in (cut, whole))
     assert got.read_bytes() == want.read_bytes()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks, save_classifier, save_model
-from small_runs import changed, cut_back, evaluate_only, records, tensors_in, train, with_sections
+from small_runs import changed, cut_off, evaluate_only, records, tensors_in, train, with_sections
 
 from madpo.trainer.checkpoints.choose import choose
 from madpo.trainer.checkpoints.folders import newest_checkpoint
@@ -37,9 +36,7 @@ def losses(run: Config) -> list[float]:
 
 def continued(whole: Config, name: str, ranks: int, **sections: Any) -> list[float]:
     """The losses of a run that was cut off after step 2 and went on so."""
-    run = changed(whole, output_dir=str(Path(whole.output_dir).parent / name), **sections)
-    shutil.copytree(whole.output_dir, run.output_dir)
-    cut_back(Path(run.output_dir), 2)
+    run = changed(cut_off(whole, Path(whole.output_dir).parent / name, 2), **sections)
     run_ranks(ranks, train, run)
     return losses(run)
 
