@@ -122,10 +122,10 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
-def gathered(value: Any) -> list[Any]:
-    """The values of all ranks, in their order, on all ranks."""
+def gathered(value: Any, group: Any = None) -> list[Any]:
+    """The values of all ranks, in their order, on all ranks; over a group of their own, if they have one."""
     values = [None] * torch_dist.get_world_size()
-    torch_dist.all_gather_object(values, value)
+    torch_dist.all_gather_object(values, value, group=group)
     return values
 
 

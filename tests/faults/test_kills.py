@@ -91,7 +91,7 @@ def second_of_shards() -> Callable[..., bool]:
     """Whether the ranks tell each other what they have written, for the second time."""
     times = 0
 
-    def is_second(_: Any, own: Any) -> bool:
+    def is_second(own: Any, _: Any) -> bool:
         nonlocal times
         times += isinstance(own, dict) and any("optim" in str(name) for name in own)
         return times == 2
@@ -128,7 +128,7 @@ POINTS: dict[str, tuple[int, Callable[[], None]]] = {
         lambda: before(saver, "remove_old", lambda _, step, *__: step == 9),
     ),
     "rank 0 within an old one": (0, lambda: before(os, "rmdir", lambda path, **_: "step-" in str(path))),
-    "rank 1 when all is written": (1, lambda: before(saver.dist, "all_gather_object", second_of_shards())),
+    "rank 1 when all is written": (1, lambda: before(saver, "gathered", second_of_shards())),
 }
 """Where a rank is killed: the rank, and how it is prepared."""
 FAST = ("rank 1 within its optimiser",)

@@ -14,15 +14,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from madpo.trainer.agreement import Agreement, Told
 from madpo.trainer.checkpoints.folders import PARTIAL, name_of, remove_old, set_aside, step_of
 from madpo.trainer.checkpoints.manifest import Manifest
-from madpo.trainer.dist import Shard, barrier, from_main
+from madpo.trainer.dist import Shard, barrier, from_main, gathered
 from madpo.trainer.engine import Engine
 from madpo.trainer.errors import CheckpointError
 from madpo.trainer.files import Entry, flush_folder, hash_of_file
@@ -169,8 +167,7 @@ class Saver:
     def _commit(self, manifest: Manifest) -> Future[None]:
         """Gather what all ranks have written; rank 0 commits it, in a thread, and no other rank waits."""
         own = self._files.entries | self._swapped_out(self._partial(manifest))
-        parts: list[Any] = [None] * self._shard.world_size
-        dist.all_gather_object(parts, own, group=self._agreement.group)
+        parts = gathered(own, self._agreement.group)
         if self._thread is not None:
             files = {name: entry for part in parts for name, entry in part.items()}
             return self._thread.submit(self._commit_now, replace(manifest, files=files))
@@ -203,8 +200,7 @@ class Saver:
         error = self._files.error
         if error is None and self._committing is not None:
             error = str(self._committing.exception() or "") or None
-        errors: list[Any] = [None] * self._shard.world_size
-        dist.all_gather_object(errors, error, group=self._agreement.group)
+        errors = gathered(error, self._agreement.group)
         self._pending, self._committing = None, None
         self._files.begin()
         if self._shard.is_main:
