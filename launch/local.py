@@ -19,6 +19,7 @@ from madpo.launch.outer_launcher import check_alone, without_launcher
 from madpo.launch.worker import FIRST_ERROR
 from madpo.trainer import outcome
 from madpo.trainer.config.schema import Config, LaunchConfig
+from madpo.trainer.counted import counted
 from madpo.trainer.errors import Exit, UserError
 from madpo.trainer.files import make_folder
 from madpo.trainer.stopping import SIGNALS
@@ -79,9 +80,8 @@ def run(
     from madpo.trainer.dist import held_port
 
     ranks = count_processes(resolved.launch)
-    plural = "" if ranks == 1 else "s"
-    place = f"{ranks} GPU{plural}" if torch.cuda.is_available() else "the CPU"
-    print(f"starting {ranks} rank{plural} on {place}", flush=True)
+    place = counted(ranks, "GPU") if torch.cuda.is_available() else "the CPU"
+    print(f"starting {counted(ranks, 'rank')} on {place}", flush=True)
     start = outcome.new_start()
     command = command_line(task, config, overrides, flags)
     with TemporaryDirectory(prefix="madpo-") as folder, held_port() as port:
@@ -92,6 +92,8 @@ def run(
                 own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 # In sessions of their own: a terminal's Ctrl-C reaches them through us, once.
                 processes.append(subprocess.Popen(command, env=own, start_new_session=True))
+                if received:  # meanwhile
+                    processes[-1].terminate()
             _wait(processes)
     return _status(processes, folder_of_run, start, received)
 
