@@ -142,12 +142,12 @@ def train(
             state.skipped += 1
             state.skipped_in_a_row += 1
             if incidents is not None:
-                incidents.skipped(state.step, step, loss, state.skipped_in_a_row)
+                incidents.skipped(state.step, step.rows, loss, state.skipped_in_a_row)
             _check_skipped(state, settings.max_skipped_steps, saver.last_step)
         else:
             state.memory, state.skipped_in_a_row = memory, 0
             if incidents is not None:
-                incidents.look_at(state.step, step, engine.grad_norm)
+                incidents.look_at(state.step, step.rows, engine.grad_norm)
         if config.model.sync_ref_model and _due(state.step, config.model.ref_model_sync_steps):
             seed = config.seed + state.step  # a resumed run has the same
             alpha, models = config.model.ref_model_mixup_alpha, engine.module

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -86,7 +87,7 @@ class Step:
     copies: int = 1  # ranks that hold these same batches, each a slice of every row
     skipped_items: int = 0  # items in the mean loss less items computed; negative if more are computed
     epoch: float = 0.0  # passes over the training groups, up to and with this step
-    rows: np.ndarray | None = None  # (B,) the examples that its groups come from, in a file or a block of it
+    rows: Callable[[], np.ndarray] | None = None  # gives (B,) the examples that its groups come from
 
     def saved_by(
         self,
@@ -219,7 +220,12 @@ def training_steps(
         groups, indices = source.take(consumed, min(batch_size, total - consumed))
         consumed += len(indices)
         step = plan_step(groups, indices, rules, shard)
-        yield replace(step, epoch=source.epoch(consumed), rows=groups.rows[indices])
+        yield replace(step, epoch=source.epoch(consumed), rows=partial(_rows_at, groups, indices))
+
+
+def _rows_at(groups: TokenGroups, indices: np.ndarray) -> np.ndarray:
+    """(B,) the examples that groups come from; a view looks through all of its groups for that."""
+    return groups.rows[indices]
 
 
 def evaluation_steps(
