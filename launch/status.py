@@ -14,6 +14,9 @@ from madpo.trainer.counted import counted
 from madpo.trainer.errors import Exit, UserError
 from madpo.trainer.run_folder import INCIDENTS, is_training, read_metrics
 
+SPREAD = 0.1
+"""A rank for which the others wait for more than this share of the time is named."""
+
 
 def show(folder: Path) -> int:
     """Print the status of a run. The exit status is 0 if it lives or is done, else that of its end."""
@@ -24,7 +27,7 @@ def show(folder: Path) -> int:
     is_alive = is_alive and (ended is None or is_training(folder))
     for line in (
         *_life(beats, ended, is_alive),
-        *_progress(folder),
+        *_progress(folder, beats),
         *_checkpoints(folder),
         *_incidents(folder),
     ):
@@ -63,7 +66,7 @@ def _places(beats: list[heartbeat.Beat]) -> str:
     )
 
 
-def _progress(folder: Path) -> Iterator[str]:
+def _progress(folder: Path, beats: list[heartbeat.Beat]) -> Iterator[str]:
     path = folder / "run.json"
     lines = [record for record in read_metrics(folder) if "loss" in record]
     total = json.loads(path.read_text()).get("total_steps") if path.is_file() else None
@@ -74,6 +77,10 @@ def _progress(folder: Path) -> Iterator[str]:
     speed = f"{last['perf/step_time']:.2f} s a step" if "perf/step_time" in last else ""
     ahead = f", {timedelta(seconds=round(left))} left at {speed}" if left else ""
     yield f"step {last['step']:,} of {total:,}{ahead}, loss {last['loss']:.4f} (logged {_ago(last['time'])})"
+    if last.get("perf/rank_spread", 0.0) > SPREAD:
+        slow = int(last["perf/slowest_rank"])
+        who = next((beat.who for beat in beats if beat.rank == slow), f"rank {slow}")
+        yield f"  {who} is slow: the others wait for it {last['perf/rank_spread']:.0%} of the time"
 
 
 def _checkpoints(folder: Path) -> Iterator[str]:

@@ -155,7 +155,7 @@ def _run(config: Config, args: argparse.Namespace, command: str) -> None:
 def _say_where_it_stands(text: str) -> None:
     """Print on rank 0 that a signal stops it, unless it does so because another rank has failed."""
     if os.environ.get("RANK", "0") == "0" and not os.path.exists(os.environ.get(FIRST_ERROR, "")):
-        print(text, flush=True)
+        print(f"{text}\n", end="", flush=True)  # in one piece: the main thread may print at this moment
 
 
 def _shows_its_error() -> bool:

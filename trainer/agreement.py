@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from madpo.trainer.waiting import waited
+
 
 class Told(NamedTuple):
     """What one rank has to say; agreed, the largest value that any rank has said."""
@@ -15,6 +17,7 @@ class Told(NamedTuple):
     stop: int = 0  # the number of the signal that asks this rank to stop; 0: none
     writing: int = 0  # the state of the checkpoint under way, see `checkpoints.saver`
     save: int = 0  # 1: it is time for a checkpoint
+    odd: int = 0  # 1: the loss of the step before stands out
 
 
 class Agreement:
@@ -30,7 +33,8 @@ class Agreement:
         if self._is_alone:
             return told
         values = torch.tensor(told, dtype=torch.int32)
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
+        with waited():
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
         return Told(*values.tolist())
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ from madpo.trainer.config.train import OptimConfig
 from madpo.trainer.errors import CheckpointError
 from madpo.trainer.masking import masked
 from madpo.trainer.scoring_module import Gradients, Mode, ScoredLoss, ScoringModule
+from madpo.trainer.waiting import count_waits
 from madpo.trainer.zero3.module_order import own_module_order
 from madpo.trainer.zero3.parameters import real_shape, real_size
 from madpo.trainer.zero3.release import forget_copies, release
@@ -100,6 +101,8 @@ class Engine(Generic[ModuleT]):
         import deepspeed
         from deepspeed.utils import logger
 
+        if dist.get_world_size() > 1:
+            count_waits(deepspeed.comm.comm.cdb)
         logger.setLevel(logging.ERROR)
         assert isinstance(module, nn.Module)
         groups: Any = parameter_groups(module, config.optim) if training else None

@@ -28,6 +28,7 @@ from madpo.trainer.objectives.base import BatchState, Item, Outcome
 from madpo.trainer.objectives.build import BoundObjective
 from madpo.trainer.objectives.scores import Scored, SequenceScores
 from madpo.trainer.scoring_module import Mode
+from madpo.trainer.waiting import waited
 
 
 class Losses(NamedTuple):
@@ -222,7 +223,8 @@ def _exchange(step: Step, batches: Sequence[PackedBatch], scored: Sequence[Score
         won, lost = positions[scores.chosen].double(), positions[scores.rejected].double()
         edge_weights = _or_ones(scores.edge_weights, scores.margins)
         edges[:, batch.edge_positions] = torch.stack((won, lost, scores.margins, edge_weights))
-    dist.all_reduce(flat)
+    with waited():
+        dist.all_reduce(flat)
     flat = flat.cpu() / step.copies
     logps, ref_logps, lengths, labels, weights = flat[:end].view(SEQUENCE_COLUMNS, -1).unbind()
     chosen, rejected, margins, edge_weights = flat[end:].view(EDGE_COLUMNS, step.num_edges).unbind()

@@ -28,6 +28,7 @@ from madpo.trainer.schedule import learning_rate, logging_steps, run_length
 from madpo.trainer.state import TrainState
 from madpo.trainer.step import evaluation_step, train_step
 from madpo.trainer.throughput import peak_flops, throughput
+from madpo.trainer.waiting import StepClock
 
 Record = dict[str, float]
 
@@ -48,7 +49,7 @@ class Saving(Protocol):
     last_step: int | None
     """The step of the newest checkpoint; None if there is none yet."""
 
-    def agree(self, stop: int, save: bool) -> Told:
+    def agree(self, stop: int, save: bool, odd: bool = False) -> Told:
         """Tell the other ranks and hear from them, once a step; commits what all have written."""
         ...
 
@@ -66,8 +67,8 @@ class Unsaved:
 
     last_step: int | None = None
 
-    def agree(self, stop: int, save: bool) -> Told:
-        return Told(stop=stop, save=save)
+    def agree(self, stop: int, save: bool, odd: bool = False) -> Told:
+        return Told(stop=stop, save=save, odd=odd)
 
     def save(self) -> None:
         pass
@@ -103,12 +104,13 @@ def train(
     # What is summed up for the next log line, and since when.
     meter = Meter()
     work = StepWork()
-    logged_at = time.perf_counter()
+    clock = StepClock(engine.device)
     logged_step = state.step
     log_every = logging_steps(settings, length.total_steps)
 
     def evaluate_held_out(groups: TokenDataset) -> None:
-        record, pairs = evaluate(config, engine, groups, shard, state.memory)
+        with clock.paused():
+            record, pairs = evaluate(config, engine, groups, shard, state.memory)
         state.evaluated_step = state.step
         on_record(_stamped(record, state))
         if pairs is not None:
@@ -123,7 +125,6 @@ def train(
 
     if held_out is not None and is_evaluation_due():  # the first, or one that a stop left out
         evaluate_held_out(held_out)
-        logged_at = time.perf_counter()
     engine.train()
     saved_at = time.monotonic()
 
@@ -137,7 +138,7 @@ def train(
         state.num_tokens += step.work.tokens
         work += step_work
         if is_skipped:
-            loss = meter.mean_since(mark, "loss")
+            loss = meter.since(mark, "loss")
             meter.back_to(mark)  # one NaN would make those of the whole line NaN
             state.skipped += 1
             state.skipped_in_a_row += 1
@@ -147,7 +148,7 @@ def train(
         else:
             state.memory, state.skipped_in_a_row = memory, 0
             if incidents is not None:
-                incidents.look_at(state.step, step.rows, engine.grad_norm)
+                incidents.look_at(state.step, step.rows, engine.grad_norm, meter.since(mark, "loss"))
         if config.model.sync_ref_model and _due(state.step, config.model.ref_model_sync_steps):
             seed = config.seed + state.step  # a resumed run has the same
             alpha, models = config.model.ref_model_mixup_alpha, engine.module
@@ -157,7 +158,10 @@ def train(
         is_last = state.step == length.total_steps
 
         due = settings.save_steps == "auto" and time.monotonic() - saved_at > MINUTES_BETWEEN_SAVES * 60
-        agreed = saver.agree(stop=stopping.asked(), save=due)
+        odd = incidents is not None and incidents.is_odd
+        agreed = saver.agree(stop=stopping.asked(), save=due, odd=odd)
+        if incidents is not None and agreed.odd:
+            incidents.write_odd()
         is_stopped = agreed.stop > 0 and not is_last
         logs = is_last or _due(state.step, log_every)
         # A checkpoint closes a log line, so that a resumed run logs the same numbers. One that is due by time
@@ -166,13 +170,13 @@ def train(
             is_last or is_stopped or _due_to_save(state.step, settings.save_steps) or (agreed.save and logs)
         )
         if saves or logs:
-            record = {} if meter.is_empty else meter.reduce()  # empty if all steps were skipped
-            seconds = time.perf_counter() - logged_at
+            times = clock.take()
+            record = {} if meter.is_empty else meter.reduce(times)  # empty if all steps were skipped
             record |= {} if is_skipped else {"grad_norm": float(engine.grad_norm)}
             record |= {
                 "learning_rate": rate,
                 "num_tokens": state.num_tokens,
-                **throughput(work, state.step - logged_step, seconds, shard.world_size, peak),
+                **throughput(work, state.step - logged_step, times.whole, shard.world_size, peak),
             }
             if state.skipped:
                 record["train/skipped_steps"] = state.skipped
@@ -181,23 +185,20 @@ def train(
             _check_finite(record, state.step, saver.last_step)
             on_record(_stamped(record, state))
             work = StepWork()
-            logged_at = time.perf_counter()
             logged_step = state.step
 
         if held_out is not None and is_evaluation_due() and not is_stopped:
-            paused = time.perf_counter()
             evaluate_held_out(held_out)
             engine.train()
-            logged_at += time.perf_counter() - paused
 
         if saves:
             heartbeat.at(f"checkpoint of step {state.step}")
-            paused = time.perf_counter()
-            saver.save()
+            with clock.paused():
+                saver.save()
             saved_at = time.monotonic()
-            logged_at += time.perf_counter() - paused
 
         if is_last or is_stopped:
+            clock.stop()
             if incidents is not None:
                 incidents.close()
             saver.finish()

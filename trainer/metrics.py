@@ -25,11 +25,13 @@ from madpo.trainer.objectives.scores import Scored
 from madpo.trainer.pair_margins import PairCollector
 from madpo.trainer.run_folder import METRICS, read_metrics
 from madpo.trainer.throughput import MEMORY, PeakMemory
+from madpo.trainer.waiting import Times
 
 MOMENTS = ("x", "y", "xx", "yy", "xy")
 WITH_EXTREMA = frozenset({"madpo/weight"})
 """Metrics logged as name_mean, name_min and name_max, others as their mean."""
-
+OWN_TIME = "own time"
+"""What the ranks tell each other for `slowest`."""
 
 Mark = dict[str, Tensor]
 
@@ -83,27 +85,28 @@ class Meter:
         """Forget what was added since the mark."""
         self._totals = dict(mark)
 
-    def mean_since(self, mark: Mark, name: str) -> float:
-        """This rank's mean of what was added to `name` since the mark; NaN if nothing was. Waits."""
+    def since(self, mark: Mark, name: str) -> Tensor:
+        """The sum and count (2,) of what this rank has added to `name` since the mark, on the device."""
         now, before = self._totals.get(name), mark.get(name)
         if now is None:
-            return math.nan
-        total, count = (now if before is None else now - before)[:2].tolist()
-        return total / count if count else math.nan
+            return torch.zeros(2, dtype=torch.float64)
+        return (now if before is None else now - before)[:2]
 
     @property
     def is_empty(self) -> bool:
         return not self._totals
 
-    def reduce(self) -> dict[str, float]:
+    def reduce(self, times: Times | None = None) -> dict[str, float]:
         """Means (and extrema) over all ranks; then start anew. One all-gather, one copy to the host.
 
         For memory, the value of the rank that took the most. Ranks that share rows all add the same values,
-        each equally often, which changes no mean.
+        each equally often, which changes no mean. From this rank's `times` follows which one is the slowest.
         """
         device = next(iter(self._totals.values())).device
         for name, gib in self.memory.take().items():
             self.add(name, torch.tensor([gib], device=device))
+        if times is not None:
+            self.add(OWN_TIME, torch.tensor([times.own], device=device))
         names = sorted(self._totals)
         local = torch.stack([self._totals[name] for name in names])  # (names, 4)
         self._totals = {}
@@ -125,7 +128,22 @@ class Meter:
                 }
             else:
                 out[name] = maximum if name.startswith(MEMORY) else total / count
+        if times is not None and len(by_rank) > 1:
+            out |= slowest(by_rank[:, names.index(OWN_TIME), 0], times.whole)
+        out.pop(OWN_TIME, None)
         return _with_margins(_with_correlations(out))
+
+
+def slowest(
+    own: Tensor,  # (ranks,) seconds between collectives
+    whole: float,  # seconds with them
+) -> dict[str, float]:
+    """The rank that computes longest, and for which share of the time the median rank waits for it."""
+    longest, rank = own.max(0)
+    return {
+        "perf/slowest_rank": int(rank),
+        "perf/rank_spread": float(longest - own.quantile(0.5)) / whole,
+    }
 
 
 def _with_margins(record: dict[str, float]) -> dict[str, float]:

@@ -4,7 +4,7 @@ config.yaml         the resolved configuration
 run.json            the command, the length of the run, the versions, the hardware
 data_report.json    what was read, cut and dropped
 metrics.jsonl       one line per log step and evaluation
-incidents.jsonl     steps that were skipped or whose gradient stands out, with their rows
+incidents.jsonl     steps that were skipped or whose gradient or loss stands out, with their rows
 held_out_pairs.json the margin of every held-out pair, at the newest evaluation during training
 evaluation.json     the result of `madpo evaluate`
 generated/          completions and their scores, from `madpo generate`

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from madpo.trainer.errors import UserError
+from madpo.trainer.waiting import waited
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,16 @@ class SequenceGroup:
         given = torch.stack([vector for vector in vectors if vector is not None])
         table = given.new_zeros(len(given), total)
         table[:, own] = given
-        dist.all_reduce(table, group=self.ranks)
+        with waited():
+            dist.all_reduce(table, group=self.ranks)
         whole = iter(table.unbind())
         return [None if vector is None else next(whole) for vector in vectors]
 
     def largest(self, value: Tensor) -> float:
         """The largest of the ranks' values ()."""
         value = value.clone()
-        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.ranks)
+        with waited():
+            dist.all_reduce(value, dist.ReduceOp.MAX, group=self.ranks)
         return float(value)
 
     def _exchange(self, x: Tensor) -> Tensor:
@@ -95,7 +98,8 @@ class _AllToAll(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, ranks: dist.ProcessGroup) -> Tensor:
         ctx.ranks = ranks
         received = torch.empty_like(x)
-        dist.all_to_all_single(received, x, group=ranks)
+        with waited():
+            dist.all_to_all_single(received, x, group=ranks)
         return received
 
     @staticmethod

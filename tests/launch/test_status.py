@@ -72,6 +72,22 @@ def test_a_run_that_was_killed(tmp_path, capsys):
     assert first == "ended without a word, 0:01:00 ago; last in step 41" and rest == REST
 
 
+@pytest.mark.parametrize(("spread", "is_named"), [(0.38, True), (0.09, False)])
+def test_a_rank_for_which_the_others_wait_is_named(tmp_path, capsys, spread, is_named):
+    written(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        slow = {"perf/slowest_rank": 1, "perf/rank_spread": spread}
+        file.write(json.dumps({"step": 41, "time": time.time(), "loss": 0.4, **slow}) + "\n")
+    beat = {"rank": 1, "host": "node7", "process": 12, "place": "step 42", "seconds": 1.0}
+    (tmp_path / ".ranks").mkdir()
+    (tmp_path / ".ranks" / "rank-00001.json").write_text(
+        json.dumps({**beat, "time": time.time(), "every": 10.0})
+    )
+    show(tmp_path)
+    line = "  rank 1 (node7, process 12) is slow: the others wait for it 38% of the time"
+    assert (line in capsys.readouterr().out.splitlines()) is is_named
+
+
 def test_an_empty_folder_and_none(tmp_path, capsys):
     assert show(tmp_path) == 0
     assert capsys.readouterr().out.splitlines() == ["nothing has run here", "no checkpoint yet"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from harness import make_config, run_ranks, save_model, write_pairs
 
-from madpo.trainer import loop
+from madpo.trainer import loop, waiting
 from madpo.trainer import step as trainer_step
 from madpo.trainer.agreement import Told
 from madpo.trainer.config.schema import Config
@@ -66,7 +66,8 @@ def watched(
     """
     clock = SimpleNamespace(now=0.0)
     read = SimpleNamespace(perf_counter=lambda: clock.now, monotonic=lambda: clock.now, time=lambda: 0.0)
-    setattr(loop, "time", read)  # noqa: B010
+    for module in (loop, waiting):
+        setattr(module, "time", read)  # noqa: B010
     tokenizer = load_tokenizer(config.model)
     data = load_data(config, tokenizer, training=True)
     assert data.source is not None
@@ -101,8 +102,8 @@ def watched(
     class Saves:
         last_step: int | None = None
 
-        def agree(self, stop: int, save: bool) -> Told:
-            return Told(stop=signal.SIGTERM if state.step == stop_at else stop, save=save)
+        def agree(self, stop: int, save: bool, odd: bool = False) -> Told:
+            return Told(stop=signal.SIGTERM if state.step == stop_at else stop, save=save, odd=odd)
 
         def save(self) -> None:
             clock.now += SAVE

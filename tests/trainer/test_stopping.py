@@ -18,7 +18,7 @@ PROCESS = """
 import ctypes, os, signal, sys
 from madpo.trainer import stopping
 
-stopping.watch(lambda text: print(text, flush=True))
+stopping.watch(lambda text: print(f"{text}\\n", end="", flush=True))  # in one piece
 child = os.fork()
 if child == 0:
     signal.pause()
@@ -36,7 +36,7 @@ STEPS = """
 import ctypes, os, signal, sys, time
 from madpo.trainer import stopping
 
-stopping.watch(lambda text: print(text, flush=True))
+stopping.watch(lambda text: print(f"{{text}}\\n", end="", flush=True))  # in one piece
 with stopping.stands(lambda: "at step 3"):
     with stopping.between_steps():
         print(stopping.asked(), flush=True)

@@ -48,6 +48,8 @@ OUR_NAMES = {
     "perf/imbalance",
     "perf/tflops_per_rank",
     "perf/peak_memory_gib",
+    "perf/slowest_rank",
+    "perf/rank_spread",
     "madpo/weight_mean",
     "madpo/weight_min",
     "madpo/weight_max",
@@ -100,6 +102,15 @@ def test_two_runs_cannot_share_a_folder(config):
     lock = FileLock(Path(config.output_dir) / ".lock")
     Path(config.output_dir).mkdir()
     with lock, pytest.raises(AssertionError, match=r"another run .*is training into"):
+        run_ranks(2, train, config)
+
+
+def test_a_launcher_that_starts_a_run_again_and_again_at_one_step_is_told_to_stop(config, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    folder = Path(config.output_dir)
+    folder.mkdir()
+    (folder / ".starts.json").write_text("[0, 0, 0]")
+    with pytest.raises(AssertionError, match=r"UserError: the launcher .* 3 times at step 0"):
         run_ranks(2, train, config)
 
 

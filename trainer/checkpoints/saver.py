@@ -78,9 +78,9 @@ class Saver:
         self.last_step = last_step  # of the newest checkpoint; None if there is none
         engine.write_with(self._files)
 
-    def agree(self, stop: int, save: bool) -> Told:
+    def agree(self, stop: int, save: bool, odd: bool = False) -> Told:
         """Tell the other ranks and hear from them, once a step; commits what all have written."""
-        agreed = self._agreement.on(Told(stop, self._told(), save))
+        agreed = self._agreement.on(Told(stop, self._told(), save, odd))
         self._advance(agreed.writing)
         return agreed
 

@@ -33,6 +33,7 @@ from madpo.trainer.pair_margins import PairMargins, StoredPairs, write_pairs
 from madpo.trainer.reference.cached import check_policy_fits, reference_notes, with_reference
 from madpo.trainer.reports.progress import Progress, print_line
 from madpo.trainer.reports.remarks import remarks
+from madpo.trainer.restarts import no_progress
 from madpo.trainer.run_folder import claim
 from madpo.trainer.schedule import run_length
 from madpo.trainer.stages.end_of_turn import LOOKED_AT, endless, stop_at, taught_end
@@ -85,6 +86,7 @@ def run_training(
                     f"{FRESH} starts anew"
                 )
             return
+        dist.raise_if_any(no_progress(folder, step or 0) if shard.is_main else None)
         data, cached = with_reference(config, data, tokenizer, shard, training=True)
         source = data.source
         assert source is not None

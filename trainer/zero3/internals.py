@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
+import deepspeed.comm.comm
 import deepspeed.ops
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import partition_parameters
@@ -38,6 +39,7 @@ NAMES = {
     ),
     DeepSpeedZeroOptimizer: ("_link_all_hp_params", "update_lp_params"),
     deepspeed.ops: ("__compatible_ops__",),
+    deepspeed.comm.comm: ("cdb",),
 }
 """Module or class -> names that it must have."""
 
