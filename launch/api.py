@@ -195,12 +195,11 @@ def _ranks(config: Config, task: Task) -> Iterator[bool]:
     """
     from torch import distributed
 
-    from madpo.launch.quiet import quiet_environment
+    from madpo.launch.environment import join_launcher
     from madpo.trainer import disk_faults, dist, out_of_memory
     from madpo.trainer.config.deepspeed import check_machine
 
-    quiet_environment()
-    dist.check_launcher()
+    join_launcher()
     with ExitStack() as cleanup:
         cleanup.enter_context(out_of_memory.explained(config, task))
         cleanup.enter_context(disk_faults.explained(config))

@@ -11,12 +11,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
+from madpo.launch.environment import with_places
 from madpo.launch.lifeline import LAUNCHER_PID
 from madpo.launch.outer_launcher import check_alone, without_launcher
-from madpo.launch.worker import FIRST_ERROR
 from madpo.trainer import outcome
 from madpo.trainer.config.schema import Config, LaunchConfig
 from madpo.trainer.counted import counted
@@ -59,10 +58,7 @@ def environment(ranks: int, port: int) -> dict[str, str]:
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if any(name == "lo" for _, name in socket.if_nameindex()):
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # where gloo listens, too
-    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    # A build folder per Python environment: environments that share DeepSpeed's default rebuild it in turn.
-    env.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-    return env
+    return with_places(env, ranks)
 
 
 def run(
@@ -84,8 +80,8 @@ def run(
     print(f"starting {counted(ranks, 'rank')} on {place}", flush=True)
     start = outcome.new_start()
     command = command_line(task, config, overrides, flags)
-    with TemporaryDirectory(prefix="madpo-") as folder, held_port() as port:
-        shared = environment(ranks, port) | {outcome.START: start, FIRST_ERROR: str(Path(folder) / "first")}
+    with held_port() as port:
+        shared = environment(ranks, port) | {outcome.START: start}
         processes = []
         with _passed_on(processes) as received:
             for rank in range(ranks):

@@ -12,16 +12,16 @@ import os
 import shlex
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from madpo.launch import console_log
-from madpo.launch.lifeline import die_with_launcher, end
+from madpo.launch.environment import join_launcher
+from madpo.launch.lifeline import LAUNCHER_PID, die_with_launcher, end
 from madpo.trainer import heartbeat, outcome, stopping
 from madpo.trainer.config.strict_yaml import masked_override
 from madpo.trainer.errors import Exit, UserError, on_one_line
@@ -43,9 +43,6 @@ TASKS = {
 }
 """Task -> a module of trainer/stages, and its function."""
 
-FIRST_ERROR = "MADPO_FIRST_ERROR"
-"""Environment variable with a path: the first rank that fails makes this file, and shows its error."""
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run one task on this rank; returns the exit status."""
@@ -58,35 +55,71 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(argv)
     stopping.watch(_say_where_it_stands)
-    rank, folder = int(os.environ.get("RANK", "0")), None
+    global _started
     try:
-        config = _load(args)
-        folder = Path(config.output_dir)
-        command = shlex.join(["madpo", args.task, args.config, *map(masked_override, args.overrides)])
-        if rank == 0:
-            console_log.keep(folder, command)
-            outcome.remove(folder)
-            heartbeat.forget(folder)
-        _run(config, args, command)
+        join_launcher()
+        die_with_launcher()
+        _started = _start(args)
+        _run(_started, args)
         status, text = Exit.DONE, ""
     except stopping.StoppedError as stopped:
         status, text = Exit.AGAIN, str(stopped)
     except Exception as error:
         if stopping.is_ending(seconds=1):  # the signal ended another rank first, and so broke a collective
             threading.Event().wait()
-        status, text = _explained(error, rank, folder)
-    if status in (Exit.DONE, Exit.AGAIN):  # which has been said
-        if rank == 0 and folder is not None:
-            outcome.write(folder, status, text, args.task)
-        return status
-    is_shown = _shows_its_error()
+        return _failed(error, _started, args.task)
+    if _rank() == 0 and _started is not None:
+        outcome.write(_started.folder, status, text, args.task)
+    return status
+
+
+class Run(NamedTuple):
+    """What a rank knows of its run after the handshake."""
+
+    config: Config
+    folder: Path
+    command: str  # as a user would type it
+
+
+_started: Run | None = None
+"""The run of this process, for the signals that stop it."""
+
+
+def _start(args: argparse.Namespace) -> Run:
+    """Read the config, and find out with the other ranks whether all mean one run. Raises UserError."""
+    try:
+        config = _load(args)
+    except UserError as error:
+        config = error
+    from madpo.trainer.handshake import shake_hands
+
+    name = os.environ.get(outcome.START) or outcome.new_start()
+    start = shake_hands(config, name, LAUNCHER_PID in os.environ, lambda text: _print_error(f"error: {text}"))
+    assert not isinstance(config, UserError)  # which would have been raised
+    os.environ[outcome.START] = start.name
+    folder = Path(config.output_dir).expanduser()
+    command = shlex.join(["madpo", args.task, args.config, *map(masked_override, args.overrides)])
+    if _rank() == 0:
+        console_log.keep(folder, command)
+        outcome.remove(folder)
+        heartbeat.forget(folder)
+        for note in start.notes:
+            print(note, flush=True)
+    return Run(config, folder, command)
+
+
+def _failed(error: Exception, run: Run | None, task: str) -> int:
+    """Say what has failed, once for all ranks, and return the exit status."""
+    status, text = _explained(error, _rank(), run and run.folder)
+    is_shown = _shows_its_error(error, run and run.folder)
     if is_shown:
-        print(text, file=sys.stderr, flush=True)
-        if folder is not None:
-            outcome.write(folder, status, text, args.task)
-    if folder is not None and not (is_shown and rank == 0):  # what rank 0 prints is kept already
-        with suppress(OSError):
-            console_log.append(folder, f"rank {rank}: {text}")
+        _print_error(text)
+    if run is not None:
+        if is_shown:
+            outcome.write(run.folder, status, text, task)
+        if not (is_shown and _rank() == 0):  # what rank 0 prints is kept already
+            with suppress(OSError):
+                console_log.append(run.folder, f"rank {_rank()}: {text}")
     return status
 
 
@@ -122,15 +155,12 @@ def _load(args: argparse.Namespace) -> Config:
         from madpo.launch.quiet import quiet_libraries
 
         quiet_libraries()
-        from madpo.trainer import dist
         from madpo.trainer.config.deepspeed import check_machine
         from madpo.trainer.config.schema import load
 
         import_module(_module(args.task))
     config = load(args.config, args.overrides, args.task)
-    dist.check_launcher()
     check_machine(config.deepspeed)
-    die_with_launcher()
     return config
 
 
@@ -138,42 +168,42 @@ def _module(task: str) -> str:
     return f"madpo.trainer.stages.{TASKS[task][0]}"
 
 
-def _run(config: Config, args: argparse.Namespace, command: str) -> None:
+def _run(run: Run, args: argparse.Namespace) -> None:
     from madpo.trainer import disk_faults, dist, out_of_memory
 
     module, function = TASKS[args.task]
-    run = getattr(import_module(_module(args.task)), function)
-    options = {"train": {"command": command, "extend": args.extend}, "evaluate": {"base": args.base}}
-    rank, folder = int(os.environ.get("RANK", "0")), Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    beat = heartbeat.Heartbeat(folder, rank, config.launch.timeout_minutes)
-    with beat, out_of_memory.explained(config, args.task), disk_faults.explained(config):
-        run(config, **options.get(module, {}))
+    stage = getattr(import_module(_module(args.task)), function)
+    options = {"train": {"command": run.command, "extend": args.extend}, "evaluate": {"base": args.base}}
+    run.folder.mkdir(parents=True, exist_ok=True)
+    beat = heartbeat.Heartbeat(run.folder, _rank(), run.config.launch.timeout_minutes)
+    with beat, out_of_memory.explained(run.config, args.task), disk_faults.explained(run.config):
+        stage(run.config, **options.get(module, {}))
     dist.leave()
 
 
 def _say_where_it_stands(text: str) -> None:
     """Print on rank 0 that a signal stops it, unless it does so because another rank has failed."""
-    if os.environ.get("RANK", "0") == "0" and not os.path.exists(os.environ.get(FIRST_ERROR, "")):
+    if _rank() == 0 and not (_started is not None and outcome.has_failed(_started.folder)):
         print(f"{text}\n", end="", flush=True)  # in one piece: the main thread may print at this moment
 
 
-def _shows_its_error() -> bool:
+def _print_error(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _shows_its_error(error: Exception, folder: Path | None) -> bool:
     """Whether this rank's error is for the console: only that of the first rank that fails is.
 
-    Under launchers that do not say who is first: a node's first rank shows its own, and another one after
-    some time, in which the launcher ends it if it is not the only one.
+    Before the handshake no folder is known to be shared by the ranks: the first rank of each host speaks, of
+    what rank 0 has not said for all.
     """
-    path = os.environ.get(FIRST_ERROR)
-    if path is None:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(5)
-        return True
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
+    if isinstance(error, UserError) and error.is_agreed:
         return False
-    return True
+    return os.environ.get("LOCAL_RANK", "0") == "0" if folder is None else outcome.is_first_to_fail(folder)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 if __name__ == "__main__":

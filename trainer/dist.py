@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as torch_dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import register_rendezvous_handler
 
@@ -43,16 +44,16 @@ def init(timeout_minutes: float, start_timeout_minutes: float | None = None) -> 
         # The one op that would be compiled here serves inference only. Without this, every start
         # probes the compiler for all ops and builds that one under a lock that can go stale.
         deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-        os.environ.setdefault(name, value)
-    if "MASTER_ADDR" not in os.environ:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # A launcher may show each rank its own GPU alone.
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local if torch.cuda.device_count() > 1 else 0)
     minutes = start_timeout_minutes or timeout_minutes
-    place = f"{LOOPBACK}://" if _is_on_one_machine() else None
+    if not torch_dist.is_initialized():
+        meet(minutes)
     try:
-        deepspeed.init_distributed(timeout=timedelta(minutes=minutes), verbose=False, init_method=place)
+        timeout = timedelta(minutes=minutes)
+        deepspeed.init_distributed(timeout=timeout, verbose=False, init_method=f"{MEETING_PLACE}://")
     except torch_dist.DistError as error:
         raise LostPeerError(
             f"launch.start_timeout_minutes: the ranks did not all come within {minutes:g} minutes "
@@ -62,48 +63,76 @@ def init(timeout_minutes: float, start_timeout_minutes: float | None = None) -> 
     return Shard(torch_dist.get_rank(), torch_dist.get_world_size())
 
 
-def _is_on_one_machine() -> bool:
-    """Whether the ranks meet at this machine's own address, and not at a store of torchrun's."""
-    has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost") and not has_store
+_store: Store | None = None
 
 
-def _meet_on_loopback(_url: str, timeout: timedelta, **_options: Any) -> Iterator[tuple[Any, int, int]]:
-    """Where the ranks of one machine meet: yields the store, this rank and the number of ranks, for torch.
+def meet(minutes: float) -> Store:
+    """The store through which the ranks of a start find each other, made at the first call.
 
-    torch's own store would listen on all interfaces, and asks nobody who they are.
+    It listens on rank 0, or in torchrun. The store of one machine listens there alone; it asks nobody who
+    they are. Raises UserError if the port is taken, and LostPeerError if nobody answers for `minutes`.
     """
-    rank, ranks, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    listening = None
-    if rank == 0:
-        # A port that is in use is this process's own from before, whose store torch shares; or torch says so.
-        with suppress(OSError), socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(("127.0.0.1", port))
-            sock.listen()
-            listening = sock.detach()  # the store closes it
-    store = torch_dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-        "127.0.0.1", port, ranks, rank == 0, timeout, multi_tenant=True, master_listen_fd=listening
-    )
-    yield store, rank, ranks
-
-
-LOOPBACK = "madpo-loopback"
-"""The name of that meeting place."""
-
-register_rendezvous_handler(LOOPBACK, _meet_on_loopback)
-
-
-def check_launcher() -> None:
-    """Raise UserError if there are several processes and the environment does not say how they connect."""
-    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
-        if "RANK" not in os.environ and int(os.environ.get(name, "1")) > 1:
+    global _store
+    if _store is not None:
+        return _store
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    if "MASTER_ADDR" not in os.environ:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    host, port = os.environ["MASTER_ADDR"], int(os.environ.setdefault("MASTER_PORT", "29500"))
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    is_here = host in ("127.0.0.1", "localhost")
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    listens = rank == 0 and not has_agent
+    try:
+        store = TCPStore(
+            "127.0.0.1" if is_here else host,
+            port,
+            ranks,
+            listens,
+            timedelta(minutes=minutes),
+            wait_for_workers=False,
+            multi_tenant=True,
+            master_listen_fd=_listening(port) if listens and is_here else None,
+        )
+    except torch_dist.DistError as error:
+        if listens:
             raise UserError(
-                f"{name} is {os.environ[name]} and RANK is not set: every process would train alone into "
-                "the same folder; start torchrun on each node, as slurm/train.sbatch does"
-            )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" not in os.environ:
-        raise UserError("WORLD_SIZE is set and MASTER_ADDR is not; start ranks with torchrun or deepspeed")
+                f"MASTER_PORT: {socket.gethostname()} cannot listen on port {port}, perhaps as another run "
+                f"does; give the launcher another port ({on_one_line(error)})"
+            ) from error
+        raise LostPeerError(
+            f"rank {rank} on {socket.gethostname()} found nobody at {host}, port {port}, within {minutes:g} "
+            "minutes (launch.start_timeout_minutes); has rank 0 started there, and can this host reach it?"
+        ) from error
+    # torchrun keeps its store for the next start of the ranks.
+    _store = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return _store
+
+
+def _listening(port: int) -> int | None:
+    """A socket that listens on this machine's own address, which the store will close.
+
+    None for a port that is in use: it is this process's own from before, whose store torch shares; or torch
+    says so.
+    """
+    with suppress(OSError), socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", port))
+        sock.listen()
+        return sock.detach()
+    return None
+
+
+def _ranks_that_meet(_url: str, timeout: timedelta, **_options: Any) -> Iterator[tuple[Any, int, int]]:
+    """Yields the store, this rank and the number of ranks, for torch."""
+    yield meet(timeout.total_seconds() / 60), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+MEETING_PLACE = "madpo"
+"""What torch calls `meet` by."""
+
+register_rendezvous_handler(MEETING_PLACE, _ranks_that_meet)
 
 
 def device() -> torch.device:
@@ -161,6 +190,8 @@ def barrier() -> None:
 
 def leave() -> None:
     """Leave the process group, if there is one; `init` may then join another."""
+    global _store
+    _store = None
     if torch_dist.is_initialized():
         import deepspeed
 

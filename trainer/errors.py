@@ -41,6 +41,8 @@ class UserError(ValueError):
     """
 
     status = Exit.USAGE
+    is_agreed = False
+    """Whether all ranks raise this error, which rank 0 has told the user."""
 
     def __str__(self) -> str:
         return masked_text(super().__str__())
@@ -68,6 +70,14 @@ class LostPeerError(UserError):
     """Another rank is gone, or does not answer."""
 
     status = Exit.LOST_PEER
+
+
+def error_of(status: int, text: str, is_agreed: bool = False) -> UserError:
+    """The error that has this exit status."""
+    kind = next((kind for kind in UserError.__subclasses__() if kind.status == status), UserError)
+    error = kind(text)
+    error.status, error.is_agreed = Exit(status), is_agreed
+    return error
 
 
 def on_one_line(error: BaseException) -> str:

@@ -18,6 +18,8 @@ from pathlib import Path
 from madpo.trainer.files import write_atomically
 
 NAME = "outcome.json"
+FAILED = ".failed-"
+"""The first rank of a start that fails makes a file of this name."""
 START = "MADPO_START"
 """Environment variable that all ranks of one start share: a name for the start."""
 
@@ -50,9 +52,33 @@ def write(folder: Path, status: int, text: str, task: str) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Forget how an earlier start has ended."""
-    with suppress(OSError):
-        (folder / NAME).unlink(missing_ok=True)
+    """Forget how earlier starts have ended."""
+    for path in (folder / NAME, *(set(folder.glob(f"{FAILED}*")) - {_failed(folder)})):
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def is_first_to_fail(folder: Path) -> bool:
+    """Whether this is the first rank of its start that fails, on whatever host; asked once by each.
+
+    Where that cannot be told, on a full disk, say, it is: an error is said rather twice than never.
+    """
+    try:
+        os.close(os.open(_failed(folder), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def has_failed(folder: Path) -> bool:
+    """Whether a rank of this start has failed."""
+    return _failed(folder).exists()
+
+
+def _failed(folder: Path) -> Path:
+    return folder / f"{FAILED}{os.environ.get(START, '')}"
 
 
 def read(folder: Path) -> Outcome | None:

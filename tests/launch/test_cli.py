@@ -13,7 +13,6 @@ from patience import patient
 
 from madpo.launch.local import command_line, count_processes, environment
 from madpo.trainer.config.schema import LaunchConfig
-from madpo.trainer.dist import check_launcher
 from madpo.trainer.run_folder import set_aside
 
 CONFIG = """
@@ -147,20 +146,3 @@ def test_fresh_does_not_move_the_config_that_it_trains_with(path, tmp_path):
     status, _, error = command("train", str(inside), *ON_THE_HUB, "--fresh")
     assert status == 2 and error.startswith(f"error: --fresh: {inside} would move with")
     assert inside.is_file()
-
-
-@pytest.mark.parametrize(
-    "variables, message",
-    [
-        ({"SLURM_NTASKS": "4"}, "every process would train alone"),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR is not"),
-    ],
-)
-def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch, variables, message):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS"):
-        monkeypatch.delenv(name, raising=False)
-    check_launcher()
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=message):
-        check_launcher()

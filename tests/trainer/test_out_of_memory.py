@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -84,14 +83,13 @@ def test_the_message_says_what_each_phase_left_and_which_keys_a_run_may_continue
     assert "\n     21.00 GiB  all\n" in message(TORCH, {}, 21.0, 23.53, run, "train", 8)
 
 
-def out_of_memory(shard, path: Path, first: Path) -> int:
+def out_of_memory(shard, path: Path) -> int:
     """The worker's own function in a rank whose training raises what torch raises on a full GPU."""
 
     def run_training(config: Config, command: str, extend: bool) -> None:
         raise torch.OutOfMemoryError(TORCH)
 
     training.run_training = run_training
-    os.environ[worker.FIRST_ERROR] = str(first)
     return worker.main([str(path)])
 
 
@@ -99,7 +97,7 @@ def out_of_memory(shard, path: Path, first: Path) -> int:
 def test_one_rank_says_it_and_the_log_has_it_of_all(run, tmp_path, capfd):
     path = tmp_path / "config.yaml"
     path.write_text(dump(run))
-    assert run_ranks(2, out_of_memory, path, tmp_path / "first") == [2, 2]
+    assert run_ranks(2, out_of_memory, path) == [2, 2]
     assert capfd.readouterr().err.count("error: CUDA out of memory: 2.50 GiB more were asked for") == 1
     log = (Path(run.output_dir) / "log.txt").read_text()
     assert log.count("== ") == 1 and log.count("CUDA out of memory") == 2

@@ -29,6 +29,7 @@ LAYERS = [
     "madpo.trainer.out_of_memory",
     "madpo.trainer.disk_faults",
     "madpo.trainer.dist",
+    "madpo.trainer.handshake",
     "madpo.trainer.user_function",
     "madpo.trainer.sequence_parallel",
     "madpo.trainer.agreement",

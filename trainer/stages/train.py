@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +22,7 @@ from madpo.trainer.config.schema import Config
 from madpo.trainer.data.training_data import first_groups, load_data, weighed
 from madpo.trainer.data.views.weighed import weights_of
 from madpo.trainer.dist import barrier
-from madpo.trainer.errors import FRESH, CheckpointError
+from madpo.trainer.errors import FRESH, CheckpointError, DataError
 from madpo.trainer.incidents import Incidents
 from madpo.trainer.metrics import MetricsFile
 from madpo.trainer.model.build import known_tokens
@@ -74,6 +75,10 @@ def run_training(
         weights = None if first is None else weights_of(first, config.bound_objective)
         data = weighed(data, config)
         assert data.source is not None
+        content = dist.from_main(data.source.content)
+        dist.raise_if_any(
+            None if data.source.content == content else _other_data(data.source.content, content)
+        )
         made_with = identity(config, shard, data.source.content, contents_of_models(config, shard))
         kept = without_length(made_with) if extend else made_with
         chosen = choose(checkpoints, kept, shard, may_set_aside=True)
@@ -168,3 +173,10 @@ def run_training(
         if config.train.export:
             heartbeat.at("export")
             export_model(engine, tokenizer, config, folder, shard, state)
+
+
+def _other_data(own: str, main: str) -> DataError:
+    return DataError(
+        f"data: rank 0 reads {main}, and {socket.gethostname()} {own}: other files of that name, or other "
+        "caches; use data and data.cache_dir on storage that all hosts share"
+    )
