@@ -39,7 +39,7 @@ _rendering = threading.local()
 
 
 class TemplateLimitError(UserError):
-    """A template that does not end, or makes too much."""
+    """A template that does not end, makes too much, or makes another text each time."""
 
 
 @contextmanager
@@ -75,6 +75,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.globals.update(like.globals)
         del self.globals["lipsum"]  # text by the metre, which no conversation needs
         self.filters.update({name: self._bounded_filter(name, f) for name, f in like.filters.items()})
+        self.filters["random"] = _refuse_to_draw
 
     def tick(self) -> str:
         """Raise TemplateLimitError if the rendering has had its time."""
@@ -134,6 +135,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             return _counted(function(*args, **kwargs))
 
         return bounded
+
+
+def _refuse_to_draw(*_: Any) -> Any:
+    raise TemplateLimitError("draws at random, so that every start would train on other tokens")
 
 
 class _WithTicks(NodeTransformer):

@@ -3,11 +3,14 @@ that stands somewhere in its text may be that of something else."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
 from jinja2 import Environment, meta, nodes
 from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from madpo.trainer.formats.text_groups import TextGroup
 
 MESSAGES = "messages"
 
@@ -16,6 +19,20 @@ _WHOLE = {"tojson", "string", "items", "dictsort", "pprint", "values", "keys", "
 
 _BY_KEY = {"selectattr", "rejectattr", "map", "groupby", "sort", "unique", "sum", "attr"}
 """Filters that name a key of a message."""
+
+
+def unread(
+    text: TextGroup, chat_template: str | dict[str, str] | None, variables: Iterable[str]
+) -> list[str]:
+    """What not even the chat template reads of a conversation, as text for the user: keys of messages, and
+    these variables or the conversation's own."""
+    if chat_template is None or not text.conversational:
+        return []
+    names = tuple(dict.fromkeys([*variables, *text.template_kwargs]))
+    return [
+        *(f"{key} (of messages)" for key in unread_keys(chat_template, text.unknown_keys)),
+        *(f"{name} (of chat_template_kwargs)" for name in unread_variables(chat_template, names)),
+    ]
 
 
 def unread_keys(chat_template: str | dict[str, str], keys: tuple[str, ...]) -> list[str]:

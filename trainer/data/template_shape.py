@@ -242,10 +242,14 @@ _NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 
 
 def _shape_of_tool(tool: dict[str, Any]) -> str:
-    """The JSON text of a tool with marks in place of its name, description and what its parameters say."""
+    """The JSON text of a tool with marks in place of its name, description and what its parameters say, or
+    of all that it says if it has no name."""
     function = tool.get("function", tool)
     shape: dict[str, Any] = {"name": MARK}
     if isinstance(function, dict):
+        if not says_something(function.get("name")):  # it is known by what else it says, as by its type
+            rest = {key: x for key, x in function.items() if key not in (DESCRIPTION, *_PARAMETERS)}
+            shape = {key: _leaves_marked(x) for key, x in rest.items() if says_something(x)}
         if says_something(function.get(DESCRIPTION)):
             shape[DESCRIPTION] = MARK
         shape[PARAMETERS] = _NO_PARAMETERS
@@ -301,7 +305,7 @@ def _marked_tool(shape: str, markers: Iterator[str], places: dict[str, Lost]) ->
     """A tool of this shape with a marker of its own for each MARK, which is entered in `places`."""
 
     def filled(key: str, value: Any) -> Any:
-        place = Lost(-1, TOOLS, TOOLS if key == "name" else key)
+        place = Lost(-1, TOOLS, key if key in (DESCRIPTION, *_PARAMETERS) else TOOLS)
         return _filled(value, markers, lambda marker, behind: places.__setitem__(marker, place))
 
     tool: dict[str, Any] = json.loads(shape)

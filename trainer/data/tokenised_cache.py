@@ -29,14 +29,14 @@ from madpo.trainer.data.order import permutation
 from madpo.trainer.data.plain_text import foreign_marks, marks_in_messages, special_spellings, spells_special
 from madpo.trainer.data.report import Report, reasons_in, report_of
 from madpo.trainer.data.source import Source, cache_folder, fields_of, open_source
-from madpo.trainer.data.template_keys import unread_keys, unread_variables
+from madpo.trainer.data.template_keys import unread
 from madpo.trainer.data.tokenise import FILLS, TokenGroup, TokenRules, tokenise
 from madpo.trainer.errors import DataError, UserError, on_one_line
 from madpo.trainer.files import discard_damaged, seal, write_folder_atomically
 from madpo.trainer.formats.adapters import ADAPTERS
 from madpo.trainer.formats.oddities import claims_of, oddities_of
 from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row
-from madpo.trainer.formats.text_groups import TextGroup, hash_of_prompt
+from madpo.trainer.formats.text_groups import hash_of_prompt
 
 FORMAT_VERSION = 14
 """Part of the cache key; raise it when the same examples would give other tokens."""
@@ -221,6 +221,7 @@ class _RowTokeniser:
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         number = row["line"] if self.unit == "line" else index
+        template: Any = self.tokenizer.chat_template  # text, or several by name
         try:
             fields = fields_of(row, self.unit, self.classes)
             text = read_row(fields, ADAPTERS[self.adapter], self.rules.rows, self.rules.supervised)
@@ -239,7 +240,7 @@ class _RowTokeniser:
                 "spelled_in_text": spells and stays_text,
                 "foreign_marks": foreign_marks(text, self.added_tokens),
                 "marks_in_messages": marks_in_messages(text),
-                "unused": [*text.unused, *self._unread(text)],
+                "unused": [*text.unused, *unread(text, template, self.rules.template_kwargs)],
                 "odd": oddities_of(text, has_prompt=self.adapter != "text"),
                 "claims": claims_of(text),
                 "conversational": text.conversational,
@@ -253,17 +254,6 @@ class _RowTokeniser:
             group = TokenGroup([], [], [], problem=f"{kind}{on_one_line(error)}")
             of_text = UNREAD
         return {**_columns(group), **of_text, "row": number}
-
-    def _unread(self, text: TextGroup) -> list[str]:
-        """The keys of messages and the variables that not even the chat template reads."""
-        template: Any = self.tokenizer.chat_template  # text, or several by name
-        if template is None or not text.conversational:
-            return []
-        variables = tuple(self.rules.template_kwargs | text.template_kwargs)
-        return [
-            *(f"{key} (of messages)" for key in unread_keys(template, text.unknown_keys)),
-            *(f"{name} (of chat_template_kwargs)" for name in unread_variables(template, variables)),
-        ]
 
 
 def _columns(group: TokenGroup) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.counted import counted
 from madpo.trainer.data.source import cache_folder, fields_of, open_source
+from madpo.trainer.data.template_keys import unread
 from madpo.trainer.data.tokenise import TokenRules, encode_prompt
 from madpo.trainer.data.tokenised_cache import adapter_in, rules_of
 from madpo.trainer.errors import UserError
@@ -80,6 +81,7 @@ def read_prompts(
     adapter = adapter_in(source, rules, _choose)
     prompts, seen = Prompts(source.name, rules), set[str]()
     count, classes = 0, source.classes
+    template: Any = tokenizer.chat_template  # text, or several by name
     for number, row in source.examples():
         if len(prompts.groups) == limit:
             break
@@ -99,6 +101,7 @@ def read_prompts(
             prompts.dropped["prompt fills max_length" if length else "prompt has no tokens"] += 1
             continue
         prompts.unused.update(group.unused)
+        prompts.unused.update(unread(group, template, rules.template_kwargs))
         key = _key(group)
         if key in seen:
             continue

@@ -48,6 +48,14 @@ HUGE = {
 }
 
 
+@pytest.mark.parametrize("text", ["{{ ['a', 'b']|random }}", "{{ messages|map('random')|join }}"])
+def test_a_template_that_draws_at_random_is_refused(tokenizer, text):
+    """Each start would train on other tokens."""
+    tokenizer.chat_template = f"{text}{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}"
+    with pytest.raises(UserError, match=r"the chat template of .* draws at random, .*; mend it, or take"):
+        render(MESSAGES, tokenizer, {})
+
+
 @pytest.mark.parametrize("name", ENDLESS)
 def test_what_would_not_end_is_stopped(tokenizer, monkeypatch, name):
     monkeypatch.setattr(bounded_template, "MOST_SECONDS", 0.05)

@@ -373,6 +373,15 @@ def test_each_part_of_a_tool_is_looked_for(tokenizers, part, bare):
     assert texts(tokenizer, row([ASK], tools=[tool()]))[2] == ()
 
 
+@pytest.mark.parametrize("given", [{"type": "web_search"}, {"type": "file_search", "stores": ["vs1"]}])
+def test_a_tool_without_a_name_is_looked_for_by_what_it_says(tokenizers, given):
+    """As tools that a provider runs itself; a template that writes names alone says nothing of them."""
+    with pytest.raises(UserError, match=r"leaves out tools; .*template_may_drop=\[tools\]"):
+        texts(tokenizers["names of tools"], row([ASK], tools=[given]))
+    prompt, _, notes = texts(tokenizers["tools"], row([ASK], tools=[given]))
+    assert given["type"] in prompt and notes == ()
+
+
 def test_descriptions_of_parameters_are_parameters(tokenizers):
     of_query = {"type": "string", "description": "what to look for"}
     given = tool(description="finds", parameters={"type": "object", "properties": {"q": of_query}})

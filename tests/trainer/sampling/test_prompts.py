@@ -139,6 +139,17 @@ def test_columns_that_are_not_used_are_counted(tmp_path, tokenizer):
     assert read(tmp_path, pairs, tokenizer).unused == {"note": 1}
 
 
+def test_keys_of_messages_that_nothing_reads_are_counted(tmp_path, tokenizer):
+    asked = [{"role": "user", "content": "why", "mood": "bad", "words": "b"}]
+    rows = [{"prompt": asked}, {"prompt": ASK}]
+    found = read(tmp_path, rows, tokenizer, chat_template_kwargs={"style": "short"})
+    assert found.unused == {
+        "mood (of messages)": 1,
+        "words (of messages)": 1,
+        "style (of chat_template_kwargs)": 2,
+    }
+
+
 def test_folds_are_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"data\.folds: generate takes the prompts of all folds"):
         read(tmp_path, [{"prompt": "the"}], tokenizer, folds=2, fold=0)
