@@ -77,8 +77,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.filters.update({name: self._bounded_filter(name, f) for name, f in like.filters.items()})
         self.filters["random"] = _refuse_to_draw
 
+    @property
     def tick(self) -> str:
-        """Raise TemplateLimitError if the rendering has had its time."""
+        """Nothing; raises TemplateLimitError if the rendering has had its time.
+
+        A property, since a template calls a function within the sandbox, which takes as long as ten turns of
+        a loop.
+        """
         self._ticks += 1
         if self._ticks % BETWEEN_LOOKS == 0 and time.thread_time() > getattr(_rendering, "end", float("inf")):
             raise TemplateLimitError(f"takes more than {MOST_SECONDS:g} s for one conversation")
@@ -101,7 +106,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return "".join(kept)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        __self.tick()
+        _ = __self.tick
         owner = getattr(__obj, "__self__", None)
         _check_call(getattr(__obj, "__name__", ""), (owner, *args), kwargs)
         return _counted(super().call(__context, __obj, *args, **kwargs))
@@ -130,7 +135,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def _bounded_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def bounded(*args: Any, **kwargs: Any) -> Any:
-            self.tick()
+            _ = self.tick
             _check_call(name, args, kwargs)
             return _counted(function(*args, **kwargs))
 
@@ -142,11 +147,12 @@ def _refuse_to_draw(*_: Any) -> Any:
 
 
 class _WithTicks(NodeTransformer):
-    """Puts calls of the environment's `tick`, `joined` and `counted` into a template."""
+    """Puts the environment's `tick`, and calls of its `joined` and `counted`, into a template."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_call("tick", [], node), lineno=node.lineno))
+        tick = nodes.EnvironmentAttribute("tick", lineno=node.lineno)
+        node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno))
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Call:

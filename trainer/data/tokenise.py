@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -345,5 +344,7 @@ def _template_options(group: TextGroup, rules: TokenRules) -> dict[str, Any]:
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:
-    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
-    return sum(1 for _ in shared)
+    if b[: len(a)] == a:  # nearly always, and found without a loop
+        return len(a)
+    differs = (index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differs, min(len(a), len(b)))
