@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-from madpo.trainer import heartbeat, outcome
+from madpo.trainer import heartbeat, lives, outcome
 from madpo.trainer.checkpoints.folders import MANIFEST, damaged_in, newest_checkpoint, step_of
 from madpo.trainer.counted import counted
 from madpo.trainer.errors import Exit, UserError
@@ -28,6 +28,7 @@ def show(folder: Path) -> int:
     for line in (
         *_life(beats, ended, is_alive),
         *_progress(folder, beats),
+        *_lives(folder, is_alive),
         *_checkpoints(folder),
         *_incidents(folder),
     ):
@@ -81,6 +82,17 @@ def _progress(folder: Path, beats: list[heartbeat.Beat]) -> Iterator[str]:
         slow = int(last["perf/slowest_rank"])
         who = next((beat.who for beat in beats if beat.rank == slow), f"rank {slow}")
         yield f"  {who} is slow: the others wait for it {last['perf/rank_spread']:.0%} of the time"
+
+
+def _lives(folder: Path, is_alive: bool) -> Iterator[str]:
+    """The starts, if there was more than one, and how much of the time has trained."""
+    begun = lives.read(folder)
+    lines = [record for record in read_metrics(folder) if "perf/step_time" in record]
+    effective = lives.effective_time(begun, lines)
+    if len(begun) > 1 and effective is not None:
+        kept, whole = effective[0], timedelta(seconds=round(effective[1]))
+        share = f"{kept / effective[1]:.0%} of {whole} went into steps that are kept"
+        yield f"starts: {lives.in_short(begun, is_alive)}; {share}"
 
 
 def _checkpoints(folder: Path) -> Iterator[str]:

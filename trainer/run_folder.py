@@ -12,6 +12,7 @@ pairs/              preference pairs made of those completions
 checkpoints/        weights, optimiser and state to resume from
 model/              the exported model, or the adapter
 merged/             with train.export_merged: the model with the adapter in it
+lives.jsonl         every start: where, from which step to which, how it ended
 outcome.json        how the newest start has ended: exit status, what was said last
 log.txt             what rank 0 printed, and the errors of all ranks; a header for every start
 report.html

@@ -88,6 +88,20 @@ def test_a_rank_for_which_the_others_wait_is_named(tmp_path, capsys, spread, is_
     assert (line in capsys.readouterr().out.splitlines()) is is_named
 
 
+def test_a_run_that_was_started_twice_says_how_much_of_its_time_was_of_use(tmp_path, capsys):
+    written(tmp_path, Exit.DONE)
+    now, first = time.time(), {"ranks": 1, "hosts": ["a"], "job": "", "madpo": "1"}
+    begun = [
+        {"life": 1, "started": now - 100, "first_step": 0, **first},
+        {"life": 2, "started": now - 50, "first_step": 20, **first},
+        {"life": 2, "ended": now, "last_step": 40, "status": 0},
+    ]
+    (tmp_path / "lives.jsonl").write_text("".join(json.dumps(line) + "\n" for line in begun))
+    show(tmp_path)
+    line = "starts: 2 (cut off, done); 80% of 0:01:40 went into steps that are kept"
+    assert line in capsys.readouterr().out.splitlines()
+
+
 def test_an_empty_folder_and_none(tmp_path, capsys):
     assert show(tmp_path) == 0
     assert capsys.readouterr().out.splitlines() == ["nothing has run here", "no checkpoint yet"]

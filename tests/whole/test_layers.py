@@ -37,6 +37,7 @@ LAYERS = [
     "madpo.trainer.checkpoints.folders",
     "madpo.trainer.run_folder",
     "madpo.trainer.restarts",
+    "madpo.trainer.lives",
     "madpo.trainer.schedule",
     "madpo.trainer.data",
     "madpo.trainer.batches",

@@ -15,6 +15,7 @@ from filelock import FileLock
 from harness import LLAMA, make_config, run_ranks, without_clock
 from small_runs import changed, records, train
 
+from madpo.trainer import lives
 from madpo.trainer.checkpoints.folders import checkpoints_in
 from madpo.trainer.checkpoints.manifest import read
 from madpo.trainer.config.schema import Config
@@ -78,6 +79,8 @@ def test_a_run_learns_and_leaves_everything_behind(config):
     for name in ("config.yaml", "run.json", "data_report.json"):
         assert (folder / name).stat().st_size
     assert json.loads((folder / "run.json").read_text())["world_size"] == 2
+    (life,) = lives.read(folder)
+    assert (life.life, life.first_step, life.last_step, life.ranks, life.status) == (1, 0, 6, 2, 0)
 
 
 def test_metrics_are_those_of_the_global_batch(config, tmp_path):

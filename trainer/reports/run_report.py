@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from madpo.trainer.counted import counted
+from madpo.trainer.lives import in_short
 from madpo.trainer.masking import masked_text
 from madpo.trainer.pair_margins import ACCURACY, MARGIN, STDERR
 from madpo.trainer.reports.drawing import PAPER, SOFT, Drawing, colour, draw, limits, running_mean
@@ -170,6 +171,11 @@ def _details(run: Run) -> dict[str, Any]:
     command = masked_text(str(facts.pop("command")))
     if "started" in facts:
         facts["started"] = f"{datetime.fromtimestamp(facts['started'], UTC):%Y-%m-%d %H:%M} UTC"
+    if run.lives:
+        facts["starts"] = in_short(run.lives, run.is_training)
+    if run.effective_time is not None:
+        kept, whole = run.effective_time
+        facts["effective training time"] = f"{kept / whole:.0%} of {timedelta(seconds=round(whole))}"
     by_split = all(isinstance(value, dict) for value in run.data.values())
     columns = run.data if by_split else {"": run.data}
     counts = {split: {x: y for x, y in facts.items() if x != "where"} for split, facts in columns.items()}

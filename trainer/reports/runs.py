@@ -11,9 +11,11 @@ from typing import Any
 
 import yaml
 
+from madpo.trainer import lives
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.errors import UserError, nearest
 from madpo.trainer.files import check_path
+from madpo.trainer.lives import Life, effective_time
 from madpo.trainer.masking import masked, masked_text
 from madpo.trainer.pair_margins import (
     ACCURACY,
@@ -41,6 +43,7 @@ class Run:
     facts: dict[str, Any]
     pairs: StoredPairs | None
     is_training: bool
+    lives: list[Life]  # its starts
 
     def series(self, *metrics: str) -> list[list[float]]:
         """The steps, then the values of each metric, from the records that have all of these metrics."""
@@ -53,6 +56,11 @@ class Run:
         last = {name: value for record in self.records for name, value in record.items()}
         names = (name for name in last if name.startswith(EVAL) == evaluation and name != "time")
         return {name: last[name] for name in names}
+
+    @property
+    def effective_time(self) -> tuple[float, float] | None:
+        """Seconds that went into steps which are kept, and those since the first start; None if not known."""
+        return effective_time(self.lives, [record for record in self.records if "perf/step_time" in record])
 
     @property
     def evaluations(self) -> list[Record]:
@@ -107,7 +115,8 @@ def _load_run(name: str, number: int, folder: Path) -> Run:
         _check_numbers(folder / METRICS, record)
     supervised = _loss_type(config) == "nll"
     records = [_as_shown(record, supervised) for record in records]
-    return Run(name, number, records, config, data, facts, read_pairs(folder), is_training(folder))
+    begun = lives.read(folder)
+    return Run(name, number, records, config, data, facts, read_pairs(folder), is_training(folder), begun)
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

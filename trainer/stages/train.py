@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from madpo.trainer import dist, heartbeat, loop, stopping
+from madpo.trainer import dist, heartbeat, lives, loop, stopping
 from madpo.trainer.agreement import Agreement
 from madpo.trainer.checkpoints.choose import choose
 from madpo.trainer.checkpoints.folders import remove_partial
@@ -104,6 +104,7 @@ def run_training(
         end_note = stop_at(engine.module.policy, end, tokenizer)
         check_data_fits(data, config, engine)
         state = load(engine, chosen) if chosen else TrainState()
+        cleanup.enter_context(lives.recorded(folder, owned.life, shard, lambda: state.step))
         if cached is not None:
             check_policy_fits(config, engine, source, shard, cached, is_fresh=chosen is None)
 
