@@ -21,7 +21,7 @@ from madpo.trainer.config.schema import Config, LaunchConfig
 from madpo.trainer.counted import counted
 from madpo.trainer.errors import Exit, UserError
 from madpo.trainer.files import make_folder
-from madpo.trainer.stopping import SIGNALS
+from madpo.trainer.stopping import AT_ONCE, SIGNALS
 
 Task = Literal["train", "sft", "reward", "evaluate", "export", "probe", "annotate", "generate"]
 
@@ -99,13 +99,19 @@ def _passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[in
     """Context manager: signals are passed on to the processes, and noted in the list that it yields.
 
     The first as SIGTERM, as SIGINT has a traceback from a Python that has no handler of ours yet; a second
-    SIGINT as it is, which ends a rank at once.
+    SIGINT as it is, which ends a rank at once, and no sooner than ranks take it for a second one.
     """
     received: list[int] = []
+    began = 0.0
 
     def pass_on(number: int, _frame: object) -> None:
+        nonlocal began
         received.append(number)
         is_second = number == signal.SIGINT and len(received) > 1
+        if len(received) == 1:
+            began = time.monotonic()
+        elif is_second:
+            time.sleep(max(0.0, began + 1.2 * AT_ONCE - time.monotonic()))
         for process in processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT if is_second else signal.SIGTERM)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from madpo.trainer import heartbeat, lives, outcome
 from madpo.trainer.checkpoints.folders import MANIFEST, damaged_in, newest_checkpoint, step_of
 from madpo.trainer.counted import counted
 from madpo.trainer.errors import Exit, UserError
-from madpo.trainer.run_folder import INCIDENTS, is_training, read_metrics
+from madpo.trainer.run_folder import INCIDENTS, is_training, read_metrics, read_object
 
 SPREAD = 0.1
 """A rank for which the others wait for more than this share of the time is named."""
@@ -68,9 +69,8 @@ def _places(beats: list[heartbeat.Beat]) -> str:
 
 
 def _progress(folder: Path, beats: list[heartbeat.Beat]) -> Iterator[str]:
-    path = folder / "run.json"
     lines = [record for record in read_metrics(folder) if "loss" in record]
-    total = json.loads(path.read_text()).get("total_steps") if path.is_file() else None
+    total = read_object(folder / "run.json").get("total_steps")
     if not lines or not total:
         return
     last = lines[-1]
@@ -107,8 +107,10 @@ def _checkpoints(folder: Path) -> Iterator[str]:
 
 
 def _incidents(folder: Path) -> Iterator[str]:
-    path = folder / INCIDENTS
-    kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()] if path.is_file() else []
+    path, kinds = folder / INCIDENTS, list[str]()
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError, TypeError, KeyError):  # the last one of a run that was killed may be torn
+            kinds.append(json.loads(line)["kind"])
     for kind in dict.fromkeys(kinds):
         yield f"{kinds.count(kind)} x {kind} ({INCIDENTS})"
     stacks = sorted((folder / heartbeat.STACKS).glob("rank-*.txt"))

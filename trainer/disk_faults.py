@@ -24,6 +24,8 @@ REMEDIES = {
     errno.EROFS: "use another folder",
 }
 """Errors of writing -> what to do."""
+IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO}
+"""Errors of what somebody has put in place of a file or folder of ours."""
 IN_WORDS = re.compile(r"\(?os error (\d+)\)?|\[errno (\d+)\]", re.IGNORECASE)
 """How libraries that are no Python write the number of an error."""
 DIED = "abruptly died during map operation"
@@ -50,16 +52,27 @@ def _explain(error: Exception, config: Config) -> str | None:
             f"data.dataset_num_proc: one of the {config.data.dataset_num_proc} processes that tokenise was "
             "killed, often by the kernel, out of memory (see dmesg); set fewer, and give the command again"
         )
-    named = getattr(system_error(error), "filename", None)
+    cause = system_error(error)
+    named = getattr(cause, "filename2", None) or getattr(cause, "filename", None)  # of a rename, the target
     is_missing = isinstance(error, FileNotFoundError) and not run.exists()
     if is_missing and named is not None and Path(str(named)).is_relative_to(run):
         return f"output_dir: {run} was removed while the run was writing into it; start it again"
+    if cause is not None and cause.errno in IN_THE_WAY and named is not None:
+        keys = [
+            key for key, folder in (("output_dir", run), ("data.cache_dir", cache)) if _is_in(named, folder)
+        ]
+        if keys:
+            return f"{keys[0]}: {named} is in the way ({cause.strerror}); remove it, or name another folder"
     if (number := number_of(error)) is None:
         return None
     if named is None:
         folders = {"output_dir": run, "data.cache_dir": cache}
         named = " or ".join(f"{key} {_with_room(folder, number)}" for key, folder in folders.items())
     return f"{named}: cannot be written to ({os.strerror(number)}); {REMEDIES[number]}"
+
+
+def _is_in(path: object, folder: Path) -> bool:
+    return Path(os.path.abspath(os.fsdecode(path))).is_relative_to(os.path.abspath(folder))  # type: ignore[arg-type]
 
 
 def number_of(error: BaseException) -> int | None:

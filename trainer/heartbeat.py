@@ -70,7 +70,8 @@ class Heartbeat:
         self._timeout = timeout_minutes * 60
         self._interval = min(SECONDS, self._timeout / 10)
         self._place, self._since = "start", time.monotonic()
-        self._stopped = threading.Event()
+        self._stopped = False
+        self._woken = threading.Event()
         self._thread = threading.Thread(target=self._write_all, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
@@ -82,12 +83,16 @@ class Heartbeat:
     def __exit__(self, *_: object) -> None:
         global _current
         _current = None
-        self._stopped.set()
+        self._stopped = True
+        self._woken.set()
         self._thread.join()
 
     def at(self, place: str) -> None:
-        """Say where the rank is now."""
+        """Say where the rank is now. Another kind of place is written at once; a step after a step is not."""
+        is_new = place.split()[0] != self._place.split()[0]
         self._place, self._since = place, time.monotonic()
+        if is_new:
+            self._woken.set()
 
     def _write_all(self) -> None:
         has_stacks = None
@@ -99,7 +104,9 @@ class Heartbeat:
                 has_stacks = self._since
                 with suppress(OSError):
                     self._write_stacks(seconds)
-            if self._stopped.wait(self._interval):
+            self._woken.wait(self._interval)
+            self._woken.clear()
+            if self._stopped:
                 return
 
     def _write(self, seconds: float) -> None:

@@ -63,6 +63,17 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} if there is no such file. Raises UserError for anything else in it."""
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}; mend or remove it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; mend or remove it")
+    return content
+
+
 def _is_step(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 

@@ -1,9 +1,10 @@
 """Signals that stop a run: between steps in good order, at any other time at once.
 
 SIGINT, SIGTERM, SIGUSR1 and SIGHUP all ask for the end. While steps are trained, the first one only sets a
-flag, on which the ranks agree at the end of the step; a further SIGINT ends this process at once, and further
-other ones mean nothing, since one may well come twice, to the process group and from a launcher. At any other
-time a signal ends this process at once, with a line that says where the run stands.
+flag, on which the ranks agree at the end of the step. A further SIGINT ends this process at once. Others mean
+nothing, and neither does a SIGINT within AT_ONCE of the first signal: one wish may well come twice, to the
+process group and from a launcher. At any other time a signal ends this process at once, with a line that says
+where the run stands.
 
 A thread waits for the signals, since the main thread may be inside a collective that never returns once
 another rank has ended. This module imports nothing heavy.
@@ -14,14 +15,18 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+AT_ONCE = 0.5
+"""Seconds in which one wish to stop may come several times."""
 _standing: list[Callable[[], str]] = [lambda: "stopped; the same command starts it again"]
 _ending = threading.Event()
 _steps = threading.Event()
 _asked = 0
+_asked_at = 0.0  # by the monotonic clock
 
 
 class StoppedError(Exception):
@@ -88,15 +93,15 @@ def is_ending(seconds: float) -> bool:
 
 def _answer(reader: int, numbers: set[signal.Signals], say: Callable[[str], None]) -> None:
     """Wait for signals; returns never."""
-    global _asked
+    global _asked, _asked_at
     while True:
         number = os.read(reader, 1)[0]
         if number not in numbers:
             continue
         if _steps.is_set() and not _asked:
-            _asked = number
+            _asked, _asked_at = number, time.monotonic()
             say("stopping after this step; Ctrl-C again stops at once")
-        elif not _asked or number == signal.SIGINT:
+        elif not _asked or (number == signal.SIGINT and time.monotonic() - _asked_at > AT_ONCE):
             _end(number, say)
 
 

@@ -24,7 +24,7 @@ def written(folder, status: int | None = None) -> None:
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").touch()
     (folder / "checkpoints" / "step-00000020.damaged").mkdir()
-    (folder / "incidents.jsonl").write_text('{"kind": "skipped"}\n' * 2)
+    (folder / "incidents.jsonl").write_text('{"kind": "skipped"}\n' * 2 + '{"kind": "sk')
     if status is not None:
         outcome.write(folder, status, "error: first\nerror: last" if status > 1 else "", "train")
 

@@ -57,6 +57,21 @@ def test_what_is_no_fault_of_the_disk_stays_what_it_is(config):
         assert caught.value is error
 
 
+@pytest.mark.parametrize("key", ["output_dir", "data.cache_dir"])
+def test_what_is_in_the_way_of_a_file_of_ours_is_named(config, key):
+    folder = Path(config.output_dir if key == "output_dir" else config.data.cache_dir)
+    (folder / "run.json").mkdir(parents=True)
+    (folder / "part").touch()
+    message = rf"^{key}: {folder}/run.json is in the way \(Is a directory\); remove it, or name another"
+    with pytest.raises(UserError, match=message), explained(config):
+        (folder / "run.json").write_text("{}")
+    message = rf"^{key}: {folder}/part/x is in the way \(Not a directory\)"
+    with pytest.raises(UserError, match=message), explained(config):
+        (folder / "part" / "x").write_text("")
+    with pytest.raises(IsADirectoryError), explained(config):
+        folder.parent.read_bytes()
+
+
 def test_a_folder_that_was_removed_is_named(config):
     with pytest.raises(UserError, match=r"^output_dir: .*/run was removed while the r"), explained(config):
         (Path(config.output_dir) / "model.partial").mkdir()

@@ -35,6 +35,17 @@ def test_a_rank_says_where_it_is_and_leaves_its_stacks_if_it_stays(tmp_path):
     assert beats_in(tmp_path) == [] and not path.exists()
 
 
+def test_a_place_of_another_kind_is_written_at_once(tmp_path):
+    """So that a rank which freezes there is looked for there; a step after a step can wait for its turn."""
+    with Heartbeat(tmp_path, 0, timeout_minutes=30):  # writes every 10 s
+        until(lambda: [beat.place for beat in beats_in(tmp_path)] == ["start"])
+        heartbeat.at("step 1")
+        until(lambda: [beat.place for beat in beats_in(tmp_path)] == ["step 1"], seconds=5)
+        heartbeat.at("step 2")
+        time.sleep(0.3)
+        assert [beat.place for beat in beats_in(tmp_path)] == ["step 1"]
+
+
 def test_ranks_that_are_gone_or_silent_are_named(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from madpo.trainer import stopping
+
 ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
 
 PROCESS = """
@@ -106,7 +108,8 @@ def test_a_second_sigterm_means_nothing_and_a_second_sigint_ends_at_once():
         assert "asked 15\n" in seen and len(seen) == 2
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGHUP)
-        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)  # the wish that SIGTERM was, from somebody else
+        time.sleep(stopping.AT_ONCE + 0.1)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate()
@@ -119,6 +122,7 @@ def test_after_the_steps_a_signal_ends_the_process_again():
         process.send_signal(signal.SIGUSR1)
         while line(process) != "saved\n":
             pass
+        time.sleep(stopping.AT_ONCE + 0.1)
         process.send_signal(signal.SIGINT)
         process.communicate()
         assert process.returncode == 128 + signal.SIGINT

@@ -47,8 +47,11 @@ class Manifest:
 
 def read(checkpoint: Path) -> Manifest:
     """The manifest in a checkpoint's folder. Raises DamagedError unless it is as it was written."""
+    path = checkpoint / MANIFEST
+    if path.exists() and not path.is_file():  # reading a pipe would never end
+        raise DamagedError(f"{MANIFEST} is no file")
     try:
-        whole = json.loads((checkpoint / MANIFEST).read_bytes())
+        whole = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise DamagedError(f"has no {MANIFEST}") from None
     except OSError as error:

@@ -22,7 +22,7 @@ from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.pair_margins import STDERR
 from madpo.trainer.reports.page import TEMPLATES
 from madpo.trainer.reports.progress import metric_cell
-from madpo.trainer.run_folder import last_evaluation
+from madpo.trainer.run_folder import last_evaluation, read_object
 from madpo.trainer.state import TrainState
 
 
@@ -116,7 +116,7 @@ def _training(config: Config, run: Path, state: TrainState, policy: Any) -> str:
     trained, total = count_parameters(policy)
     objective = config.objective.model_dump(mode="json", by_alias=True)
     values = ", ".join(f"{key} {value}" for key, value in objective.items() if key != "loss_type")
-    facts = _read(run / "run.json")
+    facts = read_object(run / "run.json")
     versions = _text(", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items()))
     seen = {"step": state.step, "prompt": state.consumed, "token": state.num_tokens}
     rows = {
@@ -133,7 +133,7 @@ def _training(config: Config, run: Path, state: TrainState, policy: Any) -> str:
 
 def _data(run: Path) -> str:
     """A table of what was read from every split, and of why examples were dropped."""
-    report = _read(run / "data_report.json")
+    report = read_object(run / "data_report.json")
     rows = [
         (
             _text(split),
@@ -186,7 +186,3 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     head = list(head)
     lines = [head, ["---"] * len(head), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}

@@ -19,6 +19,7 @@ from madpo.trainer.checkpoints.identity import LENGTH, shown
 from madpo.trainer.config.schema import Config, dump
 from madpo.trainer.data.training_data import Data
 from madpo.trainer.dist import Shard
+from madpo.trainer.run_folder import read_object
 
 
 def is_exported(config: Config, folder: Path) -> bool:
@@ -41,8 +42,7 @@ Extension = tuple[int, str]
 
 def extensions(folder: Path, chosen: Chosen | None, made_with: Mapping[str, Any]) -> list[Extension]:
     """The earlier extensions of the run, and the one of now if it is extended."""
-    path = folder / "run.json"
-    found = json.loads(path.read_text()).get("extended", []) if chosen and path.is_file() else []
+    found = read_object(folder / "run.json").get("extended", []) if chosen else []
     extended: list[Extension] = [(at, text) for at, text in found]
     if chosen is not None:
         before = chosen.manifest.identity

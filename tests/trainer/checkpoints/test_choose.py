@@ -65,6 +65,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "rank_1.*optim_states.pt has",
     ),
     "no manifest": (lambda c: (c / MANIFEST).unlink(), "has no manifest.json"),
+    "a manifest that is a pipe": (
+        lambda c: ((c / MANIFEST).unlink(), os.mkfifo(c / MANIFEST)),
+        "manifest.json is no file",
+    ),
     "the manifest of another step": (
         lambda c: shutil.copy(c.with_name(FIRST) / MANIFEST, c / MANIFEST),
         "it is of step 2",
