@@ -42,11 +42,13 @@ def test_a_full_disk_without_a_name_names_both_folders_and_their_room(config, tm
     with pytest.raises(UserError) as caught, explained(config), open("/dev/full", "w") as file:
         file.write("x")
         file.flush()
-    room = rf"{shutil.disk_usage(tmp_path).free / 1e9:,.1f}"
-    assert str(caught.value).startswith(f"output_dir {tmp_path}/run ({room[:-2]}")
-    assert str(caught.value).endswith(
-        f" GB free) or data.cache_dir {tmp_path}/cache: cannot be written to (No space left on device); make "
-        "room there, or use another folder"
+    begin, rest = str(caught.value).split(" GB free)")
+    run, room = begin.rsplit(" (", 1)
+    assert run == f"output_dir {tmp_path}/run"
+    assert float(room.replace(",", "")) == pytest.approx(shutil.disk_usage(tmp_path).free / 1e9, abs=1)
+    assert rest == (
+        f" or data.cache_dir {tmp_path}/cache: cannot be written to (No space left on device); make room "
+        "there, or use another folder"
     )
 
 
