@@ -197,8 +197,8 @@ def test_a_kill_within_a_save_costs_no_bit(undisturbed, tmp_path, point, in_back
 def test_fifty_kills_at_random_moments_cost_no_bit(undisturbed, tmp_path):
     """Of one rank or the other, at any time of a life; the run comes to its end all the same."""
     random_ = random.Random(20261201)
-    # A rank that is killed before the ranks have met, or before they have made a group of their own, is waited
-    # for: here no command ends the other one.
+    # A rank that is killed before the ranks have met, or while they make a group, is waited for: here no
+    # command ends the other one.
     waits = {"start_timeout_minutes": 0.3, "timeout_minutes": 0.3}
     run = copied(undisturbed, tmp_path, train={"save_steps": 1, "async_save": True}, launch=waits)
     kills = ends = 0
