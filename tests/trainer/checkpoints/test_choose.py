@@ -125,6 +125,29 @@ def test_without_a_whole_one_nothing_is_begun_anew(saved_twice, tmp_path):
     assert len(checkpoints_in(both)) == 2, "what is refused stays where it is"
 
 
+def test_moved_checkpoints_are_followed_and_a_folder_that_is_away_is_no_empty_one(saved_twice, tmp_path):
+    moved, away, gone, file = (copy_of(saved_twice, tmp_path, name) for name in "abcd")
+    for step in (FIRST, SECOND):
+        (moved / step).rename(tmp_path / step)
+        (moved / step).symlink_to(tmp_path / step)
+        shutil.rmtree(away / step)
+        (away / step).symlink_to(tmp_path / "away")
+    for root in (gone, file):
+        shutil.rmtree(root)
+    gone.symlink_to(tmp_path / "away")
+    file.write_text("")
+    found, again = run_ranks(2, choices, [str(root) for root in (moved, away, gone, file)], {})
+    assert found == again and found[0] == SECOND
+    assert found[1].startswith(
+        f"CheckpointError: {away}: no sound checkpoint to continue from:\n  {SECOND}: has"
+    )
+    then = "bring the folder back, or train with --fresh"
+    assert found[2].startswith(
+        f"CheckpointError: {gone} is a link to {tmp_path}/away, which is not there; {then}"
+    )
+    assert found[3].startswith(f"CheckpointError: {file} is a file; {then}")
+
+
 def test_a_checkpoint_of_another_run_is_refused_and_stays(saved_twice, tmp_path):
     root = copy_of(saved_twice, tmp_path, "run")
     ((found,), _) = run_ranks(2, choices, [str(root)], {"seed": 1})
