@@ -12,6 +12,7 @@ from madpo.trainer import heartbeat, lives, outcome
 from madpo.trainer.checkpoints.folders import MANIFEST, damaged_in, newest_checkpoint, step_of
 from madpo.trainer.counted import counted
 from madpo.trainer.errors import Exit, UserError
+from madpo.trainer.files import read_object
 from madpo.trainer.run_folder import INCIDENTS, is_training, read_metrics
 
 SPREAD = 0.1
@@ -68,9 +69,8 @@ def _places(beats: list[heartbeat.Beat]) -> str:
 
 
 def _progress(folder: Path, beats: list[heartbeat.Beat]) -> Iterator[str]:
-    path = folder / "run.json"
     lines = [record for record in read_metrics(folder) if "loss" in record]
-    total = json.loads(path.read_text()).get("total_steps") if path.is_file() else None
+    total = read_object(folder / "run.json").get("total_steps")
     if not lines or not total:
         return
     last = lines[-1]

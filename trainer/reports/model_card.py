@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.schema import Config, dump
 from madpo.trainer.counted import counted
+from madpo.trainer.files import read_object
 from madpo.trainer.masking import masked, masked_text
 from madpo.trainer.model import lora
 from madpo.trainer.model.freeze import count_parameters
@@ -116,7 +117,7 @@ def _training(config: Config, run: Path, state: TrainState, policy: Any) -> str:
     trained, total = count_parameters(policy)
     objective = config.objective.model_dump(mode="json", by_alias=True)
     values = ", ".join(f"{key} {value}" for key, value in objective.items() if key != "loss_type")
-    facts = _read(run / "run.json")
+    facts = read_object(run / "run.json")
     versions = _text(", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items()))
     seen = {"step": state.step, "prompt": state.consumed, "token": state.num_tokens}
     rows = {
@@ -133,7 +134,7 @@ def _training(config: Config, run: Path, state: TrainState, policy: Any) -> str:
 
 def _data(run: Path) -> str:
     """A table of what was read from every split, and of why examples were dropped."""
-    report = _read(run / "data_report.json")
+    report = read_object(run / "data_report.json")
     rows = [
         (
             _text(split),
@@ -186,7 +187,3 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     head = list(head)
     lines = [head, ["---"] * len(head), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import yaml
 from madpo.trainer import lives
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.errors import UserError, nearest
-from madpo.trainer.files import check_path
+from madpo.trainer.files import check_path, read_object
 from madpo.trainer.lives import Life, effective_time
 from madpo.trainer.masking import masked, masked_text
 from madpo.trainer.pair_margins import (
@@ -109,7 +108,7 @@ def _load_run(name: str, number: int, folder: Path) -> Run:
         raise UserError(f"{where}: no metrics; name the folder of a run that has logged a step")
     path = folder / "config.yaml"
     config = _masked_config(path.read_text(encoding="utf-8")) if path.is_file() else ""
-    data, facts = (_read_object(folder / file) for file in ("data_report.json", "run.json"))
+    data, facts = (read_object(folder / file) for file in ("data_report.json", "run.json"))
     _check_numbers(folder / "run.json", {key: facts[key] for key in NUMBERS if facts.get(key) is not None})
     for record in records:
         _check_numbers(folder / METRICS, record)
@@ -134,16 +133,6 @@ def short_names(folders: Sequence[Path]) -> list[str]:
         return "/".join(own)  # the end of another one's path
 
     return [unique_end(own) for own in parts]
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; mend or remove it") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object; mend or remove it")
-    return content
 
 
 def _masked_config(text: str) -> str:

@@ -167,13 +167,15 @@ def test_ranks_that_see_different_checkpoints_are_refused(saved_twice, tmp_path)
 
 
 def test_a_run_goes_on_from_the_older_checkpoint_to_the_bits_of_one_that_was_not_damaged(
-    saved_twice, tmp_path
+    saved_twice, tmp_path, capfd
 ):
     run = saved_twice.model_copy(update={"output_dir": str(tmp_path / "run")})
     shutil.copytree(saved_twice.output_dir, run.output_dir)
     checkpoints = Path(run.output_dir) / "checkpoints"
     flip(checkpoints / SECOND / OPTIMIZER.format(0), 0.5)
     run_ranks(2, train, run)
+    out = capfd.readouterr().out
+    assert "  steps 3 to 4 are trained again: there is no sound checkpoint of them\n" in out
     whole = Path(saved_twice.output_dir) / "checkpoints" / SECOND
     assert read(checkpoints / SECOND).files == read(whole).files
     assert [x["step"] for x in records(Path(run.output_dir)) if "loss" in x] == [1, 2, 3, 4]
