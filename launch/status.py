@@ -13,7 +13,8 @@ from madpo.trainer import heartbeat, lives, outcome
 from madpo.trainer.checkpoints.folders import MANIFEST, damaged_in, newest_checkpoint, step_of
 from madpo.trainer.counted import counted
 from madpo.trainer.errors import Exit, UserError
-from madpo.trainer.run_folder import INCIDENTS, is_training, read_metrics, read_object
+from madpo.trainer.files import read_object
+from madpo.trainer.run_folder import INCIDENTS, is_training, read_metrics
 
 SPREAD = 0.1
 """A rank for which the others wait for more than this share of the time is named."""

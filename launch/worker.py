@@ -93,19 +93,27 @@ def _start(args: argparse.Namespace) -> Run:
         config = error
     from madpo.trainer.handshake import shake_hands
 
-    name = os.environ.get(outcome.START) or outcome.new_start()
-    start = shake_hands(config, name, LAUNCHER_PID in os.environ, lambda text: _print_error(f"error: {text}"))
-    assert not isinstance(config, UserError)  # which would have been raised
-    os.environ[outcome.START] = start.name
-    folder = Path(config.output_dir).expanduser()
     command = shlex.join(["madpo", args.task, args.config, *map(masked_override, args.overrides)])
-    if _rank() == 0:
+
+    def prepare(config: Config) -> None:
+        folder = _folder(config)
         console_log.keep(folder, command)
         outcome.remove(folder)
         heartbeat.forget(folder)
+
+    name = os.environ.get(outcome.START) or outcome.new_start()
+    is_chosen = LAUNCHER_PID in os.environ
+    start = shake_hands(config, name, is_chosen, lambda text: _print_error(f"error: {text}"), prepare)
+    assert not isinstance(config, UserError)  # which would have been raised
+    os.environ[outcome.START] = start.name
+    if _rank() == 0:
         for note in start.notes:
             print(note, flush=True)
-    return Run(config, folder, command)
+    return Run(config, _folder(config), command)
+
+
+def _folder(config: Config) -> Path:
+    return Path(config.output_dir).expanduser()
 
 
 def _failed(error: Exception, run: Run | None, task: str) -> int:

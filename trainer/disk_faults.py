@@ -1,4 +1,4 @@
-"""One line when a disk is full, read-only or at its limit: which file or folder, why, and what to do.
+"""One line when a disk or its folders do not take or give a run's files: which file, why, and what to do.
 
 Libraries raise such errors in many forms, with and without the file's name.
 """
@@ -24,8 +24,18 @@ REMEDIES = {
     errno.EROFS: "use another folder",
 }
 """Errors of writing -> what to do."""
-IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO}
-"""Errors of what somebody has put in place of a file or folder of ours."""
+OF_OUR_FILES = {
+    errno.EISDIR: "a folder is in the place of this file; move it away",
+    errno.EEXIST: "a file is in the place of this folder; move it away",
+    errno.ENOTDIR: "a file is in the place of a folder; move it away",
+    errno.EACCES: "let this user read and write there, or use another folder",
+    errno.EPERM: "let this user read and write there, or use another folder",
+    errno.ELOOP: "remove the links that run in circles",
+    errno.EIO: "look after the disk (dmesg), or use another folder",
+    errno.ESTALE: "mount the storage anew, and start the run again",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+}
+"""Errors of reading or writing a file of the run or the cache -> what to do."""
 IN_WORDS = re.compile(r"\(?os error (\d+)\)?|\[errno (\d+)\]", re.IGNORECASE)
 """How libraries that are no Python write the number of an error."""
 DIED = "abruptly died during map operation"
@@ -53,26 +63,18 @@ def _explain(error: Exception, config: Config) -> str | None:
             "killed, often by the kernel, out of memory (see dmesg); set fewer, and give the command again"
         )
     cause = system_error(error)
-    named = getattr(cause, "filename2", None) or getattr(cause, "filename", None)  # of a rename, the target
-    is_missing = isinstance(error, FileNotFoundError) and not run.exists()
-    if is_missing and named is not None and Path(str(named)).is_relative_to(run):
+    named = getattr(cause, "filename2", None) or getattr(cause, "filename", None)  # that of a rename's target
+    is_ours = named is not None and any(Path(str(named)).is_relative_to(folder) for folder in (run, cache))
+    if is_ours and cause is not None and cause.errno in OF_OUR_FILES:
+        return f"{named}: {os.strerror(cause.errno)}: {OF_OUR_FILES[cause.errno]}"
+    if isinstance(error, FileNotFoundError) and is_ours and not run.exists():
         return f"output_dir: {run} was removed while the run was writing into it; start it again"
-    if cause is not None and cause.errno in IN_THE_WAY and named is not None:
-        keys = [
-            key for key, folder in (("output_dir", run), ("data.cache_dir", cache)) if _is_in(named, folder)
-        ]
-        if keys:
-            return f"{keys[0]}: {named} is in the way ({cause.strerror}); remove it, or name another folder"
     if (number := number_of(error)) is None:
         return None
     if named is None:
         folders = {"output_dir": run, "data.cache_dir": cache}
         named = " or ".join(f"{key} {_with_room(folder, number)}" for key, folder in folders.items())
     return f"{named}: cannot be written to ({os.strerror(number)}); {REMEDIES[number]}"
-
-
-def _is_in(path: object, folder: Path) -> bool:
-    return Path(os.path.abspath(os.fsdecode(path))).is_relative_to(os.path.abspath(folder))  # type: ignore[arg-type]
 
 
 def number_of(error: BaseException) -> int | None:

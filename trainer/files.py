@@ -14,10 +14,11 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -115,6 +116,22 @@ def write_atomically(path: Path, content: str | bytes | Callable[[Path], None]) 
         partial.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def write_object(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object that people may read, too."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} if there is no such file. Raises UserError for another content."""
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}; mend or remove it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object; mend or remove it")
+    return content
 
 
 def write_private(path: Path, text: str) -> None:

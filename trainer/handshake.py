@@ -41,6 +41,10 @@ SHOWN = 3
 """So many hosts are named in a message."""
 
 
+Prepare = Callable[[Config], None]
+"""What rank 0 does in the run folder before the others go on; it may raise UserError."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a rank says of itself."""
@@ -67,18 +71,18 @@ class Verdict(NamedTuple):
 
 
 def shake_hands(
-    config: Config | UserError, name: str, chosen_ranks: bool, say: Callable[[str], None]
+    config: Config | UserError, name: str, chosen_ranks: bool, say: Callable[[str], None], prepare: Prepare
 ) -> Start:
     """Find out whether all ranks mean one run; on all ranks.
 
     `name` is a name for this start, of which that of rank 0 counts. `config` is an error on a rank that could
     not read it. `chosen_ranks`: the user has said how many ranks there are to be on this machine. Raises
-    UserError for what the ranks differ in, after rank 0 has told it by `say`, and LostPeerError if some do
-    not come within `launch.start_timeout_minutes`.
+    UserError for what the ranks differ in or `prepare` raises, after rank 0 has told it by `say`, and
+    LostPeerError if some do not come within `launch.start_timeout_minutes`.
     """
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if ranks == 1:
-        verdict = _verdict([_facts(0, config, None)], config, chosen_ranks)
+        verdict = _prepared(_verdict([_facts(0, config, None)], config, chosen_ranks), config, prepare)
         if verdict.text:
             raise error_of(verdict.status, verdict.text)
         return Start(name, ())
@@ -86,7 +90,7 @@ def shake_hands(
     minutes = settings.start_timeout_minutes
     table = _Table(meet(minutes), rank, ranks, minutes)
     if rank == 0:
-        verdict = _as_main(table, config, name, chosen_ranks, say)
+        verdict = _as_main(table, config, name, chosen_ranks, say, prepare)
     else:
         name = table.read("name")
         table.take_place(_facts(rank, config, name))
@@ -98,7 +102,12 @@ def shake_hands(
 
 
 def _as_main(
-    table: _Table, config: Config | UserError, name: str, chosen_ranks: bool, say: Callable[[str], None]
+    table: _Table,
+    config: Config | UserError,
+    name: str,
+    chosen_ranks: bool,
+    say: Callable[[str], None],
+    prepare: Prepare,
 ) -> Verdict:
     """What rank 0 does: hear the others, judge, and tell the user and them."""
     missing: Sequence[int] = ()
@@ -112,11 +121,22 @@ def _as_main(
         else:
             others, missing = table.places()
             verdict = _of_all([own, *others], missing, config, chosen_ranks, began)
+    verdict = _prepared(verdict, config, prepare)
     if verdict.text:
         say(verdict.text)  # before the others end, on which a launcher would end this rank
     table.post("verdict", verdict)
     if verdict.text:
         table.wait_for_readers(len(missing))
+    return verdict
+
+
+def _prepared(verdict: Verdict, config: Config | UserError, prepare: Prepare) -> Verdict:
+    """The verdict, after rank 0 has prepared the run folder if all is well; another one if that fails."""
+    try:
+        if not verdict.text and isinstance(config, Config):
+            prepare(config)
+    except UserError as error:
+        return Verdict(error.status, str(error))
     return verdict
 
 
@@ -257,11 +277,7 @@ def _is_seen(token: Path) -> bool:
 
 
 def _of_all(
-    facts: Sequence[Facts],
-    missing: Sequence[int],
-    config: Config,
-    chosen_ranks: bool,
-    began: float,
+    facts: Sequence[Facts], missing: Sequence[int], config: Config, chosen_ranks: bool, began: float
 ) -> Verdict:
     """Rank 0's verdict on the ranks that have come since it `began`, by its clock; `missing` have not."""
     if missing:
@@ -324,10 +340,7 @@ def fault(facts: Sequence[Facts], config: Config, chosen_ranks: bool) -> tuple[i
     rich = max(facts, key=lambda fact: fact.gpus)
     for host, here in by_host.items():
         if rich.gpus and not any(fact.gpus for fact in here):
-            return (
-                Exit.USAGE,
-                f"{host}: no GPU, and {rich.host} has {rich.gpus}; leave it out",
-            )
+            return Exit.USAGE, f"{host}: no GPU, and {rich.host} has {rich.gpus}; leave it out"
         if text := _gpu_fault(host, here, chosen_ranks):
             return Exit.USAGE, text
     size, shared = config.train.global_batch_size, config.train.sequence_parallel_size

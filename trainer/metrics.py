@@ -234,8 +234,9 @@ class MetricsFile:
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         """Continue after `resume_step`: lines of later steps go, as those steps are trained again."""
-        path = folder / METRICS
-        earlier = [record for record in read_metrics(folder) if record["step"] <= resume_step]
+        path, records = folder / METRICS, read_metrics(folder)
+        self.last_step = max((record["step"] for record in records), default=0)  # that was logged
+        earlier = [record for record in records if record["step"] <= resume_step]
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in earlier))
         self._file: IO[str] = path.open("a")
         self._is_gone = False  # removed by somebody, which is said once

@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 from madpo.trainer.checkpoints.folders import checkpoints_in
 from madpo.trainer.dist import Shard, from_main, raise_if_any
 from madpo.trainer.errors import UserError
-from madpo.trainer.files import make_folder, write_atomically
+from madpo.trainer.files import make_folder, read_object, write_atomically
 
 METRICS, INCIDENTS = "metrics.jsonl", "incidents.jsonl"
 LOCK, OWNER = ".lock", ".owner.json"
@@ -63,17 +63,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} if there is no such file. Raises UserError for anything else in it."""
-    try:
-        content = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {error}; mend or remove it") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object; mend or remove it")
-    return content
-
-
 def _is_step(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
@@ -83,8 +72,7 @@ def last_evaluation(folder: Path) -> dict[str, Any]:
     for record in reversed(read_metrics(folder)):
         if "eval_loss" in record:
             return record
-    path = folder / "evaluation.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_object(folder / "evaluation.json")
 
 
 def check_trained(folder: Path, task: str) -> None:
@@ -156,9 +144,10 @@ class Owner(NamedTuple):
 
 def _read_owner(folder: Path) -> Owner | None:
     try:
-        return Owner(**json.loads((folder / OWNER).read_bytes()))
+        owner = Owner(**json.loads((folder / OWNER).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
+    return owner if isinstance(owner.life, int) else None
 
 
 class Claim:

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from madpo.launch import worker
 from madpo.trainer.config.schema import Config, dump
 from madpo.trainer.disk_faults import explained
 from madpo.trainer.errors import UserError
+from madpo.trainer.files import write_atomically
 
 
 @pytest.fixture
@@ -59,24 +61,39 @@ def test_what_is_no_fault_of_the_disk_stays_what_it_is(config):
         assert caught.value is error
 
 
-@pytest.mark.parametrize("key", ["output_dir", "data.cache_dir"])
-def test_what_is_in_the_way_of_a_file_of_ours_is_named(config, key):
-    folder = Path(config.output_dir if key == "output_dir" else config.data.cache_dir)
-    (folder / "run.json").mkdir(parents=True)
-    (folder / "part").touch()
-    message = rf"^{key}: {folder}/run.json is in the way \(Is a directory\); remove it, or name another"
-    with pytest.raises(UserError, match=message), explained(config):
-        (folder / "run.json").write_text("{}")
-    message = rf"^{key}: {folder}/part/x is in the way \(Not a directory\)"
-    with pytest.raises(UserError, match=message), explained(config):
-        (folder / "part" / "x").write_text("")
-    with pytest.raises(IsADirectoryError), explained(config):
-        folder.parent.read_bytes()
-
-
 def test_a_folder_that_was_removed_is_named(config):
     with pytest.raises(UserError, match=r"^output_dir: .*/run was removed while the r"), explained(config):
         (Path(config.output_dir) / "model.partial").mkdir()
+
+
+IN_THE_WAY: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a folder": (
+        lambda run: write_atomically(run / "taken", "x"),
+        "Is a directory: a folder is in the place",
+    ),
+    "a file": (lambda run: (run / "file").mkdir(), "File exists: a file is in the place of this folder"),
+    "a file above": (
+        lambda run: (run / "file" / "x").mkdir(),
+        "Not a directory: a file is in the place of a",
+    ),
+    "a circle": (
+        lambda run: (run / "circle").write_text("x"),
+        "Too many levels of symbolic links: remove the",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_THE_WAY)
+def test_what_is_in_the_way_of_a_file_of_the_run_is_named(config, name):
+    run = Path(config.output_dir)
+    (run / "taken").mkdir(parents=True)
+    (run / "file").touch()
+    (run / "circle").symlink_to(run / "circle")
+    act, words = IN_THE_WAY[name]
+    with pytest.raises(UserError, match=rf"^{run}/\S+: {words}"), explained(config):
+        act(run)
+    with pytest.raises(OSError, match="Is a directory"), explained(config):
+        (run.parent / "start").write_text("no file of the run")
 
 
 def kill_itself(row):

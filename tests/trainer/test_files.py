@@ -21,6 +21,7 @@ from madpo.trainer.files import (
     fault_in,
     fault_of_path,
     hash_of_file,
+    read_object,
     sampled_content,
     seal,
     write_atomically,
@@ -226,3 +227,12 @@ def test_a_path_that_leads_nowhere_is_named_in_one_line(tmp_path, name):
     with pytest.raises(UserError, match=r"cannot be written \(Is a directory\)"):
         write_named(tmp_path, "text")
     assert fault_of_path(tmp_path / "none" / "x") is None and fault_of_path(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "3", "\udcff", "[" * 100_000])
+def test_a_file_that_holds_no_object_is_named(tmp_path, text):
+    path = tmp_path / "run.json"
+    assert read_object(path) == {}
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=r"^/.*/run.json: .*; mend or remove it"):
+        read_object(path)

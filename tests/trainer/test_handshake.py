@@ -128,12 +128,20 @@ from madpo.trainer.config.schema import load
 from madpo.trainer.errors import UserError
 
 handshake.SECONDS_TO_SEE, said = 1.0, []
+def prepare(config):
+    if os.environ.get("READONLY"):
+        raise UserError("output_dir: nothing can be written")
+    assert os.environ["RANK"] == "0"
+    open(f"{config.output_dir}/prepared", "w").close()
+
 try:
     config = load(sys.argv[1], sys.argv[2:], "train")
 except UserError as error:
     config = error
 try:
-    print("ok", handshake.shake_hands(config, f"of-{os.environ['RANK']}", False, said.append).name)
+    start = handshake.shake_hands(config, f"of-{os.environ['RANK']}", False, said.append, prepare)
+    assert os.path.exists(f"{config.output_dir}/prepared")
+    print("ok", start.name)
     time.sleep(float(os.environ.get("STAYS", "0")))
 except UserError as error:
     assert said == [str(error)] * (error.is_agreed and os.environ["RANK"] == "0")
@@ -177,6 +185,13 @@ def test_a_config_that_one_host_lacks_ends_both(tmp_path):
 def test_a_config_that_all_lack_is_told_without_names(tmp_path):
     first, second = together(tmp_path, *(rank(n, config="nowhere.yaml") for n in (0, 1)))
     assert first == second and first.startswith("2 True nowhere.yaml: no such")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_rank_0_cannot_prepare_ends_all_ranks_with_its_words(tmp_path, number):
+    written(tmp_path)
+    said = together(tmp_path, *(rank(n, number, READONLY="yes") for n in range(number)))
+    assert said == [f"2 {number > 1} output_dir: nothing can be written"] * number
 
 
 def test_a_folder_of_each_hosts_own_is_refused(tmp_path):

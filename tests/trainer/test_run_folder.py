@@ -9,7 +9,7 @@ import torch.distributed as torch_dist
 from madpo.trainer.dist import Shard
 from madpo.trainer.errors import UserError
 from madpo.trainer.metrics import MetricsFile
-from madpo.trainer.run_folder import claim, last_evaluation, read_metrics, read_object
+from madpo.trainer.run_folder import claim, last_evaluation, read_metrics
 
 RECORDS = [{"step": 1, "loss": 0.1 + 0.2, "grad_norm": float("inf")}, {"step": 2, "eval_loss": 1e-300}]
 LINES = [json.dumps(record) for record in RECORDS]
@@ -25,15 +25,6 @@ def test_a_run_goes_on_after_a_last_line_that_is_whole(tmp_path, end):
     file.write({"step": 3})
     file.close()
     assert path.read_text() == "\n".join([*LINES, '{"step": 3}']) + "\n"
-
-
-@pytest.mark.parametrize("text", ["[]", "{", "3", "\udcff", "[" * 100_000])
-def test_a_file_that_holds_no_object_is_named(tmp_path, text):
-    path = tmp_path / "run.json"
-    assert read_object(path) == {}
-    path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(UserError, match=r"^/.*/run.json: .*; mend or remove it"):
-        read_object(path)
 
 
 @pytest.mark.parametrize("torn", [LINES[1][:-1], LINES[1][:5], "{", '{"step": 2, "name": "\udcc3'])

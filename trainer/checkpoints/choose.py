@@ -28,6 +28,7 @@ def choose(
     are checkpoints and none is whole, or if a rank sees other ones; UserError if the run that wrote it had
     another value of one of the keys in `identity`.
     """
+    raise_if_any(_no_folder(root) if shard.is_main else None)
     candidates = from_main([path.name for path in folders.checkpoints_in(root)])
     own = [path.name for path in folders.checkpoints_in(root)]
     is_shared = own == candidates
@@ -78,6 +79,14 @@ def _report(rejected: list[tuple[Path, str]], may_set_aside: bool) -> None:
     for path, reason in rejected:
         place = f"; set aside as {folders.set_aside(path).name}" if may_set_aside else ""
         print(f"checkpoint {path} is not used: {reason}{place}", flush=True)
+
+
+def _no_folder(root: Path) -> CheckpointError | None:
+    """What is in the place of the folder, into which no checkpoint could be written either."""
+    if root.is_dir() or not (root.exists() or root.is_symlink()):
+        return None
+    what = f"a link to {root.readlink()}, which is not there" if root.is_symlink() else "a file"
+    return CheckpointError(f"{root} is {what}; bring the folder back, or train with {FRESH}")
 
 
 def _not_shared(root: Path, candidates: list[str], own: list[str]) -> CheckpointError:

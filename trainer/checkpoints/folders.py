@@ -31,11 +31,14 @@ def step_of(checkpoint: str) -> int:
 
 
 def checkpoints_in(root: Path) -> list[Path]:
-    """The folders that are called as checkpoints are, newest first; what is in them is not looked at."""
+    """The folders that are called as checkpoints are, newest first; what is in them is not looked at.
+
+    Links count, wherever they lead: a checkpoint may have been moved to another disk, which may be away.
+    """
     if not root.is_dir():
         return []
     found = [path for path in root.iterdir() if NAME.fullmatch(path.name)]
-    found = [path for path in found if path.is_dir() and not path.is_symlink()]
+    found = [path for path in found if path.is_dir() or path.is_symlink()]
     return sorted(found, key=lambda path: step_of(path.name), reverse=True)
 
 
@@ -73,10 +76,11 @@ def remove_partial(root: Path) -> list[str]:
 def remove_old(root: Path, newest: int, keep: int, keep_every: int | None) -> None:
     """Delete the checkpoints up to step `newest`, but the last `keep` and those of every `keep_every` steps.
 
-    Only whole folders of ours are counted and deleted: later ones are of a run that was cut off, and one
-    without a manifest is somebody else's. One that a kill leaves half deleted is called as half-written ones.
+    Only whole folders of ours are counted and deleted: later ones are of a run that was cut off; one without
+    a manifest, or a link, is somebody else's. One that a kill leaves half deleted is called as half-written
+    ones.
     """
-    ours = [path for path in checkpoints_in(root) if (path / MANIFEST).is_file()]
+    ours = [path for path in checkpoints_in(root) if (path / MANIFEST).is_file() and not path.is_symlink()]
     ours = [path for path in ours if step_of(path.name) <= newest]
     for path in ours[keep:]:
         if keep_every is None or step_of(path.name) % keep_every:

@@ -20,6 +20,7 @@ from madpo.trainer.files import Entry, hash_of_file, write_atomically
 from madpo.trainer.state import TrainState
 
 FORMAT = 1
+MISSING = "is missing"
 
 
 class DamagedError(Exception):
@@ -48,12 +49,10 @@ class Manifest:
 def read(checkpoint: Path) -> Manifest:
     """The manifest in a checkpoint's folder. Raises DamagedError unless it is as it was written."""
     path = checkpoint / MANIFEST
-    if path.exists() and not path.is_file():  # reading a pipe would never end
-        raise DamagedError(f"{MANIFEST} is no file")
     try:
+        if (fault := _fault_of_place(path)) is not None:
+            raise DamagedError(f"has no {MANIFEST}" if fault == MISSING else f"{MANIFEST} {fault}")
         whole = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DamagedError(f"has no {MANIFEST}") from None
     except OSError as error:
         raise DamagedError(f"{MANIFEST} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
@@ -81,8 +80,8 @@ def fault_in(checkpoint: Path, files: Mapping[str, Entry], names: Iterable[str])
     for name in names:
         path, entry = checkpoint / name, files[name]
         try:
-            if path.is_symlink() or not path.is_file():
-                return f"{name} is {'a link' if path.is_symlink() else 'missing'}"
+            if (fault := _fault_of_place(path)) is not None:
+                return f"{name} {fault}"
             if (size := path.stat().st_size) != entry.size:
                 return f"{name} has {size:,} bytes, {entry.size:,} were written"
             if hash_of_file(path) != entry.checksum:
@@ -90,6 +89,15 @@ def fault_in(checkpoint: Path, files: Mapping[str, Entry], names: Iterable[str])
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return None
+
+
+def _fault_of_place(path: Path) -> str | None:
+    """Why nothing is read from a path, as text for the user; a pipe or a device would have no end."""
+    if path.is_symlink():
+        return "is a link"
+    if path.is_file():
+        return None
+    return "is no file" if path.exists() else MISSING
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -16,13 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.schema import Config, dump
 from madpo.trainer.counted import counted
+from madpo.trainer.files import read_object
 from madpo.trainer.masking import masked, masked_text
 from madpo.trainer.model import lora
 from madpo.trainer.model.freeze import count_parameters
 from madpo.trainer.pair_margins import STDERR
 from madpo.trainer.reports.page import TEMPLATES
 from madpo.trainer.reports.progress import metric_cell
-from madpo.trainer.run_folder import last_evaluation, read_object
+from madpo.trainer.run_folder import last_evaluation
 from madpo.trainer.state import TrainState
 
 

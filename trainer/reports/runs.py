@@ -13,7 +13,7 @@ import yaml
 from madpo.trainer import lives
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.errors import UserError, nearest
-from madpo.trainer.files import check_path
+from madpo.trainer.files import check_path, read_object
 from madpo.trainer.lives import Life, effective_time
 from madpo.trainer.masking import masked, masked_text
 from madpo.trainer.pair_margins import (
@@ -24,7 +24,7 @@ from madpo.trainer.pair_margins import (
     read_pairs,
     standard_error,
 )
-from madpo.trainer.run_folder import METRICS, is_training, read_metrics, read_object
+from madpo.trainer.run_folder import METRICS, is_training, read_metrics
 
 EVAL = "eval_"
 Record = dict[str, float]

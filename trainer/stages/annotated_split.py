@@ -15,7 +15,7 @@ import numpy as np
 
 from madpo.trainer.data.source import Source, fields_of
 from madpo.trainer.errors import UserError
-from madpo.trainer.files import write_atomically
+from madpo.trainer.files import read_object, write_atomically, write_object
 from madpo.trainer.formats.numbers import MARGIN_COLUMNS
 from madpo.trainer.formats.read_row import bytes_as_text
 from madpo.trainer.reports.calibration import calibration
@@ -124,8 +124,7 @@ def write_split(
         facts["rows_of_fold"] = np.bincount(scored.folds, minlength=len(models)).tolist()
         facts["in_sample"] = calibration(scored.seen).numbers()
     note = target / "annotation.json"
-    notes = json.loads(note.read_text()) if note.is_file() else {}
-    note.write_text(json.dumps({**notes, split: facts}, indent=2) + "\n")
+    write_object(note, {**read_object(note), split: facts})
     return facts
 
 

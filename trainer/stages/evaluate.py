@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from madpo.trainer.checkpoints.load import load, stored_objective
 from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config
 from madpo.trainer.data.training_data import load_data, weighed
+from madpo.trainer.files import write_object
 from madpo.trainer.model.build import known_tokens
 from madpo.trainer.model.content import contents_of_models
 from madpo.trainer.model.tokenizer import load_tokenizer
@@ -59,7 +59,7 @@ def run_evaluation(config: Config, base: bool = False) -> dict[str, Any]:
     if shard.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / "evaluation.json"
-        target.write_text(json.dumps(result, indent=2) + "\n")
+        write_object(target, result)
         print(metrics_table({str(result["model"]): record}))
         print(f"evaluation {target}", flush=True)
     engine.release()

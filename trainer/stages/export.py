@@ -6,7 +6,6 @@ that is not merged becomes a folder that peft loads.
 
 from __future__ import annotations
 
-import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config
 from madpo.trainer.dist import Shard, barrier
 from madpo.trainer.engine import Engine
-from madpo.trainer.files import write_folder_atomically
+from madpo.trainer.files import read_object, write_folder_atomically
 from madpo.trainer.model import lora
 from madpo.trainer.model.tokenizer import load_tokenizer, padding_token
 from madpo.trainer.model.weights import adapter_weights, gather, whole_weights
@@ -46,7 +45,7 @@ def run_export(config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     engine = start_engine(config, tokenizer, training=True)
     state = load(engine, chosen)
-    facts = json.loads((folder / "run.json").read_text())
+    facts = read_object(folder / "run.json")
     stop_at(engine.module.policy, facts.get("end_of_turn"), tokenizer)
     for target in export_model(engine, tokenizer, config, folder, shard, state):
         size = sum(file.stat().st_size for file in target.iterdir())

@@ -31,7 +31,7 @@ from madpo.trainer.data.source import test_split
 from madpo.trainer.data.tokenised_cache import tokenizer_identity
 from madpo.trainer.dist import Shard
 from madpo.trainer.errors import UserError
-from madpo.trainer.files import write_atomically
+from madpo.trainer.files import read_object, write_atomically, write_object
 from madpo.trainer.formats.text_groups import Text
 from madpo.trainer.model.build import known_to
 from madpo.trainer.model.pretrained import state_of_files
@@ -305,8 +305,7 @@ def _provenance(
 def _write_facts(folder: Path, split: str, facts: dict[str, Any]) -> None:
     """Write a split's facts into generation.json, beside those of the other splits."""
     path = folder / "generated" / "generation.json"
-    others = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps({**others, split: facts}, indent=2) + "\n")
+    write_object(path, {**read_object(path), split: facts})
 
 
 def _show(

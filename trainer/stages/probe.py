@@ -7,7 +7,6 @@ what a base model knows of a task.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from madpo.trainer.data.training_data import load_data
 from madpo.trainer.dist import Shard
 from madpo.trainer.engine import Engine
 from madpo.trainer.errors import UserError
+from madpo.trainer.files import read_object, write_object
 from madpo.trainer.model.build import known_tokens
 from madpo.trainer.model.pretrained import state_of_files
 from madpo.trainer.model.startup.positions import check_positions
@@ -96,8 +96,8 @@ def stored_probe(
 ) -> Probe:
     """Read the probe in the run folder if it is of this model and data; else measure and store one."""
     path, of = _path(config), _identity(config, groups)
-    stored = dist.from_main(json.loads(path.read_text()) if path.is_file() else None)
-    if isinstance(stored, dict) and stored.get("of") == of:
+    stored = dist.from_main(read_object(path))
+    if stored.get("of") == of:
         return Probe(**stored)
     engine = start_engine(_supervised(config), tokenizer, training=False)
     check_positions(engine.module.policy, groups)
@@ -105,7 +105,7 @@ def stored_probe(
     engine.release()
     if shard.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(probe), indent=2) + "\n")
+        write_object(path, asdict(probe))
     return probe
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -19,7 +18,7 @@ from madpo.trainer.checkpoints.identity import LENGTH, shown
 from madpo.trainer.config.schema import Config, dump
 from madpo.trainer.data.training_data import Data
 from madpo.trainer.dist import Shard
-from madpo.trainer.run_folder import read_object
+from madpo.trainer.files import read_object, write_atomically, write_object
 
 
 def is_exported(config: Config, folder: Path) -> bool:
@@ -33,7 +32,7 @@ def is_exported(config: Config, folder: Path) -> bool:
 
 
 def write_report(folder: Path, data: Data) -> None:
-    (folder / "data_report.json").write_text(json.dumps(data.report, indent=2) + "\n")
+    write_object(folder / "data_report.json", data.report)
 
 
 Extension = tuple[int, str]
@@ -62,7 +61,7 @@ def describe_run(
     extended: Sequence[Extension],
 ) -> None:
     """Write config.yaml and run.json: the command, the length of the run, the versions, the hardware."""
-    (folder / "config.yaml").write_text(dump(config))
+    write_atomically(folder / "config.yaml", dump(config))
     on_gpu = torch.cuda.is_available()
     run = {
         "command": command,
@@ -76,7 +75,7 @@ def describe_run(
         "started": time.time(),
         "extended": extended,
     }
-    (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+    write_object(folder / "run.json", run)
 
 
 def versions() -> dict[str, str]:

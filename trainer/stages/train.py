@@ -125,6 +125,9 @@ def run_training(
             notes += [end_note] if end_note else []
             notes += [no_end] if no_end and not config.bound_objective.is_reward_model else []
             notes += [f"extended after step {step}: {text}" for at, text in extended if at == step]
+            if metrics.last_step > state.step:
+                lost = f"{state.step + 1} to {metrics.last_step}"
+                notes.append(f"steps {lost} are trained again: there is no sound checkpoint of them")
             notes += remarks(config, total_steps, parameters, weights)
             progress.announce(config, data.report, state, shard, engine.device, parameters, notes)
             sinks = [metrics.write, progress.show, *callbacks]

@@ -129,6 +129,29 @@ def test_without_a_whole_one_nothing_is_begun_anew(saved_twice, tmp_path):
     assert len(checkpoints_in(both)) == 2, "what is refused stays where it is"
 
 
+def test_moved_checkpoints_are_followed_and_a_folder_that_is_away_is_no_empty_one(saved_twice, tmp_path):
+    moved, away, gone, file = (copy_of(saved_twice, tmp_path, name) for name in "abcd")
+    for step in (FIRST, SECOND):
+        (moved / step).rename(tmp_path / step)
+        (moved / step).symlink_to(tmp_path / step)
+        shutil.rmtree(away / step)
+        (away / step).symlink_to(tmp_path / "away")
+    for root in (gone, file):
+        shutil.rmtree(root)
+    gone.symlink_to(tmp_path / "away")
+    file.write_text("")
+    found, again = run_ranks(2, choices, [str(root) for root in (moved, away, gone, file)], {})
+    assert found == again and found[0] == SECOND
+    assert found[1].startswith(
+        f"CheckpointError: {away}: no sound checkpoint to continue from:\n  {SECOND}: has"
+    )
+    then = "bring the folder back, or train with --fresh"
+    assert found[2].startswith(
+        f"CheckpointError: {gone} is a link to {tmp_path}/away, which is not there; {then}"
+    )
+    assert found[3].startswith(f"CheckpointError: {file} is a file; {then}")
+
+
 def test_a_checkpoint_of_another_run_is_refused_and_stays(saved_twice, tmp_path):
     root = copy_of(saved_twice, tmp_path, "run")
     ((found,), _) = run_ranks(2, choices, [str(root)], {"seed": 1})
@@ -148,13 +171,15 @@ def test_ranks_that_see_different_checkpoints_are_refused(saved_twice, tmp_path)
 
 
 def test_a_run_goes_on_from_the_older_checkpoint_to_the_bits_of_one_that_was_not_damaged(
-    saved_twice, tmp_path
+    saved_twice, tmp_path, capfd
 ):
     run = saved_twice.model_copy(update={"output_dir": str(tmp_path / "run")})
     shutil.copytree(saved_twice.output_dir, run.output_dir)
     checkpoints = Path(run.output_dir) / "checkpoints"
     flip(checkpoints / SECOND / OPTIMIZER.format(0), 0.5)
     run_ranks(2, train, run)
+    out = capfd.readouterr().out
+    assert "  steps 3 to 4 are trained again: there is no sound checkpoint of them\n" in out
     whole = Path(saved_twice.output_dir) / "checkpoints" / SECOND
     assert read(checkpoints / SECOND).files == read(whole).files
     assert [x["step"] for x in records(Path(run.output_dir)) if "loss" in x] == [1, 2, 3, 4]

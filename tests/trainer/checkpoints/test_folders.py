@@ -28,10 +28,21 @@ def test_only_folders_that_are_called_as_checkpoints_are_count(tmp_path):
     for name in ("step-00000011.partial", "step-00000012.damaged", "step-00000013.mine", "step-x", "latest"):
         make(tmp_path, name)
     (tmp_path / "step-00000020").write_text("a file")
-    (tmp_path / "step-00000021").symlink_to(tmp_path / name_of(2))
     assert [path.name for path in checkpoints_in(tmp_path)] == [name_of(step) for step in (10, 4, 2)]
     assert newest_checkpoint(tmp_path) == tmp_path / name_of(10)
     assert checkpoints_in(tmp_path / "nowhere") == [] and newest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_links_count_and_are_never_deleted(tmp_path):
+    """Of checkpoints that were moved to another disk, also if it is away."""
+    root = tmp_path / "checkpoints"
+    for step in (3, 4):
+        make(root, name_of(step))
+    (root / name_of(2)).symlink_to(make(tmp_path, "moved"))
+    (root / name_of(1)).symlink_to(tmp_path / "away")
+    assert [path.name for path in checkpoints_in(root)] == [name_of(step) for step in (4, 3, 2, 1)]
+    folders.remove_old(root, 4, 1, None)
+    assert names(root) == [name_of(step) for step in (1, 2, 4)] and (tmp_path / "moved" / MANIFEST).is_file()
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 9])

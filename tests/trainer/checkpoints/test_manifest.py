@@ -59,7 +59,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "state edited": (edited(lambda whole: whole["content"]["state"].update(consumed=0)), "has changed since"),
     "a key more": (edited(lambda whole: whole["content"].update(more=1)), "has changed since"),
     "no content": (edited(lambda whole: whole.pop("content")), "has changed since"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read: Is a directory"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "manifest.json is no file"),
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "manifest.json is no file"),
+    "a link to a device": (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), "json is a link"),
 }
 
 
@@ -99,7 +101,8 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "zeros": (lambda path: path.write_bytes(bytes(7000)), "shard.pt has changed since it was written"),
     "one bit": (flip, "shard.pt has changed since it was written"),
     "a link": (lambda path: path.symlink_to(path.rename(path.with_name("x"))), "shard.pt is a link"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "shard.pt is missing"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "shard.pt is no file"),
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "shard.pt is no file"),
 }
 
 
