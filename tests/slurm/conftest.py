@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster, Job, slurm_cluster, why_not
+from slurm_cluster import SCRIPT, Cluster, Job, slurm_cluster, why_not
 
 HERE = Path(__file__).parent
-SCRIPT = HERE.parents[1] / "slurm" / "train.sbatch"
 TWO_NODES = "--nodes=2 --gpus-per-node=2"
 Submit = Callable[..., Job]
 

@@ -1,7 +1,7 @@
 """A worker without torch, for the life of a job: it counts steps, and obeys the contract of the real one.
 
-What it is to do is said by words in place of a config: `short`, `bad`, `crash`, `crash-once`. Without them
-it goes on until there is a file `enough`. It saves at every fifth step, and when it is stopped.
+What it is to do is said by words in place of a config: `short`, `bad`, `crash`, `crash-once`, `loading`.
+Without them it goes on until there is a file `enough`. It saves at every fifth step, and when it is stopped.
 """
 
 import os
@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-RANK = int(os.environ["SLURM_PROCID"])
+RANK, RANKS = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+LIFE = os.environ.get("SLURM_RESTART_COUNT", "0")
 asked = []
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda *received: asked.append(received))
@@ -29,10 +30,16 @@ def main(folder: str, *words: str) -> int:
         return 2
     checkpoint, crashed = place / "checkpoint", place / "crashed"
     begun = int(checkpoint.read_text()) if checkpoint.exists() else 0
-    (place / f"rank-{RANK}").write_text(
-        f"{os.environ['SLURM_NTASKS']} {os.environ.get('CUDA_VISIBLE_DEVICES') or '-'} "
+    (place / f"rank-{LIFE}-{RANK}").write_text(
+        f"{RANKS} {os.environ.get('CUDA_VISIBLE_DEVICES') or '-'} "
         f"{os.environ['SLURM_CPUS_PER_TASK']} {os.environ['MASTER_ADDR']} {os.environ['MASTER_PORT']}"
     )
+    while len(list(place.glob(f"rank-{LIFE}-*"))) < RANKS:
+        time.sleep(0.02)
+    if "loading" in words:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        say("loads a model")
+        time.sleep(100)
     say(f"starts at {begun}")
     for step in range(begun + 1, begun + 2000):
         if (place / "enough").exists() or (step == 4 and "short" in words):

@@ -40,6 +40,13 @@ def test_a_stop_with_a_checkpoint_ends_a_row_of_crashes(submit, tmp_path):
     assert "crashes in a row: 0" in job.cluster.ask("scontrol", "show", "job", job.number)
 
 
+def test_a_warning_before_the_first_step_is_no_crash(submit):
+    job = submit("--nodes=1 --gpus-per-node=1", "loading", MADPO_MAX_CRASHES="0").wait_for("loads a model")
+    job.signal("USR1")
+    job.wait_for("loads a model", "1")
+    assert ends(job.text()) == ["138 and is requeued"]
+
+
 def test_lives_are_limited(submit):
     job = submit(MADPO_MAX_LIVES="0").wait_for("step 3")
     job.signal("USR1")
@@ -74,7 +81,7 @@ def test_the_interpreter_need_not_be_on_the_path(submit, tmp_path):
     job = submit("--nodes=2 --gpus-per-node=2", "short", **plain, MADPO_PYTHON="python")
     text = job.wait("FAILED")
     assert job.fact("ExitCode") == "2:0" and job.fact("Restarts") == "0"
-    assert text.startswith("error: MADPO_PYTHON: python on ") and len(text.splitlines()) == 1
+    assert text.startswith("error: MADPO_PYTHON: python cannot import madpo (") and text.count("\n") == 1
     named = f"MADPO_PYTHON={sys.executable},PYTHONPATH={tmp_path / 'packages'}"
     job = submit(f"--nodes=2 --gpus-per-node=2 --export={named}", "short", **plain)
     assert ends(job.wait()) == ["0"]
@@ -122,4 +129,4 @@ def test_all_gpus_of_the_allocation_are_used(submit, tmp_path, options, count):
         )
         return
     ((_, found, _),) = heads(job.wait())
-    assert int(found) == len(list((tmp_path / "run").glob("rank-*"))) == count
+    assert int(found) == len(list((tmp_path / "run").glob("rank-0-*"))) == count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,8 @@ pytestmark = pytest.mark.launcher
 
 def ranks(folder: Path) -> list[list[str]]:
     """What each rank has found: ranks, GPUs, CPUs, address, port."""
-    files = sorted((folder / "run").glob("rank-*"))
+    files = sorted((folder / "run").glob("rank-0-*"))
     return [file.read_text().split() for file in files]
-
-
-def checkpoint(folder: Path) -> int:
-    return int((folder / "run" / "checkpoint").read_text())
 
 
 def test_undisturbed(submit, cluster, tmp_path):
@@ -34,10 +31,12 @@ def test_undisturbed(submit, cluster, tmp_path):
 def test_a_warning_leaves_a_checkpoint_and_the_job_comes_back(submit, tmp_path):
     job = submit().wait_for("step 3")
     job.signal("USR1")
-    job.wait_for("starts at", "1").wait_for(f"starts at {checkpoint(tmp_path)}\n", "1")
+    job.wait_for("starts at", "1")
     job.signal("TERM")
     text = job.wait("FAILED")
     assert job.fact("Restarts") == "1" and job.fact("ExitCode") == "75:0"
+    stopped, started = (re.findall(rf"{words} (\d+)\n", text) for words in ("stopped at step", "starts at"))
+    assert started == ["0", stopped[0]] and stopped[1] == (tmp_path / "run" / "checkpoint").read_text()
     assert ends(text) == ["75 and is requeued", "75; ended from outside, and left so"]
     (first, second) = heads(text)
     assert first[0] == "0" and second[0] == "1" and first[2] != second[2]

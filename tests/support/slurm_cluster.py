@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import psutil
 from patience import patient
 
+SCRIPT = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch"
 PROGRAMS = "slurmctld", "slurmd", "sbatch", "munged", "unshare"
 FREEZER = Path("/sys/fs/cgroup/freezer")
 """Where Slurm holds together all processes of a job, if it may."""
@@ -255,7 +256,7 @@ SwitchType=switch/none
 MailProg=/bin/true
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
+SelectTypeParameters=CR_CPU_Memory
 GresTypes=gpu
 ReturnToService=2
 SchedulerType=sched/backfill
