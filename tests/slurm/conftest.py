@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ def submit(cluster, tmp_path) -> Iterator[Submit]:
     def submit(
         options: str = "--nodes=2 --gpus-per-node=2", *words: str, run: str = "run", **variables: str
     ) -> Job:
-        command = [*options.split(), str(SCRIPT), run, *words]
+        command = [*shlex.split(options), str(SCRIPT), run, *words]
         return cluster.submit(*command, folder=tmp_path, env=stub | variables)
 
     yield submit

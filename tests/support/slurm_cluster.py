@@ -186,6 +186,8 @@ class Cluster:
         for daemon in self._daemons.values():
             with suppress(subprocess.TimeoutExpired):
                 daemon.wait(patient(10))
+        with suppress(AssertionError):
+            wait_until(lambda: not self.processes(), 10, str)
         left = self.processes()
         for process in left:
             process.kill()
