@@ -12,7 +12,7 @@ export MADPO_TEST_PATIENCE ?= 4
 
 NEWEST := .venv-newest
 
-.PHONY: demo test suite test-slow test-faults test-newest test-gpu test-gpu-kernels bench docs lint types sizes clean
+.PHONY: demo test suite test-slow test-slurm test-faults test-newest test-gpu test-gpu-kernels bench docs lint types sizes clean
 .DEFAULT_GOAL := test
 
 # torch first: installed alone it takes the CPU build where the index offers one, so that no later
@@ -42,6 +42,9 @@ suite: $(READY) $(CACHE)/hutto_ICWSM_2014.tar.gz  ## pytest alone, without the s
 test-slow: $(READY) $(CACHE)/hutto_ICWSM_2014.tar.gz  ## what make test leaves out: peers, benchmarks, the demo, a recipe, other GPUs' code
 	$(BIN)/pip install -q -c constraints.txt -e '.[slow]'
 	$(PYTEST) -m slow
+
+test-slurm: $(READY)  ## jobs of slurm/train.sbatch on a private Slurm; a part of it is in make test
+	$(PYTEST) tests/slurm
 
 test-faults: $(READY)  ## kill, freeze and damage real runs; a part of it is in make test
 	$(PYTEST) tests/faults tests/trainer/checkpoints tests/trainer/zero3/test_restore.py

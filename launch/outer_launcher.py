@@ -35,8 +35,8 @@ def check_alone() -> None:
                 times = value if names is COUNTS else "several"
                 raise UserError(
                     f"{name} is {value}: a launcher starts this command {times} times, and each would train "
-                    "alone, as madpo starts its ranks itself. Let torchrun start `-m madpo.launch.worker "
-                    "CONFIG` on every node instead, as slurm/train.sbatch does (docs/clusters.md); if this "
+                    "alone, as madpo starts its ranks itself. Let it start `python -m madpo.launch.worker "
+                    "CONFIG` instead, as slurm/train.sbatch does (docs/clusters.md); if this "
                     f"is the only process, unset {name}"
                 )
 
