@@ -108,7 +108,12 @@ def set_aside(folder: Path) -> None:
         number = 1
         while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
             number += 1
-        folder.rename(target)
+        try:
+            folder.rename(target)
+        except OSError as error:  # another file system is mounted there, say
+            raise UserError(
+                f"output_dir: {folder} cannot be moved to {target} ({error.strerror}); name another folder"
+            ) from None
         print(f"earlier run moved to {target}", flush=True)
 
 
