@@ -166,7 +166,8 @@ def _status(
         return said.status
     if not failed:
         print("error: the ranks ended without saying how", file=sys.stderr, flush=True)
-    return failed[0] if failed else Exit.BUG
+    causes = [status for status in failed if status != Exit.LOST_PEER]  # of which the others have died
+    return next(iter(causes + failed), Exit.BUG)
 
 
 def _name(number: int) -> str:

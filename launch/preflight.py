@@ -6,7 +6,6 @@ configs ask for is imported only for those.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from madpo.launch.local import Task
@@ -38,22 +37,12 @@ def check(config: Config, task: Task, base: bool = False) -> None:
     else:  # the config's own model need not be there to annotate with others
         located(config)
         check_models(config)
-    _check_writable(Path(config.output_dir).expanduser())
     check_machine(config.deepspeed)
     _check_kernels(config)
     if task == "generate":
         _check_generate(config)
     if task in TRAINING or task == "evaluate":
         _check_files(config, task)
-
-
-def _check_writable(folder: Path) -> None:
-    """Raise UserError if the run's folder is a file, or could not be made. Makes nothing."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"output_dir: {there} is a file; name a folder that is none yet")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir: {there} may not be written into by this user; name another folder")
 
 
 def _check_files(config: Config, task: Task) -> None:

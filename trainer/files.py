@@ -52,6 +52,8 @@ def check_path(path: str | os.PathLike[str], key: str = "") -> None:
 def fault_of_path(path: str | os.PathLike[str]) -> str | None:
     """Why a path can lead to no file or folder: it is too long, holds a NUL character, runs in circles, leads
     where nobody may look, or to a pipe, a socket or a device. None for others, also if nothing is there."""
+    if os.fspath(path).startswith("~") and os.path.expanduser(path) == os.fspath(path):
+        return "no user of that name has a home folder here"
     try:
         mode = os.stat(os.path.expanduser(path)).st_mode
     except (FileNotFoundError, NotADirectoryError):

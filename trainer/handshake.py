@@ -92,8 +92,9 @@ def shake_hands(
     if rank == 0:
         verdict = _as_main(table, config, name, chosen_ranks, say, prepare)
     else:
-        name = table.read("name")
-        table.take_place(_facts(rank, config, name))
+        if (told := table.read("name")) is not None:
+            name = told
+            table.take_place(_facts(rank, config, name))
         verdict = Verdict(*table.read("verdict"))
         table.say_read()
     if verdict.text:
@@ -114,12 +115,11 @@ def _as_main(
     with _tokens(config, name) as problem:
         config = problem or config
         began = time.time()
-        table.post("name", name)
-        own = _facts(0, config, None)
+        table.post("name", name if isinstance(config, Config) else None)  # None: nobody needs to answer
         if isinstance(config, UserError):  # which the others need not find out for themselves
-            verdict = _verdict([own], config, chosen_ranks)
+            verdict = _verdict([], config, chosen_ranks)
         else:
-            others, missing = table.places()
+            own, (others, missing) = _facts(0, config, None), table.places()
             verdict = _of_all([own, *others], missing, config, chosen_ranks, began)
     verdict = _prepared(verdict, config, prepare)
     if verdict.text:

@@ -105,10 +105,15 @@ def set_aside(folder: Path) -> None:
     if not folder.exists():
         return
     with _locked(folder):
-        number = 1
-        while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
-            number += 1
-        folder.rename(target)
+        number, target = 1, folder
+        try:
+            while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+                number += 1
+            folder.rename(target)
+        except OSError as error:  # another file system is mounted there, say
+            raise UserError(
+                f"output_dir: {folder} cannot be moved to {target} ({error.strerror}); name another folder"
+            ) from None
         print(f"earlier run moved to {target}", flush=True)
 
 

@@ -11,8 +11,10 @@ from absent import python_without
 from commands import command
 from patience import patient
 
+from madpo.launch import local
 from madpo.launch.local import command_line, count_processes, environment
 from madpo.trainer.config.schema import LaunchConfig
+from madpo.trainer.errors import UserError
 from madpo.trainer.run_folder import set_aside
 
 CONFIG = """
@@ -138,6 +140,22 @@ def test_fresh_sets_the_earlier_run_aside(tmp_path):
     assert not (tmp_path / "run").exists()
     assert [(tmp_path / f"run.old-{n}" / "metrics.jsonl").read_text() for n in (1, 2)] == ["1", "2"]
     set_aside(tmp_path / "never")
+
+
+def test_an_earlier_run_that_cannot_be_moved_is_one_line(tmp_path):
+    """Its name may have no letter more."""
+    folder = tmp_path / ("r" * 255)
+    folder.mkdir()
+    with pytest.raises(UserError, match=r"^output_dir: \S+ cannot be moved to \S+ \(File name too long\)"):
+        set_aside(folder)
+
+
+@pytest.mark.parametrize("statuses, whole", [((6, 2), 2), ((3, 6), 3), ((6, 6), 6), ((1, 4), 1), ((0, 0), 1)])
+def test_the_status_of_ranks_that_could_not_write_it_is_that_of_the_first_cause(tmp_path, statuses, whole):
+    ranks = [subprocess.Popen(["sh", "-c", f"exit {status}"]) for status in statuses]
+    for rank in ranks:
+        rank.wait()
+    assert local._status(ranks, tmp_path, "a start", []) == whole
 
 
 def test_fresh_does_not_move_the_config_that_it_trains_with(path, tmp_path):

@@ -60,7 +60,6 @@ def test_what_can_begin_passes(tree):
         ),
         ("evaluate", {}, "run is not there; train first"),
         ("export", {}, "run is not there; train first"),
-        ("train", {"output_dir": "{folder}/pairs.csv/run"}, "pairs.csv is a file; name a folder"),
         ("annotate", {}, "annotate takes the config of a reward run (bradley_terry), not of dpo"),
         (
             "annotate",

@@ -226,6 +226,8 @@ def test_a_path_that_leads_nowhere_is_named_in_one_line(tmp_path, name):
         write_named(path, "text")
     with pytest.raises(UserError, match=r"cannot be written \(Is a directory\)"):
         write_named(tmp_path, "text")
+    assert fault_of_path("~nobody-of-this-name/x") == "no user of that name has a home folder here"
+    assert fault_of_path("~/none") is None
     assert fault_of_path(tmp_path / "none" / "x") is None and fault_of_path(tmp_path) is None
 
 

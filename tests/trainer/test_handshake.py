@@ -127,7 +127,7 @@ from madpo.trainer import handshake
 from madpo.trainer.config.schema import load
 from madpo.trainer.errors import UserError
 
-handshake.SECONDS_TO_SEE, said = 1.0, []
+handshake.SECONDS_TO_SEE, said = float(os.environ.get("SEES", "1")), []
 def prepare(config):
     if os.environ.get("READONLY"):
         raise UserError("output_dir: nothing can be written")
@@ -192,6 +192,12 @@ def test_what_rank_0_cannot_prepare_ends_all_ranks_with_its_words(tmp_path, numb
     written(tmp_path)
     said = together(tmp_path, *(rank(n, number, READONLY="yes") for n in range(number)))
     assert said == [f"2 {number > 1} output_dir: nothing can be written"] * number
+
+
+def test_a_folder_that_rank_0_cannot_write_to_is_waited_for_by_nobody(tmp_path):
+    written(tmp_path)
+    said = together(tmp_path, *(rank(n, SEES="1000") for n in (0, 1)), more=["output_dir=/proc"])
+    assert said[0] == said[1] and said[0].startswith("2 True output_dir: /proc cannot be written to")
 
 
 def test_a_folder_of_each_hosts_own_is_refused(tmp_path):
