@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,16 @@ def test_the_status_of_ranks_that_could_not_write_it_is_that_of_the_first_cause(
     for rank in ranks:
         rank.wait()
     assert local._status(ranks, tmp_path, "a start", []) == whole
+
+
+def test_a_rank_that_was_killed_as_another_had_failed_is_not_told_of(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(local, "SECONDS_AFTER_A_FAILURE", 0.2)
+    ranks = [subprocess.Popen(["sh", "-c", line]) for line in ("kill -SEGV $$", "exec sleep 60")]
+    ended = local._wait(ranks)
+    assert ended == {1} and local._status(ranks, tmp_path, "a start", [], ended) == 6
+    assert capfd.readouterr().err.splitlines() == [
+        f"error: rank 0 on {socket.gethostname()} is gone: killed by SIGSEGV"
+    ]
 
 
 def test_fresh_does_not_move_the_config_that_it_trains_with(path, tmp_path):
