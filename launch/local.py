@@ -126,8 +126,8 @@ def _passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[in
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> set[int]:
     """Wait for all processes. Once one has failed, kill those that do not end by themselves: these ranks."""
     killed_at, ended = None, set[int]()
-    while any(process.poll() is None for process in processes):
-        if killed_at is None and any(process.returncode for process in processes):
+    while None in (codes := [process.poll() for process in processes]):  # of all: the first may be frozen
+        if killed_at is None and any(codes):
             killed_at = time.monotonic() + SECONDS_AFTER_A_FAILURE
         if killed_at is not None and time.monotonic() > killed_at:
             for rank, process in enumerate(processes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -159,13 +160,20 @@ def test_the_status_of_ranks_that_could_not_write_it_is_that_of_the_first_cause(
     assert local._status(ranks, tmp_path, "a start", []) == whole
 
 
-def test_a_rank_that_was_killed_as_another_had_failed_is_not_told_of(tmp_path, capfd, monkeypatch):
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_hangs_is_killed_once_another_has_failed_and_not_told_of(
+    tmp_path, capfd, monkeypatch, failing
+):
     monkeypatch.setattr(local, "SECONDS_AFTER_A_FAILURE", 0.2)
-    ranks = [subprocess.Popen(["sh", "-c", line]) for line in ("kill -SEGV $$", "exec sleep 60")]
+    lines = ["exec sleep 60"] * 2
+    lines[failing] = "kill -SEGV $$"
+    ranks = [subprocess.Popen(["sh", "-c", line]) for line in lines]
+    began = time.monotonic()
     ended = local._wait(ranks)
-    assert ended == {1} and local._status(ranks, tmp_path, "a start", [], ended) == 6
+    assert time.monotonic() - began < 30
+    assert ended == {1 - failing} and local._status(ranks, tmp_path, "a start", [], ended) == 6
     assert capfd.readouterr().err.splitlines() == [
-        f"error: rank 0 on {socket.gethostname()} is gone: killed by SIGSEGV"
+        f"error: rank {failing} on {socket.gethostname()} is gone: killed by SIGSEGV"
     ]
 
 
