@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -90,8 +90,8 @@ def run(
                 processes.append(subprocess.Popen(command, env=own, start_new_session=True))
                 if received:  # meanwhile
                     processes[-1].terminate()
-            _wait(processes)
-    return _status(processes, folder_of_run, start, received)
+            ended = _wait(processes)
+    return _status(processes, folder_of_run, start, received, ended)
 
 
 @contextmanager
@@ -129,24 +129,31 @@ def _passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[in
                 process.wait()
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Wait for all processes. Once one has failed, kill those that do not end by themselves."""
-    killed_at = None
-    while any(process.poll() is None for process in processes):
-        if killed_at is None and any(process.returncode for process in processes):
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> set[int]:
+    """Wait for all processes. Once one has failed, kill those that do not end by themselves: these ranks."""
+    killed_at, ended = None, set[int]()
+    while None in (codes := [process.poll() for process in processes]):  # of all: the first may be frozen
+        if killed_at is None and any(codes):
             killed_at = time.monotonic() + SECONDS_AFTER_A_FAILURE
         if killed_at is not None and time.monotonic() > killed_at:
-            for process in processes:
-                with suppress(ProcessLookupError):
+            for rank, process in enumerate(processes):
+                if process.poll() is None:
+                    ended.add(rank)
                     process.kill()
         time.sleep(0.05)
+    return ended
 
 
 def _status(
-    processes: Sequence[subprocess.Popen[bytes]], folder: Path, start: str, received: Sequence[int]
+    processes: Sequence[subprocess.Popen[bytes]],
+    folder: Path,
+    start: str,
+    received: Sequence[int],
+    ended: Set[int] = frozenset(),
 ) -> int:
-    """The exit status of the whole; says what no rank could say."""
-    killed = {rank: -process.returncode for rank, process in enumerate(processes) if process.returncode < 0}
+    """The exit status of the whole; says what no rank could say. `ended` are ranks that we have killed."""
+    codes = {rank: process.returncode for rank, process in enumerate(processes)}
+    killed = {rank: -code for rank, code in codes.items() if code < 0 and rank not in ended}
     said = outcome.read(folder)
     if said is not None and said.start == start and said.status in (Exit.DONE, Exit.AGAIN):
         return said.status
@@ -161,7 +168,7 @@ def _status(
         )
     if killed:
         return Exit.LOST_PEER
-    failed = [process.returncode for process in processes if process.returncode]
+    failed = [code for rank, code in codes.items() if code and rank not in ended]
     if said is not None and said.start == start:
         return said.status
     if not failed:

@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,6 +43,9 @@ TASKS = {
     "generate": ("generate", "run_generation"),
 }
 """Task -> a module of trainer/stages, and its function."""
+
+SECONDS_TO_DIE = 2.0
+"""A process whose connections are closed may take so long to be gone, as while it dumps its memory."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,7 +142,11 @@ def _explained(error: Exception, rank: int, folder: Path | None) -> tuple[Exit, 
     from madpo.trainer.dist import is_lost_peer
 
     if is_lost_peer(error):
-        missing = missing_ranks(folder, rank) if folder is not None else ""
+        until = time.monotonic() + SECONDS_TO_DIE
+        while not (missing := missing_ranks(folder, rank) if folder is not None else ""):
+            if folder is None or time.monotonic() > until:
+                break
+            time.sleep(0.1)
         return Exit.LOST_PEER, (f"error: rank {rank} has lost another rank: {missing or on_one_line(error)}")
     return Exit.BUG, masked_text("".join(traceback.format_exception(error)))
 

@@ -149,20 +149,21 @@ def test_a_killed_command_leaves_no_rank_and_a_checkpoint(tmp_path, tokenizer_fo
 
 
 @pytest.mark.slow
-def test_a_frozen_rank_is_named_and_the_others_leave_their_stacks(tmp_path, tokenizer_folder):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_frozen_rank_is_named_and_the_others_leave_their_stacks(tmp_path, tokenizer_folder, rank):
     run = real_run(tmp_path, tokenizer_folder, max_steps=100_000, num_train_epochs=1e6)
     process = run.train("launch.timeout_minutes=0.3")
     run.wait_for(lambda: len(run.losses()) >= 2, process)
-    frozen = run.ranks()[1]
+    frozen = run.ranks()[rank]
     frozen.suspend()
     ((status, text),) = run.finish(process)
     assert status == Exit.LOST_PEER
     silent = (
-        rf"error: rank 0 has lost another rank: rank 1 \(\S+, process {frozen.pid}\) has been silent for "
+        rf"error: rank {1 - rank} has lost another rank: rank {rank} \(\S+, process {frozen.pid}\) has been "
     )
-    assert re.search(silent + r"\d+ s, last in step \d+", text), text
-    stacks = (run.folder / "hangs" / "rank-00000.txt").read_text()
-    assert stacks.startswith("rank 0 has been in step ") and "train_step" in stacks
+    assert re.search(silent + r"silent for \d+ s, last in step \d+", text), text
+    stacks = (run.folder / "hangs" / f"rank-0000{1 - rank}.txt").read_text()
+    assert stacks.startswith(f"rank {1 - rank} has been in step ") and "train_step" in stacks
     ((status, text),) = run.finish(
         run.start(sys.executable, "-m", "madpo.launch.cli", "status", str(run.folder))
     )

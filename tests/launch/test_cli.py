@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,23 @@ def test_the_status_of_ranks_that_could_not_write_it_is_that_of_the_first_cause(
     for rank in ranks:
         rank.wait()
     assert local._status(ranks, tmp_path, "a start", []) == whole
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_hangs_is_killed_once_another_has_failed_and_not_told_of(
+    tmp_path, capfd, monkeypatch, failing
+):
+    monkeypatch.setattr(local, "SECONDS_AFTER_A_FAILURE", 0.2)
+    lines = ["exec sleep 60"] * 2
+    lines[failing] = "kill -SEGV $$"
+    ranks = [subprocess.Popen(["sh", "-c", line]) for line in lines]
+    began = time.monotonic()
+    ended = local._wait(ranks)
+    assert time.monotonic() - began < 30
+    assert ended == {1 - failing} and local._status(ranks, tmp_path, "a start", [], ended) == 6
+    assert capfd.readouterr().err.splitlines() == [
+        f"error: rank {failing} on {socket.gethostname()} is gone: killed by SIGSEGV"
+    ]
 
 
 def test_fresh_does_not_move_the_config_that_it_trains_with(path, tmp_path):

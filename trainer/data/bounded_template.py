@@ -97,6 +97,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """A value that was made, if the rendering may have one more of its size."""
         return _counted(value)
 
+    def nested(self, value: Any) -> Any:
+        """A list or table that was made, if it is not too large with all that is in it written out.
+
+        It may hold a value twice, and the next one that value twice: sixty of them are a text without end.
+        """
+        _check(_written_out(value, {}), MOST_ITEMS)
+        return value
+
     def concat(self, pieces: Iterable[str]) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         kept, size = [], 0
         for piece in pieces:
@@ -109,7 +117,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         _ = __self.tick
         owner = getattr(__obj, "__self__", None)
         _check_call(getattr(__obj, "__name__", ""), (owner, *args), kwargs)
-        return _counted(super().call(__context, __obj, *args, **kwargs))
+        made = _counted(super().call(__context, __obj, *args, **kwargs))
+        return __self.nested(made) if isinstance(made, dict | list | tuple) else made
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
@@ -121,7 +130,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             _check(bits, MOST_BITS)
         if operator == "%" and isinstance(left, str):
             _check_format(left)
-        return _counted(super().call_binop(context, operator, left, right))
+        made = _counted(super().call_binop(context, operator, left, right))
+        return self.nested(made) if isinstance(made, list | tuple) else made
 
     def wrap_str_format(self, value: Any) -> Any:
         wrapped = super().wrap_str_format(value)
@@ -137,7 +147,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         def bounded(*args: Any, **kwargs: Any) -> Any:
             _ = self.tick
             _check_call(name, args, kwargs)
-            return _counted(function(*args, **kwargs))
+            made = _counted(function(*args, **kwargs))
+            return self.nested(made) if name == "list" else made
 
         return bounded
 
@@ -147,7 +158,7 @@ def _refuse_to_draw(*_: Any) -> Any:
 
 
 class _WithTicks(NodeTransformer):
-    """Puts the environment's `tick`, and calls of its `joined` and `counted`, into a template."""
+    """Puts the environment's `tick`, and calls of its `joined`, `counted` and `nested`, into a template."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -162,6 +173,20 @@ class _WithTicks(NodeTransformer):
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
         self.generic_visit(node)
         return _call("counted", [node], node) if isinstance(node.arg, nodes.Slice) else node
+
+    def visit_List(self, node: nodes.List) -> nodes.Expr:
+        return self._made(node, node.items)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
+        return node if node.ctx == "store" else self._made(node, node.items)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Expr:
+        return self._made(node, [pair.value for pair in node.items])
+
+    def _made(self, node: nodes.Expr, items: list[nodes.Expr]) -> nodes.Expr:
+        self.generic_visit(node)
+        is_constant = all(isinstance(item, nodes.Const) for item in items)
+        return node if is_constant else _call("nested", [node], node)
 
 
 def _call(method: str, arguments: list[Any], beside: nodes.Node) -> nodes.Call:
@@ -178,8 +203,9 @@ def _check_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
     texts = [value for value in values if isinstance(value, str)]
     lists = [value for value in values if isinstance(value, list | tuple)]
     _check(max(widths, default=0), MAX_RANGE)
-    if name in ("indent", "expandtabs"):
-        _check(max(widths, default=0) * max(map(len, texts), default=0), MOST_CHARACTERS)
+    if name in ("indent", "expandtabs", "wordwrap", "urlize"):  # some take a text for what is put between
+        between = max([*widths, *map(len, texts[1:])], default=0)
+        _check(between * max(map(len, texts), default=0), MOST_CHARACTERS)
     if name == "replace" and len(texts) > 2:
         text, old, new = texts[:3]
         _check(text.count(old) * len(new), MOST_CHARACTERS)
@@ -192,7 +218,7 @@ def _check_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
 
 GROWING = {
     *("center", "ljust", "rjust", "zfill", "expandtabs", "replace", "join", "format"),  # of texts
-    *("indent", "wordwrap", "tojson", "batch", "slice", "truncate", "round"),  # filters
+    *("indent", "wordwrap", "urlize", "tojson", "batch", "slice", "truncate", "round"),  # filters
 }
 """Methods and filters whose result may be far larger than what they are given."""
 
@@ -209,6 +235,15 @@ def _counted(value: Any) -> Any:
         if _rendering.made > MOST_BYTES:
             raise TemplateLimitError(f"makes values of more than {MOST_BYTES:,} bytes for one conversation")
     return value
+
+
+def _written_out(value: Any, known: dict[int, int]) -> int:
+    """The number of values in a list or a table, and in those inside; `known` are those of objects by id."""
+    if id(value) not in known:
+        children = value.values() if isinstance(value, dict) else value
+        inside = (child for child in children if isinstance(child, dict | list | tuple))
+        known[id(value)] = len(value) + sum(_written_out(child, known) for child in inside)
+    return known[id(value)]
 
 
 def _most(value: Any) -> int:
