@@ -155,7 +155,7 @@ def test_a_narrow_terminal_gets_the_parts_below_one_another(config, monkeypatch)
     parts = f"data.datasets=[{{path: {pairs}, test_split: test}}, {{path: {pairs / 'test.jsonl'}}}]"
     for columns, tables in (("80", 3), ("4000", 1)):
         monkeypatch.setenv("COLUMNS", columns)
-        monkeypatch.setenv("LINES", "50")  # rich believes only both, where it takes the terminal for a dumb one
+        monkeypatch.setenv("LINES", "50")  # rich believes both or none of a dumb terminal
         _, out, _ = checked(config, "data.dataset_name=null", parts)
         starts = ("rows ", "groups ", "tokens ", "  a ", "  both ")
         lines = [line for line in out.splitlines() if line.startswith(starts) and "5 %" not in line]
