@@ -197,7 +197,9 @@ def test_a_kill_within_a_save_costs_no_bit(undisturbed, tmp_path, point, in_back
 def test_fifty_kills_at_random_moments_cost_no_bit(undisturbed, tmp_path):
     """Of one rank or the other, at any time of a life; the run comes to its end all the same."""
     random_ = random.Random(20261201)
-    run = copied(undisturbed, tmp_path, train={"save_steps": 1, "async_save": True})
+    # A rank waits so long for one that was killed before they met; no launcher ends it here.
+    waits = {"start_timeout_minutes": 0.5}
+    run = copied(undisturbed, tmp_path, train={"save_steps": 1, "async_save": True}, launch=waits)
     kills = ends = 0
     while kills < 50:
         if killed(run, random_.choice((0, 1)), None, random_.uniform(0.2, 3.0)):
