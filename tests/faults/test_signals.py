@@ -15,7 +15,7 @@ from patience import patient
 from real_runs import NOISE, RealRun, real_run
 from small_runs import train
 
-from madpo.trainer import outcome
+from madpo.trainer import heartbeat, outcome
 from madpo.trainer.checkpoints.folders import newest_checkpoint, step_of
 from madpo.trainer.checkpoints.manifest import read
 from madpo.trainer.config.schema import load
@@ -154,6 +154,8 @@ def test_a_frozen_rank_is_named_and_the_others_leave_their_stacks(tmp_path, toke
     run = real_run(tmp_path, tokenizer_folder, max_steps=100_000, num_train_epochs=1e6)
     process = run.train("launch.timeout_minutes=0.3")
     run.wait_for(lambda: len(run.losses()) >= 2, process)
+    # What it has said last is what is told of it.
+    run.wait_for(lambda: all("step" in beat.place for beat in heartbeat.beats_in(run.folder)), process)
     frozen = run.ranks()[rank]
     frozen.suspend()
     ((status, text),) = run.finish(process)
