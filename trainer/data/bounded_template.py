@@ -64,7 +64,7 @@ def within_bounds(template: str, name: str) -> Iterator[None]:
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
     """The sandbox, with bounds. It compiles a template with a look at the clock in every loop."""
 
-    intercepted_binops = frozenset({"*", "**", "%", "+"})
+    intercepted_binops = frozenset({"*", "**", "%", "+", "-"})
 
     def __init__(self, like: Any) -> None:
         """`like` is transformers' environment, whose options, filters and functions count here too."""
@@ -131,6 +131,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if operator == "%" and isinstance(left, str):
             _check_format(left)
         made = _counted(super().call_binop(context, operator, left, right))
+        if isinstance(made, set):  # of the keys of a table
+            raise TemplateLimitError("makes a set, whose order is another one at every start")
         return self.nested(made) if isinstance(made, list | tuple) else made
 
     def wrap_str_format(self, value: Any) -> Any:

@@ -8,6 +8,7 @@ in place of each text, and a marker that does not come out stands for text that 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -256,6 +257,7 @@ def _rendering(tokenizer: PreTrainedTokenizerBase, written: str, shape: str, var
             raise
         except Exception:  # a template may raise anything; it will again, for the example
             continue
+        _refuse_addresses(text, tokenizer)
         lost = (*lost_in(text, places), *glued_in(text, messages))
         found.append(Rendering(names, lost, trims(text, messages), bool(asked_for)))
         if not found[-1].lost:
@@ -263,6 +265,19 @@ def _rendering(tokenizer: PreTrainedTokenizerBase, written: str, shape: str, var
     # The first of those that lose the fewest: the one with the fewest translations.
     best = min(found, key=lambda x: len(x.lost), default=Rendering())
     return best._replace(lost=tuple(x for x in best.lost if x.part != NOTHING))
+
+
+def _refuse_addresses(text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError if this text of a shape holds an object's place in memory."""
+    if found := _ADDRESS.search(text):
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path!r} writes {found[0]}, which is another text at "
+            "every start; mend it, as with |list or () behind that value, or take another tokenizer"
+        )
+
+
+_ADDRESS = re.compile(r"<[^<>]{1,200} at 0x[0-9a-f]+>")
+"""What Python writes for an object that has no text of its own, as a generator or a function."""
 
 
 def _translations_of(conversation: Conversation) -> Iterator[tuple[tuple[str, ...], Conversation]]:

@@ -65,6 +65,28 @@ def test_a_template_that_draws_at_random_is_refused(tokenizer, text):
         render(MESSAGES, tokenizer, {})
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{{ (messages[0].keys() - ['role'])|join }}", "makes a set, whose order is another one at every"),
+        ("{{ messages|map(attribute='content') }}", "writes <generator object .* at 0x.*list or "),
+        ("{{ 'said ' ~ messages[0].items }}", "writes <built-in method items .* at 0x.*another text at"),
+        ("{{ cycler('a') }}", "writes <jinja2.utils.Cycler object at 0x"),
+        ("{{ self.said }}{% block said %}{% endblock %}", "writes <.* at 0x"),
+    ],
+)
+def test_a_template_that_writes_another_text_at_each_start_is_refused(tokenizer, text, said):
+    tokenizer.chat_template = f"{text}{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}"
+    with pytest.raises(UserError, match=f"the chat template of .* {said}"):
+        render(MESSAGES, tokenizer, {})
+
+
+def test_an_address_in_the_data_is_data(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    said = [*MESSAGES[:1], {"role": "assistant", "content": "<function f at 0x7fae20337c40>"}]
+    assert tokenizer.decode(render(said, tokenizer, {})[0]).endswith("at 0x7fae20337c40>")
+
+
 @pytest.mark.parametrize("name", ENDLESS)
 def test_what_would_not_end_is_stopped(tokenizer, monkeypatch, name):
     monkeypatch.setattr(bounded_template, "MOST_SECONDS", 0.05)
