@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from madpo.trainer.counted import counted
 from madpo.trainer.data.dataset import column_of, flat_column, lists_of
 from madpo.trainer.data.repeats import MOST_CLAIMS, NONE, KnownClaims, Repeats, find_repeats
 
@@ -327,7 +328,7 @@ RENDERED = 0.5
 def on_marks_in_text(report: Report) -> list[str]:
     """What is to be said of special tokens and of marks of turns that texts and messages spell out."""
     lines = []
-    number, rows = report["texts_that_spell_special_tokens"], report["rows"]
+    number, rows = report.get("texts_that_spell_special_tokens", 0), report["rows"]
     if number > RENDERED * rows:
         lines.append(
             f"{number} of {rows} examples are text in which a chat template was rendered before: special "
@@ -375,7 +376,10 @@ def findings(report: Report) -> Iterator[str]:
         for text, number in report.get(key, {}).items():
             yield f"{number:,} examples: {text}{_first(report, text)}"
     if unused := report.get("unused_columns"):
-        yield f"columns that are not used: {', '.join(unused)}"
+        named = (
+            f"{name} in {counted(number, 'example')}{_first(report, name)}" for name, number in unused.items()
+        )
+        yield f"not used: {', '.join(named)}"
 
 
 def _first(report: Report, key: str) -> str:

@@ -317,9 +317,15 @@ def _tools(row: dict[str, Any]) -> list[dict[str, Any]]:
             raise UserError(f"tools: expected JSON, got {value!r:.80}") from None
     if value is None:
         return []
-    if not isinstance(value, list) or any(not isinstance(tool, dict) for tool in value):
+    if not isinstance(value, list) or not all(map(_is_schema, value)):
         raise UserError(f"tools: expected a list of JSON schemas, got {value!r:.80}")
     return value
+
+
+def _is_schema(tool: Any) -> bool:
+    """Whether this is an object that says something, as its `function` does if it has one."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    return isinstance(function, dict) and bool(function)
 
 
 def _template_kwargs(row: dict[str, Any]) -> dict[str, Any]:

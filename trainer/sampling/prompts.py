@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.counted import counted
+from madpo.trainer.data.report import MOST_PLACES, UNREADABLE
 from madpo.trainer.data.source import cache_folder, fields_of, open_source
 from madpo.trainer.data.template_keys import unread
-from madpo.trainer.data.tokenise import TokenRules, encode_prompt
+from madpo.trainer.data.tokenise import FILLS, TokenRules, encode_prompt
 from madpo.trainer.data.tokenised_cache import adapter_in, rules_of
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS
@@ -40,6 +41,7 @@ class Prompts:
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> examples
     notes: Counter[str] = field(default_factory=Counter)  # what the chat template made of prompts -> how many
     unused: Counter[str] = field(default_factory=Counter)  # columns that nothing looks at -> examples
+    where: dict[str, list[str]] = field(default_factory=dict)  # what is counted -> the first examples of it
 
     @property
     def texts(self) -> list[Text]:
@@ -49,6 +51,13 @@ class Prompts:
     def keys(self) -> list[str]:
         """A key for each prompt, equal for equal ones."""
         return [_key(group) for group in self.groups]
+
+    def count(self, kind: Counter[str], texts: Iterable[str], place: str) -> None:
+        """Count these texts, which are said of the example of this place."""
+        for text in texts:
+            kind[text] += 1
+            if kind[text] <= MOST_PLACES:
+                self.where.setdefault(text, []).append(place)
 
     def encode(self, member: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The tokens of prompt number `member`."""
@@ -85,31 +94,28 @@ def read_prompts(
     for number, row in source.examples():
         if len(prompts.groups) == limit:
             break
-        count += 1
+        count, place = count + 1, source.where(number)
         try:
             group = _prompt(fields_of(row, source.unit, classes), adapter, tokenizer, rules, prompt_tokens)
             tokens, notes = encode_prompt(group, tokenizer, rules)
         except Exception as error:  # a chat template may raise anything
             if data.on_bad_row == "error":
-                raise UserError(
-                    f"{source.where(number)}: {error}; mend the row, or set data.on_bad_row=drop"
-                ) from error
-            prompts.dropped["unreadable"] += 1
+                raise UserError(f"{place}: {error}; mend the row, or set data.on_bad_row=drop") from error
+            prompts.count(prompts.dropped, [UNREADABLE], place)
             continue
         length = len(tokens)
         if not 0 < length < data.max_length:
-            prompts.dropped["prompt fills max_length" if length else "prompt has no tokens"] += 1
+            prompts.count(prompts.dropped, [FILLS if length else "prompt has no tokens"], place)
             continue
-        prompts.unused.update(group.unused)
-        prompts.unused.update(unread(group, template, rules.template_kwargs))
+        prompts.count(prompts.unused, [*group.unused, *unread(group, template, rules.template_kwargs)], place)
         key = _key(group)
         if key in seen:
             continue
         seen.add(key)
         prompts.groups.append(group)
         prompts.lengths.append(length)
-        prompts.notes.update(notes)
-        prompts.places.append(source.where(number))
+        prompts.count(prompts.notes, notes, place)
+        prompts.places.append(place)
     repeated = count - len(prompts.groups) - sum(prompts.dropped.values())
     if not prompts.groups:
         reasons = ", ".join(f"{number}: {reason}" for reason, number in prompts.dropped.items())

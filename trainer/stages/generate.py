@@ -27,6 +27,7 @@ from madpo.trainer.config.locate import located, model_folder
 from madpo.trainer.config.schema import Config
 from madpo.trainer.counted import counted
 from madpo.trainer.data.known_tokens import largest_id, unknown_token
+from madpo.trainer.data.report import findings
 from madpo.trainer.data.source import test_split
 from madpo.trainer.data.tokenised_cache import tokenizer_identity
 from madpo.trainer.dist import Shard
@@ -293,6 +294,7 @@ def _provenance(
         "dropped": dict(prompts.dropped),
         "chat_template": dict(prompts.notes),
         "unused_columns": dict(prompts.unused),
+        "where": prompts.where,
         "models": [{"name": x.name, "loaded": x.folder, "revision": x.revision} for x in writers],
         "settings": settings.model_dump(),
         "seed": config.seed,
@@ -317,12 +319,8 @@ def _show(
     print_line(f"{split}: {sampled} of {prompts}")
     if repeated := facts["repeated_prompts"]:
         print_line(f"  {counted(repeated, 'row')} left out: an earlier row has the same prompt")
-    for reason, count in facts["dropped"].items():
-        print_line(f"  {counted(count, 'row')} dropped: {reason}")
-    if unused := facts["unused_columns"]:
-        print_line(f"  columns that are not used: {', '.join(unused)}")
-    for note, count in facts["chat_template"].items():
-        print_line(f"  {counted(count, 'prompt')}: {note}")
+    for line in findings(facts):
+        print_line(f"  {line}")
     for name, own in facts["of_model"].items():
         scores = ""
         if "score_mean" in own:

@@ -84,6 +84,13 @@ def test_tools_beside_plain_text_are_refused():
 RANKED = {"prompt": "a", "completions": ["b", "c", "d"], "scores": [1.0, None, 3.0]}
 
 
+@pytest.mark.parametrize("tool", [{}, "find", {"function": None}, {"function": "find"}, {"function": {}}])
+def test_a_tool_that_is_no_schema_is_refused(tool):
+    """A template that writes names would write an empty one for it."""
+    with pytest.raises(UserError, match=r"tools: expected a list of JSON schemas, got \["):
+        read(LAYOUTS["messages"] | {"tools": [tool]})
+
+
 def test_a_weight_is_the_rows_or_one_for_each_completion():
     assert read({**TEXT, "weight": 0}).weight == 0 and read({**TEXT, "weight": None}).weight is None
     assert read({**TEXT, "weight": 2}, ignore=("weight",)).weight is None

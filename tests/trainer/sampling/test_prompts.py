@@ -15,6 +15,7 @@ import pytest
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from madpo.trainer.config.data import DataConfig
+from madpo.trainer.data.report import findings
 from madpo.trainer.sampling.pairs import Pair, choose_pair, pair_row, random_of
 from madpo.trainer.sampling.prompts import Prompts, read_prompts
 
@@ -121,6 +122,7 @@ def test_what_is_dropped_is_counted(tmp_path, tokenizer):
     found = read(tmp_path, rows, tokenizer, on_bad_row="drop", max_length=20)
     assert found.texts == ["the"] and found.rows == 3
     assert found.dropped == {"unreadable": 1, "prompt fills max_length": 1}
+    assert [found.where[x][0].rpartition(":")[2] for x in found.dropped] == ["1", "2"]
     with pytest.raises(ValueError, match=r"no prompt in 1 row \(1: prompt fills max_length\)"):
         read(tmp_path, rows[1:2], tokenizer, max_length=20)
 
@@ -148,6 +150,11 @@ def test_keys_of_messages_that_nothing_reads_are_counted(tmp_path, tokenizer):
         "words (of messages)": 1,
         "style (of chat_template_kwargs)": 2,
     }
+    assert found.where["mood (of messages)"] == found.places[:1]
+    assert found.where["style (of chat_template_kwargs)"] == found.places
+    report = {"dropped": found.dropped, "rows": 2, "unused_columns": found.unused, "where": found.where}
+    (line,) = findings(report)
+    assert line.startswith(f"not used: mood (of messages) in 1 example (first: {found.places[0]}), words")
 
 
 def test_folds_are_refused(tmp_path, tokenizer):
