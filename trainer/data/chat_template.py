@@ -32,7 +32,7 @@ from madpo.trainer.data.template_shape import (
     texts_of,
     trims,
 )
-from madpo.trainer.data.translations import AS_OBJECT, TRANSLATIONS, Conversation, translate
+from madpo.trainer.data.translations import TRANSLATIONS, Conversation, translate
 from madpo.trainer.errors import UserError, on_one_line
 from madpo.trainer.formats.chat_message import NAME, THINKING, Messages, arguments_in, text_in
 from madpo.trainer.formats.json_lines import object_in, respelled
@@ -52,7 +52,7 @@ class Rendering(NamedTuple):
     lost: tuple[Lost, ...] = ()  # even so
     is_trimmed: bool = False  # blanks at the ends of messages are left out
     is_dated: bool = False  # it asks for the time
-    respells: bool = False  # numbers in arguments that are JSON text come out otherwise
+    respelled: tuple[str, ...] = ()  # where numbers come out otherwise than the data wrote them
 
 
 def render(
@@ -64,7 +64,7 @@ def render(
 
     Raises UserError if there is no template, if it raises anything itself, or if it writes BOS twice.
     """
-    given = messages
+    given, tools = messages, options.get(TOOLS)
     messages, options, rendering = translated(messages, tokenizer, options)
     try:
         text = write(messages, tokenizer, options)
@@ -72,9 +72,13 @@ def render(
         raise
     except Exception as error:  # a template may raise anything
         raise UserError(f"the chat template refuses the conversation: {on_one_line(error)}") from error
+    numbers = {  # before the translation, which may make a text of an object, and after it
+        "arguments of tool calls": [*arguments_in(given), *arguments_in(messages)],
+        "tools": [tools, options[TOOLS]],
+    }
     rendering = rendering._replace(
         lost=(*rendering.lost, *_altered(messages, text, rendering.lost)),
-        respells=AS_OBJECT in rendering.translations and any(map(respelled, arguments_in(given))),
+        respelled=tuple(place for place, said in numbers.items() if respelled(said)),
     )
     ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
@@ -203,8 +207,7 @@ def notes_on(
     notes = list(rendering.translations)
     if rendering.is_dated:
         notes.append("the template writes the date, that of data.template_date")
-    if rendering.respells:
-        notes.append("numbers in arguments of tool calls, a JSON text, written otherwise by the template")
+    notes += [f"numbers in {place} written otherwise by the template" for place in rendering.respelled]
     if rendering.is_trimmed:
         notes.append("blanks at the ends of messages left out by the template")
     for lost in rendering.lost:

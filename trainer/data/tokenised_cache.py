@@ -38,7 +38,7 @@ from madpo.trainer.formats.oddities import claims_of, oddities_of
 from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row
 from madpo.trainer.formats.text_groups import hash_of_prompt
 
-FORMAT_VERSION = 14
+FORMAT_VERSION = 15
 """Part of the cache key; raise it when the same examples would give other tokens."""
 
 FEATURES = datasets.Features(

@@ -112,8 +112,6 @@ def _in_tools(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[C
     return lambda conversation: conversation._replace(tools=[change(tool) for tool in conversation.tools])
 
 
-AS_OBJECT = "arguments of tool calls, a JSON text, rendered as an object"
-
 TRANSLATIONS: dict[str, Callable[[Conversation], Conversation]] = {
     "role developer rendered as system, function as tool": _in_messages(_known_roles),
     "parts of text rendered as one text": _in_messages(_text_of_parts),
@@ -121,7 +119,7 @@ TRANSLATIONS: dict[str, Callable[[Conversation], Conversation]] = {
     "no text beside tool calls rendered as null": _in_messages(_null_beside_calls),
     "no text beside tool calls rendered as empty text": _in_messages(_empty_beside_calls),
     "parameters, input or args of tool calls rendered as arguments": _in_messages(_under_arguments),
-    AS_OBJECT: _in_messages(_objects_for_arguments),
+    "arguments of tool calls, a JSON text, rendered as an object": _in_messages(_objects_for_arguments),
     "arguments of tool calls, an object, rendered as its JSON text": _in_messages(_text_for_arguments),
     "bare tool calls rendered under the key function": _in_messages(
         lambda messages: _with_calls(messages, under_function)

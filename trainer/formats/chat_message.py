@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from madpo.trainer.errors import UserError
-from madpo.trainer.formats.json_lines import unique_keys
+from madpo.trainer.formats.json_lines import read_json
 from madpo.trainer.formats.numbers import is_mask, is_rating
 
 Messages = list[dict[str, Any]]
@@ -93,8 +92,10 @@ def calls_in(value: Any, where: str) -> list[dict[str, Any]]:
     found = value
     if isinstance(value, str):
         try:
-            found = json.loads(value, object_pairs_hook=unique_keys) if value.strip() else []
-        except (ValueError, RecursionError) as error:  # UserError is a ValueError
+            found = read_json(value) if value.strip() else []
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: expected tool calls, got no JSON, {value!r:.80}") from error
     calls = found if isinstance(found, list) else [found]
     if any(not isinstance(_function(call).get("name"), str) for call in calls):

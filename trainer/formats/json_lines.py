@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -19,9 +20,7 @@ def parse_json_line(raw: bytes) -> dict[str, Any]:
     last of two equal keys, and take half a character for one.
     """
     try:
-        row = json.loads(
-            raw.decode("utf-8-sig").rstrip(), object_pairs_hook=unique_keys, parse_constant=_no_constant
-        )
+        row = read_json(raw.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         hint = "; it looks like UTF-16, convert it with iconv" if raw[:2] in _UTF16 else ""
         raise UserError(f"not UTF-8 ({error.reason}){hint}") from None
@@ -53,8 +52,50 @@ def _check_characters(row: dict[str, Any]) -> None:
         raise UserError(f"text holds half a character (a lone surrogate), in {near!r}") from None
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these keys and values, for `json.loads`. Raises UserError for a key that stands twice."""
+def read_json(text: str) -> Any:
+    """What a JSON text holds; a number that JSON writes otherwise than this text is one of Respelled.
+
+    Raises what `json.loads` raises, and UserError for a key that stands twice and for what is no number that
+    can be kept: NaN, Infinity, 1e400.
+    """
+    return json.loads(
+        text,
+        object_pairs_hook=_unique_keys,
+        parse_constant=_no_constant,
+        parse_float=_float,
+        parse_int=_int,
+    )
+
+
+class Respelled:
+    """A number that JSON writes otherwise than it was written, as 1.10 or 1e5."""
+
+
+class _RespelledFloat(Respelled, float): ...
+
+
+class _RespelledInt(Respelled, int): ...
+
+
+def _float(spelled: str) -> float:
+    number = float(spelled)
+    if math.isinf(number):
+        raise UserError(f"{spelled:.40} is too large a number to be read")
+    return number if repr(number) == spelled else _RespelledFloat(number)
+
+
+def _int(spelled: str) -> int:
+    number = int(spelled)
+    return number if str(number) == spelled else _RespelledInt(number)
+
+
+def respelled(value: Any) -> bool:
+    """Whether a value of `read_json` holds one of Respelled at any depth."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return isinstance(value, Respelled) or any(map(respelled, inside))
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -73,18 +114,7 @@ def object_in(arguments: Any) -> dict[str, Any] | None:
     if not isinstance(arguments, str):
         return None
     try:
-        value = json.loads(arguments, object_pairs_hook=unique_keys, parse_constant=_no_constant)
-        json.dumps(value, allow_nan=False)  # which fails for a number that is too large
+        value = read_json(arguments)
     except (ValueError, RecursionError):  # UserError is a ValueError
         return None
     return value if isinstance(value, dict) else None
-
-
-def respelled(arguments: Any) -> bool:
-    """Whether the JSON text of an object has a number that is written otherwise once it is read, as 1e5, or
-    one of more digits than a float keeps."""
-    spelled: list[str] = []
-    if not isinstance(arguments, str) or not object_in(arguments):
-        return False
-    json.loads(arguments, parse_float=spelled.append, parse_int=spelled.append)
-    return any(json.dumps(json.loads(number)) != number for number in spelled)

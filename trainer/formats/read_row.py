@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from madpo.trainer.formats.chat_message import (
     unknown_keys,
     without_weights,
 )
-from madpo.trainer.formats.json_lines import unique_keys
+from madpo.trainer.formats.json_lines import read_json
 from madpo.trainer.formats.messages import one_of
 from madpo.trainer.formats.numbers import (
     LABELS,
@@ -310,7 +309,7 @@ def _tools(row: dict[str, Any]) -> list[dict[str, Any]]:
     value = row.get("tools")
     if isinstance(value, str):
         try:
-            value = json.loads(value, object_pairs_hook=unique_keys) if value.strip() else None
+            value = read_json(value) if value.strip() else None
         except UserError as error:
             raise UserError(f"tools: {error}") from None
         except ValueError:

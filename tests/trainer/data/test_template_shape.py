@@ -13,6 +13,7 @@ from turn_templates import asks, says
 from madpo.trainer.data.tokenise import TokenGroup, TokenRules, tokenise
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS
+from madpo.trainer.formats.json_lines import read_json
 from madpo.trainer.formats.read_row import RowRules, read_row
 
 
@@ -161,7 +162,7 @@ def test_arguments_that_are_escaped_stand_there(tokenizer, arguments):
         assert not tokens(tokenizer, dumped, calling(arguments=given)).problem
 
 
-RESPELLED = "numbers in arguments of tool calls, a JSON text, written otherwise by the template"
+RESPELLED = "numbers in %s written otherwise by the template"
 
 
 @pytest.mark.parametrize(
@@ -176,11 +177,18 @@ RESPELLED = "numbers in arguments of tool calls, a JSON text, written otherwise 
     ],
 )
 def test_numbers_that_a_template_writes_otherwise_are_told_of(tokenizer, number, is_said):
+    """They are written as JSON writes them, unless the data and the template have them in a text."""
     named = TURNS.replace("CALLS", CALLS["named"])
     as_is = TURNS.replace(
         "CALLS", CALLS["named"].replace("(c.function.arguments | tojson)", "c.function.arguments")
     )
-    answer = calling(arguments=f'{{"x": {number}}}')
-    assert (RESPELLED in tokens(tokenizer, named, answer).notes) == is_said
-    kept = tokens(tokenizer, as_is, answer)
-    assert RESPELLED not in kept.notes and number in tokenizer.decode(kept.completions[0])
+    text = f'{{"x": [{number}]}}'
+    of_calls, of_tools = RESPELLED % "arguments of tool calls", RESPELLED % "tools"
+    for given in (text, read_json(text)):
+        assert (of_calls in tokens(tokenizer, named, calling(arguments=given)).notes) == is_said
+    kept = tokens(tokenizer, as_is, calling(arguments=text))
+    assert of_calls not in kept.notes and number in tokenizer.decode(kept.completions[0])
+    assert (of_calls in tokens(tokenizer, as_is, calling(arguments=read_json(text))).notes) == is_said
+    of_tool = json.dumps(schema(minimum="least")).replace('"least"', number)
+    for given in (of_tool, read_json(of_tool)):
+        assert (of_tools in with_tool(tokenizer, DUMPED, given).notes) == is_said

@@ -94,7 +94,7 @@ def test_calls_in_every_form_become_a_list(given, content):
     "calls, said",
     [
         ("find(film)", "expected tool calls, got no JSON, 'find"),
-        ('[{"name": "find", "name": "look"}]', "expected tool calls, got no JSON"),
+        ('[{"name": "find", "name": "look"}]', "key 'name' stands twice"),
         ([AS_TEXT], "a tool call has a function with a name, got"),
         (["abc"], "a tool call has a function with a name, got"),
         ({"arguments": {}}, "a tool call has a function with a name, got"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from madpo.trainer.formats.json_lines import parse_json_line
+from madpo.trainer.formats.json_lines import parse_json_line, respelled
 
 BAD_LINES = [
     (b'{"a": NaN}', "NaN is not a number"),
     (b'{"a": -Infinity}', "-Infinity is not a number"),
+    (b'{"a": {"b": [-1e400]}}', "-1e400 is too large a number"),
     (b'{"a": 1, "a": 2}', "key 'a' stands twice"),
     (b'{"a": 1', "not JSON"),
     (b"[1]", "expected a JSON object, got list"),
@@ -40,3 +41,10 @@ def test_lines_that_are_no_rows_are_named():
         parse_json_line(b'{"a": {"b": 1, "b": 2}}')
     with pytest.raises(ValueError, match="at column 6"):
         parse_json_line(b'{"a":}')
+
+
+@pytest.mark.parametrize("number", ["1.10", "1e5", "1E-7", "-0", "0.12345678901234567890", "1.0e0"])
+def test_a_number_that_json_writes_otherwise_is_known(number):
+    (value,) = parse_json_line(f'{{"a": [{number}, 1.5, 12345678901234567890]}}'.encode()).values()
+    assert [respelled(x) for x in value] == [True, False, False] and respelled({"b": value})
+    assert value == [float(number), 1.5, 12345678901234567890]
