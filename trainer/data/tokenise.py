@@ -170,7 +170,7 @@ def encode_prompt(
         return encode_texts([group.prompt], tokenizer, rules.text_holds_special_tokens)[0], []
     options = _template_options(group, rules) | {
         "add_generation_prompt": _opens_an_answer(group),
-        "continue_final_message": _is_continued(group),
+        "continue_final_message": is_continued(group),
     }
     try:
         ids, rendering = render(group.prompt, tokenizer, options)
@@ -189,12 +189,13 @@ def _opens_an_answer(group: TextGroup) -> bool:
     """Whether an answer of its own follows the prompt."""
     assert not isinstance(group.prompt, str)
     others_spoke = group.prompt[-1]["role"] != "assistant"
-    return others_spoke or (_first_speakers(group) <= {"assistant"} and not _is_continued(group))
+    return others_spoke or (_first_speakers(group) <= {"assistant"} and not is_continued(group))
 
 
-def _is_continued(group: TextGroup) -> bool:
-    """Whether completions continue the prompt's last message: the assistant's own words, but no tool call, if
-    a completion begins with the assistant too. In a whole conversation those are two messages."""
+def is_continued(group: TextGroup) -> bool:
+    """Whether completions continue the last message of the prompt, which is a conversation: words of the
+    assistant, but no tool call, if a completion begins with the assistant too. In a whole conversation those
+    are two messages."""
     last: Any = group.prompt[-1]
     if group.whole or last["role"] != "assistant" or "tool_calls" in last:
         return False
@@ -264,7 +265,7 @@ def _conversation(group: TextGroup, completion: Messages) -> tuple[Messages, int
     """The messages of a prompt and its completion, and the index of the completion's first; a message of the
     prompt that the completion continues is that one. Raises UserError for a completion that cannot."""
     assert not isinstance(group.prompt, str)
-    if not _is_continued(group):
+    if not is_continued(group):
         return group.prompt + completion, len(group.prompt)
     *prompt, begun = group.prompt
     if completion[0]["role"] != "assistant":
@@ -302,7 +303,7 @@ def _changes_the_prompt(group: TextGroup, tokenizer: PreTrainedTokenizerBase, ru
     if isinstance(group.prompt, str):
         return False
     options = _template_options(group, rules)
-    alone = text_of(group.prompt, tokenizer, options | {"continue_final_message": _is_continued(group)})
+    alone = text_of(group.prompt, tokenizer, options | {"continue_final_message": is_continued(group)})
     opening = {"add_generation_prompt": True} if _opens_an_answer(group) else {}
     header = text_of(group.prompt, tokenizer, options | opening).removeprefix(alone) if opening else ""
     for completion in _conversations(group):

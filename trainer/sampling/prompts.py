@@ -17,11 +17,11 @@ from madpo.trainer.counted import counted
 from madpo.trainer.data.report import MOST_PLACES, UNREADABLE
 from madpo.trainer.data.source import cache_folder, fields_of, open_source
 from madpo.trainer.data.template_keys import unread
-from madpo.trainer.data.tokenise import FILLS, TokenRules, encode_prompt
+from madpo.trainer.data.tokenise import FILLS, TokenRules, encode_prompt, is_continued
 from madpo.trainer.data.tokenised_cache import adapter_in, rules_of
 from madpo.trainer.errors import UserError
 from madpo.trainer.formats.adapters import ADAPTERS
-from madpo.trainer.formats.chat_message import without_weights
+from madpo.trainer.formats.chat_message import text_in, without_weights
 from madpo.trainer.formats.numbers import LABELS
 from madpo.trainer.formats.read_row import RowRules, bytes_as_text, choose_adapter, read_row, renamed
 from madpo.trainer.formats.text_groups import Text, TextGroup
@@ -141,12 +141,24 @@ def _prompt(
             raise UserError(
                 "plain text has no prompt; set generate.prompt_tokens to take its first tokens for one"
             )
+        _check_written(bare)
         return bare
     if not isinstance(group.prompt, str):
         raise UserError("generate.prompt_tokens cuts plain text, and this is a conversation; set it to null")
     whole = text if is_plain else group.prompt
     assert isinstance(whole, str)
     return replace(bare, prompt=_first_tokens(whole, tokenizer, prompt_tokens, rules))
+
+
+def _check_written(group: TextGroup) -> None:
+    """Raise UserError for a prompt after which an answer is sampled that would be read as the end of another
+    one, once both stand in columns of their own."""
+    if group.conversational and is_continued(replace(group, whole=False)) != is_continued(group):
+        last: Any = group.prompt[-1]
+        raise UserError(
+            "the assistant answers twice in a row, and a prompt that ends with its words is continued, got "
+            f"{text_in(last)!r:.60} before the last answer; join the two, or put a message between them"
+        )
 
 
 PROMPT_ONLY = "prompt"

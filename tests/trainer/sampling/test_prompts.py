@@ -16,6 +16,9 @@ from transformers import AutoTokenizer, ByT5Tokenizer
 
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.report import findings
+from madpo.trainer.data.tokenise import TokenRules, tokenise
+from madpo.trainer.formats.adapters import ADAPTERS
+from madpo.trainer.formats.read_row import RowRules, read_row
 from madpo.trainer.sampling.pairs import Pair, choose_pair, pair_row, random_of
 from madpo.trainer.sampling.prompts import Prompts, read_prompts
 
@@ -74,6 +77,30 @@ def test_a_question_that_the_completion_begins_with_belongs_to_the_prompt(tmp_pa
     again = [{"role": "user", "content": "and", "weight": 0}]
     found = read(tmp_path, [{"prompt": ASK + ANSWER, "completion": again + OTHER}], tokenizer)
     assert found.texts == [[*ASK, *ANSWER, {"role": "user", "content": "and"}]]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": ASK + ANSWER},
+        {"prompt": ASK + ANSWER},
+        {"prompt": ASK + ANSWER, "completion": OTHER},
+        {"prompt": ASK + ANSWER, "completion": ASK + OTHER},
+        {"messages": ASK + ANSWER + OTHER},
+        {"chosen": ASK + ANSWER + OTHER, "rejected": ASK + ANSWER + ANSWER},
+    ],
+)
+def test_what_is_written_is_trained_on_behind_the_tokens_that_it_was_sampled_behind(tmp_path, tokenizer, row):
+    whole = row.get("messages", row.get("chosen", []))
+    if len(whole) == 3:  # two answers, which a column prompt and one of completions would join
+        with pytest.raises(ValueError, match=r"rows.jsonl:1: the assistant answers twice .* got 'so' before"):
+            read(tmp_path, [row], tokenizer)
+        return
+    found = read(tmp_path, [row], tokenizer)
+    written = {"prompt": found.texts[0], "chosen": OTHER, "rejected": ANSWER}
+    group = tokenise(read_row(written, ADAPTERS["preference"], RowRules()), tokenizer, TokenRules(99))
+    assert group.prompt == found.encode(0, tokenizer)
+    assert [tokenizer.decode(x) for x in group.completions] == ["not so", "so"]
 
 
 def test_each_prompt_once_in_the_order_of_the_source(tmp_path, tokenizer):
