@@ -21,10 +21,12 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from madpo.trainer.data.bounded_template import TemplateLimitError, bounded, within_bounds
 from madpo.trainer.data.template_shape import (
+    MARK,
     NOTHING,
     THOUGHT,
     TOOLS,
     Lost,
+    common_prefix,
     glued_in,
     lost_in,
     marked,
@@ -261,6 +263,9 @@ def _rendering(tokenizer: PreTrainedTokenizerBase, written: str, shape: str, var
         except Exception:  # a template may raise anything; it will again, for the example
             continue
         _refuse_addresses(text, tokenizer)
+        if not options.get("add_generation_prompt") and not options.get("continue_final_message"):
+            more = {**options, TOOLS: tools or None}
+            _refuse_another_opening(text, messages, lambda x, more=more: write(x, tokenizer, more))
         lost = (*lost_in(text, places), *glued_in(text, messages))
         found.append(Rendering(names, lost, trims(text, messages), bool(asked_for)))
         if not found[-1].lost:
@@ -276,6 +281,23 @@ def _refuse_addresses(text: str, tokenizer: PreTrainedTokenizerBase) -> None:
         raise UserError(
             f"the chat template of {tokenizer.name_or_path!r} writes {found[0]}, which is another text at "
             "every start; mend it, as with |list or () behind that value, or take another tokenizer"
+        )
+
+
+def _refuse_another_opening(text: str, messages: Messages, written: Callable[[Messages], str]) -> None:
+    """Raise UserError if a template opens another answer behind this conversation, which ends with one: its
+    end is that of the conversation before the answer, and is not there where a question follows."""
+    if messages[-1]["role"] != "assistant":
+        return
+    try:
+        before, followed = written(messages[:-1]), written([*messages, {"role": "user", "content": MARK}])
+    except Exception:  # a template may raise anything, also for a part of a conversation
+        return
+    opening = text[common_prefix(text, followed) :]
+    if opening.strip() and text.startswith(before) and before.endswith(opening):
+        raise UserError(
+            f"the chat template opens another answer behind the last one (it writes ...{opening!r:.60}), "
+            "which would be trained on; let it do so only under add_generation_prompt"
         )
 
 

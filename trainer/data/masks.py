@@ -18,7 +18,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.data.chat_template import translated, write
-from madpo.trainer.data.template_shape import MARK, ODD, THOUGHT, probes
+from madpo.trainer.data.template_shape import MARK, ODD, THOUGHT, common_prefix, probes
 from madpo.trainer.data.translations import Conversation, translate
 from madpo.trainer.errors import UserError, on_one_line
 from madpo.trainer.formats.chat_message import WEIGHT, Messages
@@ -115,7 +115,7 @@ class _Turns:
         if index < 0:
             return 0
         behind, closing = self._behind(index), self._tail(index, self._write)
-        shared = _common_prefix(self.text[behind:], closing)
+        shared = common_prefix(self.text[behind:], closing)
         if closing and not shared:
             raise self.hidden(index)
         if not closing:  # it ends a turn only where another follows
@@ -133,7 +133,7 @@ class _Turns:
             alone = [self._write([message], bos_token="") for message in _plain(following["role"])]
         except Exception:  # a template may raise anything, and this may be no message to begin with
             return 0
-        header = alone[0][: _common_prefix(*alone)]
+        header = alone[0][: common_prefix(*alone)]
         between = self._before_words(index + 1)[behind:]
         closing = between[: len(between) - _common_suffix(between, header)]
         return len(closing) if closing.strip() and self.text.startswith(between, behind) else 0
@@ -141,7 +141,7 @@ class _Turns:
     def _before_words(self, index: int) -> str:
         """The text up to the words of a plain message in this place."""
         one, other = (self._with(index, message) for message in _plain(self._messages[index]["role"]))
-        return one[: _common_prefix(one, other)]
+        return one[: common_prefix(one, other)]
 
     def _tail_within(self, index: int) -> str:
         """What is written behind a message when the assistant is to speak next, without its header."""
@@ -169,13 +169,13 @@ class _Turns:
     def _after_header(self, index: int) -> int:
         """Where the words of an answer begin: after the generation prompt behind the message before it."""
         if index == self._first and self._parted:
-            return _common_prefix(self.text, self._with(index, self._parted[0]))
+            return common_prefix(self.text, self._with(index, self._parted[0]))
         before = self._messages[:index]
         opened = partial(self._write, add_generation_prompt=True)
         behind, expected = 0, opened(before)
         if before:
             behind, expected = self._behind(index - 1), self._tail(index - 1, opened)
-        shared = _common_prefix(self.text[behind:], expected)
+        shared = common_prefix(self.text[behind:], expected)
         if shared == len(expected):
             # Where no header is wanted, as behind the result of a tool, the template may still write one.
             start = behind + shared
@@ -188,7 +188,7 @@ class _Turns:
         # The generation prompt says more than the header does here, as it may open the thinking.
         closed, opening = self._write(before), opened(before)
         header = len(opening) - len(closed) if opening.startswith(closed) else 0
-        shared = min(shared, _common_prefix(until[behind:], expected))
+        shared = min(shared, common_prefix(until[behind:], expected))
         is_header = shared in (len(until) - behind, len(expected)) or THOUGHT.search(expected[:shared])
         if not is_header or not until.startswith(self.text[:behind]) or shared <= len(expected) - header:
             raise self.hidden(index)
@@ -235,11 +235,6 @@ class _Turns:
 def _plain(role: str) -> list[dict[str, Any]]:
     """Two messages of a role whose words have nothing in common."""
     return [{"role": role, "content": content} for content in (MARK, ODD)]
-
-
-def _common_prefix(one: str, other: str) -> int:
-    most = min(len(one), len(other))
-    return bisect_left(range(1, most + 1), True, key=lambda n: one[:n] != other[:n])
 
 
 def _common_suffix(one: str, other: str) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count, pairwise
 from typing import Any, NamedTuple
@@ -92,6 +93,12 @@ def glued_in(text: str, messages: Messages) -> list[Lost]:
             if has_blanks and len(ends) == 2 and "".join(ends) in text:
                 lost.append(Lost(index, message["role"], NOTHING))
     return lost
+
+
+def common_prefix(one: str, other: str) -> int:
+    """The number of characters that two texts begin with alike."""
+    most = min(len(one), len(other))
+    return bisect_left(range(1, most + 1), True, key=lambda n: one[:n] != other[:n])
 
 
 def texts_of(content: Any) -> list[str]:

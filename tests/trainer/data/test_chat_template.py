@@ -267,6 +267,39 @@ def test_a_prompt_alone_is_held_to_the_same_rule(tokenizers):
         encode_prompt(group, tokenizers["three roles"], TokenRules(500))
 
 
+OPENINGS = {
+    "never": ("", "<user>two and two</>", "<assistant>is four</>"),
+    "where asked": (OPEN, "<user>two and two</><assistant>", "is four</>"),
+    "behind a question": (
+        "{% if messages[-1].role != 'assistant' %}<assistant>{% endif %}",
+        "<user>two and two</><assistant>",
+        "is four</>",
+    ),
+    "always": ("<assistant>", None, None),
+    "always, with roles that alternate": (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles alternate') }}{% endif %}{% endfor %}<assistant>",
+        None,
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("opening, prompt, answer", OPENINGS.values(), ids=OPENINGS)
+def test_what_opens_an_answer_is_no_part_of_the_one_before(tokenizers, opening, prompt, answer):
+    """A model that is to open its answers by itself learns to."""
+    tokenizer = tokenizers["plain"]
+    tokenizer.chat_template = TEMPLATES["plain"].removesuffix(OPEN) + opening
+    try:
+        if prompt is None:
+            with pytest.raises(UserError, match=r"opens another answer behind the last one \(it writes .*a"):
+                texts(tokenizer, row([ASK]))
+        else:
+            assert texts(tokenizer, row([ASK]))[:2] == (prompt, [answer, answer.replace("four", "five")])
+    finally:
+        tokenizer.chat_template = TEMPLATES["plain"]
+
+
 def test_another_template_of_one_tokenizer_is_looked_at_anew(tokenizers):
     tokenizer, example = tokenizers["plain"], row([ASK], THOUGHT)
     assert "by counting" in texts(tokenizer, example)[1][0]
