@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from madpo.launch import data_commands  # noqa: F401
+from madpo.launch.app import ConfigPath, Extend, Fresh, OfTask, Overrides, app, command, loaded, run_task
 from madpo.launch.bench_commands import bench_app
-from madpo.launch.help import (
-    DATA,
-    FIRST_STEPS,
-    LOOK,
-    MODELS,
-    NAMES,
-    START,
-    TRAIN,
-    ConfigCommand,
-    complete_config,
-    guide,
-    show_versions,
-)
+from madpo.launch.help import GROUPS, LOOK, MODELS, START, TRAIN, guide
 from madpo.launch.lifeline import LAUNCHER_PID, die_with_launcher
 from madpo.launch.templates import commands, templates, write
 from madpo.trainer.errors import UserError
 
 if TYPE_CHECKING:
     from madpo.launch.local import Task
-    from madpo.trainer.config.schema import Config
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-app = typer.Typer(
-    help="Train language models on preferences with ZeRO-3: MADPO, DPO and more.",
-    epilog=FIRST_STEPS,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings=NAMES,
-)
 app.add_typer(
     bench_app,
     name="bench",
@@ -49,40 +27,6 @@ app.add_typer(
     rich_help_panel=LOOK,
     epilog=guide("madpo bench step --lora", "docs/throughput.md"),
 )
-
-
-def command(group: str, example: str, page: str, name: str | None = None) -> Callable[[Function], Function]:
-    """Register a command in a group of the help, with an example and the page that says more."""
-    return app.command(name, cls=ConfigCommand, rich_help_panel=group, epilog=guide(example, page))
-
-
-@app.callback()
-def options(
-    _: Annotated[
-        bool, typer.Option("--version", help="show versions", callback=show_versions, is_eager=True)
-    ] = False,
-) -> None:
-    pass
-
-
-ConfigPath = Annotated[
-    str,
-    typer.Argument(help="YAML file, or a run folder", metavar="CONFIG", autocompletion=complete_config),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="values in place of the config's, as in optim.lr=2e-6", metavar="SECTION.KEY=VALUE"),
-]
-OfTask = Annotated[
-    Literal["train", "sft", "reward"] | None,
-    typer.Option("--task", help="read the config as that command does"),
-]
-Extend = Annotated[
-    bool, typer.Option("--extend", help="continue a finished run to more train.max_steps or num_train_epochs")
-]
-Fresh = Annotated[
-    bool, typer.Option("--fresh", help="move an earlier run in output_dir aside and start anew")
-]
 
 
 @command(START, "madpo init my.yaml --template lora", "configs/README.md")
@@ -121,7 +65,10 @@ def convert(
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs that the file was written for")] = None,
 ) -> None:
-    """Translate a config of TRL, LLaMA-Factory, Axolotl or OpenRLHF, and list what has no counterpart."""
+    """Translate a config of TRL, LLaMA-Factory, Axolotl or OpenRLHF.
+
+    What has no counterpart is listed.
+    """
     from madpo.launch.convert.command import run
 
     run(file, output, source, task, gpus)
@@ -178,84 +125,6 @@ def run_recipe(
     raise typer.Exit(run(recipe, overrides or [], jobs, only or [], dry_run))
 
 
-@command(DATA, "madpo annotate runs/reward --folds 3", "docs/recipes.md")
-def annotate(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    folds: Annotated[
-        int | None,
-        typer.Option(
-            help="split the prompts into K folds, train a model without each, score the fold with it",
-            metavar="K",
-        ),
-    ] = None,
-    model: Annotated[
-        list[str] | None, typer.Option(help="score with this model; several: mean score")
-    ] = None,
-) -> None:
-    """Score pairs with a reward model: the margins that MADPO needs."""
-    overrides = list(overrides or [])
-    overrides += [f"annotate.folds={folds}"] if folds is not None else []
-    overrides += [f"annotate.models={json.dumps(model)}"] if model else []
-    resolved = _loaded(config, overrides, "annotate")
-    from madpo.launch import fold_models, local
-    from madpo.launch.preflight import check
-
-    check(resolved, "annotate")
-    status = fold_models.train_folds(resolved, config, overrides)
-    status = status or local.run("annotate", config, overrides, resolved)
-    if status:
-        raise typer.Exit(status)
-
-
-@command(DATA, "madpo generate my.yaml 'generate={num_completions: 4}'", "docs/generate.md")
-def generate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Sample answers to a data set's prompts, judge them, make pairs."""
-    _run_task("generate", config, overrides)
-
-
-@command(DATA, "madpo probe my_sft.yaml", "docs/objectives.md")
-def probe(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Measure how well a model knows its training set already."""
-    _run_task("probe", config, overrides)
-
-
-@command(DATA, "madpo show-data my.yaml -n 5", "docs/data.md")
-def show_data(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    count: Annotated[int, typer.Option("-n", "--count", min=0, help="groups to show")] = 3,
-    task: OfTask = None,
-) -> None:
-    """Show training data as the model sees it, and what was dropped."""
-    resolved = _loaded(config, overrides or [], task or "show-data")
-    from rich.console import Console
-
-    from madpo.launch.quiet import quiet_libraries
-
-    quiet_libraries()
-    from madpo.trainer.stages.show_data import show_data as show
-
-    show(resolved, count, Console(highlight=False))
-
-
-@command(DATA, "madpo check-data my.yaml", "docs/data.md")
-def check_data(config: ConfigPath, overrides: Overrides = None, task: OfTask = None) -> None:
-    """Check all data without a model: what is dropped, cut or odd.
-
-    The exit status is 3 if there are rows that cannot be read.
-    """
-    resolved = _loaded(config, overrides or [], task or "check-data")
-    from rich.console import Console
-
-    from madpo.launch.quiet import quiet_libraries
-
-    quiet_libraries()
-    from madpo.trainer.stages.check_data import check_data as check
-
-    raise typer.Exit(check(resolved, Console(highlight=False)))
-
-
 @command(MODELS, "madpo evaluate runs/mine", "docs/metrics.md")
 def evaluate(
     config: ConfigPath,
@@ -265,7 +134,7 @@ def evaluate(
     ] = False,
 ) -> None:
     """Evaluate a run's newest checkpoint on the held-out split."""
-    _run_task("evaluate", config, overrides, ["--base"] if base else [])
+    run_task("evaluate", config, overrides, ["--base"] if base else [])
 
 
 @command(MODELS, "madpo export runs/mine --merge", "docs/models.md")
@@ -277,7 +146,7 @@ def export(
     ] = False,
 ) -> None:
     """Write a run's newest checkpoint as a Hugging Face folder."""
-    _run_task("export", config, [*(overrides or []), *(["train.export_merged=true"] if merge else [])])
+    run_task("export", config, [*(overrides or []), *(["train.export_merged=true"] if merge else [])])
 
 
 @command(LOOK, "madpo config my.yaml optim.lr=2e-6", "docs/config.md", name="config")
@@ -337,7 +206,7 @@ def report(
 
 
 def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool, extend: bool) -> None:
-    resolved = _loaded(config, overrides or [], task)
+    resolved = loaded(config, overrides or [], task)
     folder = Path(resolved.output_dir)
     from madpo.launch import local
     from madpo.launch.preflight import check
@@ -363,21 +232,7 @@ def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool, ex
     raise typer.Exit(status)
 
 
-def _run_task(task: Task, config: str, overrides: list[str] | None, flags: Sequence[str] = ()) -> None:
-    resolved = _loaded(config, overrides or [], task)
-    from madpo.launch import local
-    from madpo.launch.preflight import check
-
-    check(resolved, task, base=bool(flags))
-    raise typer.Exit(local.run(task, config, overrides or [], resolved, flags))
-
-
-def _loaded(config: str, overrides: list[str], task: str) -> Config:
-    """Load a config. That takes seconds, most of them torch's import, so something is said first."""
-    print(f"reading {config}", flush=True)
-    from madpo.trainer.config.schema import load
-
-    return load(config, overrides, task)
+app.registered_commands.sort(key=lambda each: GROUPS.index(str(each.rich_help_panel)))
 
 
 def main() -> None:

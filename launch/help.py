@@ -11,8 +11,8 @@ from typing import Any
 import typer
 import typer.core
 
-START, TRAIN, DATA, MODELS, LOOK = "Start", "Train", "Data", "Models", "Look and measure"
-"""The groups of commands."""
+GROUPS = START, TRAIN, DATA, MODELS, LOOK = "Start", "Train", "Data", "Models", "Look and measure"
+"""The groups of commands, in the order of the help."""
 FIRST_STEPS = (
     "First steps: madpo init my.yaml, then the commands that it prints. Help for one of them: madpo train -h"
 )

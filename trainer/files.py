@@ -201,24 +201,39 @@ def hash_of_file(*paths: Path) -> str:
     return content.hexdigest()
 
 
-CHECKSUMS = "checksums.json"
+SEAL = "seal.json"
+
+
+def facts_of(path: Path) -> list[int]:
+    """What tells that a file was written to: its size, and when its content and its entry last changed, in
+    nanoseconds. A tool that sets the first time back cannot do so with the second."""
+    facts = path.stat()
+    return [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
 
 
 def seal(folder: Path) -> None:
-    """Write the hash of every file of a folder into it."""
-    sums = {str(file.relative_to(folder)): hash_of_file(file) for file in _files_in(folder)}
-    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
+    """Write into a folder the hash and the facts of every file of it."""
+    sealed = {_name_in(folder, file): [hash_of_file(file), facts_of(file)] for file in _files_in(folder)}
+    (folder / SEAL).write_text(json.dumps(sealed) + "\n")
+
+
+def is_untouched(folder: Path) -> bool:
+    """Whether nobody has written to a sealed folder since, by the facts of its files, which are not read."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        sealed = json.loads((folder / SEAL).read_text())
+        facts = {_name_in(folder, file): facts_of(file) for file in _files_in(folder)}
+        return facts == {name: of_file for name, (_, of_file) in sealed.items()}
+    return False
 
 
 def fault_in(folder: Path) -> str | None:
     """What differs in a folder from the time it was sealed, as text for the user; None if nothing does."""
     try:
-        sums = json.loads((folder / CHECKSUMS).read_text())
-    except (OSError, ValueError) as error:
-        return f"{CHECKSUMS} cannot be read ({type(error).__name__})"
-    if not isinstance(sums, dict):
-        return f"{CHECKSUMS} holds no table"
-    for name in sorted(sums.keys() | {str(file.relative_to(folder)) for file in _files_in(folder)}):
+        sealed = json.loads((folder / SEAL).read_text())
+        sums = {name: checksum for name, (checksum, _) in sealed.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{SEAL} cannot be read ({type(error).__name__})"
+    for name in sorted(sums.keys() | {_name_in(folder, file) for file in _files_in(folder)}):
         if name not in sums:
             return f"{name} was added"
         if not (folder / name).is_file():
@@ -228,16 +243,27 @@ def fault_in(folder: Path) -> str | None:
     return None
 
 
-def discard_damaged(folder: Path, then: str) -> None:
-    """Delete a sealed folder in which something differs, and say so; `then` is what comes of it."""
-    if folder.is_dir() and (fault := fault_in(folder)):
+def discard_damaged(folder: Path, then: str, verify: bool = False) -> None:
+    """Delete a sealed folder in which something differs, and say so; `then` is what comes of it.
+
+    Its files are read if one of them was touched since, as by a copy, or to `verify` them.
+    """
+    if not folder.is_dir() or (is_untouched(folder) and not verify):
+        return
+    if fault := fault_in(folder):
         print(f"damaged cache {folder}: {fault}; {then}", file=sys.stderr, flush=True)
         shutil.rmtree(folder)
+    else:
+        seal(folder)
 
 
 def _files_in(folder: Path) -> list[Path]:
     files = (file for file in folder.rglob("*") if file.is_file())
-    return sorted(file for file in files if file.name != CHECKSUMS and file.suffix != ".lock")
+    return sorted(file for file in files if file.name != SEAL and file.suffix != ".lock")
+
+
+def _name_in(folder: Path, file: Path) -> str:
+    return str(file.relative_to(folder))
 
 
 def flush(path: Path) -> None:

@@ -2,12 +2,14 @@
 
 import os
 import re
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xxhash
 
+from madpo.trainer import files
 from madpo.trainer.config import strict_yaml
 from madpo.trainer.config.locate import model_folder
 from madpo.trainer.config.run_config import read_tree
@@ -18,9 +20,11 @@ from madpo.trainer.files import (
     SAMPLE_BYTES,
     SAMPLES,
     check_path,
+    discard_damaged,
     fault_in,
     fault_of_path,
     hash_of_file,
+    is_untouched,
     read_object,
     sampled_content,
     seal,
@@ -166,18 +170,43 @@ def test_a_sealed_folder_tells_what_has_changed(tmp_path):
     (folder / "in").mkdir(parents=True)
     (folder / "a").write_text("one")
     (folder / "in" / "b").write_text("two")
-    assert fault_in(folder) == "checksums.json cannot be read (FileNotFoundError)"
+    assert fault_in(folder) == "seal.json cannot be read (FileNotFoundError)" and not is_untouched(folder)
     seal(folder)
-    assert fault_in(folder) is None
+    assert fault_in(folder) is None and is_untouched(folder)
+    before = os.stat(folder / "in" / "b")
+    time.sleep(0.02)  # a file system's clock ticks every few milliseconds
     (folder / "in" / "b").write_text("twO")
-    assert fault_in(folder) == "in/b has changed"
+    os.utime(folder / "in" / "b", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert fault_in(folder) == "in/b has changed" and not is_untouched(folder)
     (folder / "in" / "b").unlink()
     assert fault_in(folder) == "in/b is missing"
     (folder / "in" / "b").write_text("two")
     (folder / "c").touch()
-    assert fault_in(folder) == "c was added"
-    (folder / "checksums.json").write_text("[]")
-    assert fault_in(folder) == "checksums.json holds no table"
+    assert fault_in(folder) == "c was added" and not is_untouched(folder)
+    for content in ("[]", '{"a": "sum"}', "{"):
+        (folder / "seal.json").write_text(content)
+        assert "seal.json cannot be read" in str(fault_in(folder)) and not is_untouched(folder)
+
+
+def test_a_sealed_folder_is_read_again_only_if_it_was_touched(tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a").write_text("one")
+    seal(folder)
+    read = []
+    monkeypatch.setattr(files, "hash_of_file", lambda path: read.append(path) or hash_of_file(path))
+    discard_damaged(folder, "reading anew")
+    assert not read
+    discard_damaged(folder, "reading anew", verify=True)
+    assert read
+    os.utime(folder / "a")  # as a copy does
+    discard_damaged(folder, "reading anew")
+    read.clear()
+    discard_damaged(folder, "reading anew")  # sealed anew
+    assert not read and folder.is_dir() and not capfd.readouterr().err
+    (folder / "a").write_text("two")
+    discard_damaged(folder, "reading anew")
+    assert not folder.exists() and "a has changed; reading anew" in capfd.readouterr().err
 
 
 def test_samples_know_contents_and_not_times(tmp_path):

@@ -16,7 +16,7 @@ import pyarrow as pa
 import xxhash
 
 from madpo.trainer.config.data import DataConfig
-from madpo.trainer.data.source import LINES, Source, line_of, load_by_name, reading
+from madpo.trainer.data.source import LINES, Origin, Source, line_of, load_by_name, reading
 from madpo.trainer.data.split_files import split_files
 from madpo.trainer.data.table_files import name_of, place_of, stream_table
 from madpo.trainer.errors import UserError
@@ -73,7 +73,7 @@ class LineReader:
                     raws.append(raw)
             end = file.tell()
         rows = datasets.Dataset.from_dict({"line": numbers, "raw": raws}, features=LINES)
-        return Source(self.name, rows, self.content, "line"), [end, line]
+        return Source(Origin(self.name, "line"), rows, self.content), [end, line]
 
     def where(self, cursor: Any, row: int) -> str:
         return line_of(self._path, row)
@@ -107,7 +107,7 @@ class RowReader:
         )
         block = datasets.Dataset(table)  # pyright: ignore[reportArgumentType]
         end = {"rows": cursor["rows"] + len(block), "state": rows.state_dict()}
-        return Source(self.name, block, "", "row"), end
+        return Source(Origin(self.name, "row"), block, ""), end
 
     def where(self, cursor: Any, row: int) -> str:
         number = cursor["rows"] + row

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import xxhash
 
 from madpo.trainer.data.groups import GroupCounts, ReferenceLogps, ease_of
 from madpo.trainer.data.lengths import Shapes
 from madpo.trainer.data.tokenise import TokenGroup
 
+Columns = Callable[[str], np.ndarray]
+"""Gives a column by name, of lists their elements one list after another."""
+
+COUNTS = ("tokens", "completion_tokens", "scored_tokens", "sequences", "edges", "labels")
+
+STORED = (*(f"num_{name}" for name in COUNTS), "row", "prompt_hash", "margins")
+"""The columns of numbers that every start reads as a whole."""
+
 
 class GroupDataset:
     """Token groups in a table on disk. All views lie on one of these."""
 
-    def __init__(self, table: datasets.Dataset, name: str, fingerprint: str) -> None:
+    def __init__(
+        self, table: datasets.Dataset, name: str, fingerprint: str, columns: Columns | None = None
+    ) -> None:
+        """`columns` gives those of the table, if they are stored; they are read from the table if not."""
         self.name = name
         self.fingerprint = fingerprint  # of the examples and everything that made tokens of them
         self.table = table
-        names = ("tokens", "completion_tokens", "scored_tokens", "sequences", "edges", "labels")
-        self.counts = GroupCounts.all_computed(*(column_of(table, f"num_{name}") for name in names))
+        self._column = columns or partial(_read, table)
+        self.counts = GroupCounts.all_computed(*(self._column(f"num_{name}") for name in COUNTS))
         self.reference: ReferenceLogps | None = None
 
     @property
@@ -42,6 +53,11 @@ class GroupDataset:
     def margins(self) -> np.ndarray:
         """(E,) margins of all edges; NaN where the data set has none."""
         return self._margins
+
+    @property
+    def edge_ends(self) -> tuple[np.ndarray, np.ndarray]:
+        """(E,) the winning and (E,) the losing completion of every edge, counted from 0 in its group."""
+        return flat_column(self.table, "winners"), flat_column(self.table, "losers")
 
     @property
     def edge_weights(self) -> np.ndarray | None:
@@ -70,15 +86,15 @@ class GroupDataset:
     # pyright takes no cached_property for a protocol's property, so the cached columns have their own names.
     @cached_property
     def _rows(self) -> np.ndarray:
-        return column_of(self.table, "row")
+        return self._column("row")
 
     @cached_property
     def _prompt_hashes(self) -> np.ndarray:
-        return column_of(self.table, "prompt_hash")
+        return self._column("prompt_hash")
 
     @cached_property
     def _margins(self) -> np.ndarray:
-        return flat_column(self.table, "margins")
+        return self._column("margins")
 
     def select(self, indices: np.ndarray, name: str) -> GroupDataset:
         """The groups at `indices` (n,), called `name` in messages."""
@@ -88,14 +104,14 @@ class GroupDataset:
     @cached_property
     def completion_lengths(self) -> np.ndarray:
         """(S,) tokens of every completion."""
-        return flat_column(self.table, "completions", lambda x: pc.call_function("list_value_length", [x]))
+        return flat_column(self.table, "completion_lengths")
 
     def shapes(self, indices: np.ndarray) -> Shapes:
         """The lengths of the groups at `indices` (B,), in that order."""
-        groups: Any = self.table.select_columns(["completions"]).with_format("arrow")[indices]
-        lists = groups.column(0).combine_chunks()
-        counts = [pc.call_function("list_value_length", [x]).to_numpy() for x in (lists, lists.flatten())]
-        return Shapes((self.counts.lengths - self.counts.completion_tokens)[indices], *counts)
+        groups: Any = self.table.select_columns(["completion_lengths"]).with_format("arrow")[indices]
+        completions = groups.column(0).combine_chunks().flatten().to_numpy().astype(np.int64)
+        counts = self.counts.at(indices)
+        return Shapes(counts.lengths - counts.completion_tokens, counts.sequences, completions)
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -120,14 +136,9 @@ class GroupDataset:
         )
 
 
-def flat_column(
-    table: datasets.Dataset, name: str, convert: Callable[[Any], Any] | None = None
-) -> np.ndarray:
-    """The elements of a column of lists, one list after another, converted if that is given; NaN for null."""
-    flat = lists_of(table, name).flatten()
-    if convert is not None:
-        flat = convert(flat)
-    return flat.to_numpy(zero_copy_only=False)
+def flat_column(table: datasets.Dataset, name: str) -> np.ndarray:
+    """The elements of a column of lists, one list after another; NaN for null."""
+    return lists_of(table, name).flatten().to_numpy(zero_copy_only=False)
 
 
 def lists_of(table: datasets.Dataset, name: str) -> Any:
@@ -136,5 +147,25 @@ def lists_of(table: datasets.Dataset, name: str) -> Any:
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
+def _read(table: datasets.Dataset, name: str) -> np.ndarray:
+    is_list = pa.types.is_list(table.data.schema.field(name).type)
+    return flat_column(table, name) if is_list else column_of(table, name)
+
+
+def store_columns(table: datasets.Dataset, folder: Path) -> None:
+    """Write the columns STORED of a table into files of a folder, which is there."""
+    for name in STORED:
+        np.save(folder / f"{name}.npy", _read(table, name))
+
+
+def stored_columns(folder: Path) -> Columns:
+    """The columns of a folder of `store_columns`, mapped: the processes of a machine share their memory."""
+    return lambda name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+
+
 def column_of(table: datasets.Dataset, name: str) -> np.ndarray:
-    return np.asarray(table.with_format("numpy")[name][:])
+    """(n,) a column of numbers."""
+    column: Any = table.with_format("arrow")[name][:]
+    if isinstance(column, pa.ChunkedArray):
+        return column.to_numpy()
+    return column.to_numpy(zero_copy_only=False)

@@ -36,8 +36,8 @@ class GroupCounts:
         return len(self.lengths)
 
     def at(self, indices: np.ndarray) -> Self:
-        """The counts of the groups at `indices` (n,)."""
-        return type(self)(*(getattr(self, field.name)[indices] for field in fields(self)))
+        """The counts of the groups at `indices` (n,), as int64, whose products do not overflow."""
+        return type(self)(*(getattr(self, field.name)[indices].astype(np.int64) for field in fields(self)))
 
     @classmethod
     def all_computed(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datasets
 import numpy as np
-import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
+
+from madpo.trainer.data.dataset import column_of
 
 
 def lacks_tokens(tokenizer: PreTrainedTokenizerBase, known: int | None) -> bool:
@@ -25,15 +26,18 @@ def with_known_tokens(
     """
     if known is None or not lacks_tokens(tokenizer, known):
         return table
-    unknown = _first_unknown(table, known)  # (rows of the table,) -1 where all are known
+    largest = column_of(table, "largest_id")
+    too_large = np.flatnonzero(largest >= known)
+    if not len(too_large):
+        return table
     problems, unreadable = table["problem"][:], table["unreadable"][:]
-    rows = [int(row) for row in np.flatnonzero(unknown >= 0) if not problems[row]]
+    rows = [int(row) for row in too_large if not problems[row]]
     if not rows:
         return table
     for row in rows:
         unreadable[row] = True
         problems[row] = (
-            f"{unknown_token(int(unknown[row]), tokenizer, known)}; set model.resize_embeddings=true if "
+            f"{unknown_token(int(largest[row]), tokenizer, known)}; set model.resize_embeddings=true if "
             "tokens were added to the model's own tokenizer; if not, they do not belong together "
             "(model.tokenizer_name_or_path)"
         )
@@ -51,23 +55,3 @@ def unknown_token(token: int, tokenizer: PreTrainedTokenizerBase, known: int) ->
 def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The largest id that the tokenizer gives. Added tokens may leave gaps, so that it is not the count."""
     return max(len(tokenizer) - 1, *tokenizer.added_tokens_decoder, 0)
-
-
-def _first_unknown(table: datasets.Dataset, known: int) -> np.ndarray:  # (rows of the table,)
-    """An unknown id of each row of the table; -1 where it has none."""
-    found = [np.empty(0, np.int64)]
-    for piece in table.select_columns(["prompt", "completions"]).with_format("arrow").iter(batch_size=10_000):
-        prompts, groups = (piece[name].combine_chunks() for name in ("prompt", "completions"))  # type: ignore[union-attr]
-        completions = groups.flatten()
-        unknown = np.full(len(prompts), -1)
-        for lists, rows in ((completions, _parents(groups)), (prompts, np.arange(len(prompts)))):
-            ids = lists.flatten().to_numpy(zero_copy_only=False)
-            at = np.flatnonzero(ids >= known)
-            unknown[rows[_parents(lists)[at]]] = ids[at]
-        found.append(unknown)
-    return np.concatenate(found)
-
-
-def _parents(lists: object) -> np.ndarray:
-    """The index of the list that each element of the flat array belongs to."""
-    return pc.call_function("list_parent_indices", [lists]).to_numpy(zero_copy_only=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import NamedTuple
 
 import datasets
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.dataset import GroupDataset
-from madpo.trainer.data.report import Report, total_report
+from madpo.trainer.data.report import Report, Reports, total_report
 from madpo.trainer.data.source import test_split
 from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.errors import UserError
@@ -28,16 +29,16 @@ def load_split(
     tokenizer: PreTrainedTokenizerBase,
     supervised: bool = False,
     known_tokens: int | None = None,
-) -> tuple[GroupDataset, dict[str, Report]]:
+) -> tuple[GroupDataset, Reports]:
     """The training or the held-out groups, and for each part a report of what was read, cut and dropped.
 
-    The first report is of all parts together. The parts of a mixture stand one after another, each tokenised
+    The parts of a mixture stand one after another, each tokenised
     and cached as if it were alone; a held-out split is taken whole. Raises UserError as `load_groups` does,
     and if no split is named.
     """
     described = parts_of(data, held_out)
     parts: list[GroupDataset] = []
-    reports: dict[str, Report] = {}
+    reports: dict[str, Callable[[], Report]] = {}
     for part in described:
         groups, report = load_groups(
             part.data, part.split, tokenizer, supervised, part.fraction, known_tokens
@@ -45,12 +46,17 @@ def load_split(
         parts.append(groups)
         reports[part.label] = report
     if data.datasets is None:
-        return parts[0], reports
+        return parts[0], partial(_all_of, reports)
     identity = [(own.fingerprint, part.fraction) for own, part in zip(parts, described, strict=True)]
     fingerprint = f"mixture-{xxhash.xxh3_128_hexdigest(repr(identity).encode())}"
     table = datasets.concatenate_datasets([groups.table for groups in parts])
     name = " + ".join(groups.name for groups in parts)
-    return GroupDataset(table, name, fingerprint), with_total(name, described, reports)
+    together = cache(lambda: with_total(name, described, _all_of(reports)))
+    return GroupDataset(table, name, fingerprint), together
+
+
+def _all_of(reports: Mapping[str, Callable[[], Report]]) -> dict[str, Report]:
+    return {label: report() for label, report in reports.items()}
 
 
 class Part(NamedTuple):

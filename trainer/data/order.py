@@ -39,12 +39,12 @@ class DataOrder:
         return indices
 
     def _order_of_epoch(self, epoch: int) -> np.ndarray:
-        shuffled = permutation(self.num_groups, self._seed, epoch)
+        order = permutation(self.num_groups, self._seed, epoch)
         if self._weights is not None:
-            return systematic_draws(self._weights, self._seed, epoch)[shuffled]
-        if self._ease is None:
-            return shuffled
-        return shuffled[np.argsort(-self._ease[shuffled], kind="stable")]
+            order = systematic_draws(self._weights, self._seed, epoch)[order]
+        elif self._ease is not None:
+            order = order[np.argsort(-self._ease[order], kind="stable")]
+        return order.astype(np.min_scalar_type(self.num_groups))  # every rank of a machine holds one
 
 
 def permutation(num_groups: int, seed: int, epoch: int) -> np.ndarray:

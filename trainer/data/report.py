@@ -21,6 +21,10 @@ from madpo.trainer.data.repeats import MOST_CLAIMS, NONE, KnownClaims, Repeats, 
 Report = dict[str, Any]
 """What was read, cut and dropped of a split or of one part of it."""
 
+Reports = Callable[[], dict[str, Report]]
+"""Gives the reports of a split's parts by name, that of all parts together first. Only who shows them asks: a
+report of millions of rows takes long."""
+
 MOST_PLACES = 20
 """The number of examples that are named for each reason."""
 

@@ -27,14 +27,35 @@ LINES = datasets.Features({"line": datasets.Value("int64"), "raw": datasets.Valu
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where the examples of a split come from, for messages about them."""
+
+    name: str
+    unit: str  # "line" or "row": messages say "{name}:{line}" or "{name} row {index}"
+    files: tuple[Path, ...] = ()  # of a table, where it is one in files
+
+    def where(self, row: int) -> str:
+        """How messages name an example by its line, or by its number in all files."""
+        if self.unit == "line":
+            return line_of(Path(self.name), row)
+        return place_of(self.files, row) if self.files else f"{self.name} row {row}"
+
+
+@dataclass(frozen=True)
 class Source:
     """The examples of a split: `rows` holds their columns, or one raw JSON line each."""
 
-    name: str
+    origin: Origin
     rows: datasets.Dataset
     fingerprint: str
-    unit: str  # "line" or "row": messages say "{name}:{line}" or "{name} row {index}"
-    files: tuple[Path, ...] = ()  # of a table, where it is one in files
+
+    @property
+    def name(self) -> str:
+        return self.origin.name
+
+    @property
+    def unit(self) -> str:
+        return self.origin.unit
 
     @property
     def classes(self) -> dict[str, Any]:
@@ -43,9 +64,7 @@ class Source:
 
     def where(self, row: int) -> str:
         """How messages name an example by its line, or by its number in all files."""
-        if self.unit == "line":
-            return line_of(Path(self.name), row)
-        return place_of(self.files, row) if self.files else f"{self.name} row {row}"
+        return self.origin.where(row)
 
     def examples(self) -> Iterator[tuple[int, Any]]:
         """(number, for `where`; what `fields_of` reads) for every example."""
@@ -101,17 +120,17 @@ def _open(data: DataConfig, split: str, cache: Path) -> Source:
     if files is None:
         rows = load_by_name(data, split)
         assert isinstance(rows, datasets.Dataset)
-        return Source(f"{data.dataset_name}[{split}]", rows, rows._fingerprint, "row")
+        return Source(Origin(f"{data.dataset_name}[{split}]", "row"), rows, rows._fingerprint)
     fingerprint = hash_of_file(*files)
     if files[0].suffix == ".jsonl":
         if next(_lines(str(files[0])), None) is None:
             raise DataError(f"{files[0]}: the file has no rows")
         folder = cache / "lines" / fingerprint
         rows = _kept(folder, lambda: _lines_of(files[0], folder, fingerprint))
-        return Source(str(files[0]), rows, fingerprint, "line")
+        return Source(Origin(str(files[0]), "line"), rows, fingerprint)
     folder = cache / "rows" / fingerprint
     rows = _kept(folder, lambda: open_table(files, folder))
-    return Source(name_of(files), rows, fingerprint, "row", tuple(files))
+    return Source(Origin(name_of(files), "row", tuple(files)), rows, fingerprint)
 
 
 def _lines_of(file: Path, cache: Path, fingerprint: str) -> datasets.Dataset:

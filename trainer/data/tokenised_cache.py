@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.data import DataConfig
-from madpo.trainer.data.dataset import GroupDataset, column_of
+from madpo.trainer.data.dataset import GroupDataset, column_of, store_columns, stored_columns
+from madpo.trainer.data.known_splits import KnownSplit
 from madpo.trainer.data.known_tokens import with_known_tokens
 from madpo.trainer.data.long_prompts import is_longer, most_characters
 from madpo.trainer.data.order import permutation
 from madpo.trainer.data.plain_text import foreign_marks, marks_in_messages, special_spellings, spells_special
 from madpo.trainer.data.report import Report, reasons_in, report_of
-from madpo.trainer.data.source import Source, cache_folder, fields_of, open_source
+from madpo.trainer.data.source import Origin, Source, cache_folder, fields_of, open_source, reading
+from madpo.trainer.data.split_files import split_files
 from madpo.trainer.data.template_keys import unread
 from madpo.trainer.data.tokenise import FILLS, TokenGroup, TokenRules, tokenise
 from madpo.trainer.errors import DataError, UserError, on_one_line
@@ -38,8 +41,11 @@ from madpo.trainer.formats.oddities import claims_of, oddities_of
 from madpo.trainer.formats.read_row import RowRules, choose_adapter, read_row
 from madpo.trainer.formats.text_groups import hash_of_prompt
 
-FORMAT_VERSION = 15
+FORMAT_VERSION = 16
 """Part of the cache key; raise it when the same examples would give other tokens."""
+
+COLUMNS = "columns"
+"""The folder in that of a table which holds its `dataset.STORED`."""
 
 FEATURES = datasets.Features(
     {
@@ -52,6 +58,8 @@ FEATURES = datasets.Features(
         "labels": datasets.Sequence(datasets.Value("int8")),
         "edge_weights": datasets.Sequence(datasets.Value("float64")),
         "completion_weights": datasets.Sequence(datasets.Value("float64")),
+        "completion_lengths": datasets.Sequence(datasets.Value("int32")),
+        "largest_id": datasets.Value("int32"),  # of its tokens; -1 if it has none
         "num_tokens": datasets.Value("int32"),
         "num_completion_tokens": datasets.Value("int32"),
         "num_scored_tokens": datasets.Value("int32"),
@@ -103,26 +111,28 @@ def load_groups(
     supervised: bool = False,
     fraction: float = 1.0,
     known_tokens: int | None = None,
-) -> tuple[GroupDataset, Report]:
-    """The groups of one split, or a fraction of them, and a report of what was read, cut and dropped.
+) -> tuple[GroupDataset, Callable[[], Report]]:
+    """The groups of one split, or a fraction of them, and a function that gives the report of what was read,
+    cut and dropped, which takes long for millions of rows.
 
     Raises UserError as `read_table` does, and for a split in which nothing can be trained on; for an example
     that cannot be read, or has a token that is not among the `known_tokens` of the model, unless
     `on_bad_row: drop`.
     """
-    source, read, key = read_table(data, split, tokenizer, supervised)
+    origin, read, path = read_table(data, split, tokenizer, supervised)
     table = with_known_tokens(read, tokenizer, known_tokens)
-    check_readable(source.where, table, data.on_bad_row)
+    check_readable(origin.where, table, data.on_bad_row)
     usable = usable_rows(table)
-    if table is not read:
-        key = f"{key}, {known_tokens} tokens known"
+    key = path.name if table is read else f"{path.name}, {known_tokens} tokens known"
     taken = usable[share(len(usable), fraction)]
-    report = report_of(source.name, table, taken, source.where)
+    report = cache(partial(report_of, origin.name, table, taken, origin.where))
     if not len(usable):
-        raise DataError(f"{source.name}: {nothing_left(report, data)}")
+        raise DataError(f"{origin.name}: {nothing_left(report(), data)}")
     if not len(taken):
-        raise UserError(f"{source.name}: fraction {fraction:g} of {len(usable)} groups is none; raise it")
-    return GroupDataset(table.select(taken), source.name, key), report
+        raise UserError(f"{origin.name}: fraction {fraction:g} of {len(usable)} groups is none; raise it")
+    if len(usable) == len(table) and fraction == 1:
+        return GroupDataset(table, origin.name, key, stored_columns(path / COLUMNS)), report
+    return GroupDataset(table.select(taken), origin.name, key), report
 
 
 def nothing_left(report: Report, data: DataConfig) -> str:
@@ -134,25 +144,45 @@ def nothing_left(report: Report, data: DataConfig) -> str:
 
 def read_table(
     data: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase, supervised: bool = False
-) -> tuple[Source, datasets.Dataset, str]:
-    """One split, the table of FEATURES with a row for each of its examples, and the key of that.
+) -> tuple[Origin, datasets.Dataset, Path]:
+    """Where a split comes from, the table of FEATURES with a row for each of its examples, and the folder of
+    that, whose name is its key.
 
     Raises UserError for a missing file or split, and for unknown columns.
     """
-    cache = cache_folder(data)
-    rules = rules_of(data, supervised)
-    lock = f"lock-{xxhash.xxh3_64_hexdigest(str(data.dataset_name).encode())}"
-    with FileLock(cache / lock):
-        source = open_source(data, split, cache)
-        key = groups_key(source.fingerprint, tokenizer, rules)
-        path = cache / f"groups-{key}"
-        with FileLock(cache / f"lock-{key}"):  # the same content may have another name elsewhere
-            discard_damaged(path, "tokenising anew")
-            if not path.is_dir():
-                tokenise_all(source, tokenizer, rules, adapter_in(source, rules), data.dataset_num_proc, path)
-        table = datasets.load_from_disk(str(path))
+    folder, rules = cache_folder(data), rules_of(data, supervised)
+    with reading(str(data.dataset_name)):
+        files = split_files(data, split)
+    # Of a data set on the hub no file can be looked at.
+    known = KnownSplit(folder, files, groups_key("", tokenizer, rules)) if files else None
+    found = known.find() if known else None
+    if found is None:
+        lock = f"lock-{xxhash.xxh3_64_hexdigest(str(data.dataset_name).encode())}"
+        with FileLock(folder / lock):
+            found = known.find() if known else None  # as another rank has left it meanwhile
+            if found is None:
+                facts = known.facts() if known else []
+                found = _tokenised(data, split, tokenizer, rules, folder)
+                if known:
+                    known.note(facts, *found)
+    origin, path = found
+    table = datasets.load_from_disk(str(path))
     assert isinstance(table, datasets.Dataset)
-    return source, table, path.name
+    return origin, table, path
+
+
+def _tokenised(
+    data: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase, rules: TokenRules, folder: Path
+) -> tuple[Origin, Path]:
+    """Read a split, and make the table of its tokens if the cache has no sound one of this content."""
+    source = open_source(data, split, folder)
+    key = groups_key(source.fingerprint, tokenizer, rules)
+    path = folder / f"groups-{key}"
+    with FileLock(folder / f"lock-{key}"):  # the same content may have another name elsewhere
+        discard_damaged(path, "tokenising anew")
+        if not path.is_dir():
+            tokenise_all(source, tokenizer, rules, adapter_in(source, rules), data.dataset_num_proc, path)
+    return source.origin, path
 
 
 def groups_key(fingerprint: str, tokenizer: PreTrainedTokenizerBase, rules: TokenRules) -> str:
@@ -175,8 +205,11 @@ def share(
     The subset does not depend on the run's seed, and a larger one holds every smaller one.
     """
     whole, rest = divmod(fraction, 1)
+    all_of_them = np.tile(np.arange(num_groups), int(whole))
+    if not rest:
+        return all_of_them
     subset = permutation(num_groups, seed=0, epoch=0)[: round(rest * num_groups)]
-    return np.concatenate((np.tile(np.arange(num_groups), int(whole)), np.sort(subset)))
+    return np.concatenate((all_of_them, np.sort(subset)))
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -267,6 +300,8 @@ def _columns(group: TokenGroup) -> dict[str, Any]:
         "labels": group.labels,
         "edge_weights": group.edge_weights,
         "completion_weights": group.completion_weights,
+        "completion_lengths": list(map(len, group.completions)),
+        "largest_id": max(map(max, filter(None, (group.prompt, *group.completions))), default=-1),
         "num_tokens": len(group.prompt) + sum(map(len, group.completions)),
         "num_completion_tokens": sum(map(len, group.completions)),
         "num_scored_tokens": sum(group.scored),
@@ -317,6 +352,8 @@ def tokenise_all(
 
     def write(partial: Path) -> None:
         table.save_to_disk(str(partial))
+        (partial / COLUMNS).mkdir()
+        store_columns(table, partial / COLUMNS)
         seal(partial)
 
     write_folder_atomically(path, write)

@@ -21,7 +21,9 @@ A stream is fitted and weighed block by block, and never merged.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -31,7 +33,7 @@ from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.folds import without_fold
 from madpo.trainer.data.groups import TabledGroups, TokenDataset, check_groups
 from madpo.trainer.data.mixture import has_held_out, load_split
-from madpo.trainer.data.report import UNSCORED, Report, held_out_in_training
+from madpo.trainer.data.report import UNSCORED, Report, Reports, held_out_in_training
 from madpo.trainer.data.stream import Stream
 from madpo.trainer.data.training_source import DatasetSource, TrainingSource
 from madpo.trainer.data.views.merged_prompts import MergedDataset, merge_prompts, repeated_prompts
@@ -47,13 +49,13 @@ class Data:
     train: TokenDataset | None  # None also for a stream
     held_out: TokenDataset | None
     source: TrainingSource | None  # of the training groups
-    held_out_report: dict[str, Report]
+    held_out_report: Reports
     objective: BoundObjective
 
     @property
     def report(self) -> dict[str, Report]:
         """split -> what was read, cut and dropped; of a stream, so far."""
-        read = {**(self.source.report() if self.source else {}), **self.held_out_report}
+        read = {**(self.source.report() if self.source else {}), **self.held_out_report()}
         return told(read, self.objective)
 
 
@@ -66,7 +68,8 @@ def load_data(
     Evaluation reads the training split too if a threshold is a quantile of its margins.
     """
     data, supervised = config.data, config.bound_objective.supervised
-    train, held_out, source, held_out_report = None, None, None, {}
+    train, held_out, source = None, None, None
+    held_out_report: Reports = dict
     trained: GroupDataset | None = None
     if training and data.streaming:
         source = _stream(config, tokenizer, known_tokens)
@@ -79,8 +82,8 @@ def load_data(
         held_out = merged(fitted(groups, config), config)
         held_out_report = report_of_merged(held_out, report)
         if trained is not None:
-            known = held_out_in_training(trained.table, groups.table)
-            held_out_report = _with_totals(held_out_report, known)
+            tables = trained.table, groups.table
+            held_out_report = _with_totals(held_out_report, lambda: held_out_in_training(*tables))
     if held_out is None and config.train.eval_steps is not None:
         raise UserError(
             "train.eval_steps: there is nothing to evaluate on; set data.dataset_test_split, or null"
@@ -100,10 +103,10 @@ def weighed(data: Data, config: Config) -> Data:
     if data.train is None:
         return replace(data, held_out=held_out)
     assert data.source is not None
-    train, report, draws = data.train, data.source.report(), None
+    train, report, draws = data.train, data.source.report, None
     if config.data.min_weight is not None:
         train, dropped = drop_light(train, objective, config.data.min_weight)
-        report = _with_totals(report, dropped)
+        report = _with_totals(report, lambda: dropped)
     if config.data.sampling == "weight":
         train, draws = draw_by_weight(train, objective)
     else:
@@ -114,7 +117,7 @@ def weighed(data: Data, config: Config) -> Data:
 
 def training_groups(
     config: Config, tokenizer: PreTrainedTokenizerBase, known_tokens: int | None = None
-) -> tuple[GroupDataset, dict[str, Report]]:
+) -> tuple[GroupDataset, Reports]:
     """The training groups without the fold that is left out, and the reports of `load_split`, the total
     without the fold too. Raises UserError."""
     data = config.data
@@ -124,7 +127,8 @@ def training_groups(
         return groups, report
     groups = without_fold(groups, data.folds, data.fold)
     tokens = int(groups.counts.lengths.sum())
-    return groups, _with_totals(report, {"groups": len(groups), "tokens": tokens, "without_fold": data.fold})
+    numbers = {"groups": len(groups), "tokens": tokens, "without_fold": data.fold}
+    return groups, _with_totals(report, lambda: numbers)
 
 
 def fitted(groups: GroupDataset, config: Config) -> TabledGroups:
@@ -151,17 +155,23 @@ def merged(groups: TabledGroups, config: Config) -> TokenDataset:
     return merge_prompts(groups, config.bound_objective, most_tokens=2 * config.data.max_length)
 
 
-def report_of_merged(groups: TokenDataset, report: dict[str, Report]) -> dict[str, Report]:
-    """The report with the numbers of the merged groups; or with what merging would save."""
+def report_of_merged(groups: TokenDataset, reports: Reports) -> Reports:
+    """The reports with the numbers of the merged groups; or with what merging would save."""
     return _with_totals(
-        report, groups.report if isinstance(groups, MergedDataset) else repeated_prompts(groups)
+        reports, lambda: groups.report if isinstance(groups, MergedDataset) else repeated_prompts(groups)
     )
 
 
-def _with_totals(report: dict[str, Report], numbers: Report) -> dict[str, Report]:
-    """The report with these numbers in its first entry, which is of all parts together."""
-    total = next(iter(report))
-    return report | {total: report[total] | numbers}
+def _with_totals(reports: Reports, numbers: Callable[[], Report]) -> Reports:
+    """The reports with these numbers in the first one, which is of all parts together."""
+
+    @cache
+    def with_numbers() -> dict[str, Report]:
+        own = reports()
+        total = next(iter(own))
+        return own | {total: own[total] | numbers()}
+
+    return with_numbers
 
 
 def told(reports: dict[str, Report], objective: BoundObjective) -> dict[str, Report]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from madpo.trainer.data.groups import TokenDataset, TokenGroups
 from madpo.trainer.data.order import DataOrder
+from madpo.trainer.data.report import Reports
 
 
 class TrainingSource(Protocol):
@@ -45,12 +46,12 @@ class DatasetSource:
         groups: TokenDataset,
         seed: int,
         order: str,
-        report: dict[str, Any],
+        report: Reports,
         weights: np.ndarray | None = None,
     ) -> None:
         self.content = content_of(groups)
         self.num_groups: int | None = len(groups)
-        self._groups, self._report = groups, report
+        self._groups, self.report = groups, report
         self._order = DataOrder(len(groups), seed, groups.ease(order), weights)
 
     def seeing(self, groups: TokenDataset) -> DatasetSource:
@@ -64,6 +65,3 @@ class DatasetSource:
 
     def epoch(self, consumed: int) -> float:
         return consumed / len(self._groups)
-
-    def report(self) -> dict[str, Any]:
-        return self._report

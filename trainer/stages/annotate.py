@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def run_annotation(config: Config) -> None:
     data = [groups for groups, _ in loaded]
     shard = dist.init(config.launch.timeout_minutes, config.launch.start_timeout_minutes)
     if shard.is_main:
-        print_findings(loaded[0][1])
+        print_findings({split: report() for split, report in loaded[0][1].items()})
     judged = [_score(judge, groups, shard) for judge, groups in zip(judges, data, strict=True)]
     if shard.is_main:
         _write_all(config, data, [scores for _, scores in judged], [name for name, _ in judged])
@@ -128,8 +129,9 @@ def fold_config(config: Config, fold: int) -> Config:
     return config.model_copy(update={"data": data, "annotate": AnnotateConfig(), "output_dir": folder})
 
 
-def load_pairs(config: Config) -> tuple[dict[str, GroupDataset], dict[str, Report]]:
-    """The pairs of every split that the config names, all folds of them, and what was read and dropped."""
+def load_pairs(config: Config) -> tuple[dict[str, GroupDataset], dict[str, Callable[[], Report]]]:
+    """The pairs of every split that the config names, all folds of them, and functions that give what was
+    read and dropped."""
     tokenizer = load_tokenizer(config.model)
     splits = [config.data.dataset_train_split, test_split(config.data)]
     known = known_tokens(config, tokenizer)
@@ -181,8 +183,7 @@ def _score(
         check_positions(engine.module.policy, groups)
         flat = completion_scores(engine, groups, config, shard).numpy()
         firsts = np.cumsum(groups.counts.sequences) - groups.counts.sequences
-        pairs = [groups[index].edges[0][:2] for index in range(len(groups))]
-        scores[split] = flat[firsts[:, None] + np.array(pairs)]
+        scores[split] = flat[firsts[:, None] + np.stack(groups.edge_ends, axis=1)]
     engine.release()
     return str(chosen.folder) if chosen else str(config.model.model_name_or_path), scores
 

@@ -43,7 +43,7 @@ def run_evaluation(config: Config, base: bool = False) -> dict[str, Any]:
     data = load_data(config, tokenizer, False, known_tokens(config, tokenizer))
     shard = dist.init(config.launch.timeout_minutes, config.launch.start_timeout_minutes)
     if shard.is_main:
-        print_findings(data.held_out_report)
+        print_findings(data.held_out_report())
     config = resolve_quantiles(config, data, tokenizer, shard)
     data = weighed(data, config)
     data, _ = with_reference(config, data, tokenizer, shard, training=False)

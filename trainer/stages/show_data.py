@@ -51,7 +51,7 @@ def show_data(config: Config, count: int, console: Console) -> None:
     if borrows:
         groups = MismatchedDataset(groups, config.seed, config.data.max_length)
     groups = merged(groups, config)
-    reports = told(report_of_merged(groups, reports), objective)
+    reports = told(report_of_merged(groups, reports)(), objective)
     report = next(iter(reports.values()))  # the report of all parts together
     order = DataOrder(len(groups), config.seed, groups.ease(config.data.order))
     decode, coloured = decoder(tokenizer), console.is_terminal and not console.no_color

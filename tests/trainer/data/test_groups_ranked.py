@@ -78,7 +78,8 @@ def test_published_files_become_the_same_groups_from_json_lines_and_parquet(
     got = []
     for name in ("rows.jsonl", "rows.parquet"):
         config = config_for(tmp_path, write(tmp_path / name, [row, row]), adapter=adapter)
-        groups, report = load_groups(config.data, "train", tokenizer)
+        groups, read = load_groups(config.data, "train", tokenizer)
+        report = read()
         assert report["groups"] == 2 and not report["dropped"]
         got.append(groups[0])
         with monkeypatch.context() as patch:
@@ -131,7 +132,8 @@ def test_ties_and_equal_completions_are_left_out_and_counted(tmp_path, tokenizer
         {"prompt": "p:", "completions": [" a", " a", " b"], "scores": [1, 2, 3]},
     ]
     config = config_for(tmp_path, write(tmp_path / "rows.jsonl", rows))
-    groups, report = load_groups(config.data, "train", tokenizer)
+    groups, read = load_groups(config.data, "train", tokenizer)
+    report = read()
     assert report["dropped"] == {
         "chosen and rejected are the same tokens": 1,
         "no completion is better than another": 1,
@@ -154,7 +156,8 @@ def test_fewer_than_two_scores_are_counted_and_refuse_nothing(tmp_path, tokenize
     data = load_data(config, tokenizer, training=True)
     assert data.train is not None and len(data.train) == 1
     assert data.report["train"]["dropped"] == {"fewer than two scored completions": 2}
-    best, report = load_groups(config_for(tmp_path, path, on_bad_row="drop").data, "train", tokenizer, True)
+    best, read = load_groups(config_for(tmp_path, path, on_bad_row="drop").data, "train", tokenizer, True)
+    report = read()
     assert [tokenizer.decode(best[i].completions[0]) for i in range(2)] == [" b<eos>"] * 2
     assert len(best) == 2 and report["dropped"] == {"unreadable": 1}, "without a score none is the best"
     with pytest.raises(ValueError, match=r"rows.jsonl:3: no completion has a score, and so none is the best"):
@@ -163,7 +166,8 @@ def test_fewer_than_two_scores_are_counted_and_refuse_nothing(tmp_path, tokenize
 
 def test_single_completions_of_other_layouts_stay(tmp_path, tokenizer):
     path = write(tmp_path / "rows.jsonl", [{"prompt": "p:", "completion": " a", "label": True}])
-    groups, report = load_groups(config_for(tmp_path, path).data, "train", tokenizer)
+    groups, read = load_groups(config_for(tmp_path, path).data, "train", tokenizer)
+    report = read()
     assert len(groups) == 1 and report["dropped"] == {}
 
 
@@ -273,12 +277,14 @@ def test_rows_that_spell_special_tokens_are_counted(tmp_path, tokenizer):
     pairs = [("a", " b"), ("a", " b<eos> c"), ("<bos>", " b"), ("a", " <eo s>")]
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
     path = write(tmp_path / "rows.jsonl", rows)
-    _, report = load_groups(config_for(tmp_path, path).data, "train", tokenizer, supervised=True)
+    _, read = load_groups(config_for(tmp_path, path).data, "train", tokenizer, supervised=True)
+    report = read()
     assert report["texts_that_spell_special_tokens"] == 2
     assert report["rows_that_spell_special_tokens"] == 0
     chats = [{"messages": [user(p), *answer(c)]} for p, c in pairs]
     path = write(tmp_path / "chats.jsonl", chats)
-    _, report = load_groups(config_for(tmp_path, path).data, "train", tokenizer, supervised=True)
+    _, read = load_groups(config_for(tmp_path, path).data, "train", tokenizer, supervised=True)
+    report = read()
     assert report["rows_that_spell_special_tokens"] == 2
     assert report["texts_that_spell_special_tokens"] == 0
 

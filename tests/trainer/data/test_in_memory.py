@@ -63,7 +63,8 @@ def test_errors_and_reports_name_the_row_in_memory(tmp_path, tokenizer, given):
     data = config_for(tmp_path, files["train"].parent).data
     with pytest.raises(UserError, match=r"^train\[1\]: chosen is empty; mend"):
         load_groups(data, "train", tokenizer)
-    _, report = load_groups(data.model_copy(update={"on_bad_row": "drop"}), "train", tokenizer)
+    _, read = load_groups(data.model_copy(update={"on_bad_row": "drop"}), "train", tokenizer)
+    report = read()
     assert report["where"] == {
         "unreadable": ["train[1]: chosen is empty"],
         "repeated_examples": ["train[2] (as train[0])"],

@@ -50,5 +50,6 @@ def test_such_a_row_is_dropped_as_any_that_fills_the_length(tmp_path, tokenizer_
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = {"model": {"model_name_or_path": "unused"}, "data": {"dataset_name": str(path), "max_length": 32}}
     config = make_config(tmp_path, tree)
-    _, report = load_groups(config.data, "train", AutoTokenizer.from_pretrained(tokenizer_folder))
+    _, read = load_groups(config.data, "train", AutoTokenizer.from_pretrained(tokenizer_folder))
+    report = read()
     assert report["groups"] == 1 and report["dropped"] == {FILLS: 2}

@@ -125,7 +125,8 @@ def test_the_report_has_every_part_and_the_total(tmp_path, tokenizer, parts):
         file.write('{"prompt": "a:", "chosen": " b", "rejected": " b", "margin": 1}\n')
     described = {"path": str(parts[0]), "fraction": 0.5}, {"path": str(parts[1]), "fraction": 2.0}
     config = config_for(tmp_path, *described)
-    groups, report = load_split(config.data, False, tokenizer)
+    groups, read = load_split(config.data, False, tokenizer)
+    report = read()
     assert list(report) == ["train", "train 1", "train 2"]
     one, two, total = report["train 1"], report["train 2"], report["train"]
     assert (one["rows"], one["groups"], one["fraction"]) == (13, 6, 0.5)
@@ -139,9 +140,11 @@ def test_the_report_has_every_part_and_the_total(tmp_path, tokenizer, parts):
 
 def test_without_a_fold_the_total_alone_is_of_what_is_trained_on(tmp_path, tokenizer, parts):
     config = config_for(tmp_path, *({"path": str(part)} for part in parts))
-    _, whole = training_groups(config, tokenizer)
+    _, read = training_groups(config, tokenizer)
+    whole = read()
     config = config_for(tmp_path, *({"path": str(part)} for part in parts), data={"folds": 2, "fold": 1})
-    groups, report = training_groups(config, tokenizer)
+    groups, read = training_groups(config, tokenizer)
+    report = read()
     assert [report[name] for name in ("train 1", "train 2")] == [whole["train 1"], whole["train 2"]]
     kept = {"groups": len(groups), "tokens": groups.counts.lengths.sum(), "without_fold": 1}
     assert report["train"] == whole["train"] | kept and len(groups) < whole["train"]["groups"]
@@ -165,7 +168,8 @@ def test_a_fraction_that_leaves_nothing_is_refused(tmp_path, tokenizer, parts):
 def test_held_out_rows_are_those_of_the_parts_that_name_some(tmp_path, tokenizer, parts):
     first, second = ({"path": str(part), "fraction": 0.5} for part in parts)
     config = config_for(tmp_path, first, {**second, "test_split": "test"}, train={"eval_steps": 1})
-    held_out, report = load_split(config.data, True, tokenizer)
+    held_out, read = load_split(config.data, True, tokenizer)
+    report = read()
     assert len(held_out) == 5 and list(report) == ["test", "test 2"]
     assert report["test 2"]["fraction"] == 1.0, "a fraction is one of the training groups"
     without = config_for(tmp_path, first, second)

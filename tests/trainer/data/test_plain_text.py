@@ -134,7 +134,7 @@ def test_a_template_that_was_rendered_into_messages_is_said_plainly(tmp_path, to
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({**row, "rejected": [{"role": "assistant", "content": "b"}]}) + "\n")
     data = config_for(tmp_path, path).data
-    report = load_groups(data, "train", tokenizer)[1]
+    report = load_groups(data, "train", tokenizer)[1]()
     assert report["turn_marks_in_messages"] == {"<|im_end|>": 1, "<|im_start|>": 1}
     (line,) = [x for x in findings(report) if "rendered into them" in x]
     assert line.startswith("1 of 1 examples are conversations whose messages hold <|im_")

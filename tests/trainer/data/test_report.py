@@ -23,7 +23,8 @@ def test_the_report_counts_what_was_cut_and_dropped(tmp_path, tokenizer):
     ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    groups, report = load_groups(config_for(tmp_path, path, max_length=24).data, "train", tokenizer)
+    groups, read = load_groups(config_for(tmp_path, path, max_length=24).data, "train", tokenizer)
+    report = read()
     assert len(groups) == report["groups"] == 2
     assert report["dropped"] == {
         "chosen and rejected are the same tokens": 1,
@@ -54,7 +55,8 @@ def odd_rows(folder: Path, **data: Any) -> Config:
 
 def test_examples_are_named_by_file_and_line(tmp_path, tokenizer):
     tokenizer.chat_template = CHAT
-    _, report = load_groups(odd_rows(tmp_path).data, "train", tokenizer)
+    _, read = load_groups(odd_rows(tmp_path).data, "train", tokenizer)
+    report = read()
     where = {key: [x.removeprefix(f"{tmp_path}/") for x in places] for key, places in report["where"].items()}
     assert {key: report[key] for key in COUNTS if report.get(key)} == {
         "repeated_examples": 1,
@@ -82,7 +84,8 @@ def test_examples_are_named_by_file_and_line(tmp_path, tokenizer):
 def test_of_many_places_the_first_ones_are_kept(tmp_path, tokenizer):
     path = tmp_path / "same.jsonl"
     path.write_text('{"prompt": "a:", "chosen": " b", "rejected": " c"}\n' * 50)
-    _, report = load_groups(config_for(tmp_path, path).data, "train", tokenizer)
+    _, read = load_groups(config_for(tmp_path, path).data, "train", tokenizer)
+    report = read()
     assert report["repeated_examples"] == 49 and len(report["where"]["repeated_examples"]) == MOST_PLACES
     total = total_report("both", [report, report])
     assert total["repeated_examples"] == 98 and len(total["where"]["repeated_examples"]) == MOST_PLACES
@@ -90,6 +93,7 @@ def test_of_many_places_the_first_ones_are_kept(tmp_path, tokenizer):
 
 def test_a_report_of_several_parts_names_examples_of_all(tmp_path, tokenizer):
     tokenizer.chat_template = CHAT
-    _, report = load_groups(odd_rows(tmp_path).data, "train", tokenizer)
+    _, read = load_groups(odd_rows(tmp_path).data, "train", tokenizer)
+    report = read()
     other = {**report, "where": {"unreadable": ["x:1"]}}
     assert total_report("both", [report, other])["where"]["unreadable"][1:] == ["x:1"]

@@ -146,8 +146,9 @@ def test_a_damaged_block_is_made_anew_and_named(tmp_path, tokenizer, capsys):
 
 def test_a_stream_of_one_block_is_the_ordinary_order(tmp_path, tokenizer):
     config = config_for(tmp_path, as_lines(tmp_path)[0], data={"stream_block": ROWS})
-    groups, report = load_groups(config.data, "train", tokenizer)
-    ordinary = DatasetSource(groups, config.seed, "shuffled", {"train": report})
+    groups, read = load_groups(config.data, "train", tokenizer)
+    report = read()
+    ordinary = DatasetSource(groups, config.seed, "shuffled", lambda: {"train": report})
     stream = stream_of(config, tokenizer)
     assert taken(stream, 7, 60) == taken(ordinary, 7, 60)
     reports = [source.report()["train"] for source in (stream, ordinary)]
@@ -166,7 +167,7 @@ def test_the_report_grows_with_what_was_read_and_ends_as_that_of_the_whole(tmp_p
     stream = stream_of(config, tokenizer)
     assert stream.report()["train"]["rows"] == BLOCK
     stream.take(0, 2 * ROWS)
-    report, (_, want) = stream.report()["train"], load_groups(config.data, "train", tokenizer)
+    report, want = stream.report()["train"], load_groups(config.data, "train", tokenizer)[1]()
     del report["source"], want["source"]
     assert report.pop("margin_mean") == pytest.approx(want.pop("margin_mean"))
     assert report == want

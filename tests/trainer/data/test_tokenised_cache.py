@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import make_config, run_ranks, write_pairs
 from text_cases import CHAT, config_for
 from transformers import AutoTokenizer
 
-from madpo.trainer.data import tokenised_cache
+from madpo.trainer import files
+from madpo.trainer.data import known_splits, tokenised_cache
 from madpo.trainer.data.groups import check_groups
 from madpo.trainer.data.tokenised_cache import load_groups, tokenise_all
 
@@ -22,7 +26,8 @@ def test_the_first_bad_line_stops_the_run_with_its_place(tmp_path, tokenizer):
     path.write_text("\n\n".join(lines) + "\n")
     with pytest.raises(ValueError, match=r"pairs\.jsonl:5: chosen: expected text .* got 3"):
         load_groups(config_for(tmp_path, path).data, "train", tokenizer)
-    groups, report = load_groups(config_for(tmp_path, path, on_bad_row="drop").data, "train", tokenizer)
+    groups, read = load_groups(config_for(tmp_path, path, on_bad_row="drop").data, "train", tokenizer)
+    report = read()
     assert len(groups) == 4 and report["dropped"] == {"unreadable": 1}
 
 
@@ -168,6 +173,40 @@ def test_two_names_of_equal_content_at_once(tmp_path, tokenizer_folder):
     assert len([path for path in (tmp_path / "cache").glob("groups-*") if path.is_dir()]) == 1
 
 
+def refused(*_: Any) -> Any:
+    raise AssertionError("it was read")
+
+
+def test_a_start_that_finds_its_files_untouched_reads_none_of_them(tmp_path, tokenizer, monkeypatch):
+    data = config_for(tmp_path, write_pairs(tmp_path / "pairs.jsonl", 5)).data
+    monkeypatch.setattr(known_splits, "SECONDS_UNTIL_SETTLED", 0.0)
+    first = load_groups(data, "train", tokenizer)[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(tokenised_cache, "open_source", refused)
+        patched.setattr(tokenised_cache, "FileLock", refused)
+        patched.setattr(files, "hash_of_file", refused)
+        again, report = load_groups(data, "train", tokenizer)
+        assert again.fingerprint == first.fingerprint and [*again] == [*first]
+        assert report()["where"] == {} and report()["rows"] == 5
+        with pytest.raises(AssertionError, match="it was read"):
+            load_groups(data.model_copy(update={"max_length": 9}), "train", tokenizer)
+
+
+@pytest.mark.parametrize("settled", [True, False])
+def test_files_that_were_written_to_are_read_again(tmp_path, tokenizer, monkeypatch, settled):
+    """Also by a tool that sets the time of change back; and soon after they were read."""
+    path = write_pairs(tmp_path / "pairs.jsonl", 5)
+    data = config_for(tmp_path, path).data
+    monkeypatch.setattr(known_splits, "SECONDS_UNTIL_SETTLED", 0.0 if settled else 1e9)
+    first, facts = load_groups(data, "train", tokenizer)[0], path.stat()
+    assert len([*Path(data.cache_dir).glob("split-*.json")]) == settled
+    time.sleep(0.02)  # a file system's clock ticks every few milliseconds
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert path.stat().st_size == facts.st_size
+    assert [*load_groups(data, "train", tokenizer)[0]] != [*first]
+
+
 def test_several_processes_tokenise_the_same(tmp_path, tokenizer):
     path = write_pairs(tmp_path / "pairs.jsonl", 20)
     alone, _ = load_groups(config_for(tmp_path / "1", path).data, "train", tokenizer)
@@ -190,7 +229,7 @@ def test_damaged_cached_tokens_are_made_anew_and_that_is_said(tmp_path, tokenize
     elif damage == "truncated":
         table.write_bytes(content[: len(content) // 2])
     else:
-        (table if damage == "a file less" else cache / "checksums.json").unlink()
+        (table if damage == "a file less" else cache / "seal.json").unlink()
     again = load_groups(data, "train", tokenizer)[0]
     assert [again[index] for index in range(5)] == want
     said = capfd.readouterr().err

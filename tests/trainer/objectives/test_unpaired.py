@@ -88,7 +88,8 @@ def test_pairs_are_two_labelled_completions(tmp_path, tokenizer_folder):
 
 def test_imitation_leaves_out_what_is_undesirable(tmp_path, tokenizer_folder):
     config = config_for(tmp_path, tokenizer_folder, ROWS, "nll")
-    groups, report = load_groups(config.data, "train", load_tokenizer(config.model), supervised=True)
+    groups, read = load_groups(config.data, "train", load_tokenizer(config.model), supervised=True)
+    report = read()
     assert len(groups) == 8
     assert report["dropped"] == {"labelled undesirable, and this objective imitates": 4}
 

@@ -205,7 +205,7 @@ def start_at(shard: Shard, config: Config, wrong: float) -> None:
     data, cached = reference.with_reference(config, data, tokenizer, shard, training=True)
     assert data.train is not None and data.train.reference is not None and cached is not None
     groups = with_logps(data.train, data.train.reference.flat + np.float32(wrong))
-    source = reference.DatasetSource(groups, config.seed, config.data.order, {})
+    source = reference.DatasetSource(groups, config.seed, config.data.order, dict)
     engine: Any = start_engine(config, tokenizer, training=True)
     reference.check_policy_fits(config, engine, source, shard, cached, is_fresh=True)
     engine.release()

@@ -19,7 +19,7 @@ from madpo.trainer.config.schema import Config, dump
 from madpo.trainer.data import training_data
 from madpo.trainer.data.dataset import GroupDataset
 from madpo.trainer.data.folds import folds_of, without_fold
-from madpo.trainer.data.source import Source
+from madpo.trainer.data.source import Origin, Source
 from madpo.trainer.data.tokenised_cache import load_groups
 from madpo.trainer.data.training_data import load_data
 from madpo.trainer.formats.adapters import ADAPTERS
@@ -245,7 +245,7 @@ def test_what_is_written_is_read_by_the_same_config(tmp_path):
     scored = JudgedSplit(np.array([0, 2]), np.array([[[7.0, 1.0], [2.0, 4.0]]]), None)
     renames = {"margin": "gap"}
     for rounds in ("first", "second"):
-        source = Source(rounds, datasets.Dataset.from_list(given), rounds, "row")
+        source = Source(Origin(rounds, "row"), datasets.Dataset.from_list(given), rounds)
         write_split(tmp_path, "train", source, scored, ["model"], renames)
         rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
         read = [read_row(row, ADAPTERS["preference"], RowRules(columns=renames)).edges for row in rows]

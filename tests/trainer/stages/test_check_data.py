@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 from commands import command
 from harness import make_config
+from rich.console import Console
 from transformers import AutoTokenizer
 from turn_templates import CHATML
 
 from madpo.trainer.config.schema import dump, load
 from madpo.trainer.data.training_data import load_data
 from madpo.trainer.model.tokenizer import load_tokenizer
+from madpo.trainer.stages.check_data import check_data
 
 GOOD = {"prompt": "the film:", "chosen": " good", "rejected": " bad", "margin": 1.0}
 ROWS = [
@@ -150,17 +153,18 @@ def test_what_is_not_scored_is_not_told_of_rewards(config, tokenizer_folder, str
         assert told == ((objective == "dpo",) * 2) and report["train"]["groups"] == 1
 
 
-def test_a_narrow_terminal_gets_the_parts_below_one_another(config, monkeypatch):
+def test_a_narrow_terminal_gets_the_parts_below_one_another(config):
     pairs = config.parent / "pairs"
     parts = f"data.datasets=[{{path: {pairs}, test_split: test}}, {{path: {pairs / 'test.jsonl'}}}]"
-    for columns, tables in (("80", 3), ("4000", 1)):
-        monkeypatch.setenv("COLUMNS", columns)
-        monkeypatch.setenv("LINES", "50")  # rich believes both or none of a dumb terminal
-        _, out, _ = checked(config, "data.dataset_name=null", parts)
+    resolved = load(config, ["data.dataset_name=null", parts])
+    for columns, tables in ((80, 3), (4000, 1)):
+        terminal = Console(file=io.StringIO(), width=columns)
+        check_data(resolved, terminal)
+        out = terminal.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
         starts = ("rows ", "groups ", "tokens ", "  a ", "  both ")
         lines = [line for line in out.splitlines() if line.startswith(starts) and "5 %" not in line]
         assert sum(line.startswith("  a prompt ") for line in lines) == tables
-        assert max(map(len, lines)) <= int(columns) and not any(line.endswith(" /") for line in lines)
+        assert max(map(len, lines)) <= columns and not any(line.endswith(" /") for line in lines)
 
 
 def test_the_report_of_a_run_stays_as_it_is(config):

@@ -125,7 +125,8 @@ def test_two_ranks_write_what_one_writes(tmp_path, tree, tokenizer_folder):
         assert {pair["chosen"], pair["rejected"]} <= set(row["completions"])
         assert pair["margin"] == len(pair["chosen"]) - len(pair["rejected"])
     data = two.data.model_copy(update={"dataset_name": str(tmp_path / "two" / "pairs"), "max_length": 128})
-    groups, report = load_groups(data, "train", AutoTokenizer.from_pretrained(tokenizer_folder))
+    groups, read = load_groups(data, "train", AutoTokenizer.from_pretrained(tokenizer_folder))
+    report = read()
     assert report["rows"] == len(pairs) and len(groups) > 15
     assert not np.isnan(groups.margins).any()
 
@@ -292,7 +293,8 @@ def test_conversations_and_a_server_that_judges(tmp_path, tree, monkeypatch):
     data_of_pairs = config.data.model_copy(
         update={"dataset_name": str(Path(config.output_dir, "pairs")), "max_length": 128}
     )
-    groups, report = load_groups(data_of_pairs, "train", load_tokenizer(config.model))
+    groups, read = load_groups(data_of_pairs, "train", load_tokenizer(config.model))
+    report = read()
     assert report["rows"] > 5 and (groups.margins > 0).all()
 
 

@@ -235,9 +235,9 @@ def test_the_runs_identity_depends_on_what_is_merged_and_not_on_the_micro_batch(
 
 def test_a_step_is_the_same_wherever_training_goes_on_and_for_any_number_of_ranks(tmp_path, tokenizer_folder):
     groups = train_of(config_for(tmp_path, tokenizer_folder, pairs()))
-    source = DatasetSource(groups, 3, "shuffled", {})
+    source = DatasetSource(groups, 3, "shuffled", dict)
     whole = source.take(0, 12)[1].tolist()
-    again = DatasetSource(train_of(config_for(tmp_path, tokenizer_folder, pairs())), 3, "shuffled", {})
+    again = DatasetSource(train_of(config_for(tmp_path, tokenizer_folder, pairs())), 3, "shuffled", dict)
     assert [again.take(at, 1)[1][0] for at in range(12)] == whole
     rules, indices = StepRules(Item.EDGE, 256), np.array(whole[:4])
     told = [
