@@ -110,7 +110,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         for piece in pieces:
             kept.append(piece)
             size += len(piece)
-            _check(size, MOST_CHARACTERS)
+            if size > MOST_CHARACTERS:
+                _check(size, MOST_CHARACTERS)
         return "".join(kept)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:

@@ -74,14 +74,15 @@ def render(
         raise
     except Exception as error:  # a template may raise anything
         raise UserError(f"the chat template refuses the conversation: {on_one_line(error)}") from error
-    numbers = {  # before the translation, which may make a text of an object, and after it
-        "arguments of tool calls": [*arguments_in(given), *arguments_in(messages)],
-        "tools": [tools, options[TOOLS]],
-    }
-    rendering = rendering._replace(
-        lost=(*rendering.lost, *_altered(messages, text, rendering.lost)),
-        respelled=tuple(place for place, said in numbers.items() if respelled(said)),
-    )
+    if altered := _altered(messages, text, rendering.lost):
+        rendering = rendering._replace(lost=(*rendering.lost, *altered))
+    if tools or any("tool_calls" in message for message in given):
+        numbers = {  # before the translation, which may make a text of an object, and after it
+            "arguments of tool calls": [*arguments_in(given), *arguments_in(messages)],
+            "tools": [tools, options[TOOLS]],
+        }
+        of_numbers = tuple(place for place, said in numbers.items() if respelled(said))
+        rendering = rendering._replace(respelled=of_numbers)
     ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:

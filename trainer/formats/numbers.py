@@ -12,6 +12,7 @@ from typing import Any
 from madpo.trainer.errors import UserError
 
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"))
+CROSSED = tuple((one[0], other[1]) for one in SCORES for other in SCORES if one != other)
 MARGIN_COLUMNS = frozenset({"margin", *SCORES[0], *SCORES[1]})
 
 
@@ -42,11 +43,12 @@ def lone_scores(row: Mapping[str, Any]) -> set[str]:
 
 def _margins_in(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The columns that make a margin of this example, those that are used first."""
-    pairs = [*SCORES, *((one[0], other[1]) for one in SCORES for other in SCORES if one != other)]
-    full = [pair for pair in pairs if all(row.get(name) is not None for name in pair)]
-    crossed = [pair for pair in full if pair not in SCORES]
-    alone = [("margin",)] if row.get("margin") is not None else []
-    return alone + ([pair for pair in full if pair in SCORES] or crossed)
+    given = {name for name in MARGIN_COLUMNS if row.get(name) is not None}
+    alone = [("margin",)] if "margin" in given else []
+    if len(given) == len(alone):  # most have no scores, and each example asks several times
+        return alone
+    straight, crossed = ([pair for pair in pairs if given.issuperset(pair)] for pairs in (SCORES, CROSSED))
+    return alone + (straight or crossed)
 
 
 def _margin(row: Mapping[str, Any], columns: Sequence[str]) -> float:

@@ -94,8 +94,11 @@ def choose_adapter(columns: Iterable[str], rules: RowRules, supervised: bool = F
 def _check_spelling(names: set[str], rules: RowRules, used: frozenset[str]) -> None:
     """Raise UserError for a column that is one of those used but for capitals, or blanks or a byte order mark
     at its ends, if that one is not there."""
+    others = names - used - BESIDE_ALL
+    if not others:
+        return
     known = used | BESIDE_ALL
-    for name in sorted(names - known - set(rules.ignore)):
+    for name in sorted(others - set(rules.ignore)):
         plain = name.strip("\ufeff \t\r\n").lower()
         if plain in known - names:
             raise UserError(
