@@ -28,7 +28,7 @@ from madpo.trainer.data import known_splits
 from madpo.trainer.data.dataset import store_columns
 from madpo.trainer.data.known_splits import KnownSplit
 from madpo.trainer.data.source import Origin
-from madpo.trainer.data.tokenised_cache import COLUMNS, groups_key, read_table, rules_of
+from madpo.trainer.data.tokenised_cache import groups_key, read_table, rules_of
 from madpo.trainer.data.training_data import load_data, weighed
 from madpo.trainer.dist import Shard
 from madpo.trainer.files import seal
@@ -84,8 +84,7 @@ def _make_data(config: Config, tokenizer: PreTrainedTokenizerBase, rows: int) ->
         _, base, _ = read_table(config.data, "train", tokenizer)
         table = _repeated(base, rows)
         table.save_to_disk(str(path))
-        (path / COLUMNS).mkdir()
-        store_columns(table, path / COLUMNS)
+        store_columns(table, path)
         seal(path)
     known.note(known.facts(), Origin(str(source), "line"), path)
 

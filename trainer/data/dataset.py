@@ -24,6 +24,12 @@ COUNTS = ("tokens", "completion_tokens", "scored_tokens", "sequences", "edges", 
 STORED = (*(f"num_{name}" for name in COUNTS), "row", "prompt_hash", "margins")
 """The columns of numbers that every start reads as a whole."""
 
+COLUMNS = "columns"
+"""The folder that they are in, in that of their table."""
+
+LARGEST_ID = "largest_id"
+"""Stored beside them: the largest token id of each row."""
+
 
 class GroupDataset:
     """Token groups in a table on disk. All views lie on one of these."""
@@ -153,14 +159,36 @@ def _read(table: datasets.Dataset, name: str) -> np.ndarray:
 
 
 def store_columns(table: datasets.Dataset, folder: Path) -> None:
-    """Write the columns STORED of a table into files of a folder, which is there."""
+    """Write the columns STORED of a table beside it, into files of its folder."""
+    folder /= COLUMNS
+    folder.mkdir()
     for name in STORED:
         np.save(folder / f"{name}.npy", _read(table, name))
+    np.save(folder / f"{LARGEST_ID}.npy", _largest_ids(table))
+
+
+def _largest_ids(table: datasets.Dataset) -> np.ndarray:
+    """(n,) the largest token id of each row; -1 if it has no tokens."""
+    largest = [np.empty(0, np.int32)]
+    for piece in table.select_columns(["prompt", "completions"]).with_format("arrow").iter(batch_size=10_000):
+        prompts, groups = (piece[name].combine_chunks() for name in ("prompt", "completions"))  # type: ignore[union-attr]
+        of_prompts, of_completions = (_maxima(x, x.flatten().to_numpy()) for x in (prompts, groups.flatten()))
+        largest.append(np.maximum(of_prompts, _maxima(groups, of_completions)))
+    return np.concatenate(largest)
+
+
+def _maxima(lists: Any, values: np.ndarray) -> np.ndarray:
+    """The largest of the values that belong to each Arrow list, one after another; -1 of an empty one."""
+    sizes = lists.value_lengths().to_numpy()
+    maxima = np.full(len(sizes), -1, np.int32)
+    if len(values):
+        maxima[sizes > 0] = np.maximum.reduceat(values, (np.cumsum(sizes) - sizes)[sizes > 0])
+    return maxima
 
 
 def stored_columns(folder: Path) -> Columns:
-    """The columns of a folder of `store_columns`, mapped: the processes of a machine share their memory."""
-    return lambda name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+    """The stored columns of the table in a folder, mapped: the processes of a machine share their memory."""
+    return lambda name: np.asarray(np.load(folder / COLUMNS / f"{name}.npy", mmap_mode="r"))
 
 
 def column_of(table: datasets.Dataset, name: str) -> np.ndarray:

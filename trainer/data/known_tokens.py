@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from madpo.trainer.data.dataset import column_of
+from madpo.trainer.data.dataset import LARGEST_ID, Columns
 
 
 def lacks_tokens(tokenizer: PreTrainedTokenizerBase, known: int | None) -> bool:
@@ -16,6 +16,7 @@ def lacks_tokens(tokenizer: PreTrainedTokenizerBase, known: int | None) -> bool:
 
 def with_known_tokens(
     table: datasets.Dataset,  # a row for each example, as tokenised
+    columns: Columns,  # stored with it
     tokenizer: PreTrainedTokenizerBase,
     known: int | None,  # ids below it have an embedding; None: not known
 ) -> datasets.Dataset:
@@ -26,7 +27,7 @@ def with_known_tokens(
     """
     if known is None or not lacks_tokens(tokenizer, known):
         return table
-    largest = column_of(table, "largest_id")
+    largest = columns(LARGEST_ID)
     too_large = np.flatnonzero(largest >= known)
     if not len(too_large):
         return table

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.trainer.config.data import DataConfig
 from madpo.trainer.data.block_reader import FIRST_ROWS, Reader
-from madpo.trainer.data.dataset import GroupDataset
+from madpo.trainer.data.dataset import GroupDataset, stored_columns
 from madpo.trainer.data.groups import ConcatenatedGroups, TokenDataset, TokenGroups
 from madpo.trainer.data.known_tokens import lacks_tokens, with_known_tokens
 from madpo.trainer.data.order import permutation
@@ -218,7 +218,7 @@ class Stream:
     def _read(self, path: Path) -> datasets.Dataset:
         table = datasets.load_from_disk(str(path))
         assert isinstance(table, datasets.Dataset)
-        return with_known_tokens(table, self._tokenizer, self._known_tokens)
+        return with_known_tokens(table, stored_columns(path), self._tokenizer, self._known_tokens)
 
     def _prepare_after(self, block: int) -> None:
         """Make the next block in the background. An error in it is raised when its turn comes."""

@@ -44,9 +44,6 @@ from madpo.trainer.formats.text_groups import hash_of_prompt
 FORMAT_VERSION = 16
 """Part of the cache key; raise it when the same examples would give other tokens."""
 
-COLUMNS = "columns"
-"""The folder in that of a table which holds its `dataset.STORED`."""
-
 FEATURES = datasets.Features(
     {
         "prompt": datasets.Sequence(datasets.Value("int32")),
@@ -59,7 +56,6 @@ FEATURES = datasets.Features(
         "edge_weights": datasets.Sequence(datasets.Value("float64")),
         "completion_weights": datasets.Sequence(datasets.Value("float64")),
         "completion_lengths": datasets.Sequence(datasets.Value("int32")),
-        "largest_id": datasets.Value("int32"),  # of its tokens; -1 if it has none
         "num_tokens": datasets.Value("int32"),
         "num_completion_tokens": datasets.Value("int32"),
         "num_scored_tokens": datasets.Value("int32"),
@@ -120,7 +116,7 @@ def load_groups(
     `on_bad_row: drop`.
     """
     origin, read, path = read_table(data, split, tokenizer, supervised)
-    table = with_known_tokens(read, tokenizer, known_tokens)
+    table = with_known_tokens(read, stored_columns(path), tokenizer, known_tokens)
     check_readable(origin.where, table, data.on_bad_row)
     usable = usable_rows(table)
     key = path.name if table is read else f"{path.name}, {known_tokens} tokens known"
@@ -131,7 +127,7 @@ def load_groups(
     if not len(taken):
         raise UserError(f"{origin.name}: fraction {fraction:g} of {len(usable)} groups is none; raise it")
     if len(usable) == len(table) and fraction == 1:
-        return GroupDataset(table, origin.name, key, stored_columns(path / COLUMNS)), report
+        return GroupDataset(table, origin.name, key, stored_columns(path)), report
     return GroupDataset(table.select(taken), origin.name, key), report
 
 
@@ -301,7 +297,6 @@ def _columns(group: TokenGroup) -> dict[str, Any]:
         "edge_weights": group.edge_weights,
         "completion_weights": group.completion_weights,
         "completion_lengths": list(map(len, group.completions)),
-        "largest_id": max(map(max, filter(None, (group.prompt, *group.completions))), default=-1),
         "num_tokens": len(group.prompt) + sum(map(len, group.completions)),
         "num_completion_tokens": sum(map(len, group.completions)),
         "num_scored_tokens": sum(group.scored),
@@ -352,8 +347,7 @@ def tokenise_all(
 
     def write(partial: Path) -> None:
         table.save_to_disk(str(partial))
-        (partial / COLUMNS).mkdir()
-        store_columns(table, partial / COLUMNS)
+        store_columns(table, partial)
         seal(partial)
 
     write_folder_atomically(path, write)

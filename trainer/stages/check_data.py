@@ -17,7 +17,7 @@ from madpo.trainer.config.locate import located
 from madpo.trainer.config.schema import Config
 from madpo.trainer.counted import counted
 from madpo.trainer.data.block_reader import open_reader
-from madpo.trainer.data.dataset import GroupDataset
+from madpo.trainer.data.dataset import GroupDataset, stored_columns
 from madpo.trainer.data.groups import TabledGroups
 from madpo.trainer.data.known_tokens import with_known_tokens
 from madpo.trainer.data.mixture import Part, has_held_out, parts_of, with_total
@@ -115,8 +115,8 @@ def _tables(
             known_tokens=embedded,
         ).tables()
         return
-    source, table, _ = read_table(part.data, part.split, tokenizer, supervised)
-    table = with_known_tokens(table, tokenizer, embedded)
+    source, table, path = read_table(part.data, part.split, tokenizer, supervised)
+    table = with_known_tokens(table, stored_columns(path), tokenizer, embedded)
     taken = _taken(table, part)
     yield ReadTable(table, report_of(source.name, table, taken, source.where), source.where)
 
