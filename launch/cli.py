@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 from madpo.launch.bench_commands import bench_app
+from madpo.launch.console_log import outlive_readers
 from madpo.launch.help import (
     DATA,
     FIRST_STEPS,
@@ -175,6 +176,7 @@ def run_recipe(
     """Run a recipe of stages; what is done and unchanged is skipped."""
     from madpo.launch.recipes.runner import run
 
+    outlive_readers()
     raise typer.Exit(run(recipe, overrides or [], jobs, only or [], dry_run))
 
 
@@ -194,6 +196,7 @@ def annotate(
     ] = None,
 ) -> None:
     """Score pairs with a reward model: the margins that MADPO needs."""
+    outlive_readers()
     overrides = list(overrides or [])
     overrides += [f"annotate.folds={folds}"] if folds is not None else []
     overrides += [f"annotate.models={json.dumps(model)}"] if model else []
@@ -337,6 +340,7 @@ def report(
 
 
 def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool, extend: bool) -> None:
+    outlive_readers()
     resolved = _loaded(config, overrides or [], task)
     folder = Path(resolved.output_dir)
     from madpo.launch import local
@@ -364,6 +368,7 @@ def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool, ex
 
 
 def _run_task(task: Task, config: str, overrides: list[str] | None, flags: Sequence[str] = ()) -> None:
+    outlive_readers()
     resolved = _loaded(config, overrides or [], task)
     from madpo.launch import local
     from madpo.launch.preflight import check
