@@ -29,7 +29,7 @@ def outlive_readers(tell: Callable[[str], None] = lambda _: None) -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed from the start
-            stream = Path(os.devnull).open("w")
+            stream = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
         setattr(sys, name, Lasting(stream, name, tell))
 
 

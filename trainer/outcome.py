@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_atomically
 
 NAME = "outcome.json"
@@ -52,8 +53,12 @@ def write(folder: Path, status: int, text: str, task: str) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Forget how earlier starts have ended."""
-    for path in (folder / NAME, *(set(folder.glob(f"{FAILED}*")) - {_failed(folder)})):
+    """Forget how earlier starts have ended. Raises UserError if something else has the place of the file."""
+    try:
+        (folder / NAME).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder / NAME} cannot be replaced ({error.strerror}); move it away") from None
+    for path in set(folder.glob(f"{FAILED}*")) - {_failed(folder)}:
         with suppress(OSError):
             path.unlink(missing_ok=True)
 

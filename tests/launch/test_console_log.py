@@ -79,7 +79,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, streams):
 
 def test_a_console_that_nobody_reads_is_left_and_the_log_goes_on(tmp_path, streams):
     reader, writer = os.pipe()
-    sys.stdout, sys.stderr = open(writer, "w"), StringIO()
+    sys.stdout, sys.stderr = os.fdopen(writer, "w"), StringIO()
     with sys.stdout as console:
         outlive_readers(lambda text: print(text, file=sys.stderr))
         keep(tmp_path, "madpo train x.yaml")

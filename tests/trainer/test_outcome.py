@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from madpo.trainer import outcome
-from madpo.trainer.errors import Exit
+from madpo.trainer.errors import Exit, UserError
 
 
 def test_what_was_written_is_read(tmp_path, monkeypatch):
@@ -35,3 +35,9 @@ def test_a_folder_that_cannot_be_written_to_costs_nothing(tmp_path):
 
 def test_starts_have_names_of_their_own():
     assert len({outcome.new_start() for _ in range(100)}) == 100
+
+
+def test_a_folder_in_the_place_of_the_file_is_refused_at_the_start(tmp_path):
+    (tmp_path / outcome.NAME).mkdir()
+    with pytest.raises(UserError, match=r"outcome\.json cannot be replaced \(Is a directory\); move it away"):
+        outcome.remove(tmp_path)
