@@ -20,7 +20,9 @@ from madpo.trainer.files import write_atomically
 
 NAME = "outcome.json"
 FAILED = ".failed-"
-"""The first rank of a start that fails makes a file of this name."""
+"""The first rank of a start that fails gives a file this name."""
+UNFAILED = ".unfailed"
+"""That file until then. It is made at the start, as a disk may be full when a rank fails."""
 START = "MADPO_START"
 """Environment variable that all ranks of one start share: a name for the start."""
 
@@ -61,13 +63,18 @@ def remove(folder: Path) -> None:
     for path in set(folder.glob(f"{FAILED}*")) - {_failed(folder)}:
         with suppress(OSError):
             path.unlink(missing_ok=True)
+    with suppress(OSError):
+        (folder / UNFAILED).touch()
 
 
 def is_first_to_fail(folder: Path) -> bool:
     """Whether this is the first rank of its start that fails, on whatever host; asked once by each.
 
-    Where that cannot be told, on a full disk, say, it is: an error is said rather twice than never.
+    Where that cannot be told, it is: an error is said rather twice than never.
     """
+    with suppress(OSError):
+        (folder / UNFAILED).rename(_failed(folder))
+        return True
     try:
         os.close(os.open(_failed(folder), os.O_CREAT | os.O_EXCL))
     except FileExistsError:

@@ -19,8 +19,8 @@ def reason_of(error: Exception) -> str:
         )
     if isinstance(error, pickle.UnpicklingError):
         return (
-            "its weights (pytorch_model*.bin) are a pickle that is damaged or holds more than tensors; to load "
-            "that may run code, which madpo does not; take a model of safetensors, or convert the file "
+            "its weights (pytorch_model*.bin) are a pickle that is damaged or holds more than tensors; to "
+            "load that may run code, which madpo does not; take a model of safetensors, or convert the file "
             "(save_pretrained of transformers) where you trust it"
         )
     # Of a family that has no such model, transformers lists the two hundred that have.
