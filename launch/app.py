@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from madpo.launch.console_log import outlive_readers
 from madpo.launch.help import FIRST_STEPS, NAMES, ConfigCommand, complete_config, guide, show_versions
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ Fresh = Annotated[
 
 
 def run_task(task: Task, config: str, overrides: list[str] | None, flags: Sequence[str] = ()) -> None:
+    outlive_readers()
     resolved = loaded(config, overrides or [], task)
     from madpo.launch import local
     from madpo.launch.preflight import check

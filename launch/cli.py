@@ -12,6 +12,7 @@ import typer
 from madpo.launch import data_commands  # noqa: F401
 from madpo.launch.app import ConfigPath, Extend, Fresh, OfTask, Overrides, app, command, loaded, run_task
 from madpo.launch.bench_commands import bench_app
+from madpo.launch.console_log import outlive_readers
 from madpo.launch.help import GROUPS, LOOK, MODELS, START, TRAIN, guide
 from madpo.launch.lifeline import LAUNCHER_PID, die_with_launcher
 from madpo.launch.templates import commands, templates, write
@@ -122,6 +123,7 @@ def run_recipe(
     """Run a recipe of stages; what is done and unchanged is skipped."""
     from madpo.launch.recipes.runner import run
 
+    outlive_readers()
     raise typer.Exit(run(recipe, overrides or [], jobs, only or [], dry_run))
 
 
@@ -206,6 +208,7 @@ def report(
 
 
 def _train(task: Task, config: str, overrides: list[str] | None, fresh: bool, extend: bool) -> None:
+    outlive_readers()
     resolved = loaded(config, overrides or [], task)
     folder = Path(resolved.output_dir)
     from madpo.launch import local

@@ -1,4 +1,4 @@
-"""`log.txt` in the run folder: what rank 0 prints, and the errors of all ranks."""
+"""`log.txt` in the run folder: what rank 0 prints, and the errors of all ranks; a console that goes away."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,6 +18,50 @@ from madpo.launch.help import versions
 from madpo.trainer.errors import UserError
 
 NAME = "log.txt"
+
+
+def outlive_readers(tell: Callable[[str], None] = lambda _: None) -> None:
+    """From now on, that nobody reads what this process prints is no error: the text goes nowhere.
+
+    A terminal may be closed meanwhile, and `| head -1` ends after a line. `tell` is called with a line that
+    says so.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed from the start
+            stream = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        setattr(sys, name, Lasting(stream, name, tell))
+
+
+class Lasting:
+    """A text stream that goes on without its reader."""
+
+    def __init__(self, stream: TextIO, name: str, tell: Callable[[str], None]) -> None:
+        self._stream, self._name, self._tell = stream, name, tell
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._leave(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._leave(error)
+
+    def _leave(self, error: OSError) -> None:
+        """Turn the stream to nowhere, for libraries that write to its descriptor too."""
+        with suppress(OSError):  # a stream without one
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+        self._tell(f"{self._name} takes no more text ({error.strerror}); {NAME} has what follows")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def keep(folder: Path, command: str) -> None:

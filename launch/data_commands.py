@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from madpo.launch.app import ConfigPath, OfTask, Overrides, command, loaded, run_task
+from madpo.launch.console_log import outlive_readers
 from madpo.launch.help import DATA
 
 
@@ -27,6 +28,7 @@ def annotate(
     ] = None,
 ) -> None:
     """Score pairs with a reward model: the margins that MADPO needs."""
+    outlive_readers()
     overrides = list(overrides or [])
     overrides += [f"annotate.folds={folds}"] if folds is not None else []
     overrides += [f"annotate.models={json.dumps(model)}"] if model else []

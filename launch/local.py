@@ -21,7 +21,7 @@ from madpo.trainer.config.schema import Config, LaunchConfig
 from madpo.trainer.counted import counted
 from madpo.trainer.errors import Exit, UserError
 from madpo.trainer.files import make_folder
-from madpo.trainer.stopping import AT_ONCE, SIGNALS
+from madpo.trainer.stopping import AT_ONCE, ENDING, SIGNALS
 
 Task = Literal["train", "sft", "reward", "evaluate", "export", "probe", "annotate", "generate"]
 
@@ -89,7 +89,7 @@ def run(
                 # In sessions of their own: a terminal's Ctrl-C reaches them through us, once.
                 processes.append(subprocess.Popen(command, env=own, start_new_session=True))
                 if received:  # meanwhile
-                    processes[-1].terminate()
+                    _signal(processes[-1], received[-1], is_second=False)
             ended = _wait(processes)
     return _status(processes, folder_of_run, start, received, ended)
 
@@ -99,7 +99,8 @@ def _passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[in
     """Context manager: signals are passed on to the processes, and noted in the list that it yields.
 
     The first as SIGTERM, as SIGINT has a traceback from a Python that has no handler of ours yet; a second
-    SIGINT as it is, which ends a rank at once, and no sooner than ranks take it for a second one.
+    SIGINT as it is, which ends a rank at once, and no sooner than ranks take it for a second one. One that is
+    to end all at once kills them, with what they have started, also those that are frozen.
     """
     received: list[int] = []
     began = 0.0
@@ -113,10 +114,9 @@ def _passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[in
         elif is_second:
             time.sleep(max(0.0, began + 1.2 * AT_ONCE - time.monotonic()))
         for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT if is_second else signal.SIGTERM)
+            _signal(process, number, is_second)
 
-    caught = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    caught = [number for number in (*SIGNALS, *ENDING) if signal.getsignal(number) is not signal.SIG_IGN]
     old = {number: signal.signal(number, pass_on) for number in caught}
     try:
         yield received
@@ -127,6 +127,15 @@ def _passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[in
             if process.poll() is None:
                 process.kill()
                 process.wait()
+
+
+def _signal(process: subprocess.Popen[bytes], number: int, is_second: bool) -> None:
+    if process.poll() is not None:
+        return
+    if number in ENDING:
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.send_signal(signal.SIGINT if is_second else signal.SIGTERM)
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> set[int]:
@@ -157,6 +166,11 @@ def _status(
     said = outcome.read(folder)
     if said is not None and said.start == start and said.status in (Exit.DONE, Exit.AGAIN):
         return said.status
+    if ending := [number for number in received if number in ENDING]:
+        print(
+            f"ended at once by {_name(ending[0])}; the same command starts again", file=sys.stderr, flush=True
+        )
+        return 128 + ending[0]
     if received:
         return 128 + received[0]
     for rank, number in killed.items():

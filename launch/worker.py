@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(argv)
+    console_log.outlive_readers(_say_that_nobody_reads)
     stopping.watch(_say_where_it_stands)
     global _started
     try:
@@ -201,6 +202,11 @@ def _say_where_it_stands(text: str) -> None:
     """Print on rank 0 that a signal stops it, unless it does so because another rank has failed."""
     if _rank() == 0 and not (_started is not None and outcome.has_failed(_started.folder)):
         print(f"{text}\n", end="", flush=True)  # in one piece: the main thread may print at this moment
+
+
+def _say_that_nobody_reads(text: str) -> None:
+    if _rank() == 0:
+        _print_error(text)
 
 
 def _print_error(text: str) -> None:

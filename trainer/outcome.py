@@ -15,11 +15,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from madpo.trainer.errors import UserError
 from madpo.trainer.files import write_atomically
 
 NAME = "outcome.json"
 FAILED = ".failed-"
-"""The first rank of a start that fails makes a file of this name."""
+"""The first rank of a start that fails gives a file this name."""
+UNFAILED = ".unfailed"
+"""That file until then. It is made at the start, as a disk may be full when a rank fails."""
 START = "MADPO_START"
 """Environment variable that all ranks of one start share: a name for the start."""
 
@@ -52,17 +55,26 @@ def write(folder: Path, status: int, text: str, task: str) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Forget how earlier starts have ended."""
-    for path in (folder / NAME, *(set(folder.glob(f"{FAILED}*")) - {_failed(folder)})):
+    """Forget how earlier starts have ended. Raises UserError if something else has the place of the file."""
+    try:
+        (folder / NAME).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder / NAME} cannot be replaced ({error.strerror}); move it away") from None
+    for path in set(folder.glob(f"{FAILED}*")) - {_failed(folder)}:
         with suppress(OSError):
             path.unlink(missing_ok=True)
+    with suppress(OSError):
+        (folder / UNFAILED).touch()
 
 
 def is_first_to_fail(folder: Path) -> bool:
     """Whether this is the first rank of its start that fails, on whatever host; asked once by each.
 
-    Where that cannot be told, on a full disk, say, it is: an error is said rather twice than never.
+    Where that cannot be told, it is: an error is said rather twice than never.
     """
+    with suppress(OSError):
+        (folder / UNFAILED).rename(_failed(folder))
+        return True
     try:
         os.close(os.open(_failed(folder), os.O_CREAT | os.O_EXCL))
     except FileExistsError:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+ENDING = (signal.SIGQUIT, signal.SIGUSR2)
+"""Signals that end a command and its ranks at once, as Ctrl-\\ does. Ranks have no handler for them."""
 AT_ONCE = 0.5
 """Seconds in which one wish to stop may come several times."""
 _standing: list[Callable[[], str]] = [lambda: "stopped; the same command starts it again"]

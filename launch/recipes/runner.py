@@ -34,7 +34,7 @@ from madpo.trainer.errors import Exit, UserError
 from madpo.trainer.files import write_private
 from madpo.trainer.masking import masked
 from madpo.trainer.run_folder import set_aside
-from madpo.trainer.stopping import SIGNALS
+from madpo.trainer.stopping import ENDING, SIGNALS
 
 State = Literal["done", "interrupted", "changed", "new"]
 HOUSEKEEPING = ".recipe"
@@ -172,7 +172,7 @@ class Runner:
                 with suppress(ProcessLookupError):
                     os.killpg(job.process.pid, number)
 
-        old = {number: signal.signal(number, forward) for number in SIGNALS}
+        old = {number: signal.signal(number, forward) for number in (*SIGNALS, *ENDING)}
         try:
             yield
         finally:

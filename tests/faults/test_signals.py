@@ -21,6 +21,7 @@ from madpo.trainer.checkpoints.manifest import read
 from madpo.trainer.config.schema import load
 from madpo.trainer.errors import Exit
 from madpo.trainer.files import Entry
+from madpo.trainer.stopping import ENDING
 
 pytestmark = [pytest.mark.launcher, pytest.mark.ranks]
 STEPS = 40
@@ -135,6 +136,40 @@ def test_ctrl_c_twice_stops_at_once(tmp_path, tokenizer_folder):
         rank.resume()
     ((status, text),) = run.finish(process)
     assert status in (130, Exit.AGAIN) and "Traceback" not in text and not run.survivors()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_to_end_at_once_ends_the_whole_tree_also_where_a_rank_is_frozen(
+    tmp_path, tokenizer_folder, number
+):
+    run = real_run(tmp_path, tokenizer_folder, max_steps=100_000, num_train_epochs=1e6)
+    process = run.train()
+    run.wait_for(lambda: len(run.losses()) >= 2, process)
+    run.ranks()[1].suspend()
+    process.send_signal(number)
+    ((status, text),) = run.finish(process)
+    assert status == 128 + number and not run.survivors()
+    assert text.splitlines()[-1] == f"ended at once by {number.name}; the same command starts again"
+    assert "Traceback" not in text and "error" not in text
+
+
+@pytest.mark.slow
+def test_a_run_whose_output_nobody_reads_goes_on_to_its_end(tmp_path, tokenizer_folder):
+    """As with `madpo train CONFIG | head -1`."""
+    run = real_run(tmp_path, tokenizer_folder)
+    process = run.train()
+    assert process.stdout is not None and process.stdout.readline().startswith("reading ")
+    process.stdout.close()
+    try:
+        assert process.wait(patient(150)) == Exit.DONE
+    finally:
+        assert run.gone(1)
+    log = (run.folder / "log.txt").read_text()
+    assert "step 2/2" in log and "Traceback" not in log
+    assert (run.folder / "model").is_dir() and (run.folder / "report.html").is_file()
+    said = outcome.read(run.folder)
+    assert said is not None and said.status == Exit.DONE
 
 
 @pytest.mark.slow

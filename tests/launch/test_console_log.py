@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from io import StringIO
 
@@ -10,7 +11,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from madpo.launch.console_log import NAME, Kept, append, keep
+from madpo.launch.console_log import NAME, Kept, append, keep, outlive_readers
 from madpo.trainer.errors import UserError
 
 
@@ -74,3 +75,27 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, streams):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"output_dir: .*file/run cannot be written to: Not a directory"):
         keep(tmp_path / "file" / "run", "madpo train x.yaml")
+
+
+def test_a_console_that_nobody_reads_is_left_and_the_log_goes_on(tmp_path, streams):
+    reader, writer = os.pipe()
+    sys.stdout, sys.stderr = os.fdopen(writer, "w"), StringIO()
+    with sys.stdout as console:
+        outlive_readers(lambda text: print(text, file=sys.stderr))
+        keep(tmp_path, "madpo train x.yaml")
+        print("read", flush=True)
+        assert os.read(reader, 100) == b"read\n"
+        os.close(reader)
+        for step in (1, 2):
+            print(f"step {step}", flush=True)
+        os.write(writer, b"a library's own words")
+        console.flush()
+    _, *lines = (tmp_path / NAME).read_text().splitlines()
+    told = f"stdout takes no more text (Broken pipe); {NAME} has what follows"
+    assert lines == ["read", "step 1", told, "step 2"]
+
+
+def test_a_console_that_was_closed_from_the_start_is_no_error(streams, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    outlive_readers()
+    print("nobody reads this", flush=True)

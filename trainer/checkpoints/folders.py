@@ -3,6 +3,7 @@
 step-00000100            a checkpoint: it has its name only when all of it is on the disk
 step-00000100.partial    one that is being written, or that a killed run left
 step-00000100.damaged    one that was found damaged, set aside; nothing reads or deletes it
+step-00000100.partial.not-ours  what was in the place of the second and no folder, set aside as well
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from madpo.trainer.files import flush_folder
 
 NAME = re.compile(r"step-(\d{8,})")
-PARTIAL, DAMAGED = ".partial", ".damaged"
+PARTIAL, DAMAGED, FOREIGN = ".partial", ".damaged", ".not-ours"
 MANIFEST = "manifest.json"
 
 
@@ -52,12 +53,12 @@ def damaged_in(root: Path) -> list[Path]:
     return sorted(root.glob(f"step-*{DAMAGED}*"))
 
 
-def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint; the new path."""
-    number, target = 1, checkpoint.with_name(checkpoint.name + DAMAGED)
+def set_aside(checkpoint: Path, mark: str = DAMAGED) -> Path:
+    """Rename a damaged checkpoint, or what else is in the way; the new path, which nothing had before."""
+    number, target = 1, checkpoint.with_name(checkpoint.name + mark)
     while target.exists():
         number += 1
-        target = checkpoint.with_name(f"{checkpoint.name}{DAMAGED}-{number}")
+        target = checkpoint.with_name(f"{checkpoint.name}{mark}-{number}")
     checkpoint.rename(target)
     flush_folder(checkpoint.parent)
     return target

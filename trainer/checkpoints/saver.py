@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from madpo.trainer.agreement import Agreement, Told
-from madpo.trainer.checkpoints.folders import PARTIAL, name_of, remove_old, set_aside, step_of
+from madpo.trainer.checkpoints.folders import FOREIGN, PARTIAL, name_of, remove_old, set_aside, step_of
 from madpo.trainer.checkpoints.manifest import Manifest
 from madpo.trainer.dist import Shard, barrier, from_main, gathered
 from madpo.trainer.engine import Engine
@@ -65,7 +65,7 @@ class Saver:
 
         `manifest` makes the manifest of a checkpoint of the run as it is, without its files. `check_owner`
         says, on rank 0, why this process may not commit, if a later start has taken the folder over. `say`
-        gets a line about a checkpoint that could not be written.
+        gets a line about a checkpoint that could not be written, and about what was in its way.
         """
         self._engine, self._root, self._shard, self._keep = engine, root, shard, keep
         self._with_reference, self._in_background = with_reference, in_background
@@ -148,6 +148,8 @@ class Saver:
         if self._shard.is_main:
             try:
                 self._root.mkdir(exist_ok=True)
+                if partial.is_symlink() or (partial.exists() and not partial.is_dir()):  # no save has left it
+                    self._say(f"{partial} is no folder; set aside as {set_aside(partial, FOREIGN).name}")
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
                 problem = self._too_little_disk()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 from madpo.trainer.errors import on_one_line
 
 NO_CODE = {"trust_remote_code": False}
@@ -14,6 +16,12 @@ def reason_of(error: Exception) -> str:
         return (
             "it needs code that lies in its own folder, and madpo runs no code of a model's folder; take a "
             "model of a family that transformers has itself"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "its weights (pytorch_model*.bin) are a pickle that is damaged or holds more than tensors; to "
+            "load that may run code, which madpo does not; take a model of safetensors, or convert the file "
+            "(save_pretrained of transformers) where you trust it"
         )
     # Of a family that has no such model, transformers lists the two hundred that have.
     return on_one_line(error).partition(" Model type should be one of")[0]

@@ -91,7 +91,7 @@ def load_pretrained(
     except UserError:
         raise
     except (
-        *(OSError, ValueError, RuntimeError, KeyError, TypeError),
+        *(OSError, EOFError, ValueError, RuntimeError, KeyError, TypeError),
         *(SafetensorError, pickle.UnpicklingError),
     ) as error:
         if is_lost_peer(error):  # ranks share out the weights as they load

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from madpo.trainer.config.schema import Config, dump
 from madpo.trainer.data.training_data import Data
 from madpo.trainer.dist import Shard
 from madpo.trainer.files import read_object, write_atomically, write_object
+from madpo.trainer.reports.progress import print_line
 
 
 def is_exported(config: Config, folder: Path) -> bool:
@@ -32,7 +34,16 @@ def is_exported(config: Config, folder: Path) -> bool:
 
 
 def write_report(folder: Path, data: Data) -> None:
-    write_object(folder / "data_report.json", data.report)
+    """Write what was read and dropped; that this cannot be done is said once, and no reason to end a run."""
+    try:
+        write_object(folder / "data_report.json", data.report)
+    except OSError as error:
+        _say_once(f"{folder / 'data_report.json'} cannot be written ({error.strerror}); the run goes on")
+
+
+@cache
+def _say_once(text: str) -> None:
+    print_line(text)
 
 
 Extension = tuple[int, str]

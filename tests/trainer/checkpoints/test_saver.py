@@ -204,6 +204,20 @@ def test_what_stands_against_a_save_is_said_on_all_ranks_before_anything_is_writ
         assert re.search(reason, lines[0])
 
 
+def file_in_the_place_of_a_half_written_one(patch: Any, run: Run) -> None:
+    run.root.mkdir(exist_ok=True)
+    (run.root / "step-00000001.partial").write_text("a user's own")
+
+
+def test_a_file_in_the_place_of_a_half_written_checkpoint_is_set_aside(config, tmp_path):
+    root = tmp_path / "run" / "checkpoints"
+    (result,) = run_ranks(1, prepared, config, str(root), file_in_the_place_of_a_half_written_one)
+    place = root / "step-00000001.partial"
+    line = f"{place} is no folder; set aside as {place.name}.not-ours"
+    assert result == (1, [line], ["step-00000001"])
+    assert (root / f"{place.name}.not-ours").read_text() == "a user's own"
+
+
 def test_the_need_for_space_is_that_of_the_files(config, tmp_path):
     (need, size), _ = run_ranks(2, sizes, config, str(tmp_path / "run" / "checkpoints"))
     assert need <= size <= need + 100_000  # headers, of a model of 0.5 MB

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 import transformers
 from harness import save_classifier, save_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from madpo.trainer.config.model import ModelConfig
@@ -134,3 +137,28 @@ def test_files_of_a_subfolder_and_links_of_the_cache_are_inside(sharded, tmp_pat
     for folder in (deeper, snapshot):
         same = load_folder(folder).state_dict()
         assert all(torch.equal(same[name], weight) for name, weight in whole.items())
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_a_pickle_of_weights_is_read_and_one_that_holds_more_is_refused(tmp_path, tokenizer_folder):
+    folder, mark = save_model(tmp_path / "model", tokenizer_folder, seed=1), tmp_path / "was_run"
+    weights, path = load_file(folder / "model.safetensors"), folder / "pytorch_model.bin"
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, path)
+    load_pretrained(str(folder), None, torch.float32, "eager", AutoModelForCausalLM, None)
+    torch.save(weights | {"more": Payload(mark)}, path)
+    says = r"its weights \(pytorch_model\*\.bin\) are a pickle .* take a model of safetensors, or convert"
+    assert re.search(says, text := refusal(folder)) and len(text.splitlines()) == 1
+    path.write_bytes(pickle.dumps({"more": Payload(mark)}))
+    assert re.search(says, refusal(folder)) and not mark.exists()
+    path.write_bytes(b"")
+    refusal(folder)
