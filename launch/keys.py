@@ -24,6 +24,8 @@ from madpo.trainer.config.describe import (
     sections,
 )
 from madpo.trainer.config.error_text import ON_POLICY, unknown_objective
+from madpo.trainer.config.foreign_keys import counterpart, our_key
+from madpo.trainer.config.schema import Config
 from madpo.trainer.errors import UserError, closest
 from madpo.trainer.objectives.build import ALIASES
 from madpo.trainer.objectives.registry import OBJECTIVES
@@ -52,10 +54,12 @@ def explain_keys(name: str | None, width: int | None) -> str:
     entries = [entry for section in known.values() for entry in section.entries]
     if found := [entry for entry in entries if f".{entry.key}".endswith(f".{name}")]:
         return _rows(found, width, with_recipes=True)
-    if owners := [loss for loss in OBJECTIVES if name in {entry.key for entry in parameters(loss)}]:
-        example = "dpo" if "dpo" in owners else owners[0]
-        text = f"{name} is a parameter of {', '.join(owners)}; `madpo keys {example}` explains it there."
-        return _filled(text, width) + "\n"
+    if meanings := _parameter(name, width):
+        return meanings
+    if foreign := counterpart(name, Config):
+        ours = (our_key(name, Config) or "").split(" and ")
+        known_here = "\n".join(explain_keys(key, width) for key in ours if key)
+        return f"{_filled(f'{name}: {foreign}', width)}\n{known_here}"
     if name.lower() in ON_POLICY:
         raise UserError(unknown_objective(name))
     every = {*known, *OBJECTIVES, *(entry.key for entry in entries)}
@@ -104,6 +108,18 @@ def _objective(loss_type: str, width: int | None) -> str:
     objective = OBJECTIVES[loss_type]
     head = f"{loss_type}: {kind_of(objective)}\n{_filled(objective.equation, width)}\n"
     return f"{head}\n{_rows(parameters(loss_type), width) or 'It has no parameters.'}".rstrip() + "\n"
+
+
+def _parameter(name: str, width: int | None) -> str:
+    """A parameter of objectives: each of its meanings, and which objectives give it that one."""
+    owners = dict[tuple[str, str], list[str]]()
+    for loss_type in OBJECTIVES:
+        for entry in parameters(loss_type):
+            if entry.key == name:
+                owners.setdefault((entry.description, entry.facts), []).append(loss_type)
+    between = "; " if width is None else "\n"
+    rows = [(name, between.join([*meaning, f"of {', '.join(losses)}"])) for meaning, losses in owners.items()]
+    return _columns(rows, width)
 
 
 def _rows(entries: list[Entry], width: int | None, with_recipes: bool = False) -> str:

@@ -34,6 +34,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+if not ON_GPU:
+    # The first backward pass decides whether autograd has threads of its own; no rank can be forked from a
+    # process with them. A CUDA build of torch starts them, GPU or not, if a fake tensor was made before.
+    torch.zeros((), requires_grad=True).backward()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from madpo.benchmarks.sentiment.results import (
     PAPER,
+    Estimate,
     Sample,
     Setting,
     at_equal_kl,
@@ -31,11 +32,26 @@ ARMS = {
 }
 SHORT = {
     **METHODS,
+    "madpo": "MADPO, τ quantile",
     "madpo-paper-tau": "MADPO, τ 6.9",
     "madpo-cross-fitted": "MADPO, cross-fitted",
     "madpo-oracle": "MADPO, oracle's margins",
-    "madpo-noised": "MADPO, noised ones",
+    "madpo-noised": "MADPO, noised margins",
 }
+"""Methods as the picture and its table call them; COLOURS has theirs."""
+COLOURS = (
+    "#6ea8ee",
+    "#8a5fb0",
+    "#444444",
+    "#d9772b",
+    "#3a9168",
+    "#c62f4a",
+    "#98a4f5",
+    "#0f8b8d",
+    "#a67c00",
+)
+Frontier = list[tuple[float, Estimate]]
+"""KL and reward of a method at each of its betas."""
 Settings = Mapping[Setting, Sample]
 
 
@@ -218,41 +234,61 @@ def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def plot(sft: Sample, settings: Settings, path: Path) -> None:
     """Plot reward against sqrt(KL), in a panel for each tier that has an arm with several betas."""
+    tiers = [t for t in TIERS if any(len(_betas(settings, arm, t)) > 1 for arm in METHODS)]
+    if tiers:
+        draw({tier: _frontiers(settings, tier) for tier in tiers}, estimate(sft.rewards).mean, path)
+
+
+def _frontiers(settings: Settings, tier: str) -> dict[str, Frontier]:
+    """The points of every arm that was run on the tier."""
+    found = dict[str, Frontier]()
+    for arm in SHORT:
+        samples = [settings[Setting(arm, beta, tier)] for beta in _betas(settings, arm, tier)]
+        points = [(float(sample.kls.mean()), estimate(sample.rewards)) for sample in samples]
+        if points:
+            found[arm] = sorted(points)
+    return found
+
+
+def draw(frontiers: Mapping[str, Mapping[str, Frontier]], start: float, path: Path) -> None:
+    """Draw a panel for each tier; `start` is the reward of the SFT model."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tiers = [t for t in TIERS if any(len(_betas(settings, arm, t)) > 1 for arm in METHODS)]
-    if not tiers:
-        return
-    figure, axes = plt.subplots(1, len(tiers), figsize=(5.4 * len(tiers), 4.2), sharey=True, squeeze=False)
-    for axis, tier in zip(axes[0], tiers, strict=True):
-        for arm, label in SHORT.items():
-            betas = _betas(settings, arm, tier)
-            samples = [settings[Setting(arm, beta, tier)] for beta in betas]
-            if not samples:
+    figure, axes = plt.subplots(
+        1,
+        len(frontiers),
+        figsize=(6.2 * len(frontiers), 4.4),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (tier, arms) in zip(axes[0], frontiers.items(), strict=True):
+        for (arm, label), colour in zip(SHORT.items(), COLOURS, strict=True):
+            if arm not in arms:
                 continue
-            x = [float(sample.kls.mean()) for sample in samples]
-            y = [estimate(sample.rewards) for sample in samples]
-            points = sorted(zip(x, y, betas, strict=True))
+            kls, rewards = zip(*arms[arm], strict=True)
             axis.errorbar(
-                [p[0] for p in points],
-                [p[1].mean for p in points],
-                [p[1].error for p in points],
+                kls,
+                [reward.mean for reward in rewards],
+                [reward.error for reward in rewards],
+                color=colour,
                 marker="o",
-                markersize=4,
+                markersize=7 if arm == "madpo-paper-tau" else 4.5,
                 linewidth=1.4,
                 capsize=2,
                 label=label,
             )
-        axis.plot([0], [estimate(sft.rewards).mean], "k*", markersize=9, label="SFT")
+        axis.plot([0], [start], "k*", markersize=11, clip_on=False, zorder=5, label="starting model (SFT)")
         axis.set_xscale("function", functions=(np.sqrt, np.square))
         axis.set_xlim(left=0)
-        axis.set(title=tier, xlabel="KL from the SFT model, nats per completion (√ scale)")
+        axis.set_title(f"{tier} tier: reward bought with KL, ± one standard error", fontsize=10)
+        axis.set_xlabel("KL from the SFT model, nats per completion (√ scale)")
+        axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("oracle reward")
-    axes[0][0].legend(frameon=False, fontsize=9)
-    figure.tight_layout()
+    axes[0][0].set_ylabel("oracle's reward")
+    axes[0][0].legend(frameon=False, fontsize=8.5)
     figure.savefig(path)
     plt.close(figure)

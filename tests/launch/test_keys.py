@@ -15,7 +15,16 @@ from madpo.trainer.config.section import Section
 from madpo.trainer.objectives.registry import OBJECTIVES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "config.md"
-NAMES = [*Config.model_fields, "data.datasets", "generate.judge", "lr", "optim.lr", "beta", *OBJECTIVES]
+NAMES = [
+    *Config.model_fields,
+    "data.datasets",
+    "generate.judge",
+    "lr",
+    "optim.lr",
+    "beta",
+    "objective.tau",
+    *OBJECTIVES,
+]
 
 
 def test_the_page_is_that_of_the_schema():
@@ -65,6 +74,19 @@ def test_an_objective_shows_its_equation_and_parameters():
     assert "a number above 0; default 0.1" in out
     assert command("keys", "sigmoid")[1] == out
     assert "It has no parameters." in explain_keys("nll", None)
+    assert explain_keys("objective.tau", None) == explain_keys("tau", None)
+    of_madpo = next(line for line in explain_keys("tau", None).splitlines() if line.endswith("; of madpo"))
+    assert "threshold on the margin" in of_madpo and "default 7.0" in of_madpo
+    of_dpo = next(line for line in explain_keys("beta", None).splitlines() if " dpo, " in line)
+    assert of_dpo.startswith("  beta  strength with which") and " madpo, " in of_dpo
+
+
+def test_other_trainers_names_are_explained():
+    assert explain_keys("learning_rate", None).startswith(
+        "learning_rate: it is optim.lr here\n  optim.lr  high"
+    )
+    assert explain_keys("adam_betas", None).count("optim.adam_beta") == 4
+    assert explain_keys("report_to", None).startswith("report_to: metrics are in metrics.jsonl")
     overview = command("keys")[1]
     assert all(name in overview for name in (*OBJECTIVES, *Config.model_fields))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,11 +55,13 @@ def without_length(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def difference(stored: dict[str, Any], now: dict[str, Any]) -> str | None:
     """The keys of `now` that have other values in `stored`, as lines for the user; None if there are none."""
-    changed = [key for key in now if key not in stored or stored[key] != now[key]]
+    changed = {key for key in now if key not in stored or stored[key] != now[key]}
+    sections = tuple(f"{key}." for key in changed)  # a section that comes or goes says it for all of its keys
+    changed = [key for key in now if key in changed and not key.startswith(sections)]
     lines = [f"\n  {key}: {shown(stored.get(key))} there, {shown(now[key])} now" for key in changed]
     return "".join(lines) or None
 
 
 def shown(value: Any) -> str:
     """A value as a user would write it in YAML."""
-    return "null" if value is None else repr(value)
+    return json.dumps(value) if isinstance(value, bool | None) else repr(value)

@@ -76,7 +76,8 @@ class DataConfig(Section):
         description="adapter that reads the examples, see docs/data.md; auto: chosen by the columns",
     )
     columns: dict[str, str] = Field(
-        default_factory=dict, description="names of columns: ours to the data set's, where they differ"
+        default_factory=dict,
+        description="our names of columns to the data set's, where they differ, as in {prompt: question}",
     )
     ignore_columns: list[str] = Field(
         default_factory=list,
@@ -96,8 +97,8 @@ class DataConfig(Section):
     )
     template_date: str = Field(
         default="2026-01-01",
-        description="date that the chat template writes where it asks for the present one; the same on every "
-        "day, so that tokens are",
+        description="date that the chat template gets in place of the present one, so that the tokens are "
+        "the same on every day",
     )
     train_on: Literal["assistant", "all"] = Field(
         default="assistant",
@@ -139,8 +140,8 @@ class DataConfig(Section):
     )
     sampling: Literal["uniform", "weight"] = Field(
         default="uniform",
-        description="uniform: every group once an epoch; weight: groups drawn in proportion to the weights "
-        "of their pairs or completions, which then leave their losses",
+        description="uniform: every group once an epoch; weight: groups are drawn in proportion to the "
+        "weights of their pairs or completions, and their losses are not weighted",
     )
     folds: int | None = Field(
         default=None, ge=2, description="number of parts that the training split is cut into, by prompt"

@@ -84,7 +84,7 @@ class JudgeConfig(Section):
 class GenerateConfig(Section):
     models: list[str] = setting(
         default_factory=list,
-        description="models to sample from: folders or hub names; empty: model.model_name_or_path",
+        description="models to sample from: folders, runs or hub names; empty: model.model_name_or_path",
         effect=Effect.RESULT,
         names="path",
     )

@@ -17,12 +17,15 @@ FILE = "config.yaml"
 def read_tree(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The sections in a YAML file. A run folder stands for its config.yaml, with itself as `output_dir`.
 
+    An `objective` that is a name becomes a section, so that overrides can add to it.
+
     Raises UserError for a folder without one, and for a file that holds no sections.
     """
     check_path(path)
     folder = Path(path)
     if not folder.is_dir():
-        return strict_yaml.read(folder)
+        tree = strict_yaml.read(folder)
+        return {**tree, "objective": as_block(tree["objective"])} if tree.get("objective") else tree
     if not (folder / FILE).is_file():
         raise UserError(f"{folder} is a folder without {FILE}, so no run's; name a YAML file or a run folder")
     return {**strict_yaml.read(folder / FILE), "output_dir": str(folder)}

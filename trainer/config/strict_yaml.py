@@ -192,11 +192,24 @@ def override(tree: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]
             child = node.get(key)
             if child is not None and not isinstance(child, dict):
                 where = ".".join(keys[: depth + 1])
-                raise UserError(f"override {assignment!r}: {where} is a value, not a section")
+                raise UserError(
+                    f"override {assignment!r}: {where} is a value, not a section; an override of {where} "
+                    f"gives all of it, as in '{where}={{...}}'"
+                )
             node[key] = dict(child or {})
             node = node[key]
-        node[keys[-1]] = parse(text, f"override {assignment!r}")
+        node[keys[-1]] = _value(assignment, text)
     return tree
+
+
+def _value(assignment: str, text: str) -> Any:
+    """The value of an override. UserError: where a blank has cut it, that is said."""
+    cut = any(text.count(opening) > text.count(closing) for opening, closing in ("{}", "[]"))
+    hint = "; if the shell has cut it at a blank, quote it whole, as in 'peft={lora_r: 8}'" if cut else ""
+    try:
+        return parse(text, f"override {assignment!r}")
+    except UserError as error:
+        raise UserError(f"{error}{hint}") from None
 
 
 def masked_override(assignment: str) -> str:

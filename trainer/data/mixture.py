@@ -75,8 +75,8 @@ def parts_of(data: DataConfig, held_out: bool) -> list[Part]:
         if split is None:
             named = data.dataset_test_split or "null"
             raise UserError(
-                f"data.dataset_test_split: {named} leaves nothing to evaluate on; make a folder of "
-                "train.jsonl and test.jsonl the data set, or name a split that it has"
+                f"data.dataset_test_split: {named} leaves nothing to evaluate on; give the data set "
+                "as a folder with train.jsonl and test.jsonl, or name a split that it has"
             )
         return [Part(split, data, split, 1.0)]
     role = "test" if held_out else "train"

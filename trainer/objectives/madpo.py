@@ -33,7 +33,9 @@ class MADPOParams(Params):
         description="steepness of the change from c_max to c_min",
     )
     tau: PositiveThreshold = Field(
-        default=7.0, description="margin whose factor and weight are 1; or quantile:q of the absolute margins"
+        default=7.0,
+        description="threshold on the margin, best above nearly all of them: a pair has weight 1 at tau, and "
+        "below -tau (docs/tau.md); or quantile:q of the absolute margins",
     )
     margin_scale: float = Field(default=1.0, gt=0, description="factor on the margins of the data set")
     ablation: Literal["amplify", "regularise"] | None = Field(

@@ -96,7 +96,9 @@ def _environment() -> Environment:
 
 
 def text(value: Any) -> str:
-    """A value as text: whole numbers in full, others to four digits, nothing for None."""
+    """A value as text: whole numbers in full, others to four digits, nothing for None; lists with commas."""
+    if isinstance(value, list):
+        return ", ".join(map(text, value))
     if isinstance(value, float):
         return f"{value:,.0f}" if value.is_integer() or abs(value) >= 1000 else f"{value:.4g}"
     return f"{value:,}" if type(value) is int else "" if value is None else str(value)

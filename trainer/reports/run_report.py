@@ -167,7 +167,7 @@ def _differences(runs: Sequence[Run]) -> list[Table]:
 
 def _details(run: Run) -> dict[str, Any]:
     """A run's command, hardware, data and configuration."""
-    facts = {"command": "", **{name: value for name, value in run.facts.items() if value is not None}}
+    facts = {"command": "", **{name: value for name, value in run.facts.items() if value not in (None, [])}}
     command = masked_text(str(facts.pop("command")))
     if "started" in facts:
         facts["started"] = f"{datetime.fromtimestamp(facts['started'], UTC):%Y-%m-%d %H:%M} UTC"

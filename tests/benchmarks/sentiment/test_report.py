@@ -79,8 +79,10 @@ def test_orders_that_are_seen_reversed_or_not_told_apart_are_called_so(text):
 def test_methods_are_compared_at_equal_kl(text, tmp_path):
     """DPO's betas reach the KL of MADPO at beta 0.1, and not MADPO's other KL."""
     section = text[text.index("## Against DPO at the same KL") :]
-    assert float(row(section, "high", "MADPO", "0.1")[6].split()[0]) == pytest.approx(0.5, abs=0.1)
-    assert row(section, "high", "MADPO", "0.3")[5:] == ["DPO's KLs are 2.0 to 4.0", ""]
+    assert float(row(section, "high", "MADPO, τ quantile", "0.1")[6].split()[0]) == pytest.approx(
+        0.5, abs=0.1
+    )
+    assert row(section, "high", "MADPO, τ quantile", "0.3")[5:] == ["DPO's KLs are 2.0 to 4.0", ""]
     assert (tmp_path / "out" / "frontier.svg").stat().st_size > 1000
 
 

@@ -195,6 +195,17 @@ def test_another_value_of_any_key_is_named():
     )
 
 
+def test_a_section_that_comes_is_named_without_its_keys():
+    asked = {"peft": True, "peft.lora_r": 8, "pefts": 1}
+    assert (
+        difference({"peft": False, "pefts": 2}, asked)
+        == "\n  peft: false there, true now\n  pefts: 2 there, 1 now"
+    )
+    assert (
+        difference({"peft": True, "peft.lora_r": 4, "pefts": 1}, asked) == "\n  peft.lora_r: 4 there, 8 now"
+    )
+
+
 def test_only_the_newest_checkpoints_are_kept(config):
     short = {"max_steps": 3, "eval_steps": None, "save_steps": 1, "save_total_limit": 2, "export": False}
     run_ranks(1, train, changed(config, train=short))

@@ -64,6 +64,11 @@ def test_an_objective_may_be_its_name_alone(path, text, terms):
         assert [term["loss_type"] for term in objective.terms] == terms
 
 
+def test_an_override_adds_to_an_objective_that_is_a_name(path):
+    path.write_text(f"{path.read_text()}\nobjective: dpo\n")
+    assert load(path, ["objective.beta=0.2"]).objective.model_dump() == {"loss_type": "dpo", "beta": 0.2}
+
+
 @pytest.mark.parametrize(
     "name, message",
     [

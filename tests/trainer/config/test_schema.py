@@ -158,8 +158,8 @@ ERRORS = [
         r"needs the whole set before training, which a stream never has",
     ),
     (["model.reference=cached", "objective={loss_type: tdpo}"], r"the reference's whole distribution"),
-    (["output_dir.x=1"], r"output_dir is a value, not a section"),
-    (["optim.lr=[1"], r"override 'optim\.lr=\[1'"),
+    (["output_dir.x=1"], r"output_dir is a value, not a section; .* as in 'output_dir={\.\.\.}'$"),
+    (["optim.lr=[1"], r"override 'optim\.lr=\[1'.* quote it whole, as in 'peft={lora_r: 8}'$"),
 ]
 
 

@@ -137,7 +137,7 @@ def test_a_base_model_that_has_moved(config, adapter, tmp_path):
     moved = run_of(config, adapter, base_model_name_or_path=str(tmp_path / "moved"))
     run_ranks(1, train, moved, checks=True)
     shutil.move(tmp_path / "moved", tmp_path / "base")
-    with pytest.raises(AssertionError, match=r"peft: True there, False now"):
+    with pytest.raises(AssertionError, match=r"peft: true there, false now"):
         run_ranks(1, train, run_of(config, adapter), checks=True)
     described(adapter, base_model_name_or_path=None)
     with pytest.raises(AssertionError, match=r"names no base model; set peft\.base_model_name_or_path"):

@@ -227,6 +227,8 @@ def test_tables_show_facts_and_the_last_value_of_every_metric(tmp_path):
         "command": "madpo train configs/demo.yaml",
         "started": 1000.0,
         "versions": {"torch": "2.13.0"},
+        "extended": [[8, "train.max_steps 8 -> 12"]],
+        "none_of_these": [],
     }
     train = {"rows": 10531, "dropped": {"too long": 3}, "where": {"too long": ["x.jsonl:7"]}}
     data = {"train": train, "test": {"rows": 1218}}
@@ -237,6 +239,7 @@ def test_tables_show_facts_and_the_last_value_of_every_metric(tmp_path):
     assert cells_of(page, "eval_loss") == ["0.88"]
     assert "<pre>madpo train configs/demo.yaml</pre>" in page
     assert cells_of(page, "versions: torch") == ["2.13.0"]
+    assert cells_of(page, "extended") == ["8, train.max_steps 8 -&gt; 12"] and "none_of_these" not in page
     assert cells_of(page, "started") == ["1970-01-01 00:16 UTC"]
     assert cells_of(page, "rows") == ["10,531", "1,218"]
     assert cells_of(page, "dropped: too long") == ["3", ""] and "x.jsonl" not in page
