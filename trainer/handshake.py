@@ -232,15 +232,18 @@ def _tokens(config: Config | UserError, name: str) -> Iterator[UserError | None]
             for key in FOLDERS:
                 token = _token(config, key, name)
                 make_folder(key, token.parent)
-                write_atomically(token, "")
                 tokens.append(token)
+                write_atomically(token, "")
         except UserError as error:
             problem = error
+        except OSError as error:
+            problem = UserError(f"{error.filename or config.output_dir} cannot be written ({error.strerror})")
     try:
         yield problem
     finally:
         for token in tokens:
-            token.unlink(missing_ok=True)
+            with suppress(OSError):
+                token.unlink(missing_ok=True)
 
 
 def _facts(rank: int, config: Config | UserError, name: str | None) -> Facts:

@@ -25,7 +25,6 @@ NAME = "lives.jsonl"
 JOBS = "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"
 """Variables in which launchers say what they call a job."""
 
-
 SHOWN = 5
 """So many ends are told."""
 
@@ -85,7 +84,10 @@ def read(folder: Path) -> list[Life]:
     lives = []
     for record in found.values():
         with suppress(TypeError):
-            lives.append(Life(**record))
+            life = Life(**record)
+            numbers = life.started, life.first_step, life.ended or 0, life.last_step or 0, life.status or 0
+            if all(isinstance(number, int | float) for number in numbers):
+                lives.append(life)
     return lives
 
 

@@ -33,7 +33,8 @@ def no_progress(folder: Path, step: int) -> str | None:
             f"the launcher has started this run {MOST} times at step {step}, and it has come to no further "
             f"checkpoint; {folder / 'log.txt'} says why. Started by hand, it tries again"
         )
-    write_atomically(folder / STARTS, json.dumps(starts[-MOST:]) + "\n")
+    with suppress(OSError):  # a start that cannot be noted is not counted
+        write_atomically(folder / STARTS, json.dumps(starts[-MOST:]) + "\n")
     return None
 
 
@@ -46,5 +47,5 @@ def _earlier(folder: Path) -> list[int]:
     with suppress(OSError, ValueError):
         found = json.loads((folder / STARTS).read_bytes())
         if isinstance(found, list):
-            return found
+            return [step for step in found if isinstance(step, int)]
     return []

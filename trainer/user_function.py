@@ -71,6 +71,8 @@ def load(function: str) -> Any:
         _search_working_directory()
         return getattr(importlib.import_module(module), name)
     path = Path(module).expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(f"user_function_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -198,6 +199,17 @@ def test_a_folder_that_rank_0_cannot_write_to_is_waited_for_by_nobody(tmp_path):
     written(tmp_path)
     said = together(tmp_path, *(rank(n, SEES="1000") for n in (0, 1)), more=["output_dir=/proc"])
     assert said[0] == said[1] and said[0].startswith("2 True output_dir: /proc cannot be written to")
+
+
+def test_a_token_that_cannot_be_written_is_a_problem_of_the_folder(config, monkeypatch):
+    """As on a disk that fills up, after it was found to be writable."""
+
+    def full(path: Path, _: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(handshake, "write_atomically", full)
+    with handshake._tokens(config, "start") as problem:
+        assert "cannot be written (No space left on device)" in str(problem)
 
 
 def test_a_folder_of_each_hosts_own_is_refused(tmp_path):

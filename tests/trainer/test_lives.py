@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -66,7 +68,10 @@ def test_rank_0_writes(tmp_path):
     assert lives.read(tmp_path)[0].last_step == 0
 
 
-@pytest.mark.parametrize("line", ["", "{", "[]", '{"life": 2}', '{"life": 3, "odd": 1}', "\udcff"])
+OF_TEXT = json.dumps(asdict(Life(4, 0.0, 0, 1, [], "", "1")) | {"started": "now"})
+
+
+@pytest.mark.parametrize("line", ["", "{", "[]", '{"life": 2}', '{"life": 3, "odd": 1}', "\udcff", OF_TEXT])
 def test_lines_that_cannot_be_read_are_passed_over(tmp_path, alone, line):
     with recorded(tmp_path, 1, Shard(0, 1), lambda: 0):
         (tmp_path / lives.NAME).open("ab").write(line.encode(errors="surrogateescape") + b"\n")

@@ -41,8 +41,14 @@ def test_a_start_by_hand_counts_anew(tmp_path, restarted):
         assert no_progress(tmp_path, 5) is None
 
 
-@pytest.mark.parametrize("content", ["", "[1, 2", "7", "\0"])
+@pytest.mark.parametrize("content", ["", "[1, 2", "7", "\0", "[[5], {}]"])
 def test_a_file_that_is_damaged_counts_anew(tmp_path, restarted, content):
     restarted("SLURM_RESTART_COUNT", 9)
     (tmp_path / STARTS).write_text(content)
+    assert no_progress(tmp_path, 5) is None
+
+
+def test_a_start_that_cannot_be_noted_goes_on(tmp_path, restarted):
+    (tmp_path / STARTS).mkdir()
+    restarted("SLURM_RESTART_COUNT", 9)
     assert no_progress(tmp_path, 5) is None
