@@ -203,9 +203,7 @@ class Endpoint:
             with opener.open(request, timeout=settings.timeout) as response:
                 raw = response.read(MOST_BYTES + 1)
         except HTTPError as error:
-            said = f"{error.code} {error.reason}: {_said(error)}"
-            for secret in sorted({key or "", *secrets_in(settings.model_dump())}, key=len, reverse=True):
-                said = said.replace(secret, MASK) if len(secret) > 3 else said
+            said = self._without_secrets(f"{error.code} {error.reason}: {_said(error)}", key)
             if error.code in (408, 409, 425, 429) or error.code >= 500:
                 raise _Transient(said) from None
             raise UserError(f"generate.judge.endpoint: {settings.url} answers {said}") from None
@@ -216,8 +214,15 @@ class Endpoint:
         try:
             content = json.loads(raw)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError):
-            raise _Transient(f"a reply that is no chat completion: {raw[:200]!r}") from None
+            said = self._without_secrets(_on_one_line(raw[:1000].decode("utf-8", "replace")), key)
+            raise _Transient(f"a reply that is no chat completion: {said[:200]!r}") from None
         return content if isinstance(content, str) else ""
+
+    def _without_secrets(self, said: str, key: str | None) -> str:
+        """What a server said, which may repeat what it was sent."""
+        for secret in sorted({key or "", *secrets_in(self.settings.model_dump())}, key=len, reverse=True):
+            said = said.replace(secret, MASK) if len(secret) > 3 else said
+        return said
 
 
 class _Transient(Exception):
@@ -241,9 +246,12 @@ def _said(error: HTTPError) -> str:
     """The beginning of a refusal, on one line."""
     try:
         with error:
-            text = error.read(500).decode("utf-8", "replace")
+            return _on_one_line(error.read(500).decode("utf-8", "replace"))
     except (OSError, HTTPException):  # it did not end in time
         return ""
+
+
+def _on_one_line(text: str) -> str:
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 

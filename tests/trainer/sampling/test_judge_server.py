@@ -109,6 +109,17 @@ def test_secrets_in_url_and_parameters_reach_the_server_and_no_message(server):
     assert "very-secret" not in text and "pa%2Fss" not in text and text.isprintable()
 
 
+def test_a_page_that_repeats_the_key_is_no_reply_and_does_not_tell_it(server, monkeypatch):
+    """As the debugging page of a proxy does, with status 200."""
+    monkeypatch.setenv("JUDGE_KEY", "sk-very-secret")
+    server.answer = lambda question, before: (200, "<html>Authorization: Bearer sk-very-secret\n\x1b[1m")
+    with pytest.raises(
+        ValueError, match=r"no chat completion: '<html>Authorization: Bearer \*\*\*"
+    ) as caught:
+        endpoint(server, api_key_env="JUDGE_KEY")(["p"], [["a"]])
+    assert "very-secret" not in "".join(traceback.format_exception(caught.value))
+
+
 def test_a_masked_key_is_asked_for_before_the_work():
     judge = JudgeConfig(endpoint=EndpointConfig(url="http://x/v1", model="m", parameters={"api_key": "***"}))
     with pytest.raises(ValueError, match=r"endpoint.parameters.api_key: was masked .*; give it again"):
