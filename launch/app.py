@@ -54,6 +54,10 @@ OfTask = Annotated[
     Literal["train", "sft", "reward"] | None,
     typer.Option("--task", help="read the config as that command does"),
 ]
+AnyTask = Annotated[
+    Literal["train", "sft", "reward", "evaluate", "export", "probe", "annotate", "generate"],
+    typer.Option("--task", help="what the job does"),
+]
 Extend = Annotated[
     bool, typer.Option("--extend", help="continue a finished run to more train.max_steps or num_train_epochs")
 ]

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from madpo.launch import data_commands  # noqa: F401
-from madpo.launch.app import ConfigPath, Extend, Fresh, OfTask, Overrides, app, command, loaded, run_task
+from madpo.launch.app import (
+    AnyTask,
+    ConfigPath,
+    Extend,
+    Fresh,
+    OfTask,
+    Overrides,
+    app,
+    command,
+    loaded,
+    run_task,
+)
 from madpo.launch.bench_commands import bench_app
 from madpo.launch.console_log import outlive_readers
 from madpo.launch.help import GROUPS, LOOK, MODELS, START, TRAIN, guide
@@ -105,6 +116,30 @@ def reward(
 ) -> None:
     """Train a reward model; loss bradley_terry by default."""
     _train("reward", config, overrides, fresh, extend)
+
+
+@command(TRAIN, "madpo submit my.yaml --nodes 4 --gpus-per-node 8 -s time=24:00:00", "docs/clusters.md")
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0)] = 8,
+    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="on nodes without GPUs")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--slurm", "-s", help="option of sbatch, as in partition=gpu")
+    ] = None,
+    task: AnyTask = "train",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="show the job; ask Slurm when it could run")
+    ] = False,
+) -> None:
+    """Submit a run to Slurm; the job comes back until it is done."""
+    resolved = loaded(config, overrides or [], task)
+    from madpo.launch.submit import Place
+    from madpo.launch.submit import submit as run
+
+    gpus = gpus_per_node if ranks_per_node is None else 0
+    raise typer.Exit(run(resolved, task, Place(nodes, gpus, ranks_per_node, option or []), dry_run))
 
 
 @command(TRAIN, "madpo run my_recipe.yaml --dry-run", "docs/recipes.md", name="run")

@@ -22,10 +22,11 @@ TRAINING = ("train", "sft", "reward")
 """Tasks that train."""
 
 
-def check(config: Config, task: Task, base: bool = False) -> None:
+def check(config: Config, task: Task, base: bool = False, elsewhere: bool = False) -> None:
     """Raise UserError for a config that the task could not begin with on this machine.
 
-    `base`: the task evaluates the model that training starts from.
+    `base`: the task evaluates the model that training starts from. `elsewhere`: it is to run on other
+    machines, which share the files of this one.
     """
     choose_accelerator()
     if task == "export" or (task == "evaluate" and not base):
@@ -37,8 +38,9 @@ def check(config: Config, task: Task, base: bool = False) -> None:
     else:  # the config's own model need not be there to annotate with others
         located(config)
         check_models(config)
-    check_machine(config.deepspeed)
-    _check_kernels(config)
+    if not elsewhere:
+        check_machine(config.deepspeed)
+        _check_kernels(config)
     if task == "generate":
         _check_generate(config)
     if task in TRAINING or task == "evaluate":

@@ -30,6 +30,7 @@ from madpo.trainer.dist import meet
 from madpo.trainer.errors import Exit, LostPeerError, UserError, error_of, on_one_line
 from madpo.trainer.files import make_folder, write_atomically
 from madpo.trainer.masking import masked
+from madpo.trainer.schedule import idle_ranks
 
 SECONDS_TO_SEE = 30.0
 """How long a folder on shared storage may take to show what another host has written there."""
@@ -346,13 +347,8 @@ def fault(facts: Sequence[Facts], config: Config, chosen_ranks: bool) -> tuple[i
             return Exit.USAGE, f"{host}: no GPU, and {rich.host} has {rich.gpus}; leave it out"
         if text := _gpu_fault(host, here, chosen_ranks):
             return Exit.USAGE, text
-    size, shared = config.train.global_batch_size, config.train.sequence_parallel_size
-    rows = len(facts) // shared
-    if size < rows:
-        return Exit.USAGE, (
-            f"train.global_batch_size: {counted(size, 'group')} a step leave {len(facts) - size * shared:,} "
-            f"of {len(facts):,} ranks without work; raise it to {rows:,} or more, or start fewer ranks"
-        )
+    if text := idle_ranks(config, len(facts)):
+        return Exit.USAGE, text
     return 0, ""
 
 

@@ -61,4 +61,6 @@ def main(folder: str, *words: str) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--task":  # by `madpo submit`, whose config lies in the folder of the run
+        sys.exit(main(str(Path(sys.argv[3]).parent), *os.environ["STUB"].split()))
     sys.exit(main(*sys.argv[1:]))

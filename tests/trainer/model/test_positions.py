@@ -125,6 +125,7 @@ def dataset_of(prompt: int, completions: list[int]) -> GroupDataset:
     row = {
         "prompt": [3] * prompt,
         "completions": [[3] * x for x in completions],
+        "completion_lengths": completions,
         "num_tokens": prompt + sum(completions),
         "num_completion_tokens": sum(completions),
         "num_scored_tokens": sum(completions),
