@@ -130,7 +130,7 @@ def submit(
     ] = None,
     task: AnyTask = "train",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="show the job; ask Slurm when it could run")
+        bool, typer.Option("--dry-run", help="show the job, and when it could run")
     ] = False,
 ) -> None:
     """Submit a run to Slurm; the job comes back until it is done."""

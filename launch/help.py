@@ -13,9 +13,7 @@ import typer.core
 
 GROUPS = START, TRAIN, DATA, MODELS, LOOK = "Start", "Train", "Data", "Models", "Look and measure"
 """The groups of commands, in the order of the help."""
-FIRST_STEPS = (
-    "First steps: madpo init my.yaml, then the commands that it prints. Help for one of them: madpo train -h"
-)
+FIRST_STEPS = "First: madpo init my.yaml, then what it prints. Help: madpo train -h"
 NAMES = {"help_option_names": ["-h", "--help"]}
 """Settings of the app's context, for it and all its commands."""
 
