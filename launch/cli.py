@@ -129,9 +129,7 @@ def submit(
         list[str] | None, typer.Option("--slurm", "-s", help="option of sbatch, as in partition=gpu")
     ] = None,
     task: AnyTask = "train",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="show the job, and when it could run")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the job, and when it could run")] = False,
 ) -> None:
     """Submit a run to Slurm; the job comes back until it is done."""
     resolved = loaded(config, overrides or [], task)

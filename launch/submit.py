@@ -23,7 +23,6 @@ from madpo.trainer.config.schema import Config, dump
 from madpo.trainer.errors import Exit, UserError
 from madpo.trainer.files import make_folder, read_object, write_atomically, write_object
 from madpo.trainer.masking import secrets_in
-from madpo.trainer.schedule import idle_ranks
 
 SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "train.sbatch"
 CONFIG, NOTE = "submitted.yaml", "submitted.json"
@@ -52,7 +51,7 @@ def submit(config: Config, task: Task, place: Place, dry_run: bool) -> int:
     if not place.ranks:
         raise UserError("--gpus-per-node: 0 GPUs; give --ranks-per-node=N to train on CPUs")
     check(config, task, elsewhere=True)
-    if task in ("train", "sft", "reward") and (text := idle_ranks(config, place.ranks)):
+    if task in ("train", "sft", "reward") and (text := config.train.idle(place.ranks)):
         raise UserError(text)
     _refuse_secrets(config)
     folder = Path(config.output_dir).expanduser().absolute()

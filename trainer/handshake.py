@@ -30,7 +30,6 @@ from madpo.trainer.dist import meet
 from madpo.trainer.errors import Exit, LostPeerError, UserError, error_of, on_one_line
 from madpo.trainer.files import make_folder, write_atomically
 from madpo.trainer.masking import masked
-from madpo.trainer.schedule import idle_ranks
 
 SECONDS_TO_SEE = 30.0
 """How long a folder on shared storage may take to show what another host has written there."""
@@ -347,7 +346,7 @@ def fault(facts: Sequence[Facts], config: Config, chosen_ranks: bool) -> tuple[i
             return Exit.USAGE, f"{host}: no GPU, and {rich.host} has {rich.gpus}; leave it out"
         if text := _gpu_fault(host, here, chosen_ranks):
             return Exit.USAGE, text
-    if text := idle_ranks(config, len(facts)):
+    if text := config.train.idle(len(facts)):
         return Exit.USAGE, text
     return 0, ""
 

@@ -1,4 +1,4 @@
-"""The length of a run, its learning rate as a pure function of the step, and ranks that would be idle."""
+"""The length of a run, and its learning rate as a pure function of the step: no state to resume."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from madpo.trainer.config.schema import Config
 from madpo.trainer.config.train import OptimConfig, TrainConfig
-from madpo.trainer.counted import counted
 
 
 def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
@@ -58,15 +57,3 @@ def logging_steps(train: TrainConfig, total_steps: int) -> int:
     if train.logging_steps == "auto":
         return max(1, min(10, total_steps // LOG_LINES))
     return train.logging_steps
-
-
-def idle_ranks(config: Config, ranks: int) -> str | None:
-    """How many of so many ranks a step would leave without work, for the user; None if none."""
-    size, shared = config.train.global_batch_size, config.train.sequence_parallel_size
-    rows = ranks // shared
-    if size >= rows:
-        return None
-    return (
-        f"train.global_batch_size: {counted(size, 'group')} a step leave {ranks - size * shared:,} "
-        f"of {ranks:,} ranks without work; raise it to {rows:,} or more, or start fewer ranks"
-    )

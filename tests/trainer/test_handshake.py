@@ -143,7 +143,8 @@ try:
     start = handshake.shake_hands(config, f"of-{os.environ['RANK']}", False, said.append, prepare)
     assert os.path.exists(f"{config.output_dir}/prepared")
     print("ok", start.name)
-    time.sleep(float(os.environ.get("STAYS", "0")))
+    if "STAYS" in os.environ:  # until its input is closed
+        sys.stdin.read()
 except UserError as error:
     assert said == [str(error)] * (error.is_agreed and os.environ["RANK"] == "0")
     print(int(error.status), error.is_agreed, error)
@@ -159,9 +160,11 @@ def together(folder: Path, *starts: dict[str, str], more: Sequence[str] = ()) ->
         cwd = folder / start.get("cwd", ".")
         cwd.mkdir(exist_ok=True)
         line = [sys.executable, "-c", RANK, start.get("config", str(folder / "c.yaml")), *more]
-        processes.append(subprocess.Popen(line, env=env, cwd=cwd, stdout=subprocess.PIPE, text=True))
-    try:
-        return [process.communicate(timeout=patient(60))[0].strip() for process in processes]
+        pipe = subprocess.PIPE
+        processes.append(subprocess.Popen(line, env=env, cwd=cwd, stdin=pipe, stdout=pipe, text=True))
+    try:  # the first one last, whose input is open until then
+        said = [process.communicate(timeout=patient(60))[0].strip() for process in reversed(processes)]
+        return said[::-1]
     finally:
         for process in processes:
             process.kill()
@@ -238,7 +241,7 @@ def test_a_stranger_of_another_run_at_the_port_is_noticed(tmp_path):
     """A second rank 1 comes, of another run; whichever is first, nobody trains with the wrong one."""
     written(tmp_path)
     other = written(tmp_path / "other", "seed: 5\n")
-    first, *rest = together(tmp_path, rank(0, STAYS="3"), rank(1), rank(1, config=other))
+    first, *rest = together(tmp_path, rank(0, STAYS="yes"), rank(1), rank(1, config=other))
     outcomes = sorted(text.split()[0] for text in rest)
     if first.startswith("ok"):
         assert first == "ok of-0" and outcomes == ["2", "ok"]

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from madpo.trainer.config.section import Effect, Section, setting
+from madpo.trainer.counted import counted
 from madpo.trainer.errors import UserError
 
 NOTHING_TO_EVALUATE = (
@@ -142,3 +143,14 @@ class TrainConfig(Section):
     def row_tokens(self) -> int:
         """The most tokens that a packed row may hold."""
         return self.micro_batch_tokens * self.sequence_parallel_size
+
+    def idle(self, ranks: int) -> str | None:
+        """How many of so many ranks a step would leave without work, for the user; None if none."""
+        size, shared = self.global_batch_size, self.sequence_parallel_size
+        rows = ranks // shared
+        if size >= rows:
+            return None
+        return (
+            f"train.global_batch_size: {counted(size, 'group')} a step leave {ranks - size * shared:,} "
+            f"of {ranks:,} ranks without work; raise it to {rows:,} or more, or start fewer ranks"
+        )
