@@ -323,7 +323,7 @@ def test_a_model_from_scratch_has_nothing_to_say(tmp_path, tree):
     [
         ("nowhere:score", "No module named 'nowhere'"),
         ("{folder}/judge.py:scores", "there is no such function in it, did you mean 'score'"),
-        ("{folder}/none.py:score", "No such file"),
+        ("{folder}/none.py:score", "there is no file"),
         ("json:__name__", "is a str, no function"),
     ],
 )
