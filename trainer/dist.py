@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import register_rendezvous_handler
 
 from madpo.trainer.errors import LostPeerError, UserError, on_one_line
@@ -59,8 +59,17 @@ def init(timeout_minutes: float, start_timeout_minutes: float | None = None) -> 
             f"launch.start_timeout_minutes: the ranks did not all come within {minutes:g} minutes "
             f"({on_one_line(error)})"
         ) from error
-    _set_pg_timeout(timedelta(minutes=timeout_minutes), torch_dist.group.WORLD)
+    _set_timeout(timedelta(minutes=timeout_minutes))
     return Shard(torch_dist.get_rank(), torch_dist.get_world_size())
+
+
+def _set_timeout(timeout: timedelta) -> None:
+    """Let collectives from now on fail after so long."""
+    set_timeout = getattr(torch_dist, "set_timeout", None)  # new in torch 2.14, which warns of the other
+    if set_timeout is not None:
+        set_timeout(timeout)
+    else:
+        distributed_c10d._set_pg_timeout(timeout, torch_dist.group.WORLD)
 
 
 _store: Store | None = None
