@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from madpo.launch.local import Task
-from madpo.launch.preflight import check
+from madpo.launch.preflight import TRAINING, check
 from madpo.trainer.config.schema import Config, dump
 from madpo.trainer.errors import Exit, UserError
 from madpo.trainer.files import make_folder, read_object, write_atomically, write_object
@@ -51,7 +51,7 @@ def submit(config: Config, task: Task, place: Place, dry_run: bool) -> int:
     if not place.ranks:
         raise UserError("--gpus-per-node: 0 GPUs; give --ranks-per-node=N to train on CPUs")
     check(config, task, elsewhere=True)
-    if task in ("train", "sft", "reward") and (text := config.train.idle(place.ranks)):
+    if task in TRAINING and (text := config.train.idle(place.ranks)):
         raise UserError(text)
     _refuse_secrets(config)
     folder = Path(config.output_dir).expanduser().absolute()
